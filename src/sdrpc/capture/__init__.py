@@ -1,0 +1,1 @@
+"""torch modules as ggml graphs: export, lowering, modules that run on a Device."""

@@ -1,0 +1,1 @@
+"""The commands: rpc-server and sd-cli."""

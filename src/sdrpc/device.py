@@ -1,0 +1,98 @@
+"""The Device: where tensor bytes live and graphs run.
+
+Two implementations: in this process (:mod:`sdrpc.engine`) and behind a socket (:mod:`sdrpc.client`). Everything above
+sees this interface only; ``CPU``, ``CUDA0`` and ``RPC0`` are just names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from .ggml.tensor import Graph
+
+Bytes = bytes | bytearray | memoryview
+"""Anything with a C-contiguous buffer of bytes; never copied on the way when it can be helped."""
+
+
+class Memory(NamedTuple):
+    """Bytes of a device's memory."""
+
+    free: int
+    total: int
+
+
+class Buffer(Protocol):
+    """A range of a device's memory. ``key`` is what :attr:`sdrpc.ggml.tensor.Tensor.buffer` refers to (never 0)."""
+
+    @property
+    def key(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which graphs a device takes: what lowering has to know about it.
+
+    ``ops``: operations that may be used. ``managed``: nodes may live in no buffer (the device finds room for them), and
+    only what is flagged OUTPUT is stored. ``flash_head_sizes``: head sizes that FLASH_ATTN_EXT takes (None: all).
+    """
+
+    name: str
+    ops: frozenset[str]
+    managed: bool
+    flash_head_sizes: frozenset[int] | None
+
+
+class Program(ABC):
+    """A graph that a device has accepted, bound to the buffers that it names."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Compute all nodes; when it returns, outputs can be read. Raises :class:`sdrpc.errors.ComputeError`."""
+
+
+class Device(ABC):
+    """A place that holds bytes and runs graphs. Not thread-safe unless a subclass says so."""
+
+    name: str
+    """What users call it: ``CPU``, ``CUDA0``, ``RPC0``."""
+    description: str
+    """The hardware's name, or the endpoint and what it says of itself."""
+
+    @property
+    @abstractmethod
+    def target(self) -> Target: ...
+
+    @property
+    @abstractmethod
+    def alignment(self) -> int:
+        """Tensors of a graph must start at multiples of this many bytes."""
+
+    @abstractmethod
+    def memory(self) -> Memory: ...
+
+    @abstractmethod
+    def allocate(self, size: int) -> Buffer:
+        """A new buffer of ``size`` bytes, contents undefined. Raises :class:`sdrpc.errors.OutOfMemory`."""
+
+    @abstractmethod
+    def free(self, buffer: Buffer) -> None: ...
+
+    @abstractmethod
+    def write(self, buffer: Buffer, offset: int, data: Bytes) -> None: ...
+
+    @abstractmethod
+    def read(self, buffer: Buffer, offset: int, size: int) -> Bytes: ...
+
+    @abstractmethod
+    def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> Program:
+        """Check ``graph`` and get it ready to run, many times, on ``buffers`` (by key). Raises
+        :class:`sdrpc.errors.GraphError`."""
+
+    def close(self) -> None:
+        """Give everything back."""

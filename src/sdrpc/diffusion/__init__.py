@@ -1,0 +1,1 @@
+"""From a checkpoint to a picture: files, configurations, prompts, samplers."""

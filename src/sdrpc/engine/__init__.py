@@ -1,0 +1,1 @@
+"""ggml graphs as torch programs: the devices of this process."""

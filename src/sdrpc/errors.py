@@ -1,0 +1,115 @@
+"""Every error that sdrpc raises on purpose, as one tree.
+
+    SdrpcError
+    ├── UsageError                an option or a value that can't be honoured (exit status 2)
+    ├── DeviceError               a device could not do what was asked of it
+    │   ├── OutOfMemory             it has too little memory left
+    │   └── ComputeError            a graph failed while it ran, or ran too long
+    ├── ConnectionFailed          nobody answers at an endpoint
+    ├── ConnectionLost            a server that answered before is gone
+    ├── VersionMismatch           both sides speak, but no common protocol version
+    ├── ProtocolError             bytes or values that the protocol does not allow
+    │   ├── LocalProtocolError      we were about to break it
+    │   └── RemoteProtocolError     the peer broke it
+    ├── RemoteError               an sdrpc server refused, with its reason
+    ├── GraphError                a graph that means nothing (names the node)
+    │   └── UnsupportedOperation    a graph that means something we can't do
+    ├── CaptureError              a torch module that can't be turned into a graph
+    └── CheckpointError           a model file that can't be used (names file and tensor)
+
+Messages say what was wrong, where, and what to do about it; facts that a caller may want are attributes.
+"""
+
+from __future__ import annotations
+
+
+class SdrpcError(Exception):
+    """Base of everything that sdrpc raises on purpose."""
+
+
+class UsageError(SdrpcError):
+    """An option or a value that can't be honoured."""
+
+
+class DeviceError(SdrpcError):
+    """A device could not do what was asked of it."""
+
+
+class OutOfMemory(DeviceError):
+    """A device has too little memory left for an allocation of ``size`` bytes."""
+
+    def __init__(self, device: str, size: int, hint: str = "") -> None:
+        self.device, self.size = device, size
+        super().__init__(f"{device}: no room for {size / 2**20:,.1f} MiB" + (f"; {hint}" if hint else ""))
+
+
+class ComputeError(DeviceError):
+    """A graph failed while it ran, or ran too long."""
+
+
+class ConnectionFailed(SdrpcError):
+    """Nobody answers at ``endpoint``."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint, self.reason = endpoint, reason
+        super().__init__(f"{endpoint}: {reason}")
+
+
+class ConnectionLost(SdrpcError):
+    """The server at ``endpoint`` went away while we were ``doing`` something."""
+
+    def __init__(self, endpoint: str, doing: str, reason: str = "the connection was closed") -> None:
+        self.endpoint, self.doing, self.reason = endpoint, doing, reason
+        super().__init__(f"{endpoint}: {reason} while {doing}")
+
+
+class VersionMismatch(SdrpcError):
+    """The server at ``endpoint`` speaks a protocol version that we don't know."""
+
+    def __init__(self, endpoint: str, theirs: str, ours: str) -> None:
+        self.endpoint, self.theirs, self.ours = endpoint, theirs, ours
+        super().__init__(f"{endpoint}: the server speaks RPC protocol {theirs}; this client knows {ours}")
+
+
+class ProtocolError(SdrpcError):
+    """Bytes or values that the protocol does not allow."""
+
+
+class LocalProtocolError(ProtocolError):
+    """We were about to break the protocol: a fault in the caller."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol."""
+
+
+class RemoteError(SdrpcError):
+    """An sdrpc server refused a request; ``reason`` is what it said."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint, self.reason = endpoint, reason
+        super().__init__(f"{endpoint}: {reason}")
+
+
+class GraphError(SdrpcError):
+    """A graph that means nothing. ``node`` says which node (position, operation and name), if one is to blame."""
+
+    def __init__(self, reason: str, node: str = "") -> None:
+        self.reason, self.node = reason, node
+        super().__init__(f"{node}: {reason}" if node else reason)
+
+
+class UnsupportedOperation(GraphError):
+    """A graph that is well formed but uses an operation, type or parameter that this side can't compute."""
+
+
+class CaptureError(SdrpcError):
+    """A torch module that can't be turned into a ggml graph."""
+
+
+class CheckpointError(SdrpcError):
+    """A model file that can't be used. ``tensor`` is the tensor to blame, if one is."""
+
+    def __init__(self, path: object, reason: str, tensor: str = "") -> None:
+        self.path, self.reason, self.tensor = path, reason, tensor
+        super().__init__(f"{path}: {f'tensor {tensor!r}: ' if tensor else ''}{reason}")

@@ -1,0 +1,266 @@
+"""Operation parameters as typed values.
+
+On the wire a tensor carries sixteen 32-bit words, ``op_params``, whose meaning depends on the operation (ggml.c, the
+``ggml_set_op_params`` calls of each constructor). They are decoded once, here, and nobody indexes raw words after that.
+A field's annotation says how its word is read: ``int`` as i32, ``float`` as f32. Numbers that differ between protocol
+versions (unary and GLU operations, precisions) become names through the dialect.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple, get_type_hints
+
+if TYPE_CHECKING:
+    from .dialect import Dialect
+
+WORDS = 16
+
+
+class NoParams(NamedTuple):
+    """An operation without parameters."""
+
+
+class Eps(NamedTuple):
+    eps: float
+
+
+class GroupNorm(NamedTuple):
+    groups: int
+    eps: float
+
+
+class Scale(NamedTuple):
+    """``x * scale + bias``."""
+
+    scale: float
+    bias: float = 0.0
+
+
+class Clamp(NamedTuple):
+    min: float
+    max: float
+
+
+class LeakyRelu(NamedTuple):
+    slope: float
+
+
+class Concat(NamedTuple):
+    """``dim`` counts from the fastest dimension, ne[0]."""
+
+    dim: int
+
+
+class MulMat(NamedTuple):
+    prec: int = 0
+
+
+class Permute(NamedTuple):
+    """Source dimension i becomes dimension ``axis_i`` of the result."""
+
+    axis0: int
+    axis1: int
+    axis2: int
+    axis3: int
+
+
+class View(NamedTuple):
+    """A byte offset into the source, split into two words."""
+
+    offset_low: int
+    offset_high: int = 0
+
+
+class Im2Col(NamedTuple):
+    s0: int
+    s1: int
+    p0: int
+    p1: int
+    d0: int
+    d1: int
+    is_2d: int
+
+
+class Conv2D(NamedTuple):
+    s0: int
+    s1: int
+    p0: int
+    p1: int
+    d0: int
+    d1: int
+
+
+class ConvTranspose2D(NamedTuple):
+    stride: int
+
+
+class Pool2D(NamedTuple):
+    op: int
+    k0: int
+    k1: int
+    s0: int
+    s1: int
+    p0: int
+    p1: int
+
+
+class Upscale(NamedTuple):
+    """``mode``: the low byte is ggml_scale_mode (0 nearest, 1 bilinear, 2 bicubic), 256 is the flag align_corners."""
+
+    mode: int
+
+
+class Pad(NamedTuple):
+    """Elements added before (l) and after (r) in each dimension, ne[0] first."""
+
+    l0: int
+    r0: int
+    l1: int
+    r1: int
+    l2: int
+    r2: int
+    l3: int
+    r3: int
+    circular: int = 0
+
+
+class TimestepEmbedding(NamedTuple):
+    dim: int
+    max_period: int
+
+
+class Arange(NamedTuple):
+    start: float
+    stop: float
+    step: float
+
+
+class SoftMax(NamedTuple):
+    scale: float
+    max_bias: float = 0.0
+
+
+class FlashAttn(NamedTuple):
+    scale: float
+    max_bias: float = 0.0
+    logit_softcap: float = 0.0
+    prec: int = 0
+
+
+class Rope(NamedTuple):
+    n_past: int
+    n_dims: int
+    mode: int
+    n_ctx: int
+    n_ctx_orig: int
+    freq_base: float
+    freq_scale: float
+    ext_factor: float
+    attn_factor: float
+    beta_fast: float
+    beta_slow: float
+    section0: int = 0
+    section1: int = 0
+    section2: int = 0
+    section3: int = 0
+
+
+class DiagMask(NamedTuple):
+    n_past: int
+
+
+class ArgSort(NamedTuple):
+    """``order``: 0 ascending, 1 descending."""
+
+    order: int
+
+
+class SetView(NamedTuple):
+    """Where ACC and SET write in their destination: strides and offset in bytes."""
+
+    nb1: int
+    nb2: int
+    nb3: int
+    offset: int
+    inplace: int
+
+
+class Fill(NamedTuple):
+    value: float
+
+
+class Unary(NamedTuple):
+    """``op`` is the operation's name: GELU, SILU, …"""
+
+    op: str
+
+
+class Glu(NamedTuple):
+    """``op`` is the operation's name: GEGLU, SWIGLU, …; ``swapped`` says that the second half is the gate's input."""
+
+    op: str
+    swapped: int = 0
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+NO_PARAMS = NoParams()
+
+Params = NamedTuple  # any of the classes above: a tuple with named fields
+
+PARAMS: dict[str, type] = {
+    "NORM": Eps, "RMS_NORM": Eps, "L2_NORM": Eps, "GROUP_NORM": GroupNorm, "SCALE": Scale, "CLAMP": Clamp,
+    "LEAKY_RELU": LeakyRelu, "CONCAT": Concat, "MUL_MAT": MulMat, "PERMUTE": Permute, "VIEW": View, "IM2COL": Im2Col,
+    "CONV_2D": Conv2D, "CONV_2D_DW": Conv2D, "CONV_TRANSPOSE_2D": ConvTranspose2D, "POOL_2D": Pool2D,
+    "UPSCALE": Upscale, "PAD": Pad, "TIMESTEP_EMBEDDING": TimestepEmbedding, "ARANGE": Arange, "SOFT_MAX": SoftMax,
+    "FLASH_ATTN_EXT": FlashAttn, "ROPE": Rope, "DIAG_MASK_INF": DiagMask, "DIAG_MASK_ZERO": DiagMask,
+    "ARGSORT": ArgSort, "ACC": SetView, "SET": SetView, "FILL": Fill, "UNARY": Unary, "GLU": Glu,
+}  # fmt: skip
+"""What each operation's words mean; an operation that is not here is decoded as :class:`NoParams`."""
+
+
+class Layout(NamedTuple):
+    """How a parameter class lies in the sixteen words."""
+
+    packer: struct.Struct
+    named: str  # which numbering of the dialect the first word uses ("" for none)
+
+
+def _layout(cls: type) -> Layout:
+    hints = get_type_hints(cls)
+    codes = {int: "i", float: "f", str: "i"}
+    named = {Unary: "unary_ops", Glu: "glu_ops"}.get(cls, "")
+    return Layout(struct.Struct("<" + "".join(codes[hints[name]] for name in cls._fields)), named)  # type: ignore[attr-defined]
+
+
+_LAYOUTS: dict[type, Layout] = {cls: _layout(cls) for cls in {*PARAMS.values(), NoParams}}
+
+
+def decode(op: str, words: bytes, dialect: Dialect) -> Params:
+    """The parameters of ``op`` from the 64 bytes of ``op_params``.
+
+    Raises :class:`ValueError` when a numbered name (a unary or GLU operation) does not exist in the dialect.
+    """
+    cls = PARAMS.get(op, NoParams)
+    packer, named = _LAYOUTS[cls]
+    values = packer.unpack_from(words)
+    if named:
+        names = getattr(dialect, named)
+        if not 0 <= values[0] < len(names):
+            raise ValueError(f"{op} number {values[0]} does not exist in protocol {dialect.version}")
+        values = (names[values[0]], *values[1:])
+    result: Params = cls(*values)
+    return result
+
+
+def encode(params: Params, dialect: Dialect) -> bytes:
+    """The 64 bytes of ``op_params``. Raises :class:`ValueError` for a name that the dialect does not have."""
+    packer, named = _LAYOUTS[type(params)]
+    values = tuple(params)
+    if named:
+        names = getattr(dialect, named)
+        if values[0] not in names:
+            raise ValueError(f"{values[0]} does not exist in protocol {dialect.version}")
+        values = (names.index(values[0]), *values[1:])
+    return packer.pack(*values).ljust(4 * WORDS, b"\0")

@@ -1,0 +1,1 @@
+"""rpc-server: sessions, buffers, limits, listening."""
