@@ -1,0 +1,40 @@
+# Everything from nothing: each target sets up .venv first when it must.
+PYTHON ?= python3
+BIN := .venv/bin
+# Outside the clone, so that a fresh clone need not build again what did not change.
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
+export SDRPC_DEV_CACHE := $(CACHE)
+
+.PHONY: setup test lint interop parity demo bench clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/pytest -m 'not interop and not parity'
+
+interop: setup
+	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/pytest -m interop
+
+parity: setup
+	$(BIN)/pytest -m parity
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+bench: setup
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
