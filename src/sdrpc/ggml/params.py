@@ -164,6 +164,7 @@ class Rope(NamedTuple):
     section1: int = 0
     section2: int = 0
     section3: int = 0
+    n_offset: int = 0
 
 
 class DiagMask(NamedTuple):
