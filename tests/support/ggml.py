@@ -1,0 +1,254 @@
+"""The real ggml, through ctypes: its tensors, contexts, graphs, CPU backend, RPC client and RPC server.
+
+Only what the interop tests need. ggml aborts its process on errors: use :class:`Ggml` in a process of its own
+(:mod:`tests.interop.worker`). Nothing here is imported from sdrpc: it is the other side.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import runpy
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["FOLDER"])
+
+# The numbers of ggml.h (GGML_TYPE_*), as the library that is loaded has them.
+TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
+    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "BF16": 30,
+    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
+}  # fmt: skip
+NAMES = {number: name for name, number in TYPES.items()}
+DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+
+UNARY = (
+    "ABS", "SGN", "NEG", "STEP", "TANH", "ELU", "RELU", "SIGMOID", "GELU", "GELU_QUICK", "SILU", "HARDSWISH",
+    "HARDSIGMOID", "EXP", "EXPM1", "SOFTPLUS", "GELU_ERF", "XIELU", "FLOOR", "CEIL", "ROUND", "TRUNC",
+)  # fmt: skip
+GLU = ("REGLU", "GEGLU", "SWIGLU", "SWIGLU_OAI", "GEGLU_ERF", "GEGLU_QUICK", "SWIGLU_CLAMP")
+
+PREC_F32 = 10
+
+
+class Tensor(c.Structure):
+    """struct ggml_tensor (ggml.h), of a build with GGML_MAX_NAME 64."""
+
+
+Tensor._fields_ = [
+    ("type", c.c_int), ("buffer", c.c_void_p), ("ne", c.c_int64 * 4), ("nb", c.c_size_t * 4), ("op", c.c_int),
+    ("op_params", c.c_int32 * 16), ("flags", c.c_int32), ("src", c.POINTER(Tensor) * 10),
+    ("view_src", c.POINTER(Tensor)), ("view_offs", c.c_size_t), ("data", c.c_void_p), ("name", c.c_char * 64),
+    ("extra", c.c_void_p), ("padding", c.c_char * 8),
+]  # fmt: skip
+P = c.POINTER(Tensor)
+
+
+class _InitParams(c.Structure):
+    _fields_ = (("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool))
+
+
+class _TypeTraits(c.Structure):
+    _fields_ = (
+        ("name", c.c_char_p), ("block", c.c_int64), ("interleave", c.c_int64), ("size", c.c_size_t),
+        ("is_quantized", c.c_bool), ("to_float", c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, c.c_int64)),
+        ("from_float", c.c_void_p),
+    )  # fmt: skip
+
+
+_CODES: dict[str, Any] = {
+    "t": P, "i": c.c_int, "l": c.c_int64, "z": c.c_size_t, "f": c.c_float, "b": c.c_bool, "p": c.c_void_p,
+    "s": c.c_char_p, "u": c.c_uint32, "B": c.c_uint8, "S": c.POINTER(c.c_int), "v": None, "T": c.POINTER(_TypeTraits),
+    "Z": c.POINTER(c.c_size_t), "A": c.POINTER(c.c_void_p),
+}  # fmt: skip
+"""One letter per C type of a signature."""
+
+OPERATIONS = {
+    "new_tensor_4d": "illll", "dup": "t", "add": "tt", "add_inplace": "tt", "add_cast": "tti", "add_id": "ttt",
+    "add1": "tt", "acc": "ttzzzz", "acc_inplace": "ttzzzz", "sub": "tt", "sub_inplace": "tt", "mul": "tt",
+    "mul_inplace": "tt", "div": "tt", "div_inplace": "tt", "sqr": "t", "sqr_inplace": "t", "sqrt": "t",
+    "sqrt_inplace": "t", "log": "t", "log_inplace": "t", "sin": "t", "sin_inplace": "t", "cos": "t",
+    "cos_inplace": "t", "sum": "t", "sum_rows": "t", "cumsum": "t", "mean": "t", "argmax": "t", "count_equal": "tt",
+    "repeat": "tt", "repeat_4d": "tllll", "repeat_back": "tt", "concat": "tti", "leaky_relu": "tfb", "unary": "ti",
+    "unary_inplace": "ti", "xielu": "tffff", "glu": "tib", "glu_split": "tti", "swiglu_oai": "ttff",
+    "swiglu_clamp": "ttf", "silu_back": "tt", "norm": "tf", "norm_inplace": "tf", "rms_norm": "tf",
+    "rms_norm_inplace": "tf", "group_norm": "tif", "group_norm_inplace": "tif", "l2_norm": "tf",
+    "l2_norm_inplace": "tf", "mul_mat": "tt", "mul_mat_id": "ttt", "out_prod": "tt", "scale": "tf",
+    "scale_inplace": "tf", "scale_bias": "tff", "scale_bias_inplace": "tff", "set": "ttzzzz",
+    "set_inplace": "ttzzzz", "cpy": "tt", "cast": "ti", "cont": "t", "cont_4d": "tllll", "reshape_4d": "tllll",
+    "view_4d": "tllllzzzz", "permute": "tiiii", "transpose": "t", "get_rows": "tt", "set_rows": "ttt", "diag": "t",
+    "diag_mask_inf": "ti", "diag_mask_inf_inplace": "ti", "diag_mask_zero": "ti", "diag_mask_zero_inplace": "ti",
+    "clamp": "tff", "clamp_inplace": "tff", "soft_max": "t", "soft_max_inplace": "t", "soft_max_ext": "ttff",
+    "soft_max_ext_inplace": "ttff", "rope_ext": "tttiiiffffff", "rope_ext_inplace": "tttiiiffffff",
+    "rope_multi": "tttiSiiffffff", "im2col": "ttiiiiiibi", "im2col_3d": "ttliiiiiiiiii",
+    "conv_transpose_1d": "ttiii", "conv_2d": "ttiiiiii", "conv_2d_direct": "ttiiiiii",
+    "conv_2d_dw_direct": "ttiiiiii", "conv_transpose_2d_p0": "tti", "conv_3d_direct": "ttiiiiiiiiiiii",
+    "pool_1d": "tiiii", "pool_2d": "tiiiiiff", "interpolate": "tllllu", "pad_ext": "tiiiiiiii",
+    "pad_ext_circular": "tiiiiiiii", "pad_reflect_1d": "tii", "roll": "tiiii", "tri": "ti", "fill": "tf",
+    "fill_inplace": "tf", "timestep_embedding": "tii", "argsort": "ti", "top_k": "ti", "arange": "fff",
+    "flash_attn_ext": "ttttfff",
+}  # fmt: skip
+"""ggml_<name>(context, …) → tensor: the arguments after the context."""
+
+FUNCTIONS = {
+    "ggml_init": ("p", None), "ggml_free": ("v", "p"), "ggml_tensor_overhead": ("z", ""), "ggml_nbytes": ("z", "t"),
+    "ggml_graph_overhead_custom": ("z", "zb"), "ggml_new_graph_custom": ("p", "pzb"),
+    "ggml_build_forward_expand": ("v", "pt"), "ggml_graph_n_nodes": ("i", "p"), "ggml_graph_node": ("t", "pi"),
+    "ggml_set_input": ("v", "t"), "ggml_set_output": ("v", "t"), "ggml_set_name": ("t", "ts"),
+    "ggml_op_desc": ("s", "t"), "ggml_get_type_traits": ("T", "i"), "ggml_quantize_chunk": ("z", "ipplllp"),
+    "ggml_prec_set_acc": ("b", "ti"), "ggml_flash_attn_ext_add_sinks": ("v", "tt"),
+    "ggml_backend_cpu_init": ("p", ""), "ggml_backend_cpu_set_n_threads": ("v", "pi"), "ggml_backend_free": ("v", "p"),
+    "ggml_backend_supports_op": ("b", "pt"), "ggml_backend_alloc_ctx_tensors": ("p", "pp"),
+    "ggml_backend_get_default_buffer_type": ("p", "p"), "ggml_backend_graph_compute": ("i", "pp"),
+    "ggml_backend_tensor_set": ("v", "tpzz"), "ggml_backend_tensor_get": ("v", "tpzz"),
+    "ggml_backend_tensor_memset": ("v", "tBzz"), "ggml_backend_tensor_copy": ("v", "tt"),
+    "ggml_backend_buffer_clear": ("v", "pB"), "ggml_backend_buffer_free": ("v", "p"),
+    "ggml_backend_buffer_get_size": ("z", "p"), "ggml_backend_buffer_set_usage": ("v", "pi"),
+    "ggml_backend_buft_alloc_buffer": ("p", "pz"), "ggml_backend_buft_get_alignment": ("z", "p"),
+    "ggml_backend_buft_get_max_size": ("z", "p"), "ggml_backend_buft_get_alloc_size": ("z", "pt"),
+    "ggml_backend_dev_by_type": ("p", "i"), "ggml_backend_dev_name": ("s", "p"),
+    "ggml_backend_dev_description": ("s", "p"), "ggml_backend_dev_memory": ("v", "pZZ"),
+    "ggml_backend_reg_dev_count": ("z", "p"), "ggml_backend_reg_dev_get": ("p", "pz"),
+    "ggml_gallocr_new": ("p", "p"), "ggml_gallocr_alloc_graph": ("b", "pp"), "ggml_gallocr_free": ("v", "p"),
+    "ggml_gallocr_get_buffer_size": ("z", "pi"),
+    "ggml_backend_sched_new": ("p", "AAizbb"), "ggml_backend_sched_free": ("v", "p"),
+    "ggml_backend_sched_alloc_graph": ("b", "pp"), "ggml_backend_sched_graph_compute": ("i", "pp"),
+    "ggml_backend_rpc_init": ("p", "su"), "ggml_backend_rpc_add_server": ("p", "s"),
+    "ggml_backend_rpc_start_server": ("v", "sszzA"),
+}  # fmt: skip
+"""Name → (result, arguments)."""
+
+
+class MissingLibrary(Exception):
+    """The libraries have not been built."""
+
+
+@cache
+def library() -> Any:
+    """The loaded library with typed functions. Raises :class:`MissingLibrary`."""
+    found = sorted(FOLDER.glob("libggml.*"))
+    if not found:
+        raise MissingLibrary(f"no ggml libraries in {FOLDER}: `make interop` (or tools/ggml_wheel.py) builds them")
+    lib = c.CDLL(str(found[0]))
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(lib, name)
+        function.restype = _CODES[result]
+        function.argtypes = [_InitParams] if arguments is None else [_CODES[code] for code in arguments]
+    for name, arguments in OPERATIONS.items():
+        function = getattr(lib, f"ggml_{name}")
+        function.restype = P
+        function.argtypes = [c.c_void_p, *(_CODES[code] for code in arguments)]
+    return lib
+
+
+class Context:
+    """A ggml_context that holds no data. Operations are methods: ``context.mul_mat(a, b)``."""
+
+    def __init__(self, tensors: int = 4096) -> None:
+        lib = library()
+        size = tensors * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(tensors, False)
+        self.pointer = lib.ggml_init(_InitParams(size, None, True))
+        self._tensors = tensors
+
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        if operation not in OPERATIONS:
+            raise AttributeError(operation)
+        function = getattr(library(), f"ggml_{operation}")
+        return lambda *arguments: function(self.pointer, *arguments)
+
+    def tensor(self, type: str, *ne: int) -> Any:
+        return self.new_tensor_4d(TYPES[type], *(*ne, 1, 1, 1)[:4])
+
+    def graph(self, *results: Any) -> int:
+        """A ggml_cgraph that computes ``results`` in this order."""
+        lib = library()
+        graph: int = lib.ggml_new_graph_custom(self.pointer, self._tensors, False)
+        for result in results:
+            lib.ggml_build_forward_expand(graph, result)
+        return graph
+
+    def free(self) -> None:
+        library().ggml_free(self.pointer)
+
+
+def nodes(graph: int) -> list[Any]:
+    lib = library()
+    return [lib.ggml_graph_node(graph, i) for i in range(lib.ggml_graph_n_nodes(graph))]
+
+
+def describe(tensor: Any) -> str:
+    """Operation, type and shape of a tensor and of its sources."""
+    t = tensor.contents
+    sources = ", ".join(_brief(source.contents) for source in t.src if source)
+    return f"{library().ggml_op_desc(tensor).decode()}({sources}) → {_brief(t)}"
+
+
+def _brief(t: Tensor) -> str:
+    strides = list(t.nb)
+    return f"{NAMES.get(t.type, t.type)}{list(t.ne)}" + (f" strides {strides}" if t.view_src else "")
+
+
+def encode(type: str, values: np.ndarray) -> bytes:
+    """The bytes of a contiguous tensor of ``type`` that holds ``values`` (shape: ne reversed)."""
+    if type in DTYPES:
+        return values.astype(DTYPES[type]).tobytes()
+    source = np.ascontiguousarray(values, dtype="<f4")
+    rows, columns = source.size // source.shape[-1], source.shape[-1]
+    traits = library().ggml_get_type_traits(TYPES[type]).contents
+    out = c.create_string_buffer(rows * columns // traits.block * traits.size)
+    library().ggml_quantize_chunk(TYPES[type], source.ctypes.data, out, 0, rows, columns, None)
+    return out.raw
+
+
+def decode(type: str, data: bytes) -> np.ndarray:
+    """The numbers in contiguous bytes of ``type``, flat: integers as int64, everything else as float32."""
+    if type in DTYPES:
+        values = np.frombuffer(data, DTYPES[type])
+        return values.astype(np.int64 if values.dtype.kind == "i" else np.float32)
+    traits = library().ggml_get_type_traits(TYPES[type]).contents
+    values = np.empty(len(data) // traits.size * traits.block, np.float32)
+    traits.to_float(c.create_string_buffer(data, len(data)), values.ctypes.data, values.size)
+    return values
+
+
+def write(tensor: Any, data: bytes, offset: int = 0) -> None:
+    library().ggml_backend_tensor_set(tensor, data, offset, len(data))
+
+
+def read(tensor: Any, offset: int = 0, size: int | None = None) -> bytes:
+    """Bytes of a tensor's memory, by default all from its first to its last element."""
+    size = library().ggml_nbytes(tensor) - offset if size is None else size
+    out = c.create_string_buffer(size)
+    library().ggml_backend_tensor_get(tensor, out, offset, size)
+    return out.raw
+
+
+def values(tensor: Any) -> np.ndarray:
+    """The numbers of a tensor with any strides, in the shape ``ne`` reversed."""
+    t = tensor.contents
+    kind, ne, nb = NAMES[t.type], tuple(t.ne)[::-1], tuple(t.nb)[::-1]
+    data = read(tensor)
+    if kind in DTYPES:
+        data = np.lib.stride_tricks.as_strided(np.frombuffer(data, DTYPES[kind]), ne, nb).tobytes()
+    return decode(kind, data).reshape(ne)
+
+
+def cpu(threads: int = 1) -> int:
+    """A CPU backend."""
+    backend: int = library().ggml_backend_cpu_init()
+    library().ggml_backend_cpu_set_n_threads(backend, threads)
+    return backend
+
+
+def serve(endpoint: str, devices: int = 1, threads: int = 1) -> None:
+    """ggml's own RPC server, offering the CPU ``devices`` times. Never returns; aborts the process on errors."""
+    device = library().ggml_backend_dev_by_type(0)
+    library().ggml_backend_rpc_start_server(endpoint.encode(), None, threads, devices, pointers([device] * devices))
+
+
+def pointers(items: Sequence[int]) -> Any:
+    return (c.c_void_p * len(items))(*items)
