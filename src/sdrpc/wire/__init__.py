@@ -1,1 +1,10 @@
-"""The RPC protocol without IO: bytes in, messages out. Imports neither sockets nor torch."""
+"""The RPC protocol without IO: bytes in, messages out. Imports neither sockets nor torch.
+
+hello     the first exchange, before there is a dialect: version and capabilities
+messages  one registry command → (request, response), each a frozen value with a field table
+records   rpc_tensor, for names of any length
+names     finding out how long a client's names are
+framing   headers and sizes; readers are generators, so that a socket loop and a test drive the same code
+graphs    GRAPH_COMPUTE's payload ↔ Graph
+limits    what a peer may announce before anything is read or reserved for it
+"""

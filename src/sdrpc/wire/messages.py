@@ -1,0 +1,341 @@
+"""Every message of the protocol: one registry command → (request, response), each a frozen value with a field table.
+
+A message class is its own field table: the annotation of a field says how it lies on the wire (``U8``, ``U32``, ``U64``
+or a ``Record``), in the order of the fields, packed and little endian. Bulk data (a tensor's bytes, a graph) comes last
+and has no length of its own.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import cache
+from struct import Struct
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from ..device import Bytes
+from ..errors import RemoteProtocolError
+from ..ggml.dialect import Dialect
+from ..ggml.tensor import MAX_SRC
+from .records import Record, decode_records, encode_records, is_name_length, record_bytes
+
+U8 = Annotated[int, "B"]
+U32 = Annotated[int, "I"]
+U64 = Annotated[int, "Q"]
+Sources = Annotated[tuple[Record, ...], MAX_SRC]
+CacheFlag = Annotated[int, "cache_flag"]
+"""A byte that is on the wire only where ``Dialect.set_tensor_has_cache_flag``."""
+Bulk = Annotated[Bytes, "bulk"]
+"""All remaining bytes of the payload, by reference."""
+
+
+class Command(IntEnum):
+    ALLOC_BUFFER = 0
+    GET_ALIGNMENT = 1
+    GET_MAX_SIZE = 2
+    BUFFER_GET_BASE = 3
+    FREE_BUFFER = 4
+    BUFFER_CLEAR = 5
+    SET_TENSOR = 6
+    SET_TENSOR_HASH = 7
+    GET_TENSOR = 8
+    COPY_TENSOR = 9
+    GRAPH_COMPUTE = 10
+    GET_DEVICE_MEMORY = 11
+    INIT_TENSOR = 12
+    GET_ALLOC_SIZE = 13
+    HELLO = 14
+    DEVICE_COUNT = 15
+    GRAPH_RECOMPUTE = 16
+    MEMSET_TENSOR = 17
+
+
+class AllocBuffer(NamedTuple):
+    device: U32
+    size: U64
+
+
+class AllocBufferReply(NamedTuple):
+    """(0, 0) when there is no room."""
+
+    remote_ptr: U64
+    remote_size: U64
+
+
+class GetAlignment(NamedTuple):
+    device: U32
+
+
+class GetAlignmentReply(NamedTuple):
+    alignment: U64
+
+
+class GetMaxSize(NamedTuple):
+    device: U32
+
+
+class GetMaxSizeReply(NamedTuple):
+    max_size: U64
+
+
+class BufferGetBase(NamedTuple):
+    remote_ptr: U64
+
+
+class BufferGetBaseReply(NamedTuple):
+    base_ptr: U64
+
+
+class FreeBuffer(NamedTuple):
+    remote_ptr: U64
+
+
+class BufferClear(NamedTuple):
+    remote_ptr: U64
+    value: U8
+
+
+class SetTensor(NamedTuple):
+    """``offset`` is in bytes from the tensor's start. ``data`` of a message that was received is what of it had to be
+    read to find the name's length (mostly nothing): see :class:`sdrpc.wire.framing.Received`."""
+
+    tensor: Record
+    cache_flag: CacheFlag
+    offset: U64
+    data: Bulk
+
+
+class SetTensorHash(NamedTuple):
+    """``hash``: FNV-1a 64 of the data."""
+
+    tensor: Record
+    offset: U64
+    hash: U64
+
+
+class SetTensorHashReply(NamedTuple):
+    """1: the server had the data and has set it."""
+
+    result: U8
+
+
+class GetTensor(NamedTuple):
+    tensor: Record
+    offset: U64
+    size: U64
+
+
+class GetTensorReply(NamedTuple):
+    data: Bulk
+
+
+class CopyTensor(NamedTuple):
+    src: Record
+    dst: Record
+
+
+class CopyTensorReply(NamedTuple):
+    result: U8
+
+
+class GraphCompute(NamedTuple):
+    """``payload`` begins with the device; :mod:`sdrpc.wire.graphs` knows the rest."""
+
+    payload: Bulk
+
+
+class GetDeviceMemory(NamedTuple):
+    device: U32
+
+
+class GetDeviceMemoryReply(NamedTuple):
+    free: U64
+    total: U64
+
+
+class InitTensor(NamedTuple):
+    tensor: Record
+
+
+class GetAllocSize(NamedTuple):
+    device: U32
+    tensor: Record
+    sources: Sources
+
+
+class GetAllocSizeReply(NamedTuple):
+    alloc_size: U64
+
+
+class DeviceCount(NamedTuple):
+    pass
+
+
+class DeviceCountReply(NamedTuple):
+    device_count: U32
+
+
+class GraphRecompute(NamedTuple):
+    device: U32
+
+
+class MemsetTensor(NamedTuple):
+    tensor: Record
+    offset: U64
+    size: U64
+    value: U8
+
+
+class Ack(NamedTuple):
+    """The empty answer to commands that change a buffer, up to protocol 5.x (``Dialect.acks_buffer_commands``)."""
+
+
+Message = NamedTuple  # any of the classes above
+
+
+class Exchange(NamedTuple):
+    """What is sent for a command and what comes back (None: nothing does)."""
+
+    request: type
+    response: type | None
+
+
+EXCHANGES: dict[Command, Exchange] = {
+    Command.ALLOC_BUFFER: Exchange(AllocBuffer, AllocBufferReply),
+    Command.GET_ALIGNMENT: Exchange(GetAlignment, GetAlignmentReply),
+    Command.GET_MAX_SIZE: Exchange(GetMaxSize, GetMaxSizeReply),
+    Command.BUFFER_GET_BASE: Exchange(BufferGetBase, BufferGetBaseReply),
+    Command.FREE_BUFFER: Exchange(FreeBuffer, Ack),
+    Command.BUFFER_CLEAR: Exchange(BufferClear, Ack),
+    Command.SET_TENSOR: Exchange(SetTensor, None),
+    Command.SET_TENSOR_HASH: Exchange(SetTensorHash, SetTensorHashReply),
+    Command.GET_TENSOR: Exchange(GetTensor, GetTensorReply),
+    Command.COPY_TENSOR: Exchange(CopyTensor, CopyTensorReply),
+    Command.GRAPH_COMPUTE: Exchange(GraphCompute, None),
+    Command.GET_DEVICE_MEMORY: Exchange(GetDeviceMemory, GetDeviceMemoryReply),
+    Command.INIT_TENSOR: Exchange(InitTensor, Ack),
+    Command.GET_ALLOC_SIZE: Exchange(GetAllocSize, GetAllocSizeReply),
+    Command.DEVICE_COUNT: Exchange(DeviceCount, DeviceCountReply),
+    Command.GRAPH_RECOMPUTE: Exchange(GraphRecompute, None),
+    Command.MEMSET_TENSOR: Exchange(MemsetTensor, Ack),
+}
+"""All commands but HELLO, which comes before there is a dialect (:mod:`sdrpc.wire.hello`)."""
+
+COMMANDS: dict[type, Command] = {exchange.request: command for command, exchange in EXCHANGES.items()}
+"""Request class → its command."""
+
+
+def command_known(command: int, dialect: Dialect) -> bool:
+    """Whether ``command`` exists in ``dialect``, HELLO included."""
+    return 0 <= command < len(Command) and (command != Command.MEMSET_TENSOR or dialect.has_memset_tensor)
+
+
+def response_class(command: Command, dialect: Dialect) -> type | None:
+    """What answers ``command`` in ``dialect``: None when nothing does."""
+    response = EXCHANGES[command].response
+    return None if response is Ack and not dialect.acks_buffer_commands else response
+
+
+class Layout(NamedTuple):
+    """How a message class lies on the wire: runs of fields, each packed by a struct or made of records."""
+
+    runs: tuple[Struct | int, ...]  # a struct of numbers, or how many records; in the order of the fields
+    number_bytes: int
+    records: int
+    bulk: bool
+
+    def size(self, name_length: int) -> int:
+        """Bytes before the bulk data."""
+        return self.number_bytes + self.records * (record_bytes(name_length) if self.records else 0)
+
+
+@cache
+def layout(cls: type, cache_flag: bool = False) -> Layout:
+    """The layout of a message class; ``cache_flag`` is ``Dialect.set_tensor_has_cache_flag``."""
+    codes: list[str | int] = []
+    hints = get_type_hints(cls, include_extras=True)
+    marks = [_mark(hints[field]) for field in cls._fields]  # type: ignore[attr-defined]
+    for mark in marks:
+        if isinstance(mark, int):
+            codes.append(mark)
+        elif mark not in ("bulk", "cache_flag") or (mark == "cache_flag" and cache_flag):
+            code = "B" if mark == "cache_flag" else mark
+            if codes and isinstance(codes[-1], str):
+                codes[-1] += code
+            else:
+                codes.append(code)
+    runs = tuple(Struct("<" + code) if isinstance(code, str) else code for code in codes)
+    return Layout(
+        runs=runs,
+        number_bytes=sum(run.size for run in runs if isinstance(run, Struct)),
+        records=sum(run for run in runs if isinstance(run, int)),
+        bulk="bulk" in marks,
+    )
+
+
+def _mark(hint: Any) -> str | int:
+    if hint is Record:
+        return 1
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"{hint} is no field of a message")
+    mark: str | int = get_args(hint)[1]
+    return mark
+
+
+def message_layout(cls: type, dialect: Dialect) -> Layout:
+    return layout(cls, dialect.set_tensor_has_cache_flag)
+
+
+def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
+    """The payload of ``message`` as buffers to be sent one after the other; bulk data is the caller's own object."""
+    shape = message_layout(type(message), dialect)
+    values = list(message)
+    if isinstance(message, SetTensor) and not dialect.set_tensor_has_cache_flag:
+        del values[SetTensor._fields.index("cache_flag")]
+    bulk = [values.pop()] if shape.bulk else []
+    parts: list[bytes] = []
+    for run in shape.runs:
+        if isinstance(run, Struct):
+            count = len(run.format) - 1
+            parts.append(run.pack(*values[:count]))
+            del values[:count]
+        else:
+            value = values.pop(0)
+            records = list(value) if run > 1 else [value]
+            parts.append(encode_records(records, name_length))
+    head = b"".join(parts)
+    return [head, *bulk] if head else bulk
+
+
+def decode(cls: type, payload: Bytes, dialect: Dialect, name_length: int) -> Any:
+    """The message of class ``cls`` in ``payload``, whose bulk data becomes a view of ``payload``.
+
+    Raises :class:`RemoteProtocolError` when the payload is shorter than the fields, or longer and has no bulk data.
+    """
+    shape = message_layout(cls, dialect)
+    size = shape.size(name_length)
+    if len(payload) < size or (len(payload) > size and not shape.bulk):
+        raise RemoteProtocolError(f"{cls.__name__}: {len(payload)} bytes instead of {size}")
+    view = memoryview(payload)
+    values: list[Any] = []
+    at = 0
+    for run in shape.runs:
+        if isinstance(run, Struct):
+            values.extend(run.unpack_from(view, at))
+            at += run.size
+        else:
+            end = at + run * record_bytes(name_length)
+            records = decode_records(view[at:end], name_length)
+            values.append(tuple(records) if run > 1 else records[0])
+            at = end
+    if cls is SetTensor and not dialect.set_tensor_has_cache_flag:
+        values.insert(SetTensor._fields.index("cache_flag"), 0)
+    if shape.bulk:
+        values.append(view[at:])
+    return cls(*values)
+
+
+def name_length_of(cls: type, size: int, dialect: Dialect) -> int | None:
+    """The name length that makes ``cls`` exactly ``size`` bytes long; None when none does."""
+    shape = message_layout(cls, dialect)
+    length, rest = divmod(size - shape.size(0), shape.records)
+    return length if not rest and is_name_length(length) else None
