@@ -1,0 +1,168 @@
+"""Small graphs, at least one per operation: what each test of an interpreter or compiler of graphs runs over.
+
+A case gets a :class:`Feed` and gives the graph's last node. Names begin with the operation's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tests.support.feed import QUANTIZED, Feed
+
+from sdrpc.ggml import params as p
+from sdrpc.ggml.build import cast, cont, cpy, inplace, mul_mat, node, permute, reshape, transpose, view
+from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
+from sdrpc.ggml.tensor import Tensor
+from sdrpc.ggml.types import BF16, F16, I32, TYPES
+
+Case = Callable[[Feed], Tensor]
+
+
+def _binary(op: str) -> dict[str, Case]:
+    return {
+        op: lambda f: node(op, f(5, 4, 3, 2), f(5, 4, 3, 2)),
+        f"{op}-row": lambda f: node(op, f(5, 4, 3, 2), f(5)),
+        f"{op}-channel": lambda f: node(op, f(5, 4, 6, 2), f(1, 1, 6)),
+        f"{op}-tiled": lambda f: node(op, f(6, 4), f(3, 2)),
+        f"{op}-strided": lambda f: node(op, permute(f(5, 4, 3), 1, 0, 2, 3), transpose(f(5, 4))),
+        f"{op}-f16": lambda f: node(op, f(5, 4, type=F16), f(5, 4)),
+    }
+
+
+def _pad(*amounts: int, circular: int = 0) -> p.Pad:
+    return p.Pad(*amounts, circular=circular)
+
+
+def _rope(n_dims: int, mode: int, freq_scale: float = 1.0, attn: float = 1.0) -> p.Rope:
+    return p.Rope(0, n_dims, mode, 0, 0, 10000.0, freq_scale, 0.0, attn, 32.0, 1.0)
+
+
+def _causal(rows: int, columns: int) -> np.ndarray:
+    return np.where(np.arange(columns) > np.arange(rows)[:, None], -np.inf, 0.0)
+
+
+def _positions(n: int) -> np.ndarray:
+    return np.arange(n) * 3 % 7
+
+
+CASES: dict[str, Case] = {
+    # copies
+    "DUP": lambda f: node("DUP", permute(f(5, 4, 3), 2, 0, 1, 3)),
+    "CONT": lambda f: cont(permute(f(5, 4, 3, 2), 1, 2, 0, 3)),
+    "CONT-reshape": lambda f: cont(transpose(f(6, 4)), 3, 8),
+    "CPY-cast-f16": lambda f: cast(f(5, 4), F16),
+    "CPY-cast-bf16": lambda f: cast(f(5, 4), BF16),
+    "CPY-cast-i32": lambda f: cast(f.of([[1.0, -2.75, 3.5]]), I32),
+    "CPY-from-i32": lambda f: cast(f.of([[7, -3]], I32), TYPES["F32"]),
+    "CPY-dequantize": lambda f: cast(f(64, 3, type=TYPES["Q8_0"]), TYPES["F32"]),
+    "CPY-into": lambda f: cpy(transpose(f(4, 5)), f(5, 4, type=F16)),
+    "CPY-into-part": lambda f: cpy(f(3, 2), view(f(6, 5), 3, 2, offset=4 * 8)),
+    "CPY-other-shape": lambda f: cpy(f(6, 4), f(3, 8)),
+    "REPEAT": lambda f: node("REPEAT", f(3, 1, 2), ne=(6, 4, 2, 2)),
+    "CONCAT-0": lambda f: node("CONCAT", f(3, 4), f(5, 4), params=p.Concat(0)),
+    "CONCAT-2": lambda f: node("CONCAT", f(3, 4, 2), f(3, 4, 5), params=p.Concat(2)),
+    "PAD": lambda f: node("PAD", f(4, 3, 2), params=_pad(1, 2, 0, 1, 3, 0, 1, 1)),
+    "PAD-circular": lambda f: node("PAD", f(4, 3, 2), params=_pad(1, 2, 2, 1, 0, 0, 0, 0, circular=1)),
+    "SET": lambda f: node("SET", f(6, 5), f(3, 2), params=p.SetView(24, 120, 120, 28, 0)),
+    "ACC": lambda f: node("ACC", f(6, 5), f(3, 2), params=p.SetView(24, 120, 120, 28, 0)),
+    "SET-inplace": lambda f: inplace("SET", f(6, 5), f(3, 2), params=p.SetView(48, 120, 120, 8, 1)),
+    "GET_ROWS": lambda f: node("GET_ROWS", f(6, 5), f.of([4, 0, 0, 2], I32)),
+    "GET_ROWS-f16": lambda f: node("GET_ROWS", f(6, 5, type=F16), f.of([4, 0, 0, 2], I32)),
+    "GET_ROWS-quantized": lambda f: node("GET_ROWS", f(64, 5, type=TYPES["Q8_0"]), f.of([4, 0, 2], I32)),
+    "GET_ROWS-batch": lambda f: node("GET_ROWS", f(6, 5, 2), f.of([[4, 0, 1], [1, 2, 3]], I32)),
+    "SET_ROWS": lambda f: inplace(
+        "SET_ROWS", f(6, 2), f.of([3, 0], TYPES["I64"]), f(6, 5, type=F16), into=2
+    ),
+    "ARANGE": lambda f: node("ARANGE", params=p.Arange(1.0, 5.5, 0.5)),
+    "FILL": lambda f: node("FILL", f(4, 3), params=p.Fill(2.5)),
+    # element by element
+    **_binary("ADD"), **_binary("SUB"), **_binary("MUL"), **_binary("DIV"),
+    "ADD-inplace": lambda f: inplace("ADD", f(5, 4), f(5)),
+    "ADD-into-second": lambda f: inplace("ADD", f(5, 4), f(5, 4), into=1),
+    "SQR": lambda f: node("SQR", f(5, 4)),
+    "SQRT": lambda f: node("SQRT", node("SQR", f(5, 4))),
+    "LOG": lambda f: node("LOG", node("SQR", f(5, 4))),
+    "SIN": lambda f: node("SIN", f(5, 4)),
+    "COS": lambda f: node("COS", f(5, 4)),
+    "SCALE": lambda f: node("SCALE", f(5, 4), params=p.Scale(0.5, 2.0)),
+    "CLAMP": lambda f: node("CLAMP", f(5, 4), params=p.Clamp(-0.5, float("inf"))),
+    "LEAKY_RELU": lambda f: node("LEAKY_RELU", f(5, 4), params=p.LeakyRelu(0.1)),
+    **{f"UNARY-{op}": lambda f, op=op: node("UNARY", f(7, 4), params=p.Unary(op)) for op in sorted(UNARY_OPS)},
+    "UNARY-strided": lambda f: node("UNARY", transpose(f(7, 4)), params=p.Unary("SILU")),
+    **{
+        f"GLU-{op}": lambda f, op=op: node("GLU", f(8, 3), params=p.Glu(op, alpha=1.7, limit=0.7))
+        for op in sorted(GLU_OPS)
+    },
+    "GLU-swapped": lambda f: node("GLU", f(8, 3), params=p.Glu("GEGLU", swapped=1)),
+    "GLU-split": lambda f: node("GLU", f(8, 3), f(8, 3), params=p.Glu("SWIGLU")),
+    "DIAG_MASK_INF": lambda f: node("DIAG_MASK_INF", f(5, 4, 2), params=p.DiagMask(1)),
+    "DIAG_MASK_ZERO": lambda f: node("DIAG_MASK_ZERO", f(5, 4, 2), params=p.DiagMask(0)),
+    "TIMESTEP_EMBEDDING": lambda f: node(
+        "TIMESTEP_EMBEDDING", f.of([1.0, 500.0, 999.0]), params=p.TimestepEmbedding(8, 10000)
+    ),
+    "TIMESTEP_EMBEDDING-odd": lambda f: node(
+        "TIMESTEP_EMBEDDING", f.of([1.0, 500.0]), params=p.TimestepEmbedding(7, 10000), ne=(8, 2)
+    ),
+    "ROPE": lambda f: node("ROPE", f(8, 3, 5, 2), f.of(_positions(5), I32), params=_rope(8, 0, 0.5)),
+    "ROPE-neox": lambda f: node("ROPE", f(8, 3, 5, 2), f.of(_positions(5), I32), params=_rope(6, 2, 1.0, 1.5)),
+    "ROPE-factors": lambda f: node(
+        "ROPE", f(8, 3, 5), f.of(_positions(5), I32), f.of([1.0, 2.0, 4.0, 8.0]), params=_rope(8, 0)
+    ),
+    # rows and reductions
+    "SUM": lambda f: node("SUM", f(5, 4, 3)),
+    "SUM_ROWS": lambda f: node("SUM_ROWS", f(5, 4, 3)),
+    "MEAN": lambda f: node("MEAN", permute(f(5, 4, 3), 1, 0, 2, 3)),
+    "ARGMAX": lambda f: node("ARGMAX", f(5, 4)),
+    "ARGSORT": lambda f: node("ARGSORT", f(9, 4), params=p.ArgSort(0)),
+    "ARGSORT-descending": lambda f: node("ARGSORT", f(9, 4), params=p.ArgSort(1)),
+    "CUMSUM": lambda f: node("CUMSUM", f(5, 4)),
+    "NORM": lambda f: node("NORM", f(16, 4, 2), params=p.Eps(1e-5)),
+    "RMS_NORM": lambda f: node("RMS_NORM", f(16, 4, 2), params=p.Eps(1e-6)),
+    "L2_NORM": lambda f: node("L2_NORM", f(16, 4, 2), params=p.Eps(1e-6)),
+    "GROUP_NORM": lambda f: node("GROUP_NORM", f(4, 3, 8, 2), params=p.GroupNorm(4, 1e-6)),
+    "SOFT_MAX": lambda f: node("SOFT_MAX", f(7, 5, 3, 2), params=p.SoftMax(0.5)),
+    "SOFT_MAX-mask": lambda f: node("SOFT_MAX", f(7, 5, 4), f.of(_causal(5, 7), F16), params=p.SoftMax(0.5)),
+    "SOFT_MAX-slopes": lambda f: node("SOFT_MAX", f(7, 5, 6, 2), f(7, 8, 3, 1), params=p.SoftMax(0.5, 8.0)),
+    # products
+    "MUL_MAT": lambda f: mul_mat(f(16, 5), f(16, 3, 2)),
+    "MUL_MAT-f16": lambda f: mul_mat(f(16, 5, type=F16), f(16, 3)),
+    "MUL_MAT-bf16": lambda f: mul_mat(f(16, 5, type=BF16), f(16, 3)),
+    "MUL_MAT-both-f16": lambda f: mul_mat(f(16, 5, type=F16), f(16, 3, type=F16)),
+    "MUL_MAT-prec": lambda f: mul_mat(f(16, 5), f(16, 3), prec=10),
+    "MUL_MAT-heads": lambda f: mul_mat(f(8, 5, 2, 1), f(8, 3, 4, 2)),
+    "MUL_MAT-strided": lambda f: mul_mat(permute(f(8, 4, 5), 0, 2, 1, 3), permute(f(8, 4, 3), 0, 2, 1, 3)),
+    **{f"MUL_MAT-{t.name}": lambda f, t=t: mul_mat(f(256, 4, type=t), f(256, 3)) for t in QUANTIZED},
+    "OUT_PROD": lambda f: node("OUT_PROD", f(5, 7, 2), f(3, 7, 4)),
+    "FLASH_ATTN_EXT": lambda f: node(
+        "FLASH_ATTN_EXT", f(8, 5, 2, 2), f(8, 7, 2, 2, type=F16), f(6, 7, 2, 2, type=F16), params=p.FlashAttn(0.35)
+    ),
+    "FLASH_ATTN_EXT-mask": lambda f: node(
+        "FLASH_ATTN_EXT", f(8, 5, 2), f(8, 7, 2), f(8, 7, 2), f.of(_causal(5, 7), F16), params=p.FlashAttn(0.35)
+    ),
+    "FLASH_ATTN_EXT-groups": lambda f: node(
+        "FLASH_ATTN_EXT", f(8, 5, 4), f(8, 7, 2), f(8, 7, 2), params=p.FlashAttn(0.35, 0.0, 2.0)
+    ),
+    "FLASH_ATTN_EXT-slopes": lambda f: node(
+        "FLASH_ATTN_EXT", f(8, 5, 6), f(8, 7, 6), f(8, 7, 6), f(7, 5, type=F16), params=p.FlashAttn(0.35, 8.0)
+    ),
+    # images
+    "IM2COL": lambda f: node("IM2COL", f(3, 2, 4, 5), f(9, 7, 4, 2), params=p.Im2Col(2, 1, 1, 2, 1, 2, 1), type=F16),
+    "IM2COL-1d": lambda f: node("IM2COL", f(3, 4, 5), f(9, 4, 2), params=p.Im2Col(2, 0, 1, 0, 2, 0, 0)),
+    "CONV_2D": lambda f: node("CONV_2D", f(3, 3, 4, 5, type=F16), f(9, 7, 4, 2), params=p.Conv2D(2, 1, 1, 2, 1, 2)),
+    "CONV_2D_DW": lambda f: node("CONV_2D_DW", f(3, 3, 1, 4), f(9, 7, 4, 2), params=p.Conv2D(2, 1, 1, 2, 1, 2)),
+    "CONV_TRANSPOSE_2D": lambda f: node(
+        "CONV_TRANSPOSE_2D", f(3, 2, 5, 4, type=F16), f(4, 3, 4, 2), params=p.ConvTranspose2D(2)
+    ),
+    "POOL_2D-max": lambda f: node("POOL_2D", f(9, 8, 3, 2), params=p.Pool2D(0, 3, 2, 2, 2, 1, 1)),
+    "POOL_2D-mean": lambda f: node("POOL_2D", f(9, 8, 3, 2), params=p.Pool2D(1, 3, 2, 2, 2, 1, 1)),
+    "UPSCALE": lambda f: node("UPSCALE", f(4, 3, 2, 2), params=p.Upscale(0), ne=(8, 6, 2, 2)),
+    "UPSCALE-uneven": lambda f: node("UPSCALE", f(4, 3, 2), params=p.Upscale(0), ne=(7, 2, 2, 1)),
+    "UPSCALE-bilinear": lambda f: node("UPSCALE", f(4, 3, 2), params=p.Upscale(1), ne=(8, 7, 2, 1)),
+    "UPSCALE-corners": lambda f: node("UPSCALE", f(4, 3, 2), params=p.Upscale(257), ne=(8, 7, 2, 1)),
+    # names for bytes, read through a copy
+    "RESHAPE": lambda f: node("SQR", reshape(f(6, 4), 3, 2, 4)),
+    "VIEW": lambda f: node("SQR", view(f(6, 4, 3), 3, 2, 2, offset=4 * 8)),
+    "PERMUTE": lambda f: node("SQR", permute(f(5, 4, 3, 2), 3, 1, 0, 2)),
+    "TRANSPOSE": lambda f: node("SQR", transpose(f(5, 4))),
+}  # fmt: skip
