@@ -1,0 +1,196 @@
+"""From exported ATen operations to a ggml graph, for one target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..device import Target
+from ..errors import CaptureError, GraphError
+from ..ggml import build
+from ..ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, sources
+from ..ggml.types import F32, I32, Type
+from .emit import Emitter, Kind, Value, dims_of
+from .export import Exported, Node, operation, place
+from .lowered import Constant, Input, Lowered, Output, Parameter, rebuilt
+from .rules import RULES, Out
+
+IGNORED = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})
+"""Keyword arguments about where and how numbers are stored: here that is ggml's business."""
+
+
+def lower(exported: Exported, target: Target, types: Mapping[str, Type]) -> Lowered:
+    """The graph of an exported module. ``types`` are the stored types of weights by name (F32 where none is given).
+
+    Weights of one dimension are F32 whatever their stored type, as everything is that no matrix product reads. Raises
+    :class:`CaptureError` with all operations that have no rule, or with the place of one that can't be expressed.
+    """
+    _check_vocabulary(exported)
+    emitter = Emitter(target)
+    inputs = {node: _input(emitter, node) for node in exported.inputs}
+    weights = {node: _weight(node, types.get(name, F32)) for node, name in exported.weights.items()}
+    values: dict[Node, Any] = {**inputs, **weights}
+    for node in exported.nodes:
+        if node not in values and node not in exported.known:
+            values[node] = _apply(emitter, node, values, exported.known)
+    results = [_output(emitter, node, values, exported.known) for node in exported.outputs]
+    return _lowered(exported, emitter, inputs, weights, results)
+
+
+def _check_vocabulary(exported: Exported) -> None:
+    calls = [node for node in exported.nodes if node.op == "call_function" and node not in exported.known]
+    foreign = [node for node in calls if _name(node) not in RULES and _name(node) != "getitem"]
+    if foreign:
+        counts = Counter(operation(node) for node in foreign)
+        first = {operation(node): place(node) for node in reversed(foreign)}
+        listed = "; ".join(f"{op} ({n}×, first in {first[op]})" for op, n in sorted(counts.items()))
+        raise CaptureError(f"no rule for {listed}")
+
+
+def _name(node: Node) -> str:
+    """``conv2d`` of ``aten.conv2d.default``; an in-place operation is named as its result (``add`` of ``add_``)."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name: str = getattr(packet or node.target, "__name__", str(node.target))
+    if packet is not None and not str(packet).startswith("aten."):
+        return str(node.target)
+    return name if name in RULES else name.removesuffix("_")
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    """What numbers of a dtype are. Raises :class:`CaptureError` for complex ones."""
+    if dtype.is_complex:
+        raise CaptureError(f"numbers of {dtype}")
+    return "f" if dtype.is_floating_point else "b" if dtype == torch.bool else "i"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _meta(node: Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return value[0] if isinstance(value, tuple | list) else value  # type: ignore[no-any-return]
+
+
+def _input(emitter: Emitter, node: Node) -> Value:
+    meta = _meta(node)
+    shape, kind = tuple(meta.shape), kind_of(meta.dtype)
+    leaf = build.leaf(I32 if kind == "i" else F32, *dims_of(shape))
+    if kind == "i":
+        emitter.floats[leaf] = build.leaf(F32, *dims_of(shape))
+    return Value(leaf, shape, kind)
+
+
+def _weight(node: Node, type: Type) -> Value:
+    """Blocks of a quantized type lie along the input channels: a kernel of one tap is stored as a matrix."""
+    shape = stored = tuple(_meta(node).shape)
+    type = type if len(shape) > 1 else F32
+    while stored and stored[-1] == 1 and not type.plain:
+        stored = stored[:-1]
+    return Value(build.leaf(type, *dims_of(stored)), shape)
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()  # type: ignore[no-any-return]
+
+
+def _apply(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapping[Node, Any]) -> Any:
+    def operand(source: Node) -> Any:
+        if source in values:
+            return values[source]
+        return emitter.constant(_numbers(known[source]), kind_of(known[source].dtype))
+
+    if _name(node) == "getitem":
+        return values[node.args[0]][node.args[1]]  # type: ignore[index]
+    given = {key: value for key, value in node.kwargs.items() if key not in IGNORED}
+    args, kwargs = fx.node.map_aggregate((node.args, given), lambda x: _argument(x, operand))  # type: ignore[misc]
+    meta = _meta(node)
+    try:
+        out = Out(tuple(meta.shape), kind_of(meta.dtype))
+        result = RULES[_name(node)](emitter, out, *args, **kwargs)
+    except (CaptureError, GraphError) as error:
+        raise CaptureError(f"{place(node)}: {operation(node)}: {error}") from error
+    return _as_declared(node, result)
+
+
+def _argument(x: Any, operand: Any) -> Any:
+    if isinstance(x, Node):
+        return operand(x)
+    return kind_of(x) if isinstance(x, torch.dtype) else x
+
+
+def _as_declared(node: Node, result: Any) -> Any:
+    """The result with the shapes and kinds that the exporter worked out, which a rule has to have met."""
+    if isinstance(result, tuple):
+        metas = node.meta["val"]
+        return tuple(_declared(node, value, meta) for value, meta in zip(result, metas, strict=True))
+    return _declared(node, result, _meta(node))
+
+
+def _declared(node: Node, value: Value, meta: torch.Tensor) -> Value:
+    if value.shape != tuple(meta.shape):
+        raise CaptureError(f"{place(node)}: {operation(node)}: lowered to {value.shape}, not {tuple(meta.shape)}")
+    return Value(value.tensor, value.shape, kind_of(meta.dtype), value.array)
+
+
+def _output(emitter: Emitter, node: Any, values: Mapping[Node, Any], known: Mapping[Node, Any]) -> Output:
+    if node in known:
+        return Output(dtype_name(known[node].dtype), tuple(known[node].shape), _numbers(known[node]))
+    value: Value = values[node]
+    tensor = value.tensor
+    while tensor.op == "RESHAPE" and tensor.src[0] is not None:
+        tensor = tensor.src[0]
+    if tensor.op in ALIASES:
+        tensor = emitter.node("CONT", emitter.f32(value).tensor if value.kind == "f" else value.tensor)
+    return Output(dtype_name(_meta(node).dtype), value.shape, tensor)
+
+
+def _lowered(
+    exported: Exported,
+    emitter: Emitter,
+    inputs: Mapping[Node, Value],
+    weights: Mapping[Node, Value],
+    outputs: list[Output],
+) -> Lowered:
+    """Only what the outputs need, the outputs flagged."""
+    results = {output.source for output in outputs if isinstance(output.source, Tensor)}
+    graph = Graph(_needed(emitter.nodes, results))
+    graph, new = rebuilt(graph, lambda tensor: {"flags": OUTPUT} if tensor in results else {})
+    return Lowered(
+        graph,
+        tuple(
+            Input(name, dtype_name(_meta(node).dtype), inputs[node].shape, _present(new, emitter, inputs[node].tensor))
+            for node, name in exported.inputs.items()
+        ),
+        tuple(
+            Parameter(name, weights[node].shape, new[weights[node].tensor])
+            for node, name in exported.weights.items()
+            if weights[node].tensor in new
+        ),
+        tuple(Constant(new[leaf], array) for leaf, array in emitter.arrays.items() if leaf in new),
+        tuple(
+            Output(output.dtype, output.shape, new[output.source] if isinstance(output.source, Tensor) else output.source)
+            for output in outputs
+        ),
+    )
+
+
+def _present(new: Mapping[Tensor, Tensor], emitter: Emitter, leaf: Tensor) -> tuple[Tensor, ...]:
+    both = (leaf, emitter.floats.get(leaf))
+    return tuple(new[tensor] for tensor in both if tensor is not None and tensor in new)
+
+
+def _needed(nodes: Iterable[Tensor], results: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    wanted = set(results)
+    kept = []
+    for node in reversed(list(nodes)):
+        if node in wanted:
+            kept.append(node)
+            wanted.update(sources(node))
+    return tuple(reversed(kept))
