@@ -154,7 +154,7 @@ def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool =
         raise ValueError(f"{command.name} has no answer in protocol {dialect.version}")
     (size,) = REPLY_HEADER.unpack((yield REPLY_HEADER.size))
     if size == ERROR_MARK and errors:
-        return (yield from _read_error())
+        return (yield from _read_reason(DEFAULT_LIMITS))
     shape = message_layout(response, dialect)
     if size != shape.size(0) + bulk:
         raise RemoteProtocolError(f"{command.name}: an answer of {size} bytes instead of {shape.size(0) + bulk}")
@@ -168,7 +168,15 @@ def encode_error(reason: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
     return REPLY_HEADER.pack(ERROR_MARK) + ERROR_HEADER.pack(len(text)) + text
 
 
-def _read_error(limits: Limits = DEFAULT_LIMITS) -> Generator[int, Bytes, ErrorReply]:
+def read_error() -> Generator[int, Bytes, ErrorReply]:
+    """A client's end of :func:`encode_error`, where nothing else can come."""
+    (size,) = REPLY_HEADER.unpack((yield REPLY_HEADER.size))
+    if size != ERROR_MARK:
+        raise RemoteProtocolError(f"an answer of {size} bytes that nobody asked for")
+    return (yield from _read_reason(DEFAULT_LIMITS))
+
+
+def _read_reason(limits: Limits) -> Generator[int, Bytes, ErrorReply]:
     (size,) = ERROR_HEADER.unpack((yield ERROR_HEADER.size))
     if size > limits.error_bytes:
         raise RemoteProtocolError(f"an error reply of {size} bytes; at most {limits.error_bytes} are read")

@@ -1,0 +1,266 @@
+"""One TCP connection to a server: requests out, answers in, one after the other.
+
+The HELLO has two forms, and a client can't know which one a server expects. The newer one (protocol 4.0 and later)
+goes first; a server that hangs up on it gets the empty one of 3.x on a fresh connection.
+
+The length of names (GGML_MAX_NAME) can't be asked for either. But a native server hangs up, and does nothing else, on a
+GET_ALLOC_SIZE of a size that is not its own: so that comes first, with one length after the other, each on a fresh
+connection; the connection on which it is answered is kept. Our own servers take any length.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..device import Bytes
+from ..errors import ConnectionFailed, ConnectionLost, RemoteError, RemoteProtocolError, VersionMismatch
+from ..ggml import dialect as dialects
+from ..ggml.dialect import Dialect
+from ..wire import framing, hello, messages
+from ..wire.hello import NATIVE, Capability, HelloReply
+from ..wire.messages import COMMANDS, Command
+from ..wire.names import COMMON
+from ..wire.records import Record
+from .endpoint import Endpoint
+
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED
+MAX_DEVICES = 256
+"""More devices than this nobody has: a larger number is a broken or malicious server."""
+MAX_BUFFERS_PER_SEND = 64
+"""Below every system's IOV_MAX."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds. ``connect``: until the connection stands and HELLO is answered. ``answer``: without a byte from the
+    server, or without room for one; a native server is silent while it computes. A server whose machine is gone is
+    noticed by TCP keepalive after ``dead``."""
+
+    connect: float = 10.0
+    answer: float = 600.0
+    dead: int = 30
+
+
+HANGS_UP = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
+class Connection:
+    """A connection after HELLO. Not thread-safe. Any failure closes it, since the stream then has no meaning any more:
+    later calls raise :class:`ConnectionLost` with the first reason."""
+
+    def __init__(
+        self, endpoint: Endpoint, sock: socket.socket, dialect: Dialect, version: str, capabilities: Capability
+    ) -> None:
+        self.endpoint = endpoint
+        self.dialect = dialect
+        self.version = version
+        """What the server says it speaks; the dialect may be of a lower patch."""
+        self.capabilities = capabilities
+        self.name_length = COMMON[0]
+        self.closed_because = ""
+        self._socket = sock
+
+    def call(self, message: Any, doing: str) -> Any:
+        """Send ``message`` and return its answer, or None where the dialect has none."""
+        command = COMMANDS[type(message)]
+        answered = messages.response_class(command, self.dialect) is not None
+        with self._guard(doing):
+            self._send(framing.encode_request(message, self.dialect, self.name_length))
+            return self._reply(command) if answered else None
+
+    def fetch(self, message: messages.GetTensor, into: memoryview, doing: str) -> messages.GetTensorReply:
+        """Send ``message`` and receive the tensor's bytes straight into ``into`` (as many as it asks for)."""
+        with self._guard(doing):
+            self._send(framing.encode_request(message, self.dialect, self.name_length))
+            self._reply(Command.GET_TENSOR, bulk=len(into))
+            _receive_into(self._socket, into)
+            return messages.GetTensorReply(into)
+
+    def close(self, because: str = "the connection was closed") -> None:
+        self.closed_because = self.closed_because or because
+        self._socket.close()
+
+    def _send(self, buffers: Sequence[Bytes]) -> None:
+        try:
+            _send_all(self._socket, buffers)
+        except HANGS_UP:
+            # A server of ours says why before it hangs up, and what it said can still be read.
+            if self.capabilities & Capability.ERRORS:
+                raise self._refusal(framing.drive(framing.read_error(), self._receive)) from None
+            raise
+
+    def _reply(self, command: Command, bulk: int = 0) -> Any:
+        errors = bool(self.capabilities & Capability.ERRORS)
+        reply = framing.drive(framing.read_reply(command, self.dialect, bulk, errors), self._receive)
+        if isinstance(reply, framing.ErrorReply):
+            raise self._refusal(reply)
+        return reply
+
+    def _refusal(self, reply: framing.ErrorReply) -> RemoteError:
+        return RemoteError(str(self.endpoint), reply.reason)
+
+    def _receive(self, size: int) -> Bytes:
+        return _receive(self._socket, size)
+
+    @contextmanager
+    def _guard(self, doing: str) -> Iterator[None]:
+        """Failures of the socket as ours; whatever goes wrong in mid exchange ends the connection."""
+        if self.closed_because:
+            raise ConnectionLost(str(self.endpoint), doing, self.closed_because)
+        try:
+            yield
+        except OSError as error:
+            reason = _reason(error)
+            self.close(reason)
+            raise ConnectionLost(str(self.endpoint), doing, reason) from error
+        except RemoteProtocolError as error:
+            self.close(str(error))
+            raise RemoteProtocolError(f"{self.endpoint}: {error} (while {doing})") from error
+        except BaseException as error:
+            self.close(str(error))
+            raise
+
+
+def open_connection(
+    endpoint: Endpoint, timeouts: Timeouts = DEFAULT_TIMEOUTS, name_length: int | None = None
+) -> tuple[Connection, int]:
+    """Connect, greet, and find out everything that must be known before the first tensor: the version, what the server
+    can do, how long its names are. ``name_length`` says the last for a native server with an unusual one.
+
+    Returns the connection and how many devices the server has. Raises :class:`ConnectionFailed` (nobody there, or
+    nothing that answers as an RPC server), :class:`VersionMismatch`, :class:`RemoteProtocolError`.
+    """
+    lengths = COMMON if name_length is None else (name_length,)
+    for length in lengths:
+        connection = _greet(endpoint, timeouts)
+        try:
+            devices = _count_devices(connection)
+            connection.name_length = length
+            if _takes_names(connection):
+                connection._socket.settimeout(timeouts.answer)
+                return connection, devices
+        except BaseException:
+            connection.close()
+            raise
+    raise ConnectionFailed(
+        str(endpoint),
+        f"the server refuses tensors with names of {', '.join(map(str, lengths))} bytes; "
+        "if it was built with another GGML_MAX_NAME, give that as the name length",
+    )
+
+
+def _greet(endpoint: Endpoint, timeouts: Timeouts) -> Connection:
+    """The newer HELLO, then the older one."""
+    for offer in (CAPABILITIES, None):
+        sock = _connect(endpoint, timeouts)
+        try:
+            reply = _hello(endpoint, sock, offer)
+            if reply is not None:
+                return _connection(endpoint, sock, reply)
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise ConnectionFailed(str(endpoint), "the server hangs up on HELLO: is it an RPC server?")
+
+
+def _hello(endpoint: Endpoint, sock: socket.socket, offer: Capability | None) -> HelloReply | None:
+    """The server's answer; None when it hangs up."""
+    try:
+        _send_all(sock, [hello.encode_hello(offer)])
+        return framing.drive(hello.read_hello_reply(), lambda size: _receive(sock, size))
+    except TimeoutError as error:
+        raise ConnectionFailed(
+            str(endpoint), "no answer to HELLO: the server is busy with another client, or is no RPC server"
+        ) from error
+    except HANGS_UP:
+        return None
+    except OSError as error:
+        raise ConnectionFailed(str(endpoint), _reason(error)) from error
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{endpoint}: {error}") from error
+
+
+def _connection(endpoint: Endpoint, sock: socket.socket, reply: HelloReply) -> Connection:
+    version = ".".join(map(str, reply.version))
+    dialect = dialects.for_server(reply.version)
+    if dialect is None:
+        raise VersionMismatch(str(endpoint), version, ", ".join(dialects.dialects()))
+    return Connection(endpoint, sock, dialect, version, reply.capabilities)
+
+
+def _count_devices(connection: Connection) -> int:
+    count: int = connection.call(messages.DeviceCount(), "asking for its devices").device_count
+    if count == 0:
+        raise ConnectionFailed(str(connection.endpoint), "the server offers no device")
+    if count > MAX_DEVICES:
+        raise RemoteProtocolError(f"{connection.endpoint}: {count:,} devices; at most {MAX_DEVICES} are believed")
+    return count
+
+
+def _takes_names(connection: Connection) -> bool:
+    """Whether the server takes records of this connection's name length; if not, the connection is over."""
+    if connection.capabilities != NATIVE:
+        return True
+    one = Record(id=1, type=connection.dialect.type_numbers["F32"], ne=(1, 1, 1, 1), nb=(4, 4, 4, 4))
+    question = messages.GetAllocSize(0, one, (Record(),) * 10)
+    try:
+        connection.call(question, "finding the length of its names")
+    except ConnectionLost as lost:
+        if isinstance(lost.__cause__, HANGS_UP):
+            return False
+        raise
+    return True
+
+
+def _connect(endpoint: Endpoint, timeouts: Timeouts) -> socket.socket:
+    try:
+        sock = socket.create_connection((endpoint.host, endpoint.port), timeouts.connect)
+    except (OSError, UnicodeError) as error:
+        raise ConnectionFailed(str(endpoint), f"nobody answers ({_reason(error)})") from error
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    keepalive = {"TCP_KEEPIDLE": timeouts.dead // 2, "TCP_KEEPINTVL": timeouts.dead // 6, "TCP_KEEPCNT": 3}
+    for option, value in keepalive.items():
+        if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
+    return sock
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, HANGS_UP):
+        return "the server hung up"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _send_all(sock: socket.socket, buffers: Sequence[Bytes]) -> None:
+    """Send buffers one after the other without joining them."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers if framing.byte_length(buffer)]
+    while views:
+        sent = sock.sendmsg(views[:MAX_BUFFERS_PER_SEND])
+        while views and sent >= len(views[0]):
+            sent -= len(views.pop(0))
+        if sent:
+            views[0] = views[0][sent:]
+
+
+def _receive(sock: socket.socket, size: int) -> Bytes:
+    data = bytearray(size)
+    _receive_into(sock, memoryview(data))
+    return data
+
+
+def _receive_into(sock: socket.socket, view: memoryview) -> None:
+    while view:
+        got = sock.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the server hung up")
+        view = view[got:]

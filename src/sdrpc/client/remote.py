@@ -1,0 +1,298 @@
+"""A device of a server, behind a connection that it shares with the server's other devices.
+
+Commands that have no answer are only sent: a write and :meth:`Program.run` return when the bytes are on their way, and
+the server works while the client goes on. Everything is done in order, so a read sees what came before; a failure shows
+at the next answer, as :class:`ComputeError` when a graph was under way, and ends the connection for all its devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from ..device import Buffer, Bytes, Device, Memory, Program, Target
+from ..errors import (
+    ComputeError,
+    GraphError,
+    LocalProtocolError,
+    OutOfMemory,
+    RemoteError,
+    RemoteProtocolError,
+    UsageError,
+)
+from ..ggml.tensor import Graph
+from ..targets import PORTABLE, SDRPC
+from ..wire import messages
+from ..wire.framing import byte_length
+from ..wire.graphs import encode_graph
+from ..wire.hello import NATIVE, Capability
+from ..wire.records import Record
+from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
+from .endpoint import parse_endpoint
+
+CHUNK = 32 << 20
+"""Bytes of a SET_TENSOR or GET_TENSOR: native servers hold each message in memory once more."""
+MAX_ALIGNMENT = 1 << 20
+"""Larger than any page: a larger alignment is a broken or malicious server."""
+ADDRESSES = 1 << 64
+
+_keys = count(1)
+
+
+@dataclass(eq=False)
+class RemoteBuffer:
+    """Memory of a server. ``handle`` and ``base`` are the server's numbers for it, ``key`` is ours."""
+
+    key: int
+    size: int
+    handle: int
+    base: int
+    alive: bool = True
+
+
+@dataclass(eq=False)
+class Server:
+    """What the devices of one server share. ``last_graphs``: by device, the payload that GRAPH_RECOMPUTE would run
+    again (servers forget all of them when any buffer is freed). ``computing``: the device whose graph was started and
+    of whose end no answer has told yet."""
+
+    connection: Connection
+    buffers: list[RemoteBuffer] = field(default_factory=list)
+    last_graphs: dict[int, bytes] = field(default_factory=dict)
+    computing: str = ""
+    open_devices: int = 0
+
+    @property
+    def ours(self) -> bool:
+        return self.connection.capabilities != NATIVE
+
+    def ask(self, message: Any, doing: str, into: memoryview | None = None) -> Any:
+        """Send a message and return its answer; that of a GET_TENSOR is received in ``into``."""
+        if self.computing:
+            doing = f"{doing} (after a graph was started on {self.computing})"
+        try:
+            if into is None:
+                reply = self.connection.call(message, doing)
+            else:
+                reply = self.connection.fetch(message, into, doing)
+        except RemoteError as error:
+            if self.computing:
+                raise ComputeError(f"{self.computing} ({error.endpoint}): {error.reason}") from error
+            raise
+        if reply is not None:
+            self.computing = ""
+        return reply
+
+    def accuse(self, reason: str) -> RemoteProtocolError:
+        """The error for an answer that makes no sense; nothing more is said to such a server."""
+        self.connection.close(reason)
+        return RemoteProtocolError(f"{self.connection.endpoint}: {reason}")
+
+
+class RemoteDevice(Device):
+    """Device ``index`` of a server, as :func:`connect` makes it. Not thread-safe, together with all devices of the same
+    server."""
+
+    def __init__(self, name: str, server: Server, index: int) -> None:
+        self.name = name
+        self._server, self._index = server, index
+        connection = server.connection
+        kind = "sdrpc" if server.ours else "ggml"
+        self.description = f"{connection.endpoint}, device {index} ({kind}, RPC protocol {connection.version})"
+        self._alignment = self._ask(messages.GetAlignment(index), "asking for the alignment").alignment
+        self.max_size: int = self._ask(messages.GetMaxSize(index), "asking for the largest buffer").max_size
+        """Bytes of the largest buffer that the server gives."""
+        if not 0 < self._alignment <= MAX_ALIGNMENT or self._alignment & (self._alignment - 1):
+            raise server.accuse(f"an alignment of {self._alignment} bytes; it must be a power of two")
+        if not self.max_size:
+            raise server.accuse("a largest buffer of 0 bytes")
+        server.open_devices += 1
+        self._open = True
+
+    @property
+    def target(self) -> Target:
+        return SDRPC if self._server.connection.capabilities & Capability.MANAGED else PORTABLE
+
+    @property
+    def alignment(self) -> int:
+        return int(self._alignment)
+
+    def memory(self) -> Memory:
+        reply = self._ask(messages.GetDeviceMemory(self._index), "asking for its memory")
+        return Memory(reply.free, reply.total)
+
+    def allocate(self, size: int) -> RemoteBuffer:
+        """Raises :class:`OutOfMemory` when the server has no room, or gives no buffer as large."""
+        if size < 0:
+            raise LocalProtocolError(f"{self.name}: a buffer of {size} bytes")
+        if size > self.max_size:
+            raise OutOfMemory(self.name, size, f"the server's buffers are limited to {self.max_size / 2**20:,.1f} MiB")
+        asked = max(size, 1)  # servers have no buffers of 0 bytes
+        handle, given = self._ask(messages.AllocBuffer(self._index, asked), f"allocating {size:,} bytes")
+        if not handle:
+            raise OutOfMemory(self.name, size, f"the server at {self._server.connection.endpoint} has none left")
+        if given < asked:
+            raise self._server.accuse(f"a buffer of {given:,} bytes where {asked:,} were asked for")
+        base = self._ask(messages.BufferGetBase(handle), "asking for a buffer's address").base_ptr
+        self._check_place(handle, base, given)
+        buffer = RemoteBuffer(next(_keys), size, handle, base)
+        self._server.buffers.append(buffer)
+        return buffer
+
+    def _check_place(self, handle: int, base: int, size: int) -> None:
+        if not base or base + size > ADDRESSES:
+            raise self._server.accuse(f"a buffer of {size:,} bytes at address {base:#x}")
+        for other in self._server.buffers:
+            if other.handle == handle:
+                raise self._server.accuse(f"handle {handle:#x} for a second buffer")
+            # Some native backends (Vulkan, WebGPU) give all buffers the same address; ours never do.
+            if self._server.ours and base < other.base + other.size and other.base < base + size:
+                raise self._server.accuse(f"two buffers at address {base:#x}")
+
+    def free(self, buffer: Buffer) -> None:
+        remote = self._own(buffer)
+        remote.alive = False
+        self._server.buffers.remove(remote)
+        self._server.last_graphs.clear()
+        self._ask(messages.FreeBuffer(remote.handle), "freeing a buffer")
+
+    def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
+        """The bytes go from ``data`` to the socket without a copy; it may be changed when this returns."""
+        if not byte_length(data):
+            return
+        view = memoryview(data).cast("B")
+        remote = self._range(buffer, offset, len(view))
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            record = self._bytes_at(remote, offset + start, len(part))
+            self._ask(messages.SetTensor(record, 0, 0, part), f"writing {len(view):,} bytes")
+
+    def read(self, buffer: Buffer, offset: int, size: int) -> memoryview:
+        remote = self._range(buffer, offset, size)
+        result = np.empty(size, np.uint8).data
+        for start in range(0, size, CHUNK):
+            part = result[start : start + CHUNK]
+            record = self._bytes_at(remote, offset + start, len(part))
+            self._ask(messages.GetTensor(record, 0, len(part)), f"reading {size:,} bytes", part)
+        return result
+
+    def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> RemoteProgram:
+        """Encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.
+
+        Raises :class:`GraphError` for a tensor that is nowhere or outside its buffer, and
+        :class:`UnsupportedOperation` for what the server's protocol version does not have.
+        """
+        used = {key: self._own(buffer) for key, buffer in buffers.items()}
+        self._check_memory(graph, used)
+
+        def locate(key: int, offset: int) -> tuple[int, int]:
+            return used[key].handle, used[key].base + offset
+
+        connection = self._server.connection
+        payload = encode_graph(graph, self._index, connection.dialect, connection.name_length, locate)
+        return RemoteProgram(self, payload, tuple(used.values()))
+
+    def _check_memory(self, graph: Graph, buffers: Mapping[int, RemoteBuffer]) -> None:
+        nodes = frozenset(graph.nodes)
+        for tensor in graph.tensors:
+            if tensor.buffer in buffers:
+                if not 0 <= tensor.offset <= buffers[tensor.buffer].size - tensor.nbytes:
+                    raise GraphError(f"lies outside its buffer of {buffers[tensor.buffer].size:,} bytes", repr(tensor))
+            elif tensor.buffer:
+                raise GraphError(f"lies in a buffer that was not given ({tensor.buffer})", repr(tensor))
+            elif tensor not in nodes or not self.target.managed:
+                raise GraphError(f"lies in no buffer, which {self.name} can't compute with", repr(tensor))
+
+    def run(self, program: RemoteProgram) -> None:
+        """Start a program of this device; see :meth:`RemoteProgram.run`."""
+        if any(not buffer.alive for buffer in program.buffers):
+            raise LocalProtocolError(f"{self.name}: a buffer of the program was freed")
+        server = self._server
+        if server.last_graphs.get(self._index) == program.payload:
+            self._ask(messages.GraphRecompute(self._index), "running a graph again")
+        else:
+            self._ask(messages.GraphCompute(program.payload), "sending a graph")
+            server.last_graphs[self._index] = program.payload
+        server.computing = self.name
+
+    def close(self) -> None:
+        """The connection ends with the last open device of its server, and with it all buffers there."""
+        if self._open:
+            self._open = False
+            self._server.open_devices -= 1
+            if not self._server.open_devices:
+                self._server.connection.close()
+
+    def _ask(self, message: Any, doing: str, into: memoryview | None = None) -> Any:
+        return self._server.ask(message, f"{doing} on device {self._index}", into)
+
+    def _own(self, buffer: Buffer) -> RemoteBuffer:
+        if not isinstance(buffer, RemoteBuffer) or buffer not in self._server.buffers:
+            raise LocalProtocolError(f"{self.name}: {buffer} is no buffer of this server, or was freed")
+        return buffer
+
+    def _range(self, buffer: Buffer, offset: int, size: int) -> RemoteBuffer:
+        if offset < 0 or size < 0 or offset + size > buffer.size:
+            raise LocalProtocolError(f"{self.name}: bytes {offset:,} to {offset + size:,} of {buffer.size:,}")
+        return self._own(buffer)
+
+    def _bytes_at(self, buffer: RemoteBuffer, offset: int, size: int) -> Record:
+        """A part of a buffer as a tensor of bytes: servers move data of tensors only, and check them against their
+        buffer. All of the tensor is moved, so that a server can tell the length of its name (:mod:`sdrpc.wire.names`).
+        """
+        return Record(
+            id=1,
+            type=self._server.connection.dialect.type_numbers["I8"],
+            buffer=buffer.handle,
+            ne=(size, 1, 1, 1),
+            nb=(1, size, size, size),
+            data=buffer.base + offset,
+        )
+
+
+class RemoteProgram(Program):
+    """A graph as the bytes that a server gets."""
+
+    def __init__(self, device: RemoteDevice, payload: bytes, buffers: tuple[RemoteBuffer, ...]) -> None:
+        self.device, self.payload, self.buffers = device, payload, buffers
+
+    def run(self) -> None:
+        """Start the computation and return: the protocol has no word for its end. A read waits for it.
+
+        The graph is sent only if it is not the last one that the device ran. A failure is raised by whatever is
+        answered next (mostly a read): :class:`ComputeError` with the reason from our own servers,
+        :class:`ConnectionLost` from native ones, which hang up or die.
+        """
+        self.device.run(self)
+
+
+def connect(
+    endpoints: Sequence[str], timeouts: Timeouts = DEFAULT_TIMEOUTS, name_length: int | None = None
+) -> list[RemoteDevice]:
+    """All devices of the servers at ``endpoints`` (``host:port``), named RPC0, RPC1, … in the order given.
+
+    ``name_length``: GGML_MAX_NAME of native servers, where it is none of the usual. One server that can't be used is an
+    error that names it; nothing stays open then. Raises :class:`UsageError`, :class:`ConnectionFailed`,
+    :class:`ConnectionLost`, :class:`VersionMismatch`, :class:`RemoteProtocolError`.
+    """
+    parsed = [parse_endpoint(text) for text in endpoints]
+    for position, endpoint in enumerate(parsed):
+        if endpoint in parsed[:position]:
+            raise UsageError(f"{endpoint} is given twice")
+    devices: list[RemoteDevice] = []
+    connections: list[Connection] = []
+    try:
+        for endpoint in parsed:
+            connection, devices_there = open_connection(endpoint, timeouts, name_length)
+            connections.append(connection)
+            server = Server(connection)
+            devices.extend(RemoteDevice(f"RPC{len(devices) + i}", server, i) for i in range(devices_there))
+    except BaseException:
+        for connection in connections:
+            connection.close()
+        raise
+    return devices
