@@ -1,0 +1,147 @@
+"""rpc-server: offer this machine's devices to clients of ggml's RPC protocol."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import UsageError
+from ..ggml.dialect import Dialect, dialects, newest
+from ..server import Limits, Server
+from . import placement, report
+
+if TYPE_CHECKING:
+    from ..engine.device import LocalDevice
+
+NOT_HERE_YET = {
+    "--cache": "-c/--cache: an option of the native rpc-server that sdrpc lacks (weights are not kept on disk yet)",
+}
+"""Options of the native rpc-server that are refused, and why."""
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+def main() -> None:
+    """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
+    sys.exit(report.guarded(app))
+
+
+@app.command()
+def rpc_server(
+    host: Annotated[str, typer.Option("--host", "-H", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 picks a free one.")] = 50052,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", "-d", metavar="NAME,…", help="Devices to offer. [default: all accelerators, else CPU]"
+        ),
+    ] = "",
+    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads of the CPU; 0: one per core.")] = 0,
+    precision: Annotated[
+        str,
+        typer.Option(metavar="exact|fast|auto", help="How to compute; auto: fast where the hardware is made for it."),
+    ] = "auto",
+    protocol: Annotated[
+        str, typer.Option(metavar="VERSION", help="Protocol of the clients, such as 5.0.", show_default="the newest")
+    ] = "",
+    dequant_cache: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory for weights in the form that they are computed in.")
+    ] = "1G",
+    list_devices: Annotated[
+        bool, typer.Option("--list-devices", help="Print this machine's devices and exit.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every client.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False,
+    cache: Annotated[bool, typer.Option("--cache", "-c", hidden=True)] = False,
+) -> None:
+    """Offer this machine's devices to clients of ggml's RPC protocol: sdrpc's sd-cli, stable-diffusion.cpp, llama.cpp.
+
+    Any number of clients at once; none sees another's memory. The protocol has neither passwords nor encryption: listen
+    in trusted networks only."""
+    report.logging_to_console(verbose)
+    if cache:
+        raise UsageError(NOT_HERE_YET["--cache"])
+    if version:
+        print(f"rpc-server {__version__} (RPC protocols {', '.join(dialects())})")
+        return
+    dialect, limits, converted = choose(protocol), Limits(), size(dequant_cache)
+
+    from ..engine.device import devices  # torch takes a while: not before the options are known to be good
+
+    found = devices(precision, threads or None, compute_limit=limits.compute_seconds, dequant_cache=converted)
+    if list_devices:
+        print(*map(described, found), sep="\n")
+        return
+    server = Server(offered(found, device), dialect, host, port, limits)
+    announce(server)
+    serve(server)
+
+
+def choose(version: str) -> Dialect:
+    """The dialect that ``version`` means: that one, or the newest of a family ("5", "5.0"); "" is the newest of all."""
+    if not version:
+        return newest()
+    wanted = version.removeprefix("v").split(".")
+    fitting = [dialect for known, dialect in dialects().items() if known.split(".")[: len(wanted)] == wanted]
+    if not fitting:
+        raise UsageError(f"--protocol {version}: there are {', '.join(dialects())}")
+    return fitting[-1]
+
+
+def size(text: str) -> int:
+    """Bytes from ``512M``, ``2G``, ``1.5GiB``, ``0``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"--dequant-cache {text}: not a size; write it as 512M or 2G")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def offered(found: Sequence[LocalDevice], names: str) -> list[LocalDevice]:
+    """The devices called ``names``, in that order; all accelerators, else the CPU, when none is named."""
+    if not names:
+        return [device for device in found if device.name != "CPU"] or list(found)
+    known = [device.name for device in found]
+    wanted = [placement.resolve(name, known, known[0]) for name in re.split("[,/]", names)]
+    if len(set(wanted)) < len(wanted):
+        raise UsageError(f"--device {names}: a device is named twice")
+    return [found[known.index(name)] for name in wanted]
+
+
+def described(device: LocalDevice) -> str:
+    """A line about ``device``, as the native server writes it."""
+    free, total = device.memory()
+    return f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)"
+
+
+def announce(server: Server) -> None:
+    """Print what is offered where, and warn when other machines can reach it."""
+    print(f"Starting RPC server v{server.dialect.version}")
+    print("Devices:", *map(described, server.devices), sep="\n")
+    print(f"  endpoint       : {server.endpoint}", flush=True)
+    if server.exposed:
+        report.log.print(
+            f"[yellow]warning:[/] whoever can reach {server.endpoint} can use these devices and their memory: the "
+            "protocol has neither passwords nor encryption. Listen on 127.0.0.1 or in a trusted network only."
+        )
+
+
+def serve(server: Server) -> None:
+    """Until Ctrl-C or SIGTERM; a second one ends the process at once."""
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        server.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    server.serve()
+    for device in server.devices:
+        device.close()
