@@ -1,0 +1,298 @@
+"""The devices of this process: torch's accelerators and the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import RLock
+from typing import TypeVar
+
+import torch
+
+from sdrpc.device import Buffer, Bytes, Device, Memory, Program, Target
+from sdrpc.errors import DeviceError, OutOfMemory
+from sdrpc.ggml import spec
+from sdrpc.ggml.tensor import Graph
+from sdrpc.targets import SDRPC
+
+from .digest import content
+from .errors import translated
+from .memory import LocalBuffer, host_bytes
+from .precision import Precision, choose
+from .program import Bound, Compiled, compile_graph
+from .system import host_memory, processor
+from .weights import Weights
+
+T = TypeVar("T")
+
+GIB = 2**30
+PROGRAMS = 32
+"""Graphs that are kept compiled, and kept bound to buffers."""
+
+_keys = itertools.count(1)
+"""Buffers' keys are unique in the process, so that a graph can't name another device's memory by mistake."""
+
+
+class LocalProgram(Program):
+    """A graph bound to buffers of a :class:`LocalDevice`."""
+
+    def __init__(self, device: LocalDevice, bound: Bound) -> None:
+        self.device, self.bound = device, bound
+
+    def run(self) -> None:
+        """Compute all nodes. Raises :class:`sdrpc.errors.ComputeError`, :class:`sdrpc.errors.OutOfMemory`."""
+        self.device.execute(self.bound)
+
+    @property
+    def fusions(self) -> Mapping[str, int]:
+        """How often each fusion fired."""
+        return self.bound.compiled.fusions
+
+
+class LocalDevice(Device):
+    """A device of torch. Safe to share between threads: one worker computes for all of them, in turn.
+
+    ``compute_limit``: seconds that one run may take (None: no limit). ``dequant_cache``: bytes of weights that are kept
+    in the dtype that they are computed in.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        torch_device: torch.device,
+        precision: Precision,
+        *,
+        description: str = "",
+        threads: int | None = None,
+        compute_limit: float | None = None,
+        dequant_cache: int = GIB,
+    ) -> None:
+        self.name, self.torch_device, self.precision = name, torch_device, precision
+        self.description = description or name
+        self.compute_limit = compute_limit
+        self._weights = Weights(dequant_cache)
+        self._buffers: dict[int, LocalBuffer] = {}
+        self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._bound: OrderedDict[tuple[bytes, tuple[int, ...]], Bound] = OrderedDict()
+        self._lock = RLock()
+        self._worker = ThreadPoolExecutor(
+            1, thread_name_prefix=f"sdrpc-{name}", initializer=_start, initargs=(threads,)
+        )
+
+    # what it is
+
+    @property
+    def target(self) -> Target:
+        return SDRPC
+
+    @property
+    def alignment(self) -> int:
+        return 64
+
+    def memory(self) -> Memory:
+        """Free and total bytes; what is promised to buffers but was never touched does not count as free."""
+        kind = self.torch_device.type
+        if kind == "cpu":
+            free, total = host_memory()
+            with self._lock:
+                promised = sum(buffer.size for buffer in self._buffers.values())
+            return Memory(max(min(free, total - promised), 0), total)
+        with translated(self.name, "asking for its memory"):
+            if kind == "mps":
+                total = torch.mps.recommended_max_memory()
+                return Memory(max(total - torch.mps.driver_allocated_memory(), 0), total)
+            module = torch.xpu if kind == "xpu" else torch.cuda
+            free, total = module.mem_get_info(self.torch_device)
+            cached = module.memory_reserved(self.torch_device) - module.memory_allocated(self.torch_device)
+            return Memory(free + cached, total)
+
+    # bytes
+
+    def allocate(self, size: int) -> LocalBuffer:
+        """A new buffer, zeroed: what it holds was never anybody else's."""
+        if size < 0:
+            raise DeviceError(f"{self.name}: a buffer of {size} bytes")
+        if size > self.memory().free:
+            raise OutOfMemory(self.name, size)
+        with translated(self.name, "allocating a buffer", size):
+            if self.torch_device.type == "cpu":
+                data, host = host_bytes(size)
+                buffer = LocalBuffer(next(_keys), size, data, host)
+            else:
+                data = torch.zeros(size, dtype=torch.uint8, device=self.torch_device)
+                buffer = LocalBuffer(next(_keys), size, data, None)
+        with self._lock:
+            self._buffers[buffer.key] = buffer
+        return buffer
+
+    def free(self, buffer: Buffer) -> None:
+        """Give ``buffer`` back; programs that used it are forgotten."""
+        with self._lock:
+            self._buffers.pop(buffer.key, None)
+            for key in [key for key in self._bound if buffer.key in key[1]]:
+                del self._bound[key]
+        self._weights.drop(buffer.key)
+
+    def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
+        source = memoryview(data).cast("B")
+        mine = self._range(buffer, offset, len(source))
+        self._weights.drop(buffer.key, offset, offset + len(source))
+        if mine.host is not None:
+            mine.host[offset : offset + len(source)] = source
+        elif len(source):
+            with translated(self.name, "writing"):
+                writable = source if not source.readonly else memoryview(bytearray(source))
+                mine.data[offset : offset + len(source)].copy_(torch.frombuffer(writable, dtype=torch.uint8))
+
+    def read(self, buffer: Buffer, offset: int, size: int) -> Bytes:
+        """``size`` bytes; on the CPU a view of the memory itself, which later computing changes."""
+        mine = self._range(buffer, offset, size)
+        if mine.host is not None:
+            return mine.host[offset : offset + size].toreadonly()
+        if not size:
+            return b""
+        with translated(self.name, "reading"):
+            return memoryview(mine.data[offset : offset + size].cpu().numpy()).cast("B")
+
+    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
+        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``."""
+        mine = self._range(buffer, offset, size)
+        if mine.host is None:
+            return None
+        self._weights.drop(buffer.key, offset, offset + size)
+        return mine.host[offset : offset + size]
+
+    def clear(self, buffer: Buffer, value: int = 0) -> None:
+        self.fill(buffer, 0, buffer.size, value)
+
+    def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
+        """Set ``size`` bytes from ``offset`` on to ``value``."""
+        mine = self._range(buffer, offset, size)
+        self._weights.drop(buffer.key, offset, offset + size)
+        with translated(self.name, "filling"):
+            mine.data[offset : offset + size].fill_(value)
+
+    def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
+        """Copy ``size`` bytes, also within one buffer."""
+        a, b = self._range(source, source_offset, size), self._range(target, target_offset, size)
+        self._weights.drop(target.key, target_offset, target_offset + size)
+        with translated(self.name, "copying"):
+            part = a.data[source_offset : source_offset + size]
+            b.data[target_offset : target_offset + size].copy_(part.clone() if a is b else part)
+
+    def _range(self, buffer: Buffer, offset: int, size: int) -> LocalBuffer:
+        mine = self._buffers.get(buffer.key)
+        if mine is None:
+            raise DeviceError(f"{self.name}: a buffer that it does not have")
+        if offset < 0 or size < 0 or offset + size > mine.size:
+            raise DeviceError(f"{self.name}: bytes {offset} … {offset + size} of a buffer of {mine.size}")
+        return mine
+
+    # graphs
+
+    def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> LocalProgram:
+        mine = {key: self._range(buffer, 0, 0) for key, buffer in buffers.items()}
+        sizes = {key: buffer.size for key, buffer in mine.items()}
+        digest, keys = content(graph, sizes)
+        with self._lock:
+            compiled = _recent(self._compiled, digest)
+        if compiled is None:
+            spec.check(graph, sizes)
+            with translated(self.name, "compiling a graph"):
+                compiled = compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
+            with self._lock:
+                _remember(self._compiled, digest, compiled)
+        used = [mine[keys[number]] for number in compiled.buffers]
+        name = (digest, tuple(buffer.key for buffer in used))
+        with self._lock:
+            bound = _recent(self._bound, name)
+        if bound is None:
+            with translated(self.name, "binding a graph"):
+                bound = Bound(compiled, used, self._weights, self.torch_device)
+            with self._lock:
+                _remember(self._bound, name, bound)
+        return LocalProgram(self, bound)
+
+    def execute(self, bound: Bound) -> None:
+        """Run ``bound`` in the device's worker and wait for it."""
+        self._submit(lambda: self._run(bound))
+
+    def _run(self, bound: Bound) -> None:
+        deadline = None if self.compute_limit is None else time.monotonic() + self.compute_limit
+        with torch.inference_mode(), translated(self.name, "computing"):
+            bound.run(deadline)
+
+    def _submit(self, work: Callable[[], T]) -> T:
+        return self._worker.submit(work).result()
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True)
+        with self._lock:
+            for buffer in list(self._buffers.values()):
+                self.free(buffer)
+            self._compiled.clear()
+            self._bound.clear()
+
+
+def _start(threads: int | None) -> None:
+    """In the worker: torch counts threads for each thread that computes."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+K = TypeVar("K")
+
+
+def _recent(cache: OrderedDict[K, T], key: K) -> T | None:
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    return None
+
+
+def _remember(cache: OrderedDict[K, T], key: K, value: T) -> None:
+    cache[key] = value
+    while len(cache) > PROGRAMS:
+        cache.popitem(last=False)
+
+
+def devices(
+    precision: str = "auto", threads: int | None = None, *, compute_limit: float | None = None, dequant_cache: int = GIB
+) -> list[LocalDevice]:
+    """Every accelerator that torch finds, then the CPU.
+
+    ``precision``: exact, fast, or auto, which is fast where the hardware has narrow arithmetic. ``threads``: of the
+    CPU (default: torch's). Raises :class:`sdrpc.errors.UsageError` for another precision.
+    """
+    found = []
+    for name, torch_device, description in _found():
+        found.append(
+            LocalDevice(
+                name,
+                torch_device,
+                choose(precision, torch_device),
+                description=description,
+                threads=threads if torch_device.type == "cpu" else None,
+                compute_limit=compute_limit,
+                dequant_cache=dequant_cache,
+            )  # fmt: skip
+        )
+    return found
+
+
+def _found() -> list[tuple[str, torch.device, str]]:
+    found = []
+    kind = "ROCm" if torch.version.hip else "CUDA"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            found.append((f"{kind}{i}", torch.device("cuda", i), torch.cuda.get_device_name(i)))
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        for i in range(torch.xpu.device_count()):
+            found.append((f"XPU{i}", torch.device("xpu", i), torch.xpu.get_device_name(i)))
+    if torch.backends.mps.is_available():
+        found.append(("MPS", torch.device("mps"), processor()))
+    found.append(("CPU", torch.device("cpu"), processor()))
+    return found

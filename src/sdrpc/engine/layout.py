@@ -1,0 +1,90 @@
+"""A strided view of a dense array as reshape, slice and permute.
+
+ggml describes a view by byte strides into its source's memory. A torch value may lie in memory in any order (channels
+last, a permuted view), so strides of memory mean nothing for it; what a view means is said in logical steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sdrpc.ggml.tensor import Dims
+
+from .dtypes import Shape, shape_of
+
+
+class Strided(NamedTuple):
+    """Elements of a dense array: sizes and strides in ggml's order (fastest first), all counted in elements."""
+
+    ne: Dims
+    strides: Dims
+    offset: int = 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether these are consecutive elements, in order, from the first on."""
+        step = 1
+        for n, stride in zip(self.ne, self.strides, strict=True):
+            if n != 1 and stride != step:
+                return False
+            step *= n
+        return self.offset == 0
+
+
+class Steps(NamedTuple):
+    """``x.reshape(full)[slices].permute(order).reshape(shape)``; ``slices`` and ``order`` are None where they would do
+    nothing. The last reshape only adds or drops dimensions of one element."""
+
+    full: tuple[int, ...]
+    slices: tuple[slice, ...] | None
+    order: tuple[int, ...] | None
+    shape: Shape
+
+
+def steps(elements: int, view: Strided) -> Steps | None:
+    """How ``view`` of a dense array of ``elements`` is said without strides; None when it can't be (overlapping rows,
+    strides that do not divide each other)."""
+    axes = [i for i in range(4) if view.ne[i] != 1]
+    if any(view.strides[i] <= 0 for i in axes):
+        return None
+    by_stride = sorted(axes, key=lambda i: view.strides[i], reverse=True)
+    strides = [view.strides[i] for i in by_stride]
+    sizes = [view.ne[i] for i in by_stride]
+    if not strides or strides[-1] != 1:  # a picked column, or a single element: the rest of the row is sliced away
+        strides.append(1)
+        sizes.append(1)
+    full: list[int] = []
+    slices: list[slice] = []
+    outer, rest = elements, view.offset
+    for stride, size in zip(strides, sizes, strict=True):
+        if outer % stride:
+            return None
+        start, rest = divmod(rest, stride)
+        full.append(outer // stride)
+        if start + size > full[-1]:
+            return None
+        slices.append(slice(start, start + size))
+        outer = stride
+    wanted = [by_stride.index(i) for i in sorted(axes, reverse=True)]
+    if len(sizes) > len(by_stride):
+        wanted.append(len(by_stride))
+    sliced = any(s.stop - s.start != n for s, n in zip(slices, full, strict=True))
+    permuted = wanted != sorted(wanted)
+    return Steps(tuple(full), tuple(slices) if sliced else None, tuple(wanted) if permuted else None, shape_of(view.ne))
+
+
+def take(x: torch.Tensor, way: Steps | None, view: Strided) -> torch.Tensor:
+    """The elements of ``x``, seen as dense, that ``view`` names; no copy where ``x`` lies so that none is needed."""
+    if way is None:
+        dense = x.contiguous()
+        return dense.as_strided(shape_of(view.ne), shape_of(view.strides), dense.storage_offset() + view.offset)
+    if way.slices is None and way.order is None:
+        return x.reshape(way.shape)
+    x = x.reshape(way.full)
+    if way.slices is not None:
+        x = x[way.slices]
+    if way.order is not None:
+        x = x.permute(way.order)
+    return x.reshape(way.shape)

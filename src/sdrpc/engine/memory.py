@@ -1,0 +1,52 @@
+"""The memory of a device: buffers of bytes, and typed views of them."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdrpc.errors import GraphError
+
+from .dtypes import DTYPES, shape_of
+from .values import Place
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LocalBuffer:
+    """Bytes on a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it."""
+
+    key: int
+    size: int
+    data: Tensor
+    host: memoryview | None
+
+
+def host_bytes(size: int) -> tuple[Tensor, memoryview]:
+    """Zeroed memory of the CPU that costs nothing until it is touched, and that nobody used before."""
+    mapped = mmap.mmap(-1, max(size, 1))
+    view = memoryview(mapped)[:size]
+    if not size:
+        return torch.empty(0, dtype=torch.uint8), view
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=size), view
+
+
+def typed(data: Tensor, place: Place) -> Tensor:
+    """The tensor at ``place`` of the memory ``data``, no copy. Blocks come as [n3, n2, n1, bytes of a row] of uint8.
+
+    Raises :class:`GraphError` where torch can't address it (offset or strides that are no whole elements).
+    """
+    dtype = DTYPES.get(place.type)
+    if dtype is None:
+        shape = (place.ne[3], place.ne[2], place.ne[1], place.type.row_bytes(place.ne[0]))
+        return data.as_strided(shape, (place.nb[3], place.nb[2], place.nb[1], 1), place.offset)
+    size = dtype.itemsize
+    if place.offset % size or any(b % size for b, n in zip(place.nb, place.ne, strict=True) if n > 1):
+        raise GraphError(
+            f"offset {place.offset} or strides {list(place.nb)} are no multiple of {place.type}'s {size} bytes"
+        )
+    elements = data[place.offset : place.end].view(dtype)
+    strides = tuple(b // size for b in shape_of(place.nb))
+    return elements.as_strided(shape_of(place.ne), strides, elements.storage_offset())

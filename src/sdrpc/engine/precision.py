@@ -1,0 +1,158 @@
+"""In which dtype each value is computed and held.
+
+*exact*: everything that ggml calls a float is computed in float32, and rounded where a tensor is declared narrower.
+*fast*: matrix products, convolutions and attention take and give a narrow dtype (they accumulate in float32), and what
+lies between them stays narrow; an operation marked GGML_PREC_F32 takes and gives float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sdrpc.errors import UsageError
+from sdrpc.ggml.types import F32
+
+from .dtypes import DTYPES
+from .system import processor_features
+from .values import Place, Value, ordered
+from .weights import Form
+
+PREC_F32 = 10
+"""ggml_prec: GGML_PREC_F32."""
+
+HEAVY = frozenset({
+    "MUL_MAT", "OUT_PROD", "CONV_2D", "CONV_2D_DW", "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT",
+    "LINEAR", "ATTENTION",
+})  # fmt: skip
+"""What is worth a narrow dtype."""
+
+MOVES = frozenset({
+    "VIEW", "SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT", "REPEAT", "SET", "PAD",
+})  # fmt: skip
+"""What moves numbers without computing: in any dtype."""
+
+FOLLOWS = frozenset({
+    "ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "LEAKY_RELU", "UNARY", "GLU", "NORM", "RMS_NORM", "GROUP_NORM",
+    "SOFT_MAX", "UPSCALE", "DIAG_MASK_INF", "DIAG_MASK_ZERO",
+    "LAYER_NORM", "GROUP_NORM_AFFINE", "RMS_NORM_AFFINE", "GEGLU_HALVES",
+})  # fmt: skip
+"""What stays narrow when it is fed narrow values (torch computes these in float32 inside)."""
+
+RAW: dict[str, tuple[int, ...]] = {"GET_ROWS": (0,), "SET_ROWS": (0, 1, 2), "IM2COL": (0,)}
+"""Operands that are taken as they are: rows are converted when they are picked, the destination of SET_ROWS is memory,
+and of its kernel IM2COL wants the shape only."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``narrow`` is the dtype of heavy operations, None in exact precision."""
+
+    name: str
+    narrow: torch.dtype | None = None
+
+
+EXACT = Precision("exact")
+
+
+def choose(name: str, device: torch.device) -> Precision:
+    """The precision called ``name`` (exact, fast or auto) on ``device``. Raises :class:`UsageError` for another."""
+    if name not in ("exact", "fast", "auto"):
+        raise UsageError(f"precision {name!r}: exact, fast or auto")
+    fast = Precision("fast", torch.float16 if device.type == "mps" or not _has_bf16(device) else torch.bfloat16)
+    if device.type == "cpu":
+        fast = Precision("fast", torch.bfloat16)
+    if name == "exact" or (name == "auto" and not _is_narrow_faster(device)):
+        return EXACT
+    return fast
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_narrow_faster(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type != "cpu" or bool(processor_features() & {"amx_bf16", "avx512_bf16"})
+
+
+def assign(effects: Sequence[Value], precision: Precision) -> tuple[Value, ...]:
+    """``effects`` with a dtype for every value, and CAST and WEIGHT values where operands need another one."""
+    return _Assigner(effects, precision).run()
+
+
+class _Assigner:
+    def __init__(self, effects: Sequence[Value], precision: Precision) -> None:
+        self.effects, self.narrow = effects, precision.narrow
+        self.done: dict[Value, Value] = {}
+        self.casts: dict[tuple[Value, torch.dtype], Value] = {}
+        self.weights: dict[tuple[Place, Form], Value] = {}
+        self.written = [v.store or v.place for v in effects]
+
+    def run(self) -> tuple[Value, ...]:
+        for value in ordered(self.effects):
+            self.done[value] = self._assign(value)
+        return tuple(self.done[value] for value in self.effects)
+
+    def _assign(self, value: Value) -> Value:
+        own = DTYPES.get(value.type)
+        if value.op == "LEAF":
+            return replace(value, dtype=own or torch.uint8)
+        src = [None if s is None else self.done[s] for s in value.src]
+        if value.op == "SNAPSHOT":
+            return replace(value, src=tuple(src), dtype=src[0].dtype if src[0] is not None else own)
+        raw = RAW.get(value.op, ())
+        compute = self._compute(value, [s for s in src if s is not None])
+        operands = tuple(s if s is None or i in raw else self._as(s, compute) for i, s in enumerate(src))
+        return replace(value, src=operands, dtype=self._held(value, own, compute))
+
+    def _compute(self, value: Value, src: Sequence[Value]) -> torch.dtype:
+        """The dtype that all floating operands get."""
+        if value.op in MOVES:
+            floats = [s for s in src if s.dtype is not None and (s.dtype.is_floating_point or not s.type.plain)]
+            dtypes = {s.dtype if s.type.plain and s.dtype is not None else torch.float32 for s in floats}
+            if len(dtypes) == 1:
+                return dtypes.pop()
+            return self.narrow if self.narrow in dtypes and self.narrow is not None else torch.float32
+        if self.narrow is None:
+            return torch.float32
+        if value.op in HEAVY:
+            return (
+                torch.float32 if getattr(value.params, "prec", 0) == PREC_F32 and value.op == "MUL_MAT" else self.narrow
+            )
+        if value.op in FOLLOWS and any(s.dtype is self.narrow and s.op != "LEAF" for s in src):
+            return self.narrow
+        return torch.float32
+
+    def _held(self, value: Value, own: torch.dtype | None, compute: torch.dtype) -> torch.dtype:
+        if own is None:
+            return torch.float32  # blocks: the program quantizes when it stores
+        if not own.is_floating_point or self.narrow is None or compute is not self.narrow:
+            return own
+        return self.narrow if value.op in HEAVY or value.op in FOLLOWS or value.op in MOVES else own
+
+    def _as(self, operand: Value, compute: torch.dtype) -> Value:
+        """``operand`` in ``compute``; integers stay as they are."""
+        own = operand.dtype
+        blocks = operand.op == "LEAF" and not operand.type.plain
+        if own is compute or (own is not None and not own.is_floating_point and not blocks):
+            return operand
+        if operand.op == "LEAF" and operand.place is not None:
+            place = operand.place
+            form = Form(compute)
+            if not any(place.overlaps(w) for w in self.written if w is not None):
+                made = self.weights.get((place, form))
+                if made is None:
+                    made = self.weights[place, form] = replace(
+                        operand, op="WEIGHT", src=(operand,), params=form, place=place, dtype=compute
+                    )
+                return made
+        cast = self.casts.get((operand, compute))
+        if cast is None:
+            cast = self.casts[operand, compute] = Value(
+                "CAST", F32, operand.ne, (operand,), at=operand.at, dtype=compute, node=operand.node
+            )
+        return cast

@@ -1,0 +1,159 @@
+"""A graph made ready to run: compiled once per content, bound to buffers, run many times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from sdrpc.errors import ComputeError, UnsupportedOperation
+from sdrpc.ggml.tensor import Graph
+
+from .dequant import DEQUANTIZE
+from .errors import translated
+from .fuse import Report, fuse
+from .memory import LocalBuffer, typed
+from .ops import RAISE
+from .precision import Precision, assign
+from .values import Value, ordered, trace
+from .weights import Form, Weights, convert
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a graph computes, whatever buffers it will run on: ``effects`` in order, the numbers of the buffers that
+    places count, sizes of scratch memories, which fusions fired."""
+
+    effects: tuple[Value, ...]
+    buffers: tuple[int, ...]
+    scratch: Mapping[int, int]
+    fusions: Report
+
+
+def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]) -> Compiled:
+    """Raise, fuse and type ``graph``, which has been checked; ``numbers`` count its buffers by key. Raises
+    :class:`UnsupportedOperation` that names the node for what torch can't do here."""
+    traced = trace(graph)
+    for value in ordered(traced.effects):
+        _supported(value)
+    effects, report = fuse(traced.effects)
+    buffers = tuple(numbers[key] for key in traced.buffers)
+    return Compiled(assign(effects, precision), buffers, traced.scratch, report)
+
+
+def _supported(value: Value) -> None:
+    if value.op == "LEAF":
+        if not value.type.plain and value.type.name not in DEQUANTIZE:
+            raise UnsupportedOperation(f"weights of type {value.type}", value.node)
+    elif value.op not in RAISE:
+        raise UnsupportedOperation("operation not supported", value.node)
+    elif not value.type.plain:
+        raise UnsupportedOperation(f"a result of type {value.type}", value.node)
+
+
+class Step(NamedTuple):
+    """``registers[out] = run(*registers[args])``, written to ``store`` if there is one; then ``free`` are forgotten."""
+
+    run: Callable[..., Tensor]
+    args: tuple[int, ...]
+    out: int
+    dtype: torch.dtype | None
+    store: Tensor | None
+    free: tuple[int, ...]
+    node: str
+
+
+class Bound:
+    """A compiled graph on its buffers. Not thread-safe: the device's worker runs it."""
+
+    def __init__(
+        self, compiled: Compiled, buffers: Sequence[LocalBuffer], weights: Weights, device: torch.device
+    ) -> None:
+        self.buffers = tuple(buffers)
+        self.compiled = compiled
+        self._weights, self._device = weights, device
+        memory: dict[int, Tensor] = {i: buffer.data for i, buffer in enumerate(buffers)}
+        for number, size in compiled.scratch.items():
+            memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._memory = memory
+        self._fixed: list[Tensor | None] = []
+        self._steps: list[Step] = []
+        self._build()
+        self._stores = sorted(
+            {(p.memory, p.offset, p.end) for v in compiled.effects for p in [v.store or v.place] if p}
+        )
+
+    def _build(self) -> None:
+        values = ordered(self.compiled.effects)
+        last = {source: i for i, value in enumerate(values) for source in value.src if source is not None}
+        number = {value: i for i, value in enumerate(values)}
+        dying: dict[int, list[int]] = {}
+        for source, i in last.items():
+            if source.op != "LEAF":
+                dying.setdefault(i, []).append(number[source])
+        for i, value in enumerate(values):
+            if value.op == "LEAF":
+                assert value.place is not None  # noqa: S101
+                self._fixed.append(typed(self._memory[value.place.memory], value.place))
+                continue
+            self._fixed.append(None)
+            store = None if value.store is None else typed(self._memory[value.store.memory], value.store)
+            self._steps.append(Step(
+                self._function(value), tuple(number[s] for s in _trimmed(value.src)), i,
+                value.dtype, store, tuple(dying.get(i, ())), value.node,
+            ))  # fmt: skip
+
+    def _function(self, value: Value) -> Callable[..., Tensor]:
+        if value.op == "WEIGHT":
+            return self._weight(value)
+        if value.op == "ARANGE":
+            return partial(RAISE["ARANGE"], value, self._device)
+        return partial(RAISE[value.op], value)
+
+    def _weight(self, value: Value) -> Callable[[Tensor], Tensor]:
+        place, form = value.place, cast(Form, value.params)
+        assert place is not None  # noqa: S101
+        if place.memory < 0:
+            return lambda raw: convert(raw, value.type, value.ne, form)
+        buffer = self.buffers[place.memory].key
+        key = (place.offset, place.type, place.ne, place.nb, form)
+
+        def get(raw: Tensor) -> Tensor:
+            return self._weights.get(
+                buffer, place.offset, place.end, key, lambda: convert(raw, value.type, value.ne, form)
+            )
+
+        return get
+
+    def run(self, deadline: float | None = None) -> None:
+        """Run all steps. Raises :class:`ComputeError` when ``deadline`` (of time.monotonic) passes in between."""
+        registers = list(self._fixed)
+        for run, args, out, dtype, store, free, node in self._steps:
+            with_args = [registers[i] for i in args]
+            try:
+                result = run(*with_args)
+                if result.dtype is not dtype and dtype is not None:
+                    result = result.to(dtype)
+                if store is not None:
+                    store.copy_(result)
+            except Exception as error:
+                with translated(str(self._device), node):
+                    raise error
+            registers[out] = result
+            for i in free:
+                registers[i] = None
+            if deadline is not None and time.monotonic() > deadline:
+                raise ComputeError(f"{self._device}: the graph ran out of its time at {node}")
+        for memory, start, end in self._stores:
+            if memory >= 0:
+                self._weights.drop(self.buffers[memory].key, start, end)
+
+
+def _trimmed(src: tuple[Value | None, ...]) -> list[Value]:
+    """Operands without the missing ones at the end; the rules allow no gap that an operation here has."""
+    return [s for s in src if s is not None]

@@ -1,0 +1,67 @@
+"""What the operating system says of its memory and processor."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+
+from sdrpc.device import Memory
+
+
+def host_memory() -> Memory:
+    """Free and total bytes of the machine's memory, or of the control group's where that allows less."""
+    if sys.platform == "win32":
+        return _windows()
+    info = Path("/proc/meminfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+        if limit is not None and used is not None and limit < total:
+            return Memory(min(free, max(limit - used, 0)), limit)
+        return Memory(free, total)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Memory(total // 2, total)  # no portable way to ask; half is what a desktop has left
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _windows() -> Memory:
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong), ("load", ctypes.c_ulong), ("total", ctypes.c_ulonglong),
+            ("available", ctypes.c_ulonglong), ("rest", ctypes.c_ulonglong * 5),
+        )  # fmt: skip
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
+    return Memory(int(status.available), int(status.total))
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def processor_features() -> frozenset[str]:
+    """The features that the processor names (Linux only): ``avx512_bf16``, ``amx_bf16``, …"""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
