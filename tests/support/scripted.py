@@ -1,5 +1,6 @@
-"""A server of the RPC protocol that does as it is told: it behaves like a native one (or one of ours), keeps real memory,
-remembers every command, and answers with any bytes at all where a test says so. And a proxy that cuts and stalls."""
+"""A server of the RPC protocol that does as it is told: it behaves like a native one (or one of ours), keeps real
+memory, remembers every command, and answers with any bytes at all where a test says so. And a proxy that cuts and
+stalls."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdrpc.device import Bytes
+from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, newest
 from sdrpc.wire import graphs
 from sdrpc.wire import messages as m
@@ -116,8 +118,6 @@ class Scripted:
 
     def _read(self, reader: RequestReader, receive: Callable[[int], bytes]) -> Any:
         """A request; None for one of a size that a native server hangs up on."""
-        from sdrpc.errors import RemoteProtocolError
-
         try:
             return drive(reader.read(), receive)
         except RemoteProtocolError:

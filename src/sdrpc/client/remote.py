@@ -17,13 +17,13 @@ import numpy as np
 from ..device import Buffer, Bytes, Device, Memory, Program, Target
 from ..errors import (
     ComputeError,
-    GraphError,
     LocalProtocolError,
     OutOfMemory,
     RemoteError,
     RemoteProtocolError,
     UsageError,
 )
+from ..ggml import spec
 from ..ggml.tensor import Graph
 from ..targets import PORTABLE, SDRPC
 from ..wire import messages
@@ -181,13 +181,13 @@ class RemoteDevice(Device):
         return result
 
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> RemoteProgram:
-        """Encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.
+        """Check and encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.
 
-        Raises :class:`GraphError` for a tensor that is nowhere or outside its buffer, and
-        :class:`UnsupportedOperation` for what the server's protocol version does not have.
+        Raises :class:`GraphError` for a graph that means nothing (:mod:`sdrpc.ggml.spec`), and
+        :class:`UnsupportedOperation` for what we or the server's protocol version don't have.
         """
         used = {key: self._own(buffer) for key, buffer in buffers.items()}
-        self._check_memory(graph, used)
+        spec.check(graph, {key: buffer.size for key, buffer in used.items()}, managed=self.target.managed)
 
         def locate(key: int, offset: int) -> tuple[int, int]:
             return used[key].handle, used[key].base + offset
@@ -195,17 +195,6 @@ class RemoteDevice(Device):
         connection = self._server.connection
         payload = encode_graph(graph, self._index, connection.dialect, connection.name_length, locate)
         return RemoteProgram(self, payload, tuple(used.values()))
-
-    def _check_memory(self, graph: Graph, buffers: Mapping[int, RemoteBuffer]) -> None:
-        nodes = frozenset(graph.nodes)
-        for tensor in graph.tensors:
-            if tensor.buffer in buffers:
-                if not 0 <= tensor.offset <= buffers[tensor.buffer].size - tensor.nbytes:
-                    raise GraphError(f"lies outside its buffer of {buffers[tensor.buffer].size:,} bytes", repr(tensor))
-            elif tensor.buffer:
-                raise GraphError(f"lies in a buffer that was not given ({tensor.buffer})", repr(tensor))
-            elif tensor not in nodes or not self.target.managed:
-                raise GraphError(f"lies in no buffer, which {self.name} can't compute with", repr(tensor))
 
     def run(self, program: RemoteProgram) -> None:
         """Start a program of this device; see :meth:`RemoteProgram.run`."""

@@ -34,6 +34,8 @@ COUNTS = Struct("<II")
 COUNT = Struct("<I")
 ID_BYTES = 8
 WORD = 1 << 32
+COMPUTE = 16
+"""Tensor flag GGML_TENSOR_FLAG_COMPUTE: native servers pass over nodes that have it not (and old ones don't know it)."""
 
 Resolve = Callable[[int, int], tuple[int, int]]
 """A server's (buffer handle, data address) → (buffer key, offset). Raises RemoteProtocolError for what is not there."""
@@ -279,7 +281,7 @@ def encode_graph(graph: Graph, device: int, dialect: Dialect, name_length: int, 
             nb=_dims([stride % WORD for stride in tensor.nb]),
             op=dialect.op_numbers[tensor.op if node else "NONE"],
             op_params=params.encode(tensor.params if node else params.NO_PARAMS, dialect),
-            flags=tensor.flags,
+            flags=tensor.flags | COMPUTE if node else tensor.flags,
             src=tuple(0 if operand is None else ids[operand] for operand in operands)
             + (0,) * (MAX_SRC - len(operands)),
             view_src=ids[tensor.view_src] if node and tensor.view_src is not None else 0,
