@@ -7,10 +7,11 @@ value that only the graph's own nodes read, and the device finds room for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from .params import NO_PARAMS, Params
 from .types import Type
@@ -96,6 +97,27 @@ def sources(tensor: Tensor) -> Iterator[Tensor]:
             yield source
     if tensor.view_src is not None:
         yield tensor.view_src
+
+
+def root(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor that owns the bytes of ``tensor``, and how far into them it begins."""
+    offset = 0
+    while tensor.view_src is not None:
+        tensor, offset = tensor.view_src, offset + tensor.view_offset
+    return tensor, offset
+
+
+def rewrite(graph: Graph, changes: Callable[[Tensor], Mapping[str, Any]]) -> Graph:
+    """The graph with the fields that ``changes`` names replaced in each tensor, and all references following.
+
+    Leaves and nodes keep their order, so that ``zip(old.tensors, new.tensors)`` tells what became of what.
+    """
+    new: dict[Tensor, Tensor] = {leaf: replace(leaf, **changes(leaf)) for leaf in graph.leaves}
+    for node in graph.nodes:
+        src = tuple(source and new[source] for source in node.src)
+        view_src = node.view_src and new[node.view_src]
+        new[node] = replace(node, **{"src": src, "view_src": view_src, **changes(node)})
+    return Graph(tuple(new[node] for node in graph.nodes))
 
 
 def contiguous_strides(type: Type, ne: Dims) -> Dims:
