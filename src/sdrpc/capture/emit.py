@@ -9,7 +9,7 @@ works for every rank. Numbers are F32; integers are I32 where they index rows an
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -18,10 +18,13 @@ from ..device import Target
 from ..errors import CaptureError
 from ..ggml import build
 from ..ggml.params import NO_PARAMS, Concat, MulMat, Params, Permute, Scale, Unary
-from ..ggml.tensor import Dims, Tensor
+from ..ggml.tensor import Dims, Tensor, root
 from ..ggml.types import F32, I32, NUMPY_DTYPES, Type
 
 Shape = tuple[int, ...]
+MOVES = frozenset({"RESHAPE", "PERMUTE", "VIEW", "CONT", "REPEAT"})
+"""Operations that move elements of any type."""
+
 Kind = str
 """What the numbers of a value are: ``f`` floats, ``i`` integers, ``b`` truth values."""
 
@@ -102,9 +105,17 @@ class Emitter:
             return value
         if value.array is not None:
             return Value(self.constant(value.array, type=F32).tensor, value.shape, value.kind, value.array)
-        twin = self.floats.get(value.tensor)
-        tensor = twin if twin is not None else self.node("CPY", value.tensor, type=F32)
-        return Value(tensor, value.shape, value.kind)
+        return Value(self._as_float(value.tensor), value.shape, value.kind)
+
+    def _as_float(self, tensor: Tensor) -> Tensor:
+        """The tensor's numbers as F32. What only moves an input's integers is applied to the input's floats."""
+        source = tensor.src[0] if tensor.op in MOVES else None
+        if tensor in self.floats or source is None:
+            return self.floats.get(tensor) or self.node("CPY", tensor, type=F32)
+        floats = self._as_float(source)
+        view_src = tensor.view_src and root(floats)[0]
+        moved = replace(tensor, type=F32, src=(floats, *tensor.src[1:]), view_src=view_src)
+        return self._once((tensor, F32), lambda: moved)
 
     def i32(self, value: Value) -> Value:
         """``value`` with an I32 tensor (rounded towards zero)."""

@@ -13,11 +13,11 @@ from torch import fx
 from ..device import Target
 from ..errors import CaptureError, GraphError
 from ..ggml import build
-from ..ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, sources
+from ..ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, rewrite, sources
 from ..ggml.types import F32, I32, Type
 from .emit import Emitter, Kind, Value, dims_of
 from .export import Exported, Node, operation, place
-from .lowered import Constant, Input, Lowered, Output, Parameter, rebuilt
+from .lowered import Constant, Input, Lowered, Output, Parameter
 from .rules import RULES, Out
 
 IGNORED = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})
@@ -160,8 +160,9 @@ def _lowered(
 ) -> Lowered:
     """Only what the outputs need, the outputs flagged."""
     results = {output.source for output in outputs if isinstance(output.source, Tensor)}
-    graph = Graph(_needed(emitter.nodes, results))
-    graph, new = rebuilt(graph, lambda tensor: {"flags": OUTPUT} if tensor in results else {})
+    unflagged = Graph(_needed(emitter.nodes, results))
+    graph = rewrite(unflagged, lambda tensor: {"flags": OUTPUT} if tensor in results else {})
+    new = dict(zip(unflagged.tensors, graph.tensors, strict=True))
     return Lowered(
         graph,
         tuple(

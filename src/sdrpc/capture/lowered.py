@@ -5,9 +5,7 @@ Tensors live nowhere yet; :mod:`sdrpc.capture.run` places them on a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -62,20 +60,3 @@ class Lowered:
     weights: tuple[Parameter, ...]
     constants: tuple[Constant, ...]
     outputs: tuple[Output, ...]
-
-
-def rebuilt(graph: Graph, change: Callable[[Tensor], Mapping[str, Any]]) -> tuple[Graph, dict[Tensor, Tensor]]:
-    """``graph`` with the fields of each tensor that owns bytes replaced by ``change(tensor)``.
-
-    Tensors that share bytes follow the owner's place. Also returns what became of each tensor.
-    """
-    new: dict[Tensor, Tensor] = {}
-    for tensor in graph.tensors:
-        src = tuple(None if source is None else new[source] for source in tensor.src)
-        if tensor.view_src is None:
-            new[tensor] = replace(tensor, src=src, **change(tensor))
-        else:
-            root = new[tensor.view_src]
-            offset = root.offset + tensor.view_offset if root.buffer else 0
-            new[tensor] = replace(tensor, src=src, view_src=root, buffer=root.buffer, offset=offset)
-    return Graph(tuple(new[node] for node in graph.nodes)), new
