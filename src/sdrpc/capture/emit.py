@@ -88,12 +88,12 @@ class Emitter:
     def constant(self, array: np.ndarray, kind: Kind | None = None, type: Type | None = None) -> Value:
         """A leaf that holds ``array``: F32, or I32 for integers, unless ``type`` says otherwise."""
         kind = kind or {"b": "b", "i": "i", "u": "i"}.get(array.dtype.kind, "f")
-        type = type or (I32 if kind == "i" else F32)
-        numbers = _narrow(array, type)
-        key = (type.name, array.shape, numbers.tobytes())
+        stored = type or (I32 if kind == "i" else F32)
+        numbers = _narrow(array, stored)
+        key = (stored.name, array.shape, numbers.tobytes())
         leaf = self._constants.get(key)
         if leaf is None:
-            leaf = self._constants[key] = build.leaf(type, *dims_of(array.shape))
+            leaf = self._constants[key] = build.leaf(stored, *dims_of(array.shape))
             self.arrays[leaf] = numbers
         return Value(leaf, tuple(array.shape), kind, array)
 

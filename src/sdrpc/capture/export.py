@@ -165,14 +165,20 @@ def _fold(nodes: Sequence[Node], known: dict[Node, torch.Tensor], unknown: set[N
             unknown.update([] if node in known else [node])
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: known[source])
-        args, kwargs = pytree.tree_map(lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs))
+        args, kwargs = pytree.tree_map(
+            lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs)
+        )
         with torch.no_grad():
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _packet(node: Node) -> str:
     """An operation's name without namespace and overload."""
-    return str(getattr(node.target, "_schema", node.target).name).split("::")[-1] if hasattr(node.target, "_schema") else ""
+    return (
+        str(getattr(node.target, "_schema", node.target).name).split("::")[-1]
+        if hasattr(node.target, "_schema")
+        else ""
+    )
 
 
 def operation(node: Node) -> str:

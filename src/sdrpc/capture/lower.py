@@ -89,10 +89,10 @@ def _input(emitter: Emitter, node: Node) -> Value:
 def _weight(node: Node, type: Type) -> Value:
     """Blocks of a quantized type lie along the input channels: a kernel of one tap is stored as a matrix."""
     shape = stored = tuple(_meta(node).shape)
-    type = type if len(shape) > 1 else F32
-    while stored and stored[-1] == 1 and not type.plain:
+    kept = type if len(shape) > 1 else F32
+    while stored and stored[-1] == 1 and not kept.plain:
         stored = stored[:-1]
-    return Value(build.leaf(type, *dims_of(stored)), shape)
+    return Value(build.leaf(kept, *dims_of(stored)), shape)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
@@ -176,7 +176,9 @@ def _lowered(
         ),
         tuple(Constant(new[leaf], array) for leaf, array in emitter.arrays.items() if leaf in new),
         tuple(
-            Output(output.dtype, output.shape, new[output.source] if isinstance(output.source, Tensor) else output.source)
+            Output(
+                output.dtype, output.shape, new[output.source] if isinstance(output.source, Tensor) else output.source
+            )
             for output in outputs
         ),
     )

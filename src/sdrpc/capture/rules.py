@@ -5,10 +5,14 @@ as values, dtypes as their kind. It returns the result, or a tuple of results. S
 worked out: rules don't check what torch has checked.
 """
 
+# All rules are called alike, whether or not they need what they get.
+# ruff: noqa: ARG001, ARG005
+
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -343,7 +347,9 @@ def _leaky_relu(e: Emitter, out: Out, x: Value, negative_slope: float = 0.01) ->
 
 @rule("softplus")
 def _softplus(e: Emitter, out: Out, x: Value, beta: Number = 1, threshold: Number = 20) -> Value:
-    return e.scale(e.unary("LOG", e.scale(e.unary("EXP", e.scale(_clamp(e, out, x, None, threshold), beta)), 1, 1)), 1 / beta)
+    return e.scale(
+        e.unary("LOG", e.scale(e.unary("EXP", e.scale(_clamp(e, out, x, None, threshold), beta)), 1, 1)), 1 / beta
+    )
 
 
 @rule("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")
@@ -638,9 +644,7 @@ def _matmul(e: Emitter, out: Out, a: Value, b: Value) -> Value:
 
 
 @rule("addmm", "baddbmm")
-def _addmm(
-    e: Emitter, out: Out, bias: Value, a: Value, b: Value, *, beta: Number = 1, alpha: Number = 1
-) -> Value:
+def _addmm(e: Emitter, out: Out, bias: Value, a: Value, b: Value, *, beta: Number = 1, alpha: Number = 1) -> Value:
     product = e.scale(_matmul(e, out, a, b), alpha)
     return product if beta == 0 else e.binary("ADD", product, e.scale(bias, beta))
 
@@ -661,21 +665,24 @@ def _attention(
         leading = rank4 if x.shape[:-2] == batch else (rank4[0], x.shape[-3])
         return e.reshape(x, (*leading, *x.shape[-2:]))
 
-    mask = None
-    if attn_mask is not None:
-        wanted = attn_mask.shape if len(attn_mask.shape) <= 4 else (*batch, steps, seen)
-        mask = e.expand(attn_mask, (*wanted[:-2], steps, seen)) if attn_mask.array is None else _constant_mask(e, attn_mask, (steps, seen))
-        mask = e.reshape(mask, (*(1,) * (4 - len(mask.shape)), *mask.shape)) if len(mask.shape) <= 4 else four(mask)
+    mask = None if attn_mask is None else _mask_of_rank_4(e, attn_mask, batch, rank4, (steps, seen))
     attend = _flash if "FLASH_ATTN_EXT" in e.target.ops else _soft_max_attention
     return e.reshape(attend(e, four(query), four(key), four(value), mask, scale), out.shape)
 
 
-def _constant_mask(e: Emitter, mask: Value, size: tuple[int, int]) -> Value:
+def _mask_of_rank_4(e: Emitter, mask: Value, batch: Shape, merged: Shape, size: tuple[int, int]) -> Value:
+    if mask.array is not None:
+        mask = _constant_mask(e, mask.array, size)
+    else:
+        mask = e.expand(mask, (*mask.shape[:-2], *size))
+    if len(mask.shape) > 4 or (len(batch) == 1 and len(mask.shape) == 3):
+        return e.reshape(e.expand(mask, (*batch, *size)), (*merged, *size))
+    return e.reshape(mask, (*(1,) * (4 - len(mask.shape)), *mask.shape))
+
+
+def _constant_mask(e: Emitter, mask: np.ndarray, size: tuple[int, int]) -> Value:
     """A known mask as numbers to add, no larger than it has to be: equal batches and heads become one."""
-    assert mask.array is not None
-    numbers = mask.array
-    if mask.kind == "b":
-        numbers = np.where(numbers, np.float32(0), np.float32(-np.inf))
+    numbers = np.where(mask, np.float32(0), np.float32(-np.inf)) if mask.dtype == bool else mask
     numbers = np.broadcast_to(numbers, (*numbers.shape[:-2], *size) if numbers.ndim >= 2 else size)
     for axis in range(numbers.ndim - 2):
         first = np.take(numbers, [0], axis)
@@ -824,12 +831,6 @@ def _avg_pool2d(
     # the mean of the windows' pixels: shifted pictures, added
     height, width = out.shape[-2:]
     rank = len(x.shape)
-    total: Value | None = None
-    for y in range(k1):
-        for z in range(k0):
-            rows = e.slice(x, rank - 2, y, height, s1)
-            part = e.slice(rows, rank - 1, z, width, s0)
-            total = part if total is None else e.binary("ADD", total, part)
-    assert total is not None
-    return e.scale(total, 1 / (k0 * k1))
-
+    columns = [e.slice(x, rank - 1, at, width, s0) for at in range(k0)]
+    parts = [e.slice(column, rank - 2, at, height, s1) for column in columns for at in range(k1)]
+    return e.scale(reduce(lambda total, part: e.binary("ADD", total, part), parts), 1 / (k0 * k1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..ggml.plan import bind, lay_out, place
 from ..ggml.tensor import Tensor, rewrite
 from ..ggml.types import F32, NUMPY_DTYPES, Type
 from ..ggml.weight import Weight
-from .lowered import Input, Lowered, Output, Parameter
+from .lowered import Input, Lowered, Output, Parameter, result_dtype
 
 Progress = Callable[[int, int], None]
 """Called with the bytes uploaded so far and in all."""
@@ -47,7 +46,7 @@ class WeightStore:
     ) -> None:
         self.device = device
         self._weights = weights
-        self._progress = progress or (lambda done, total: None)
+        self._progress = progress
         self._source = source
         self._places: dict[tuple[str, Type], Place] = {}
         self._buffers: list[Buffer] = []
@@ -89,7 +88,7 @@ class WeightStore:
         buffer = self.device.allocate(size)
         self._buffers.append(buffer)
         total, done = sum(leaf.nbytes for leaf in leaves), 0
-        self._progress(0, total)
+        self._report(0, total)
         for (parameter, weight), offset, room in zip(new, offsets, sizes, strict=True):
             data = _bytes_of(weight, parameter.leaf.type)
             if memoryview(data).nbytes != parameter.leaf.nbytes:
@@ -100,6 +99,10 @@ class WeightStore:
                 self.device.write(buffer, offset + parameter.leaf.nbytes, bytes(room - parameter.leaf.nbytes))
             self._places[_key(parameter)] = (buffer, offset)
             done += parameter.leaf.nbytes
+            self._report(done, total)
+
+    def _report(self, done: int, total: int) -> None:
+        if self._progress is not None:
             self._progress(done, total)
 
 
@@ -200,15 +203,10 @@ class Executable:
 
     def _result(self, output: Output) -> np.ndarray:
         if not isinstance(output.source, Tensor):
-            return output.source.astype(_result_dtype(output.dtype))
+            return output.source.astype(result_dtype(output.dtype))
         data = self.device.read(self._io, self._offsets[output.source], output.source.nbytes)
         array = np.frombuffer(data, NUMPY_DTYPES[output.source.type.name]).reshape(output.shape)
-        return array.astype(_result_dtype(output.dtype))
-
-
-def _result_dtype(dtype: str) -> np.dtype[Any]:
-    name = "float32" if dtype.startswith(("float", "bfloat")) else "bool" if dtype == "bool" else "int64"
-    return np.dtype(name)
+        return array.astype(result_dtype(output.dtype))
 
 
 def _encoded(entry: Input, array: np.ndarray, type: Type) -> bytes:

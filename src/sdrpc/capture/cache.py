@@ -1,0 +1,104 @@
+"""Lowered modules on disk, so that a second run neither captures nor imports torch.
+
+A file per module, named by a digest of everything that decides the graph. Damaged files are as good as none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..device import Target
+from ..errors import GraphError
+from .lowered import Lowered, from_bytes, to_bytes
+
+BUDGET = 256 * 2**20
+"""Bytes that the files may take in all; the ones used longest ago go first."""
+SUFFIX = ".lowered"
+PACKAGES = ("sdrpc", "torch", "diffusers", "transformers")
+"""Whose code decides what a graph looks like."""
+
+
+def default_folder() -> Path:
+    """``$SDRPC_CACHE``, or the user's cache directory."""
+    chosen = os.environ.get("SDRPC_CACHE")
+    if chosen:
+        return Path(chosen)
+    import platformdirs
+
+    return platformdirs.user_cache_path("sdrpc") / "graphs"
+
+
+def key(target: Target, **facts: Any) -> str:
+    """A digest of ``facts`` (of JSON's types), of the target and of the versions of the packages that capture."""
+    versions = {name: _version(name) for name in PACKAGES}
+    limits = None if target.flash_head_sizes is None else sorted(target.flash_head_sizes)
+    about = [target.name, sorted(target.ops), target.managed, limits]
+    text = json.dumps([versions, about, facts], sort_keys=True)
+    return blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+class Cache:
+    """A folder of lowered modules. Several processes may share it."""
+
+    def __init__(self, folder: Path | None = None, budget: int = BUDGET) -> None:
+        self.folder = default_folder() if folder is None else folder
+        self.budget = budget
+
+    def get(self, key: str) -> Lowered | None:
+        """The module under ``key``; None when there is none or its file is damaged."""
+        path = self.folder / (key + SUFFIX)
+        try:
+            found = from_bytes(path.read_bytes())
+            os.utime(path)
+        except (OSError, GraphError):
+            return None
+        return found
+
+    def put(self, key: str, lowered: Lowered) -> None:
+        """Keep ``lowered``: the file appears whole or not at all. Raises :class:`OSError` when the disk refuses."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(to_bytes(lowered))
+            os.replace(name, self.folder / (key + SUFFIX))
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        self._shrink()
+
+    def load(self, key: str, make: Callable[[], Lowered]) -> Lowered:
+        """The module under ``key``, made and kept if it is not there."""
+        found = self.get(key)
+        if found is None:
+            found = make()
+            self.put(key, found)
+        return found
+
+    def _shrink(self) -> None:
+        files = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            try:
+                facts = path.stat()
+            except OSError:  # another process was faster
+                continue
+            files.append((facts.st_mtime_ns, facts.st_size, path))
+        total = 0
+        for _, size, path in sorted(files, reverse=True):
+            total += size
+            if total > self.budget:
+                path.unlink(missing_ok=True)
