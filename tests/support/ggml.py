@@ -21,7 +21,7 @@ FOLDER = Path(runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_whe
 TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
     "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "BF16": 30,
-    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
+    "MXFP4": 39,
 }  # fmt: skip
 NAMES = {number: name for name, number in TYPES.items()}
 DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
@@ -111,6 +111,7 @@ FUNCTIONS = {
     "ggml_backend_buft_alloc_buffer": ("p", "pz"), "ggml_backend_buft_get_alignment": ("z", "p"),
     "ggml_backend_buft_get_max_size": ("z", "p"), "ggml_backend_buft_get_alloc_size": ("z", "pt"),
     "ggml_backend_dev_by_type": ("p", "i"), "ggml_backend_dev_name": ("s", "p"),
+    "ggml_backend_get_device": ("p", "p"),
     "ggml_backend_dev_description": ("s", "p"), "ggml_backend_dev_memory": ("v", "pZZ"),
     "ggml_backend_reg_dev_count": ("z", "p"), "ggml_backend_reg_dev_get": ("p", "pz"),
     "ggml_gallocr_new": ("p", "p"), "ggml_gallocr_alloc_graph": ("b", "pp"), "ggml_gallocr_free": ("v", "p"),
@@ -231,9 +232,11 @@ def values(tensor: Any) -> np.ndarray:
     """The numbers of a tensor with any strides, in the shape ``ne`` reversed."""
     t = tensor.contents
     kind, ne, nb = NAMES[t.type], tuple(t.ne)[::-1], tuple(t.nb)[::-1]
+    traits = library().ggml_get_type_traits(t.type).contents
     data = read(tensor)
-    if kind in DTYPES:
-        data = np.lib.stride_tricks.as_strided(np.frombuffer(data, DTYPES[kind]), ne, nb).tobytes()
+    if traits.block == 1:
+        whole = np.frombuffer(data, np.dtype((np.void, traits.size)), len(data) // traits.size)
+        data = np.lib.stride_tricks.as_strided(whole, ne, nb).tobytes()
     return decode(kind, data).reshape(ne)
 
 

@@ -1,0 +1,108 @@
+"""Both sides of each other: ggml's client in a process of its own, ggml's server in one, and our server in this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+import torch
+from tests.interop import worker
+from tests.support import ggml
+
+from sdrpc.engine.device import LocalDevice
+from sdrpc.engine.precision import EXACT
+from sdrpc.server import Server
+
+SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
+START_SECONDS = 20.0
+
+
+class NativeClient:
+    """A process with ggml's RPC client. ggml ends it when a server misbehaves: then the next call gets a new one."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._pool = log, self._new(log)
+
+    @staticmethod
+    def _new(log: Path) -> ProcessPoolExecutor:
+        log.write_text("")
+        return ProcessPoolExecutor(1, SPAWN, worker.start, (str(log),))
+
+    def submit(self, name: str, endpoint: str, shared_memory: bool = False) -> Future[worker.Outcome]:
+        return self._pool.submit(worker.guarded, name, endpoint, shared_memory)
+
+    def run(self, name: str, endpoint: str, shared_memory: bool = False) -> worker.Outcome:
+        """Compute a case or scenario here and there, and compare."""
+        try:
+            return self.submit(name, endpoint, shared_memory).result()
+        except BrokenProcessPool:
+            said = self._log.read_text()
+            self.close()
+            self._pool = self._new(self._log)
+            pytest.fail(f"{name}: ggml's client gave up (the server's log may say why):\n{said}", pytrace=False)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class NativeServer:
+    """A process with ggml's RPC server that offers its CPU ``devices`` times."""
+
+    def __init__(self, devices: int) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        self.process = SPAWN.Process(target=ggml.serve, args=(self.endpoint, devices), daemon=True)
+        self.process.start()
+        self._wait()
+
+    def _wait(self) -> None:
+        host, port = self.endpoint.split(":")
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.is_alive():
+            try:
+                socket.create_connection((host, int(port))).close()
+                return
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        pytest.fail(f"ggml's RPC server does not answer at {self.endpoint}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_ggml() -> None:
+    """Without the libraries every test here is an error that says how to get them."""
+    ggml.library()
+
+
+@pytest.fixture(scope="session")
+def native_client(real_ggml: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NativeClient]:
+    client = NativeClient(tmp_path_factory.mktemp("ggml") / "client.log")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def our_server() -> Iterator[Server]:
+    """Our server with two CPU devices, exact."""
+    devices = [LocalDevice(f"CPU{i}", torch.device("cpu"), EXACT, threads=1) for i in range(2)]
+    with Server(devices) as server:
+        yield server
+    for device in devices:
+        device.close()
+
+
+@pytest.fixture
+def native_server(real_ggml: None) -> Iterator[NativeServer]:
+    """ggml's server with two devices."""
+    server = NativeServer(devices=2)
+    yield server
+    server.kill()

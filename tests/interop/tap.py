@@ -1,0 +1,67 @@
+"""A proxy between a client and a server that counts the commands that go through it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections import Counter
+from types import TracebackType
+
+HEADER = struct.Struct("<BQ")
+COMMANDS = (
+    "ALLOC_BUFFER", "GET_ALIGNMENT", "GET_MAX_SIZE", "BUFFER_GET_BASE", "FREE_BUFFER", "BUFFER_CLEAR", "SET_TENSOR",
+    "SET_TENSOR_HASH", "GET_TENSOR", "COPY_TENSOR", "GRAPH_COMPUTE", "GET_DEVICE_MEMORY", "INIT_TENSOR",
+    "GET_ALLOC_SIZE", "HELLO", "DEVICE_COUNT", "GRAPH_RECOMPUTE", "MEMSET_TENSOR",
+)  # fmt: skip
+
+
+class Tap:
+    """Listens on :attr:`endpoint` and passes everything on to ``target`` (host:port) and back."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self.commands: Counter[str] = Counter()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._open: list[socket.socket] = [self._listening]
+
+    def __enter__(self) -> Tap:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed: the end
+            while True:
+                client, _ = self._listening.accept()
+                server = socket.create_connection(self._target)
+                self._open += [client, server]
+                threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._replies, args=(server, client), daemon=True).start()
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError), client.makefile("rb") as stream:
+            while head := stream.read(HEADER.size):
+                command, size = HEADER.unpack(head)
+                self.commands[COMMANDS[command]] += 1
+                server.sendall(head)
+                while size:
+                    piece = stream.read(min(size, 1 << 20))
+                    server.sendall(piece)
+                    size -= len(piece)
+            server.shutdown(socket.SHUT_WR)
+
+    @staticmethod
+    def _replies(server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := server.recv(1 << 20):
+                client.sendall(piece)
+            client.shutdown(socket.SHUT_WR)
