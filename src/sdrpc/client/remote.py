@@ -279,7 +279,8 @@ def connect(
             connection, devices_there = open_connection(endpoint, timeouts, name_length)
             connections.append(connection)
             server = Server(connection)
-            devices.extend(RemoteDevice(f"RPC{len(devices) + i}", server, i) for i in range(devices_there))
+            for i in range(devices_there):
+                devices.append(RemoteDevice(f"RPC{len(devices)}", server, i))
     except BaseException:
         for connection in connections:
             connection.close()
