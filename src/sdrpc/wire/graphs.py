@@ -35,7 +35,7 @@ COUNT = Struct("<I")
 ID_BYTES = 8
 WORD = 1 << 32
 COMPUTE = 16
-"""Tensor flag GGML_TENSOR_FLAG_COMPUTE: native servers pass over nodes that have it not (and old ones don't know it)."""
+"""Tensor flag GGML_TENSOR_FLAG_COMPUTE: native servers pass over nodes without it (3.6.0 does not know it)."""
 
 Resolve = Callable[[int, int], tuple[int, int]]
 """A server's (buffer handle, data address) → (buffer key, offset). Raises RemoteProtocolError for what is not there."""

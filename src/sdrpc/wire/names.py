@@ -93,7 +93,7 @@ def _fits(head: bytes, size: int, length: int, dialect: Dialect) -> Fit:
         return ""
     # Strides are cut to 32 bits: a dense tensor is at least as large as its shape says.
     nbytes = max(extent(kind, tensor.ne, tensor.nb), contiguous_strides(kind, tensor.ne)[3] * tensor.ne[3])
-    if message.offset + data > nbytes or message.cache_flag > 1:
+    if not data or message.offset + data > nbytes or message.cache_flag > 1:
         return ""
     return "exactly" if message.offset == 0 and data == nbytes else "partly"
 

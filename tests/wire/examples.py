@@ -1,0 +1,121 @@
+"""A message of every kind, and its bytes written out by hand: nothing here comes from the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import pack
+from typing import NamedTuple
+
+from sdrpc.ggml.dialect import Dialect, dialects
+from sdrpc.wire import messages as m
+from sdrpc.wire.messages import Command
+from sdrpc.wire.records import Record
+
+NAME_LENGTHS = (64, 128, 160)
+DIALECTS = tuple(dialects().values())
+
+TENSOR = Record(
+    id=0x1122334455667788,
+    type=0,
+    buffer=0x99,
+    ne=(4, 2, 1, 1),
+    nb=(4, 16, 32, 32),
+    op=0,
+    op_params=bytes(range(64)),
+    flags=-1,
+    src=(1, 2, 3, 4, 5, 6, 7, 8, 9, 2**64 - 1),
+    view_src=7,
+    view_offs=2**40,
+    data=0xABCDEF0000,
+    name="gewichte.é".encode(),
+)
+DATA = bytes(range(32))
+"""As many bytes as ``TENSOR`` has."""
+
+
+def record(tensor: Record, name_length: int) -> bytes:
+    """``rpc_tensor`` as PROTOCOL writes it down."""
+    return (
+        pack("<QIQ4I4I", tensor.id, tensor.type, tensor.buffer, *tensor.ne, *tensor.nb)
+        + pack("<I64si", tensor.op, tensor.op_params, tensor.flags)
+        + pack("<10QQQQ", *tensor.src, tensor.view_src, tensor.view_offs, tensor.data)
+        + pack(f"<{name_length}si", tensor.name, tensor.use_count)
+    )
+
+
+class Example(NamedTuple):
+    """``request`` and ``reply`` are the payloads, given a dialect and the bytes of ``TENSOR``."""
+
+    message: NamedTuple
+    request: Callable[[Dialect, bytes], bytes]
+    answer: NamedTuple | None
+    reply: bytes
+
+
+GRAPH = pack("<IIQI", 3, 1, TENSOR.id, 1)
+
+EXAMPLES: dict[Command, Example] = {
+    Command.ALLOC_BUFFER: Example(
+        m.AllocBuffer(3, 2**40), lambda d, t: pack("<IQ", 3, 2**40), m.AllocBufferReply(5, 6), pack("<QQ", 5, 6)
+    ),
+    Command.GET_ALIGNMENT: Example(
+        m.GetAlignment(3), lambda d, t: pack("<I", 3), m.GetAlignmentReply(128), pack("<Q", 128)
+    ),
+    Command.GET_MAX_SIZE: Example(
+        m.GetMaxSize(3), lambda d, t: pack("<I", 3), m.GetMaxSizeReply(2**64 - 1), pack("<Q", 2**64 - 1)
+    ),
+    Command.BUFFER_GET_BASE: Example(
+        m.BufferGetBase(9), lambda d, t: pack("<Q", 9), m.BufferGetBaseReply(4096), pack("<Q", 4096)
+    ),
+    Command.FREE_BUFFER: Example(m.FreeBuffer(9), lambda d, t: pack("<Q", 9), m.Ack(), b""),
+    Command.BUFFER_CLEAR: Example(m.BufferClear(9, 255), lambda d, t: pack("<QB", 9, 255), m.Ack(), b""),
+    Command.SET_TENSOR: Example(
+        m.SetTensor(TENSOR, 0, 0, DATA),
+        lambda d, t: t + (b"\0" if d.set_tensor_has_cache_flag else b"") + pack("<Q", 0) + DATA,
+        None,
+        b"",
+    ),
+    Command.SET_TENSOR_HASH: Example(
+        m.SetTensorHash(TENSOR, 8, 2**63), lambda d, t: t + pack("<QQ", 8, 2**63), m.SetTensorHashReply(1), b"\1"
+    ),
+    Command.GET_TENSOR: Example(
+        m.GetTensor(TENSOR, 8, 24), lambda d, t: t + pack("<QQ", 8, 24), m.GetTensorReply(DATA[:24]), DATA[:24]
+    ),
+    Command.COPY_TENSOR: Example(m.CopyTensor(TENSOR, TENSOR), lambda d, t: t + t, m.CopyTensorReply(0), b"\0"),
+    Command.GRAPH_COMPUTE: Example(m.GraphCompute(GRAPH), lambda d, t: GRAPH + t, None, b""),
+    Command.GET_DEVICE_MEMORY: Example(
+        m.GetDeviceMemory(3), lambda d, t: pack("<I", 3), m.GetDeviceMemoryReply(1, 2), pack("<QQ", 1, 2)
+    ),
+    Command.INIT_TENSOR: Example(m.InitTensor(TENSOR), lambda d, t: t, m.Ack(), b""),
+    Command.GET_ALLOC_SIZE: Example(
+        m.GetAllocSize(3, TENSOR, (TENSOR,) * 10),
+        lambda d, t: pack("<I", 3) + t * 11,
+        m.GetAllocSizeReply(77),
+        pack("<Q", 77),
+    ),
+    Command.DEVICE_COUNT: Example(m.DeviceCount(), lambda d, t: b"", m.DeviceCountReply(2), pack("<I", 2)),
+    Command.GRAPH_RECOMPUTE: Example(m.GraphRecompute(3), lambda d, t: pack("<I", 3), None, b""),
+    Command.MEMSET_TENSOR: Example(
+        m.MemsetTensor(TENSOR, 4, 8, 7), lambda d, t: t + pack("<QQB", 4, 8, 7), m.Ack(), b""
+    ),
+}
+
+
+def commands(dialect: Dialect) -> list[Command]:
+    return [command for command in EXAMPLES if command is not Command.MEMSET_TENSOR or dialect.has_memset_tensor]
+
+
+def message(command: Command, name_length: int) -> NamedTuple:
+    """The example's message; a graph's payload contains a record."""
+    if command is Command.GRAPH_COMPUTE:
+        return m.GraphCompute(GRAPH + record(TENSOR, name_length))
+    return EXAMPLES[command].message
+
+
+def payload(command: Command, dialect: Dialect, name_length: int) -> bytes:
+    return EXAMPLES[command].request(dialect, record(TENSOR, name_length))
+
+
+def frame(command: Command, dialect: Dialect, name_length: int) -> bytes:
+    data = payload(command, dialect, name_length)
+    return pack("<BQ", command, len(data)) + data
