@@ -6,6 +6,7 @@ last, a permuted view), so strides of memory mean nothing for it; what a view me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,3 +89,62 @@ def take(x: torch.Tensor, way: Steps | None, view: Strided) -> torch.Tensor:
     if way.order is not None:
         x = x.permute(way.order)
     return x.reshape(way.shape)
+
+
+class Group(NamedTuple):
+    """``count`` consecutive elements of a dense array, ``step`` apart in it, that lie ``stride`` apart elsewhere."""
+
+    step: int
+    count: int
+    stride: int
+
+
+def groups_of(view: Strided) -> tuple[tuple[Group, ...], int]:
+    """The elements of ``view``, taken as a dense array of their own: how they lie in the view's source, in as few
+    groups as can be, fastest first, and where the first one lies."""
+    groups: list[Group] = []
+    step = 1
+    for n, stride in zip(view.ne, view.strides, strict=True):
+        if n == 1:
+            continue
+        if groups and stride == groups[-1].stride * groups[-1].count:
+            groups[-1] = groups[-1]._replace(count=groups[-1].count * n)
+        else:
+            groups.append(Group(step, n, stride))
+        step *= n
+    return tuple(groups), view.offset
+
+
+def compose(lies: tuple[Sequence[Group], int], outer: Strided) -> Strided | None:
+    """``outer``, a view of a dense array whose elements really lie as ``lies`` says, as one view of where they lie.
+    None where a dimension of ``outer`` would go from one group into another."""
+    groups = [group for group in lies[0] if group.count > 1]
+    base = lies[1]
+    strides = []
+    start = {group.step: outer.offset // group.step % group.count for group in groups}
+    reach = dict(start)
+    for n, stride in zip(outer.ne, outer.strides, strict=True):
+        if n == 1:
+            strides.append(0)
+            continue
+        group = next((g for g in groups if g.step <= stride < g.step * g.count), None)
+        if group is None or stride % group.step:
+            return None
+        inside = stride // group.step
+        reach[group.step] += (n - 1) * inside
+        if reach[group.step] >= group.count:
+            return None
+        strides.append(inside * group.stride)
+    offset = base + sum(start[group.step] * group.stride for group in groups)
+    filled = _filled(outer.ne, strides)
+    return Strided(outer.ne, filled, offset)
+
+
+def _filled(ne: Dims, strides: list[int]) -> Dims:
+    """Strides of dimensions of one element mean nothing: make them those of a dense array."""
+    last = 1
+    result = []
+    for n, stride in zip(ne, strides, strict=True):
+        result.append(stride if n != 1 else last)
+        last = result[-1] * n
+    return result[0], result[1], result[2], result[3]

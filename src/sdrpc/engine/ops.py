@@ -114,6 +114,10 @@ def _copy(v: Value, x: Tensor) -> Tensor:
     return x.reshape(shape_of(v.ne))
 
 
+def _dense(v: Value, x: Tensor) -> Tensor:
+    return x.reshape(shape_of(v.ne)).contiguous()
+
+
 def _concat(v: Value, a: Tensor, b: Tensor) -> Tensor:
     p: Any = v.params
     return torch.cat((a, b), 3 - p.dim)
@@ -285,6 +289,22 @@ def _group_norm(v: Value, x: Tensor) -> Tensor:
     return F.group_norm(x, p.groups, eps=p.eps)
 
 
+def _layer_norm_affine(v: Value, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    p: Any = v.params
+    return F.layer_norm(x, x.shape[-1:], weight.reshape(-1), bias.reshape(-1), p.eps)
+
+
+def _rms_norm_affine(v: Value, x: Tensor, weight: Tensor) -> Tensor:
+    p: Any = v.params
+    return F.rms_norm(x, x.shape[-1:], weight.reshape(-1), p.eps)
+
+
+def _group_norm_affine(v: Value, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    p: Any = v.params
+    y = F.group_norm(x, p.groups, weight.reshape(-1), bias.reshape(-1), p.eps)
+    return F.silu(y, inplace=True) if p.silu else y
+
+
 def alibi(heads: int, max_bias: float, device: torch.device) -> Tensor:
     """The slope of each head's linear bias: [heads, 1, 1]."""
     log2 = 1 << (heads.bit_length() - 1)
@@ -308,22 +328,28 @@ def _soft_max(v: Value, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.softmax(_masked(x * p.scale if p.scale != 1 else x, mask, p.max_bias), -1)
 
 
-def _flash_attn(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[n, heads, queries, head] and [n, groups, keys, head] → [n, queries, heads, head]."""
+def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[n, heads, queries, head] and [n, groups, keys, head] → [n, heads, queries, head]."""
     p: Any = v.params
     heads, groups = q.shape[1], k.shape[1]
     if heads != groups:
         k, value = (t.repeat_interleave(heads // groups, 1) for t in (k, value))
-    if p.logit_softcap:
-        scores = q @ k.mT * (p.scale / p.logit_softcap)
-        weights = torch.softmax(_masked(p.logit_softcap * torch.tanh(scores), mask, p.max_bias), -1)
-        return (weights @ value).transpose(1, 2)
-    bias = None
-    if mask is not None:
-        bias = _masked(
-            torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2]), mask, p.max_bias
-        )
-    return F.scaled_dot_product_attention(q, k, value, attn_mask=bias, scale=p.scale).transpose(1, 2)
+    if mask is not None and (p.max_bias > 0 or mask.shape[2] != q.shape[2] or heads % mask.shape[1] or mask.shape[1] > 1):
+        mask = _masked(torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2]), mask, p.max_bias)
+    return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
+
+
+def _flash_attn(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[n, heads, queries, head] and [n, groups, keys, head] → [n, queries, heads, head]."""
+    p: Any = v.params
+    heads, groups = q.shape[1], k.shape[1]
+    if not p.logit_softcap:
+        return _attention(v, q, k, value, mask).transpose(1, 2)
+    if heads != groups:
+        k, value = (t.repeat_interleave(heads // groups, 1) for t in (k, value))
+    scores = q @ k.mT * (p.scale / p.logit_softcap)
+    weights = torch.softmax(_masked(p.logit_softcap * torch.tanh(scores), mask, p.max_bias), -1)
+    return (weights @ value).transpose(1, 2)
 
 
 # products
@@ -340,6 +366,10 @@ def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
     n3, n2, n, k = b.shape
     grouped = b.reshape(n3, a.shape[1], n2 // a.shape[1] * n, k)
     return (grouped @ a.mT).reshape(n3, n2, n, a.shape[2])
+
+
+def _linear_bias(_v: Value, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(b, a[0, 0], bias.reshape(-1))
 
 
 def _out_prod(_v: Value, a: Tensor, b: Tensor) -> Tensor:
@@ -364,7 +394,7 @@ def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
 
 def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     p: Any = v.params
-    return F.conv2d(x, kernel, bias, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    return F.conv2d(x, kernel, None if bias is None else bias.reshape(-1), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
 
 
 def _conv_2d_dw(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
@@ -428,7 +458,7 @@ def _linear(x: Tensor, axis: int, n: int, align_corners: bool) -> Tensor:
 
 RAISE: dict[str, Raise] = {
     "VIEW": _view, "SNAPSHOT": lambda _v, x: x.clone(), "CAST": lambda _v, x: x,
-    "DUP": _copy, "CPY": _copy, "CONT": _copy, "CONCAT": _concat, "PAD": _pad,
+    "DUP": _dense, "CPY": _copy, "CONT": _dense, "CONCAT": _concat, "PAD": _pad,
     "REPEAT": lambda v, x: repeat_to(x, v.ne), "SET": _set, "ACC": _acc, "GET_ROWS": _get_rows, "SET_ROWS": _set_rows,
     "FILL": _fill, "ARANGE": _arange,
     "ADD": _binary(torch.add), "SUB": _binary(torch.sub), "MUL": _binary(torch.mul), "DIV": _binary(torch.div),
@@ -440,6 +470,8 @@ RAISE: dict[str, Raise] = {
     "SUM": _sum, "SUM_ROWS": lambda _v, x: x.sum(-1, keepdim=True), "MEAN": lambda _v, x: x.mean(-1, keepdim=True),
     "ARGMAX": _argmax, "ARGSORT": _argsort, "CUMSUM": lambda _v, x: x.cumsum(-1),
     "NORM": _norm, "RMS_NORM": _rms_norm, "L2_NORM": _l2_norm, "GROUP_NORM": _group_norm, "SOFT_MAX": _soft_max,
+    "NORM_AFFINE": _layer_norm_affine, "RMS_NORM_AFFINE": _rms_norm_affine, "GROUP_NORM_AFFINE": _group_norm_affine,
+    "LINEAR": _linear_bias, "ATTENTION": _attention,
     "MUL_MAT": _mul_mat, "OUT_PROD": _out_prod, "FLASH_ATTN_EXT": _flash_attn,
     "IM2COL": _im2col, "CONV_2D": _conv_2d, "CONV_2D_DW": _conv_2d_dw, "CONV_TRANSPOSE_2D": _conv_transpose_2d,
     "POOL_2D": _pool_2d, "UPSCALE": _upscale,

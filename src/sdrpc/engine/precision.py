@@ -37,7 +37,7 @@ MOVES = frozenset({
 FOLLOWS = frozenset({
     "ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "LEAKY_RELU", "UNARY", "GLU", "NORM", "RMS_NORM", "GROUP_NORM",
     "SOFT_MAX", "UPSCALE", "DIAG_MASK_INF", "DIAG_MASK_ZERO",
-    "LAYER_NORM", "GROUP_NORM_AFFINE", "RMS_NORM_AFFINE", "GEGLU_HALVES",
+    "NORM_AFFINE", "GROUP_NORM_AFFINE", "RMS_NORM_AFFINE",
 })  # fmt: skip
 """What stays narrow when it is fed narrow values (torch computes these in float32 inside)."""
 
@@ -121,7 +121,7 @@ class _Assigner:
             return torch.float32
         if value.op in HEAVY:
             return (
-                torch.float32 if getattr(value.params, "prec", 0) == PREC_F32 and value.op == "MUL_MAT" else self.narrow
+                torch.float32 if value.op in ("MUL_MAT", "LINEAR") and value.params.prec == PREC_F32 else self.narrow
             )
         if value.op in FOLLOWS and any(s.dtype is self.narrow and s.op != "LEAF" for s in src):
             return self.narrow
