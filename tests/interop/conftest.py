@@ -100,9 +100,17 @@ def our_server() -> Iterator[Server]:
         device.close()
 
 
+@pytest.fixture(scope="session")
+def shared_native_server(real_ggml: None) -> Iterator[NativeServer]:
+    """ggml's server with two devices. It serves one client at a time."""
+    server = NativeServer(devices=2)
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def native_server(real_ggml: None) -> Iterator[NativeServer]:
-    """ggml's server with two devices."""
+    """ggml's server with two devices, for one test."""
     server = NativeServer(devices=2)
     yield server
     server.kill()
