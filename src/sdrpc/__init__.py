@@ -1,3 +1,41 @@
 """Stable Diffusion on whatever devices are free on the network, over ggml's RPC protocol."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .device import Device
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Device", "__version__", "devices", "offload"]
+
 __version__ = "0.1.0"
+
+
+def offload(module: nn.Module, device: Device) -> nn.Module:
+    """``module`` with its computing done by ``device``: same class, signatures, results and errors.
+
+    ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. See
+    :func:`sdrpc.capture.offload.offload`.
+    """
+    from .capture.offload import offload
+
+    return offload(module, device)
+
+
+def devices(rpc: Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> dict[str, Device]:
+    """The devices of this process and of the servers at ``rpc`` (``host:port``), by name: CUDA0, CPU, RPC0, RPC1 …
+
+    ``precision``: exact, fast or auto, of the local ones (a server chooses its own); ``threads``: of the CPU. Close
+    those that you have used. Raises :class:`sdrpc.errors.UsageError`, and for a server that can't be used
+    :class:`~sdrpc.errors.ConnectionFailed`, :class:`~sdrpc.errors.ConnectionLost`,
+    :class:`~sdrpc.errors.VersionMismatch` or :class:`~sdrpc.errors.RemoteProtocolError`.
+    """
+    from .client import connect
+    from .engine import devices as local_devices
+
+    remote = connect(rpc) if rpc else []
+    return {device.name: device for device in [*local_devices(precision, threads), *remote]}

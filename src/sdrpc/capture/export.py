@@ -74,7 +74,7 @@ def on_meta(module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers have no numbers; what else it holds is copied."""
     parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
     buffers = {id(b): b.detach().to("meta") for b in module.buffers()}
-    return copy.deepcopy(module, {**parameters, **buffers}).eval()
+    return copy.deepcopy(module, {**parameters, **buffers})
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def without_weights() -> Iterator[None]:
     def register(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    hook = nn.modules.module.register_module_parameter_registration_hook(register)
+    hook = nn.modules.module.register_module_parameter_registration_hook(register)  # type: ignore[arg-type]  # it may return a replacement
     try:
         yield
     finally:
@@ -173,12 +173,9 @@ def _fold(nodes: Sequence[Node], known: dict[Node, torch.Tensor], unknown: set[N
 
 
 def _packet(node: Node) -> str:
-    """An operation's name without namespace and overload."""
-    return (
-        str(getattr(node.target, "_schema", node.target).name).split("::")[-1]
-        if hasattr(node.target, "_schema")
-        else ""
-    )
+    """An operation's name without namespace and overload; empty for what is no operation."""
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else str(schema.name).rpartition("::")[2]
 
 
 def operation(node: Node) -> str:

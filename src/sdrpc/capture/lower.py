@@ -73,8 +73,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _meta(node: Node) -> torch.Tensor:
+    """What the exporter knows of a node's (first) result."""
     value = node.meta["val"]
-    return value[0] if isinstance(value, tuple | list) else value  # type: ignore[no-any-return]
+    first: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
+    return first
 
 
 def _input(emitter: Emitter, node: Node) -> Value:
@@ -97,7 +99,7 @@ def _weight(node: Node, type: Type) -> Value:
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()  # type: ignore[no-any-return]
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
 def _apply(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapping[Node, Any]) -> Any:
@@ -107,9 +109,10 @@ def _apply(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapp
         return emitter.constant(_numbers(known[source]), kind_of(known[source].dtype))
 
     if _name(node) == "getitem":
-        return values[node.args[0]][node.args[1]]  # type: ignore[index]
+        source, position = node.args
+        return values[source][position]  # type: ignore[index]
     given = {key: value for key, value in node.kwargs.items() if key not in IGNORED}
-    args, kwargs = fx.node.map_aggregate((node.args, given), lambda x: _argument(x, operand))  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate((node.args, given), lambda x: _argument(x, operand))
     meta = _meta(node)
     try:
         out = Out(tuple(meta.shape), kind_of(meta.dtype))

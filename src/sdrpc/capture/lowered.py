@@ -185,7 +185,7 @@ class _Reader:
     def tensor(self, place: Any, shape: Any) -> Tensor:
         """The tensor at a position, which holds as many elements as ``shape`` and lies densely."""
         _need(place.__class__ is int and 0 <= place < len(self.tensors), "position")
-        found = self.tensors[place]
+        found: Tensor = self.tensors[place]
         _need(found.elements == prod(self.shape(shape)) and found.contiguous, "shape")
         return found
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class Out(NamedTuple):
 
 
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}
 """ATen operation (without overload) → its rule: ``rule(emitter, out, *args, **kwargs)``."""
 
@@ -56,8 +57,10 @@ FAR = 1e9
 """How much a masked attention score is lowered: far enough that its exponential is zero."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
+def rule(*names: str) -> Callable[[R], R]:
+    """Enter a function in the table under ``names``."""
+
+    def register(function: R) -> R:
         RULES.update(dict.fromkeys(names, function))
         return function
 
@@ -93,8 +96,15 @@ def _value(e: Emitter, operand: Operand) -> Value:
 # Other names for the same numbers
 
 
-@rule("alias", "detach", "dropout", "feature_dropout", "lift_fresh_copy")
+@rule("alias", "detach", "lift_fresh_copy")
 def _same(e: Emitter, out: Out, x: Value, *_: Any, **__: Any) -> Value:
+    return x
+
+
+@rule("dropout", "feature_dropout")
+def _dropout(e: Emitter, out: Out, x: Value, p: float, train: bool) -> Value:
+    if train and p:
+        raise CaptureError("dropout in training: call eval() on the module")
     return x
 
 
@@ -400,7 +410,7 @@ def _div(e: Emitter, out: Out, a: Operand, b: Operand, *, rounding_mode: str | N
 
 @rule("reciprocal")
 def _reciprocal(e: Emitter, out: Out, x: Value) -> Value:
-    return e.binary("DIV", e.constant(np.float32([1])), x)
+    return e.binary("DIV", e.constant(np.ones(1, np.float32)), x)
 
 
 @rule("rsqrt")
@@ -655,6 +665,8 @@ def _attention(
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Value:  # fmt: skip
     """[…, T, D] by heads; leading dimensions are merged into one of batches when there are more than two."""
+    if dropout_p:
+        raise CaptureError("dropout in training: call eval() on the module")
     batch, (steps, width), seen = query.shape[:-2], query.shape[-2:], key.shape[-2]
     scale = 1 / math.sqrt(width) if scale is None else scale
     if is_causal:
@@ -671,10 +683,8 @@ def _attention(
 
 
 def _mask_of_rank_4(e: Emitter, mask: Value, batch: Shape, merged: Shape, size: tuple[int, int]) -> Value:
-    if mask.array is not None:
-        mask = _constant_mask(e, mask.array, size)
-    else:
-        mask = e.expand(mask, (*mask.shape[:-2], *size))
+    known = mask.array
+    mask = e.expand(mask, (*mask.shape[:-2], *size)) if known is None else _constant_mask(e, known, size)
     if len(mask.shape) > 4 or (len(batch) == 1 and len(mask.shape) == 3):
         return e.reshape(e.expand(mask, (*batch, *size)), (*merged, *size))
     return e.reshape(mask, (*(1,) * (4 - len(mask.shape)), *mask.shape))

@@ -228,7 +228,7 @@ def _row_padding(leaf: Tensor) -> int:
 
 
 def _raw(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _bytes_of(weight: Weight, type: Type) -> Bytes:
