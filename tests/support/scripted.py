@@ -34,7 +34,8 @@ Answer = Any  # a message, bytes for the whole answer as they are, HANG_UP or SI
 @dataclass
 class Scripted:
     """``answers``: by command, what is answered instead of the truth (or a function of the message that gives it).
-    ``name_length``: like a native server's, None for one that takes any. ``hello``: bytes to answer HELLO with."""
+    ``name_length``: like a native server's, None for one that takes any. ``hello``: bytes to answer HELLO with.
+    ``last_words``: what is sent before hanging up."""
 
     dialect: Dialect = field(default_factory=newest)
     name_length: int | None = 64
@@ -42,6 +43,7 @@ class Scripted:
     devices: int = 1
     answers: dict[Command, Answer | Callable[[Any], Answer]] = field(default_factory=dict)
     hello: bytes | None = None
+    last_words: bytes = b""
     on_graph: Callable[[Scripted, graphs.Received], None] | None = None
     log: list[tuple[Command, Any]] = field(default_factory=list)
     memory: dict[int, bytearray] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Scripted:
             if callable(answer):
                 answer = answer(message) or self._honest(command, self.log[-1][1])
             if answer is HANG_UP:
+                client.sendall(self.last_words)
                 return
             if answer is not SILENCE:
                 parts = [answer] if isinstance(answer, bytes) else encode_reply(command, answer, self.dialect)

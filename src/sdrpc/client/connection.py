@@ -123,7 +123,7 @@ class Connection:
             self.close(str(error))
             raise RemoteProtocolError(f"{self.endpoint}: {error} (while {doing})") from error
         except BaseException as error:
-            self.close(str(error))
+            self.close(str(error) or "an exchange was interrupted")
             raise
 
 

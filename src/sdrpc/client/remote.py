@@ -30,7 +30,8 @@ from ..wire import messages
 from ..wire.framing import byte_length
 from ..wire.graphs import encode_graph
 from ..wire.hello import NATIVE, Capability
-from ..wire.records import Record
+from ..wire.limits import MAX_NAME_LENGTH
+from ..wire.records import Record, is_name_length
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
 from .endpoint import parse_endpoint
 
@@ -272,6 +273,8 @@ def connect(
     for position, endpoint in enumerate(parsed):
         if endpoint in parsed[:position]:
             raise UsageError(f"{endpoint} is given twice")
+    if name_length is not None and not is_name_length(name_length):
+        raise UsageError(f"a name length of {name_length}; it must be a multiple of 8 up to {MAX_NAME_LENGTH}")
     devices: list[RemoteDevice] = []
     connections: list[Connection] = []
     try:
