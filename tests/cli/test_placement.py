@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sdrpc.cli.placement import ALIASES, NOT_HERE_YET, parse, place
+from sdrpc.cli.placement import ALIASES, NOT_HERE_YET, parse, resolve, wanted
 from sdrpc.errors import UsageError
+
+
+def place(backend: str, main: str, by_part: dict[str, str], devices: tuple[str, ...], default: str) -> dict[str, str]:
+    return {part: resolve(name, devices, default) for part, name in wanted(backend, main, by_part).items()}
+
 
 DEVICES = ("CPU", "CUDA0", "RPC0", "RPC1", "RPC10")
 

@@ -56,6 +56,9 @@ NOT_HERE_YET: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Options of stable-diffusion.cpp's sd-cli that sdrpc refuses, grouped by what they belong to."""
 
+ALWAYS_SO = frozenset({"--mmap"})
+"""Native switches for what sdrpc does anyway (files are always mapped): taken, and nothing to be done about them."""
+
 _REASONS = {option: reason for reason, options in NOT_HERE_YET.items() for option in options}
 
 
@@ -64,7 +67,8 @@ def canonical(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
 
     ``known`` are the declared long options. Raises :class:`UsageError` for a native option that is not here yet.
     """
-    spellings = {_folded(option): option for option in (*_REASONS, *known) if option.startswith("--")}
+    options = (*_REASONS, *ALWAYS_SO, *known)
+    spellings = {_folded(option): option for option in options if option.startswith("--")}
     result = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -73,7 +77,8 @@ def canonical(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
             raise UsageError(
                 f"{option}: an option of stable-diffusion.cpp's sd-cli that sdrpc lacks ({_REASONS[option]})"
             )
-        result.append(option + equals + value)
+        if option not in ALWAYS_SO:
+            result.append(option + equals + value)
     return result
 
 

@@ -50,23 +50,27 @@ def parse(text: str) -> dict[str, str]:
     return placed
 
 
-def place(
-    backend: str, main: str, by_part: Mapping[str, str], devices: Sequence[str], default: str | None = None
-) -> dict[str, str]:
-    """Part → device name, every part placed.
+def wanted(backend: str, main: str, by_part: Mapping[str, str]) -> dict[str, str]:
+    """Part → the name that the user gave its device, ``auto`` where none was given.
 
     ``by_part`` (``--vae-backend-device`` …) beats ``backend``'s modules, which beat ``backend``'s default and ``main``
-    (``--main-backend-device``). ``devices`` are the names that exist, ``default`` the one for parts that nobody placed
-    (else the first). Raises :class:`UsageError` for names that don't exist.
+    (``--main-backend-device``).
     """
-    wanted = parse(backend)
-    everywhere = wanted.get("") or main or "auto"
-    chosen = {part: by_part.get(part) or wanted.get(part) or everywhere for part in PARTS}
-    return {part: resolve(name, devices, default or devices[0]) for part, name in chosen.items()}
+    placed = parse(backend)
+    everywhere = placed.get("") or main or "auto"
+    return {part: by_part.get(part) or placed.get(part) or everywhere for part in PARTS}
+
+
+def only_remote(name: str) -> bool:
+    """Whether ``name`` can only mean a device of a server, so that this machine's need not be looked for."""
+    return _fold(name).startswith("rpc")
 
 
 def resolve(name: str, devices: Sequence[str], default: str) -> str:
-    """The device that ``name`` means: exactly, by unique prefix, or ``auto`` and ``gpu``."""
+    """The device among ``devices`` that ``name`` means: exactly, by unique prefix, ``auto`` (``default``) or ``gpu``.
+
+    Raises :class:`UsageError` when it means none or several.
+    """
     folded = _fold(name)
     if folded == "auto":
         return default

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import rich.box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,19 +23,19 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 """Exit statuses: something failed; an option is wrong; Ctrl-C."""
 
 log = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Progress, warnings and errors go here; standard output carries results only."""
+"""Progress, warnings and errors go here."""
+
+results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+"""Standard output; a table in a file or a pipe is as wide as it needs."""
 
 
 def guarded(command: Callable[[], None]) -> int:
     """Run ``command``; its exit status. Errors that sdrpc raises on purpose become one line on standard error."""
     try:
         command()
-    except UsageError as error:
-        log.print(f"[red]error:[/] {_escape(error)}")
-        return USAGE
     except SdrpcError as error:
-        log.print(f"[red]error:[/] {_escape(error)}")
-        return FAILURE
+        log.print(Text.assemble(("error: ", "red"), str(error)))
+        return USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
         log.print("interrupted")
         return INTERRUPTED
@@ -78,56 +68,43 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
-class StepsPerSecond(ProgressColumn):
-    """Iterations per second, or seconds per iteration when it is slow: as sd-cli writes it."""
+class Amount(ProgressColumn):
+    """How much of a task is done, and how fast: steps as sd-cli writes them, or bytes."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("", style="progress.data.speed")
-        return Text(f"{speed:.2f} it/s" if speed >= 1 else f"{1 / speed:.2f} s/it", style="progress.data.speed")
+        speed = task.finished_speed or task.speed or 0.0
+        total = task.total or 0
+        if task.fields["unit"] == "bytes":
+            text = f"{task.completed / 2**20:,.0f}/{total / 2**20:,.0f} MiB  {speed / 2**20:,.0f} MiB/s"
+        else:
+            pace = f"{speed:.2f} it/s" if speed >= 1 or not speed else f"{1 / speed:.2f} s/it"
+            text = f"{task.completed:.0f}/{total:.0f}  {pace}"
+        return Text(text, style="progress.data.speed")
+
+
+class Meter:
+    """A line of progress for each thing that takes time. :meth:`bytes` and :meth:`steps` say how far it is."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def bytes(self, what: str, done: int, total: int) -> None:
+        self._update(what, "bytes", done, total)
+
+    def steps(self, what: str, done: int, total: int) -> None:
+        self._update(what, "steps", done, total)
+
+    def _update(self, what: str, unit: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total, unit=unit)
+        self._progress.update(self._tasks[what], completed=done, total=total)
 
 
 @contextmanager
-def steps(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for counted steps; the yielded function takes (done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-    with _bar(description, *columns, StepsPerSecond(), TimeElapsedColumn()) as update:
-        yield update
-
-
-@contextmanager
-def transfer(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for bytes; the yielded function takes (done, total)."""
-    with _bar(description, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()) as update:
-        yield update
-
-
-@contextmanager
-def _bar(description: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
-    texts = columns if isinstance(columns[0], TextColumn) else (TextColumn("{task.description}"), *columns)
-    with Progress(*texts, console=log) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-class Stopwatch:
-    """Seconds per named stage, in order of first use."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def __str__(self) -> str:
-        return ", ".join(f"{stage} {seconds:.2f}s" for stage, seconds in self.seconds.items())
-
-
-def _escape(error: Exception) -> Text:
-    return Text(str(error))
+def metered() -> Iterator[Meter]:
+    """Progress on standard error for as long as the context lasts."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), Amount(), TimeElapsedColumn(), console=log
+    ) as progress:
+        yield Meter(progress)
