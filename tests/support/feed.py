@@ -12,7 +12,7 @@ from tests.support import reference
 
 from sdrpc.ggml.build import leaf
 from sdrpc.ggml.tensor import Graph, Tensor, extent
-from sdrpc.ggml.types import F32, TYPES, Type
+from sdrpc.ggml.types import F32, NUMPY_DTYPES, TYPES, Type
 
 Array = np.ndarray[Any, Any]
 
@@ -107,12 +107,14 @@ def fill(recorded: Graph, seed: int = 0, indices: int = 8) -> dict[int, Array]:
             end = tensor.offset + extent(tensor.type, tensor.ne, tensor.nb)
             sizes[tensor.buffer] = max(sizes.get(tensor.buffer, 0), end)
     memory = {key: np.zeros(size, np.uint8) for key, size in sizes.items()}
+    pool = random.standard_normal(1_000_003, np.float32)  # a prime: rows of matrices are shifted copies at most
     for tensor in recorded.leaves:
         if tensor.type.name in ("I32", "I64"):
-            values = random.integers(0, indices, tensor.ne[::-1])
+            values = random.integers(0, indices, tensor.elements)
         else:
-            values = random.standard_normal(tensor.ne[::-1], np.float32) / math.sqrt(_fan_in(tensor.ne))
-        reference.write(tensor, values, memory)
+            scaled = np.roll(pool, random.integers(pool.size)) / np.float32(math.sqrt(_fan_in(tensor.ne)))
+            values = np.resize(scaled.astype(NUMPY_DTYPES.get(tensor.type.name, np.float32)), tensor.elements)
+        reference.write(tensor, values.reshape(tensor.ne[::-1]), memory)
     return memory
 
 

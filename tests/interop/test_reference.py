@@ -1,0 +1,69 @@
+"""The reference interpreter gives what ggml's own CPU backend gives: so it is the definition that it says it is."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+from tests.interop import worker
+from tests.support import ggml, reference
+from tests.support.cases import CASES
+from tests.support.feed import Feed, graph
+
+from sdrpc.ggml.dialect import newest
+from sdrpc.ggml.params import encode
+
+pytestmark = pytest.mark.interop
+
+STRICTER = {"ADD-strided", "SUB-strided", "MUL-strided", "DIV-strided", "UNARY-strided", "MEAN", "PERMUTE", "TRANSPOSE"}
+"""Cases with rows that are not dense: ggml's CPU backend asserts that they are, or takes them for it."""
+
+BOUND = 1e-6
+BOUNDS = {"MUL_MAT": 1e-4}
+"""Mean squared error over mean square, by operation: ggml rounds a product's second operand to the first one's type."""
+
+
+def on_ggml(name: str) -> np.ndarray:
+    """The case's last node, computed by ggml's CPU backend: each tensor is written into ggml's own structure."""
+    feed = Feed()
+    steps = graph(CASES[name](feed))
+    dialect, lib, context, backend = newest(), ggml.library(), ggml.Context(), ggml.cpu()
+    made = {}
+    for tensor in steps.tensors:
+        pointer = made[tensor] = context.tensor(tensor.type.name, *tensor.ne)
+        native = pointer.contents
+        native.nb[:] = tensor.nb
+        native.op = dialect.op_numbers[tensor.op]
+        ctypes.memmove(native.op_params, encode(tensor.params, dialect), 64)
+        sources = (tensor.src[0], tensor) if tensor.op == "CPY" and len(tensor.src) == 1 else tensor.src
+        for i, source in enumerate(sources):
+            if source is not None:
+                native.src[i] = made[source]
+        if tensor.view_src is not None:
+            native.view_src, native.view_offs = made[tensor.view_src], tensor.view_offset
+    lib.ggml_backend_alloc_ctx_tensors(context.pointer, backend)
+    for leaf in steps.leaves:
+        ggml.write(made[leaf], feed.memory[leaf.buffer].tobytes())
+    last = made[steps.nodes[-1]]
+    lib.ggml_backend_graph_compute(backend, context.graph(last))
+    return ggml.values(last)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    log = str(tmp_path_factory.mktemp("ggml") / "cpu.log")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), worker.start, (log,)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - STRICTER))
+def test_case(name: str, native: ProcessPoolExecutor) -> None:
+    theirs = native.submit(on_ggml, name).result()
+    feed = Feed()
+    steps = graph(CASES[name](feed))
+    ours = reference.run(steps, feed.memory)[steps.nodes[-1]]
+    assert worker.nmse(ours, theirs) <= BOUNDS.get(name.split("-")[0], BOUND)
