@@ -157,3 +157,10 @@ def test_fields_that_are_wrong(column: int, junk: object) -> None:
     table["tensors"][3][column] = junk
     with pytest.raises(GraphError, match="encoded graph"):
         decode(_signed(json.dumps(table).encode()))
+
+
+def test_leaves_refer_to_nothing() -> None:
+    table = _table()
+    table["leaves"] = 3
+    with pytest.raises(GraphError, match="wrong leaf"):
+        decode(_signed(json.dumps(table).encode()))

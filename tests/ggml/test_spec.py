@@ -106,6 +106,8 @@ NODES: dict[str, tuple[Callable[[], Tensor], str]] = {
     "view with another parameter": (lambda: replace(view(X, 6, 2), params=p.View(4)), "is not where its source"),
     "view of two things": (lambda: replace(view(X, 6), src=(ROW,)), "is not where its source"),
     "view of nothing": (lambda: replace(view(X, 6), view_src=None), "no source of its bytes"),
+    "view of a view": (lambda: replace(view(X, 6), view_src=view(X, 6, 2)), "a name for other bytes"),
+    "other type of the same bytes": (lambda: replace(leaf(I32, 6), view_src=ROW, buffer=1, offset=512), "I32 over"),
     "reshape with strides": (lambda: replace(reshape(X, 4, 6), nb=(4, 12, 72, 72)), "strides"),
     "permute with other strides": (lambda: replace(permute(X, 1, 0, 2, 3), nb=(4, 16, 96, 96)), "strides"),
     "transpose with other strides": (lambda: replace(transpose(X), nb=(4, 16, 96, 96)), "strides"),

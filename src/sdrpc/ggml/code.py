@@ -82,6 +82,7 @@ def _graph(table: Any) -> Graph:
     tensors: list[Tensor] = []
     for row in rows:
         tensors.append(_tensor(row, tensors))
+    _need(not any(tensor.src or tensor.view_src for tensor in tensors[:leaves]), "leaf")
     return Graph(tuple(tensors[leaves:]))
 
 

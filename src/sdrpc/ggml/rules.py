@@ -476,7 +476,7 @@ def _arange(call: Call) -> Result:
     need(stop > start and step > 0, "from {} to {} by {}", start, stop, step)
     with np.errstate(over="ignore"):  # infinite is caught below
         steps = float(np.ceil((stop - start) / step))
-    need(steps <= 2**31, "{} steps", steps)
+    need(0 < steps <= 2**31, "{} steps", steps)
     return Result(F32, (int(steps), 1, 1, 1))
 
 

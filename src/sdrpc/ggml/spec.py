@@ -109,6 +109,10 @@ def _check_memory(node: Tensor, sizes: Mapping[int, int], managed: bool, max_byt
         end = node.view_offset + extent(node.type, node.ne, node.nb)
         if node.view_offset < 0 or end > source.nbytes:
             raise GraphError(f"bytes {node.view_offset} to {end} of {source!r}, which has {source.nbytes}")
+        if source.view_src is not None:  # ggml flattens names of names; a long chain would also be slow to follow
+            raise GraphError(f"its source {source!r} is itself a name for other bytes")
+        if source.type != node.type:
+            raise GraphError(f"{node.type} over bytes of {source.type}")
         if node.buffer != source.buffer or (node.buffer and node.offset != source.offset + node.view_offset):
             raise GraphError(f"is not where its source {source!r} is")
     elif not node.buffer:
