@@ -15,9 +15,9 @@ from sdrpc.ggml.dialect import Dialect, newest
 from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import TYPES
 from sdrpc.wire import messages
-from sdrpc.wire.framing import ErrorReply, drive, encode_request, read_reply
+from sdrpc.wire.framing import ERROR_MARK, REPLY_HEADER, ErrorReply, drive, encode_request, read_reply
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello, read_hello_reply
-from sdrpc.wire.messages import COMMANDS, Command
+from sdrpc.wire.messages import COMMANDS, Command, encode
 from sdrpc.wire.records import Record, encode_records
 
 SECONDS = 20.0
@@ -37,6 +37,7 @@ class RawClient:
     ) -> None:
         self.dialect, self.name_length = dialect or newest(), name_length
         self.socket = socket.create_connection((host, port), SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, number = self.socket.getsockname()[:2]
         self.name = f"{host}:{number}"
         self.errors = False
@@ -66,8 +67,8 @@ class RawClient:
                 said += piece
         except ConnectionResetError:
             pass
-        mark = pack("<Q", 2**64 - 1)
-        return bytes(said)[12:].decode() if said.startswith(mark) else ""
+        _, _, reason = bytes(said).partition(REPLY_HEADER.pack(ERROR_MARK))
+        return reason[4:].decode()
 
     def command(self, number: int, payload: bytes = b"", size: int | None = None) -> None:
         """A command with any payload, whose header says ``size`` (default: the truth)."""
@@ -100,7 +101,8 @@ class RawClient:
         shape: Dims = (*ne, 1, 1, 1, 1)[:4]  # type: ignore[assignment]
         kind = fields.pop("type", "F32")
         if isinstance(kind, str):
-            fields.setdefault("nb", tuple(n % 2**32 for n in contiguous_strides(TYPES[kind], shape)))
+            if "nb" not in fields:
+                fields["nb"] = tuple(n % 2**32 for n in contiguous_strides(TYPES[kind], shape))
             kind = self.dialect.type_numbers[kind]
         op = fields.pop("op", 0)
         data = buffer[1] + fields.pop("at", 0)
@@ -118,6 +120,11 @@ class RawClient:
     def set(self, tensor: Record, values: np.ndarray | bytes, offset: int = 0) -> None:
         data = values if isinstance(values, bytes) else values.tobytes()
         self.post(messages.SetTensor(tensor, 0, offset, data))
+
+    def begin_set(self, tensor: Record, size: int) -> None:
+        """All of a SET_TENSOR but its ``size`` bytes of data."""
+        head = b"".join(map(bytes, encode(messages.SetTensor(tensor, 0, 0, b""), self.dialect, self.name_length)))
+        self.command(Command.SET_TENSOR, head, len(head) + size)
 
     def get(self, tensor: Record, size: int, offset: int = 0) -> bytes:
         self.ask(messages.GetTensor(tensor, offset, size), bulk=size)
