@@ -143,8 +143,8 @@ def extent(type: Type, ne: Dims, nb: Dims) -> int:
     """Bytes from the first to behind the last element (ggml_nbytes)."""
     if not all(ne):
         return 0
-    first = type.row_bytes(ne[0]) if not type.plain else (ne[0] - 1) * nb[0] + type.size
-    return first + sum((n - 1) * b for n, b in zip(ne[1:], nb[1:], strict=True))
+    row = (ne[0] - 1) * nb[0] + type.size if type.block == 1 else type.row_bytes(ne[0])
+    return row + (ne[1] - 1) * nb[1] + (ne[2] - 1) * nb[2] + (ne[3] - 1) * nb[3]
 
 
 def dims(*ne: int) -> Dims:
