@@ -1,0 +1,163 @@
+"""The header of a GGUF file: text metadata and where each tensor lies.
+
+The gguf library's reader believes the counts and lengths that a file states, and can be kept busy for ever by a few
+bytes; here each is checked against what is left of the file before it is used. Numbers of types are the library's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+
+MAGIC = b"GGUF"
+
+MAX_DIMS = 4
+MAX_NAME = 4096
+MAX_METADATA = 64 << 20
+"""Bytes of one text entry that are kept; SD files carry a config or nothing."""
+
+_SCALARS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
+}  # fmt: skip
+_SMALLEST = {GGUFValueType.STRING: 8, GGUFValueType.ARRAY: 12} | {
+    kind: struct.calcsize("<" + code) for kind, code in _SCALARS.items()
+}
+"""Bytes that a value of each kind has at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: ggml's name of its type, shape in torch's order, and the bytes ``begin`` to ``end`` of the file."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself. ``metadata``: entries that are text or a number, as text."""
+
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    tensors: tuple[TensorInfo, ...]
+
+    def original_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
+        """The shape before a converter flattened it to fit into blocks (``comfy.gguf.orig_shape.NAME``)."""
+        shape = self.shapes.get(f"comfy.gguf.orig_shape.{tensor.name}", tensor.shape)
+        return shape if min(shape, default=0) > 0 and prod(shape) == prod(tensor.shape) else tensor.shape
+
+
+class _Cursor:
+    """Reads little-endian values from the mapped file, never past its end."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at = data, 0
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.at
+
+    def take(self, size: int) -> memoryview:
+        if size > self.left:
+            raise ValueError(f"{size} bytes wanted at {self.at}, the file ends at {len(self.data)}")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, code: str) -> int | float:
+        value: int | float = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return value
+
+    def count(self, code: str, each: int, what: str) -> int:
+        """A count of things that take at least ``each`` bytes."""
+        count = int(self.number(code))
+        if count * each > self.left:
+            raise ValueError(f"{count} {what} do not fit into the file")
+        return count
+
+    def text(self, limit: int) -> str:
+        size = self.count("Q", 1, "bytes of text")
+        if size > limit:
+            raise ValueError(f"a text of {size} bytes (at most {limit})")
+        return bytes(self.take(size)).decode("utf-8", "strict")
+
+    def kind(self) -> GGUFValueType:
+        return GGUFValueType(self.number("I"))
+
+
+def parse(data: memoryview) -> Header:
+    """The header of a mapped GGUF file of version 2 or 3. Raises :class:`ValueError` saying what is wrong with it."""
+    cursor = _Cursor(data)
+    if cursor.take(4) != MAGIC:
+        raise ValueError("not a GGUF file")
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"GGUF version {version} (2 and 3 are known)")
+    tensor_count = cursor.count("Q", 8 + 4 + 8 + 4 + 8, "tensors")
+    entry_count = cursor.count("Q", 8 + 4 + 1, "metadata entries")
+    metadata: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for _ in range(entry_count):
+        key, kind = cursor.text(MAX_NAME), cursor.kind()
+        if kind is GGUFValueType.ARRAY:
+            shape = _array(cursor)
+            if shape is not None:
+                shapes[key] = shape
+        elif kind is GGUFValueType.STRING:
+            metadata[key] = cursor.text(MAX_METADATA)
+        else:
+            metadata[key] = str(cursor.number(_SCALARS[kind]))
+    alignment = int(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+    if alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"an alignment of {alignment}")
+    infos = [_tensor(cursor) for _ in range(tensor_count)]
+    start = -(-cursor.at // alignment) * alignment
+    return Header(metadata, shapes, tuple(_placed(*info, start, len(data)) for info in infos))
+
+
+def _array(cursor: _Cursor) -> tuple[int, ...] | None:
+    """Skips an array; gives its values if it can be a shape (a few whole numbers)."""
+    kind = cursor.kind()
+    if kind is GGUFValueType.ARRAY:
+        raise ValueError("an array of arrays")
+    count = cursor.count("Q", _SMALLEST[kind], "values of an array")
+    if kind is GGUFValueType.STRING:
+        for _ in range(count):
+            cursor.take(cursor.count("Q", 1, "bytes of text"))
+        return None
+    values = cursor.take(count * _SMALLEST[kind])
+    if count > MAX_DIMS or _SCALARS[kind] not in "iIqQ":
+        return None
+    return struct.unpack(f"<{count}{_SCALARS[kind]}", values)
+
+
+def _tensor(cursor: _Cursor) -> tuple[str, GGMLQuantizationType | int, tuple[int, ...], int]:
+    name = cursor.text(MAX_NAME)
+    dims = int(cursor.number("I"))
+    if dims > MAX_DIMS:
+        raise ValueError(f"tensor {name!r} has {dims} dimensions (at most {MAX_DIMS})")
+    shape = tuple(int(cursor.number("Q")) for _ in range(dims))[::-1]
+    number = int(cursor.number("I"))
+    known = number in GGMLQuantizationType.__members__.values()
+    return name, GGMLQuantizationType(number) if known else number, shape, int(cursor.number("Q"))
+
+
+def _placed(
+    name: str, kind: GGMLQuantizationType | int, shape: tuple[int, ...], offset: int, start: int, end: int
+) -> TensorInfo:
+    if not isinstance(kind, GGMLQuantizationType):
+        return TensorInfo(name, f"type {kind}", shape, start, start)
+    block, size = GGML_QUANT_SIZES[kind]
+    nbytes = prod(shape) // block * size
+    begin = start + offset
+    if prod(shape) % block or begin + nbytes > end:
+        raise ValueError(f"tensor {name!r} ({kind.name} {list(shape)}) does not fit into the file")
+    return TensorInfo(name, kind.name, shape, begin, begin + nbytes)
