@@ -776,52 +776,98 @@ def _(b: Builder) -> Any:
     return x
 
 
-def slab(b: Builder, x: Any, first: int) -> Any:
+CUBE = (8, 8, 4, 1)
+"""The shape that values of random graphs have."""
+
+
+def planes(b: Builder, x: Any, first: int) -> Any:
     """Two of the four planes of ``x``."""
     nb = x.contents.nb
     return b.view_4d(x, 8, 8, 2, 1, nb[1], nb[2], nb[3], first * nb[2])
 
 
-def column(b: Builder, x: Any) -> Any:
+def columns(b: Builder, x: Any, first: int) -> Any:
+    """Half of each row of ``x``."""
+    nb = x.contents.nb
+    return b.view_4d(x, 4, 8, 4, 1, nb[1], nb[2], nb[3], first * nb[0])
+
+
+def row(b: Builder, x: Any) -> Any:
+    """The fourth row of each plane of ``x``."""
     nb = x.contents.nb
     return b.view_4d(x, 8, 1, 4, 1, nb[1], nb[2], nb[3], 3 * nb[1])
 
 
+def taps(b: Builder, x: Any) -> Any:
+    """A convolution with nothing rounded to f16, as IM2COL, a product and a permutation."""
+    kernel = b.x(3, 3, 4, 4)
+    seen = b.im2col(kernel, x, 1, 1, 1, 1, 1, 1, True, ggml.TYPES["F32"])
+    product = b.mul_mat(b.reshape_4d(seen, 36, 64, 1, 1), b.reshape_4d(kernel, 36, 4, 1, 1))
+    return b.norm(b.reshape_4d(product, *CUBE), 0.1)
+
+
+def attended(b: Builder, x: Any, y: Any) -> Any:
+    weights = b.soft_max_inplace(b.scale_inplace(b.mul_mat(x, y), 0.3))
+    return b.mul_mat(b.cont(b.transpose(x)), weights)
+
+
 STEPS: tuple[Callable[[Builder, Any, Any], Any], ...] = (
+    # values of their own
     lambda b, x, y: b.add(x, y),
-    lambda b, x, y: b.sub(x, y),
+    lambda b, x, y: b.sub(x, b.mean(y)),
     lambda b, x, y: b.norm(b.mul(x, y), 0.1),
     lambda b, x, y: b.norm(b.mul_mat(x, y), 0.1),
     lambda b, x, y: b.soft_max(b.add(x, y)),
     lambda b, x, y: b.unary(x, SILU),
+    lambda b, x, y: b.group_norm(b.sub(x, y), 2, 0.1),
+    lambda b, x, y: b.glu(b.concat(x, y, 0), ggml.GLU.index("REGLU"), False),
+    lambda b, x, y: b.pool_2d(b.interpolate(b.add(x, y), 16, 16, 4, 1, 0), 1, 2, 2, 2, 2, 0, 0),
+    lambda b, x, y: taps(b, x),
+    lambda b, x, y: attended(b, x, y),
+    # names and moves
     lambda b, x, y: b.cont(b.permute(x, 1, 0, 2, 3)),
-    lambda b, x, y: b.cont_4d(b.permute(x, 1, 2, 0, 3), 8, 8, 4, 1),
-    lambda b, x, y: b.concat(slab(b, x, 1), slab(b, y, 0), 2),
-    lambda b, x, y: b.repeat(column(b, x), y),
+    lambda b, x, y: b.cont_4d(b.permute(x, 1, 2, 0, 3), *CUBE),
+    lambda b, x, y: b.add(y, b.permute(x, 1, 0, 2, 3)),
+    lambda b, x, y: b.concat(planes(b, x, 1), planes(b, y, 0), 2),
+    lambda b, x, y: b.concat(columns(b, x, 2), columns(b, y, 4), 0),
+    lambda b, x, y: b.repeat(row(b, x), y),
+    lambda b, x, y: b.reshape_4d(b.get_rows(b.reshape_4d(x, 8, 32, 1, 1), b.indices(32, 32)), *CUBE),
+    lambda b, x, y: b.reshape_4d(x, 8, 4, 8, 1),
+    # over bytes that have a name
     lambda b, x, y: b.scale_inplace(x, 0.75),
-    lambda b, x, y: b.add_inplace(x, b.x(8)),
+    lambda b, x, y: b.add_inplace(x, y),
+    lambda b, x, y: b.mul_inplace(x, b.x(8)),
     lambda b, x, y: b.unary_inplace(x, SIGMOID),
-    lambda b, x, y: b.unary_inplace(slab(b, x, 1), RELU),
-    lambda b, x, y: b.cpy(slab(b, x, 0), slab(b, y, 2)),
+    lambda b, x, y: b.norm_inplace(x, 0.1),
+    lambda b, x, y: b.diag_mask_zero_inplace(x, 2),
+    lambda b, x, y: b.unary_inplace(planes(b, x, 1), RELU),
+    lambda b, x, y: b.unary_inplace(columns(b, x, 1), SILU),
+    lambda b, x, y: b.add_inplace(planes(b, x, 0), planes(b, y, 2)),
+    lambda b, x, y: b.cpy(planes(b, x, 0), planes(b, y, 2)),
+    lambda b, x, y: b.cpy(b.scale(x, 0.5), y),
+    lambda b, x, y: b.cpy(columns(b, x, 0), columns(b, y, 4)),
+    lambda b, x, y: b.set_inplace(x, b.x(4, 3, 2), 32, 256, 1024, 256 + 32 + 8),
+    lambda b, x, y: b.acc_inplace(x, b.x(8, 2, 4), 32, 256, 1024, 96),
+    lambda b, x, y: b.set_rows(x, b.x(8, 3, 4), b.indices(8, 3, 4, type="I64", unique=True)),
 )
 
 
 def random_graph(b: Builder) -> Any:
     """Any operations on any values so far, in place or not, through any views. A name that was written over in place
     is read again: it stands for the bytes as they are by then."""
-    pool = [b.scale(b.x(8, 8, 4), 1.0) for _ in range(3)]
+    pool = [b.scale(b.x(*CUBE), 1.0) for _ in range(2)] + [b.x(*CUBE)]
     for _ in range(40):
         x, y = (pool[b.rng.integers(len(pool))] for _ in range(2))
         made = STEPS[b.rng.integers(len(STEPS))](b, x, y)
         b.first.append(made)
-        if tuple(made.contents.ne) == (8, 8, 4, 1):
+        if tuple(made.contents.ne) == CUBE:
             pool.append(made)
     return tuple(pool[-3:])
 
 
 for _fill in (_unary, _binary, _glu, _rows, _soft_max, _rope, _copies, _products, _attention, _images):
     _fill()
-for _seed in range(24):
+for _seed in range(40):
     case("graph", f"random{_seed}", random_graph)
 
 CASES: dict[str, Case] = dict(TABLE)

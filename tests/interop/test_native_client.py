@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from tests.interop.cases import BOUNDS, CASES, GRAPHS, OPERATIONS
@@ -10,12 +11,16 @@ from tests.interop.conftest import NativeClient
 from tests.interop.scenarios import SCENARIOS
 from tests.interop.tap import Tap
 from tests.interop.worker import Outcome
+from tests.support.process import ServerProcess
 
 from sdrpc.engine.dequant import DEQUANTIZE
 from sdrpc.ggml.rules import FLOATS, GLU_OPS, RULES, UNARY_OPS
 from sdrpc.server import Server
 
 pytestmark = pytest.mark.interop
+
+FAST = 4e-4
+"""The normalized mean square error of fast precision: 2e-2 squared, what users are promised of whole networks."""
 
 
 def check(name: str, outcome: Outcome) -> None:
@@ -61,6 +66,34 @@ def test_clients_at_once(
     for (name, _), job in jobs.items():
         check(name, job.result())
     other.close()
+
+
+def test_the_rpc_server_command(native_client: NativeClient) -> None:
+    with ServerProcess("--device", "CPU", "--precision", "exact") as process:
+        for name in GRAPHS[:8]:
+            check(name, native_client.run(name, f"127.0.0.1:{process.port}", True))
+
+
+def test_in_fast_precision(native_client: NativeClient) -> None:
+    with ServerProcess("--device", "CPU", "--precision", "fast") as process:
+        for name in ("conv-block", "resnet-block", "attention", "attention-flash", "transformer-block", "down-up-skip"):
+            outcome = native_client.run(f"graph-{name}", f"127.0.0.1:{process.port}", True)
+            assert outcome.error <= FAST, f"{name}: error {outcome.error:.3g}"
+
+
+def test_a_client_of_another_version_is_turned_away(
+    native_client: NativeClient, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """ggml's client gives up on what our server says of itself; the server goes on."""
+    with ServerProcess("--device", "CPU", "--protocol", "5.1") as process:
+        for _ in range(2):
+            log = tmp_path_factory.mktemp("ggml") / "old.log"
+            other = NativeClient(log)
+            with pytest.raises(BrokenProcessPool):
+                other.submit(GRAPHS[0], f"127.0.0.1:{process.port}").result()
+            assert "RPC server version mismatch: 5.1.0" in log.read_text()
+            other.close()
+        assert process.process.poll() is None
 
 
 def test_commands_of_a_repeated_graph(native_client: NativeClient, our_server: Server) -> None:
