@@ -1,0 +1,72 @@
+"""A small checkpoint and two real servers for the commands' tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sdrpc.cli import report, sd_cli
+from tests.support.process import ServerProcess
+
+TOOLS = Path(__file__).parent.parent.parent / "tools"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 1.x checkpoint with random weights, F32."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    tool = [sys.executable, TOOLS / "make_checkpoint.py", "--size", "tiny", "--type", "f32", path]
+    subprocess.run([str(word) for word in tool], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[tuple[ServerProcess, ServerProcess]]:
+    """Two rpc-server processes that compute exactly."""
+    with ServerProcess("--precision", "exact") as one, ServerProcess("--precision", "exact") as other:
+        yield one, other
+
+
+@pytest.fixture(autouse=True, scope="session")
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lowered graphs of the tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDRPC_CACHE", str(tmp_path_factory.mktemp("graphs")))
+        yield
+
+
+class Outcome:
+    """What a run of sd-cli gave: exit status, standard output and standard error."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def error(self) -> str:
+        """The one line that says what went wrong."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def sd(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """sd-cli in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        def command() -> None:
+            try:
+                sd_cli.run([str(word) for word in arguments])
+            except SystemExit as end:
+                ended.append(int(end.code or 0))
+
+        ended: list[int] = []
+        status = report.guarded(command)
+        return Outcome(status or (ended[0] if ended else 0), *capfd.readouterr())
+
+    return run
