@@ -4,12 +4,13 @@ hand, whole, byte by byte and with other bytes behind them."""
 from __future__ import annotations
 
 from struct import pack
+from typing import NamedTuple
 
 import pytest
 from tests.support.stream import EndOfStream, Stream
 from tests.wire.examples import DATA, DIALECTS, EXAMPLES, NAME_LENGTHS, TENSOR, commands, frame, message, payload
 
-from sdrpc.errors import RemoteProtocolError
+from sdrpc.errors import LocalProtocolError, RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.wire import messages as m
 from sdrpc.wire.framing import (
@@ -118,6 +119,15 @@ def test_tensor_data_is_passed_by_reference() -> None:
     assert encode_reply(Command.GET_TENSOR, m.GetTensorReply(data), newest())[-1] is data
     graph = b"\0" * 12
     assert encode_request(m.GraphCompute(graph), newest(), 64)[-1] is graph
+
+
+@pytest.mark.parametrize(
+    "message",
+    [m.AllocBuffer(-1, 0), m.AllocBuffer(0, 2**64), m.BufferClear(1, 256), m.GetAllocSize(0, TENSOR, (TENSOR,))],
+)
+def test_what_does_not_fit_is_ours_to_refuse(message: NamedTuple) -> None:
+    with pytest.raises(LocalProtocolError, match=type(message).__name__):
+        encode_request(message, newest(), 64)
 
 
 def test_sizes_count_bytes_of_any_memoryview() -> None:

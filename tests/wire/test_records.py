@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.wire.examples import NAME_LENGTHS, TENSOR, record
 
-from sdrpc.errors import RemoteProtocolError
+from sdrpc.errors import LocalProtocolError, RemoteProtocolError
 from sdrpc.wire.records import (
     Record,
     clip_name,
@@ -81,6 +83,14 @@ def test_boundaries() -> None:
         (2**64 - 1,) * 10, 2**64 - 1, 2**64 - 1, 2**64 - 1, b"n" * 63, -1,
     )  # fmt: skip
     assert decode_records(encode_records([top], 64), 64) == [top]
+
+
+@pytest.mark.parametrize(
+    "change", [{"ne": (2**32, 1, 1, 1)}, {"nb": (-1, 1, 1, 1)}, {"id": 2**64}, {"flags": 2**31}, {"src": (0,) * 11}]
+)
+def test_numbers_that_do_not_fit_are_ours_to_refuse(change: dict[str, Any]) -> None:
+    with pytest.raises(LocalProtocolError, match="fits no rpc_tensor"):
+        encode_records([TENSOR._replace(**change)], 64)
 
 
 def test_names_end_at_the_first_zero_or_at_their_length() -> None:

@@ -70,14 +70,16 @@ class Connection:
         """Send ``message`` and return its answer, or None where the dialect has none."""
         command = COMMANDS[type(message)]
         answered = messages.response_class(command, self.dialect) is not None
+        request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
-            self._send(framing.encode_request(message, self.dialect, self.name_length))
+            self._send(request)
             return self._reply(command) if answered else None
 
     def fetch(self, message: messages.GetTensor, into: memoryview, doing: str) -> messages.GetTensorReply:
         """Send ``message`` and receive the tensor's bytes straight into ``into`` (as many as it asks for)."""
+        request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
-            self._send(framing.encode_request(message, self.dialect, self.name_length))
+            self._send(request)
             self._reply(Command.GET_TENSOR, bulk=len(into))
             _receive_into(self._socket, into)
             return messages.GetTensorReply(into)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from enum import IntEnum
 from functools import cache
 from struct import Struct
+from struct import error as struct_error
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..device import Bytes
-from ..errors import RemoteProtocolError
+from ..errors import LocalProtocolError, RemoteProtocolError
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import MAX_SRC
 from .records import Record, decode_records, encode_records, is_name_length, record_bytes
@@ -189,9 +190,6 @@ class Ack(NamedTuple):
     """The empty answer to commands that change a buffer, up to protocol 5.x (``Dialect.acks_buffer_commands``)."""
 
 
-Message = NamedTuple  # any of the classes above
-
-
 class Exchange(NamedTuple):
     """What is sent for a command and what comes back (None: nothing does)."""
 
@@ -286,7 +284,10 @@ def message_layout(cls: type, dialect: Dialect) -> Layout:
 
 
 def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
-    """The payload of ``message`` as buffers to be sent one after the other; bulk data is the caller's own object."""
+    """The payload of ``message`` as buffers to be sent one after the other; bulk data is the caller's own object.
+
+    Raises :class:`LocalProtocolError` for a number that does not fit its field.
+    """
     shape = message_layout(type(message), dialect)
     values = list(message)
     if isinstance(message, SetTensor) and not dialect.set_tensor_has_cache_flag:
@@ -296,14 +297,23 @@ def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
     for run in shape.runs:
         if isinstance(run, Struct):
             count = len(run.format) - 1
-            parts.append(run.pack(*values[:count]))
+            parts.append(_packed(run, type(message), values[:count]))
             del values[:count]
         else:
             value = values.pop(0)
-            records = list(value) if run > 1 else [value]
+            records = value if run > 1 else (value,)
+            if len(records) != run:
+                raise LocalProtocolError(f"{type(message).__name__}: {len(records)} tensors instead of {run}")
             parts.append(encode_records(records, name_length))
     head = b"".join(parts)
     return [head, *bulk] if head else bulk
+
+
+def _packed(numbers: Struct, cls: type, values: list[Any]) -> bytes:
+    try:
+        return numbers.pack(*values)
+    except struct_error as reason:
+        raise LocalProtocolError(f"{cls.__name__}: {reason}") from reason
 
 
 def decode(cls: type, payload: Bytes, dialect: Dialect, name_length: int) -> Any:

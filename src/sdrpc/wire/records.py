@@ -8,14 +8,17 @@ The last word is padding before protocol 5.1 (``Dialect.has_use_count``); the si
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
+from struct import Struct
+from struct import error as struct_error
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Bytes
-from ..errors import RemoteProtocolError
+from ..errors import LocalProtocolError, RemoteProtocolError
 from ..ggml.tensor import MAX_DIMS, MAX_SRC, Dims
 from .limits import MAX_NAME_LENGTH
 
@@ -27,6 +30,9 @@ NAME_STEP = 8
 
 Columns = NDArray[np.void]
 """Records as a structured array of :func:`record_dtype`."""
+
+
+_PART = "{size} bytes are no whole number of rpc_tensors with names of {name_length}"
 
 
 class Record(NamedTuple):
@@ -48,18 +54,42 @@ class Record(NamedTuple):
     use_count: int = 0
 
 
+class _Field(NamedTuple):
+    """``code`` is that of the struct module; a field of ``length`` numbers is a tuple, one of bytes ("s") is not."""
+
+    name: str
+    code: str
+    length: int = 1
+
+
+def _fields(name_length: int) -> tuple[_Field, ...]:
+    return (
+        _Field("id", "Q"), _Field("type", "I"), _Field("buffer", "Q"), _Field("ne", "I", MAX_DIMS),
+        _Field("nb", "I", MAX_DIMS), _Field("op", "I"), _Field("op_params", "s", 64), _Field("flags", "i"),
+        _Field("src", "Q", MAX_SRC), _Field("view_src", "Q"), _Field("view_offs", "Q"), _Field("data", "Q"),
+        _Field("name", "s", name_length), _Field("use_count", "i"),
+    )  # fmt: skip
+
+
+_NUMPY = {"Q": "<u8", "I": "<u4", "i": "<i4"}
+
+
 @cache
 def record_dtype(name_length: int) -> np.dtype[np.void]:
     """The packed layout of a record with names of ``name_length`` bytes (a multiple of 8)."""
     if not is_name_length(name_length):
         raise ValueError(f"a name of {name_length} bytes is in no rpc_tensor")
-    return np.dtype(
-        [
-            ("id", "<u8"), ("type", "<u4"), ("buffer", "<u8"), ("ne", "<u4", MAX_DIMS), ("nb", "<u4", MAX_DIMS),
-            ("op", "<u4"), ("op_params", "V64"), ("flags", "<i4"), ("src", "<u8", MAX_SRC), ("view_src", "<u8"),
-            ("view_offs", "<u8"), ("data", "<u8"), ("name", f"S{name_length}"), ("use_count", "<i4"),
-        ]
-    )  # fmt: skip
+    fields: list[tuple[Any, ...]] = []
+    for name, code, length in _fields(name_length):
+        # op_params as V: S would lose the zeros at the end.
+        kind = f"{'S' if name == 'name' else 'V'}{length}" if code == "s" else _NUMPY[code]
+        fields.append((name, kind) if code == "s" or length == 1 else (name, kind, length))
+    return np.dtype(fields)
+
+
+@cache
+def _struct(name_length: int) -> Struct:
+    return Struct("<" + "".join(f"{length}{code}" for _, code, length in _fields(name_length)))
 
 
 def is_name_length(length: int) -> bool:
@@ -73,39 +103,39 @@ def record_bytes(name_length: int) -> int:
 def columns(block: Bytes, name_length: int) -> Columns:
     """``block``, any number of whole records, as a structured array that shares its memory."""
     if len(block) % record_bytes(name_length):
-        raise RemoteProtocolError(
-            f"{len(block)} bytes are no whole number of rpc_tensors with {name_length}-byte names"
-        )
+        raise RemoteProtocolError(_PART.format(size=len(block), name_length=name_length))
     return np.frombuffer(block, record_dtype(name_length))
 
 
 def decode_records(block: Bytes, name_length: int) -> list[Record]:
     """``block`` as values. A name ends at its first zero byte, or at its length when it has none."""
-    return [_record(row) for row in columns(block, name_length).tolist()]
+    if len(block) % record_bytes(name_length):
+        raise RemoteProtocolError(_PART.format(size=len(block), name_length=name_length))
+    return [_record(words) for words in _struct(name_length).iter_unpack(block)]
 
 
-def _record(row: tuple[Any, ...]) -> Record:
-    record = Record(*row)
-    return record._replace(
-        ne=tuple(row[3].tolist()),
-        nb=tuple(row[4].tolist()),
-        src=tuple(row[8].tolist()),
-        name=record.name.split(b"\0", 1)[0],
-    )
+def _record(words: tuple[Any, ...]) -> Record:
+    name = words[27].split(b"\0", 1)[0]
+    ne, nb, src = words[3:7], words[7:11], words[14:24]
+    return Record._make((*words[:3], ne, nb, *words[11:14], src, *words[24:27], name, words[28]))
 
 
-def encode_records(records: list[Record], name_length: int) -> bytes:
-    """``records`` as bytes. Names are cut so that a zero byte ends them; every byte that no field sets is zero."""
-    block = np.zeros(len(records), record_dtype(name_length))
-    for field in Record._fields:
-        values = [getattr(record, field) for record in records]
-        if field == "name":
-            values = [clip_name(name, name_length) for name in values]
-        if field == "op_params":
-            block[field] = np.frombuffer(b"".join(values), "V64")
-        elif records:
-            block[field] = values
-    return block.tobytes()
+def encode_records(records: Iterable[Record], name_length: int) -> bytes:
+    """``records`` as bytes. Names are cut so that a zero byte ends them; every byte that no field sets is zero.
+
+    Raises :class:`LocalProtocolError` for a number that does not fit its field.
+    """
+    pack = _struct(name_length).pack
+    try:
+        return b"".join(pack(*_words(record, name_length)) for record in records)
+    except struct_error as reason:
+        raise LocalProtocolError(f"a tensor that fits no rpc_tensor: {reason}") from reason
+
+
+def _words(r: Record, name_length: int) -> tuple[Any, ...]:
+    name = clip_name(r.name, name_length)
+    numbers = (r.id, r.type, r.buffer, *r.ne, *r.nb, r.op, r.op_params, r.flags, *r.src, r.view_src, r.view_offs)
+    return (*numbers, r.data, name, r.use_count)
 
 
 def clip_name(name: bytes, name_length: int) -> bytes:
