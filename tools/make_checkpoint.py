@@ -4,8 +4,8 @@
         [--quant Q8_0|Q4_0|Q4_K|…] PATH
 
 ``full`` has the shapes of SD 1.5 (860 million weights in the UNet); as f16 safetensors it is, with torch 2.13 on a CPU,
-the checkpoint that the reference pictures of the parity tests were drawn from (sha256 07c0ce3d…6309e3). ``tiny`` has the
-same structure, CLIP's whole vocabulary, and is made in a second. ``--quant`` (for gguf) stores matrices in blocks where
+the checkpoint that the parity tests' reference pictures were drawn from (sha256 07c0ce3d…6309e3). ``tiny`` has the same
+structure, CLIP's whole vocabulary, and is made in a second. ``--quant`` (for gguf) stores matrices in blocks where
 their rows are whole numbers of blocks, as converters do.
 """
 

@@ -1,8 +1,8 @@
 """Model files as named, typed bytes that stay where they are: mapped into memory, never copied.
 
 Three forms: ``.safetensors`` (header read and checked by the safetensors library), ``.gguf`` (read by
-:mod:`sdrpc.diffusion.gguf_header`), and a diffusers directory (``model_index.json`` and a folder for each part). Pickles
-(``.ckpt``, ``.pt``) are refused: to open one is to run it.
+:mod:`sdrpc.diffusion.gguf_header`), and a diffusers directory (``model_index.json`` and a folder for each part).
+Pickles (``.ckpt``, ``.pt``) are refused: to open one is to run it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FOLDERS = ("unet", "vae", "text_encoder")
 class Checkpoint:
     """An opened model file or directory.
 
-    ``tensors``: by the file's own names (a diffusers directory's are prefixed by their folder: ``unet.conv_in.weight``);
+    ``tensors``: by the file's own names (a diffusers directory's with their folder: ``unet.conv_in.weight``).
     ``skipped``: tensors of types that ggml does not have (float8 …), with the type; ``metadata``: the file's text
     entries; ``configs``: a diffusers directory's config.json per part.
     """
@@ -141,7 +141,7 @@ def _unfolded(weight: Weight, shape: tuple[int, ...]) -> Weight:
 
         kind = GGMLQuantizationType[weight.type.name]
         values = dequantize(np.frombuffer(weight.data(), np.uint8), kind)
-        return memoryview(values.astype("<f2")).cast("B")
+        return memoryview(values.astype("<f2").tobytes())
 
     return Weight(weight.name, F16, shape, unpacked)
 
@@ -200,10 +200,10 @@ def _mapped(path: Path) -> memoryview:
 
 
 def _weight(name: str, type_name: str, shape: tuple[int, ...], data: memoryview, path: Path) -> Weight:
-    type = TYPES[type_name]
-    if shape and shape[-1] % type.block:
-        raise CheckpointError(path, f"rows of {shape[-1]} are no whole number of {type}'s blocks of {type.block}", name)
-    expected = type.row_bytes(prod(shape))
+    kind = TYPES[type_name]
+    if shape and shape[-1] % kind.block:
+        raise CheckpointError(path, f"rows of {shape[-1]} are no whole number of {kind}'s blocks of {kind.block}", name)
+    expected = kind.row_bytes(prod(shape))
     if len(data) != expected:
-        raise CheckpointError(path, f"{type} {list(shape)} is {expected} bytes, the file has {len(data)}", name)
-    return Weight(name, type, shape, lambda: data)
+        raise CheckpointError(path, f"{kind} {list(shape)} is {expected} bytes, the file has {len(data)}", name)
+    return Weight(name, kind, shape, lambda: data)

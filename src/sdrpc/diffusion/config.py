@@ -35,7 +35,7 @@ _STRANGERS = (
     (r"\.joint_blocks\.", "Stable Diffusion 3"),
     (r"double_stream_modulation_img", "Flux 2"),
     (r"double_blocks\.", "Flux"),
-    (r"conditioner\.embedders\.|label_emb\.|add_embedding\.|cond_stage_model\.1\.|text_encoder_2\.", "Stable Diffusion XL"),
+    (r"conditioner\.embedders\.|label_emb\.|add_embedding\.|cond_stage_model\.1\.", "Stable Diffusion XL"),
     (r"cond_stage_model\.model\.", "Stable Diffusion 2"),
     (r"time_mixer\.mix_factor|time_mix_blocks", "Stable Video Diffusion"),
     (r"\.cross_attn\.norm_k\.", "Wan"),

@@ -90,7 +90,7 @@ class _Cursor:
         return bytes(self.take(size)).decode("utf-8", "strict")
 
     def kind(self) -> GGUFValueType:
-        return GGUFValueType(self.number("I"))
+        return GGUFValueType(int(self.number("I")))
 
 
 def parse(data: memoryview) -> Header:

@@ -1,6 +1,6 @@
 """glibc's single-precision logarithm, sine and cosine to the bit, on numpy arrays.
 
-stable-diffusion.cpp's noise for ``--rng cpu`` and ``std_default`` goes through ``logf``, ``cosf`` and ``sinf``, and their
+stable-diffusion.cpp's noise for ``--rng cpu`` and ``std_default`` goes through ``logf``, ``cosf`` and ``sinf``: their
 last bit decides whether two programs draw the same picture. numpy's own single-precision functions differ from glibc's
 in about a tenth of all values, and correctly rounded ones in one of a hundred. glibc evaluates short polynomials in
 double precision (the algorithms and constants are those of Arm's Optimized Routines: logf.c, sincosf.c); the same

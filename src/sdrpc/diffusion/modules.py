@@ -65,18 +65,20 @@ def _text_encoder(config: Mapping[str, Any]) -> tuple[nn.Module, Call]:
 
 def _unet(config: Mapping[str, Any]) -> tuple[nn.Module, Call]:
     """Inputs: latents (batch, channels, height, width), timestep (batch,), context (batch, length, width)."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    return UNet2DConditionModel(**config), lambda module, latents, timestep, context: (
+    make: Any = diffusers.UNet2DConditionModel
+    return make(**config), lambda module, latents, timestep, context: (
         module(latents, timestep, context, return_dict=False)[0],
     )
 
 
 def _vae(config: Mapping[str, Any]) -> tuple[nn.Module, Call]:
     """Input: latents (1, channels, height, width). Output: the picture, (1, 3, 8 · height, 8 · width)."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    return AutoencoderKL(**config), lambda module, latents: (module.decode(latents, return_dict=False)[0],)
+    make: Any = diffusers.AutoencoderKL
+    return make(**config), lambda module, latents: (module.decode(latents, return_dict=False)[0],)
 
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], tuple[nn.Module, Call]]] = {

@@ -113,9 +113,7 @@ Step = Callable[[int, int], None]
 """Called with the steps that are done and all steps of a picture."""
 
 
-def generate(
-    request: Request, parts: Parts, clock: Clock, on_step: Step = lambda done, total: None
-) -> Iterator[Picture]:
+def generate(request: Request, parts: Parts, clock: Clock, on_step: Step = lambda *_: None) -> Iterator[Picture]:
     """Draw the pictures of a resolved request, one after the other, with seeds counting up.
 
     Raises :class:`ComputeError` when a part's output is not a number, and what the parts raise.

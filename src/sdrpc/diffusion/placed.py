@@ -75,7 +75,7 @@ class PlacedPart:
                     self.device.target,
                     module=module.digest,
                     inputs={name: [str(array.dtype), *array.shape] for name, array in inputs.items()},
-                    types={name: type.name for name, type in types.items()},
+                    types={name: stored.name for name, stored in types.items()},
                 ),
                 lambda: captured(module, inputs, self.device, types),
             )
@@ -110,7 +110,7 @@ class PlacedModel:
     placement: Placement
     clock: Clock
     cache: Cache = field(default_factory=Cache)
-    uploading: Uploading = lambda title, done, total: None
+    uploading: Uploading = lambda *_: None
 
     def __post_init__(self) -> None:
         def placed(part: ModelPart, device: Device) -> PlacedPart:

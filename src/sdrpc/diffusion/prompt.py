@@ -56,21 +56,21 @@ def parse(prompt: str) -> tuple[Piece, ...]:
 
     rest = prompt
     while match := _TOKEN.search(rest):  # searched anew each time: \b sees the rest alone, as there
-        token, weight, rest = match[0], match["weight"], rest[match.end() :]
-        if token in opened:
-            opened[token].append(len(texts))
+        piece, weight, rest = match[0], match["weight"], rest[match.end() :]
+        if piece in opened:
+            opened[piece].append(len(texts))
         elif weight is not None:
             if opened["("]:
                 multiply(opened["("].pop(), _number(weight, prompt))
-        elif token == ")" and opened["("]:
+        elif piece == ")" and opened["("]:
             multiply(opened["("].pop(), MORE)
-        elif token == "]" and opened["["]:
+        elif piece == "]" and opened["["]:
             multiply(opened["["].pop(), LESS)
-        elif re.search(r"\bBREAK\b", token):
+        elif re.search(r"\bBREAK\b", piece):
             texts.append(BREAK)
             weights.append(f32(-1))
         else:
-            texts.append("(" if token == r"\(" else token)
+            texts.append("(" if piece == r"\(" else piece)
             weights.append(f32(1))
     for start in opened["("]:
         multiply(start, MORE)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,13 +72,11 @@ def denoiser(predict: Predict, prediction: str, scale: NoiseScale) -> Denoise:
     return denoise
 
 
-def counted_steps(
-    sigmas: F32, on_step: Callable[[int, int], None] = lambda done, total: None
-) -> Iterator[tuple[f32, f32]]:
+def counted_steps(sigmas: F32, on_step: Callable[[int, int], None] = lambda *_: None) -> Iterator[tuple[f32, f32]]:
     """The steps of a schedule. ``on_step`` is told how many of them are done, and how many there are."""
     total = len(sigmas) - 1
     on_step(0, total)
-    for done, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for done, (sigma, following) in enumerate(pairwise(sigmas)):
         yield f32(sigma), f32(following)
         on_step(done + 1, total)
 
@@ -164,7 +163,7 @@ def dpmpp_2m_v2(denoise: Denoise, x: F32, steps: Steps, _noise: Noise, _eta: flo
 
 
 def _multistep(denoise: Denoise, x: F32, steps: Steps, ratio_and_step: Callable[[f32, f32], tuple[f32, f32]]) -> F32:
-    """DPM-Solver++(2M): extrapolates from the previous step's guess by the ratio of the two steps' lengths in -log σ."""
+    """DPM-Solver++(2M): extrapolates from the last step's guess by the ratio of the two steps' lengths in -log σ."""
     before, h_last = x, f32(0)
     for index, (sigma, following) in enumerate(steps):
         denoised = denoise(x, sigma)

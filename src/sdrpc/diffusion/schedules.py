@@ -134,7 +134,7 @@ _ALIGNED = np.array(
 """Align Your Steps' ten-step schedule for SD 1.5 (research.nvidia.com/labs/toronto-ai/AlignYourSteps)."""
 
 
-def ays(steps: int, scale: NoiseScale) -> F32:
+def ays(steps: int, _scale: NoiseScale) -> F32:
     """Align Your Steps: the published levels for ten steps, stretched to others in the logarithm."""
     sigmas = _ALIGNED.copy()
     if steps + 1 != len(sigmas):
