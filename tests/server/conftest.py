@@ -56,6 +56,7 @@ class Scene:
     def __init__(self, server: Server, caplog: pytest.LogCaptureFixture | None = None) -> None:
         self.server, self.caplog = server, caplog
         self.devices = [device for device in server.devices if isinstance(device, CountingDevice)]
+        self.clients: list[RawClient] = []
         self.works = Adder(RawClient(server.port, server.dialect))
         self.works()
         self.held = self._held()
@@ -64,7 +65,14 @@ class Scene:
         return sum(device.held for device in self.devices)
 
     def client(self, capabilities: Capability | None = NATIVE, name_length: int = 64) -> RawClient:
-        return RawClient(self.server.port, self.server.dialect, name_length, capabilities)
+        client = RawClient(self.server.port, self.server.dialect, name_length, capabilities)
+        self.clients.append(client)
+        return client
+
+    def dismiss(self) -> None:
+        """Close all clients but the one at work."""
+        while self.clients:
+            self.clients.pop().close()
 
     def log_of(self, client: RawClient) -> list[str]:
         """The warnings that name ``client``."""
@@ -102,6 +110,7 @@ class Scene:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.dismiss()
         self.works.client.close()
 
 
@@ -122,9 +131,10 @@ def shared(device: CountingDevice) -> Iterator[Scene]:
 
 
 @pytest.fixture
-def scene(shared: Scene, caplog: pytest.LogCaptureFixture) -> Scene:
+def scene(shared: Scene, caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
     shared.caplog = caplog
-    return shared
+    yield shared
+    shared.dismiss()
 
 
 @pytest.fixture(params=[NATIVE, Capability.ERRORS], ids=["native", "sdrpc"])

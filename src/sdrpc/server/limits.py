@@ -23,8 +23,8 @@ class Limits:
     a client may be silent for as long as it likes: its own model may be thinking."""
     buffers: int = 4096
     """Buffers of one client: real clients have a few dozen."""
-    tensors: int = 1 << 17
-    """Tensors in a graph: today's largest models have below twenty thousand, and each takes time to validate."""
+    tensors: int = 1 << 15
+    """Tensors in a graph: today's largest models have below ten thousand, and each takes a millisecond to compile."""
     graphs: int = 32
     """Graphs of a client that are kept ready under the digest of their bytes, for clients that send them again."""
     compute_seconds: float = 600.0
