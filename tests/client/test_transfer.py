@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import mmap
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 from tests.support.sink import sink
 
 from sdrpc.client import RemoteDevice, Timeouts, connect
+from sdrpc.client.connection import _send_all
 
 SIZE = 200 << 20
 
@@ -36,6 +39,43 @@ def test_uploads_copy_nothing() -> None:
 
 def test_downloads_take_their_own_size() -> None:
     assert SIZE <= peak(lambda device: device.read(device.allocate(SIZE), 0, SIZE)) < SIZE + (1 << 20)
+
+
+class Wire:
+    """A socket that takes ``most`` bytes at a time."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, bytearray()
+
+    def sendmsg(self, buffers: Sequence[memoryview]) -> int:
+        assert len(buffers) <= 64
+        data = b"".join(buffers)[: self.most]
+        self.taken += data
+        return len(data)
+
+
+class WireOfWindows:
+    """A socket without sendmsg."""
+
+    def __init__(self) -> None:
+        self.taken = bytearray()
+
+    def sendall(self, data: memoryview) -> None:
+        self.taken += data
+
+
+@pytest.mark.parametrize("wire", [Wire(1), Wire(7), Wire(1 << 20), WireOfWindows()])
+def test_buffers_are_sent_in_order_and_whole(wire: Any) -> None:
+    buffers = [
+        b"",
+        b"one",
+        np.arange(100, dtype=np.float32).data,
+        memoryview(b""),
+        bytearray(b"x" * 99),
+        *[b"ab"] * 200,
+    ]
+    _send_all(wire, buffers)
+    assert bytes(wire.taken) == b"".join(bytes(buffer) for buffer in buffers)
 
 
 def test_reads_can_be_written_to() -> None:

@@ -246,6 +246,10 @@ def _reason(error: Exception) -> str:
 def _send_all(sock: socket.socket, buffers: Sequence[Bytes]) -> None:
     """Send buffers one after the other without joining them."""
     views = [memoryview(buffer).cast("B") for buffer in buffers if framing.byte_length(buffer)]
+    if not hasattr(sock, "sendmsg"):  # Windows
+        for view in views:
+            sock.sendall(view)
+        return
     while views:
         sent = sock.sendmsg(views[:MAX_BUFFERS_PER_SEND])
         while views and sent >= len(views[0]):
