@@ -285,7 +285,7 @@ def _copies() -> None:
     case("CPY", "F32-I32", lambda b: b.cast(b.x(*ODD, low=-99, high=99), types["I32"]), "exact")
     case("CPY", "I32-F32", lambda b: b.cast(b.indices(1000, *ODD), types["F32"]), "exact")
 
-    def into_view(b: Builder, type: str, **place: Any) -> Any:
+    def into_view(b: Builder, type: str) -> Any:
         whole = b.x(40, 9, 3, type=type)
         nb = whole.contents.nb
         written = b.cpy(b.x(32, 6, 2), b.view_4d(whole, 32, 6, 2, 1, nb[1], nb[2], nb[3], 4 * nb[0] + nb[1]))
