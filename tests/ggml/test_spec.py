@@ -212,6 +212,6 @@ def test_2500_nodes_take_no_time() -> None:
         nodes += [product, view(product, 32, 8), permute(product, 1, 0, 2, 3)]
         x = inplace("ADD", product, product)
         nodes += [reshape(product, 8, 64), x]
-    begin = time.perf_counter()
+    begin = time.process_time()
     check(Graph(tuple(nodes)), {1: 10**6, 2: 10**6})
-    assert time.perf_counter() - begin < 0.5  # 0.03 on an idle machine
+    assert time.process_time() - begin < 0.25  # 0.03 on an idle machine
