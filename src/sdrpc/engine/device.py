@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import RLock
 from typing import TypeVar
 
@@ -18,17 +17,23 @@ from sdrpc.ggml import spec
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 
+from .deadline import Deadline
 from .digest import content
 from .errors import translated
 from .memory import LocalBuffer, host_bytes
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
+from .replay import Replay
 from .system import host_memory, processor
 from .weights import Weights
 
 T = TypeVar("T")
+Watch = Callable[[], str]
+"""Says why a run shall stop, or nothing."""
 
 GIB = 2**30
+WATCH_SECONDS = 0.2
+"""How often a run's watch is asked."""
 PROGRAMS = 32
 """Graphs that are kept compiled, and kept bound to buffers."""
 
@@ -39,12 +44,14 @@ _keys = itertools.count(1)
 class LocalProgram(Program):
     """A graph bound to buffers of a :class:`LocalDevice`."""
 
-    def __init__(self, device: LocalDevice, bound: Bound) -> None:
+    def __init__(self, device: LocalDevice, bound: Bound | Replay) -> None:
         self.device, self.bound = device, bound
 
-    def run(self) -> None:
-        """Compute all nodes. Raises :class:`sdrpc.errors.ComputeError`, :class:`sdrpc.errors.OutOfMemory`."""
-        self.device.execute(self.bound)
+    def run(self, watch: Watch | None = None) -> None:
+        """Compute all nodes. ``watch`` is asked now and then whether there is a reason to stop, in words.
+
+        Raises :class:`sdrpc.errors.ComputeError`, :class:`sdrpc.errors.OutOfMemory`."""
+        self.device.execute(self.bound, watch)
 
     @property
     def fusions(self) -> Mapping[str, int]:
@@ -76,7 +83,7 @@ class LocalDevice(Device):
         self._weights = Weights(dequant_cache)
         self._buffers: dict[int, LocalBuffer] = {}
         self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
-        self._bound: OrderedDict[tuple[bytes, tuple[int, ...]], Bound] = OrderedDict()
+        self._bound: OrderedDict[tuple[bytes, tuple[int, ...]], Bound | Replay] = OrderedDict()
         self._lock = RLock()
         self._worker = ThreadPoolExecutor(
             1, thread_name_prefix=f"sdrpc-{name}", initializer=_start, initargs=(threads,)
@@ -155,7 +162,7 @@ class LocalDevice(Device):
         if not size:
             return b""
         with translated(self.name, "reading"):
-            return memoryview(mine.data[offset : offset + size].cpu().numpy()).cast("B")
+            return memoryview(mine.data[offset : offset + size].cpu().numpy().tobytes())
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``."""
@@ -200,7 +207,7 @@ class LocalDevice(Device):
         with self._lock:
             compiled = _recent(self._compiled, digest)
         if compiled is None:
-            spec.check(graph, sizes)
+            spec.check(graph, sizes, max_bytes=self.memory().free)
             with translated(self.name, "compiling a graph"):
                 compiled = compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
             with self._lock:
@@ -211,22 +218,34 @@ class LocalDevice(Device):
             bound = _recent(self._bound, name)
         if bound is None:
             with translated(self.name, "binding a graph"):
-                bound = Bound(compiled, used, self._weights, self.torch_device)
+                steps = Bound(compiled, used, self._weights, self.torch_device)
+                bound = Replay(steps) if self.torch_device.type == "cuda" else steps
             with self._lock:
                 _remember(self._bound, name, bound)
         return LocalProgram(self, bound)
 
-    def execute(self, bound: Bound) -> None:
+    def execute(self, bound: Bound | Replay, watch: Watch | None = None) -> None:
         """Run ``bound`` in the device's worker and wait for it."""
-        self._submit(lambda: self._run(bound))
+        deadline = Deadline(self.compute_limit)
+        running = self._worker.submit(self._run, bound, deadline)
+        while watch is not None and not wait([running], WATCH_SECONDS).done:
+            if reason := watch():
+                deadline.stop(reason)
+                break
+        running.result()
 
-    def _run(self, bound: Bound) -> None:
-        deadline = None if self.compute_limit is None else time.monotonic() + self.compute_limit
-        with torch.inference_mode(), translated(self.name, "computing"):
+    def _run(self, bound: Bound | Replay, deadline: Deadline) -> None:
+        deadline.start()
+        exact = self.precision.narrow is None
+        with (
+            torch.inference_mode(),
+            # torch's own default lets convolutions round to TF32
+            torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=not exact),
+            translated(self.name, "computing"),
+        ):
             bound.run(deadline)
-
-    def _submit(self, work: Callable[[], T]) -> T:
-        return self._worker.submit(work).result()
+            if self.compute_limit is not None and self.torch_device.type == "cuda":
+                torch.cuda.synchronize(self.torch_device)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
@@ -267,31 +286,26 @@ def devices(
     ``precision``: exact, fast, or auto, which is fast where the hardware has narrow arithmetic. ``threads``: of the
     CPU (default: torch's). Raises :class:`sdrpc.errors.UsageError` for another precision.
     """
-    found = []
-    for name, torch_device, description in _found():
-        found.append(
-            LocalDevice(
-                name,
-                torch_device,
-                choose(precision, torch_device),
-                description=description,
-                threads=threads if torch_device.type == "cpu" else None,
-                compute_limit=compute_limit,
-                dequant_cache=dequant_cache,
-            )  # fmt: skip
+    return [
+        LocalDevice(
+            name,
+            torch_device,
+            choose(precision, torch_device),
+            description=description,
+            threads=threads if torch_device.type == "cpu" else None,
+            compute_limit=compute_limit,
+            dequant_cache=dequant_cache,
         )
-    return found
+        for name, torch_device, description in _found()
+    ]
 
 
 def _found() -> list[tuple[str, torch.device, str]]:
-    found = []
     kind = "ROCm" if torch.version.hip else "CUDA"
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            found.append((f"{kind}{i}", torch.device("cuda", i), torch.cuda.get_device_name(i)))
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        for i in range(torch.xpu.device_count()):
-            found.append((f"XPU{i}", torch.device("xpu", i), torch.xpu.get_device_name(i)))
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    xpu = range(torch.xpu.device_count() if torch.xpu.is_available() else 0)
+    found = [(f"{kind}{i}", torch.device("cuda", i), torch.cuda.get_device_name(i)) for i in cuda]
+    found += [(f"XPU{i}", torch.device("xpu", i), torch.xpu.get_device_name(i)) for i in xpu]
     if torch.backends.mps.is_available():
         found.append(("MPS", torch.device("mps"), processor()))
     found.append(("CPU", torch.device("cpu"), processor()))

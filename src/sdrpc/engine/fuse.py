@@ -217,7 +217,9 @@ def _affine(value: Value, readers: Readers, op: str, ne: Dims) -> Value | None:
     if bias.ne != ne or weight.ne != ne or norm.ne != value.ne:
         return None
     p: Any = norm.params
-    return replace(value, op=f"{op}_AFFINE", src=(norm.src[0], weight, bias), params=Norm(p.eps, getattr(p, "groups", 0)))
+    return replace(
+        value, op=f"{op}_AFFINE", src=(norm.src[0], weight, bias), params=Norm(p.eps, getattr(p, "groups", 0))
+    )
 
 
 def rms_norm(value: Value, readers: Readers) -> Value | None:
@@ -237,7 +239,7 @@ def norm_silu(value: Value, readers: Readers) -> Value | None:
     source = value.src[0] if value.op == "UNARY" and value.params.op == "SILU" else None  # type: ignore[attr-defined]
     if source is None or source.op != "GROUP_NORM_AFFINE" or not readers.alone(source):
         return None
-    return replace(value, op=source.op, src=source.src, params=source.params._replace(silu=True))  # type: ignore[attr-defined]
+    return replace(value, op=source.op, src=source.src, params=source.params._replace(silu=True))
 
 
 # attention
@@ -319,5 +321,3 @@ def _rewrite(effects: Sequence[Value], rules: Sequence[Rule], fired: Counter[str
                 break
         new[old] = value
     return [new[value] for value in effects]
-
-

@@ -92,10 +92,10 @@ def take(x: torch.Tensor, way: Steps | None, view: Strided) -> torch.Tensor:
 
 
 class Group(NamedTuple):
-    """``count`` consecutive elements of a dense array, ``step`` apart in it, that lie ``stride`` apart elsewhere."""
+    """``size`` consecutive elements of a dense array, ``step`` apart in it, that lie ``stride`` apart elsewhere."""
 
     step: int
-    count: int
+    size: int
     stride: int
 
 
@@ -107,8 +107,8 @@ def groups_of(view: Strided) -> tuple[tuple[Group, ...], int]:
     for n, stride in zip(view.ne, view.strides, strict=True):
         if n == 1:
             continue
-        if groups and stride == groups[-1].stride * groups[-1].count:
-            groups[-1] = groups[-1]._replace(count=groups[-1].count * n)
+        if groups and stride == groups[-1].stride * groups[-1].size:
+            groups[-1] = groups[-1]._replace(size=groups[-1].size * n)
         else:
             groups.append(Group(step, n, stride))
         step *= n
@@ -118,21 +118,21 @@ def groups_of(view: Strided) -> tuple[tuple[Group, ...], int]:
 def compose(lies: tuple[Sequence[Group], int], outer: Strided) -> Strided | None:
     """``outer``, a view of a dense array whose elements really lie as ``lies`` says, as one view of where they lie.
     None where a dimension of ``outer`` would go from one group into another."""
-    groups = [group for group in lies[0] if group.count > 1]
+    groups = [group for group in lies[0] if group.size > 1]
     base = lies[1]
     strides = []
-    start = {group.step: outer.offset // group.step % group.count for group in groups}
+    start = {group.step: outer.offset // group.step % group.size for group in groups}
     reach = dict(start)
     for n, stride in zip(outer.ne, outer.strides, strict=True):
         if n == 1:
             strides.append(0)
             continue
-        group = next((g for g in groups if g.step <= stride < g.step * g.count), None)
+        group = next((g for g in groups if g.step <= stride < g.step * g.size), None)
         if group is None or stride % group.step:
             return None
         inside = stride // group.step
         reach[group.step] += (n - 1) * inside
-        if reach[group.step] >= group.count:
+        if reach[group.step] >= group.size:
             return None
         strides.append(inside * group.stride)
     offset = base + sum(start[group.step] * group.stride for group in groups)

@@ -14,6 +14,10 @@ from .dtypes import DTYPES, shape_of
 from .values import Place
 
 
+HUGE = 1 << 22
+"""From this size on memory is asked for in huge pages: touching gigabytes page by page takes seconds."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class LocalBuffer:
     """Bytes on a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it."""
@@ -27,6 +31,8 @@ class LocalBuffer:
 def host_bytes(size: int) -> tuple[Tensor, memoryview]:
     """Zeroed memory of the CPU that costs nothing until it is touched, and that nobody used before."""
     mapped = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(mapped)[:size]
     if not size:
         return torch.empty(0, dtype=torch.uint8), view

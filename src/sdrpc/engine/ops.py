@@ -175,9 +175,9 @@ def rows_at(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _get_rows(v: Value, a: Tensor, rows: Tensor) -> Tensor:
-    picked = a[rows_at(rows, a.shape)]
-    type = _operand(v, 0).type
-    return picked if type.plain else dequantize(picked, type, v.ne)
+    picked: Tensor = a[rows_at(rows, a.shape)]
+    held = _operand(v, 0).type
+    return picked if held.plain else dequantize(picked, held, v.ne)
 
 
 def _set_rows(_v: Value, into: Tensor, values: Tensor, rows: Tensor) -> Tensor:
@@ -192,7 +192,8 @@ def _set_rows(_v: Value, into: Tensor, values: Tensor, rows: Tensor) -> Tensor:
 
 def _scale(v: Value, x: Tensor) -> Tensor:
     p: Any = v.params
-    return x * p.scale + p.bias if p.bias else x * p.scale
+    scaled = x * float(p.scale)
+    return scaled + float(p.bias) if p.bias else scaled
 
 
 def _clamp(v: Value, x: Tensor) -> Tensor:
@@ -212,7 +213,8 @@ def _fill(v: Value, x: Tensor) -> Tensor:
 
 def _arange(v: Value, device: torch.device) -> Tensor:
     p: Any = v.params
-    return (p.start + p.step * torch.arange(v.ne[0], device=device, dtype=torch.float32)).reshape(shape_of(v.ne))
+    numbers = torch.arange(v.ne[0], device=device, dtype=torch.float32)
+    return (numbers * float(p.step) + float(p.start)).reshape(shape_of(v.ne))
 
 
 def _diag_mask(fill: float) -> Raise:
@@ -239,7 +241,7 @@ def _rope(v: Value, x: Tensor, positions: Tensor, factors: Tensor | None = None)
     p: Any = v.params
     n = p.n_dims
     powers = torch.arange(0, n, 2, device=x.device, dtype=torch.float32)
-    frequencies = torch.pow(torch.tensor(p.freq_base, device=x.device), -powers / n)
+    frequencies = torch.pow(p.freq_base, -powers / n)
     if factors is not None:
         frequencies = frequencies / factors.reshape(-1)[: n // 2].float()
     angles = positions.reshape(-1, 1).float() * frequencies * p.freq_scale  # [n2, n / 2]
@@ -281,7 +283,8 @@ def _rms_norm(v: Value, x: Tensor) -> Tensor:
 
 def _l2_norm(v: Value, x: Tensor) -> Tensor:
     p: Any = v.params
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=p.eps)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp(min=p.eps)
 
 
 def _group_norm(v: Value, x: Tensor) -> Tensor:
@@ -334,8 +337,12 @@ def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | Non
     heads, groups = q.shape[1], k.shape[1]
     if heads != groups:
         k, value = (t.repeat_interleave(heads // groups, 1) for t in (k, value))
-    if mask is not None and (p.max_bias > 0 or mask.shape[2] != q.shape[2] or heads % mask.shape[1] or mask.shape[1] > 1):
-        mask = _masked(torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2]), mask, p.max_bias)
+    if mask is not None and (
+        p.max_bias > 0 or mask.shape[2] != q.shape[2] or heads % mask.shape[1] or mask.shape[1] > 1
+    ):
+        mask = _masked(
+            torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2]), mask, p.max_bias
+        )
     return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
 
 

@@ -7,13 +7,16 @@ lies between them stays narrow; an operation marked GGML_PREC_F32 takes and give
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
 from sdrpc.errors import UsageError
-from sdrpc.ggml.types import F32
+from sdrpc.ggml.params import MulMat
+from sdrpc.ggml.types import F16, F32, Type
 
 from .dtypes import DTYPES
 from .system import processor_features
@@ -48,10 +51,23 @@ and of its kernel IM2COL wants the shape only."""
 
 @dataclass(frozen=True)
 class Precision:
-    """``narrow`` is the dtype of heavy operations, None in exact precision."""
+    """``narrow`` is the dtype of heavy operations, None in exact precision. ``follows``: it is float16 for graphs whose
+    weights are mostly that, which then need no conversion."""
 
     name: str
     narrow: torch.dtype | None = None
+    follows: bool = False
+
+    def suited(self, effects: Sequence[Value]) -> Precision:
+        """This precision for the weights that the graph has."""
+        if not self.follows:
+            return self
+        size: Counter[Type] = Counter()
+        for value in ordered(effects):
+            if value.op in HEAVY and value.src[0] is not None and value.src[0].op == "LEAF":
+                size[value.src[0].type] += prod(value.src[0].ne)
+        half = size[F16] > sum(size.values()) / 2
+        return replace(self, narrow=torch.float16 if half else self.narrow, follows=False)
 
 
 EXACT = Precision("exact")
@@ -61,16 +77,11 @@ def choose(name: str, device: torch.device) -> Precision:
     """The precision called ``name`` (exact, fast or auto) on ``device``. Raises :class:`UsageError` for another."""
     if name not in ("exact", "fast", "auto"):
         raise UsageError(f"precision {name!r}: exact, fast or auto")
-    fast = Precision("fast", torch.float16 if device.type == "mps" or not _has_bf16(device) else torch.bfloat16)
-    if device.type == "cpu":
-        fast = Precision("fast", torch.bfloat16)
     if name == "exact" or (name == "auto" and not _is_narrow_faster(device)):
         return EXACT
-    return fast
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return Precision("fast", torch.float16)  # before Ampere there is no bfloat16
+    return Precision("fast", torch.bfloat16, follows=device.type != "cpu")
 
 
 def _is_narrow_faster(device: torch.device) -> bool:
@@ -120,9 +131,7 @@ class _Assigner:
         if self.narrow is None:
             return torch.float32
         if value.op in HEAVY:
-            return (
-                torch.float32 if value.op in ("MUL_MAT", "LINEAR") and value.params.prec == PREC_F32 else self.narrow
-            )
+            return torch.float32 if isinstance(value.params, MulMat) and value.params.prec == PREC_F32 else self.narrow
         if value.op in FOLLOWS and any(s.dtype is self.narrow and s.op != "LEAF" for s in src):
             return self.narrow
         return torch.float32

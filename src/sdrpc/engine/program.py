@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -11,9 +10,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from sdrpc.errors import ComputeError, UnsupportedOperation
+from sdrpc.errors import UnsupportedOperation
 from sdrpc.ggml.tensor import Graph
 
+from .deadline import Deadline
 from .dequant import DEQUANTIZE
 from .errors import translated
 from .fuse import Report, fuse
@@ -43,7 +43,7 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
         _supported(value)
     effects, report = fuse(traced.effects)
     buffers = tuple(numbers[key] for key in traced.buffers)
-    return Compiled(assign(effects, precision), buffers, traced.scratch, report)
+    return Compiled(assign(effects, precision.suited(effects)), buffers, traced.scratch, report)
 
 
 def _supported(value: Value) -> None:
@@ -81,6 +81,9 @@ class Bound:
         for number, size in compiled.scratch.items():
             memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._memory = memory
+        self._inputs: set[tuple[int, Hashable]] = set()
+        self._kept: set[tuple[int, Hashable]] = set()
+        self._dropped = 0
         self._fixed: list[Tensor | None] = []
         self._steps: list[Step] = []
         self._build()
@@ -118,20 +121,42 @@ class Bound:
     def _weight(self, value: Value) -> Callable[[Tensor], Tensor]:
         place, form = value.place, cast(Form, value.params)
         assert place is not None  # noqa: S101
+        make = partial(convert, type=value.type, ne=value.ne, form=form)
         if place.memory < 0:
-            return lambda raw: convert(raw, value.type, value.ne, form)
+            return make
         buffer = self.buffers[place.memory].key
         key = (place.offset, place.type, place.ne, place.nb, form)
 
         def get(raw: Tensor) -> Tensor:
-            return self._weights.get(
-                buffer, place.offset, place.end, key, lambda: convert(raw, value.type, value.ne, form)
-            )
+            if (buffer, key) in self._inputs:
+                return make(raw)
+            self._kept.add((buffer, key))
+            return self._weights.get(buffer, place.offset, place.end, key, lambda: make(raw))
 
         return get
 
-    def run(self, deadline: float | None = None) -> None:
-        """Run all steps. Raises :class:`ComputeError` when ``deadline`` (of time.monotonic) passes in between."""
+    def refresh(self) -> bool:
+        """Whether converted weights that the last run kept are gone. What is written between two runs is no weight but
+        an input: it will be converted in each run."""
+        if self._weights.dropped == self._dropped:
+            return False
+        self._dropped = self._weights.dropped
+        gone = {(buffer, key) for buffer, key in self._kept if not self._weights.holds(buffer, key)}
+        # what found no room was never held, and is converted in each run anyway
+        self._inputs |= gone
+        self._kept -= gone
+        return bool(gone)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def run(self, deadline: Deadline) -> None:
+        """Run the program."""
+        self.refresh()
+        self.steps(deadline)
+
+    def steps(self, deadline: Deadline | None = None) -> None:
+        """Run all steps. Raises :class:`ComputeError` when ``deadline`` passes in between."""
         registers = list(self._fixed)
         for run, args, out, dtype, store, free, node in self._steps:
             with_args = [registers[i] for i in args]
@@ -147,8 +172,8 @@ class Bound:
             registers[out] = result
             for i in free:
                 registers[i] = None
-            if deadline is not None and time.monotonic() > deadline:
-                raise ComputeError(f"{self._device}: the graph ran out of its time at {node}")
+            if deadline is not None:
+                deadline.check(self._device, node)
         for memory, start, end in self._stores:
             if memory >= 0:
                 self._weights.drop(self.buffers[memory].key, start, end)

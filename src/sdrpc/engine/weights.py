@@ -48,6 +48,8 @@ class Weights:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.used = 0
+        self.dropped = 0
+        """Counts entries that were forgotten: as long as it stays, every tensor handed out is still right."""
         self._entries: dict[int, dict[Hashable, _Entry]] = {}
         self._lock = Lock()
 
@@ -74,3 +76,9 @@ class Weights:
             stale = [key for key, e in entries.items() if e.end > start and (end is None or e.start < end)]
             for key in stale:
                 self.used -= entries.pop(key).size
+            self.dropped += len(stale)
+
+    def holds(self, buffer: int, key: Hashable) -> bool:
+        """Whether the weight that ``key`` names is kept."""
+        with self._lock:
+            return key in self._entries.get(buffer, {})

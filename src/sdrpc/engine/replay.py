@@ -1,0 +1,59 @@
+"""Programs recorded once and replayed: CUDA graphs.
+
+A program reads its inputs from buffers and writes its outputs to buffers, whose addresses stay: so the launches of one
+run are those of the next one, and the second run of a program is recorded. Converted weights are baked into a recording
+by address; where one has been dropped since (somebody wrote to its bytes), the recording is made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .deadline import Deadline
+from .program import Bound, Compiled
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Recordings of one program that are started before it runs step by step for good."""
+
+
+class Replay:
+    """Runs of one bound program on a CUDA (or ROCm) device."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound = bound
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
+        self._attempts = 0
+
+    @property
+    def compiled(self) -> Compiled:
+        return self.bound.compiled
+
+    def run(self, deadline: Deadline) -> None:
+        if self.bound.refresh() and self._graph is not None:
+            self._graph = None
+        if self._graph is None and self._warm and self._attempts < ATTEMPTS:
+            self._record()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self.bound.steps(deadline)
+            self._warm = True
+
+    def _record(self) -> None:
+        self._attempts += 1
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.bound.steps()
+        except Exception as error:
+            # a kernel that waits for the host can't be recorded; the same program runs step by step
+            log.warning("a graph of %d steps is not recorded: %s", len(self.bound), str(error).split("\n")[0])
+            self._attempts = ATTEMPTS
+            torch.cuda.synchronize()
+        else:
+            self._graph = graph
