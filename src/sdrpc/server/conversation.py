@@ -66,6 +66,7 @@ def _serve(stream: Stream, session: Session) -> None:
     stream.doing = "waiting for a request"
     while stream.wait():
         stream.doing = "receiving a request"
+        reader.dialect = session.dialect  # a graph may have told its patch
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
         if request.command == Command.SET_TENSOR:

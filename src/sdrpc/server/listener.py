@@ -117,7 +117,9 @@ class Server:
         thread.start()
 
     def _talk(self, stream: Stream) -> None:
-        session = Session(self.devices, self.dialect, self.limits)
+        session = Session(
+            self.devices, self.dialect, self.limits, lambda: "its client is gone" if stream.hung_up() else ""
+        )
         try:
             converse(stream, session)
         finally:

@@ -7,15 +7,16 @@ which gives back all that the client had.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..device import Bytes, Program
-from ..errors import OutOfMemory, RemoteProtocolError
-from ..ggml.dialect import Dialect
+from ..device import Bytes
+from ..errors import GraphError, OutOfMemory, RemoteProtocolError
+from ..ggml.dialect import Dialect, dialects
 from ..ggml.tensor import contiguous_strides, extent
 from ..ggml.types import Type
 from ..wire import graphs, messages
@@ -24,7 +25,7 @@ from .addresses import AddressSpace, Region
 from .limits import Limits
 
 if TYPE_CHECKING:
-    from ..engine.device import LocalDevice
+    from ..engine.device import LocalDevice, LocalProgram
 
 CHUNK = 4 << 20
 """Bytes that are held at once on the way to a device that can't be written directly."""
@@ -44,15 +45,19 @@ class Ready(NamedTuple):
     """A compiled graph, and the buffers without which it means nothing."""
 
     device: int
-    program: Program
+    program: LocalProgram
     handles: frozenset[int]
 
 
 class Session:
-    """What one client has on ``devices``, which it knows by their position."""
+    """What one client has on ``devices``, which it knows by their position. ``watch`` says why what is computed for it
+    shall stop, or nothing."""
 
-    def __init__(self, devices: Sequence[LocalDevice], dialect: Dialect, limits: Limits) -> None:
+    def __init__(
+        self, devices: Sequence[LocalDevice], dialect: Dialect, limits: Limits, watch: Callable[[], str]
+    ) -> None:
         self.devices, self.dialect, self.limits = devices, dialect, limits
+        self._watch = watch
         self._space = AddressSpace()
         self._graphs: OrderedDict[bytes, Ready] = OrderedDict()
         self._last: dict[int, Ready] = {}
@@ -208,7 +213,7 @@ class Session:
         self._graphs[digest] = self._last[ready.device] = ready
         if len(self._graphs) > self.limits.graphs:
             self._graphs.popitem(last=False)
-        ready.program.run()
+        ready.program.run(self._watch)
 
     def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
         self._device(asked.device)
@@ -216,9 +221,22 @@ class Session:
             raise RemoteProtocolError(
                 f"GRAPH_RECOMPUTE: device {asked.device} has no graph, or not its buffers any more"
             )
-        self._last[asked.device].program.run()
+        self._last[asked.device].program.run(self._watch)
 
     def _compile(self, payload: Bytes) -> Ready:
+        """The graph in ``payload``, in this session's dialect or, since no client tells the patch of its version, in
+        one of the same family that numbers operations otherwise: then that is the session's dialect from here on."""
+        try:
+            return self._compile_as(payload, self.dialect)
+        except (RemoteProtocolError, GraphError) as error:
+            for dialect in family(self.dialect):
+                with contextlib.suppress(RemoteProtocolError, GraphError):
+                    ready = self._compile_as(payload, dialect)
+                    self.dialect = dialect
+                    return ready
+            raise error
+
+    def _compile_as(self, payload: Bytes, dialect: Dialect) -> Ready:
         parts = graphs.split(payload)
         device = self._device(parts.device)
         count = len(parts.tensors) // record_bytes(parts.name_length) if parts.name_length else 0
@@ -234,9 +252,15 @@ class Session:
                 )
             return region.buffer.key, region.offset(address, 0)
 
-        graph = graphs.decode_graph(payload, self.dialect, resolve).graph
+        graph = graphs.decode_graph(payload, dialect, resolve).graph
         program = device.compile(graph, {region.buffer.key: region.buffer for region in used.values()})
         return Ready(parts.device, program, frozenset(used))
+
+
+def family(dialect: Dialect) -> list[Dialect]:
+    """The other patches of the same protocol version, newest first."""
+    same = [other for other in dialects().values() if other.triple[:2] == dialect.triple[:2] and other is not dialect]
+    return same[::-1]
 
 
 def chunks(start: int, size: int) -> Iterator[tuple[int, int]]:

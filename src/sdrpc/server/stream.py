@@ -8,6 +8,7 @@ where it shall live. A client that is silent in the middle of a message is a pro
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ..errors import ConnectionLost, RemoteProtocolError
 
 _AHEAD = 1 << 16
 _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
+_GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # Linux tells it apart from unread bytes
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
@@ -82,13 +84,10 @@ class Stream:
             pass
 
     def hung_up(self) -> bool:
-        """Whether the client is gone, without waiting or taking anything. Called while nothing else reads."""
-        try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError:
-            return True
+        """Whether the client is gone, seen without waiting, whatever it sent before."""
+        poll = select.poll()
+        poll.register(self._socket, _GONE)
+        return bool(poll.poll(0))
 
     def abort(self) -> None:
         """End whatever another thread is doing with this socket."""
