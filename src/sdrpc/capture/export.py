@@ -1,8 +1,9 @@
 """torch.export, and what has to be known about its graph before it is lowered.
 
-The module is exported with parameters and inputs on the meta device: no number is read and nothing is computed, so a
-module of any size is captured in no memory, before its weights exist. What depends neither on inputs nor on weights
-(masks, positions, frequencies) is computed by torch while the graph is read.
+The module is exported with parameters and inputs that have shapes but no numbers (torch's fake tensors, on the CPU
+whatever the module's device): nothing is computed, so that a module of any size is captured in no memory, before its
+weights exist. What depends neither on inputs nor on weights (masks, positions, frequencies) is computed by torch while
+the graph is read.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 
 Node = fx.Node
+Call = Callable[..., tuple[torch.Tensor, ...]]
+"""A function of a module and of tensors: ``lambda module, x, t: (module(x, t).sample,)``."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Exported:
 class _Flat(nn.Module):
     """A module seen as a function of a flat list of tensors."""
 
-    def __init__(self, module: nn.Module, call: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+    def __init__(self, module: nn.Module, call: Call) -> None:
         super().__init__()
         self.module = module
         self.call = call
@@ -49,15 +52,14 @@ class _Flat(nn.Module):
         return self.call(self.module, *tensors)
 
 
-def export(
-    module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Callable[..., tuple[torch.Tensor, ...]]
-) -> Exported:
+def export(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call) -> Exported:
     """Export ``call(module, *inputs.values())``, a function from tensors to tensors.
 
     Only shapes and dtypes of the inputs matter. Raises :class:`CaptureError` for what torch.export can't follow.
     """
-    flat = _Flat(on_meta(module), call)
-    examples = tuple(torch.empty_like(x, device="meta") for x in inputs.values())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flat = _Flat(_with_state(module, _empty), call)
+        examples = tuple(map(_empty, inputs.values()))
     try:
         with torch.no_grad():
             program = torch.export.export(flat, examples, strict=False)
@@ -70,11 +72,24 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def on_meta(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` whose parameters and buffers have no numbers; what else it holds is copied."""
-    parameters = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
-    buffers = {id(b): b.detach().to("meta") for b in module.buffers()}
-    return copy.deepcopy(module, {**parameters, **buffers})
+def rehearse(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call) -> None:
+    """``call(module, *inputs.values())`` on the meta device, for the errors that the module's own code raises."""
+
+    def meta(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device="meta")
+
+    with torch.no_grad():
+        call(_with_state(module, meta), *map(meta, inputs.values()))
+
+
+def _with_state(module: nn.Module, state: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of ``module`` that has ``state(tensor)`` in the place of each parameter and buffer."""
+    parameters: dict[int, Any] = {id(p): nn.Parameter(state(p), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, parameters | {id(b): state(b) for b in module.buffers()})
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -165,9 +180,6 @@ def _fold(nodes: Sequence[Node], known: dict[Node, torch.Tensor], unknown: set[N
             unknown.update([] if node in known else [node])
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: known[source])
-        args, kwargs = pytree.tree_map(
-            lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, (args, kwargs)
-        )
         with torch.no_grad():
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
 

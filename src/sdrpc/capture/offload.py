@@ -19,7 +19,7 @@ from ..device import Device
 from ..errors import UsageError
 from ..ggml.types import BF16, F16, F32
 from ..ggml.weight import Weight
-from .export import export, on_meta
+from .export import export, rehearse
 from .lower import lower
 from .run import Executable, WeightStore
 
@@ -126,13 +126,14 @@ class _Remote:
             return numbers
 
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        with torch.no_grad():
-            try:
-                flat(on_meta(self.module), *(torch.empty_like(tensor, device="meta") for tensor in tensors))
-            except Exception:  # inputs that the module refuses: with numbers, it says so in its own words
+        inputs = {_name(i): tensor for i, tensor in enumerate(tensors)}
+        try:
+            rehearse(self.module, inputs, flat)
+        except Exception:  # inputs that the module refuses: with numbers, it says so in its own words
+            with torch.no_grad():
                 flat(self.module, *tensors)
         results.clear()
-        exported = export(self.module, {_name(i): tensor for i, tensor in enumerate(tensors)}, flat)
+        exported = export(self.module, inputs, flat)
         types = {name: weight.type for name, weight in self.weights.items()}
         lowered = lower(exported, self.device.target, types)
         return _Bound(Executable(lowered, self.device, self.store), results[0])

@@ -34,7 +34,7 @@ from ..ggml.params import (
     Upscale,
 )
 from ..ggml.rules import MEAN_POOL, NEAREST
-from ..ggml.types import F16, F32
+from ..ggml.types import F32
 from .emit import Emitter, Kind, Shape, Value, dims_of
 
 Number = int | float
@@ -108,7 +108,7 @@ def _dropout(e: Emitter, out: Out, x: Value, p: float, train: bool) -> Value:
     return x
 
 
-@rule("clone", "contiguous", "to", "_to_copy", "type_as", "float")
+@rule("clone", "contiguous", "to", "_to_copy", "type_as")
 def _converted(e: Emitter, out: Out, x: Value, *_: Any, **__: Any) -> Value:
     """All floats are F32, so that only what the numbers are can change."""
     if out.kind == x.kind or (x.kind == "b" and out.kind in "if") or (x.kind == "i" and out.kind == "f"):
@@ -176,7 +176,7 @@ def _repeat_interleave(e: Emitter, out: Out, x: Value, repeats: Any, dim: int | 
     return e.reshape(e.expand(e.reshape(x, blocks), (blocks[0], repeats, blocks[2])), out.shape)
 
 
-@rule("zeros_like", "new_zeros", "empty_like", "new_empty")
+@rule("zeros_like", "new_zeros")
 def _zeros(e: Emitter, out: Out, *_: Any, **__: Any) -> Value:
     return _full(e, out, None, (), 0)
 
@@ -362,13 +362,18 @@ def _softplus(e: Emitter, out: Out, x: Value, beta: Number = 1, threshold: Numbe
     )
 
 
-@rule("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")
+@rule("clamp", "clip", "clamp_min", "hardtanh")
 def _clamp(e: Emitter, out: Out, x: Value, min: Number | None = None, max: Number | None = None) -> Value:
     bounds = Clamp(-math.inf if min is None else float(min), math.inf if max is None else float(max))
     return Value(e.node("CLAMP", e.contiguous(e.f32(x)).tensor, params=bounds), x.shape, x.kind)
 
 
-@rule("add", "__add__")
+@rule("clamp_max")
+def _clamp_max(e: Emitter, out: Out, x: Value, max: Number) -> Value:
+    return _clamp(e, out, x, None, max)
+
+
+@rule("add")
 def _add(e: Emitter, out: Out, a: Operand, b: Operand, *, alpha: Number = 1) -> Value:
     for x, other in ((a, b), (b, a)):
         number = _number(other)
@@ -377,7 +382,7 @@ def _add(e: Emitter, out: Out, a: Operand, b: Operand, *, alpha: Number = 1) -> 
     return e.binary("ADD", _value(e, a), e.scale(_value(e, b), alpha))
 
 
-@rule("sub", "__sub__")
+@rule("sub")
 def _sub(e: Emitter, out: Out, a: Operand, b: Operand, *, alpha: Number = 1) -> Value:
     if alpha != 1 or _number(a) is not None or _number(b) is not None:
         return _add(e, out, a, b, alpha=-alpha)
@@ -615,15 +620,14 @@ def _group_norm(
     return e.reshape(_scaled(e, normal, weight, bias), x.shape)
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training")
+@rule("batch_norm")
 def _batch_norm(
     e: Emitter, out: Out, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None,
-    *rest: Any,
+    training: bool, momentum: float, eps: float, *_: Any,
 ) -> Value:  # fmt: skip
     """In evaluation: the running statistics."""
-    training, eps = (rest[0], rest[2]) if len(rest) > 2 else (False, rest[1])
     if training or mean is None or var is None:
-        raise CaptureError("batch_norm in training")
+        raise CaptureError("batch_norm in training: call eval() on the module")
     shape = (x.shape[1], *([1] * (len(x.shape) - 2)))
     weight, bias, mean, var = (None if v is None else e.reshape(v, shape) for v in (weight, bias, mean, var))
     normal = e.binary("DIV", e.binary("SUB", x, mean), e.unary("SQRT", e.scale(var, 1, eps)))  # type: ignore[arg-type]
@@ -706,12 +710,9 @@ def _added_mask(e: Emitter, mask: Value) -> Value:
 
 
 def _flash(e: Emitter, q: Value, k: Value, v: Value, mask: Value | None, scale: float) -> Value:
-    if mask is not None and mask.array is not None:
-        mask = e.constant(mask.array, "f", F16)
-    elif mask is not None:
-        mask = Value(e.node("CPY", e.contiguous(_added_mask(e, mask)).tensor, type=F16), mask.shape)
-    rows = [e.f32(x) if x.tensor.nb[0] == x.tensor.type.size else e.contiguous(e.f32(x)) for x in (q, k, v)]
-    operands = [x.tensor for x in rows] + ([] if mask is None else [mask.tensor])
+    """With the mask as F32: only our own devices get this operation from us, and they take it exactly."""
+    rows = [x if x.tensor.nb[0] == x.tensor.type.size else e.contiguous(x) for x in map(e.f32, (q, k, v))]
+    operands = [x.tensor for x in rows] + ([] if mask is None else [e.contiguous(_added_mask(e, mask)).tensor])
     heads = e.node("FLASH_ATTN_EXT", *operands, params=FlashAttn(scale))
     batch, n, steps, _ = q.shape
     return e.transpose(Value(heads, (batch, steps, n, v.shape[-1])), 1, 2)
@@ -729,14 +730,11 @@ def _soft_max_attention(e: Emitter, q: Value, k: Value, v: Value, mask: Value | 
 # Images
 
 
-@rule("conv2d", "convolution")
+@rule("conv2d")
 def _conv2d(
     e: Emitter, out: Out, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, *rest: Any,
+    dilation: Any = 1, groups: int = 1,
 ) -> Value:  # fmt: skip
-    transposed, groups = (rest[0], rest[2]) if len(rest) > 1 else (False, rest[0] if rest else 1)
-    if transposed:
-        return _conv_transpose2d(e, out, x, weight, bias, stride, padding, rest[1], groups, dilation)
     (s1, s0), (d1, d0) = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         padding = _same_padding(padding, weight.shape[-2:], (d1, d0))
@@ -820,7 +818,7 @@ def _conv_transpose2d(
     return _with_bias(e, result, bias)
 
 
-@rule("upsample_nearest2d", "upsample_nearest")
+@rule("upsample_nearest2d")
 def _upsample_nearest(e: Emitter, out: Out, x: Value, *_: Any) -> Value:
     image = e.contiguous(e.f32(x))
     return Value(e.node("UPSCALE", image.tensor, params=Upscale(NEAREST), ne=dims_of(out.shape)), out.shape)
