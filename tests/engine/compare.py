@@ -64,7 +64,7 @@ class Leaves:
 def place(
     nodes: Sequence[Tensor], key: int, start: int, keep: Sequence[Tensor]
 ) -> tuple[Graph, dict[Tensor, Tensor], int]:
-    """``nodes`` on the buffer ``key`` instead of 1, the nodes of ``keep`` flagged OUTPUT with memory from ``start`` on."""
+    """``nodes`` on the buffer ``key`` instead of 1; those of ``keep`` become outputs, placed from ``start`` on."""
     new: dict[Tensor, Tensor] = {}
 
     def moved(tensor: Tensor | None) -> Tensor | None:
@@ -85,6 +85,11 @@ def place(
             new[node] = replace(tensor, buffer=key, offset=end, flags=OUTPUT)
             end += (tensor.nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     return Graph(tuple(new[node] for node in nodes)), new, end
+
+
+def at(node: Tensor, key: int, offset: int) -> Tensor:
+    """``node`` in a buffer."""
+    return replace(node, buffer=key, offset=offset)
 
 
 def check(device: LocalDevice, leaves: Leaves, nodes: Sequence[Tensor], *, runs: int = 2) -> Mapping[str, int]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.fuse import RULES
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary
-from sdrpc.ggml.tensor import Tensor
+from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16
+from support import reference
 
-from .compare import Leaves, check
+from .compare import Leaves, check, error, place
 
 Case = Callable[[Leaves], Sequence[Tensor]]
 
@@ -167,13 +169,6 @@ def test_every_rule_has_a_case() -> None:
 
 def test_what_must_be_stored_is_not_swallowed(exact: LocalDevice) -> None:
     """An intermediate that the client put into its buffer is computed, though it stands inside of a fusion."""
-    import numpy as np
-
-    from sdrpc.ggml.tensor import Graph
-    from support import reference
-
-    from .compare import error, place
-
     leaves = Leaves()
     nodes = linear()(leaves)
     buffer = exact.allocate(len(leaves.memory) + 4096)

@@ -17,6 +17,8 @@ from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import F16, F32
 from support import reference
 
+from .compare import at
+
 WORDS = 512
 SHAPES = [(4, 6), (6, 4), (24,), (2, 3, 4), (4, 3, 2), (12, 2), (8, 3), (3, 8)]
 ALIKE = 1e-5
@@ -166,10 +168,6 @@ def run_both(device: LocalDevice, graph_of: Callable[[int], list[Tensor]], words
         )  # fmt: skip
     finally:
         device.free(buffer)
-
-
-def at(node: Tensor, key: int, offset: int) -> Tensor:
-    return replace(node, buffer=key, offset=offset)
 
 
 def test_a_leaf_that_is_overwritten_before_its_copy_is_used(exact: LocalDevice) -> None:

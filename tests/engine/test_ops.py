@@ -38,7 +38,7 @@ from sdrpc.ggml.params import (
 )  # fmt: skip
 from sdrpc.ggml.rules import GLU_OPS, RULES, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
-from sdrpc.ggml.types import F16, F32
+from sdrpc.ggml.types import F16, F32, TYPES
 
 from .compare import Leaves, check
 
@@ -175,8 +175,6 @@ def timesteps(dim: int) -> Case:
 
 
 def copy(source: str, type: str, ne: tuple[int, ...] = (32, 5, 3)) -> Case:
-    from sdrpc.ggml.types import TYPES
-
     def case(leaves: Leaves) -> list[Tensor]:
         return [b.cast(leaves.normal(*ne, type=source, scale=3), TYPES[type])]
 
@@ -185,6 +183,18 @@ def copy(source: str, type: str, ne: tuple[int, ...] = (32, 5, 3)) -> Case:
 
 def fill(leaves: Leaves) -> list[Tensor]:
     return [b.node("FILL", leaves.normal(5, 3), params=Fill(-2.5))]
+
+
+def concat(dim: int) -> Case:
+    def case(leaves: Leaves) -> list[Tensor]:
+        longer = (5 if i == dim else n for i, n in enumerate((3, 4, 2, 2)))
+        return [b.node("CONCAT", leaves.normal(3, 4, 2, 2), leaves.normal(*longer), params=Concat(dim))]
+
+    return case
+
+
+def upscale(mode: int) -> Case:
+    return lambda leaves: [b.node("UPSCALE", leaves.normal(5, 4, 3, 2), params=Upscale(mode), ne=(11, 7, 3, 2))]
 
 
 CASES: dict[str, Case] = {
@@ -211,17 +221,15 @@ CASES: dict[str, Case] = {
     "DIAG_MASK_INF": one("DIAG_MASK_INF", 7, 5, 2, params=DiagMask(1)),
     "DIAG_MASK_ZERO": one("DIAG_MASK_ZERO", 7, 5, 2, params=DiagMask(0)),
     "REPEAT": lambda leaves: [b.node("REPEAT", leaves.normal(3, 1, 2), ne=(6, 5, 2, 3))],
-    **{f"CONCAT {dim}": (lambda dim: lambda leaves: [
-        b.node("CONCAT", leaves.normal(3, 4, 2, 2), leaves.normal(*(5 if i == dim else n for i, n in enumerate((3, 4, 2, 2)))),
-               params=Concat(dim))])(dim) for dim in range(4)},
+    **{f"CONCAT {dim}": concat(dim) for dim in range(4)},
     "PAD": one("PAD", 5, 4, 3, params=Pad(1, 2, 0, 3, 1, 0, 0, 1)),
     "PAD circular": one("PAD", 5, 4, 3, params=Pad(1, 2, 2, 3, 0, 0, 0, 0, 1)),
     "SET": set_part("SET"), "ACC": set_part("ACC"),
     **{f"GET_ROWS {t}": rows(t) for t in ("F32", "F16", "BF16", *QUANTIZED)},
     "GET_ROWS long": rows("F32", "I64"),
     **{f"SET_ROWS {t}": set_rows(t) for t in ("F32", "F16")},
-    **{f"CPY {a} {c}": copy(a, c) for a, c in (
-        ("F32", "F16"), ("F16", "F32"), ("F32", "BF16"), ("BF16", "F32"), ("F32", "I32"), ("Q8_0", "F32"), ("Q4_0", "F16"))},
+    **{f"CPY {pair}": copy(*pair.split()) for pair in (
+        "F32 F16", "F16 F32", "F32 BF16", "BF16 F32", "F32 I32", "Q8_0 F32", "Q4_0 F16")},
     "TIMESTEP_EMBEDDING": timesteps(32), "TIMESTEP_EMBEDDING odd": timesteps(7),
     "ROPE": rope(0), "ROPE neox": rope(2), "ROPE factors": rope(2, True),
     "NORM": one("NORM", 33, 5, 2, params=Eps(1e-5)), "RMS_NORM": one("RMS_NORM", 33, 5, 2, params=Eps(1e-5)),
@@ -250,8 +258,7 @@ CASES: dict[str, Case] = {
     "CONV_TRANSPOSE_2D": two("CONV_TRANSPOSE_2D", (3, 2, 5, 4), (6, 5, 4, 2), ConvTranspose2D(2)),
     "POOL_2D max": one("POOL_2D", 9, 7, 3, params=Pool2D(0, 3, 2, 2, 2, 1, 1)),
     "POOL_2D mean": one("POOL_2D", 9, 7, 3, params=Pool2D(1, 3, 2, 2, 1, 2, 0)),
-    **{f"UPSCALE {mode}": (lambda mode: lambda leaves: [
-        b.node("UPSCALE", leaves.normal(5, 4, 3, 2), params=Upscale(mode), ne=(11, 7, 3, 2))])(mode) for mode in (0, 1, 257)},
+    **{f"UPSCALE {mode}": upscale(mode) for mode in (0, 1, 257)},
     "UPSCALE twice": lambda leaves: [b.node("UPSCALE", leaves.normal(5, 4, 3), params=Upscale(0), ne=(10, 8, 3))],
     "permuted": permuted, "part": part, "part of a value": part_of_value, "overlapping rows": reshaped_rows,
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=recorded.PARTS)
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest) -> Run:
     """A recording with random leaves, and what it computes."""
     part = request.param
     graph, sizes = recorded.load(part)
@@ -42,7 +42,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     last = graph.nodes[-1]
     filled = {number: data.copy() if number == last.buffer else data for number, data in memory.items()}
     wanted = reference.run(graph, filled, dtype=np.float32)[last]
-    yield Run(part, memory, wanted)
+    return Run(part, memory, wanted)
 
 
 def test_recorded_graph(run: Run, device: LocalDevice) -> None:

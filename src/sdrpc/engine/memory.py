@@ -13,7 +13,6 @@ from sdrpc.errors import GraphError
 from .dtypes import DTYPES, shape_of
 from .values import Place
 
-
 HUGE = 1 << 22
 """From this size on memory is asked for in huge pages: touching gigabytes page by page takes seconds."""
 

@@ -157,11 +157,19 @@ class Bound:
 
     def steps(self, deadline: Deadline | None = None) -> None:
         """Run all steps. Raises :class:`ComputeError` when ``deadline`` passes in between."""
+        try:
+            self._steps_in_order(deadline)
+        finally:
+            for memory, start, end in self._stores:
+                if memory >= 0:
+                    self._weights.drop(self.buffers[memory].key, start, end)
+
+    def _steps_in_order(self, deadline: Deadline | None) -> None:
         registers = list(self._fixed)
         for run, args, out, dtype, store, free, node in self._steps:
-            with_args = [registers[i] for i in args]
+            operands = [registers[i] for i in args]
             try:
-                result = run(*with_args)
+                result = run(*operands)
                 if result.dtype is not dtype and dtype is not None:
                     result = result.to(dtype)
                 if store is not None:
@@ -174,9 +182,6 @@ class Bound:
                 registers[i] = None
             if deadline is not None:
                 deadline.check(self._device, node)
-        for memory, start, end in self._stores:
-            if memory >= 0:
-                self._weights.drop(self.buffers[memory].key, start, end)
 
 
 def _trimmed(src: tuple[Value | None, ...]) -> list[Value]:
