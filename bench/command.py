@@ -1,0 +1,42 @@
+"""Real sd-cli processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from sdrpc.diffusion.pipeline import Request
+
+
+class Ended(NamedTuple):
+    """What an sd-cli that has ended said of its stages: seconds by name."""
+
+    stages: Mapping[str, float]
+
+
+class SdCli:
+    """sd-cli drawing ``request`` from ``checkpoint`` with further ``options``. ``graphs`` is its cache folder."""
+
+    def __init__(self, request: Request, checkpoint: Path, graphs: Path, *options: str) -> None:
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", "-m", str(checkpoint),
+                "-p", request.prompt, "-W", str(request.width), "-H", str(request.height),
+                "--steps", str(request.steps), "--cfg-scale", str(request.cfg_scale),
+                "--sampling-method", request.sampler, "-o", str(graphs.parent / "bench.png"), *options,
+            ],
+            env=os.environ | {"SDRPC_CACHE": str(graphs)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait(self) -> Ended:
+        """Wait for its end. Raises :class:`SystemExit` with its last words when it failed."""
+        _, said = self.process.communicate()
+        if self.process.returncode:
+            raise SystemExit(f"sd-cli failed: {said[-2000:]}")
+        return Ended({stage: float(seconds) for stage, seconds in re.findall(r"(\w+) (\d+\.\d+)s(?=,|$)", said, re.M)})

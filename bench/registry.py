@@ -1,0 +1,15 @@
+"""All benchmarks, in the order in which they run."""
+
+from __future__ import annotations
+
+from . import graph, memory, start, step, upload, wire
+from .rows import Benchmark
+
+BENCHMARKS = (
+    Benchmark("step", "time of a sampling step through a server, over diffusers in process", step.run),
+    Benchmark("wire", "bytes of a step on the wire, over what it needs", wire.run),
+    Benchmark("upload", "speed of weights from the mapped file into the server's memory", upload.run),
+    Benchmark("memory", "peak of memory that is the client's and the server's own", memory.run),
+    Benchmark("graph", "sd-cli's recorded UNet graph: fast over exact, per operation", graph.run),
+    Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
+)

@@ -1,0 +1,106 @@
+"""What all benchmarks work on: checkpoints, servers, models on devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support.process import ServerProcess
+
+from sdrpc.capture.cache import Cache
+from sdrpc.client import connect
+from sdrpc.diffusion.clock import Clock
+from sdrpc.diffusion.model import ModelFiles, open_model
+from sdrpc.diffusion.pipeline import Request
+from sdrpc.diffusion.placed import PlacedModel, Placement, Uploading
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "a photograph of an astronaut riding a horse"
+
+
+class Variant(NamedTuple):
+    """The type of a checkpoint's weights, and the server's precision."""
+
+    type: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The options of a run. ``folder`` is its scratch space; ``variants`` are measured one after the other by the
+    benchmarks that compare arithmetic, the others take the first."""
+
+    device: str
+    size: int
+    steps: int
+    checkpoint_size: str
+    variants: tuple[Variant, ...]
+    folder: Path
+
+    @property
+    def variant(self) -> Variant:
+        return self.variants[0]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "CPU"
+
+    @property
+    def cache(self) -> Cache:
+        """Of lowered graphs; empty when the run starts."""
+        return Cache(self.folder / "graphs")
+
+    def request(self, steps: int | None = None, size: int | None = None) -> Request:
+        """The picture that is drawn: with guidance, so that the model is given batches of two."""
+        side = size or self.size
+        return Request(
+            PROMPT, width=side, height=side, steps=steps or self.steps, cfg_scale=7.0, sampler="euler"
+        ).resolved()
+
+    def checkpoint(self, type: str) -> Path:
+        """A checkpoint with random weights, made when it is not there yet; its pages are in the system's cache."""
+        home = Path(os.environ.get("SDRPC_DEV_CACHE") or Path.home() / ".cache" / "sdrpc-dev")
+        path = home / f"bench-{self.checkpoint_size}-{type}.safetensors"
+        if not path.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part.safetensors")
+            maker = [sys.executable, "tools/make_checkpoint.py", "--size", self.checkpoint_size, "--type", type]
+            subprocess.run([*maker, part], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            part.rename(path)
+        _read(path)
+        return path
+
+    @contextmanager
+    def server(self, variant: Variant) -> Iterator[ServerProcess]:
+        """An rpc-server process on the device, with all of torch's threads."""
+        options = ("--threads", "0", "--device", self.device, "--precision", variant.precision)
+        with ServerProcess(*options) as server:
+            yield server
+
+    @contextmanager
+    def placed(self, variant: Variant, port: int, uploading: Uploading = lambda *_: None) -> Iterator[PlacedModel]:
+        """The variant's model, all of it on the first device of the server at ``port``."""
+        model = open_model(ModelFiles(self.checkpoint(variant.type)))
+        with ExitStack() as stack:
+            device, *others = connect([f"127.0.0.1:{port}"])
+            for opened in (device, *others):
+                stack.callback(opened.close)
+            placed = PlacedModel(model, Placement(device, device, device), Clock(), self.cache, uploading)
+            stack.callback(placed.close)
+            yield placed
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(1 << 24)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass

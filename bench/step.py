@@ -1,0 +1,56 @@
+"""A sampling step through a server, over the same step of diffusers in process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .rows import Mark, Row
+from .sampling import DTYPES, InProcess, Undecoded, difference, step_seconds
+from .setup import Setup, Variant
+
+ROUNDS = 2
+"""Each side draws as often, in turn: what else the machine does then hits both."""
+
+SAME_WORK = 0.15
+"""How far (relative, L2) the latents of both sides may be from each other: rounding in narrow types takes a few per
+cent, other work takes far more."""
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    for variant in setup.variants:
+        yield from _variant(setup, variant)
+
+
+def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
+    request = setup.request()
+    with setup.server(variant) as server, setup.placed(variant, server.port) as placed:
+        ours = Undecoded(placed)
+        first = ours.sample(request)  # uploads
+        assert ours.context is not None
+        theirs = InProcess(placed.model, torch.device(setup.device.lower().replace("cuda", "cuda:")), _dtype(variant))
+        channels = placed.latent_channels
+        eager = [theirs.sample(request, ours.context, channels)]
+        mine = [first]
+        for _ in range(1, ROUNDS):
+            mine.append(ours.sample(request))
+            eager.append(theirs.sample(request, ours.context, channels))
+        apart = difference(mine[-1].latents, eager[-1].latents)
+        if apart > SAME_WORK:
+            raise SystemExit(f"step, {variant}: the two sides draw different pictures ({apart:.0%} apart)")
+        note = f"{request.width}×{request.height}, batch of 2; latents {apart:.2%} apart"
+        yield _row(f"step, {variant}", step_seconds(*mine), step_seconds(*eager), "diffusers", note)
+        if theirs.device.type == "cuda":
+            graphs = [theirs.sample(request, ours.context, channels, graph=True) for _ in range(ROUNDS)]
+            yield _row(f"step, {variant}", step_seconds(*mine), step_seconds(*graphs), "diffusers, CUDA graph", note)
+
+
+def _dtype(variant: Variant) -> torch.dtype:
+    """What diffusers computes in: exact is float32 whatever the file holds."""
+    return torch.float32 if variant.precision == "exact" else DTYPES[variant.type]
+
+
+def _row(what: str, ours: float, theirs: float, against: str, note: str) -> Row:
+    rates = f"{1 / ours:.2f} against {1 / theirs:.2f} steps/s; {note}"
+    return Row(what, ours * 1e3, "ms", theirs * 1e3, against, Mark(1.10), rates)

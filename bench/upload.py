@@ -1,0 +1,90 @@
+"""How fast the diffusion model's weights get from the mapped file into the server's memory."""
+
+from __future__ import annotations
+
+import mmap
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sdrpc.diffusion.names import UNET
+
+from .rows import Mark, Row
+from .setup import Setup
+
+ROUNDS = 3
+SMALL = 8
+"""Side of the latents of the step that makes the model load: its arithmetic shall not take long."""
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    ours, through_socket, copied = [], [], []
+    size = 0
+    path = setup.checkpoint(setup.variant.type)
+    for _ in range(ROUNDS):
+        seconds, size = _through_server(setup)
+        ours.append(seconds)
+        through_socket.append(_through_socket(path, size))
+        copied.append(_copied(path, size))
+    speed, plain, memory = (size / min(seconds) / 1e9 for seconds in (ours, through_socket, copied))
+    note = f"{size / 1e9:.2f} GB, best of {ROUNDS}"
+    yield Row("upload", speed, "GB/s", plain, "plain loopback socket", Mark(1.0, "ours", at_least=True), note)
+    yield Row("upload", speed, "GB/s", memory, "memcpy to new memory", None, note)
+
+
+def _through_server(setup: Setup) -> tuple[float, int]:
+    """Seconds from the first byte of the diffusion model to the last, and how many there are."""
+    times: list[float] = []
+    size = 0
+
+    def uploading(title: str, _done: int, total: int) -> None:
+        nonlocal size
+        if title == UNET.title:
+            times.append(time.perf_counter())
+            size = total
+
+    with (
+        setup.server(setup.variant) as server,
+        setup.placed(setup.variant, server.port, uploading) as placed,
+    ):
+        channels, width = placed.latent_channels, int(placed.model.text_encoder.config["hidden_size"])
+        latents = np.zeros((2, channels, SMALL, SMALL), np.float32)
+        placed.predict(latents, np.zeros(2, np.float32), np.zeros((2, placed.token_length, width), np.float32))
+    return times[-1] - times[0], size
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _through_socket(path: Path, size: int) -> float:
+    """Seconds for as many bytes of the mapped file through a socket into memory that was never touched."""
+    target = memoryview(mmap.mmap(-1, size))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = socket.create_connection(listener.getsockname())
+        receiver, _ = listener.accept()
+
+    def receive() -> None:
+        rest = target
+        while rest:
+            rest = rest[receiver.recv_into(rest) :]
+
+    thread = threading.Thread(target=receive)
+    with sender, receiver:
+        start = time.perf_counter()
+        thread.start()
+        sender.sendall(memoryview(_mapped(path))[:size])
+        thread.join()
+        return time.perf_counter() - start
+
+
+def _copied(path: Path, size: int) -> float:
+    target = memoryview(mmap.mmap(-1, size))
+    start = time.perf_counter()
+    target[:] = memoryview(_mapped(path))[:size]
+    return time.perf_counter() - start

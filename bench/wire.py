@@ -1,0 +1,34 @@
+"""Bytes that a sampling step sends and receives, over what it can't do without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .proxy import CountingProxy
+from .rows import Mark, Row
+from .sampling import Undecoded
+from .setup import Setup
+
+STEPS = 3
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    counts: list[tuple[int, int]] = []
+    with (
+        setup.server(setup.variant) as server,
+        CountingProxy(server.port) as proxy,
+        setup.placed(setup.variant, proxy.port) as placed,
+    ):
+        parts = Undecoded(placed)
+        request = setup.request(steps=STEPS)
+        latents = parts.sample(request, lambda _: counts.append((proxy.sent, proxy.received))).latents
+    # the first step uploads and sends the graph; what each later one costs is the difference of two runs' bytes
+    (sent_before, received_before), (sent_after, received_after) = counts[1], counts[-1]
+    sent, received = (sent_after - sent_before) / (STEPS - 1), (received_after - received_before) / (STEPS - 1)
+    pair = 2 * latents.nbytes
+    needed_out, needed_back = pair + 2 * 4, pair  # the batch of two and its timesteps; the prediction
+    yield Row(
+        "bytes per step, both ways", sent + received, "B", needed_out + needed_back,
+        "latents + timesteps, prediction", Mark(1.2),
+        f"{setup.size}×{setup.size}; {sent:,.0f} out, {received:,.0f} back",
+    )  # fmt: skip
