@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tests.support.client import Adder, RawClient
+from tests.support.client import Adder, RawClient, busy
 
 from sdrpc.ggml import params
 from sdrpc.server import Limits, Server
@@ -365,18 +365,6 @@ def test_t40_use_counts_are_not_believed(scene: Scene, use_count: int) -> None:
         add.a = add.a._replace(use_count=use_count)
         add()
     scene.goes_on()
-
-
-def busy(client: RawClient, products: int = 4000, n: int = 512) -> None:
-    """Send a graph that computes for a long time: products of n × n matrices, one after the other."""
-    buffer = client.buffer(3 * 4 * n * n)
-    weight = client.record(buffer, (n, n), id=1)
-    places = (4 * n * n, 8 * n * n)
-    nodes = [
-        client.record(buffer, (n, n), at=places[i % 2], id=i, op="MUL_MAT", src=(1, i - 1))
-        for i in range(2, products + 2)
-    ]
-    client.compute(range(2, products + 2), [weight, *nodes])
 
 
 def test_t41_a_graph_that_computes_for_too_long(caplog: pytest.LogCaptureFixture) -> None:

@@ -172,3 +172,15 @@ class Adder:
             self.client.post(messages.GraphRecompute(0))
         got = np.frombuffer(self.client.get(self.sum, 4 * self.elements), "f4")
         np.testing.assert_array_equal(got, a + b)
+
+
+def busy(client: RawClient, products: int = 4000, n: int = 512) -> None:
+    """Send a graph that computes for a long time: products of n × n matrices, one after the other."""
+    buffer = client.buffer(3 * 4 * n * n)
+    weight = client.record(buffer, (n, n), id=1)
+    places = (4 * n * n, 8 * n * n)
+    nodes = [
+        client.record(buffer, (n, n), at=places[i % 2], id=i, op="MUL_MAT", src=(1, i - 1))
+        for i in range(2, products + 2)
+    ]
+    client.compute(range(2, products + 2), [weight, *nodes])

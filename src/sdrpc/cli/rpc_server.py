@@ -31,7 +31,12 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
-    sys.exit(report.guarded(app))
+    sys.exit(report.guarded(lambda: run(sys.argv[1:])))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command with ``arguments``."""
+    typer.main.get_command(app).main(list(arguments), prog_name="rpc-server")
 
 
 @app.command()

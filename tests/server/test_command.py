@@ -1,0 +1,148 @@
+"""rpc-server as its users meet it: real processes."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from tests.support.client import Adder, RawClient, busy
+from tests.support.process import ServerProcess
+
+from sdrpc.cli import rpc_server
+from sdrpc.cli.rpc_server import choose, size
+from sdrpc.errors import UsageError
+from sdrpc.ggml.dialect import dialects, newest
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """rpc-server in this process, with options that make it end by itself: status, output, errors in one line."""
+
+    def run(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rpc-server", *options])
+        with pytest.raises(SystemExit) as end:
+            rpc_server.main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, " ".join(err.replace("│", " ").split())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess("--precision", "exact", "--protocol", "5.0", "-v", "--device", "cpu") as process:
+        yield process
+
+
+def test_it_says_what_it_offers_and_serves_it(server: ServerProcess) -> None:
+    with RawClient(server.port, dialects()["5.0.1"], 160) as client:
+        Adder(client)()
+    assert "Starting RPC server v5.0.1\n" in server.output
+    assert re.search(r"^  CPU: .+ \(\d+ MiB, \d+ MiB free\)$", server.output, re.MULTILINE)
+    assert f"  endpoint       : 127.0.0.1:{server.port}\n" in server.output
+    assert "warning" not in server.output
+
+
+def test_a_port_in_use_is_one_clear_line(server: ServerProcess, run: Run) -> None:
+    status, _, err = run("--port", str(server.port))
+    assert status == 2
+    assert re.fullmatch(rf"error: can't listen on 127.0.0.1:{server.port}: .*in use.*--port 0.*", err)
+
+
+def test_ctrl_c_in_the_middle_of_a_computation(server: ServerProcess) -> None:
+    """Status 0, no traceback, in a moment. (The last test that uses this server.)"""
+    with RawClient(server.port, dialects()["5.0.1"]) as client:
+        busy(client)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 0
+        assert client.ended() == ""
+    assert "Traceback" not in server.output
+    assert "disconnected: CPU: stopped at node" in server.output.replace("cpu:", "CPU:")
+
+
+def test_sigterm_and_a_warning_when_others_can_reach_it() -> None:
+    with ServerProcess("--host", "0.0.0.0") as server:
+        with RawClient(server.port) as client:
+            Adder(client)()
+            server.process.terminate()
+            assert server.wait() == 0
+            assert client.ended() == ""
+        assert re.search(rf"warning: whoever can reach 0\.0\.0\.0:{server.port}", " ".join(server.output.split()))
+        assert "Traceback" not in server.output
+
+
+def test_devices_are_listed_without_serving(run: Run) -> None:
+    status, out, _ = run("--list-devices")
+    assert status == 0
+    assert re.search(r"^  CPU: .+ \(\d+ MiB, \d+ MiB free\)$", out, re.MULTILINE)
+
+
+MISTAKES = {
+    "--device CUDA99": "device 'CUDA99' does not exist; there are .*CPU",
+    "--device CPU,CPU": "a device is named twice",
+    "--protocol 2.0": "--protocol 2.0: there are 3.6.0, .* 7.0.0",
+    "--precision sloppy": "sloppy",
+    "--dequant-cache lots": "--dequant-cache lots: not a size",
+    "--cache": "-c/--cache: an option of the native rpc-server that sdrpc lacks",
+    "-c": "-c/--cache: an option of the native rpc-server that sdrpc lacks",
+    "--host no.such.host.invalid": "can't listen on no.such.host.invalid:50052",
+    "--port 70000": "65535",
+    "--nonsense": "--nonsense",
+}
+
+
+@pytest.mark.parametrize("options", MISTAKES)
+def test_mistakes_are_one_clear_line(options: str, run: Run) -> None:
+    status, out, err = run(*options.split())
+    assert status == 2
+    assert re.search(MISTAKES[options], err)
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("option", ["-h", "--version", "-c"])
+def test_it_answers_before_torch_is_there(option: str) -> None:
+    code = (
+        "import sys; from sdrpc.cli.rpc_server import main\n"
+        f"sys.argv = ['rpc-server', {option!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
+
+
+def test_help_names_every_option(run: Run) -> None:
+    _, text, _ = run("--help")
+    for option in ("--host", "--port", "--device", "--threads", "--precision", "--protocol", "--list-devices", "-v"):
+        assert option in text
+    assert "--cache" not in text.replace("--dequant-cache", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [("", newest().version), ("7", "7.0.0"), ("v5.0.0", "5.0.0"), ("5.0", "5.0.1"), ("5", "5.1.0"), ("3.6", "3.6.1")],
+)
+def test_protocols(text: str, version: str) -> None:
+    assert choose(text).version == version
+
+
+@pytest.mark.parametrize("text", ["6", "5.", "7.0.0.0", "x", "70"])
+def test_protocols_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match=r"there are 3\.6\.0"):
+        choose(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("2g", 2 << 30), ("1.5GiB", 3 << 29), ("1 kB", 1024)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert size(text) == count
