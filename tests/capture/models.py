@@ -26,7 +26,7 @@ def unet(widths: tuple[int, ...] = (16, 32), layers: int = 1, heads: int = 2, **
             attention_head_dim=heads,
             norm_num_groups=8,
             **options,
-        )  # fmt: skip
+        )
     )
 
 
@@ -42,15 +42,20 @@ def vae(widths: tuple[int, ...] = (16, 16, 32), layers: int = 1) -> AutoencoderK
             up_block_types=("UpDecoderBlock2D",) * len(widths),
             norm_num_groups=8,
             sample_size=32,
-        )  # fmt: skip
+        )
     )
 
 
 def text_encoder(width: int = 24, layers: int = 2, **options: Any) -> CLIPTextModel:
     config = CLIPTextConfig(
-        vocab_size=99, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=3,
-        max_position_embeddings=77, bos_token_id=97, eos_token_id=98, **options,
-    )  # fmt: skip
+        vocab_size=99,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        max_position_embeddings=77,
+        **{"bos_token_id": 97, "eos_token_id": 98, **options},
+    )
     return randomized(CLIPTextModel(config))
 
 

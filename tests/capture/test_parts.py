@@ -54,7 +54,7 @@ PARTS = {
     "clip-short": Part(
         lambda: models.text_encoder(36, 3, hidden_act="gelu", attn_implementation="eager"), {"ids": (1, 9)}, encode_text
     ),
-    "clip-eos-2": Part(lambda: models.text_encoder(12, 1), {"ids": (3, 11)}, encode_text),
+    "clip-eos-2": Part(lambda: models.text_encoder(12, 1, eos_token_id=2), {"ids": (3, 11)}, encode_text),
     "decoder": Part(models.vae, {"z": (2, 4, 5, 7)}, decode),
     "decoder-deep": Part(lambda: models.vae((8, 16), 2), {"z": (1, 4, 6, 4)}, decode),
     "encoder": Part(models.vae, {"picture": (2, 3, 20, 28)}, encode),

@@ -197,7 +197,9 @@ def operation(node: Node) -> str:
 
 def place(node: Node) -> str:
     """Where in the module a node comes from: ``down_blocks.0.resnets.1 (ResnetBlock2D)``."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else ("", "")
+    stack = list((node.meta.get("nn_module_stack") or {}).values())[1:]  # the first is the module as a function
+    if not stack:
+        return "the module"
+    path, kind = stack[-1]
     kind = kind if isinstance(kind, str) else kind.__name__
     return f"{path.removeprefix('module').lstrip('.') or 'the module'} ({kind.rpartition('.')[2]})"
