@@ -52,14 +52,20 @@ class NativeClient:
 
 
 class NativeServer:
-    """A process with ggml's RPC server that offers its CPU ``devices`` times."""
+    """A process with ggml's RPC server that offers its CPU ``devices`` times. It serves one client at a time."""
 
     def __init__(self, devices: int) -> None:
+        self._devices = devices
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-        self.process = SPAWN.Process(target=ggml.serve, args=(self.endpoint, devices), daemon=True)
-        self.process.start()
-        self._wait()
+        self.start()
+
+    def start(self) -> None:
+        """Start it, unless it is running: ggml's server dies of graphs that its backend can't compute."""
+        if not hasattr(self, "process") or not self.process.is_alive():
+            self.process = SPAWN.Process(target=ggml.serve, args=(self.endpoint, self._devices), daemon=True)
+            self.process.start()
+            self._wait()
 
     def _wait(self) -> None:
         host, port = self.endpoint.split(":")
@@ -102,7 +108,7 @@ def our_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def shared_native_server(real_ggml: None) -> Iterator[NativeServer]:
-    """ggml's server with two devices. It serves one client at a time."""
+    """ggml's server with two devices."""
     server = NativeServer(devices=2)
     yield server
     server.kill()
