@@ -6,6 +6,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from threading import RLock
 from typing import TypeVar
 
@@ -82,8 +83,10 @@ class LocalDevice(Device):
         self.compute_limit = compute_limit
         self._weights = Weights(dequant_cache)
         self._buffers: dict[int, LocalBuffer] = {}
+        self._promised = 0  # bytes of all buffers
         self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
         self._bound: OrderedDict[tuple[bytes, tuple[int, ...]], Bound | Replay] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle() if torch_device.type == "cuda" else None
         self._lock = RLock()
         self._worker = ThreadPoolExecutor(
             1, thread_name_prefix=f"sdrpc-{name}", initializer=_start, initargs=(threads,)
@@ -104,9 +107,7 @@ class LocalDevice(Device):
         kind = self.torch_device.type
         if kind == "cpu":
             free, total = host_memory()
-            with self._lock:
-                promised = sum(buffer.size for buffer in self._buffers.values())
-            return Memory(max(min(free, total - promised), 0), total)
+            return Memory(max(min(free, total - self._promised), 0), total)
         with translated(self.name, "asking for its memory"):
             if kind == "mps":
                 total = torch.mps.recommended_max_memory()
@@ -133,12 +134,14 @@ class LocalDevice(Device):
                 buffer = LocalBuffer(next(_keys), size, data, None)
         with self._lock:
             self._buffers[buffer.key] = buffer
+            self._promised += size
         return buffer
 
     def free(self, buffer: Buffer) -> None:
         """Give ``buffer`` back; programs that used it are forgotten."""
         with self._lock:
-            self._buffers.pop(buffer.key, None)
+            if self._buffers.pop(buffer.key, None) is not None:
+                self._promised -= buffer.size
             for key in [key for key in self._bound if buffer.key in key[1]]:
                 del self._bound[key]
         self._weights.drop(buffer.key)
@@ -219,7 +222,7 @@ class LocalDevice(Device):
         if bound is None:
             with translated(self.name, "binding a graph"):
                 steps = Bound(compiled, used, self._weights, self.torch_device)
-                bound = Replay(steps) if self.torch_device.type == "cuda" else steps
+                bound = steps if self._pool is None else Replay(steps, self._pool)
             with self._lock:
                 _remember(self._bound, name, bound)
         return LocalProgram(self, bound)
@@ -239,6 +242,7 @@ class LocalDevice(Device):
         exact = self.precision.narrow is None
         with (
             torch.inference_mode(),
+            torch.cuda.device(self.torch_device) if self.torch_device.type == "cuda" else nullcontext(),
             # torch's own default lets convolutions round to TF32
             torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=not exact),
             translated(self.name, "computing"),

@@ -84,6 +84,7 @@ class Bound:
         self._inputs: set[tuple[int, Hashable]] = set()
         self._kept: set[tuple[int, Hashable]] = set()
         self._dropped = 0
+        self._recording = False
         self._fixed: list[Tensor | None] = []
         self._steps: list[Step] = []
         self._build()
@@ -128,7 +129,7 @@ class Bound:
         key = (place.offset, place.type, place.ne, place.nb, form)
 
         def get(raw: Tensor) -> Tensor:
-            if (buffer, key) in self._inputs:
+            if (buffer, key) in self._inputs or (self._recording and not self._weights.holds(buffer, key)):
                 return make(raw)
             self._kept.add((buffer, key))
             return self._weights.get(buffer, place.offset, place.end, key, lambda: make(raw))
@@ -160,9 +161,21 @@ class Bound:
         try:
             self._steps_in_order(deadline)
         finally:
-            for memory, start, end in self._stores:
-                if memory >= 0:
-                    self._weights.drop(self.buffers[memory].key, start, end)
+            self.stored()
+
+    def record(self) -> None:
+        """Run all steps for a recording: nothing happens now, so nothing that comes out of it may be kept."""
+        self._recording = True
+        try:
+            self._steps_in_order(None)
+        finally:
+            self._recording = False
+
+    def stored(self) -> None:
+        """Forget what was converted from bytes that the program has written."""
+        for memory, start, end in self._stores:
+            if memory >= 0:
+                self._weights.drop(self.buffers[memory].key, start, end)
 
     def _steps_in_order(self, deadline: Deadline | None) -> None:
         registers = list(self._fixed)

@@ -8,6 +8,7 @@ by address; where one has been dropped since (somebody wrote to its bytes), the 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -21,10 +22,14 @@ ATTEMPTS = 3
 
 
 class Replay:
-    """Runs of one bound program on a CUDA (or ROCm) device."""
+    """Runs of one bound program on a CUDA (or ROCm) device.
 
-    def __init__(self, bound: Bound) -> None:
-        self.bound = bound
+    ``pool``: the memory that recordings of the device share. They may: none runs while another does, and no value
+    outlives a run, since what is wanted is in buffers then.
+    """
+
+    def __init__(self, bound: Bound, pool: Any) -> None:
+        self.bound, self._pool = bound, pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._attempts = 0
@@ -40,6 +45,7 @@ class Replay:
             self._record()
         if self._graph is not None:
             self._graph.replay()
+            self.bound.stored()
         else:
             self.bound.steps(deadline)
             self._warm = True
@@ -48,8 +54,9 @@ class Replay:
         self._attempts += 1
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.bound.steps()
+            # other threads may allocate and copy meanwhile; that must not break this recording
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self.bound.record()
         except Exception as error:
             # a kernel that waits for the host can't be recorded; the same program runs step by step
             log.warning("a graph of %d steps is not recorded: %s", len(self.bound), str(error).split("\n")[0])
