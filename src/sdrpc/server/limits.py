@@ -21,7 +21,7 @@ class Limits:
     stall_seconds: float = 30.0
     """Silence in the middle of a message, and how long a reply may wait for the client to read on. Between messages
     a client may be silent for as long as it likes: its own model may be thinking."""
-    buffers: int = 4096
+    buffers: int = 1024
     """Buffers of one client: real clients have a few dozen."""
     tensors: int = 1 << 15
     """Tensors in a graph: today's largest models have below ten thousand, and each takes a millisecond to compile."""
