@@ -1,0 +1,111 @@
+"""When programs are recorded and replayed, with a recorder that needs no GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.deadline import Deadline
+from sdrpc.engine.precision import choose
+from sdrpc.engine.program import Bound
+from sdrpc.engine.replay import Replay
+from sdrpc.ggml import build as b
+from sdrpc.ggml.tensor import Graph
+from sdrpc.ggml.types import F16, F32
+
+from .compare import at
+
+N = 32
+WEIGHT, OUT = 4096, 8192
+
+
+class Recorder:
+    """Stands for torch.cuda: a recording is replayed by running the program's steps."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+        self.fails = False
+        self.bound: Bound | None = None
+
+    def replay(self) -> None:
+        assert self.bound is not None
+        self.replayed += 1
+        self.bound.record()
+
+    @contextmanager
+    def record(self, graph: object, **_: object) -> Iterator[None]:
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded += 1
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "graph", recorder.record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return recorder
+
+
+class Product:
+    """w (F16) · x (F32) in fast precision: both are converted, one is a weight and one an input."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        cpu = torch.device("cpu")
+        self.device = LocalDevice("CPU", cpu, choose("fast", cpu), threads=1)
+        self.buffer = self.device.allocate(16384)
+        key = self.buffer.key
+        product = b.mul_mat(b.leaf(F16, N, N, buffer=key, offset=WEIGHT), b.leaf(F32, N, buffer=key))
+        bound = self.device.compile(Graph((at(product, key, OUT),)), {key: self.buffer}).bound
+        assert isinstance(bound, Bound)
+        recorder.bound = bound
+        self.replay = Replay(bound, None)
+        self.weigh(1)
+
+    def weigh(self, factor: int) -> None:
+        self.device.write(self.buffer, WEIGHT, np.full((N, N), factor, "<f2").tobytes())
+
+    def __call__(self, x: int) -> float:
+        self.device.write(self.buffer, 0, np.full(N, x, np.float32).tobytes())
+        deadline = Deadline(None)
+        deadline.start()
+        with torch.inference_mode():
+            self.replay.run(deadline)
+        return float(np.frombuffer(bytes(self.device.read(self.buffer, OUT, 4)), np.float32)[0])
+
+
+def test_the_second_run_is_recorded_and_further_ones_replayed(recorder: Recorder) -> None:
+    product = Product(recorder)
+    assert [product(x) for x in (1, 2, 3, 4)] == [N, 2 * N, 3 * N, 4 * N]
+    assert (recorder.recorded, recorder.replayed) == (1, 3)
+    product.device.close()
+
+
+def test_a_new_weight_is_seen(recorder: Recorder) -> None:
+    product = Product(recorder)
+    assert [product(1) for _ in range(3)] == [N] * 3
+    product.weigh(2)
+    assert [product(1) for _ in range(2)] == [2 * N] * 2
+    product.weigh(4)
+    assert product(1) == 4 * N
+    assert recorder.recorded == 2  # the weight counts as an input from then on
+    product.device.close()
+
+
+def test_what_cannot_be_recorded_runs_step_by_step(recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+    recorder.fails = True
+    product = Product(recorder)
+    with caplog.at_level(logging.WARNING):
+        assert [product(x) for x in (1, 2, 3)] == [N, 2 * N, 3 * N]
+    assert recorder.replayed == 0
+    assert len(caplog.records) == 1
+    assert "not recorded" in caplog.text
+    product.device.close()
