@@ -102,6 +102,7 @@ def case(op: str, label: object, build: Build, bound: str = "f32") -> None:
 
 # Element by element
 
+F32, F16 = ggml.TYPES["F32"], ggml.TYPES["F16"]
 SMALL, ODD = (64, 5, 3, 2), (33, 7, 2, 3)
 TABLED = {"GELU", "GELU_QUICK"}  # ggml's CPU looks these up by f16
 FLOATS = ("F32", "F16", "BF16")
@@ -167,7 +168,7 @@ def _binary() -> None:
         case(op.upper(), "transposed", lambda b, c=op, v=low: getattr(b, c)(
             b.x(*ODD), b.shuffled(*ODD, axes=(1, 0, 2, 3), low=v)))  # fmt: skip
         case(op.upper(), "itself", lambda b, c=op: (lambda x: getattr(b, c)(x, x))(b.x(*ODD, low=0.5)))
-    case("ADD", "cast", lambda b: b.add_cast(b.x(64, 5, type="F16"), b.x(64, 5), ggml.TYPES["F32"]))
+    case("ADD", "cast", lambda b: b.add_cast(b.x(64, 5, type="F16"), b.x(64, 5), F32))
 
 
 def _glu() -> None:
@@ -265,13 +266,12 @@ PERMUTATIONS = ((0, 2, 1, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 1, 2, 0), (1, 2, 3
 
 
 def _copies() -> None:
-    types = ggml.TYPES
     for axes in PERMUTATIONS:
         label = "".join(map(str, axes))
         for kind in ("F32", "F16"):
             case("CONT", f"{label}-{kind}", lambda b, a=axes, t=kind: b.cont(b.shuffled(*ODD, axes=a, type=t)), "exact")
         case("PERMUTE", label, lambda b, a=axes: b.cont(b.permute(b.permute(b.x(*ODD), *a), *a)), "exact")
-        case("CPY", f"F32-F16-{label}", lambda b, a=axes: b.cast(b.shuffled(*ODD, axes=a), types["F16"]), "exact")
+        case("CPY", f"F32-F16-{label}", lambda b, a=axes: b.cast(b.shuffled(*ODD, axes=a), F16), "exact")
     case("TRANSPOSE", "F32", lambda b: b.cont(b.transpose(b.x(*ODD))), "exact")
     case("CONT", "I32", lambda b: b.cont(b.transpose(b.indices(99, 12, 5))), "exact")
     case("CONT", "reshape", lambda b: b.cont_4d(b.transpose(b.x(12, 10, 3)), 4, 15, 6, 1), "exact")
@@ -279,11 +279,11 @@ def _copies() -> None:
     case("DUP", "F32", lambda b: b.dup(b.part(*ODD)), "exact")
     case("DUP", "F16", lambda b: b.dup(b.shuffled(*ODD, axes=(1, 0, 2, 3), type="F16")), "exact")
     for source, to in itertools.product(FLOATS, FLOATS):
-        case("CPY", f"{source}-{to}", lambda b, s=source, t=to: b.cast(b.part(*ODD, type=s), types[t]), "exact")
+        case("CPY", f"{source}-{to}", lambda b, s=source, t=to: b.cast(b.part(*ODD, type=s), ggml.TYPES[t]), "exact")
     for source in QUANTIZED:
-        case("CPY", f"{source}-F32", lambda b, s=source: b.cast(b.x(256, 5, 2, type=s), types["F32"]), "f32")
-    case("CPY", "F32-I32", lambda b: b.cast(b.x(*ODD, low=-99, high=99), types["I32"]), "exact")
-    case("CPY", "I32-F32", lambda b: b.cast(b.indices(1000, *ODD), types["F32"]), "exact")
+        case("CPY", f"{source}-F32", lambda b, s=source: b.cast(b.x(256, 5, 2, type=s), F32), "f32")
+    case("CPY", "F32-I32", lambda b: b.cast(b.x(*ODD, low=-99, high=99), ggml.TYPES["I32"]), "exact")
+    case("CPY", "I32-F32", lambda b: b.cast(b.indices(1000, *ODD), F32), "exact")
 
     def into_view(b: Builder, type: str) -> Any:
         whole = b.x(40, 9, 3, type=type)
@@ -466,35 +466,30 @@ def _attention() -> None:
 
 
 def _images() -> None:
-    types = ggml.TYPES
     windows = (
         (1, 1, 0, 0, 1, 1), (1, 1, 1, 1, 1, 1), (2, 2, 1, 1, 1, 1), (2, 1, 0, 2, 1, 1), (1, 3, 2, 1, 2, 1),
     )  # fmt: skip
     for window, to in itertools.product(windows, ("F32", "F16")):
         label = f"{''.join(map(str, window))}-{to}"
         case("IM2COL", label, lambda b, w=window, t=to: b.im2col(
-            b.x(3, 3, 4, 5, type="F16"), b.x(12, 11, 4, 2), *w, True, types[t]), "exact")  # fmt: skip
+            b.x(3, 3, 4, 5, type="F16"), b.x(12, 11, 4, 2), *w, True, ggml.TYPES[t]), "exact")  # fmt: skip
     case(
         "IM2COL",
         "F32-kernel",
-        lambda b: b.im2col(b.x(3, 2, 4, 5), b.x(9, 8, 4, 3), 1, 1, 1, 1, 1, 1, True, types["F32"]),
+        lambda b: b.im2col(b.x(3, 2, 4, 5), b.x(9, 8, 4, 3), 1, 1, 1, 1, 1, 1, True, F32),
         "exact",
     )
-    case(
-        "IM2COL", "1d", lambda b: b.im2col(b.x(3, 6, 5), b.x(20, 6, 2), 1, 0, 1, 0, 1, 0, False, types["F32"]), "exact"
-    )
+    case("IM2COL", "1d", lambda b: b.im2col(b.x(3, 6, 5), b.x(20, 6, 2), 1, 0, 1, 0, 1, 0, False, F32), "exact")
     case(
         "IM2COL",
         "1d-stride",
-        lambda b: b.im2col(b.x(4, 6, 5, type="F16"), b.x(20, 6, 2), 3, 0, 0, 0, 2, 0, False, types["F16"]),
+        lambda b: b.im2col(b.x(4, 6, 5, type="F16"), b.x(20, 6, 2), 3, 0, 0, 0, 2, 0, False, F16),
         "exact",
     )
     case(
         "IM2COL",
         "view",
-        lambda b: b.im2col(
-            b.x(3, 3, 4, 5), b.part(9, 8, 4, 2, margin=(0, 0, 1, 1)), 1, 1, 1, 1, 1, 1, True, types["F32"]
-        ),
+        lambda b: b.im2col(b.x(3, 3, 4, 5), b.part(9, 8, 4, 2, margin=(0, 0, 1, 1)), 1, 1, 1, 1, 1, 1, True, F32),
         "exact",
     )
     for window, kernel in itertools.product(windows, ("F32", "F16")):
@@ -584,8 +579,7 @@ def attention(b: Builder, x: Any, y: Any, n: int, flash: bool, type: str = "F32"
     k = heads(b, linear(b, y, inner, width, type), n)
     v = heads(b, linear(b, y, inner, width, type), n)
     if flash:
-        f16 = ggml.TYPES["F16"]
-        merged = b.prec_f32(b.flash_attn_ext(q, b.cast(k, f16), b.cast(v, f16), None, scale, 0.0, 0.0))
+        merged = b.prec_f32(b.flash_attn_ext(q, b.cast(k, F16), b.cast(v, F16), None, scale, 0.0, 0.0))
     else:
         weights = b.soft_max_inplace(b.scale_inplace(b.mul_mat(b.cont(k), b.cont(q)), scale))
         merged = b.cont(b.permute(b.mul_mat(b.cont(b.transpose(v)), weights), 0, 2, 1, 3))
@@ -801,7 +795,7 @@ def row(b: Builder, x: Any) -> Any:
 def taps(b: Builder, x: Any) -> Any:
     """A convolution with nothing rounded to f16, as IM2COL, a product and a permutation."""
     kernel = b.x(3, 3, 4, 4)
-    seen = b.im2col(kernel, x, 1, 1, 1, 1, 1, 1, True, ggml.TYPES["F32"])
+    seen = b.im2col(kernel, x, 1, 1, 1, 1, 1, 1, True, F32)
     product = b.mul_mat(b.reshape_4d(seen, 36, 64, 1, 1), b.reshape_4d(kernel, 36, 4, 1, 1))
     return b.norm(b.reshape_4d(product, *CUBE), 0.1)
 
@@ -865,10 +859,75 @@ def random_graph(b: Builder) -> Any:
     return tuple(pool[-3:])
 
 
+MIXED_STEPS: tuple[Callable[[Builder, Any, Any], Any], ...] = (
+    # between f32 (x) and f16 (h)
+    lambda b, x, h: b.cast(x, F16),
+    lambda b, x, h: b.cast(h, F32),
+    lambda b, x, h: b.cpy(x, h),
+    lambda b, x, h: b.cpy(h, x),
+    lambda b, x, h: b.cpy(planes(b, x, 0), planes(b, h, 2)),
+    lambda b, x, h: b.cpy(planes(b, h, 2), planes(b, x, 0)),
+    lambda b, x, h: b.cpy(columns(b, h, 2), columns(b, x, 3)),
+    lambda b, x, h: b.cpy(b.permute(x, 1, 0, 2, 3), h),
+    lambda b, x, h: b.norm(b.mul_mat(h, x), 0.1),
+    lambda b, x, h: b.norm(b.mul_mat(b.cont(b.transpose(h)), x), 0.1),
+    lambda b, x, h: b.flash_attn_ext(x, h, h, None, 0.3, 0.0, 0.0),
+    lambda b, x, h: b.reshape_4d(b.get_rows(b.reshape_4d(h, 8, 32, 1, 1), b.indices(32, 32)), *CUBE),
+    lambda b, x, h: b.set_rows(h, b.x(8, 3, 4), b.indices(8, 3, 4, type="I64", unique=True)),
+    lambda b, x, h: b.sub(h, x),
+    # f16 alone
+    lambda b, x, h: b.add_inplace(h, b.x(8, type="F16")),
+    lambda b, x, h: b.unary_inplace(h, SIGMOID),
+    lambda b, x, h: b.unary_inplace(planes(b, h, 1), RELU),
+    lambda b, x, h: b.concat(planes(b, h, 1), planes(b, h, 0), 2),
+    lambda b, x, h: b.cont(b.permute(h, 1, 0, 2, 3)),
+    lambda b, x, h: b.repeat(row(b, h), h),
+    # f32 alone
+    lambda b, x, h: b.add_inplace(x, b.x(8)),
+    lambda b, x, h: b.scale_inplace(x, 0.5),
+    lambda b, x, h: b.soft_max(x),
+)
+
+
+def mixed_graph(b: Builder) -> Any:
+    """As :func:`random_graph`, of values in f32 and f16 that go over into each other's memory."""
+    wide, narrow = [b.scale(b.x(*CUBE), 1.0), b.x(*CUBE)], [b.cast(b.x(*CUBE), F16), b.x(*CUBE, type="F16")]
+    for _ in range(40):
+        x, h = wide[b.rng.integers(len(wide))], narrow[b.rng.integers(len(narrow))]
+        made = MIXED_STEPS[b.rng.integers(len(MIXED_STEPS))](b, x, h)
+        b.first.append(made)
+        if tuple(made.contents.ne) == CUBE:
+            (narrow if made.contents.type == F16 else wide).append(made)
+    return (*wide[-2:], *narrow[-2:])
+
+
+# What our server refuses, by the words that its log then has
+
+
+def with_sinks(b: Builder) -> Any:
+    result = b.flash_attn_ext(b.x(64, 4, 2), b.x(64, 8, 2), b.x(64, 8, 2), None, 0.1, 0.0, 0.0)
+    ggml.library().ggml_flash_attn_ext_add_sinks(result, b.x(2))
+    return result
+
+
+REFUSED: dict[str, Case] = {
+    "ROLL": Case("ROLL", lambda b: b.roll(b.x(8, 4), 1, 0, 0, 0), "f32"),
+    "TRI": Case("TRI", lambda b: b.tri(b.x(8, 8), 2), "f32"),
+    "MUL_MAT_ID": Case("MUL_MAT_ID", lambda b: b.mul_mat_id(b.x(8, 4, 3), b.x(8, 2, 5), b.indices(3, 2, 5)), "f32"),
+    "XIELU": Case("UNARY", lambda b: b.xielu(b.x(8, 4), 0.8, 0.8, 0.5, -1e-6), "f32"),
+    "sinks": Case("FLASH_ATTN_EXT", with_sinks, "f32"),
+    "mode 2": Case("UPSCALE", lambda b: b.interpolate(b.x(8, 8, 2), 16, 16, 2, 1, 2), "f32"),
+    "ROLL.*ADD_ID": Case(
+        "ROLL", lambda b: b.add_id(b.roll(b.x(8, 4, 2), 1, 0, 0, 0), b.x(8, 6), b.indices(6, 4, 2)), "f32"
+    ),
+}
+
 for _fill in (_unary, _binary, _glu, _rows, _soft_max, _rope, _copies, _products, _attention, _images):
     _fill()
 for _seed in range(40):
     case("graph", f"random{_seed}", random_graph)
+for _seed in range(16):
+    case("graph", f"mixed{_seed}", mixed_graph, "f16 sums")
 
 CASES: dict[str, Case] = dict(TABLE)
 GRAPHS: tuple[str, ...] = tuple(name for name, c in CASES.items() if c.op == "graph")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
-from tests.interop.cases import BOUNDS, CASES, GRAPHS, OPERATIONS
+from tests.interop.cases import BOUNDS, CASES, GRAPHS, OPERATIONS, REFUSED
 from tests.interop.conftest import NativeClient
 from tests.interop.scenarios import SCENARIOS
 from tests.interop.tap import Tap
@@ -42,6 +44,19 @@ def test_graph(name: str, shared_memory: bool, native_client: NativeClient, our_
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str, native_client: NativeClient, our_server: Server) -> None:
     check(name, native_client.run(name, our_server.endpoint))
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_refused_is_named(
+    words: str, native_client: NativeClient, our_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The protocol has no word for it: the server hangs up, and its log says why. Other clients don't notice."""
+    other = NativeClient(tmp_path / "client.log")
+    with pytest.raises(BrokenProcessPool):
+        other.submit(words, our_server.endpoint).result()
+    other.close()
+    assert re.search(f"disconnected: .*{words}", caplog.text)
+    check(GRAPHS[0], native_client.run(GRAPHS[0], our_server.endpoint))
 
 
 def test_every_operation_and_type_has_cases() -> None:

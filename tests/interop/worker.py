@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tests.interop.cases import CASES, Builder, Case
+from tests.interop.cases import CASES, REFUSED, Builder, Case
 from tests.interop.scenarios import SCENARIOS
 from tests.support import ggml
 
@@ -39,8 +39,8 @@ def run(name: str, endpoint: str, shared_memory: bool = False) -> Outcome:
     lib = ggml.library()
     description: list[str] = []
     work: Callable[[Sequence[int]], Arrays]
-    if name in CASES:
-        work = lambda backends: compute(name, CASES[name], backends[0], shared_memory, description)  # noqa: E731
+    if case := CASES.get(name) or REFUSED.get(name):
+        work = lambda backends: compute(name, case, backends[0], shared_memory, description)  # noqa: E731
     else:
         work = SCENARIOS[name]
     backends = [ggml.cpu(), ggml.cpu()]
