@@ -22,7 +22,7 @@ from ..errors import UsageError
 f32 = np.float32
 
 MORE = f32(1.1)
-LESS = f32(1 / 1.1)
+LESS = f32(1) / MORE
 BREAK = "BREAK"
 
 _TOKEN = re.compile(
@@ -82,7 +82,7 @@ def parse(prompt: str) -> tuple[Piece, ...]:
 def _number(weight: str, prompt: str) -> f32:
     """The number that ``weight`` begins with; what follows (a second point) is ignored, as there."""
     number = _NUMBER.match(weight)
-    if number is None or not math.isfinite(value := float(number[0])) or value > np.finfo(f32).max:
+    if number is None or not math.isfinite(value := float(number[0])) or value > float(np.finfo(f32).max):
         raise UsageError(f"--prompt {prompt!r}: the weight {weight!r} is no number")
     return f32(value)
 

@@ -1,0 +1,75 @@
+"""Parameters in PNG files are what the real sd-cli writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdrpc.diffusion.metadata import Parameters, encode_png
+
+PARAMETERS = Parameters(
+    prompt="a (lovely:1.3) cat", negative_prompt="blurry", width=128, height=192, steps=6, cfg_scale=5.0, seed=7,
+    sampler="euler", scheduler="karras", rng="cuda", version="1.0", models={"model": "sd15.safetensors"},
+)  # fmt: skip
+REFERENCE = Path(__file__).parent.parent / "data" / "reference"
+
+
+def native(name: str) -> str:
+    with Image.open(REFERENCE / name) as image:
+        return image.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("euler-karras-cuda.png", PARAMETERS),
+        (
+            "euler-discrete-cuda-clipskip2.png",
+            replace(
+                PARAMETERS, prompt="a lovely cat", negative_prompt="", height=128, cfg_scale=7.0, seed=42,
+                scheduler="discrete", clip_skip=2,
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_text_and_json_are_those_of_sd_cli(name: str, parameters: Parameters) -> None:
+    """But for who drew it."""
+    (theirs, their_json), (ours, our_json) = (
+        text.split(", Version: ", 1) for text in (native(name), parameters.text())
+    )
+    assert ours == theirs
+    assert our_json.startswith("sdrpc, SDCPP: ")
+    them, us = (json.loads(text.split("SDCPP: ", 1)[1]) for text in (their_json, our_json))
+    assert us.pop("generator")["name"] == "sdrpc"
+    them.pop("generator")
+    assert us == them
+
+
+def test_names_of_parts_and_eta_appear() -> None:
+    models = {"diffusion_model": "u.gguf", "vae": "v.gguf", "clip_l": "c.gguf"}
+    text = replace(PARAMETERS, models=models, eta=0.5).text()
+    assert "Model: , " in text
+    assert "TE: c.gguf, Unet: u.gguf, VAE: v.gguf" in text
+    assert "Eta: 0.500000" in text
+
+
+@pytest.mark.parametrize(("prompt", "chunk"), [("a cat", b"tEXt"), ("café", b"tEXt"), ("猫 🐱", b"iTXt")])
+def test_png_carries_the_parameters(prompt: str, chunk: bytes) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    parameters = replace(PARAMETERS, prompt=prompt)
+    data = encode_png(image, parameters)
+    assert chunk + b"parameters\0" in data
+    with Image.open(BytesIO(data)) as read:
+        assert read.info["parameters"] == parameters.text()
+        np.testing.assert_array_equal(np.asarray(read), image)
+
+
+def test_png_without_parameters() -> None:
+    data = encode_png(np.zeros((8, 8, 3), np.uint8), None)
+    assert b"parameters" not in data

@@ -1,0 +1,242 @@
+"""Models from files: what is inferred, which parts go together, what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdrpc.diffusion import modules
+from sdrpc.diffusion.config import METADATA_KEY
+from sdrpc.diffusion.model import Model, ModelFiles, open_model
+from sdrpc.errors import CheckpointError, UsageError
+
+Weights = dict[str, Any]
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+
+
+def saved(path: Path, weights: Weights, config: object = None) -> Path:
+    save_file(weights, path, None if config is None else {METADATA_KEY: json.dumps(config)})
+    return path
+
+
+def only(weights: Weights, prefix: str, keep: bool = True) -> Weights:
+    """The tensors under a prefix, with it or without."""
+    return {n if keep else n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def fits(model: Model) -> None:
+    """Every parameter of the modules is in the files, in its shape."""
+    for part in model.parts:
+        module, _ = modules.spec(part).build()
+        wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        assert part.tensors.take(wanted).keys() == wanted.keys()
+
+
+def test_a_whole_model(tiny: Path) -> None:
+    model = open_model(ModelFiles(tiny))
+    fits(model)
+    assert (model.prediction, model.scaling_factor) == ("eps", 0.18215)
+    assert model.unet.config["block_out_channels"] == [32, 64, 128]
+    assert model.unet.config["down_block_types"] == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    taken = [weight for part in model.parts for weight in part.tensors.tensors.values()]
+    assert model.unused(taken) == {}
+    everything = model.unused([])[tiny]
+    assert f"{UNET}out.0.bias" in everything
+    assert not any(name.startswith(f"{VAE}encoder") for name in everything), "it belongs to the VAE"
+
+
+def test_configurations_are_those_of_sd_1_5(maker: ModuleType) -> None:
+    """What is inferred for the full-size model builds the modules that Hugging Face's own configurations build."""
+    from sdrpc.diffusion import config, names
+    from sdrpc.diffusion.checkpoint import Checkpoint
+    from sdrpc.ggml.types import F16
+    from sdrpc.ggml.weight import Weight
+
+    entries = {
+        e.name: Weight(e.name, F16, e.shape, lambda: memoryview(b"")) for e in maker.entries(maker.SIZES["full"])
+    }
+    file = Checkpoint(Path("sd15.safetensors"), entries)
+    parts = {part: names.find(part, file) for part in names.PARTS}
+    with torch.device("meta"):
+        theirs = {
+            names.UNET: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
+            names.VAE: AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+            ),
+            names.TEXT_ENCODER: CLIPTextModel(
+                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+            ),
+        }  # fmt: skip
+        ours = {
+            names.UNET: UNet2DConditionModel(**config.unet_config(parts[names.UNET], {})),
+            names.VAE: AutoencoderKL(**config.vae_config(parts[names.VAE], {})),
+            names.TEXT_ENCODER: CLIPTextModel(
+                CLIPTextConfig(**config.text_encoder_config(parts[names.TEXT_ENCODER], {}))
+            ),
+        }
+    for part, module in ours.items():
+        assert {n: p.shape for n, p in module.named_parameters()} == {
+            n: p.shape for n, p in theirs[part].named_parameters()
+        }
+        assert repr(module) == repr(theirs[part])
+
+
+def test_parts_from_files_of_their_own(tiny_weights: Weights, tmp_path: Path) -> None:
+    """With and without the prefixes that they have in a whole model."""
+    for keep in (True, False):
+        files = ModelFiles(
+            diffusion_model=saved(tmp_path / f"u{keep}.safetensors", only(tiny_weights, UNET, keep)),
+            vae=saved(tmp_path / f"v{keep}.safetensors", only(tiny_weights, VAE, keep)),
+            clip_l=saved(tmp_path / f"c{keep}.safetensors", only(tiny_weights, TEXT, keep)),
+        )
+        fits(open_model(files))
+
+
+def test_a_part_of_its_own_goes_first(tiny: Path, tiny_weights: Weights, tmp_path: Path) -> None:
+    other = saved(tmp_path / "vae.safetensors", only(tiny_weights, VAE), {"scaling_factor": 0.5})
+    model = open_model(ModelFiles(tiny, vae=other))
+    assert model.scaling_factor == 0.5
+    assert model.vae.tensors.checkpoint.path == other
+    assert model.unet.tensors.checkpoint.path == tiny
+
+
+@pytest.mark.parametrize("form", ["gguf", "diffusers"])
+def test_other_forms_give_the_same_model(
+    form: str, maker: ModuleType, tiny: Path, tiny_weights: Weights, tmp_path: Path
+) -> None:
+    path = tmp_path / ("model.gguf" if form == "gguf" else "model")
+    if form == "gguf":
+        maker.write_gguf(path, tiny_weights, None)
+    else:
+        maker.write_diffusers(path, tiny_weights)
+    model, reference = open_model(ModelFiles(path)), open_model(ModelFiles(tiny))
+    fits(model)
+    for part, expected in zip(model.parts, reference.parts, strict=True):
+        assert part.config == expected.config
+        for name, weight in part.tensors.tensors.items():
+            assert bytes(weight.data()) == bytes(expected.tensors.tensors[name].data())
+
+
+def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path) -> None:
+    said = {
+        "prediction": "v", "scaling_factor": 0.25, "unet": {"attention_head_dim": 4, "norm_num_groups": 16},
+        "text_encoder": {"num_attention_heads": 2, "hidden_size": 99}, "vae": {"norm_num_groups": 8},
+    }  # fmt: skip
+    model = open_model(ModelFiles(saved(tmp_path / "a.safetensors", tiny_weights, said)))
+    assert (model.prediction, model.scaling_factor) == ("v", 0.25)
+    assert (model.unet.config["attention_head_dim"], model.unet.config["norm_num_groups"]) == (4, 16)
+    assert (model.text_encoder.config["num_attention_heads"], model.text_encoder.config["hidden_size"]) == (2, 64)
+    assert model.vae.config["norm_num_groups"] == 8
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"prediction": "flow"}, "eps or v"),
+        ({"unet": {"attention_head_dim": 5}}, "does not divide"),
+        ({"unet": {"norm_num_groups": 0}}, "above 0"),
+        ({"vae": {"norm_num_groups": 7}}, "does not divide"),
+        ({"text_encoder": {"num_attention_heads": "many"}}, "above 0"),
+        ({"scaling_factor": "x"}, "not understood"),
+        ({"unet": 3}, "not understood"),
+        ([1], "not understood"),
+    ],
+)
+def test_metadata_that_makes_no_sense(said: object, reason: str, tiny_weights: Weights, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", tiny_weights, said)
+    with pytest.raises(CheckpointError, match=reason):
+        open_model(ModelFiles(path))
+
+
+def without_middle(weights: Weights) -> Weights:
+    return {name: weight for name, weight in weights.items() if "middle_block" not in name}
+
+
+def narrow_time(weights: Weights) -> Weights:
+    """A time embedding of another width than four times the first level's."""
+
+    def changed(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name.startswith(f"{UNET}time_embed"):
+            return weight[:96, :96] if name.endswith("2.weight") else weight[:96]
+        return weight[:, :96] if name.endswith("emb_layers.1.weight") else weight
+
+    return {name: changed(name, weight).clone() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("change", [without_middle, narrow_time])
+def test_unusual_members_of_the_family(
+    change: Callable[[Weights], Weights], tiny_weights: Weights, tmp_path: Path
+) -> None:
+    fits(open_model(ModelFiles(saved(tmp_path / "a.safetensors", change(tiny_weights)))))
+
+
+def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
+    """Other depths, levels that attend, and widths."""
+    for number, changes in enumerate(
+        (
+            {"unet_levels": (1, 2), "attends": 1},
+            {"unet_layers": 2, "text_layers": 1},
+            {"unet_levels": (1, 1, 2), "attends": 3},
+        )
+    ):
+        maker.SIZES["other"] = replace(maker.SIZES["tiny"], **changes)
+        fits(open_model(ModelFiles(saved(tmp_path / f"{number}.safetensors", maker.tensors("other")))))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("conditioner.embedders.1.model.ln_final.weight", "Stable Diffusion XL"),
+        ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("lora_unet_down_blocks_0.lora_up.weight", "LoRA"),
+    ],
+)
+def test_other_families_are_refused_by_name(name: str, family: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", {name: torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=family):
+        open_model(ModelFiles(path))
+
+
+def test_inpainting_models_are_refused_by_name(tiny_weights: Weights, tmp_path: Path) -> None:
+    name = f"{UNET}input_blocks.0.0.weight"
+    path = saved(tmp_path / "a.safetensors", tiny_weights | {name: torch.zeros(32, 9, 3, 3)})
+    with pytest.raises(CheckpointError, match="inpainting"):
+        open_model(ModelFiles(path))
+
+
+def test_parts_that_are_missing(tiny_weights: Weights, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", only(tiny_weights, UNET))
+    with pytest.raises(CheckpointError, match="no VAE.*--vae"):
+        open_model(ModelFiles(path))
+    with pytest.raises(UsageError, match="--vae"):
+        open_model(ModelFiles(diffusion_model=path))
+
+
+def test_parts_that_do_not_fit(maker: ModuleType, tiny_weights: Weights, tmp_path: Path) -> None:
+    maker.SIZES["wider"] = replace(maker.SIZES["tiny"], text=128)
+    text = saved(tmp_path / "text.safetensors", only(maker.tensors("wider"), TEXT))
+    path = saved(tmp_path / "a.safetensors", tiny_weights)
+    with pytest.raises(CheckpointError, match="gives 128 channels, but the diffusion model takes 64"):
+        open_model(ModelFiles(path, clip_l=text))
+
+
+def test_clip_skip_leaves_layers_out(tiny: Path) -> None:
+    part = open_model(ModelFiles(tiny)).text_encoder
+    assert modules.spec(part, 2).config["num_hidden_layers"] == 1
+    assert modules.spec(part, -1) == modules.spec(part, 1) == modules.spec(part)
+    assert modules.spec(part, 2).digest != modules.spec(part).digest
+    with pytest.raises(UsageError, match="--clip-skip 3"):
+        modules.spec(part, 3)
