@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.capture.compare import check
 from torch import Tensor
 
-from sdrpc.capture.lower import _name
+from sdrpc.capture.lower import rule_name
 from sdrpc.capture.rules import RULES
 from sdrpc.errors import CaptureError
 from sdrpc.targets import PORTABLE, SDRPC
@@ -199,7 +199,7 @@ def inputs_of(case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rules.split()[0])
 def test_a_rule_gives_what_torch_gives(case: Case) -> None:
     exported = check(case.function, *inputs_of(case))
-    used = {_name(node) for node in exported.nodes}
+    used = {rule_name(node) for node in exported.nodes}
     assert set(case.rules.split()) <= used
 
 

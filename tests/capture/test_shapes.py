@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.capture.compare import check
 from torch import Tensor
 
-EXAMPLES = settings(max_examples=25)
+EXAMPLES = settings(max_examples=15)
 sizes = st.integers(1, 4)
 
 

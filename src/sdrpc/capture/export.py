@@ -102,7 +102,8 @@ def without_weights() -> Iterator[None]:
     def register(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    hook = nn.modules.module.register_module_parameter_registration_hook(register)  # type: ignore[arg-type]  # it may return a replacement
+    # typed to return nothing, but documented to return a replacement
+    hook = nn.modules.module.register_module_parameter_registration_hook(register)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -150,8 +151,19 @@ def _functional(graph: fx.Graph) -> fx.Graph:
 
 
 def _aliased(target: Node, at: int, order: Mapping[Node, int]) -> bool:
-    views = [user for user in target.users if _is_view(user) and order[user] < at]
-    return target.op != "call_function" or _is_view(target) or any(order[u] > at for v in views for u in v.users)
+    """Whether anything after position ``at`` reads ``target`` under another name (or may: inputs have owners)."""
+    return (
+        target.op != "call_function"
+        or _is_view(target)
+        or any(order[user] > at for view in _views(target) for user in view.users)
+    )
+
+
+def _views(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        if _is_view(user):
+            yield user
+            yield from _views(user)
 
 
 def _is_view(node: Node) -> bool:

@@ -44,7 +44,7 @@ def lower(exported: Exported, target: Target, types: Mapping[str, Type]) -> Lowe
 
 def _check_vocabulary(exported: Exported) -> None:
     calls = [node for node in exported.nodes if node.op == "call_function" and node not in exported.known]
-    foreign = [node for node in calls if _name(node) not in RULES and _name(node) != "getitem"]
+    foreign = [node for node in calls if rule_name(node) not in RULES and rule_name(node) != "getitem"]
     if foreign:
         counts = Counter(operation(node) for node in foreign)
         first = {operation(node): place(node) for node in reversed(foreign)}
@@ -52,7 +52,7 @@ def _check_vocabulary(exported: Exported) -> None:
         raise CaptureError(f"no rule for {listed}")
 
 
-def _name(node: Node) -> str:
+def rule_name(node: Node) -> str:
     """``conv2d`` of ``aten.conv2d.default``; an in-place operation is named as its result (``add`` of ``add_``)."""
     packet = getattr(node.target, "overloadpacket", None)
     name: str = getattr(packet or node.target, "__name__", str(node.target))
@@ -108,7 +108,7 @@ def _apply(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapp
             return values[source]
         return emitter.constant(_numbers(known[source]), kind_of(known[source].dtype))
 
-    if _name(node) == "getitem":
+    if rule_name(node) == "getitem":
         source, position = node.args
         return values[source][position]  # type: ignore[index]
     given = {key: value for key, value in node.kwargs.items() if key not in IGNORED}
@@ -116,8 +116,8 @@ def _apply(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapp
     meta = _meta(node)
     try:
         out = Out(tuple(meta.shape), kind_of(meta.dtype))
-        result = RULES[_name(node)](emitter, out, *args, **kwargs)
-    except (CaptureError, GraphError) as error:
+        result = RULES[rule_name(node)](emitter, out, *args, **kwargs)
+    except (CaptureError, GraphError, TypeError, ValueError) as error:  # the last two: arguments that no rule expects
         raise CaptureError(f"{place(node)}: {operation(node)}: {error}") from error
     return _as_declared(node, result)
 
