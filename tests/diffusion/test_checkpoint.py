@@ -176,7 +176,7 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no .safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
         open_checkpoint(tmp_path)
 
 

@@ -219,7 +219,7 @@ def test_inpainting_models_are_refused_by_name(tiny_weights: Weights, tmp_path: 
 
 def test_parts_that_are_missing(tiny_weights: Weights, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", only(tiny_weights, UNET))
-    with pytest.raises(CheckpointError, match="no VAE.*--vae"):
+    with pytest.raises(CheckpointError, match=r"no VAE.*--vae"):
         open_model(ModelFiles(path))
     with pytest.raises(UsageError, match="--vae"):
         open_model(ModelFiles(diffusion_model=path))
