@@ -45,7 +45,9 @@ def run(request: pytest.FixtureRequest) -> Run:
     return Run(part, memory, wanted)
 
 
-def test_recorded_graph(run: Run, device: LocalDevice) -> None:
+@pytest.mark.parametrize("precision", ["exact", "fast"])  # not the fixture of both: a run is made once for the two
+def test_recorded_graph(run: Run, precision: str, request: pytest.FixtureRequest) -> None:
+    device: LocalDevice = request.getfixturevalue(precision)
     _, sizes = recorded.load(run.part)
     buffers = {number: device.allocate(size) for number, size in sizes.items()}
     try:
@@ -57,7 +59,7 @@ def test_recorded_graph(run: Run, device: LocalDevice) -> None:
         last = graph.nodes[-1]
         buffer = next(buffer for buffer in buffers.values() if buffer.key == last.buffer)
         held = {last.buffer: np.frombuffer(device.read(buffer, 0, buffer.size), np.uint8)}
-        assert error(reference.read(last, held, dtype=np.float32), run.wanted) <= TOLERANCE[device.precision.name]
+        assert error(reference.read(last, held, dtype=np.float32), run.wanted) <= TOLERANCE[precision]
         if run.part == "unet":
             assert UNET_FUSIONS.items() <= dict(program.fusions).items()
     finally:
