@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from tests.support import ggml
 
 Build = Callable[["Builder"], Any]

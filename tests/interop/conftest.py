@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.interop import worker
-from tests.support import ggml
 
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.server import Server
+from tests.interop import worker
+from tests.support import ggml
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
 START_SECONDS = 20.0

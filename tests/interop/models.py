@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tests.support import ggml
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdrpc.ggml.types import TYPES
 from sdrpc.ggml.weight import Weight
+from tests.support import ggml
 
 WIDTH = 256  # of the text embedding: a whole block of Q4_K
 TOKENS, VOCABULARY = 77, 200

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
 from tests.support import ggml
 
 Arrays = list[np.ndarray]

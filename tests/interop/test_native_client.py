@@ -8,16 +8,16 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+
+from sdrpc.engine.dequant import DEQUANTIZE
+from sdrpc.ggml.rules import FLOATS, GLU_OPS, RULES, UNARY_OPS
+from sdrpc.server import Server
 from tests.interop.cases import BOUNDS, CASES, GRAPHS, OPERATIONS, REFUSED
 from tests.interop.conftest import NativeClient
 from tests.interop.scenarios import SCENARIOS
 from tests.interop.tap import Tap
 from tests.interop.worker import Outcome
 from tests.support.process import ServerProcess
-
-from sdrpc.engine.dequant import DEQUANTIZE
-from sdrpc.ggml.rules import FLOATS, GLU_OPS, RULES, UNARY_OPS
-from sdrpc.server import Server
 
 pytestmark = pytest.mark.interop
 

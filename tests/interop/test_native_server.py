@@ -12,11 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from tests.capture.compare import errors
-from tests.capture.test_operations import CASES, Case, inputs_of
-from tests.interop.conftest import NativeServer
-from tests.interop.models import PARTS, Inputs, make, relative_error, stored
-from tests.interop.tap import Tap
 
 import sdrpc
 from sdrpc.capture.export import export
@@ -27,6 +22,11 @@ from sdrpc.client import RemoteDevice, connect
 from sdrpc.errors import ConnectionFailed, ConnectionLost, OutOfMemory
 from sdrpc.ggml.weight import Weight
 from sdrpc.targets import PORTABLE
+from tests.capture.compare import errors
+from tests.capture.test_operations import CASES, Case, inputs_of
+from tests.interop.conftest import NativeServer
+from tests.interop.models import PARTS, Inputs, make, relative_error, stored
+from tests.interop.tap import Tap
 
 pytestmark = pytest.mark.interop
 

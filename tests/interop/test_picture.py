@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from tests.interop.conftest import NativeServer
 from tests.support.process import ServerProcess
 

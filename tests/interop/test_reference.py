@@ -9,13 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+
+from sdrpc.ggml.dialect import newest
+from sdrpc.ggml.params import encode
 from tests.interop import worker
 from tests.support import ggml, reference
 from tests.support.cases import CASES
 from tests.support.feed import Feed, graph
-
-from sdrpc.ggml.dialect import newest
-from sdrpc.ggml.params import encode
 
 pytestmark = pytest.mark.interop
 

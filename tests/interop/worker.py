@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from tests.interop.cases import CASES, REFUSED, Builder, Case
 from tests.interop.scenarios import SCENARIOS
 from tests.support import ggml
