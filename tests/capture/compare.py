@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from tests.capture.devices import ReferenceDevice
 from torch import nn
 
 from sdrpc.capture.export import Exported, export
@@ -15,6 +14,7 @@ from sdrpc.capture.offload import weights_of
 from sdrpc.capture.run import Executable
 from sdrpc.device import Device, Target
 from sdrpc.targets import PORTABLE, SDRPC
+from tests.capture.devices import ReferenceDevice
 
 Call = Callable[..., tuple[torch.Tensor, ...]]
 

@@ -7,12 +7,12 @@ from itertools import count
 from typing import NamedTuple
 
 import numpy as np
-from tests.support import reference
 
 from sdrpc.device import Buffer, Bytes, Device, Memory, Program, Target
 from sdrpc.ggml import spec
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
+from tests.support import reference
 
 
 class Room(NamedTuple):

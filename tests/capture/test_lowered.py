@@ -15,8 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.capture.devices import ReferenceDevice
-from tests.capture.test_run import Small, arrays, inputs, lowered, weights
 from torch import nn
 
 from sdrpc.capture.cache import SUFFIX, Cache, default_folder, key
@@ -26,6 +24,8 @@ from sdrpc.capture.lowered import DIGEST_BYTES, MAGIC, Lowered, from_bytes, to_b
 from sdrpc.capture.run import Executable
 from sdrpc.errors import GraphError
 from sdrpc.targets import PORTABLE, SDRPC
+from tests.capture.devices import ReferenceDevice
+from tests.capture.test_run import Small, arrays, inputs, lowered, weights
 
 
 def constants() -> Lowered:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tests.capture import models
-from tests.capture.compare import TOLERANCE, error
-from tests.capture.devices import ReferenceDevice
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import sdrpc
 from sdrpc.engine import LocalDevice
 from sdrpc.errors import CaptureError, UsageError
+from tests.capture import models
+from tests.capture.compare import TOLERANCE, error
+from tests.capture.devices import ReferenceDevice
 
 DECIBELS = 80
 """PSNR of an offloaded pipeline's picture against the one in process, exact."""

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.capture.compare import check
 from torch import Tensor
 
 from sdrpc.capture.lower import rule_name
 from sdrpc.capture.rules import RULES
 from sdrpc.errors import CaptureError
 from sdrpc.targets import PORTABLE, SDRPC
+from tests.capture.compare import check
 
 aten = torch.ops.aten
 

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.capture import models
-from tests.capture.compare import TOLERANCE, Call, errors
-from tests.capture.devices import ReferenceDevice
 from torch import nn
 
 from sdrpc.capture.export import export
 from sdrpc.engine import LocalDevice
 from sdrpc.engine import devices as local_devices
 from sdrpc.targets import PORTABLE, SDRPC
+from tests.capture import models
+from tests.capture.compare import TOLERANCE, Call, errors
+from tests.capture.devices import ReferenceDevice
 
 
 class Part(NamedTuple):

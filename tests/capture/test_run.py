@@ -6,8 +6,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.capture.compare import TOLERANCE, error
-from tests.capture.devices import ReferenceDevice
 from torch import Tensor, nn
 
 from sdrpc.capture.export import export, without_weights
@@ -20,6 +18,8 @@ from sdrpc.errors import CaptureError, CheckpointError, UsageError
 from sdrpc.ggml.types import TYPES, Type
 from sdrpc.ggml.weight import Weight
 from sdrpc.targets import PORTABLE, SDRPC
+from tests.capture.compare import TOLERANCE, error
+from tests.capture.devices import ReferenceDevice
 
 
 class Small(nn.Module):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.capture.compare import check
 from torch import Tensor
+
+from tests.capture.compare import check
 
 EXAMPLES = settings(max_examples=15)
 sizes = st.integers(1, 4)

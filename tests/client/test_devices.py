@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.support.scripted import HANG_UP, Proxy, Scripted, base, raw
-from tests.wire.examples import DIALECTS
 
 from sdrpc import client
 from sdrpc.client import RemoteDevice, Timeouts, connect, remote
@@ -35,6 +33,8 @@ from sdrpc.wire.framing import encode_error
 from sdrpc.wire.graphs import Received
 from sdrpc.wire.hello import NATIVE, Capability
 from sdrpc.wire.messages import Command, GraphRecompute
+from tests.support.scripted import HANG_UP, Proxy, Scripted, base, raw
+from tests.wire.examples import DIALECTS
 
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 OURS = Capability.ERRORS | Capability.MANAGED

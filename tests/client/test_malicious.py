@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.scripted import HANG_UP, SILENCE, Proxy, Scripted, raw
 
 from sdrpc.client import RemoteDevice, Timeouts, connect
 from sdrpc.errors import ConnectionFailed, ConnectionLost, RemoteProtocolError, SdrpcError
@@ -23,6 +22,7 @@ from sdrpc.ggml.types import F32
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
+from tests.support.scripted import HANG_UP, SILENCE, Proxy, Scripted, raw
 
 QUICK = Timeouts(connect=2.0, answer=2.0)
 IMPATIENT = Timeouts(connect=0.15, answer=0.15)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.sink import sink
 
 from sdrpc.client import RemoteDevice, Timeouts, connect
 from sdrpc.client.connection import _send_all
+from tests.support.sink import sink
 
 SIZE = 200 << 20
 

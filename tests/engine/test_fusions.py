@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from support import reference
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.fuse import RULES
@@ -13,7 +14,6 @@ from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16
-from support import reference
 
 from .compare import Leaves, check, error, place
 
