@@ -10,7 +10,6 @@ from threading import Lock
 
 import pytest
 import torch
-from tests.support.client import SECONDS, Adder, RawClient
 
 from sdrpc.device import Buffer
 from sdrpc.engine.device import LocalDevice
@@ -18,6 +17,7 @@ from sdrpc.engine.memory import LocalBuffer
 from sdrpc.engine.precision import Precision
 from sdrpc.server import Server
 from sdrpc.wire.hello import NATIVE, Capability
+from tests.support.client import SECONDS, Adder, RawClient
 
 
 class CountingDevice(LocalDevice):

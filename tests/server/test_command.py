@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.support.client import Adder, RawClient, busy
-from tests.support.process import ServerProcess
 
 from sdrpc.cli import rpc_server
 from sdrpc.cli.rpc_server import choose, size
 from sdrpc.errors import UsageError
 from sdrpc.ggml.dialect import dialects, newest
+from tests.support.client import Adder, RawClient, busy
+from tests.support.process import ServerProcess
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tests.support.client import Adder, RawClient
 
 from sdrpc.server import Limits, Server
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
+from tests.support.client import Adder, RawClient
 
 from .conftest import CountingDevice, Scene
 
@@ -134,6 +134,17 @@ def test_t16_many_small_buffers(device: CountingDevice, caplog: pytest.LogCaptur
                 client.ask(messages.FreeBuffer(given[0].remote_ptr))
                 assert client.ask(messages.AllocBuffer(0, 16)).remote_ptr == limits.buffers + 1
             scene.goes_on()
+
+
+def test_t16_a_limit_for_all_buffers_of_a_client_together(device: CountingDevice) -> None:
+    with Server([device], limits=Limits(buffer_bytes=1000)) as server, Scene(server) as scene:
+        with scene.client() as client:
+            first = client.ask(messages.AllocBuffer(0, 600))
+            assert client.ask(messages.AllocBuffer(0, 401)) == (0, 0)
+            assert client.ask(messages.AllocBuffer(0, 400)).remote_size == 400
+            client.ask(messages.FreeBuffer(first.remote_ptr))
+            assert client.ask(messages.AllocBuffer(0, 600)).remote_size == 600
+        scene.goes_on()
 
 
 def test_t16_a_hundred_thousand_buffers(scene: Scene) -> None:

@@ -10,12 +10,12 @@ from struct import pack
 from typing import NamedTuple
 
 import pytest
-from tests.support.client import Adder, RawClient
 
 from sdrpc.server import Limits, Server
 from sdrpc.wire import messages
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello
 from sdrpc.wire.messages import Command
+from tests.support.client import Adder, RawClient
 
 from .conftest import CountingDevice, Scene
 

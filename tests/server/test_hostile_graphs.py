@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tests.support.client import Adder, RawClient, busy
 
 from sdrpc.ggml import params
 from sdrpc.server import Limits, Server
@@ -16,6 +15,7 @@ from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
+from tests.support.client import Adder, RawClient, busy
 
 from .conftest import CountingDevice, Scene
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.support.client import Adder, RawClient, busy
-from tests.support.victim import STEPS
 
 from sdrpc.ggml import params
 from sdrpc.ggml.dialect import Dialect, dialects
@@ -22,6 +20,8 @@ from sdrpc.wire import graphs, messages
 from sdrpc.wire.hello import NATIVE, Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
+from tests.support.client import Adder, RawClient, busy
+from tests.support.victim import STEPS
 
 from .conftest import CountingDevice, Scene, eventually
 

@@ -68,7 +68,7 @@ class RawClient:
         except ConnectionResetError:
             pass
         _, _, reason = bytes(said).partition(REPLY_HEADER.pack(ERROR_MARK))
-        return reason[4:].decode()
+        return reason[4:].decode("utf-8", "replace")
 
     def command(self, number: int, payload: bytes = b"", size: int | None = None) -> None:
         """A command with any payload, whose header says ``size`` (default: the truth)."""

@@ -44,6 +44,8 @@ class AddressSpace:
     def __init__(self) -> None:
         self._regions: dict[int, Region] = {}
         self._next_handle, self._next_base = 1, _FIRST
+        self.held = 0
+        """Bytes of all buffers."""
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -58,6 +60,7 @@ class AddressSpace:
     def add(self, device: int, size: int, buffer: Buffer) -> Region:
         region = Region(self._next_handle, self._next_base, size, device, buffer)
         self._regions[region.handle] = region
+        self.held += size
         self._next_handle += 1
         self._next_base += (size // _GAP + 2) * _GAP
         return region
@@ -73,4 +76,5 @@ class AddressSpace:
     def remove(self, handle: int) -> Region:
         region = self[handle]
         del self._regions[handle]
+        self.held -= region.size
         return region

@@ -10,7 +10,7 @@ from ..ggml.dialect import Dialect, dialects
 from ..wire.framing import Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import Command
-from .session import CHUNK, Session, chunks
+from .session import Session, chunks
 from .stream import Stream
 
 log = logging.getLogger(__name__)
@@ -97,10 +97,10 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
         stream.read_into(window[len(head) :])
         return
     device.write(region.buffer, start, head)
-    staging = memoryview(bytearray(min(CHUNK, request.bulk)))
     for offset, size in chunks(start + len(head), request.bulk):
-        stream.read_into(staging[:size])
-        device.write(region.buffer, offset, staging[:size])
+        piece = stream.staging(size)
+        stream.read_into(piece)
+        device.write(region.buffer, offset, piece)
 
 
 def _tell(stream: Stream, session: Session, agreed: Capability, reason: str) -> None:

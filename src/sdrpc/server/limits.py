@@ -23,6 +23,9 @@ class Limits:
     a client may be silent for as long as it likes: its own model may be thinking."""
     buffers: int = 1024
     """Buffers of one client: real clients have a few dozen."""
+    buffer_bytes: int = 1 << 44
+    """Bytes of all buffers of one client: more than any machine has, so as good as none where one client may have all
+    of a device; what there is not, no client gets."""
     tensors: int = 1 << 15
     """Tensors in a graph: today's largest models have below ten thousand, and each takes a millisecond to compile."""
     graphs: int = 32

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -110,11 +111,22 @@ class Server:
             log.warning("%s: refused, %d clients are connected already", peer, self.limits.connections)
             connection.close()
             return
-        stream = Stream(connection, peer, self.limits.stall_seconds)
-        thread = threading.Thread(target=self._talk, args=(stream,), name=f"sdrpc client {peer}", daemon=True)
+        try:
+            self._start(Stream(connection, peer, self.limits.stall_seconds))
+        except (OSError, RuntimeError) as error:  # it is gone already; or the system has no thread left
+            log.warning("%s: refused: %s", peer, error)
+            connection.close()
+
+    def _start(self, stream: Stream) -> None:
+        thread = threading.Thread(target=self._talk, args=(stream,), name=f"sdrpc client {stream.peer}", daemon=True)
         with self._lock:
             self._clients[thread] = stream
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._lock:
+                del self._clients[thread]
+            raise
 
     def _talk(self, stream: Stream) -> None:
         session = Session(
@@ -149,7 +161,8 @@ def _listen(host: str, port: int, backlog: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         raise UsageError(f"can't listen on {where}: {_said(error)}") from error
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform != "win32":  # where it would let two servers have the same port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(backlog)
         listening.setblocking(False)

@@ -101,7 +101,8 @@ class Session:
 
     def _alloc_buffer(self, asked: messages.AllocBuffer) -> messages.AllocBufferReply:
         device = self._device(asked.device)
-        if len(self._space) >= self.limits.buffers or not self._space.has_room(asked.size):
+        room = self.limits.buffer_bytes - self._space.held
+        if len(self._space) >= self.limits.buffers or asked.size > room or not self._space.has_room(asked.size):
             return messages.AllocBufferReply(0, 0)
         try:
             buffer = device.allocate(asked.size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import sys
 import time
 from collections.abc import Sequence
 
@@ -18,7 +19,6 @@ from ..errors import ConnectionLost, RemoteProtocolError
 
 _AHEAD = 1 << 16
 _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
-_GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # Linux tells it apart from unread bytes
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
@@ -32,6 +32,7 @@ class Stream:
         self._socket, self._stall = connection, stall_seconds
         self._ahead = memoryview(bytearray(_AHEAD))
         self._start = self._end = 0
+        self._staging = memoryview(bytearray())
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
@@ -69,6 +70,12 @@ class Stream:
             else:
                 filled += self._received(rest)
 
+    def staging(self, size: int) -> memoryview:
+        """Memory for ``size`` bytes on their way to somewhere else; the next call may return the same."""
+        if len(self._staging) < size:
+            self._staging = memoryview(bytearray(size))
+        return self._staging[:size]
+
     def write(self, parts: Sequence[Bytes]) -> None:
         """Send all of ``parts``; large ones go out as they are, without a copy."""
         if sum(map(len, parts)) <= _JOIN_BELOW:
@@ -78,15 +85,19 @@ class Stream:
 
     def linger(self, seconds: float) -> None:
         """Finish sending, and read on for a while: closing with unread bytes would make the kernel drop our words."""
-        self._socket.shutdown(socket.SHUT_WR)
         self.deadline = time.monotonic() + seconds
+        with contextlib.suppress(OSError):  # the client may have ended it already
+            self._socket.shutdown(socket.SHUT_WR)
         while self._receive(self._ahead, None) > 0:
             pass
 
     def hung_up(self) -> bool:
         """Whether the client is gone, seen without waiting, whatever it sent before."""
+        if sys.platform == "win32":
+            return False  # it does not tell; what is computed for a client that is gone ends by itself
         poll = select.poll()
-        poll.register(self._socket, _GONE)
+        # Linux tells an end that is behind unread bytes apart
+        poll.register(self._socket, select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
     def abort(self) -> None:
