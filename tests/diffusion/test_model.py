@@ -147,7 +147,10 @@ def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path)
         ({"unet": {"attention_head_dim": 5}}, "does not divide"),
         ({"unet": {"norm_num_groups": 0}}, "above 0"),
         ({"vae": {"norm_num_groups": 7}}, "does not divide"),
-        ({"text_encoder": {"num_attention_heads": "many"}}, "above 0"),
+        ({"text_encoder": {"num_attention_heads": "many"}}, "can't be 'many'"),
+        ({"unet": {"act_fn": "__import__"}}, "act_fn of the diffusion model can't be"),
+        ({"unet": {"attention_head_dim": [2, 2]}}, "above 0"),
+        ({"vae": {"act_fn": 1}}, "can't be 1"),
         ({"scaling_factor": "x"}, "not understood"),
         ({"unet": 3}, "not understood"),
         ([1], "not understood"),
@@ -240,3 +243,16 @@ def test_clip_skip_leaves_layers_out(tiny: Path) -> None:
     assert modules.spec(part, 2).digest != modules.spec(part).digest
     with pytest.raises(UsageError, match="--clip-skip 3"):
         modules.spec(part, 3)
+
+
+def test_numbers_in_names_cannot_make_a_model_huge(tiny_weights: Weights, tmp_path: Path) -> None:
+    strangers = {
+        f"{UNET}input_blocks.1.0.in_layers.{'9' * 5000}.weight", f"{UNET}input_blocks.{'9' * 5000}.0.op.weight",
+        f"{VAE}decoder.up.999999999.block.0.conv1.weight", f"{TEXT}encoder.layers.999999999.mlp.fc1.weight",
+        f"{VAE}decoder.up.0.block.{'9' * 5000}.conv1.weight",
+    }  # fmt: skip
+    path = saved(tmp_path / "a.safetensors", tiny_weights | {name: torch.zeros(1) for name in strangers})
+    model = open_model(ModelFiles(path))
+    fits(model)
+    assert len(model.text_encoder.config) < 20
+    assert model.text_encoder.config["num_hidden_layers"] == 2

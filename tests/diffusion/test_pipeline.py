@@ -177,7 +177,8 @@ def test_a_request_gets_what_belongs_to_its_sampler() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"width": 0}, {"height": 1 << 20}, {"steps": 0}, {"batch_count": 0}, {"sampler": "x"}, {"scheduler": "x"},
-     {"rng": "x"}, {"cfg_scale": float("nan")}],
+     {"rng": "x"}, {"cfg_scale": float("nan")},
+        {"eta": float("inf")}],
 )  # fmt: skip
 def test_requests_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -109,7 +109,7 @@ def text_encoder_config(part: PartTensors, said: Arguments) -> dict[str, Any]:
         "max_position_embeddings": positions, "num_attention_heads": max(1, width // TEXT_HEAD_SIZE),
         "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": width,
     }  # fmt: skip
-    config = _merged(inferred, said, ("num_attention_heads", "hidden_act", "layer_norm_eps"))
+    config = _merged(part, inferred, said, ("num_attention_heads", "hidden_act", "layer_norm_eps"))
     _divides(part, config["num_attention_heads"], [width], "num_attention_heads")
     return config
 
@@ -152,9 +152,8 @@ def unet_config(part: PartTensors, said: Arguments) -> dict[str, Any]:
         "flip_sin_to_cos",
         "freq_shift",
     )
-    config = _merged(inferred, said, told)
-    heads = config["attention_head_dim"]
-    _divides(part, heads, channels if isinstance(heads, int) else [], "attention_head_dim")
+    config = _merged(part, inferred, said, told)
+    _divides(part, config["attention_head_dim"], channels, "attention_head_dim")
     _divides(part, config["norm_num_groups"], channels, "norm_num_groups")
     return config
 
@@ -176,14 +175,32 @@ def vae_config(part: PartTensors, said: Arguments) -> dict[str, Any]:
         "use_post_quant_conv": _has(shapes, "post_quant_conv."), "use_quant_conv": _has(shapes, "quant_conv."),
         "norm_num_groups": _groups(channels), "act_fn": "silu", "sample_size": 512,
     }  # fmt: skip
-    config = _merged(inferred, said, ("norm_num_groups", "act_fn", "sample_size"))
+    config = _merged(part, inferred, said, ("norm_num_groups", "act_fn", "sample_size"))
     _divides(part, config["norm_num_groups"], channels, "norm_num_groups")
     return config
 
 
-def _merged(inferred: dict[str, Any], said: Arguments, told: Sequence[str]) -> dict[str, Any]:
+_ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu", "quick_gelu")
+
+
+def _merged(part: PartTensors, inferred: dict[str, Any], said: Arguments, told: Sequence[str]) -> dict[str, Any]:
     """What shapes say, and of what they can't tell (``told``) what the file says."""
-    return inferred | {key: said[key] for key in told if said.get(key) is not None}
+    told_here = {key: said[key] for key in told if said.get(key) is not None}
+    for key, value in told_here.items():
+        if not _sensible(key, value):
+            raise CheckpointError(part.checkpoint.path, f"{key} of the {part.part.title} can't be {value!r}")
+    return inferred | told_here
+
+
+def _sensible(key: str, value: object) -> bool:
+    """Whether a value is of its argument's kind; numbers that divide channels are checked against them later."""
+    if key in ("act_fn", "hidden_act"):
+        return value in _ACTIVATIONS
+    if key.endswith("eps"):
+        return isinstance(value, float) and 0 < value < 1
+    if key == "flip_sin_to_cos":
+        return isinstance(value, bool)
+    return isinstance(value, int | list)
 
 
 def _shape(part: PartTensors, name: str, dimensions: int) -> tuple[int, ...]:
@@ -198,8 +215,9 @@ def _shape(part: PartTensors, name: str, dimensions: int) -> tuple[int, ...]:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the highest number in the names that begin with ``pattern``."""
-    return max((int(match[1]) + 1 for name in shapes if (match := re.match(pattern, name))), default=0)
+    """How far the numbers go, from 0 without a gap, in the names that begin with ``pattern``."""
+    numbers = {match[1] for name in shapes if (match := re.match(pattern, name))}
+    return next(count for count in range(len(numbers) + 1) if str(count) not in numbers)
 
 
 def _has(shapes: Shapes, prefix: str) -> bool:
@@ -211,10 +229,10 @@ def _groups(channels: Sequence[int]) -> int:
 
 
 def _divides(part: PartTensors, divisor: object, numbers: Sequence[int], key: str) -> None:
-    if not isinstance(divisor, int | list) or (isinstance(divisor, int) and divisor < 1):
-        raise CheckpointError(
-            part.checkpoint.path, f"{key} of the {part.part.name} is {divisor!r}, not a number above 0"
-        )
-    if isinstance(divisor, int) and any(number % divisor for number in numbers):
-        reason = f"{key} of the {part.part.name} is {divisor}, which does not divide {list(numbers)}"
-        raise CheckpointError(part.checkpoint.path, f"{reason}; the file's metadata {METADATA_KEY!r} can say another")
+    divisors = divisor if isinstance(divisor, list) else [divisor] * len(numbers)
+    what = f"{key} of the {part.part.title} is {divisor!r}"
+    if len(divisors) != len(numbers) or not all(isinstance(each, int) and each > 0 for each in divisors):
+        raise CheckpointError(part.checkpoint.path, f"{what}, not a number above 0")
+    if any(number % each for number, each in zip(numbers, divisors, strict=True)):
+        hint = f"the file's metadata {METADATA_KEY!r} can say another"
+        raise CheckpointError(part.checkpoint.path, f"{what}, which does not divide {list(numbers)}; {hint}")

@@ -115,7 +115,7 @@ _RESNET = {
 
 _SAMPLER = {"op.": "conv."}
 
-_UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.")
+_UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.")
 
 
 def _rename_unet(names: Iterable[str]) -> dict[str, str]:
@@ -187,7 +187,7 @@ _VAE_RULES = [
     )
 ]
 
-_UP = re.compile(r"\.up_blocks\.(\d+)\.")
+_UP = re.compile(r"\.up_blocks\.(\d{1,4})\.")
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """What early diffusers files call a VAE's attention."""

@@ -27,6 +27,7 @@ LATENT_SCALE = 8
 MAX_SIDE = 16384
 MAX_STEPS = 10000
 MAX_BATCH = 10000
+MAX_FACTOR = 1e6
 
 
 class Parts(Protocol):
@@ -92,8 +93,9 @@ class Request:
         ):  # fmt: skip
             if not 1 <= value <= largest:
                 raise UsageError(f"{option} {value}: it can be 1 … {largest}")
-        if not np.isfinite(self.cfg_scale):
-            raise UsageError(f"--cfg-scale {self.cfg_scale}: not a number")
+        for option, number in (("--cfg-scale", self.cfg_scale), ("--eta", self.eta)):
+            if number is not None and not abs(number) < MAX_FACTOR:
+                raise UsageError(f"{option} {number}: not a number below {MAX_FACTOR:.0e}")
         seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
         make_rng(self.rng, seed + self.batch_count - 1)
         scheduler = self.scheduler or find_sampler(self.sampler).schedule

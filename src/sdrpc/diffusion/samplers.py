@@ -193,7 +193,8 @@ def tcd(denoise: Denoise, x: F32, steps: Steps, noise: Noise, eta: float) -> F32
         denoised = denoise(x, sigma)
         epsilon = (x - denoised) / sigma
         alpha = one / (following * following + one)
-        alpha_low = f32(_ALPHAS[math.floor((one - f32(eta)) * f32(_nearest_timestep(following)))])
+        low = math.floor((one - f32(eta)) * f32(_nearest_timestep(following)))
+        alpha_low = f32(_ALPHAS[min(max(low, 0), TIMESTEPS - 1)])
         x = np.sqrt(alpha_low / alpha) * denoised + np.sqrt((one - alpha_low) / alpha) * epsilon
         if eta > 0 and following > 0:
             x = np.sqrt(alpha / alpha_low) * x + np.sqrt(one / alpha - one / alpha_low) * noise()
