@@ -21,14 +21,14 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/pytest -m 'not interop and not parity'
+	$(BIN)/pytest -n 2 -m 'not interop and not parity'
 
 interop: setup
 	$(BIN)/python tools/ggml_wheel.py
-	$(BIN)/pytest -m interop
+	$(BIN)/pytest -m interop -n 2 tests/interop
 
 parity: setup
-	$(BIN)/pytest -m parity
+	$(BIN)/pytest -m parity tests/parity
 
 demo: setup
 	$(BIN)/python tools/demo.py

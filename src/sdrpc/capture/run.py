@@ -125,7 +125,7 @@ class Executable:
         self._own = None if isinstance(weights, WeightStore) else WeightStore(device, weights, progress)
         store = weights if isinstance(weights, WeightStore) else self._own
         self._buffers: list[Buffer] = []
-        self._sent: dict[Tensor, bytes] = {}
+        self._sent: dict[Tensor, np.ndarray] = {}
         try:
             self._bind(store.places(lowered.weights))  # type: ignore[union-attr]
         except BaseException:
@@ -139,10 +139,11 @@ class Executable:
         raises.
         """
         for leaf, data in self._feeds(inputs):
-            if self._sent.get(leaf) != data:
-                self._sent.pop(leaf, None)
-                self.device.write(self._io, self._offsets[leaf], data)
-                self._sent[leaf] = data
+            sent = self._sent.pop(leaf, None)  # a write that fails leaves us not knowing what is there
+            if sent is None or not np.array_equal(sent, data):
+                self.device.write(self._io, self._offsets[leaf], data.data)
+                sent = data.copy()
+            self._sent[leaf] = sent
         if self._program is not None:
             self._program.run()
         return tuple(self._result(output) for output in self.lowered.outputs)
@@ -187,8 +188,8 @@ class Executable:
         self._buffers.append(buffer)
         return buffer
 
-    def _feeds(self, inputs: Mapping[str, Any]) -> Iterable[tuple[Tensor, bytes]]:
-        """Each input leaf and its bytes."""
+    def _feeds(self, inputs: Mapping[str, Any]) -> Iterable[tuple[Tensor, np.ndarray]]:
+        """Each input leaf and its bytes, not copied where they are the caller's."""
         unknown = inputs.keys() - {entry.name for entry in self.lowered.inputs}
         if unknown:
             raise UsageError(f"the graph has no input {', '.join(sorted(unknown))}")
@@ -209,13 +210,13 @@ class Executable:
         return array.astype(result_dtype(output.dtype))
 
 
-def _encoded(entry: Input, array: np.ndarray, type: Type) -> bytes:
+def _encoded(entry: Input, array: np.ndarray, type: Type) -> np.ndarray:
     dtype = NUMPY_DTYPES[type.name]
     if dtype.kind == "i" and array.size:
         limits = np.iinfo(dtype)
         if array.dtype.kind not in "iub" or array.min() < limits.min or array.max() > limits.max:
             raise UsageError(f"input {entry.name} must be integers of 32 bits, not {array.dtype}")
-    return array.astype(dtype).tobytes()
+    return _bytes(array.astype(dtype, copy=False))
 
 
 def _key(parameter: Parameter) -> tuple[str, Type]:
@@ -227,8 +228,12 @@ def _row_padding(leaf: Tensor) -> int:
     return 0 if leaf.type.plain else leaf.type.row_bytes(missing)
 
 
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 def _raw(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return _bytes(array).data
 
 
 def _bytes_of(weight: Weight, type: Type) -> Bytes:

@@ -58,8 +58,13 @@ def rpc_server(
         str, typer.Option(metavar="VERSION", help="Protocol of the clients, such as 5.0.", show_default="the newest")
     ] = "",
     dequant_cache: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory for weights in the form that they are computed in.")
-    ] = "1G",
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of each device for weights in the form that they are computed in.",
+            show_default="1G; a quarter of an accelerator",
+        ),
+    ] = None,
     list_devices: Annotated[
         bool, typer.Option("--list-devices", help="Print this machine's devices and exit.")
     ] = False,
@@ -77,7 +82,7 @@ def rpc_server(
     if version:
         print(f"rpc-server {__version__} (RPC protocols {', '.join(dialects())})")
         return
-    dialect, limits, converted = choose(protocol), Limits(), size(dequant_cache)
+    dialect, limits, converted = choose(protocol), Limits(), None if dequant_cache is None else size(dequant_cache)
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -29,7 +30,7 @@ class ModuleSpec:
     kind: str
     config: Mapping[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names this module: equal for equal kinds and arguments."""
         text = json.dumps([self.kind, dict(self.config)], sort_keys=True)

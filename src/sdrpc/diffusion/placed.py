@@ -99,7 +99,7 @@ def captured(
         name: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device="meta")
         for name, array in inputs.items()
     }
-    return lower(export(built, examples, call), device.target, types)
+    return lower(export(built.eval(), examples, call), device.target, types)
 
 
 @dataclass
@@ -119,6 +119,7 @@ class PlacedModel:
         self._text_encoder = placed(self.model.text_encoder, self.placement.text_encoder)
         self._unet = placed(self.model.unet, self.placement.unet)
         self._vae = placed(self.model.vae, self.placement.vae)
+        self._unet_module, self._vae_module = spec(self.model.unet), spec(self.model.vae)
 
     @property
     def token_length(self) -> int:
@@ -140,10 +141,10 @@ class PlacedModel:
         return self._text_encoder.run(spec(self.model.text_encoder, clip_skip), ids=ids)
 
     def predict(self, latents: F32, timestep: F32, context: F32) -> F32:
-        return self._unet.run(spec(self.model.unet), latents=latents, timestep=timestep, context=context)
+        return self._unet.run(self._unet_module, latents=latents, timestep=timestep, context=context)
 
     def decode(self, latents: F32) -> F32:
-        return self._vae.run(spec(self.model.vae), latents=latents)
+        return self._vae.run(self._vae_module, latents=latents)
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no part uses; complete once a picture was drawn."""

@@ -283,12 +283,17 @@ def _remember(cache: OrderedDict[K, T], key: K, value: T) -> None:
 
 
 def devices(
-    precision: str = "auto", threads: int | None = None, *, compute_limit: float | None = None, dequant_cache: int = GIB
+    precision: str = "auto",
+    threads: int | None = None,
+    *,
+    compute_limit: float | None = None,
+    dequant_cache: int | None = None,
 ) -> list[LocalDevice]:
     """Every accelerator that torch finds, then the CPU.
 
     ``precision``: exact, fast, or auto, which is fast where the hardware has narrow arithmetic. ``threads``: of the
-    CPU (default: torch's). Raises :class:`sdrpc.errors.UsageError` for another precision.
+    CPU (default: torch's). ``dequant_cache``: bytes per device (default: 1 GiB, or a quarter of a larger accelerator's
+    memory). Raises :class:`sdrpc.errors.UsageError` for another precision.
     """
     return [
         LocalDevice(
@@ -298,10 +303,18 @@ def devices(
             description=description,
             threads=threads if torch_device.type == "cpu" else None,
             compute_limit=compute_limit,
-            dequant_cache=dequant_cache,
+            dequant_cache=_default_cache(torch_device) if dequant_cache is None else dequant_cache,
         )
         for name, torch_device, description in _found()
     ]
+
+
+def _default_cache(device: torch.device) -> int:
+    """The CPU's memory is other programs' as well; an accelerator's is there to be used."""
+    if device.type not in ("cuda", "xpu"):
+        return GIB
+    _, total = (torch.cuda if device.type == "cuda" else torch.xpu).mem_get_info(device)
+    return max(int(total) // 4, GIB)
 
 
 def _found() -> list[tuple[str, torch.device, str]]:
