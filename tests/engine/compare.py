@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import gguf
 import numpy as np
-from support import reference
 
 from sdrpc.engine import LocalDevice
 from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, contiguous_strides, dims
 from sdrpc.ggml.types import NUMPY_DTYPES, TYPES, Type
+from tests.support import reference
 
 TOLERANCE = {"exact": 1e-5, "fast": 2e-2}
 """Relative error (L2) against float64, by precision."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from support import reference
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.fuse import RULES
@@ -14,6 +13,7 @@ from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16
+from tests.support import reference
 
 from .compare import Leaves, check, error, place
 

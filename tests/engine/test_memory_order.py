@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import reference
 
 from sdrpc.engine import LocalDevice
 from sdrpc.ggml import build as b
@@ -16,6 +15,7 @@ from sdrpc.ggml.params import ArgSort, Concat, Scale
 from sdrpc.ggml.rules import injective
 from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import F16, F32
+from tests.support import reference
 
 from .compare import at
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support import reference
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.values import trace
+from tests.support import reference
 
 from . import recorded
 from .compare import error
