@@ -17,8 +17,7 @@ from sdrpc.errors import ComputeError, DeviceError, GraphError, OutOfMemory, Uns
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32, I32, TYPES
-
-from .compare import at
+from tests.engine.compare import at
 
 
 def doubled(key: int, n: int = 64, type: object = F32) -> Graph:

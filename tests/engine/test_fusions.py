@@ -13,9 +13,8 @@ from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16
+from tests.engine.compare import Leaves, check, error, place
 from tests.support import reference
-
-from .compare import Leaves, check, error, place
 
 Case = Callable[[Leaves], Sequence[Tensor]]
 

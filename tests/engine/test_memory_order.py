@@ -15,9 +15,8 @@ from sdrpc.ggml.params import ArgSort, Concat, Scale
 from sdrpc.ggml.rules import injective
 from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import F16, F32
+from tests.engine.compare import at
 from tests.support import reference
-
-from .compare import at
 
 WORDS = 512
 SHAPES = [(4, 6), (6, 4), (24,), (2, 3, 4), (4, 3, 2), (12, 2), (8, 3), (3, 8)]

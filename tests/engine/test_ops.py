@@ -39,8 +39,7 @@ from sdrpc.ggml.params import (
 from sdrpc.ggml.rules import GLU_OPS, RULES, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import F16, F32, TYPES
-
-from .compare import Leaves, check
+from tests.engine.compare import Leaves, check
 
 Case = Callable[[Leaves], Sequence[Tensor]]
 

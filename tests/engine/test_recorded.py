@@ -10,10 +10,9 @@ import pytest
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.values import trace
+from tests.engine import recorded
+from tests.engine.compare import error
 from tests.support import reference
-
-from . import recorded
-from .compare import error
 
 # The reference computes in float32 here. What IM2COL and CPY round to float16 differs where the last bit of a float32
 # decides, and the graphs are deep: the difference settles near float16's own precision.

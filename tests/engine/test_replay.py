@@ -18,8 +18,7 @@ from sdrpc.engine.replay import Replay
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph
 from sdrpc.ggml.types import F16, F32
-
-from .compare import at
+from tests.engine.compare import at
 
 N = 32
 WEIGHT, OUT = 4096, 8192

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.cases import CASES
-from tests.support.feed import Feed, graph
 
 from sdrpc.errors import GraphError
 from sdrpc.ggml.build import leaf, mul_mat, node
@@ -20,6 +18,8 @@ from sdrpc.ggml.code import DIGEST_BYTES, MAGIC, decode, digest, encode
 from sdrpc.ggml.params import Clamp, MulMat, Scale
 from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, rewrite
 from sdrpc.ggml.types import F16, F32
+from tests.support.cases import CASES
+from tests.support.feed import Feed, graph
 
 START = len(MAGIC) + DIGEST_BYTES
 

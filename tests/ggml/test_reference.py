@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support import reference
-from tests.support.cases import CASES
-from tests.support.feed import Feed, graph
 
 from sdrpc.ggml.build import cast, inplace, leaf, mul_mat, node, reshape, transpose, view
 from sdrpc.ggml.params import Im2Col
 from sdrpc.ggml.rules import RULES
 from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import BF16, F16, F32
+from tests.support import reference
+from tests.support.cases import CASES
+from tests.support.feed import Feed, graph
 
 T = torch.Tensor
 

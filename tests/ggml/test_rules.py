@@ -9,8 +9,6 @@ from typing import Any, get_type_hints
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.cases import CASES
-from tests.support.feed import Feed, graph
 
 from sdrpc.errors import GraphError, UnsupportedOperation
 from sdrpc.ggml import params as p
@@ -21,6 +19,8 @@ from sdrpc.ggml.rules import GLU_OPS, RULES, UNARY_OPS, infer, injective
 from sdrpc.ggml.tensor import Tensor, contiguous_strides, dims
 from sdrpc.ggml.types import BF16, F16, F32, I32, I64, TYPES
 from sdrpc.targets import PORTABLE, SDRPC
+from tests.support.cases import CASES
+from tests.support.feed import Feed, graph
 
 NAN, INF = math.nan, math.inf
 Q8_0, I8 = TYPES["Q8_0"], TYPES["I8"]

@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.support.cases import CASES
-from tests.support.feed import Feed, graph
 
 from sdrpc.errors import GraphError, UnsupportedOperation
 from sdrpc.ggml import params as p
@@ -18,6 +16,8 @@ from sdrpc.ggml.plan import place
 from sdrpc.ggml.spec import check
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32, I32, I64, TYPES
+from tests.support.cases import CASES
+from tests.support.feed import Feed, graph
 
 SIZES = {1: 1024, 2: 256}
 X = leaf(F32, 6, 4, name="x", buffer=1)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+
 from tests.support.process import ServerProcess
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(1800)]

@@ -14,9 +14,8 @@ from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
+from tests.server.conftest import CountingDevice, Scene
 from tests.support.client import Adder, RawClient
-
-from .conftest import CountingDevice, Scene
 
 SIZE = 4096
 Buffer = tuple[int, int]

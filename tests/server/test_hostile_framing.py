@@ -15,9 +15,8 @@ from sdrpc.server import Limits, Server
 from sdrpc.wire import messages
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello
 from sdrpc.wire.messages import Command
+from tests.server.conftest import CountingDevice, Scene
 from tests.support.client import Adder, RawClient
-
-from .conftest import CountingDevice, Scene
 
 
 class Attack(NamedTuple):

@@ -14,9 +14,8 @@ from sdrpc.ggml import params
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.records import Record
+from tests.server.conftest import Scene, eventually
 from tests.support.client import Adder, RawClient
-
-from .conftest import Scene, eventually
 
 INTERESTING = [0, 1, 2, 4, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
 CONVERSATIONS = 150

@@ -20,10 +20,9 @@ from sdrpc.wire import graphs, messages
 from sdrpc.wire.hello import NATIVE, Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
+from tests.server.conftest import CountingDevice, Scene, eventually
 from tests.support.client import Adder, RawClient, busy
 from tests.support.victim import STEPS
-
-from .conftest import CountingDevice, Scene, eventually
 
 EVERY = list(dialects().values())
 

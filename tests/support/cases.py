@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from tests.support.feed import QUANTIZED, Feed
 
 from sdrpc.ggml import params as p
 from sdrpc.ggml.build import cast, cont, cpy, inplace, mul_mat, node, permute, reshape, transpose, view
 from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import BF16, F16, I32, TYPES
+from tests.support.feed import QUANTIZED, Feed
 
 Case = Callable[[Feed], Tensor]
 

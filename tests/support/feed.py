@@ -8,11 +8,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tests.support import reference
 
 from sdrpc.ggml.build import leaf
 from sdrpc.ggml.tensor import Graph, Tensor, extent
 from sdrpc.ggml.types import F32, NUMPY_DTYPES, TYPES, Type
+from tests.support import reference
 
 Array = np.ndarray[Any, Any]
 

@@ -7,8 +7,6 @@ from struct import pack
 from typing import NamedTuple
 
 import pytest
-from tests.support.stream import EndOfStream, Stream
-from tests.wire.examples import DATA, DIALECTS, EXAMPLES, NAME_LENGTHS, TENSOR, commands, frame, message, payload
 
 from sdrpc.errors import LocalProtocolError, RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
@@ -27,6 +25,8 @@ from sdrpc.wire.framing import (
 from sdrpc.wire.limits import Limits
 from sdrpc.wire.messages import COMMANDS, EXCHANGES, Command, response_class
 from sdrpc.wire.names import NameLength
+from tests.support.stream import EndOfStream, Stream
+from tests.wire.examples import DATA, DIALECTS, EXAMPLES, NAME_LENGTHS, TENSOR, commands, frame, message, payload
 
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 every_name_length = pytest.mark.parametrize("name_length", NAME_LENGTHS)

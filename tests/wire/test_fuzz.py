@@ -10,9 +10,6 @@ from struct import pack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.stream import EndOfStream, Stream
-from tests.wire.examples import DIALECTS, EXAMPLES, commands, frame
-from tests.wire.test_graphs import GOOD, recording, same
 
 from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects
@@ -20,6 +17,9 @@ from sdrpc.wire.framing import RequestReader, read_reply
 from sdrpc.wire.graphs import decode_graph
 from sdrpc.wire.limits import Limits
 from sdrpc.wire.messages import Command, response_class
+from tests.support.stream import EndOfStream, Stream
+from tests.wire.examples import DIALECTS, EXAMPLES, commands, frame
+from tests.wire.test_graphs import GOOD, recording, same
 
 LIMITS = Limits(graph_bytes=1 << 16)
 SOME = st.sampled_from(DIALECTS)

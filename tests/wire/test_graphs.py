@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.wire.examples import DIALECTS, NAME_LENGTHS, record
 
 from sdrpc.errors import LocalProtocolError, RemoteProtocolError, UnsupportedOperation
 from sdrpc.ggml import params as p
@@ -22,6 +21,7 @@ from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, contiguous_strides, dims
 from sdrpc.ggml.types import F16, F32, TYPES
 from sdrpc.wire.graphs import COMPUTE, decode_graph, encode_graph, split
 from sdrpc.wire.records import Record, columns, decode_records
+from tests.wire.examples import DIALECTS, NAME_LENGTHS, record
 
 DATA = Path(__file__).parents[1] / "data"
 RECORDED = dialects()["5.0.1"]

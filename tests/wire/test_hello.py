@@ -8,8 +8,6 @@ from struct import pack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.stream import EndOfStream, Stream
-from tests.wire.examples import DIALECTS
 
 from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects
@@ -26,6 +24,8 @@ from sdrpc.wire.hello import (
     read_hello,
     read_hello_reply,
 )
+from tests.support.stream import EndOfStream, Stream
+from tests.wire.examples import DIALECTS
 
 ALL = Capability.ERRORS | Capability.MANAGED
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)

@@ -7,8 +7,6 @@ from struct import pack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.stream import Stream
-from tests.wire.examples import DIALECTS, TENSOR, frame, record
 
 from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
@@ -16,6 +14,8 @@ from sdrpc.wire.framing import RequestReader
 from sdrpc.wire.messages import Command, SetTensor, layout
 from sdrpc.wire.names import ALL, COMMON, UNKNOWN, NameLength, learn, learn_set_tensor
 from sdrpc.wire.records import Record
+from tests.support.stream import Stream
+from tests.wire.examples import DIALECTS, TENSOR, frame, record
 
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 BY_SIZE = (

@@ -11,7 +11,6 @@ import lzma
 from pathlib import Path
 
 import pytest
-from tests.support.stream import Stream
 
 from sdrpc.ggml.dialect import dialects
 from sdrpc.ggml.params import Scale, Unary
@@ -21,6 +20,7 @@ from sdrpc.wire.hello import NATIVE, encode_hello, encode_hello_reply, read_hell
 from sdrpc.wire.messages import Command, response_class
 from sdrpc.wire.names import NameLength
 from sdrpc.wire.records import decode_records
+from tests.support.stream import Stream
 
 RECORDED = json.loads(lzma.decompress((Path(__file__).parents[1] / "data" / "ggml-7.0.0.frames.json.xz").read_bytes()))
 DIALECT = dialects()[RECORDED["protocol"]]

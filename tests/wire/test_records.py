@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.wire.examples import NAME_LENGTHS, TENSOR, record
 
 from sdrpc.errors import LocalProtocolError, RemoteProtocolError
 from sdrpc.wire.records import (
@@ -21,6 +20,7 @@ from sdrpc.wire.records import (
     record_bytes,
     record_dtype,
 )
+from tests.wire.examples import NAME_LENGTHS, TENSOR, record
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 RECORDS = st.builds(
