@@ -401,8 +401,9 @@ def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
 
 def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     p: Any = v.params
-    # an image whose channels lie together would make torch rearrange the kernel too, which is larger, in every run
-    x = x.contiguous()
+    # an image whose channels lie together makes torch rearrange the kernel too, which is larger, in every run
+    if x.is_cpu or not kernel.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
     return F.conv2d(x, kernel, None if bias is None else bias.reshape(-1), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
 
 
