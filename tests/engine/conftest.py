@@ -1,19 +1,25 @@
-"""One device for each precision, shared by the tests of the engine."""
+"""One device for each precision, shared by the tests of the engine.
+
+``SDRPC_TEST_DEVICE=CUDA0 pytest tests/engine`` tests another device than the CPU.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from sdrpc.engine import LocalDevice
-from sdrpc.engine.precision import choose
+from sdrpc.engine import LocalDevice, devices
 
 
 def _device(precision: str) -> LocalDevice:
-    cpu = torch.device("cpu")
-    return LocalDevice("CPU", cpu, choose(precision, cpu), threads=2)
+    wanted = os.environ.get("SDRPC_TEST_DEVICE", "CPU")
+    found = {device.name: device for device in devices(precision, threads=2)}
+    chosen = found.pop(wanted)
+    for other in found.values():
+        other.close()
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -62,9 +62,10 @@ def test_bytes(exact: LocalDevice) -> None:
     exact.copy(buffer, 10, buffer, 12, 6)  # overlapping
     assert bytes(exact.read(buffer, 10, 8)) == b"azazzdef"
     window = exact.window(buffer, 0, 4)
-    assert window is not None
-    window[:] = b"wxyz"
-    assert bytes(exact.read(buffer, 0, 4)) == b"wxyz"
+    assert (window is not None) == (exact.torch_device.type == "cpu")
+    if window is not None:
+        window[:] = b"wxyz"
+        assert bytes(exact.read(buffer, 0, 4)) == b"wxyz"
     exact.clear(buffer, 1)
     assert bytes(exact.read(buffer, 0, 100)) == bytes([1]) * 100
     exact.free(buffer)
@@ -193,6 +194,9 @@ def test_a_run_that_takes_too_long() -> None:
 
 
 def test_a_row_that_does_not_exist(exact: LocalDevice) -> None:
+    """The CPU says so; an accelerator, whose context an assertion would end, takes the nearest row."""
+    if exact.torch_device.type != "cpu":
+        return
     buffer = exact.allocate(65536)
     rows = b.node("GET_ROWS", b.leaf(F32, 4, 8, buffer=buffer.key), b.leaf(I32, 2, buffer=buffer.key, offset=4096))
     program = exact.compile(Graph((at(rows, buffer.key, 8192),)), {buffer.key: buffer})

@@ -14,7 +14,7 @@ from sdrpc.engine import LocalDevice
 from sdrpc.engine.deadline import Deadline
 from sdrpc.engine.precision import choose
 from sdrpc.engine.program import Bound
-from sdrpc.engine.replay import Replay
+from sdrpc.engine.replay import Pool, Replay
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph
 from sdrpc.ggml.types import F16, F32
@@ -51,6 +51,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
     monkeypatch.setattr(torch.cuda, "graph", recorder.record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(Pool, "handle", lambda pool: None)
     return recorder
 
 
@@ -66,7 +69,7 @@ class Product:
         bound = self.device.compile(Graph((at(product, key, OUT),)), {key: self.buffer}).bound
         assert isinstance(bound, Bound)
         recorder.bound = bound
-        self.replay = Replay(bound, None)
+        self.replay = Replay(bound, Pool())
         self.weigh(1)
 
     def weigh(self, factor: int) -> None:

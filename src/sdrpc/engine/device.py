@@ -6,7 +6,6 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
 from threading import RLock
 from typing import TypeVar
 
@@ -24,7 +23,7 @@ from .errors import translated
 from .memory import LocalBuffer, host_bytes
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
-from .replay import Replay
+from .replay import Pool, Replay
 from .system import host_memory, processor
 from .weights import Weights
 
@@ -86,10 +85,10 @@ class LocalDevice(Device):
         self._promised = 0  # bytes of all buffers
         self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
         self._bound: OrderedDict[tuple[bytes, tuple[int, ...]], Bound | Replay] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if torch_device.type == "cuda" else None
+        self._pool = Pool() if torch_device.type == "cuda" else None
         self._lock = RLock()
         self._worker = ThreadPoolExecutor(
-            1, thread_name_prefix=f"sdrpc-{name}", initializer=_start, initargs=(threads,)
+            1, thread_name_prefix=f"sdrpc-{name}", initializer=_start, initargs=(torch_device, threads)
         )
 
     # what it is
@@ -242,7 +241,6 @@ class LocalDevice(Device):
         exact = self.precision.narrow is None
         with (
             torch.inference_mode(),
-            torch.cuda.device(self.torch_device) if self.torch_device.type == "cuda" else nullcontext(),
             # torch's own default lets convolutions round to TF32
             torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=not exact),
             translated(self.name, "computing"),
@@ -260,10 +258,12 @@ class LocalDevice(Device):
             self._bound.clear()
 
 
-def _start(threads: int | None) -> None:
-    """In the worker: torch counts threads for each thread that computes."""
+def _start(device: torch.device, threads: int | None) -> None:
+    """In the worker: torch keeps the number of threads, and CUDA its current device, for each thread."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 K = TypeVar("K")

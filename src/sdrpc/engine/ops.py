@@ -447,8 +447,13 @@ def _nearest(x: Tensor, axis: int, n: int) -> Tensor:
     if n == have:
         return x
     factor = torch.tensor(n, dtype=torch.float32) / have
-    picked = (torch.arange(n, dtype=torch.float32) / factor).long().clamp(max=have - 1)
-    return x.index_select(axis, picked.to(x.device))
+    picked = _quotient(torch.arange(n, dtype=torch.float32, device=x.device), float(factor)).long()
+    return x.index_select(axis, picked.clamp(max=have - 1))
+
+
+def _quotient(x: Tensor, divisor: float) -> Tensor:
+    """``x / divisor`` to the last bit: by a number that is not in its memory, a GPU multiplies with the reciprocal."""
+    return x / torch.full((1,), divisor, dtype=x.dtype, device=x.device)
 
 
 def _linear(x: Tensor, axis: int, n: int, align_corners: bool) -> Tensor:
@@ -457,12 +462,10 @@ def _linear(x: Tensor, axis: int, n: int, align_corners: bool) -> Tensor:
     offset, factor = (0.0, (n - 1) / (have - 1)) if align_corners and n > 1 and have > 1 else (0.5, n / have)
     if align_corners:
         offset = 0.0
-    at = (torch.arange(n, dtype=torch.float32) + offset) / factor - offset
+    at = _quotient(torch.arange(n, dtype=torch.float32, device=x.device) + offset, factor) - offset
     low = at.floor().long().clamp(0, have - 1)
     high = (at.floor().long() + 1).clamp(0, have - 1)
-    share = (at - low).clamp(0, 1).to(x.dtype).to(x.device)
-    share = share.reshape([-1 if i == axis else 1 for i in range(4)])
-    low, high = low.to(x.device), high.to(x.device)
+    share = (at - low).clamp(0, 1).to(x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
     return x.index_select(axis, low) * (1 - share) + x.index_select(axis, high) * share
 
 

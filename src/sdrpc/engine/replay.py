@@ -21,14 +21,29 @@ ATTEMPTS = 3
 """Recordings of one program that are started before it runs step by step for good."""
 
 
+class Pool:
+    """The memory that recordings of a device share. They may: none runs while another does, and no value outlives a
+    run, since what is wanted is in buffers then."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._keeper: torch.cuda.CUDAGraph | None = None
+
+    def handle(self) -> Any:
+        """What a recording is started with. The first one here is of nothing much and is kept: torch gives a pool up
+        with the last of its recordings, and then refuses its handle."""
+        if self._keeper is None:
+            keeper, handle = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(keeper, pool=handle, capture_error_mode="thread_local"):
+                torch.zeros(1, device="cuda")
+            self._keeper, self._handle = keeper, handle
+        return self._handle
+
+
 class Replay:
-    """Runs of one bound program on a CUDA (or ROCm) device.
+    """Runs of one bound program on a CUDA (or ROCm) device."""
 
-    ``pool``: the memory that recordings of the device share. They may: none runs while another does, and no value
-    outlives a run, since what is wanted is in buffers then.
-    """
-
-    def __init__(self, bound: Bound, pool: Any) -> None:
+    def __init__(self, bound: Bound, pool: Pool) -> None:
         self.bound, self._pool = bound, pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
@@ -53,14 +68,16 @@ class Replay:
     def _record(self) -> None:
         self._attempts += 1
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
             # other threads may allocate and copy meanwhile; that must not break this recording
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool.handle(), capture_error_mode="thread_local"):
                 self.bound.record()
         except Exception as error:
             # a kernel that waits for the host can't be recorded; the same program runs step by step
             log.warning("a graph of %d steps is not recorded: %s", len(self.bound), str(error).split("\n")[0])
             self._attempts = ATTEMPTS
+            torch.cuda.set_stream(stream)  # a recording that fails to start leaves its own stream behind
             torch.cuda.synchronize()
         else:
             self._graph = graph
