@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tests.engine.recorded import contents, load
 
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.device import LocalProgram
 from sdrpc.engine.ops import RAISE
 from sdrpc.engine.values import Value, ordered
+from tests.engine.recorded import contents, load
 
 from .rows import Row
 from .setup import Setup
