@@ -20,6 +20,7 @@ import torch
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.device import LocalProgram
 from sdrpc.engine.ops import RAISE
+from sdrpc.engine.system import keep_freed_memory
 from sdrpc.engine.values import Value, ordered
 from tests.engine.recorded import contents, load
 
@@ -71,6 +72,7 @@ def run(setup: Setup) -> Iterator[Row]:
 
 
 def _measured(setup: Setup, part: str, precision: str) -> tuple[Timed, Floor]:
+    keep_freed_memory()  # as the commands do
     found = {device.name: device for device in devices(precision)}
     device = found[setup.device]
     spent: defaultdict[str, float] = defaultdict(float)

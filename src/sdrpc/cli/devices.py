@@ -33,7 +33,9 @@ def placed_devices(
 
 def _local(precision: str, threads: int | None) -> list[Device]:
     from ..engine.device import devices
+    from ..engine.system import keep_freed_memory
 
+    keep_freed_memory()
     return list(devices(precision, threads))
 
 

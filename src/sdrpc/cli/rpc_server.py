@@ -62,7 +62,7 @@ def rpc_server(
         typer.Option(
             metavar="SIZE",
             help="Memory of each device for weights in the form that they are computed in.",
-            show_default="1G; a quarter of an accelerator",
+            show_default="256M; a quarter of an accelerator",
         ),
     ] = None,
     list_devices: Annotated[
@@ -85,7 +85,9 @@ def rpc_server(
     dialect, limits, converted = choose(protocol), Limits(), None if dequant_cache is None else size(dequant_cache)
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
+    from ..engine.system import keep_freed_memory
 
+    keep_freed_memory()
     found = devices(precision, threads or None, compute_limit=limits.compute_seconds, dequant_cache=converted)
     if list_devices:
         print(*map(described, found), sep="\n")

@@ -31,7 +31,9 @@ T = TypeVar("T")
 Watch = Callable[[], str]
 """Says why a run shall stop, or nothing."""
 
-GIB = 2**30
+CPU_CACHE = 256 * 2**20
+"""Bytes of converted weights that the CPU keeps unless told otherwise: memory is other programs' as well there, and
+converting float16 again takes a twentieth of a step."""
 WATCH_SECONDS = 0.2
 """How often a run's watch is asked."""
 PROGRAMS = 32
@@ -75,7 +77,7 @@ class LocalDevice(Device):
         description: str = "",
         threads: int | None = None,
         compute_limit: float | None = None,
-        dequant_cache: int = GIB,
+        dequant_cache: int = CPU_CACHE,
     ) -> None:
         self.name, self.torch_device, self.precision = name, torch_device, precision
         self.description = description or name
@@ -292,8 +294,8 @@ def devices(
     """Every accelerator that torch finds, then the CPU.
 
     ``precision``: exact, fast, or auto, which is fast where the hardware has narrow arithmetic. ``threads``: of the
-    CPU (default: torch's). ``dequant_cache``: bytes per device (default: 1 GiB, or a quarter of a larger accelerator's
-    memory). Raises :class:`sdrpc.errors.UsageError` for another precision.
+    CPU (default: torch's). ``dequant_cache``: bytes per device (default: 256 MiB, or a quarter of an
+    accelerator's memory). Raises :class:`sdrpc.errors.UsageError` for another precision.
     """
     return [
         LocalDevice(
@@ -310,11 +312,11 @@ def devices(
 
 
 def _default_cache(device: torch.device) -> int:
-    """The CPU's memory is other programs' as well; an accelerator's is there to be used."""
+    """A little of the CPU's memory; an accelerator's is there to be used."""
     if device.type not in ("cuda", "xpu"):
-        return GIB
+        return CPU_CACHE
     _, total = (torch.cuda if device.type == "cuda" else torch.xpu).mem_get_info(device)
-    return max(int(total) // 4, GIB)
+    return int(total) // 4
 
 
 def _found() -> list[tuple[str, torch.device, str]]:
