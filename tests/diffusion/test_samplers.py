@@ -100,7 +100,7 @@ def test_a_perfect_model_denoises_perfectly(prediction: str) -> None:
     np.testing.assert_allclose(denoised, clean, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fastest", *ELSEWHERE])
+@pytest.mark.parametrize("name", ["fastest", *sorted(ELSEWHERE)])
 def test_other_samplers_are_refused_by_name(name: str) -> None:
     with pytest.raises(UsageError, match="--sampling-method"):
         find_sampler(name)
