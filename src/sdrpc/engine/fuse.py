@@ -65,7 +65,7 @@ def no_copy(value: Value, readers: Readers) -> Value | None:
     source = value.src[0]
     if source is None or source.type is not value.type or not source.type.plain:
         return None
-    strided = source.op == "VIEW" and not source.params.dense  # type: ignore[attr-defined]
+    strided = source.op == "VIEW" and not source.params.dense
     if strided and readers.count[value] > 1:
         return None
     return reshaped(source, value.ne, value.at)
@@ -77,7 +77,7 @@ def view_of_view(value: Value, _readers: Readers) -> Value | None:
     if inner is None or inner.op != "VIEW" or inner.src[0] is None:
         return None
     outer: Any = value.params
-    strided = compose(groups_of(inner.params), outer)  # type: ignore[arg-type]
+    strided = compose(groups_of(inner.params), outer)
     return None if strided is None else view(inner.src[0], strided, value.at, value.node)
 
 
@@ -108,7 +108,7 @@ def _convolution(product: Value) -> _Product | None:
         if columns is None or columns.op != "IM2COL" or kernel is None or patches is None or columns.store is not None:
             continue
         shape, image, p = columns.src[0], columns.src[1], columns.params
-        if shape is None or image is None or not p.is_2d:  # type: ignore[attr-defined]
+        if shape is None or image is None or not p.is_2d:
             continue
         k, width, height, batch = shape.ne, *columns.ne[1:]
         taps, places = prod(k[:3]), width * height
@@ -150,7 +150,7 @@ def _dense(ne: Dims) -> Strided:
 
 def _dense_source(value: Value | None) -> Value | None:
     """What ``value`` is, but for its shape."""
-    if value is not None and value.op == "VIEW" and value.src[0] is not None and value.params.dense:  # type: ignore[attr-defined]
+    if value is not None and value.op == "VIEW" and value.src[0] is not None and value.params.dense:
         return value.src[0] if prod(value.src[0].ne) == prod(value.ne) else None
     return value
 
@@ -236,7 +236,7 @@ def rms_norm(value: Value, readers: Readers) -> Value | None:
 
 def norm_silu(value: Value, readers: Readers) -> Value | None:
     """GROUP_NORM with weights, then SILU."""
-    source = value.src[0] if value.op == "UNARY" and value.params.op == "SILU" else None  # type: ignore[attr-defined]
+    source = value.src[0] if value.op == "UNARY" and value.params.op == "SILU" else None
     if source is None or source.op != "GROUP_NORM_AFFINE" or not readers.alone(source):
         return None
     return replace(value, op=source.op, src=source.src, params=source.params._replace(silu=True))
@@ -256,8 +256,8 @@ def attention(value: Value, readers: Readers) -> Value | None:
     scores, mask, scale = weights.src[0], weights.src[1] if len(weights.src) > 1 else None, p.scale
     if scores is not None and scores.op == "ADD" and mask is None and scale == 1 and readers.alone(scores):
         scores, mask = scores.src
-    if scores is not None and scores.op == "SCALE" and readers.alone(scores) and not scores.params.bias:  # type: ignore[attr-defined]
-        scale, scores = scale * scores.params.scale, scores.src[0]  # type: ignore[attr-defined]
+    if scores is not None and scores.op == "SCALE" and readers.alone(scores) and not scores.params.bias:
+        scale, scores = scale * scores.params.scale, scores.src[0]
     if scores is None or scores.op != "MUL_MAT" or not readers.alone(scores) or turned.type is not F32:
         return None
     key, query = scores.src

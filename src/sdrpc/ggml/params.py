@@ -9,7 +9,7 @@ versions (unary and GLU operations, precisions) become names through the dialect
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
     from .dialect import Dialect
@@ -208,7 +208,8 @@ class Glu(NamedTuple):
 
 NO_PARAMS = NoParams()
 
-Params = NamedTuple  # any of the classes above: a tuple with named fields
+Params = Any
+"""One of the classes above; which one follows from the operation (:data:`PARAMS`)."""
 
 PARAMS: dict[str, type] = {
     "NORM": Eps, "RMS_NORM": Eps, "L2_NORM": Eps, "GROUP_NORM": GroupNorm, "SCALE": Scale, "CLAMP": Clamp,

@@ -80,7 +80,8 @@ def infer(op: str, params: Params, src: Sources, type: Type | None = None, ne: D
     rule = RULES.get(op)
     if rule is None:
         raise UnsupportedOperation("operation not supported")
-    if params.__class__ is not PARAMS.get(op, NoParams):
+    kind: object = params.__class__
+    if kind is not PARAMS.get(op, NoParams):
         raise GraphError(f"parameters of another operation: {params}")
     for value in params:
         if value.__class__ is float and not math.isfinite(value) and (rule.finite or math.isnan(value)):
