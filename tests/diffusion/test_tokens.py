@@ -81,6 +81,14 @@ def test_weights_scale_and_keep_the_mean() -> None:
     np.testing.assert_array_equal(apply_weights(hidden, np.ones(77, np.float32)), hidden)
 
 
+def test_a_mean_of_rounding_errors_scales_nothing() -> None:
+    hidden = np.random.default_rng(0).normal(0, 1, (77, 768))
+    hidden = ((hidden - hidden.mean(1, keepdims=True)) / hidden.std(1, keepdims=True)).astype(np.float32)
+    weights = np.ones(77, np.float32)
+    weights[3] = 1.3
+    np.testing.assert_array_equal(apply_weights(hidden, weights), hidden * weights[:, None])
+
+
 def test_clip_itself_is_not_imported() -> None:
     clip_tokenizer()
     assert "clip.clip" not in sys.modules
