@@ -81,6 +81,18 @@ def test_the_picture_says_how_it_was_made(sd: Sd, servers: Servers, checkpoint: 
     assert "it" in outcome.err
 
 
+def test_what_takes_long_says_so(
+    sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "graphs"))
+    arguments = ("--rpc", rpc(servers), "-m", checkpoint, *SMALL, "-o", tmp_path / "cat.png")
+    first, second = sd(*arguments).err, sd(*arguments).err
+    for part in ("text encoder", "diffusion model", "VAE"):
+        assert f"{part}: capturing its graph, once" in first
+        assert re.search(rf"{part} .*MiB", second)
+    assert "capturing" not in second
+
+
 def test_several_pictures_count_names_and_seeds_up(sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
     pattern = tmp_path / "new" / "cat_%02d.png"
     common = ("--rpc", rpc(servers), "-m", checkpoint, *SMALL)

@@ -74,7 +74,9 @@ class Amount(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed or 0.0
         total = task.total or 0
-        if task.fields["unit"] == "bytes":
+        if not task.fields["unit"]:
+            text = ""
+        elif task.fields["unit"] == "bytes":
             text = f"{task.completed / 2**20:,.0f}/{total / 2**20:,.0f} MiB  {speed / 2**20:,.0f} MiB/s"
         else:
             pace = f"{speed:.2f} it/s" if speed >= 1 or not speed else f"{1 / speed:.2f} s/it"
@@ -83,7 +85,8 @@ class Amount(ProgressColumn):
 
 
 class Meter:
-    """A line of progress for each thing that takes time. :meth:`bytes` and :meth:`steps` say how far it is."""
+    """A line of progress for each thing that takes time. :meth:`bytes` and :meth:`steps` say how far it is,
+    :meth:`capturing` that something is under way."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -94,6 +97,15 @@ class Meter:
 
     def steps(self, what: str, done: int, total: int) -> None:
         self._update(what, "steps", done, total)
+
+    @contextmanager
+    def capturing(self, what: str) -> Iterator[None]:
+        """A graph of ``what`` is captured: nobody knows how far that is."""
+        task = self._progress.add_task(f"{what}: capturing its graph, once", total=None, unit="")
+        try:
+            yield
+        finally:
+            self._progress.update(task, total=1, completed=1)
 
     def _update(self, what: str, unit: str, done: int, total: int) -> None:
         if what not in self._tasks:

@@ -206,7 +206,7 @@ def sd_cli(
         with clock("load"):
             opened = open_model(files)
         where = Placement(devices["te"], devices["diffusion"], devices["vae"])
-        with closing(PlacedModel(opened, where, clock, uploading=meter.bytes)) as placed:
+        with closing(PlacedModel(opened, where, clock, uploading=meter.bytes, capturing=meter.capturing)) as placed:
             pictures = _pictures(request, placed, clock, meter)
             for path, picture in zip(paths, pictures, strict=True):
                 parameters = None if disable_image_metadata else _parameters(request, picture, files)

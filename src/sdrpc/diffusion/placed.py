@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,9 @@ F32 = NDArray[np.float32]
 Uploading = Callable[[str, int, int], None]
 """Called with a part's title, the bytes uploaded so far, and all of them."""
 
+Capturing = Callable[[str], AbstractContextManager[None]]
+"""Entered with a part's title while its graph is captured, which takes seconds and happens once."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -36,9 +40,11 @@ class Placement:
 class PlacedPart:
     """A part on a device. Each combination of module and input shapes is one graph; all share the uploaded weights."""
 
-    def __init__(self, part: ModelPart, device: Device, cache: Cache, clock: Clock, uploading: Uploading) -> None:
+    def __init__(
+        self, part: ModelPart, device: Device, cache: Cache, clock: Clock, uploading: Uploading, capturing: Capturing
+    ) -> None:
         self.part, self.device = part, device
-        self._cache, self._clock = cache, clock
+        self._cache, self._clock, self._capturing = cache, clock, capturing
         self._weights: dict[str, Weight] = {}
         title = part.part.title
         self._store = WeightStore(
@@ -68,6 +74,10 @@ class PlacedPart:
         self._store.close()
 
     def _prepared(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Executable:
+        def capture() -> Lowered:
+            with self._capturing(self.part.part.title):
+                return captured(module, inputs, self.device, types)
+
         with self._clock("capture"):
             types = {name: weight.type for name, weight in self.part.tensors.tensors.items()}
             lowered = self._cache.load(
@@ -77,7 +87,7 @@ class PlacedPart:
                     inputs={name: [str(array.dtype), *array.shape] for name, array in inputs.items()},
                     types={name: stored.name for name, stored in types.items()},
                 ),
-                lambda: captured(module, inputs, self.device, types),
+                capture,
             )
         with self._clock("upload"):
             self._weights |= self.part.tensors.take({p.name: p.shape for p in lowered.weights})
@@ -111,10 +121,11 @@ class PlacedModel:
     clock: Clock
     cache: Cache = field(default_factory=Cache)
     uploading: Uploading = lambda *_: None
+    capturing: Capturing = lambda _: nullcontext()
 
     def __post_init__(self) -> None:
         def placed(part: ModelPart, device: Device) -> PlacedPart:
-            return PlacedPart(part, device, self.cache, self.clock, self.uploading)
+            return PlacedPart(part, device, self.cache, self.clock, self.uploading, self.capturing)
 
         self._text_encoder = placed(self.model.text_encoder, self.placement.text_encoder)
         self._unet = placed(self.model.unet, self.placement.unet)
