@@ -127,6 +127,13 @@ def test_a_file_that_can_not_be_written_leaves_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_can_not_be_made_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    made = constants()
+    assert Cache(tmp_path / "file" / "graphs").load("a", lambda: made) is made
+    assert "graphs are not kept" in caplog.text
+
+
 def test_keys_tell_targets_and_facts_apart() -> None:
     facts = {"module": "x", "inputs": {"a": [1, 2]}}
     assert key(SDRPC, **facts) == key(SDRPC, **dict(reversed(facts.items())))

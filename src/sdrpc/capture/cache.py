@@ -6,6 +6,7 @@ A file per module, named by a digest of everything that decides the graph. Damag
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from typing import Any
 from ..device import Target
 from ..errors import GraphError
 from .lowered import Lowered, from_bytes, to_bytes
+
+log = logging.getLogger(__name__)
 
 BUDGET = 256 * 2**20
 """Bytes that the files may take in all; the ones used longest ago go first."""
@@ -82,11 +85,17 @@ class Cache:
         self._shrink()
 
     def load(self, key: str, make: Callable[[], Lowered]) -> Lowered:
-        """The module under ``key``, made and kept if it is not there."""
+        """The module under ``key``, made and kept if it is not there. A disk that refuses costs the next run time, not
+        this one its picture: it is logged."""
         found = self.get(key)
         if found is None:
             found = make()
-            self.put(key, found)
+            try:
+                self.put(key, found)
+            except OSError as error:
+                log.warning(
+                    "%s: graphs are not kept, the next run captures them again: %s", self.folder, error.strerror
+                )
         return found
 
     def _shrink(self) -> None:
