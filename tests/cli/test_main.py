@@ -8,6 +8,15 @@ import sys
 import pytest
 
 from sdrpc import __version__
+from sdrpc.cli import report
+
+
+def test_a_full_disk_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(28, "No space left on device", "cat.png")
+
+    assert report.guarded(command) == report.FAILURE
+    assert capfd.readouterr().err == "error: cat.png: No space left on device\n"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ def guarded(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # nobody reads our output any more
         return FAILURE
+    except OSError as error:  # a disk that filled up meanwhile, say
+        log.print(Text.assemble(("error: ", "red"), f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")))
+        return FAILURE
     return 0
 
 
