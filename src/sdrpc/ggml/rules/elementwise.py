@@ -1,0 +1,77 @@
+"""Each element by itself: unary and gated units, arithmetic, scales, masks; and numbers out of nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..types import F32
+from .base import FLOATS, Call, Result, Rule, float_like, like, need, one_of, repeats, support, typed
+
+UNARY_OPS = frozenset({
+    "ABS", "SGN", "NEG", "STEP", "TANH", "ELU", "RELU", "SIGMOID", "GELU", "GELU_QUICK", "SILU", "HARDSWISH",
+    "HARDSIGMOID", "EXP", "EXPM1", "SOFTPLUS", "GELU_ERF", "FLOOR", "CEIL", "ROUND", "TRUNC",
+})  # fmt: skip
+GLU_OPS = frozenset({"REGLU", "GEGLU", "SWIGLU", "SWIGLU_OAI", "GEGLU_ERF", "GEGLU_QUICK", "SWIGLU_CLAMP"})
+
+
+def _binary(call: Call) -> Result:
+    a, b = call.src
+    typed(a, FLOATS)
+    typed(b, FLOATS)
+    need(a.ne == b.ne or repeats(b.ne, a.ne), "can't broadcast {} to {}", b.ne, a.ne)
+    return Result(one_of(call, FLOATS, a.type), a.ne)
+
+
+def _diag_mask(call: Call) -> Result:
+    need(call.params.n_past >= 0, "n_past {}", call.params.n_past)
+    return float_like(call)
+
+
+def _clamp(call: Call) -> Result:
+    need(call.params.min <= call.params.max, "clamps to {}", tuple(call.params))
+    return float_like(call)
+
+
+def _arange(call: Call) -> Result:
+    start, stop, step = (np.float32(value) for value in call.params)
+    need(stop > start and step > 0, "from {} to {} by {}", start, stop, step)
+    with np.errstate(over="ignore"):  # infinite is caught below
+        steps = float(np.ceil((stop - start) / step))
+    need(0 < steps <= 2**31, "{} steps", steps)
+    return Result(F32, (int(steps), 1, 1, 1))
+
+
+def _timestep_embedding(call: Call) -> Result:
+    steps, (dim, max_period) = call.src[0], call.params
+    typed(steps, FLOATS)
+    need(dim > 0 and max_period > 0, "dim {}, max_period {}", dim, max_period)
+    need(steps.ne[1:] == (1, 1, 1), "timesteps {}", steps.ne)
+    rounded = dim + dim % 2  # ggml before 2025 rounded an odd dim up
+    return Result(F32, (rounded if call.ne is not None and call.ne[0] == rounded else dim, steps.ne[0], 1, 1))
+
+
+def _unary(call: Call) -> Result:
+    support(call.params.op in UNARY_OPS, "unary operation {}", call.params.op)
+    return float_like(call)
+
+
+def _glu(call: Call) -> Result:
+    a, b = call.src
+    support(call.params.op in GLU_OPS, "gated unit {}", call.params.op)
+    typed(a, FLOATS)
+    if b is not None:
+        need(a.ne == b.ne and a.type == b.type, "{} and {} are unlike", a, b)
+        return Result(a.type, a.ne)
+    need(a.ne[0] % 2 == 0, "rows of {} elements have no halves", a.ne[0])
+    return Result(a.type, (a.ne[0] // 2, *a.ne[1:]))
+
+
+RULES: dict[str, Rule] = {
+    "ADD": Rule(2, 2, _binary), "SUB": Rule(2, 2, _binary), "MUL": Rule(2, 2, _binary), "DIV": Rule(2, 2, _binary),
+    "SQR": Rule(1, 1, float_like), "SQRT": Rule(1, 1, float_like), "LOG": Rule(1, 1, float_like),
+    "SIN": Rule(1, 1, float_like), "COS": Rule(1, 1, float_like), "SCALE": Rule(1, 1, float_like),
+    "CLAMP": Rule(1, 1, _clamp, finite=False), "LEAKY_RELU": Rule(1, 1, float_like), "UNARY": Rule(1, 1, _unary),
+    "GLU": Rule(1, 2, _glu, finite=False), "DIAG_MASK_INF": Rule(1, 1, _diag_mask),
+    "DIAG_MASK_ZERO": Rule(1, 1, _diag_mask), "TIMESTEP_EMBEDDING": Rule(1, 1, _timestep_embedding),
+    "ARANGE": Rule(0, 0, _arange), "FILL": Rule(1, 1, like(frozenset({"F32", "F16"})), finite=False),
+}  # fmt: skip
