@@ -16,6 +16,7 @@ from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import TYPES
 from sdrpc.wire import messages
 from sdrpc.wire.framing import ERROR_MARK, REPLY_HEADER, ErrorReply, drive, encode_request, read_reply
+from sdrpc.wire.graphs import COMPUTE
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello, read_hello_reply
 from sdrpc.wire.messages import COMMANDS, Command, encode
 from sdrpc.wire.records import Record, encode_records
@@ -97,7 +98,8 @@ class RawClient:
 
     def record(self, buffer: tuple[int, int] = (0, 0), ne: Sequence[int] = (4,), **fields: Any) -> Record:
         """A dense F32 tensor at the start of a buffer, unless ``fields`` say otherwise. ``type`` and ``op`` may be
-        names; ``at`` is its offset in the buffer, ``words`` are its parameters as numbers."""
+        names; ``at`` is its offset in the buffer, ``words`` are its parameters as numbers. What has an operation is
+        marked to be computed."""
         shape: Dims = (*ne, 1, 1, 1, 1)[:4]  # type: ignore[assignment]
         kind = fields.pop("type", "F32")
         if isinstance(kind, str):
@@ -113,6 +115,7 @@ class RawClient:
         if "src" in fields:
             fields["src"] = (*fields["src"], *(0,) * 10)[:10]
         fields.setdefault("nb", (4, 16, 16, 16))
+        fields["flags"] = fields.get("flags", 0) | (COMPUTE if op else 0)
         defaults = {"type": kind, "buffer": buffer[0], "ne": shape, "data": data, "name": b"t"}
         defaults["op"] = self.dialect.op_numbers[op] if isinstance(op, str) else op
         return Record(**{**defaults, **fields})

@@ -173,7 +173,25 @@ def test_memory_that_an_earlier_graph_filled_is_a_leaf() -> None:
     assert (leaf.op, leaf.src, leaf.buffer) == ("NONE", (), 5)
 
 
-PLAIN: dict[str, Any] = {"ne": (4, 1, 1, 1), "nb": (4, 16, 16, 16)}
+@every_dialect
+def test_nodes_that_are_not_marked_are_memory(dialect: Dialect) -> None:
+    """A branch that a client has not chosen: its nodes, whatever they are, keep the bytes that they have."""
+    chosen, other = {"op": dialect.op_numbers["SQRT"]}, {"op": dialect.op_numbers["MAP_CUSTOM1"], "flags": 0}
+    graph = decode_graph(Payload(chain(NONE, other, other, chosen), [2, 3, 4]).bytes, dialect, same).graph
+    (node,) = graph.nodes
+    (leaf,) = graph.leaves
+    assert (node.op, node.src, leaf.op, leaf.src) == ("SQRT", (leaf,), "NONE", ())
+
+
+@every_dialect
+def test_clients_that_mark_nothing(dialect: Dialect) -> None:
+    """Protocol 3.6.0 has no such mark, and its clients can't be told from those of 3.6.1."""
+    nodes = [{"op": dialect.op_numbers["SQRT"], "flags": 0}] * 2
+    graph = decode_graph(Payload(chain(NONE, *nodes), [2, 3]).bytes, dialect, same).graph
+    assert len(graph.nodes) == (2 if dialect.version.startswith("3.6") else 0)
+
+
+PLAIN: dict[str, Any] = {"ne": (4, 1, 1, 1), "nb": (4, 16, 16, 16), "flags": COMPUTE}
 
 
 class Payload:

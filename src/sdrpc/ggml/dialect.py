@@ -30,11 +30,18 @@ class Dialect:
     unary_ops: tuple[str, ...]
     glu_ops: tuple[str, ...]
     type_numbers: dict[str, int]
+    tensor_flags: dict[str, int]
 
     @cached_property
     def triple(self) -> Version:
         major, minor, patch = (int(part) for part in self.version.split("."))
         return major, minor, patch
+
+    @cached_property
+    def marks_computed(self) -> bool:
+        """Whether every client of this version marks the nodes that are to be computed. Clients don't tell their
+        patch, so a flag that one patch lacks can't be counted on in the others."""
+        return all("COMPUTE" in d.tensor_flags for d in dialects().values() if d.triple[:2] == self.triple[:2])
 
     @cached_property
     def op_numbers(self) -> dict[str, int]:

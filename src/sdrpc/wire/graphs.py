@@ -7,7 +7,8 @@ agree, ids are unique and known, numbers of operations and types exist in the di
 nodes that it reads. Whether the operations make sense is :mod:`sdrpc.ggml.spec`'s to say.
 
 A tensor that is no node is memory that exists, whatever operation once filled it: it becomes a leaf, and what it refers
-to is not followed. (A scheduler that splits a graph over devices sends the whole ancestry of each part.)
+to is not followed. (A scheduler that splits a graph over devices sends the whole ancestry of each part.) So does a node
+that is not marked as COMPUTE: a branch that the client has not chosen this time.
 
 One node may read itself: ggml makes a cast as a CPY whose destination, source 1, is the result. Here that is a CPY with
 one operand.
@@ -35,7 +36,7 @@ COUNT = Struct("<I")
 ID_BYTES = 8
 WORD = 1 << 32
 COMPUTE = 16
-"""Tensor flag GGML_TENSOR_FLAG_COMPUTE: native servers pass over nodes without it (3.6.0 does not know it)."""
+"""Tensor flag GGML_TENSOR_FLAG_COMPUTE: nodes without it are passed over (3.6.0 does not know it)."""
 
 Resolve = Callable[[int, int], tuple[int, int]]
 """A server's (buffer handle, data address) → (buffer key, offset). Raises RemoteProtocolError for what is not there."""
@@ -93,7 +94,14 @@ def decode_graph(payload: Bytes, dialect: Dialect, resolve: Resolve) -> Received
     table = columns(block, name_length)
     nodes, references = _link(table, node_ids, dialect)
     _check_numbers(table, dialect)
+    nodes = nodes[_computed(table["flags"][nodes], dialect)]
     return Received(device, Graph(_build(table, nodes, references, dialect, resolve)))
+
+
+def _computed(flags: NDArray[np.int32], dialect: Dialect) -> NDArray[np.bool_]:
+    """Which of the nodes with these flags are to be computed: all of them where the client marks none."""
+    marked: NDArray[np.bool_] = flags & COMPUTE != 0
+    return marked if dialect.marks_computed or marked.any() else ~marked
 
 
 def _fail(table: Columns, row: int, reason: str) -> RemoteProtocolError:
