@@ -3,7 +3,8 @@
     python tools/ggml_wheel.py        # builds the wheel when it is missing (5 minutes on 2 cores), prints the folder
 
 The wheel and the libraries stay in a cache outside the clone ($SDRPC_DEV_CACHE, else ~/.cache/sdrpc-dev), so that a
-fresh clone need not build them again. Only ggml's own libraries are used, not the Python package around them.
+fresh clone need not build them again. Most tests use only ggml's own libraries; a whole language model needs the Python
+package around them, which is unpacked beside them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ CACHE = Path(os.environ.get("SDRPC_DEV_CACHE") or Path.home() / ".cache" / "sdrp
 WHEELS = CACHE / "wheels"
 FOLDER = CACHE / f"ggml-{VERSION}"
 """Where the libraries are (libggml.so and what it loads from beside it)."""
+
+PYTHON_FOLDER = CACHE / f"llama-cpp-python-{VERSION}"
+"""What PYTHONPATH needs for ``import llama_cpp``, with libraries of its own."""
 
 LIBRARY = re.compile(r"llama_cpp/lib/(libggml[\w.-]*\.(?:so|dylib))(?:\.0)?$")
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
@@ -83,11 +87,24 @@ def unpack(source: Path) -> Path:
     return FOLDER
 
 
+def unpack_package(source: Path) -> Path:
+    """Put the wheel's Python package into :data:`PYTHON_FOLDER`."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary, zipfile.ZipFile(source) as archive:
+        folder = Path(temporary) / "python"
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("llama_cpp/")])
+        folder.replace(PYTHON_FOLDER)
+    return PYTHON_FOLDER
+
+
 def main() -> None:
-    if not FOLDER.is_dir():
+    unpacked = {FOLDER: unpack, PYTHON_FOLDER: unpack_package}
+    missing = [unpack_into for folder, unpack_into in unpacked.items() if not folder.is_dir()]
+    if missing:
         if not wheel():
             print(f"building {PACKAGE} {VERSION} with {CMAKE_ARGS}, once:", file=sys.stderr, flush=True)
-        unpack(wheel() or build())
+        source = wheel() or build()
+        for unpack_into in missing:
+            unpack_into(source)
     print(FOLDER)
 
 
