@@ -119,7 +119,7 @@ def prompt(text: str) -> list[int]:
 
 
 class Generated(NamedTuple):
-    """``tokens``: the likeliest ones, one after the other; ``logits`` [tokens, vocabulary] of the prompt and of these."""
+    """``tokens``: the likeliest ones, one after the other; ``logits`` of the prompt and these: [tokens, vocabulary]."""
 
     tokens: list[int]
     logits: np.ndarray
