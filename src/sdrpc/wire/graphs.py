@@ -16,7 +16,7 @@ one operand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -78,6 +78,26 @@ def split(payload: Bytes) -> Parts:
         if rest or not is_name_length(name_length):
             raise RemoteProtocolError(f"GRAPH_COMPUTE: {n_tensors} tensors in {len(tensors)} bytes")
     return Parts(device, np.frombuffer(view[COUNTS.size : at], "<u8"), tensors, name_length)
+
+
+def meanings(payload: Bytes, dialects: Sequence[Dialect]) -> list[tuple[Dialect, ...]]:
+    """``dialects`` grouped by what the numbers of operations and types in a payload mean in them, in their order.
+
+    Raises :class:`RemoteProtocolError` like :func:`split`.
+    """
+    if len(dialects) == 1:
+        return [tuple(dialects)]
+    parts = split(payload)
+    used: tuple[list[int], ...] = ([], [])
+    if parts.name_length:
+        table = columns(parts.tensors, parts.name_length)
+        used = tuple(np.unique(table[field]).tolist() for field in ("op", "type"))
+    groups: dict[object, list[Dialect]] = {}
+    for dialect in dialects:
+        ops = tuple(dialect.ops[number] if number < len(dialect.ops) else None for number in used[0])
+        types = tuple(dialect.types.get(number) for number in used[1])
+        groups.setdefault((ops, types, dialect.unary_ops, dialect.glu_ops), []).append(dialect)
+    return [tuple(group) for group in groups.values()]
 
 
 def decode_graph(payload: Bytes, dialect: Dialect, resolve: Resolve) -> Received:

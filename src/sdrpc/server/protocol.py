@@ -1,0 +1,175 @@
+"""The protocol version that a client is offered: a fixed one, or what its address is known to want.
+
+What is learnt stays in a small file, so that a server that is started again need not learn it again. Several servers
+may share the file: each change is made to what stands there at that moment. It is read as anybody's file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+from ..errors import RemoteProtocolError
+from ..ggml.dialect import Dialect, dialects, newest
+from ..wire.hello import NATIVE, Hello
+from .versions import Learnt, Offer, accepting
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 17
+"""Of the file: several times what as many addresses as are remembered need."""
+
+
+class Protocol(ABC):
+    """Decides what HELLO is answered with. For any thread. ``dialect`` is what a client of ours is offered."""
+
+    dialect: Dialect
+
+    @abstractmethod
+    def offer(self, address: str, hello: Hello) -> Offer:
+        """What to answer. Raises :class:`RemoteProtocolError` when nothing fits."""
+
+    @abstractmethod
+    def accepted(self, address: str, hello: Hello, version: str) -> None:
+        """The client at ``address`` went on; ``version`` is, as far as it shows yet, what it speaks."""
+
+    @abstractmethod
+    def refused(self, address: str, hello: Hello, offer: Offer) -> str:
+        """The client at ``address`` left right after the ``offer``: what a user can do about that."""
+
+
+class Fixed(Protocol):
+    """``dialect`` for everybody."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self._offer = Offer(dialect, accepting(dialect))
+
+    def __str__(self) -> str:
+        return f"v{self.dialect.version}"
+
+    def offer(self, _address: str, hello: Hello) -> Offer:
+        expected = self.dialect.hello_request_bytes > 0
+        if hello.with_caps == expected:
+            return self._offer
+        fitting = [d.version for d in dialects().values() if (d.hello_request_bytes > 0) == hello.with_caps]
+        raise RemoteProtocolError(
+            f"the client speaks one of the protocols {fitting[0]} to {fitting[-1]}, this server {self.dialect.version}; "
+            f"start the server with --protocol auto, or with --protocol {fitting[-1]}, to serve it"
+        )
+
+    def accepted(self, address: str, hello: Hello, version: str) -> None:
+        pass
+
+    def refused(self, _address: str, _hello: Hello, offer: Offer) -> str:
+        return f"{_unlike(offer)} (see --protocol)"
+
+
+class Learning(Protocol):
+    """What each address wants, kept in the file ``path``; without one, as long as this object lives."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.dialect = newest()
+        self._path, self._lock = path, Lock()
+        self._learnt = self._read() or Learnt()
+
+    def __str__(self) -> str:
+        versions = [*dialects()]
+        return f"v{versions[0]} to v{versions[-1]}, as each client wants it"
+
+    def offer(self, address: str, hello: Hello) -> Offer:
+        with self._lock:
+            return self._learnt.offer(address, hello)
+
+    def accepted(self, address: str, hello: Hello, version: str) -> None:
+        if hello.capabilities == NATIVE and self._change(lambda learnt: learnt.accepted(address, version)):
+            log.info("%s: speaks protocol %s", address, version)
+
+    def refused(self, address: str, hello: Hello, offer: Offer) -> str:
+        if hello.capabilities != NATIVE:
+            return "though it is a client of ours"
+        self._change(lambda learnt: learnt.refused(address, hello, offer))
+        return (
+            f"{_unlike(offer)}; the next one from {address} is offered {self.offer(address, hello).name}: start the "
+            "client again (--protocol with its version saves the search)"
+        )
+
+    def _change(self, event: Callable[[Learnt], bool]) -> bool:
+        """Let ``event`` happen, here and in the file; whether it changed anything."""
+        with self._lock:
+            if not event(self._learnt):
+                return False
+            if (kept := self._read()) is not None:
+                event(kept)
+                self._learnt = kept
+            self._write()
+            return True
+
+    def _read(self) -> Learnt | None:
+        """What the file says; None when it can't be used."""
+        if self._path is None:
+            return None
+        try:
+            return Learnt.parse(_text(self._path))
+        except FileNotFoundError:
+            return Learnt()
+        except (OSError, ValueError) as error:
+            log.warning("%s: not used, what it knew about clients is learnt again: %s", self._path, error)
+            return None
+
+    def _write(self) -> None:
+        """The file appears whole or not at all; a disk that refuses costs what was learnt when the server ends."""
+        if self._path is None:
+            return
+        try:
+            _replace(self._path, self._learnt.dump())
+        except OSError as error:
+            log.warning("%s: what is learnt about clients is not kept: %s", self._path, error.strerror)
+            self._path = None
+
+
+def default_path() -> Path:
+    """In ``$SDRPC_STATE``, or the user's state directory."""
+    if chosen := os.environ.get("SDRPC_STATE"):
+        return Path(chosen) / "clients.json"
+    import platformdirs
+
+    return platformdirs.user_state_path("sdrpc") / "clients.json"
+
+
+def _unlike(offer: Offer) -> str:
+    return f"as clients do that speak another protocol version than {offer.name}"
+
+
+def _text(path: Path) -> str:
+    """What is in a small regular file. Raises :class:`OSError` and :class:`ValueError`."""
+    # A pipe of that name must not make us wait, nor a link lead us elsewhere.
+    harmless = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | harmless)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ValueError("not a regular file")
+        data = os.read(file, MAX_BYTES + 1)
+    finally:
+        os.close(file)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes")
+    return data.decode()
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
