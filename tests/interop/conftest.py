@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,6 +22,10 @@ from tests.support import ggml
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
 START_SECONDS = 20.0
+BATCH = 64
+"""Cases in one graph: enough that what a connection costs does not count, and no large loss when one of them fails."""
+LOST = 5
+"""Cases that may end the process before the rest is not tried any more: each takes seconds to find."""
 
 
 class NativeClient:
@@ -35,17 +40,39 @@ class NativeClient:
         return ProcessPoolExecutor(1, SPAWN, worker.start, (str(log),))
 
     def submit(self, name: str, endpoint: str, shared_memory: bool = False) -> Future[worker.Outcome]:
-        return self._pool.submit(worker.guarded, name, endpoint, shared_memory)
+        return self._pool.submit(worker.run, name, endpoint, shared_memory)
 
     def run(self, name: str, endpoint: str, shared_memory: bool = False) -> worker.Outcome:
         """Compute a case or scenario here and there, and compare."""
         try:
             return self.submit(name, endpoint, shared_memory).result()
         except BrokenProcessPool:
-            said = self._log.read_text()
-            self.close()
-            self._pool = self._new(self._log)
-            pytest.fail(f"{name}: ggml's client gave up (the server's log may say why):\n{said}", pytrace=False)
+            pytest.fail(f"{name}: {self._renewed()}", pytrace=False)
+
+    def run_all(self, names: Sequence[str], endpoint: str) -> list[worker.Outcome]:
+        """Compute cases of operations, many in one graph. Those that end the process are found by halving."""
+        outcomes: list[worker.Outcome] = []
+        left, most, lost = list(names), BATCH, 0
+        while left and lost < LOST:
+            batch = left[:most]
+            try:
+                outcomes += self._pool.submit(worker.run_all, batch, endpoint).result()
+                left = left[most:]
+            except BrokenProcessPool:
+                said = self._renewed()
+                if len(batch) == 1:
+                    outcomes.append(worker.Outcome(math.inf, said))
+                    left, most, lost = left[1:], BATCH, lost + 1
+                else:
+                    most = len(batch) // 2
+        return outcomes + [worker.Outcome(math.inf, "not tried after so many others")] * len(left)
+
+    def _renewed(self) -> str:
+        """Start again; gives what ggml's client said before it gave up."""
+        said = self._log.read_text()
+        self.close()
+        self._pool = self._new(self._log)
+        return f"ggml's client gave up (the server's log may say why):\n{said}"
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -95,6 +95,7 @@ FUNCTIONS = {
     "ggml_graph_overhead_custom": ("z", "zb"), "ggml_new_graph_custom": ("p", "pzb"),
     "ggml_build_forward_expand": ("v", "pt"), "ggml_graph_n_nodes": ("i", "p"), "ggml_graph_node": ("t", "pi"),
     "ggml_set_output": ("v", "t"), "ggml_set_name": ("t", "ts"), "ggml_op_desc": ("s", "t"),
+    "ggml_op_name": ("s", "i"),
     "ggml_get_type_traits": ("T", "i"), "ggml_quantize_chunk": ("z", "ipplllp"), "ggml_prec_set_acc": ("b", "ti"),
     "ggml_flash_attn_ext_add_sinks": ("v", "tt"), "ggml_backend_cpu_init": ("p", ""),
     "ggml_backend_cpu_set_n_threads": ("v", "pi"), "ggml_backend_free": ("v", "p"),

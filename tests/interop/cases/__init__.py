@@ -6,12 +6,22 @@ and compares what the case returns. Cases are found by name, so that a process o
 
 from __future__ import annotations
 
-from tests.interop.cases import attention, copies, elementwise, graphs, images, products, rows  # noqa: F401 (they add cases)
-from tests.interop.cases.base import BOUNDS, TABLE, Builder, Case
+from collections import defaultdict
+
+from tests.interop.cases import attention, copies, elementwise, graphs, images, products, rows
+from tests.interop.cases.base import BOUNDS, Builder, Case
 from tests.interop.cases.refused import REFUSED
 
 __all__ = ["BOUNDS", "CASES", "GRAPHS", "OPERATIONS", "REFUSED", "Builder", "Case"]
 
-CASES: dict[str, Case] = dict(TABLE)
-GRAPHS: tuple[str, ...] = tuple(name for name, c in CASES.items() if c.op == "graph")
-OPERATIONS: tuple[str, ...] = tuple(name for name in CASES if name not in GRAPHS)
+CASES: dict[str, Case] = {}
+OPERATIONS: defaultdict[str, list[str]] = defaultdict(list)
+"""The names of the cases of each operation."""
+for case in (
+    case for family in (elementwise, rows, attention, copies, products, images, graphs) for case in family.CASES
+):
+    if case.name in CASES:
+        raise ValueError(f"two cases are called {case.name}")
+    CASES[case.name] = case
+    OPERATIONS[case.op].append(case.name)
+GRAPHS = OPERATIONS.pop("graph")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,17 +25,61 @@ BOUNDS = {
 
 
 class Case(NamedTuple):
-    op: str
+    """One operation, or one graph (``op`` is "graph"), to be computed here and there."""
+
+    op: str  # ggml's name
+    label: str  # tells it from the operation's other cases
     build: Build  # gives the tensors (one or a tuple) whose values are compared
-    bound: str  # a key of BOUNDS
+    bound: str = "f32"  # a key of BOUNDS
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-{self.label}"
+
+
+def sweep(
+    op: str,
+    build: Callable[..., Any],
+    bound: str | Callable[..., str] = "f32",
+    where: Callable[..., bool] = lambda **_: True,
+    most: int | None = None,
+    **choices: Sequence[Any],
+) -> Iterator[Case]:
+    """A case for every combination of ``choices``, or for ``most`` of them, drawn by a seed that the operation gives.
+
+    ``build`` gets the builder and the chosen values by keyword; so do ``where``, which says whether a combination makes
+    sense, and ``bound`` unless it is the same for all. The label lists the values that were chosen.
+    """
+    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    chosen = [combination for combination in combinations if where(**combination)]
+    if most is not None and most < len(chosen):
+        picked = np.random.default_rng(zlib.crc32(op.encode())).permutation(len(chosen))[:most]
+        chosen = [chosen[i] for i in sorted(picked)]
+    for combination in chosen:
+        label = "-".join(filter(None, (_say(name, value) for name, value in combination.items())))
+        limit = bound if isinstance(bound, str) else bound(**combination)
+        yield Case(op, label, partial(build, **combination), limit)
+
+
+def _say(name: str, value: Any) -> str:
+    """How a label says what was chosen: nothing for a choice that was not taken."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return name
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return "x".join(str(item).replace(" ", "") for item in value)
+    return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
 
 
 class Builder:
-    """Makes tensors in ggml's contexts: leaves with seeded values here, operations (``b.add(x, y)``) in ``nodes``."""
+    """Makes a case's tensors in ggml's contexts: leaves with values, seeded by the case's name, in ``leaves``;
+    operations (``b.add(x, y)``) in ``nodes``."""
 
-    def __init__(self, name: str) -> None:
-        self.leaves, self.nodes = ggml.Context(), ggml.Context()
-        self.nodes.tensor("I8", 1)  # ggml does not look at a context that holds nothing but views
+    def __init__(self, name: str, leaves: ggml.Context, nodes: ggml.Context) -> None:
+        self.leaves, self.nodes = leaves, nodes
         self.data: list[tuple[Any, bytes]] = []
         self.first: list[Any] = []  # nodes to compute before the results, in this order
         self.rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -79,6 +125,28 @@ class Builder:
         """A leaf whose dimensions were permuted to come out as ``ne``."""
         return self.permute(self.x(*(ne[axis] for axis in axes), type=type, **range), *axes)
 
+    def operand(self, *ne: int, view: str = "dense", make: Callable[..., Any] | None = None, **how: Any) -> Any:
+        """An operand of shape ``ne`` that is the view ``view`` of a leaf: "dense" (the leaf itself), "offset" (behind
+        others, nothing between its elements), "part" (a part in every dimension; rows are dense), "strided" (every
+        second row) or a permutation of axes as in "0213". ``make`` (default: :meth:`x`) makes the leaf."""
+        make = make or self.x
+        n0, n1, n2, n3 = (*ne, 1, 1, 1)[:4]
+        if view == "dense":
+            return make(n0, n1, n2, n3, **how)
+        if view.isdigit():
+            axes = tuple(map(int, view))
+            return self.permute(make(*((n0, n1, n2, n3)[axis] for axis in axes), **how), *axes)
+        block = ggml.library().ggml_get_type_traits(ggml.TYPES[how.get("type", "F32")]).contents.block
+        larger = {
+            "offset": (n0, n1, n2, n3 + 1),
+            "strided": (n0, 2 * n1, n2, n3),
+            "part": (n0 + (3 if block == 1 else block), n1 + 1, n2 + 1, n3 + 1),
+        }
+        whole = make(*larger[view], **how)
+        nb0, nb1, nb2, nb3 = whole.contents.nb
+        row, offset = {"offset": (nb1, nb3), "strided": (2 * nb1, nb1), "part": (nb1, nb0 + nb1 + nb2 + nb3)}[view]
+        return self.view_4d(whole, n0, n1, n2, n3, row, nb2, nb3, offset)
+
     def prec_f32(self, tensor: Any) -> Any:
         ggml.library().ggml_prec_set_acc(tensor, ggml.PREC_F32)
         return tensor
@@ -88,16 +156,18 @@ def shape(*ne: int) -> str:
     return "x".join(map(str, ne))
 
 
-TABLE: list[tuple[str, Case]] = []
-
-
-def case(op: str, label: object, build: Build, bound: str = "f32") -> None:
-    TABLE.append((f"{op}-{label}", Case(op, build, bound)))
-
-
 F32, F16 = ggml.TYPES["F32"], ggml.TYPES["F16"]
 SMALL, ODD = (64, 5, 3, 2), (33, 7, 2, 3)
 FLOATS = ("F32", "F16", "BF16")
+ROWS_DENSE = ("dense", "offset", "part", "strided", "0213", "0132", "0321", "0231")
+"""Views whose rows lie together: what most of ggml's operations ask of their operands."""
+ANY_VIEW = (*ROWS_DENSE, "1023", "2013", "3120", "1230")
+BROADCASTS = (
+    ((16, 1, 1, 1), (16, 1, 1, 1)), ((16, 5, 4, 3), (16, 5, 4, 3)), ((16, 5, 4, 3), (1, 1, 1, 1)),
+    ((16, 5, 4, 3), (16, 1, 1, 1)), ((16, 5, 4, 3), (1, 5, 1, 1)), ((16, 5, 4, 3), (1, 1, 4, 1)),
+    ((16, 5, 4, 3), (16, 5, 1, 3)), ((16, 5, 4, 3), (16, 1, 4, 1)), ((16, 6, 4, 2), (8, 3, 2, 1)),
+)  # fmt: skip
+"""Shapes of two operands of which the second one is repeated."""
 QUANTIZED = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS",
 )  # fmt: skip

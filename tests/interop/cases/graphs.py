@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.interop.cases.base import F16, F32, Build, Builder, case
+from tests.interop.cases.base import F16, F32, Build, Builder, Case
 from tests.support import ggml
+
+CASES: list[Case] = []
 
 
 def graph(name: str, bound: str = "f32") -> Callable[[Build], Build]:
     def add(build: Build) -> Build:
-        case("graph", name, build, bound)
+        CASES.append(Case("graph", name, build, bound))
         return build
 
     return add
@@ -378,7 +380,5 @@ def mixed_graph(b: Builder) -> Any:
     return (*wide[-2:], *narrow[-2:])
 
 
-for _seed in range(40):
-    case("graph", f"random{_seed}", random_graph)
-for _seed in range(16):
-    case("graph", f"mixed{_seed}", mixed_graph, "f16 sums")
+CASES += (Case("graph", f"random{seed}", random_graph) for seed in range(40))
+CASES += (Case("graph", f"mixed{seed}", mixed_graph, "f16 sums") for seed in range(16))

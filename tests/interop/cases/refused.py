@@ -15,13 +15,13 @@ def with_sinks(b: Builder) -> Any:
 
 
 REFUSED: dict[str, Case] = {
-    "ROLL": Case("ROLL", lambda b: b.roll(b.x(8, 4), 1, 0, 0, 0), "f32"),
-    "TRI": Case("TRI", lambda b: b.tri(b.x(8, 8), 2), "f32"),
-    "MUL_MAT_ID": Case("MUL_MAT_ID", lambda b: b.mul_mat_id(b.x(8, 4, 3), b.x(8, 2, 5), b.indices(3, 2, 5)), "f32"),
-    "XIELU": Case("UNARY", lambda b: b.xielu(b.x(8, 4), 0.8, 0.8, 0.5, -1e-6), "f32"),
-    "sinks": Case("FLASH_ATTN_EXT", with_sinks, "f32"),
-    "mode 2": Case("UPSCALE", lambda b: b.interpolate(b.x(8, 8, 2), 16, 16, 2, 1, 2), "f32"),
+    "ROLL": Case("ROLL", "", lambda b: b.roll(b.x(8, 4), 1, 0, 0, 0)),
+    "TRI": Case("TRI", "", lambda b: b.tri(b.x(8, 8), 2)),
+    "MUL_MAT_ID": Case("MUL_MAT_ID", "", lambda b: b.mul_mat_id(b.x(8, 4, 3), b.x(8, 2, 5), b.indices(3, 2, 5))),
+    "XIELU": Case("UNARY", "", lambda b: b.xielu(b.x(8, 4), 0.8, 0.8, 0.5, -1e-6)),
+    "sinks": Case("FLASH_ATTN_EXT", "", with_sinks),
+    "mode 2": Case("UPSCALE", "", lambda b: b.interpolate(b.x(8, 8, 2), 16, 16, 2, 1, 2)),
     "ROLL.*ADD_ID": Case(
-        "ROLL", lambda b: b.add_id(b.roll(b.x(8, 4, 2), 1, 0, 0, 0), b.x(8, 6), b.indices(6, 4, 2)), "f32"
+        "ROLL", "", lambda b: b.add_id(b.roll(b.x(8, 4, 2), 1, 0, 0, 0), b.x(8, 6), b.indices(6, 4, 2))
     ),
 }
