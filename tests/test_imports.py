@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sdrpc"
 
 MAY_IMPORT = {
     "errors": set(),
+    "models": set(),
     "ggml": {"errors"},
     "device": {"errors", "ggml"},
     "targets": {"device", "errors", "ggml"},
@@ -68,7 +69,7 @@ def loaded_by(code: str) -> set[str]:
     return set(output.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["sdrpc", "sdrpc.errors", "sdrpc.device", "sdrpc.targets"])
+@pytest.mark.parametrize("module", ["sdrpc", "sdrpc.errors", "sdrpc.device", "sdrpc.models", "sdrpc.targets"])
 def test_the_front_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"import {module}") & {*HEAVY, "rich", "typer"}
 

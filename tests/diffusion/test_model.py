@@ -151,6 +151,11 @@ def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path)
         ({"unet": {"act_fn": "__import__"}}, "act_fn of the diffusion model can't be"),
         ({"unet": {"attention_head_dim": [2, 2]}}, "above 0"),
         ({"vae": {"act_fn": 1}}, "can't be 1"),
+        ({"unet": {"sample_size": 0}}, "sample_size of the diffusion model can't be 0"),
+        ({"unet": {"sample_size": 1 << 40}}, "sample_size"),
+        ({"unet": {"sample_size": True}}, "sample_size"),
+        ({"unet": {"sample_size": [16]}}, "sample_size"),
+        ({"unet": {"sample_size": [16, "16"]}}, "sample_size"),
         ({"scaling_factor": "x"}, "not understood"),
         ({"unet": 3}, "not understood"),
         ([1], "not understood"),
@@ -160,6 +165,16 @@ def test_metadata_that_makes_no_sense(said: object, reason: str, tiny_weights: W
     path = saved(tmp_path / "a.safetensors", tiny_weights, said)
     with pytest.raises(CheckpointError, match=reason):
         open_model(ModelFiles(path))
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [({}, (512, 512)), ({"sample_size": 16}, (128, 128)), ({"sample_size": [32, 16]}, (128, 256))]
+)
+def test_the_size_that_a_model_was_trained_at(
+    said: dict[str, Any], size: tuple[int, int], tiny_weights: Weights, tmp_path: Path
+) -> None:
+    """Latents, height before width as diffusers has them; the tiny VAE makes 8 pixels of one."""
+    assert open_model(ModelFiles(saved(tmp_path / "a.safetensors", tiny_weights, {"unet": said}))).size == size
 
 
 def without_middle(weights: Weights) -> Weights:

@@ -44,7 +44,7 @@ NOT_HERE_YET: dict[str, tuple[str, ...]] = {
         "--high-noise-skip-layer-end", "--moe-boundary", "--vace-strength",
     ),
     "weights in another type or another place": (
-        "--type", "--tensor-type-rules", "--params-backend", "--offload-to-cpu", "--max-vram", "--auto-fit",
+        "--tensor-type-rules", "--params-backend", "--offload-to-cpu", "--max-vram", "--auto-fit",
         "--split-mode", "--stream-layers", "--eager-load", "--convert-name", "--imat-in", "--imat-out",
     ),
     "kernels chosen by hand (sdrpc's devices choose their own)": (

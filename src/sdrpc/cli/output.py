@@ -13,6 +13,7 @@ from ..errors import UsageError
 _NUMBER = re.compile(r"%%|%(\d{0,3}d)")
 """printf's %d, %3d, %03d; ``%%`` is a percent sign."""
 
+DEFAULT_OUTPUT = "./output.png"
 FORMATS = (".png", "")
 
 

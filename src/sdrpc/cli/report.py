@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,14 @@ def device_table(devices: Iterable[Device]) -> Table:
         memory = device.memory()
         table.add_row(device.name, device.description, mebibytes(memory.free), mebibytes(memory.total))
     return table
+
+
+def unused_tensors(unused: Mapping[str, Sequence[str]], verbose: bool) -> None:
+    """Per file, tensors that belong to no part of the model: how many, and with ``verbose`` which."""
+    for path, names in unused.items():
+        log.print(f"{path}: {len(names)} tensors are not used by the model" + ("" if verbose else " (-v: which)"))
+        if verbose:
+            log.print(*(f"  {name}" for name in names), sep="\n")
 
 
 def mebibytes(size: int) -> str:

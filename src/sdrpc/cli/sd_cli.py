@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import __version__
+from .. import __version__, models
 from ..errors import UsageError
 from . import placement, report
+from .convert import convert
 from .devices import every_device, placed_devices
 from .options import canonical
-from .output import check_writable, output_paths, write_file
+from .output import DEFAULT_OUTPUT, check_writable, output_paths, write_file
 
 if TYPE_CHECKING:
     from ..diffusion.clock import Clock
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from ..diffusion.pipeline import Parts, Picture, Request
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
-"""The modes of stable-diffusion.cpp's sd-cli; sdrpc has the first one."""
+"""The modes of stable-diffusion.cpp's sd-cli."""
+
+HERE = ("img_gen", "convert")
+"""Those that sdrpc has."""
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -46,12 +50,18 @@ def run(arguments: list[str]) -> None:
 MODEL, PICTURE, SAMPLING, DEVICES, OUTPUT = "Model", "Picture", "Sampling", "Devices", "Output"
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 def sd_cli(
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model", "-m", rich_help_panel=MODEL, help="Whole model: .safetensors, .gguf or a diffusers directory."
+            "--model",
+            "-m",
+            parser=models.named,
+            metavar="PATH",
+            rich_help_panel=MODEL,
+            help="Whole model: .safetensors, .gguf, a diffusers directory, or a name: demo.",
+            show_default="demo, which ships with sdrpc",
         ),
     ] = None,
     diffusion_model: Annotated[
@@ -65,8 +75,22 @@ def sd_cli(
     negative_prompt: Annotated[
         str, typer.Option("--negative-prompt", "-n", rich_help_panel=PICTURE, help="What not to draw.")
     ] = "",
-    width: Annotated[int, typer.Option("--width", "-W", rich_help_panel=PICTURE, help="Width in pixels.")] = 512,
-    height: Annotated[int, typer.Option("--height", "-H", rich_help_panel=PICTURE, help="Height in pixels.")] = 512,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            "--width", "-W", rich_help_panel=PICTURE, help="Width in pixels.", show_default="what the model is made for"
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(
+            "--height",
+            "-H",
+            rich_help_panel=PICTURE,
+            help="Height in pixels.",
+            show_default="what the model is made for",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option("--seed", "-s", rich_help_panel=PICTURE, help="Seed of the noise; below 0: a random one.")
     ] = 42,
@@ -155,7 +179,7 @@ def sd_cli(
     ] = "auto",
     output: Annotated[
         str, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="The PNG; %d or %03d numbers several.")
-    ] = "./output.png",
+    ] = DEFAULT_OUTPUT,
     output_begin_idx: Annotated[
         int, typer.Option(min=0, rich_help_panel=OUTPUT, help="Number of the first picture.")
     ] = 0,
@@ -163,8 +187,20 @@ def sd_cli(
         bool, typer.Option("--disable-image-metadata", rich_help_panel=OUTPUT, help="Don't write the parameters.")
     ] = False,
     mode: Annotated[
-        str, typer.Option("--mode", "-M", metavar="img_gen", rich_help_panel=OUTPUT, help="What to do.")
+        str,
+        typer.Option(
+            "--mode", "-M", metavar="img_gen|convert", rich_help_panel=OUTPUT, help="Draw, or write the model as .gguf."
+        ),
     ] = "img_gen",
+    type: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=OUTPUT,
+            help="With convert: type of the weights, such as q8_0.",
+            show_default="as they are",
+        ),
+    ] = "",
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", rich_help_panel=OUTPUT, help="Log more, and name unused tensors.")
     ] = False,
@@ -180,7 +216,11 @@ def sd_cli(
         with every_device(servers, precision, _threads(threads)) as devices:
             report.results.print(report.device_table(devices))
         return
-    _check_mode(mode)
+    _check_mode(mode, type)
+    files = _files(model, diffusion_model, vae, clip_l)
+    if mode == "convert":
+        convert(files, type, output, verbose)
+        return
     by_part = {
         "te": clip_backend_device or ("CPU" if clip_on_cpu else ""),
         "diffusion": diffusion_backend_device,
@@ -191,20 +231,20 @@ def sd_cli(
 
     from ..diffusion.clock import STAGES, Clock
     from ..diffusion.metadata import encode_png
-    from ..diffusion.model import ModelFiles, open_model
+    from ..diffusion.model import open_model
     from ..diffusion.pipeline import Request
     from ..diffusion.placed import PlacedModel, Placement
 
+    clock = Clock()
+    with clock("load"):
+        opened = open_model(files)
+    own_width, own_height = opened.size
     request = Request(
-        prompt, negative_prompt, width, height, steps, cfg_scale, seed, batch_count, sampling_method, scheduler,
-        clip_skip, rng, eta,
+        prompt, negative_prompt, own_width if width is None else width, own_height if height is None else height,
+        steps, cfg_scale, seed, batch_count, sampling_method, scheduler, clip_skip, rng, eta,
     ).resolved()  # fmt: skip
     check_writable(paths)
-    files = ModelFiles(model, diffusion_model, vae, clip_l)
-    clock = Clock()
     with placed_devices(wanted, servers, precision, _threads(threads)) as devices, report.metered() as meter:
-        with clock("load"):
-            opened = open_model(files)
         where = Placement(devices["te"], devices["diffusion"], devices["vae"])
         with closing(PlacedModel(opened, where, clock, uploading=meter.bytes, capturing=meter.capturing)) as placed:
             pictures = _pictures(request, placed, clock, meter)
@@ -213,8 +253,18 @@ def sd_cli(
                 write_file(path, encode_png(picture.image, parameters))
                 report.results.print(path)
             unused = placed.unused()
-    _tell_unused(unused, verbose)
+    report.unused_tensors(unused, verbose)
     report.log.print(", ".join(f"{stage} {clock.seconds.get(stage, 0):.2f}s" for stage in STAGES))
+
+
+def _files(model: Path | None, diffusion_model: Path | None, vae: Path | None, clip_l: Path | None) -> ModelFiles:
+    """The files that the user named, or the model that ships with sdrpc when there are none."""
+    from ..diffusion.model import ModelFiles
+
+    if not any((model, diffusion_model, vae, clip_l)):
+        report.log.print(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
+        model = models.named(models.DEFAULT)
+    return ModelFiles(model, diffusion_model, vae, clip_l)
 
 
 def _pictures(request: Request, parts: Parts, clock: Clock, meter: report.Meter) -> Iterator[Picture]:
@@ -255,21 +305,14 @@ def _parameters(request: Request, picture: Picture, files: ModelFiles) -> Parame
     )
 
 
-def _tell_unused(unused: Mapping[str, Sequence[str]], verbose: bool) -> None:
-    """Tensors that the model does not use: how many, and with -v which."""
-    for path, names in unused.items():
-        report.log.print(
-            f"{path}: {len(names)} tensors are not used by the model" + ("" if verbose else " (-v: which)")
+def _check_mode(mode: str, type: str) -> None:
+    if mode not in HERE:
+        reason = "sdrpc does not have it yet" if mode in MODES else "does not exist"
+        raise UsageError(f"--mode {mode}: {reason}; there are {' and '.join(HERE)}")
+    if type and mode != "convert":
+        raise UsageError(
+            f"--type {type}: sdrpc draws with the types that a file has; write another with --mode convert"
         )
-        if verbose:
-            report.log.print(*(f"  {name}" for name in names), sep="\n")
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise UsageError(f"--mode {mode}: does not exist; there is {MODES[0]}")
-    if mode != MODES[0]:
-        raise UsageError(f"--mode {mode}: sdrpc does not have it yet; there is {MODES[0]}")
 
 
 def _threads(option: int) -> int | None:

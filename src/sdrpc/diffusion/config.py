@@ -4,8 +4,9 @@ Any width and depth of the SD 1.x family: fewer layers, levels without attention
 shapes can't tell has the family's value, unless the file says otherwise: its metadata entry ``sdrpc.config`` may hold a
 JSON object, ``{"prediction": "eps" or "v", "scaling_factor": 0.18215, "unet": {...}, "vae": {...}, "text_encoder":
 {...}}``, whose inner objects are arguments of UNet2DConditionModel, AutoencoderKL and CLIPTextConfig, such as
-``attention_head_dim`` (diffusers' name for the number of heads), ``norm_num_groups`` or ``num_attention_heads``. A
-diffusers directory says all of it in its own config.json files.
+``attention_head_dim`` (diffusers' name for the number of heads), ``norm_num_groups``, ``num_attention_heads`` or the
+UNet's ``sample_size`` (of the latents that it was trained at). A diffusers directory says all of it in its own
+config.json files.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ HEADS = 8
 GROUPS = 32
 SCALING_FACTOR = 0.18215
 TEXT_HEAD_SIZE = 64
+MAX_SAMPLE_SIZE = 2048
+"""Latents on a side that a file may say that it was trained at: pictures of 16,384 pixels."""
 
 _STRANGERS = (
     (r"\.joint_blocks\.", "Stable Diffusion 3"),
@@ -175,7 +178,7 @@ def vae_config(part: PartTensors, said: Arguments) -> dict[str, Any]:
         "use_post_quant_conv": _has(shapes, "post_quant_conv."), "use_quant_conv": _has(shapes, "quant_conv."),
         "norm_num_groups": _groups(channels), "act_fn": "silu", "sample_size": 512,
     }  # fmt: skip
-    config = _merged(part, inferred, said, ("norm_num_groups", "act_fn", "sample_size"))
+    config = _merged(part, inferred, said, ("norm_num_groups", "act_fn"))
     _divides(part, config["norm_num_groups"], channels, "norm_num_groups")
     return config
 
@@ -200,6 +203,9 @@ def _sensible(key: str, value: object) -> bool:
         return isinstance(value, float) and 0 < value < 1
     if key == "flip_sin_to_cos":
         return isinstance(value, bool)
+    if key == "sample_size":
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+        return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
     return isinstance(value, int | list)
 
 

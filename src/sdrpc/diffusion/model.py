@@ -51,6 +51,14 @@ class Model:
     def parts(self) -> tuple[ModelPart, ...]:
         return self.text_encoder, self.unet, self.vae
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels of the pictures that the model was trained on."""
+        sample_size = self.unet.config["sample_size"]
+        height, width = sample_size if isinstance(sample_size, list) else (sample_size, sample_size)
+        pixels = 2 ** (len(self.vae.config["block_out_channels"]) - 1)  # of a latent: each level but one halves
+        return width * pixels, height * pixels
+
     def unused(self, taken: Iterable[Weight]) -> dict[Path, list[str]]:
         """Per file, the names of tensors that belong to no part, when ``taken`` are the weights in use."""
         ours = {weight.name for weight in taken}.union(*(part.tensors.idle for part in self.parts))

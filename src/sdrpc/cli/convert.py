@@ -1,0 +1,37 @@
+"""``sd-cli --mode convert``: a model as a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from . import report
+from .output import DEFAULT_OUTPUT, check_writable
+
+if TYPE_CHECKING:
+    from ..diffusion.model import ModelFiles
+
+
+def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) -> None:
+    """Write the whole model of ``files`` to ``output``, its weights in ``type`` ("": as they are).
+
+    Raises :class:`UsageError` and what :func:`sdrpc.diffusion.convert.write_gguf` raises.
+    """
+    from ..diffusion.checkpoint import open_checkpoint
+    from ..diffusion.convert import type_named, write_gguf
+
+    if files.model is None or any((files.diffusion_model, files.vae, files.clip_l)):
+        raise UsageError("--mode convert: takes one file with -m, and no others")
+    path = Path("output.gguf" if output == DEFAULT_OUTPUT else output)
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        raise UsageError(f"--output {output}: a converted model is a .gguf file")
+    wanted = type_named(type) if type else None
+    check_writable([path])
+    with report.metered() as meter:
+        unused = write_gguf(
+            open_checkpoint(files.model), path, wanted, lambda done, total: meter.bytes(path.name, done, total)
+        )
+    report.results.print(path)
+    if unused:
+        report.unused_tensors({str(files.model): unused}, verbose)

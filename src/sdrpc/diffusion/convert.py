@@ -1,0 +1,138 @@
+"""A checkpoint as a GGUF file, its matrices in blocks of a quantized type.
+
+What stays as it is, is what stable-diffusion.cpp's converter leaves: embeddings, biases, norms, and whatever has rows
+that are no whole number of blocks, such as convolutions. Tensors keep their names, so that a program that reads the one
+file reads the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from ..errors import CheckpointError, UsageError
+from ..ggml.types import TYPES, Type
+from ..ggml.weight import Weight
+from .checkpoint import Checkpoint
+from .config import METADATA_KEY, file_config, refuse_strangers
+from .names import PARTS, find
+
+CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""Types that the gguf library can write and that are of use to a diffusion model."""
+
+ARCHITECTURE = "sd1"
+"""What GGUF files call this family (``general.architecture``)."""
+
+NOT_IN_BLOCKS = ("embedding", "time_embed.")
+"""In names of matrices that are not quantized: they are small, and everything depends on them."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written so far, and all of them."""
+
+
+def type_named(text: str) -> Type:
+    """The type that a user calls ``text``, in any case. Raises :class:`UsageError` when it can't be written."""
+    if text.upper() not in CONVERTIBLE:
+        raise UsageError(f"--type {text}: there are {', '.join(CONVERTIBLE).lower()}")
+    return TYPES[text.upper()]
+
+
+def type_of(weight: Weight, wanted: Type | None) -> Type:
+    """The type that a tensor gets in a file of ``wanted`` ones: that one, or the one that it has."""
+    other = weight.type.plain and weight.type.name not in CONVERTIBLE  # whole numbers, F64
+    if wanted is None or other or len(weight.shape) < 2:
+        return weight.type
+    fits = weight.shape[-1] % wanted.block == 0 and not any(part in weight.name for part in NOT_IN_BLOCKS)
+    return wanted if wanted.plain or fits else weight.type
+
+
+def encoded(weight: Weight, wanted: Type) -> np.ndarray:
+    """A tensor's bytes in a type, uint8; a view of the file's where it has that type already.
+
+    Raises :class:`ValueError` when the type can't hold the values, or theirs can't be read.
+    """
+    raw = np.frombuffer(weight.data(), np.uint8)
+    if weight.type == wanted:
+        return raw
+    rows = raw.reshape(*weight.shape[:-1], weight.type.row_bytes(weight.shape[-1]))
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            values = dequantize(rows, GGMLQuantizationType[weight.type.name])
+            return quantize(values, GGMLQuantizationType[wanted.name]).reshape(-1).view(np.uint8)
+    except (FloatingPointError, NotImplementedError) as error:
+        raise ValueError(f"can't be turned from {weight.type} into {wanted}: {error}") from error
+
+
+def write_gguf(
+    checkpoint: Checkpoint, path: Path, wanted: Type | None = None, progress: Progress = lambda *_: None
+) -> list[str]:
+    """Write the SD 1.x parts of a checkpoint to a GGUF file; gives the names of tensors that belong to none of them.
+
+    ``wanted``: the type of matrices; None: all as they are. What the checkpoint says about itself goes along as
+    metadata ``sdrpc.config``. One tensor at a time is in memory; the file is whole or not there. Raises
+    :class:`CheckpointError` when there is nothing to convert, and for a tensor that can't be; :class:`OSError`.
+    """
+    weights, said = _weights(checkpoint), _said(checkpoint)
+    types = {weight.name: type_of(weight, wanted) for weight in weights}
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        unfinished = Path(folder) / path.name
+        writer = GGUFWriter(unfinished, ARCHITECTURE)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        if said:
+            writer.add_string(METADATA_KEY, said)
+        try:
+            _write_tensors(writer, weights, types, checkpoint.path, progress)
+        finally:
+            writer.close()
+        os.replace(unfinished, path)
+    return sorted(checkpoint.tensors.keys() - types.keys())
+
+
+def _weights(checkpoint: Checkpoint) -> list[Weight]:
+    """The tensors of all parts that the checkpoint has, in its order."""
+    refuse_strangers(checkpoint)
+    for name, dtype in checkpoint.skipped.items():
+        raise CheckpointError(checkpoint.path, f"is of type {dtype}, which ggml does not have", name)
+    parts = [tensors for part in PARTS if (tensors := find(part, checkpoint)) is not None]
+    if not parts:
+        raise CheckpointError(checkpoint.path, "has no part of a model of the SD 1.x family")
+    ours = {weight.name for part in parts for weight in part.tensors.values()}
+    return [weight for name, weight in checkpoint.tensors.items() if name in ours]
+
+
+def _said(checkpoint: Checkpoint) -> str:
+    """What a file says about itself beyond its tensors, as it says it; a directory's config.json files as one text."""
+    said = file_config(checkpoint)
+    if METADATA_KEY in checkpoint.metadata:
+        return checkpoint.metadata[METADATA_KEY]
+    parts = {part.name: said.parts[part.name] for part in PARTS if part.name in said.parts}
+    return json.dumps({"prediction": said.prediction, "scaling_factor": said.scaling_factor, **parts}) if parts else ""
+
+
+def _write_tensors(
+    writer: GGUFWriter, weights: Sequence[Weight], types: Mapping[str, Type], source: Path, progress: Progress
+) -> None:
+    sizes = [types[weight.name].row_bytes(prod(weight.shape)) for weight in weights]
+    for weight, size in zip(weights, sizes, strict=True):
+        kind = GGMLQuantizationType[types[weight.name].name]
+        writer.add_tensor_info(weight.name, weight.shape, np.dtype(np.void), size, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    done = 0
+    for weight, size in zip(weights, sizes, strict=True):
+        try:
+            writer.write_tensor_data(encoded(weight, types[weight.name]))
+        except ValueError as error:
+            raise CheckpointError(source, str(error), weight.name) from error
+        done += size
+        progress(done, sum(sizes))

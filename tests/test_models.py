@@ -1,0 +1,36 @@
+"""Models that ship with sdrpc."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdrpc import models
+from sdrpc.diffusion.model import ModelFiles, open_model
+
+LARGEST = 32 * 10**6
+
+
+def test_names_stand_for_files() -> None:
+    assert models.named("demo") == models.SHIPPED["demo"]
+    assert models.named("./demo") == Path("demo")
+    assert models.named("other/demo") == Path("other/demo")
+    assert models.DEFAULT in models.SHIPPED
+
+
+@pytest.mark.parametrize("name", models.SHIPPED)
+def test_they_are_here_and_small(name: str) -> None:
+    path = models.SHIPPED[name]
+    assert path.stat().st_size <= LARGEST
+    model = open_model(ModelFiles(path))
+    assert model.size == (128, 128)
+    assert model.unused(weight for part in model.parts for weight in part.tensors.tensors.values()) == {}
+
+
+def test_no_option_at_all_is_help() -> None:
+    command = [sys.executable, "-m", "sdrpc", "sd-cli"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "--prompt" in done.stdout + done.stderr
