@@ -165,9 +165,9 @@ def normal(address: str) -> str:
 
 
 def _offer(name: str, likely: Sequence[str]) -> Offer:
-    family = families()[name]
-    first = [dialects()[version] for version in likely if family_of(version) == name]
-    versions = tuple(dict.fromkeys((*first, *family)))
+    likely = [version for version in likely if family_of(version) == name]
+    names = dict.fromkeys((*likely, *(dialect.version for dialect in families()[name])))
+    versions = tuple(dialects()[version] for version in names)
     return Offer(next(dialect for dialect in versions if _minor(dialect.version) == name), versions)
 
 
