@@ -92,6 +92,15 @@ def at(node: Tensor, key: int, offset: int) -> Tensor:
     return replace(node, buffer=key, offset=offset)
 
 
+def same(device: LocalDevice, node: Tensor, got: np.ndarray, wanted: np.ndarray) -> None:
+    """Assert that ``device`` got what was wanted of ``node``, as well as its precision allows."""
+    if wanted.dtype.kind == "i":
+        np.testing.assert_array_equal(got, wanted)
+    else:
+        limit = TOLERANCE[device.precision.name] + ROUNDED[node.type.name]
+        assert error(got, wanted) <= limit, f"{node}: {error(got, wanted):.2e}"
+
+
 def check(device: LocalDevice, leaves: Leaves, nodes: Sequence[Tensor], *, runs: int = 2) -> Mapping[str, int]:
     """Run ``nodes`` (whose last one is the output) on ``device`` and in the reference, and compare the output.
 
@@ -108,12 +117,7 @@ def check(device: LocalDevice, leaves: Leaves, nodes: Sequence[Tensor], *, runs:
         for _ in range(runs):
             program.run()
             held = {buffer.key: np.frombuffer(device.read(buffer, 0, end), np.uint8)}
-            got = reference.read(new[last], held)
-            if wanted.dtype.kind == "i":
-                np.testing.assert_array_equal(got, wanted)
-            else:
-                limit = TOLERANCE[device.precision.name] + ROUNDED[last.type.name]
-                assert error(got, wanted) <= limit, f"{last}: {error(got, wanted):.2e}"
+            same(device, last, reference.read(new[last], held), wanted)
             if last.buffer:
                 break  # it changed its own input
         return program.fusions

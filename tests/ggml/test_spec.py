@@ -180,12 +180,12 @@ def test_values_without_memory_have_a_limit() -> None:
 
 def test_all_that_is_unsupported_is_named_at_once() -> None:
     custom = [node_like("CUSTOM", X, p.NO_PARAMS) for _ in range(5)]
-    flash = replace(node("SQR", X, name="act"), op="UNARY", params=p.Unary("XIELU"))
+    flash = replace(node("SQR", X, name="act"), op="UNARY", params=p.Unary("SWISH"))
     with pytest.raises(UnsupportedOperation) as caught:
         check(Graph((*custom, SUM, flash)), SIZES)
     assert str(caught.value) == (
         "CUSTOM: operation not supported (node 0 (CUSTOM), node 1 (CUSTOM), node 2 (CUSTOM) and 2 more); "
-        "UNARY: unary operation XIELU (node 6 (UNARY 'act'))"
+        "UNARY: unary operation SWISH (node 6 (UNARY 'act'))"
     )
 
 

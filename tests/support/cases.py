@@ -64,6 +64,8 @@ CASES: dict[str, Case] = {
     "CONCAT-2": lambda f: node("CONCAT", f(3, 4, 2), f(3, 4, 5), params=p.Concat(2)),
     "PAD": lambda f: node("PAD", f(4, 3, 2), params=_pad(1, 2, 0, 1, 3, 0, 1, 1)),
     "PAD-circular": lambda f: node("PAD", f(4, 3, 2), params=_pad(1, 2, 2, 1, 0, 0, 0, 0, circular=1)),
+    "PAD_REFLECT_1D": lambda f: node("PAD_REFLECT_1D", f(5, 3, 2), params=p.PadReflect(4, 2)),
+    "ROLL": lambda f: node("ROLL", f(5, 4, 3, 2), params=p.Roll(2, -3, 0, 1)),
     "SET": lambda f: node("SET", f(6, 5), f(3, 2), params=p.SetView(24, 120, 120, 28, 0)),
     "ACC": lambda f: node("ACC", f(6, 5), f(3, 2), params=p.SetView(24, 120, 120, 28, 0)),
     "SET-inplace": lambda f: inplace("SET", f(6, 5), f(3, 2), params=p.SetView(48, 120, 120, 8, 1)),
@@ -78,6 +80,7 @@ CASES: dict[str, Case] = {
     "FILL": lambda f: node("FILL", f(4, 3), params=p.Fill(2.5)),
     # element by element
     **_binary("ADD"), **_binary("SUB"), **_binary("MUL"), **_binary("DIV"),
+    "ADD1": lambda f: node("ADD1", f(5, 4), f(1)),
     "ADD-inplace": lambda f: inplace("ADD", f(5, 4), f(5)),
     "ADD-into-second": lambda f: inplace("ADD", f(5, 4), f(5, 4), into=1),
     "SQR": lambda f: node("SQR", f(5, 4)),
@@ -88,7 +91,10 @@ CASES: dict[str, Case] = {
     "SCALE": lambda f: node("SCALE", f(5, 4), params=p.Scale(0.5, 2.0)),
     "CLAMP": lambda f: node("CLAMP", f(5, 4), params=p.Clamp(-0.5, float("inf"))),
     "LEAKY_RELU": lambda f: node("LEAKY_RELU", f(5, 4), params=p.LeakyRelu(0.1)),
-    **{f"UNARY-{op}": lambda f, op=op: node("UNARY", f(7, 4), params=p.Unary(op)) for op in sorted(UNARY_OPS)},
+    **{
+        f"UNARY-{op}": lambda f, op=op: node("UNARY", f(7, 4), params=p.Unary(op, 1.5, 0.75, 0.5, -0.125))
+        for op in sorted(UNARY_OPS)
+    },
     "UNARY-strided": lambda f: node("UNARY", transpose(f(7, 4)), params=p.Unary("SILU")),
     **{
         f"GLU-{op}": lambda f, op=op: node("GLU", f(8, 3), params=p.Glu(op, alpha=1.7, limit=0.7))
@@ -116,11 +122,16 @@ CASES: dict[str, Case] = {
     "ARGMAX": lambda f: node("ARGMAX", f(5, 4)),
     "ARGSORT": lambda f: node("ARGSORT", f(9, 4), params=p.ArgSort(0)),
     "ARGSORT-descending": lambda f: node("ARGSORT", f(9, 4), params=p.ArgSort(1)),
+    "TOP_K": lambda f: node("TOP_K", f(9, 4), ne=(1, 4)),
+    "COUNT_EQUAL": lambda f: node("COUNT_EQUAL", f.of([[1, 2, 3]], I32), f.of([[1, 5, 3]], I32)),
     "CUMSUM": lambda f: node("CUMSUM", f(5, 4)),
+    **{f"TRI-{part}": lambda f, part=part: node("TRI", f(5, 5, 2), params=p.Tri(part)) for part in range(4)},
+    "DIAG": lambda f: node("DIAG", f(5, 1, 3, 2)),
     "NORM": lambda f: node("NORM", f(16, 4, 2), params=p.Eps(1e-5)),
     "RMS_NORM": lambda f: node("RMS_NORM", f(16, 4, 2), params=p.Eps(1e-6)),
     "L2_NORM": lambda f: node("L2_NORM", f(16, 4, 2), params=p.Eps(1e-6)),
     "GROUP_NORM": lambda f: node("GROUP_NORM", f(4, 3, 8, 2), params=p.GroupNorm(4, 1e-6)),
+    "GROUP_NORM-unlike": lambda f: node("GROUP_NORM", f(4, 3, 8, 2), params=p.GroupNorm(3, 1e-6)),
     "SOFT_MAX": lambda f: node("SOFT_MAX", f(7, 5, 3, 2), params=p.SoftMax(0.5)),
     "SOFT_MAX-mask": lambda f: node("SOFT_MAX", f(7, 5, 4), f.of(_causal(5, 7), F16), params=p.SoftMax(0.5)),
     "SOFT_MAX-slopes": lambda f: node("SOFT_MAX", f(7, 5, 6, 2), f(7, 8, 3, 1), params=p.SoftMax(0.5, 8.0)),
@@ -151,6 +162,24 @@ CASES: dict[str, Case] = {
     "IM2COL-1d": lambda f: node("IM2COL", f(3, 4, 5), f(9, 4, 2), params=p.Im2Col(2, 0, 1, 0, 2, 0, 0)),
     "CONV_2D": lambda f: node("CONV_2D", f(3, 3, 4, 5, type=F16), f(9, 7, 4, 2), params=p.Conv2D(2, 1, 1, 2, 1, 2)),
     "CONV_2D_DW": lambda f: node("CONV_2D_DW", f(3, 3, 1, 4), f(9, 7, 4, 2), params=p.Conv2D(2, 1, 1, 2, 1, 2)),
+    "CONV_2D_DW-channels-first": lambda f: node(
+        "CONV_2D_DW", permute(f(4, 1, 3, 3), 3, 2, 0, 1), permute(f(4, 9, 7, 2), 2, 0, 1, 3),
+        params=p.Conv2D(1, 2, 1, 1, 1, 1),
+    ),
+    "IM2COL_3D": lambda f: node(
+        "IM2COL_3D", f(3, 2, 2, 6), f(7, 6, 5, 4), params=p.Window3D(2, 1, 1, 1, 2, 3, 2, 1, 2, 2), type=F16
+    ),
+    "CONV_3D": lambda f: node(
+        "CONV_3D", f(3, 2, 2, 6, type=F16), f(7, 6, 5, 4), params=p.Conv3D(2, 1, 1, 1, 2, 3, 2, 1, 2, 2, 2, 3)
+    ),
+    "CONV_TRANSPOSE_1D": lambda f: node("CONV_TRANSPOSE_1D", f(3, 2, 4), f(5, 4), params=p.ConvTranspose1D(2)),
+    "COL2IM_1D": lambda f: node("COL2IM_1D", f(6, 5), params=p.Col2Im1D(2, 2, 1)),
+    "POOL_1D-max": lambda f: node("POOL_1D", f(9, 4, 2), params=p.Pool1D(0, 3, 2, 1)),
+    "POOL_1D-mean": lambda f: node("POOL_1D", f(9, 4, 2), params=p.Pool1D(1, 4, 1, 3)),
+    "WIN_PART": lambda f: node("WIN_PART", f(3, 7, 5), params=p.Windows(2, 2, 4)),
+    "WIN_UNPART": lambda f: node("WIN_UNPART", f(3, 4, 4, 4), params=p.Unwindow(4), ne=(3, 7, 5)),
+    "GET_REL_POS": lambda f: node("GET_REL_POS", f(3, 7, type=F16)),
+    "ADD_REL_POS": lambda f: node("ADD_REL_POS", f(9, 20, 2), f(3, 5, 4, 2), f(3, 5, 4, 2), params=p.InPlace()),
     "CONV_TRANSPOSE_2D": lambda f: node(
         "CONV_TRANSPOSE_2D", f(3, 2, 5, 4, type=F16), f(4, 3, 4, 2), params=p.ConvTranspose2D(2)
     ),
@@ -160,6 +189,11 @@ CASES: dict[str, Case] = {
     "UPSCALE-uneven": lambda f: node("UPSCALE", f(4, 3, 2), params=p.Upscale(0), ne=(7, 2, 2, 1)),
     "UPSCALE-bilinear": lambda f: node("UPSCALE", f(4, 3, 2), params=p.Upscale(1), ne=(8, 7, 2, 1)),
     "UPSCALE-corners": lambda f: node("UPSCALE", f(4, 3, 2), params=p.Upscale(257), ne=(8, 7, 2, 1)),
+    **{
+        f"UPSCALE-{mode}-{n}": lambda f, mode=mode, n=n: node("UPSCALE", f(6, 5), params=p.Upscale(mode), ne=(n, 4))
+        for mode in (256, 2, 258, 513, 769)
+        for n in (13, 3, 1)
+    },
     # names for bytes, read through a copy
     "RESHAPE": lambda f: node("SQR", reshape(f(6, 4), 3, 2, 4)),
     "VIEW": lambda f: node("SQR", view(f(6, 4, 3), 3, 2, 2, offset=4 * 8)),

@@ -129,6 +129,10 @@ def _pad(node: Tensor, x: Array) -> Array:
     return x
 
 
+def _pad_reflect(node: Tensor, x: Array) -> Array:
+    return np.pad(x, [(0, 0)] * 3 + [tuple(node.params)], mode="reflect")
+
+
 def _set(node: Tensor, a: Array, b: Array, add: bool = False) -> Array:
     nb1, nb2, nb3, offset, _ = node.params
     size = node.type.size
@@ -203,7 +207,15 @@ UNARY: dict[str, Callable[[Array], Array]] = {
 }  # fmt: skip
 
 
+def _xielu(node: Tensor, x: Array) -> Array:
+    _, alpha_n, alpha_p, beta, eps = node.params
+    falling = alpha_n * (np.expm1(np.minimum(x, eps)) - x)
+    return np.where(x > 0, alpha_p * x * x, falling) + beta * x
+
+
 def _unary(node: Tensor, x: Array) -> Array:
+    if node.params.op == "XIELU":
+        return _xielu(node, x)
     with np.errstate(over="ignore"):
         return UNARY[node.params.op](x)
 
@@ -277,9 +289,13 @@ def _l2_norm(node: Tensor, x: Array) -> Array:
 
 
 def _group_norm(node: Tensor, x: Array) -> Array:
-    rows = x.reshape(x.shape[0], node.params.groups, -1)
-    rows = rows - rows.mean(axis=2, keepdims=True)
-    return (rows / np.sqrt((rows * rows).mean(axis=2, keepdims=True) + node.params.eps)).reshape(x.shape)
+    each = math.ceil(x.shape[1] / node.params.groups)
+    result = []
+    for first in range(0, x.shape[1], each):
+        group = x[:, first : first + each]
+        group = group - group.mean(axis=(1, 2, 3), keepdims=True)
+        result.append(group / np.sqrt((group * group).mean(axis=(1, 2, 3), keepdims=True) + node.params.eps))
+    return np.concatenate(result, axis=1)
 
 
 def _softmax(x: Array) -> Array:
@@ -311,6 +327,14 @@ def _soft_max(node: Tensor, x: Array, mask: Array | None = None) -> Array:
 
 def _argsort(node: Tensor, x: Array) -> Array:
     return np.argsort(-x if node.params.order else x, axis=3, kind="stable")
+
+
+def _top_k(node: Tensor, x: Array) -> Array:
+    return np.argsort(-x, axis=3, kind="stable")[..., : node.ne[0]]
+
+
+def _tri(node: Tensor, x: Array) -> Array:
+    return (np.triu(x), np.triu(x, 1), np.tril(x), np.tril(x, -1))[node.params.part]
 
 
 # Products
@@ -380,6 +404,51 @@ def _conv_transpose_2d(node: Tensor, kernel: Array, x: Array) -> Array:
     return result
 
 
+def _conv_transpose_1d(node: Tensor, kernel: Array, x: Array) -> Array:
+    stride, length = node.params.stride, x.shape[3]
+    result = np.zeros(node.ne[::-1])
+    for tap in range(kernel.shape[3]):
+        places = slice(tap, tap + stride * (length - 1) + 1, stride)
+        result[0, 0, :, places] += np.einsum("cl,co->ol", x[0, 0], kernel[0, :, :, tap])
+    return result
+
+
+def _col2im_1d(node: Tensor, columns: Array) -> Array:
+    stride, channels, padding = node.params
+    taps, steps = columns.shape[3] // channels, columns.shape[2]
+    whole = np.zeros((channels, (steps - 1) * stride + taps))
+    for step in range(steps):
+        whole[:, step * stride : step * stride + taps] += columns[0, 0, step].reshape(channels, taps)
+    return whole[None, None, :, padding : whole.shape[1] - padding]
+
+
+def _volumes(node: Tensor, kernel: Array, x: Array) -> Array:
+    """(N · C, D, H, W) → (N, C, OD, OH, OW, KD, KH, KW)"""
+    s0, s1, s2, p0, p1, p2, d0, d1, d2, channels = node.params[:10]
+    padded = np.pad(x.reshape(-1, channels, *x.shape[1:]), [(0, 0), (0, 0), (p2, p2), (p1, p1), (p0, p0)])
+    reach = [d * (k - 1) + 1 for d, k in zip((d2, d1, d0), kernel.shape[1:], strict=True)]
+    windows = sliding_window_view(padded, reach, axis=(2, 3, 4))
+    return windows[:, :, ::s2, ::s1, ::s0, ::d2, ::d1, ::d0]
+
+
+def _im2col_3d(node: Tensor, kernel: Array, x: Array) -> Array:
+    return _volumes(node, kernel, x).transpose(0, 2, 3, 4, 1, 5, 6, 7).reshape(node.ne[::-1])
+
+
+def _conv_3d(node: Tensor, kernel: Array, x: Array) -> Array:
+    kernels = kernel.reshape(node.params.outputs, node.params.channels, *kernel.shape[1:])
+    return np.einsum("ncdhwzyx,oczyx->nodhw", _volumes(node, kernel, x), kernels).reshape(node.ne[::-1])
+
+
+def _pool_1d(node: Tensor, x: Array) -> Array:
+    op, k, s, p = node.params
+    result = np.zeros(node.ne[::-1])
+    for i in range(node.ne[0]):
+        window = x[..., max(i * s - p, 0) : max(i * s - p + k, 0)]
+        result[..., i] = window.mean(axis=3) if op else window.max(axis=3)
+    return result
+
+
 def _pool_2d(node: Tensor, x: Array) -> Array:
     op, k0, k1, s0, s1, p0, p1 = node.params
     padding = [(0, 0), (0, 0), (p1, p1), (p0, p0)]
@@ -389,36 +458,79 @@ def _pool_2d(node: Tensor, x: Array) -> Array:
 
 
 def _upscale(node: Tensor, x: Array) -> Array:
-    mode, corners = node.params.mode & 0xFF, bool(node.params.mode & 256)
     for axis, n in enumerate(node.ne[::-1]):
-        old = x.shape[axis]
-        factor = np.float32(n) / np.float32(old)
-        if mode == 1 and axis >= 2:
-            x = _linear(x, axis, n, (n - 1) / (old - 1) if corners and n > 1 and old > 1 else n / old, corners)
-        else:
-            x = np.take(x, np.floor(np.arange(n, dtype=np.float32) / factor).astype(int).clip(0, old - 1), axis)
+        x = np.moveaxis(
+            np.moveaxis(x, axis, 3) @ _resizing(x.shape[axis], n, node.params.mode if axis > 1 else 0), 3, axis
+        )
     return x
 
 
-def _linear(x: Array, axis: int, n: int, factor: float, corners: bool) -> Array:
-    offset = 0.0 if corners else 0.5
-    at = (np.arange(n) + offset) / factor - offset
-    low = np.floor(at).astype(int)
-    top = x.shape[axis] - 1
-    before, after = low.clip(0, top), (low + 1).clip(0, top)
-    shape = [1] * 4
-    shape[axis] = n
-    part = (at - before).clip(0, 1).reshape(shape)
-    return np.take(x, before, axis) * (1 - part) + np.take(x, after, axis) * part
+def _resizing(old: int, n: int, mode: int) -> Array:
+    """How much each of ``old`` elements counts in each of ``n`` new ones."""
+    kind, corners, smooth = mode & 0xFF, bool(mode & 256), bool(mode & 512)
+    factor = np.float32((n - 1) / (old - 1) if corners and n > 1 and old > 1 else n / old)
+    result = np.zeros((old, n))
+    for i in range(n):
+        if kind == 0:
+            result[min(int(np.float32(i) / factor), old - 1), i] = 1
+            continue
+        offset = 0.0 if corners else 0.5
+        at = float(np.float32(i + offset) / factor) - offset  # where it falls on a whole number, rounding decides
+        if smooth:
+            reach = max(1.0, float(1 / factor))
+            first, last = max(int(at + 2 * offset - reach), 0), min(int(at + 2 * offset + reach), old)
+            result[first:last, i] = np.maximum(1 - np.abs(np.arange(first, last) - at) / reach, 0)
+            result[:, i] /= result[:, i].sum() or 1
+            continue
+        for tap in range(math.floor(at) - 1, math.floor(at) + 3):
+            result[min(max(tap, 0), old - 1), i] += max(1 - abs(tap - at), 0) if kind == 1 else _keys(abs(tap - at))
+    return result
+
+
+def _keys(x: float, a: float = -0.75) -> float:
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def _win_part(node: Tensor, x: Array) -> Array:
+    across, down, size = node.params
+    padded = np.pad(x[0], [(0, down * size - x.shape[1]), (0, across * size - x.shape[2]), (0, 0)])
+    windows = [
+        padded[y : y + size, z : z + size] for y, z in np.ndindex(down, across) for y, z in [(y * size, z * size)]
+    ]
+    return np.stack(windows)
+
+
+def _win_unpart(node: Tensor, x: Array) -> Array:
+    size, (_, width, height, _) = node.params.size, node.ne
+    result = np.zeros(node.ne[::-1])
+    for i, (y, z) in enumerate(np.ndindex(math.ceil(height / size), math.ceil(width / size))):
+        part = result[0, y * size : (y + 1) * size, z * size : (z + 1) * size]
+        part[...] = x[i, : part.shape[0], : part.shape[1]]
+    return result
+
+
+def _get_rel_pos(node: Tensor, table: Array) -> Array:
+    n = node.ne[1]
+    return np.array([[table[0, 0, y - z + n - 1] for z in range(n)] for y in range(n)])[None]
+
+
+def _add_rel_pos(node: Tensor, scores: Array, across: Array, down: Array) -> Array:
+    n = across.shape[3]
+    pairs = scores.reshape(*across.shape, n)
+    return (pairs + down[..., :, None] + across[..., None, :]).reshape(scores.shape)
 
 
 OPS: dict[str, Callable[..., Array]] = {
     "DUP": _copy, "CPY": _copy, "CONT": _copy, "REPEAT": _repeat, "CONCAT": _concat, "PAD": _pad, "SET": _set,
+    "PAD_REFLECT_1D": _pad_reflect, "ROLL": lambda node, x: np.roll(x, tuple(node.params), (3, 2, 1, 0)),
     "ACC": lambda node, a, b: _set(node, a, b, add=True), "GET_ROWS": _get_rows, "SET_ROWS": _set_rows,
     "ARANGE": lambda node: (node.params.start + node.params.step * np.arange(node.ne[0])).reshape(1, 1, 1, -1),
     "FILL": lambda node, x: np.full(x.shape, node.params.value),
     "ADD": _binary(np.add), "SUB": _binary(np.subtract), "MUL": _binary(np.multiply),
-    "DIV": _binary(np.divide), "SQR": _each(np.square), "SQRT": _each(np.sqrt), "LOG": _each(np.log),
+    "DIV": _binary(np.divide), "ADD1": lambda _, a, b: a + b,
+    "SQR": _each(np.square), "SQRT": _each(np.sqrt), "LOG": _each(np.log),
     "SIN": _each(np.sin), "COS": _each(np.cos), "SCALE": lambda node, x: x * node.params.scale + node.params.bias,
     "CLAMP": lambda node, x: np.clip(x, node.params.min, node.params.max),
     "LEAKY_RELU": lambda node, x: np.where(x > 0, x, x * node.params.slope), "UNARY": _unary, "GLU": _glu,
@@ -426,10 +538,13 @@ OPS: dict[str, Callable[..., Array]] = {
     "TIMESTEP_EMBEDDING": _timestep_embedding, "ROPE": _rope,
     "SUM": lambda _, x: x.sum(keepdims=True), "SUM_ROWS": lambda _, x: x.sum(axis=3, keepdims=True),
     "MEAN": lambda _, x: x.mean(axis=3, keepdims=True), "ARGMAX": lambda _, x: x.argmax(axis=3)[None],
-    "ARGSORT": _argsort, "CUMSUM": lambda _, x: x.cumsum(axis=3),
+    "ARGSORT": _argsort, "TOP_K": _top_k, "COUNT_EQUAL": lambda _, a, b: (a == b).sum(keepdims=True), "TRI": _tri,
+    "DIAG": lambda _, x: x * np.eye(x.shape[3]), "CUMSUM": lambda _, x: x.cumsum(axis=3),
     "NORM": _norm, "RMS_NORM": _rms_norm, "L2_NORM": _l2_norm, "GROUP_NORM": _group_norm, "SOFT_MAX": _soft_max,
     "MUL_MAT": _mul_mat, "OUT_PROD": _out_prod, "FLASH_ATTN_EXT": _flash_attn,
     "IM2COL": _im2col, "CONV_2D": _conv_2d, "CONV_2D_DW": _conv_2d_dw, "CONV_TRANSPOSE_2D": _conv_transpose_2d,
-    "POOL_2D": _pool_2d, "UPSCALE": _upscale,
+    "POOL_2D": _pool_2d, "UPSCALE": _upscale, "IM2COL_3D": _im2col_3d, "CONV_3D": _conv_3d,
+    "CONV_TRANSPOSE_1D": _conv_transpose_1d, "COL2IM_1D": _col2im_1d, "POOL_1D": _pool_1d, "WIN_PART": _win_part,
+    "WIN_UNPART": _win_unpart, "GET_REL_POS": _get_rel_pos, "ADD_REL_POS": _add_rel_pos,
 }  # fmt: skip
 """Operation → function of the node and its sources' arrays (None for a source that is not there)."""

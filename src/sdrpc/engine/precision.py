@@ -20,20 +20,24 @@ from sdrpc.ggml.types import F16, F32, Type
 
 from .dtypes import DTYPES
 from .system import processor_features
-from .values import Place, Value, ordered
+from .values import Place, Value, moves_blocks, ordered
 from .weights import Form
 
 PREC_F32 = 10
 """ggml_prec: GGML_PREC_F32."""
 
+BYTES = torch.uint8
+"""How blocks are held: as they are in memory."""
+
 HEAVY = frozenset({
-    "MUL_MAT", "OUT_PROD", "CONV_2D", "CONV_2D_DW", "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT",
-    "LINEAR", "ATTENTION",
+    "MUL_MAT", "OUT_PROD", "CONV_2D", "CONV_2D_DW", "CONV_3D", "CONV_TRANSPOSE_1D", "CONV_TRANSPOSE_2D",
+    "FLASH_ATTN_EXT", "LINEAR", "ATTENTION",
 })  # fmt: skip
 """What is worth a narrow dtype."""
 
 MOVES = frozenset({
-    "VIEW", "SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT", "REPEAT", "SET", "PAD",
+    "VIEW", "SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT", "REPEAT", "SET", "PAD", "PAD_REFLECT_1D", "ROLL", "TRI", "DIAG",
+    "WIN_PART", "WIN_UNPART", "GET_REL_POS",
 })  # fmt: skip
 """What moves numbers without computing: in any dtype."""
 
@@ -44,7 +48,7 @@ FOLLOWS = frozenset({
 })  # fmt: skip
 """What stays narrow when it is fed narrow values (torch computes these in float32 inside)."""
 
-RAW: dict[str, tuple[int, ...]] = {"GET_ROWS": (0,), "SET_ROWS": (0, 1, 2), "IM2COL": (0,)}
+RAW: dict[str, tuple[int, ...]] = {"GET_ROWS": (0,), "SET_ROWS": (0, 1, 2), "IM2COL": (0,), "IM2COL_3D": (0,)}
 """Operands that are taken as they are: rows are converted when they are picked, the destination of SET_ROWS is memory,
 and of its kernel IM2COL wants the shape only."""
 
@@ -113,11 +117,11 @@ class _Assigner:
     def _assign(self, value: Value) -> Value:
         own = DTYPES.get(value.type)
         if value.op == "LEAF":
-            return replace(value, dtype=own or torch.uint8)
+            return replace(value, dtype=own or BYTES)
         src = [None if s is None else self.done[s] for s in value.src]
         if value.op == "SNAPSHOT":
             return replace(value, src=tuple(src), dtype=src[0].dtype if src[0] is not None else own)
-        raw = RAW.get(value.op, ())
+        raw = range(len(src)) if moves_blocks(value) else RAW.get(value.op, ())
         compute = self._compute(value, [s for s in src if s is not None])
         operands = tuple(
             s if s is None or i in raw else self._as(s, self._form(value, i, compute)) for i, s in enumerate(src)
@@ -142,7 +146,7 @@ class _Assigner:
 
     def _held(self, value: Value, own: torch.dtype | None, compute: torch.dtype) -> torch.dtype:
         if own is None:
-            return torch.float32  # blocks: the program quantizes when it stores
+            return BYTES
         if not own.is_floating_point or self.narrow is None or compute is not self.narrow:
             return own
         return self.narrow if value.op in HEAVY or value.op in FOLLOWS or value.op in MOVES else own
@@ -156,7 +160,7 @@ class _Assigner:
     def _as(self, operand: Value, form: Form) -> Value:
         """``operand`` in ``form``; integers stay as they are."""
         own, compute = operand.dtype, form.dtype
-        blocks = operand.op == "LEAF" and not operand.type.plain
+        blocks = not operand.type.plain
         fits = own is compute and not form.channels_last
         if fits or (own is not None and not own.is_floating_point and not blocks):
             return operand
@@ -172,6 +176,12 @@ class _Assigner:
         cast = self.casts.get((operand, compute))
         if cast is None:
             cast = self.casts[operand, compute] = Value(
-                "CAST", F32, operand.ne, (operand,), at=operand.at, dtype=compute, node=operand.node
+                "DEQUANTIZE" if blocks else "CAST",
+                F32,
+                operand.ne,
+                (operand,),
+                at=operand.at,
+                dtype=compute,
+                node=operand.node,
             )
         return cast

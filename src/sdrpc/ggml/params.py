@@ -91,8 +91,62 @@ class Conv2D(NamedTuple):
     d1: int
 
 
+class Window3D(NamedTuple):
+    """A window of three dimensions (stride, padding, dilation; width first). ``channels``: images of several of them
+    lie one after the other in ne[3]."""
+
+    s0: int
+    s1: int
+    s2: int
+    p0: int
+    p1: int
+    p2: int
+    d0: int
+    d1: int
+    d2: int
+    channels: int
+
+
+class Conv3D(NamedTuple):
+    """As :class:`Window3D`; ``batch`` images of ``channels`` become as many of ``outputs``."""
+
+    s0: int
+    s1: int
+    s2: int
+    p0: int
+    p1: int
+    p2: int
+    d0: int
+    d1: int
+    d2: int
+    channels: int
+    batch: int
+    outputs: int
+
+
+class ConvTranspose1D(NamedTuple):
+    stride: int
+    padding: int = 0
+    dilation: int = 1
+
+
 class ConvTranspose2D(NamedTuple):
     stride: int
+
+
+class Col2Im1D(NamedTuple):
+    """``channels`` of the result; ``padding`` is what is cut off at both ends."""
+
+    stride: int
+    channels: int
+    padding: int = 0
+
+
+class Pool1D(NamedTuple):
+    op: int
+    k: int
+    s: int
+    p: int
 
 
 class Pool2D(NamedTuple):
@@ -106,7 +160,8 @@ class Pool2D(NamedTuple):
 
 
 class Upscale(NamedTuple):
-    """``mode``: the low byte is ggml_scale_mode (0 nearest, 1 bilinear, 2 bicubic), 256 is the flag align_corners."""
+    """``mode``: the low byte is ggml_scale_mode (0 nearest, 1 bilinear, 2 bicubic); 256 is the flag align_corners, 512
+    antialias."""
 
     mode: int
 
@@ -123,6 +178,44 @@ class Pad(NamedTuple):
     l3: int
     r3: int
     circular: int = 0
+
+
+class PadReflect(NamedTuple):
+    """Elements mirrored before and after each row."""
+
+    left: int
+    right: int
+
+
+class Roll(NamedTuple):
+    """How far elements move along each dimension; what leaves at one end comes in at the other."""
+
+    shift0: int
+    shift1: int
+    shift2: int
+    shift3: int
+
+
+class Windows(NamedTuple):
+    """``across`` × ``down`` square windows of ``size``."""
+
+    across: int
+    down: int
+    size: int
+
+
+class Unwindow(NamedTuple):
+    size: int
+
+
+class InPlace(NamedTuple):
+    inplace: int = 0
+
+
+class Tri(NamedTuple):
+    """``part`` of a square matrix: 0 upper with the diagonal, 1 upper, 2 lower with the diagonal, 3 lower."""
+
+    part: int
 
 
 class TimestepEmbedding(NamedTuple):
@@ -191,10 +284,39 @@ class Fill(NamedTuple):
     value: float
 
 
+class States(NamedTuple):
+    """``states`` after the last tokens, the last one first, that a recurrence gives; 0, in protocols that have no such
+    parameter: one."""
+
+    states: int = 1
+
+
+class LinearAttention(NamedTuple):
+    scale: float
+
+
+class Mixing(NamedTuple):
+    """DSV4_HC_COMB: rows and columns are normalized in turn, ``rounds`` times."""
+
+    eps: float
+    rounds: int
+
+
+class Gather(NamedTuple):
+    """DSV4_HC_PRE. Protocols before 7.0 have neither parameter: both are zero."""
+
+    scale: float = 1.0
+    gated: int = 0
+
+
 class Unary(NamedTuple):
-    """``op`` is the operation's name: GELU, SILU, …"""
+    """``op`` is the operation's name: GELU, SILU, …; the rest belongs to XIELU, the alphas as its formula has them."""
 
     op: str
+    alpha_n: float = 0.0
+    alpha_p: float = 0.0
+    beta: float = 0.0
+    eps: float = 0.0
 
 
 class Glu(NamedTuple):
@@ -218,6 +340,11 @@ PARAMS: dict[str, type] = {
     "UPSCALE": Upscale, "PAD": Pad, "TIMESTEP_EMBEDDING": TimestepEmbedding, "ARANGE": Arange, "SOFT_MAX": SoftMax,
     "FLASH_ATTN_EXT": FlashAttn, "ROPE": Rope, "DIAG_MASK_INF": DiagMask, "DIAG_MASK_ZERO": DiagMask,
     "ARGSORT": ArgSort, "ACC": SetView, "SET": SetView, "FILL": Fill, "UNARY": Unary, "GLU": Glu,
+    "CONV_TRANSPOSE_1D": ConvTranspose1D, "COL2IM_1D": Col2Im1D, "IM2COL_3D": Window3D, "CONV_3D": Conv3D,
+    "POOL_1D": Pool1D, "PAD_REFLECT_1D": PadReflect, "ROLL": Roll, "WIN_PART": Windows, "WIN_UNPART": Unwindow,
+    "ADD_REL_POS": InPlace, "TRI": Tri,
+    "SSM_SCAN": States, "GATED_DELTA_NET": States, "GATED_LINEAR_ATTN": LinearAttention, "DSV4_HC_COMB": Mixing,
+    "DSV4_HC_PRE": Gather,
 }  # fmt: skip
 """What each operation's words mean; an operation that is not here is decoded as :class:`NoParams`."""
 

@@ -24,7 +24,7 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Raise:
     return apply
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Raise:
+def _each(function: Callable[[Tensor], Tensor]) -> Raise:
     return lambda _v, x: function(x)
 
 
@@ -49,6 +49,18 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "SOFTPLUS": F.softplus, "GELU_ERF": F.gelu, "FLOOR": torch.floor, "CEIL": torch.ceil, "ROUND": _round,
     "TRUNC": torch.trunc,
 }  # fmt: skip
+
+
+def _xielu(v: Value, x: Tensor) -> Tensor:
+    """https://arxiv.org/abs/2411.13010; the alphas are those of its two halves, softplus and beta already in them."""
+    p: Any = v.params
+    falling = (torch.expm1(x.clamp(max=p.eps)) - x) * p.alpha_n
+    return torch.where(x > 0, x * x * p.alpha_p, falling) + x * float(p.beta)
+
+
+def _unary(v: Value, x: Tensor) -> Tensor:
+    p: Any = v.params
+    return _xielu(v, x) if p.op == "XIELU" else UNARY[p.op](x)
 
 
 def _swiglu_oai(p: Any, x: Tensor, gate: Tensor) -> Tensor:
@@ -125,9 +137,10 @@ def _timestep_embedding(v: Value, steps_: Tensor) -> Tensor:
 
 RAISE: dict[str, Raise] = {
     "ADD": _binary(torch.add), "SUB": _binary(torch.sub), "MUL": _binary(torch.mul), "DIV": _binary(torch.div),
-    "SQR": _unary(torch.square), "SQRT": _unary(torch.sqrt), "LOG": _unary(torch.log), "SIN": _unary(torch.sin),
-    "COS": _unary(torch.cos), "SCALE": _scale, "CLAMP": _clamp, "LEAKY_RELU": _leaky_relu,
-    "UNARY": lambda v, x: UNARY[v.params.op](x), "GLU": _glu,
+    "ADD1": lambda _v, a, b: a + b,
+    "SQR": _each(torch.square), "SQRT": _each(torch.sqrt), "LOG": _each(torch.log), "SIN": _each(torch.sin),
+    "COS": _each(torch.cos), "SCALE": _scale, "CLAMP": _clamp, "LEAKY_RELU": _leaky_relu,
+    "UNARY": _unary, "GLU": _glu,
     "DIAG_MASK_INF": _diag_mask(-math.inf), "DIAG_MASK_ZERO": _diag_mask(0.0),
     "TIMESTEP_EMBEDDING": _timestep_embedding, "FILL": _fill, "ARANGE": _arange,
 }  # fmt: skip

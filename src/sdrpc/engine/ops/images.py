@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.rules.images import ALIGN_CORNERS, ANTIALIAS, BICUBIC, BILINEAR, MAX_POOL, MEAN_POOL, NEAREST
+
 from ..dtypes import shape_of
 from ..values import Value
 from .base import Raise, operand
+
+CUBIC = -0.75
+"""The parameter of bicubic interpolation."""
 
 
 def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
@@ -42,38 +49,98 @@ def _conv_transpose_2d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
     return F.conv_transpose2d(x, kernel, stride=p.stride)
 
 
+def _conv_transpose_1d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
+    p: Any = v.params
+    return F.conv_transpose1d(x[0], kernel[0], stride=p.stride)[None]
+
+
+def _col2im_1d(v: Value, columns: Tensor) -> Tensor:
+    """Adds up what each step ([steps, channels · taps]) says of the places that it reaches."""
+    p: Any = v.params
+    taps = columns.shape[3] // p.channels
+    return F.fold(columns[0].mT, (1, v.ne[0]), (1, taps), 1, (0, p.padding), (1, p.stride)).reshape(shape_of(v.ne))
+
+
+def _taps(have: int, n: int, k: int, window: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Windows (stride, padding, dilation) over ``have`` elements: where the ``k`` taps of each of ``n`` lie, [n, k].
+    Those outside are one place behind the last."""
+    s, p, d = window
+    at = torch.arange(n, device=device)[:, None] * s - p + torch.arange(k, device=device) * d
+    return torch.where((at >= 0) & (at < have), at, have)
+
+
+def _im2col_3d(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
+    p: Any = v.params
+    k0, k1, k2 = operand(v, 0).ne[:3]
+    batch, (_, deep, high, wide) = x.shape[0] // p.channels, x.shape
+    w = _taps(wide, v.ne[1], k0, (p.s0, p.p0, p.d0), x.device)
+    h = _taps(high, v.ne[2], k1, (p.s1, p.p1, p.d1), x.device)
+    d = _taps(deep, v.ne[3] // batch, k2, (p.s2, p.p2, p.d2), x.device)
+    # picked at once: nothing between is larger than the result
+    padded = F.pad(x, (0, 1) * 3)
+    picked = padded[:, d[:, None, None, :, None, None], h[:, None, None, :, None], w[:, None, None, :]]
+    columns = picked.reshape(batch, p.channels, *picked.shape[1:]).permute(0, 2, 3, 4, 1, 5, 6, 7)
+    return columns.reshape(shape_of(v.ne))
+
+
+def _conv_3d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
+    """Channels lie in the slowest dimension, with the images or with the kernels of one output."""
+    p: Any = v.params
+    images = x.reshape(p.batch, p.channels, *x.shape[1:])
+    kernels = kernel.reshape(p.outputs, p.channels, *kernel.shape[1:])
+    y = F.conv3d(images, kernels, None, (p.s2, p.s1, p.s0), (p.p2, p.p1, p.p0), (p.d2, p.d1, p.d0))
+    return y.reshape(shape_of(v.ne))
+
+
+def _pool_1d(v: Value, x: Tensor) -> Tensor:
+    """A mean over what a window has of its row, 0 over nothing (POOL_2D's mean counts the padding)."""
+    p: Any = v.params
+    y = _pooled(x, p.op, (1, p.k), (1, p.s), (0, p.p))
+    if p.op == MAX_POOL:
+        return y
+    first = torch.arange(v.ne[0], device=x.device) * p.s - p.p
+    inside = (first + p.k).clamp(max=x.shape[3]) - first.clamp(min=0)
+    scaled: Tensor = y * (p.k / inside.clamp(min=1)).to(y.dtype)
+    return scaled
+
+
 def _pool_2d(v: Value, x: Tensor) -> Tensor:
     p: Any = v.params
-    # padded here: torch allows no more padding than half a window
-    padded = F.pad(x, (p.p0, p.p0, p.p1, p.p1), value=0.0 if p.op else -torch.finfo(x.dtype).max)
-    pool = F.avg_pool2d if p.op else F.max_pool2d
-    return pool(padded, (p.k1, p.k0), (p.s1, p.s0))
+    return _pooled(x, p.op, (p.k1, p.k0), (p.s1, p.s0), (p.p1, p.p0))
+
+
+def _pooled(x: Tensor, op: int, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int]) -> Tensor:
+    """Pooling, height first. Torch pads by no more than half a window: what is beyond that is written out."""
+    inner = min(p[0], k[0] // 2), min(p[1], k[1] // 2)
+    down, across = p[0] - inner[0], p[1] - inner[1]
+    if down or across:
+        x = F.pad(x, (across, across, down, down), value=0.0 if op == MEAN_POOL else -torch.finfo(x.dtype).max)
+    return F.avg_pool2d(x, k, s, inner) if op == MEAN_POOL else F.max_pool2d(x, k, s, inner)
 
 
 def _upscale(v: Value, x: Tensor) -> Tensor:
     p: Any = v.params
     shape = shape_of(v.ne)
     if (
-        p.mode == 0
+        p.mode == NEAREST
         and x.shape[:2] == shape[:2]
         and all(w % h == 0 for w, h in zip(shape[2:], x.shape[2:], strict=True))
     ):
         return F.interpolate(x, shape[2:], mode="nearest")
-    bilinear = p.mode & 0xFF == 1
     for axis in range(2):
-        x = _nearest(x, axis, shape[axis])
+        x = _nearest(x, axis, shape[axis], shape[axis] / x.shape[axis])
+    corners, resize = bool(p.mode & ALIGN_CORNERS), _RESIZE[p.mode & ~ALIGN_CORNERS]
     for axis in (2, 3):
-        x = _linear(x, axis, shape[axis], bool(p.mode & 256)) if bilinear else _nearest(x, axis, shape[axis])
+        n, have = shape[axis], x.shape[axis]
+        x = resize(x, axis, n, (n - 1) / (have - 1) if corners and n > 1 and have > 1 else n / have, 0.5 - corners / 2)
     return x
 
 
-def _nearest(x: Tensor, axis: int, n: int) -> Tensor:
-    have = x.shape[axis]
-    if n == have:
+def _nearest(x: Tensor, axis: int, n: int, factor: float, _offset: float = 0.0) -> Tensor:
+    if n == x.shape[axis]:
         return x
-    factor = torch.tensor(n, dtype=torch.float32) / have
-    picked = _quotient(torch.arange(n, dtype=torch.float32, device=x.device), float(factor)).long()
-    return x.index_select(axis, picked.clamp(max=have - 1))
+    picked = _quotient(torch.arange(n, dtype=torch.float32, device=x.device), factor).long()
+    return x.index_select(axis, picked.clamp(max=x.shape[axis] - 1))
 
 
 def _quotient(x: Tensor, divisor: float) -> Tensor:
@@ -81,20 +148,91 @@ def _quotient(x: Tensor, divisor: float) -> Tensor:
     return x / torch.full((1,), divisor, dtype=x.dtype, device=x.device)
 
 
-def _linear(x: Tensor, axis: int, n: int, align_corners: bool) -> Tensor:
-    """Linear interpolation along one axis; ggml clamps coordinates to the outermost pixels' centres."""
-    have = x.shape[axis]
-    offset, factor = (0.0, (n - 1) / (have - 1)) if align_corners and n > 1 and have > 1 else (0.5, n / have)
-    if align_corners:
-        offset = 0.0
-    at = _quotient(torch.arange(n, dtype=torch.float32, device=x.device) + offset, factor) - offset
-    low = at.floor().long().clamp(0, have - 1)
-    high = (at.floor().long() + 1).clamp(0, have - 1)
-    share = (at - low).clamp(0, 1).to(x.dtype).reshape([-1 if i == axis else 1 for i in range(4)])
-    return x.index_select(axis, low) * (1 - share) + x.index_select(axis, high) * share
+def _places(x: Tensor, n: int, factor: float, offset: float) -> Tensor:
+    """Where the ``n`` new elements lie among the old ones, whose centres are ``offset`` behind the whole numbers."""
+    return _quotient(torch.arange(n, dtype=torch.float32, device=x.device) + offset, factor)
+
+
+def _blend(x: Tensor, axis: int, taps: Tensor, weights: Tensor) -> Tensor:
+    """Each new element along ``axis`` as a sum of the old ones at ``taps`` [n, k], times ``weights``. Taps outside
+    stand for the outermost element."""
+    picked = x.index_select(axis, taps.clamp(0, x.shape[axis] - 1).flatten())
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    beside = weights.to(x.dtype).reshape(*weights.shape, *(1 for _ in after))
+    return (picked.reshape(*before, *taps.shape, *after) * beside).sum(axis + 1)
+
+
+def _linear(x: Tensor, axis: int, n: int, factor: float, offset: float) -> Tensor:
+    at = _places(x, n, factor, offset) - offset
+    low = at.floor().long()
+    share = (at - low.clamp(0, x.shape[axis] - 1)).clamp(0, 1)
+    return _blend(x, axis, torch.stack((low, low + 1), 1), torch.stack((1 - share, share), 1))
+
+
+def _cubic(x: Tensor, axis: int, n: int, factor: float, offset: float) -> Tensor:
+    """Convolution with Keys' kernel, a = -0.75."""
+    at = _places(x, n, factor, offset) - offset
+    low = at.floor()
+    away = torch.stack(
+        (at - low, 1 - (at - low))
+    )  # from the two elements in the middle; from the outer ones it is 1 more
+    near = ((CUBIC + 2) * away - (CUBIC + 3)) * away * away + 1
+    far = ((CUBIC * (away + 1) - 5 * CUBIC) * (away + 1) + 8 * CUBIC) * (away + 1) - 4 * CUBIC
+    taps = low.long()[:, None] + torch.arange(-1, 3, device=x.device)
+    return _blend(x, axis, taps, torch.stack((far[0], near[0], near[1], far[1]), 1))
+
+
+def _smooth(x: Tensor, axis: int, n: int, factor: float, offset: float) -> Tensor:
+    """Linear interpolation that averages over all that becomes one element: a triangle as wide as that."""
+    reach = max(1.0, float(torch.tensor(1.0) / factor))  # rounded as ggml does: it decides which elements are within
+    at = _places(x, n, factor, offset)
+    first, last = (at - reach + offset).long().clamp(min=0), (at + reach + offset).long().clamp(max=x.shape[axis])
+    taps = first[:, None] + torch.arange(math.ceil(2 * reach) + 1, device=x.device)
+    weights = (1 - ((taps - at[:, None] + offset) / reach).abs()).clamp(min=0)
+    weights = torch.where(taps < last[:, None], weights, 0)
+    total = weights.sum(1, keepdim=True)
+    return _blend(x, axis, taps, weights / torch.where(total > 0, total, 1))
+
+
+_RESIZE: dict[int, Callable[[Tensor, int, int, float, float], Tensor]] = {
+    NEAREST: _nearest,
+    BILINEAR: _linear,
+    BICUBIC: _cubic,
+    BILINEAR | ANTIALIAS: _smooth,
+}
+
+
+def _win_part(v: Value, x: Tensor) -> Tensor:
+    """[1, height, width, channels] → [windows, size, size, channels]"""
+    p: Any = v.params
+    _, height, width, channels = x.shape
+    padded = F.pad(x[0], (0, 0, 0, p.across * p.size - width, 0, p.down * p.size - height))
+    windows = padded.reshape(p.down, p.size, p.across, p.size, channels).transpose(1, 2)
+    return windows.reshape(shape_of(v.ne))
+
+
+def _win_unpart(v: Value, x: Tensor) -> Tensor:
+    p: Any = v.params
+    channels, width, height, _ = v.ne
+    across = -(-width // p.size)
+    rows = x.reshape(-1, across, p.size, p.size, channels).transpose(1, 2)
+    return rows.reshape(1, -1, across * p.size, channels)[:, :height, :width]
+
+
+def _get_rel_pos(v: Value, table: Tensor) -> Tensor:
+    """Row y, column x: the table's entry for the distance y - x."""
+    at = torch.arange(v.ne[1], device=table.device)
+    return table[:, 0, v.ne[1] - 1 + at[:, None] - at]
+
+
+def _add_rel_pos(v: Value, scores: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    k = across.shape[3]
+    return (scores.reshape(*across.shape, k) + down[..., None] + across[..., None, :]).reshape(shape_of(v.ne))
 
 
 RAISE: dict[str, Raise] = {
     "IM2COL": _im2col, "CONV_2D": _conv_2d, "CONV_2D_DW": _conv_2d_dw, "CONV_TRANSPOSE_2D": _conv_transpose_2d,
-    "POOL_2D": _pool_2d, "UPSCALE": _upscale,
+    "POOL_2D": _pool_2d, "UPSCALE": _upscale, "IM2COL_3D": _im2col_3d, "CONV_3D": _conv_3d,
+    "CONV_TRANSPOSE_1D": _conv_transpose_1d, "COL2IM_1D": _col2im_1d, "POOL_1D": _pool_1d, "WIN_PART": _win_part,
+    "WIN_UNPART": _win_unpart, "GET_REL_POS": _get_rel_pos, "ADD_REL_POS": _add_rel_pos,
 }  # fmt: skip

@@ -9,14 +9,17 @@ from ...errors import GraphError
 from ..tensor import Dims, extent
 from ..types import F32, I32, Type
 from .base import (
+    ALL,
     FLOATS,
     INDICES,
     PLAIN,
     READABLE,
+    WRITABLE,
     Call,
     Result,
     Rule,
     declared,
+    float_like,
     injective,
     like,
     need,
@@ -43,7 +46,6 @@ def _repeat(call: Call) -> Result:
 def _concat(call: Call) -> Result:
     a, b = call.src
     dim = call.params.dim
-    typed(a, PLAIN)
     need(0 <= dim < 4, "dimension {}", dim)
     need(a.type == b.type, "types {} and {}", a.type, b.type)
     need(a.ne[:dim] == b.ne[:dim] and a.ne[dim + 1 :] == b.ne[dim + 1 :], "shapes {} and {}", a.ne, b.ne)
@@ -79,7 +81,6 @@ def _set_into(allowed: frozenset[str]) -> Callable[[Call], Result]:
 
 def _copy(call: Call) -> Result:
     a, b = call.src
-    typed(a, READABLE | PLAIN)
     # without a destination it is ggml_cast: the result is a tensor of its own
     result = Result(call.type or a.type, call.ne or a.ne) if b is None else Result(b.type, b.ne)
     need(a.elements == math.prod(result.ne), "copies {} to {}", a.ne, result.ne)
@@ -88,15 +89,16 @@ def _copy(call: Call) -> Result:
 
 
 def _convertible(source: Type, result: Type) -> bool:
-    return (source == result and source.plain) or (
-        (source.name in READABLE and result.name in FLOATS)
-        or {source.name, result.name} in ({"F32", "I32"}, {"F16", "I32"}, {"BF16", "I32"})
+    return (
+        source == result
+        or (source.name in READABLE and result.name in FLOATS)
+        or (source.name in FLOATS and result.name in WRITABLE | {"I32"})
+        or (source == I32 and result.name in FLOATS)
     )
 
 
 def _cont(call: Call) -> Result:
     source = call.src[0]
-    typed(source, PLAIN)
     ne = call.ne or source.ne
     need(source.elements == math.prod(ne), "makes {} of {}", ne, source.ne)
     return Result(source.type, ne)
@@ -148,7 +150,7 @@ def _set_rows(call: Call) -> Result:
     values, rows, into = call.src
     typed(values, frozenset({"F32", "F16"}))
     typed(rows, INDICES, "indices")
-    typed(into, FLOATS, "destination")
+    typed(into, WRITABLE | {"I32"}, "destination")
     v, r, d = values.ne, rows.ne, into.ne
     need(
         v[0] == d[0] and v[2:] == d[2:] and v[1] == r[0] and not v[2] % r[1] and not v[3] % r[2] and r[3] == 1,
@@ -165,13 +167,28 @@ def _pad(call: Call) -> Result:
     return Result(call.src[0].type, (w, x, y, z))
 
 
+def _pad_reflect(call: Call) -> Result:
+    like, (left, right) = float_like(call), call.params
+    n = like.ne[0]
+    need(0 <= left < n and 0 <= right < n, "mirrors {} and {} of {} elements", left, right, n)
+    return Result(like.type, (left + n + right, *like.ne[1:]))
+
+
+def _roll(call: Call) -> Result:
+    like = float_like(call)
+    for shift, n in zip(call.params, like.ne, strict=True):
+        need(-n < shift < n, "moves {} by {}", like.ne, tuple(call.params))
+    return like
+
+
 RULES: dict[str, Rule] = {
     # names for bytes
     "NONE": Rule(0, 0, _leaf), "VIEW": Rule(1, 1, _view), "RESHAPE": Rule(1, 1, _reshape),
     "PERMUTE": Rule(1, 1, _permute), "TRANSPOSE": Rule(1, 1, _transpose),
     # copies
-    "DUP": Rule(1, 1, like(PLAIN)), "CPY": Rule(1, 2, _copy), "CONT": Rule(1, 1, _cont),
+    "DUP": Rule(1, 1, like(ALL)), "CPY": Rule(1, 2, _copy), "CONT": Rule(1, 1, _cont),
     "REPEAT": Rule(1, 1, _repeat), "CONCAT": Rule(2, 2, _concat), "PAD": Rule(1, 1, _pad),
+    "PAD_REFLECT_1D": Rule(1, 1, _pad_reflect), "ROLL": Rule(1, 1, _roll),
     "SET": Rule(2, 2, _set_into(frozenset({"F32", "I32"}))), "ACC": Rule(2, 2, _set_into(frozenset({"F32"}))),
     "GET_ROWS": Rule(2, 2, _get_rows), "SET_ROWS": Rule(3, 3, _set_rows),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from .base import FLOATS, Call, Result, Rule, float_like, like, need, one_of, re
 
 UNARY_OPS = frozenset({
     "ABS", "SGN", "NEG", "STEP", "TANH", "ELU", "RELU", "SIGMOID", "GELU", "GELU_QUICK", "SILU", "HARDSWISH",
-    "HARDSIGMOID", "EXP", "EXPM1", "SOFTPLUS", "GELU_ERF", "FLOOR", "CEIL", "ROUND", "TRUNC",
+    "HARDSIGMOID", "EXP", "EXPM1", "SOFTPLUS", "GELU_ERF", "XIELU", "FLOOR", "CEIL", "ROUND", "TRUNC",
 })  # fmt: skip
 GLU_OPS = frozenset({"REGLU", "GEGLU", "SWIGLU", "SWIGLU_OAI", "GEGLU_ERF", "GEGLU_QUICK", "SWIGLU_CLAMP"})
 
@@ -20,6 +20,14 @@ def _binary(call: Call) -> Result:
     typed(b, FLOATS)
     need(a.ne == b.ne or repeats(b.ne, a.ne), "can't broadcast {} to {}", b.ne, a.ne)
     return Result(one_of(call, FLOATS, a.type), a.ne)
+
+
+def _add_one(call: Call) -> Result:
+    a, b = call.src
+    typed(a, FLOATS)
+    typed(b, FLOATS)
+    need(b.ne == (1, 1, 1, 1), "{} is no single number", b.ne)
+    return Result(a.type, a.ne)
 
 
 def _diag_mask(call: Call) -> Result:
@@ -68,6 +76,7 @@ def _glu(call: Call) -> Result:
 
 RULES: dict[str, Rule] = {
     "ADD": Rule(2, 2, _binary), "SUB": Rule(2, 2, _binary), "MUL": Rule(2, 2, _binary), "DIV": Rule(2, 2, _binary),
+    "ADD1": Rule(2, 2, _add_one),
     "SQR": Rule(1, 1, float_like), "SQRT": Rule(1, 1, float_like), "LOG": Rule(1, 1, float_like),
     "SIN": Rule(1, 1, float_like), "COS": Rule(1, 1, float_like), "SCALE": Rule(1, 1, float_like),
     "CLAMP": Rule(1, 1, _clamp, finite=False), "LEAKY_RELU": Rule(1, 1, float_like), "UNARY": Rule(1, 1, _unary),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..tensor import Dims
-from ..types import F32
+from ..types import F16, F32
 from .base import FLOATS, READABLE, Call, Result, Rule, declared, float_like, need, one_of, support, typed
 
-NEAREST, BILINEAR, ALIGN_CORNERS = 0, 1, 256
+NEAREST, BILINEAR, BICUBIC, ALIGN_CORNERS, ANTIALIAS = 0, 1, 2, 256, 512
 MAX_POOL, MEAN_POOL = 0, 1
 
 
@@ -54,6 +54,30 @@ def _conv_2d_dw(call: Call) -> Result:
     return Result(image.type, (*_windows(k, x, p), x[2], x[3]))
 
 
+def _volume(k: Dims, x: Dims, p: Any) -> tuple[int, int, int]:
+    return (*_windows(k, x, p), _window(x[2], k[2], p.s2, p.p2, p.d2))
+
+
+def _im2col_3d(call: Call) -> Result:
+    kernel, image = call.src
+    typed(image, FLOATS)
+    to = one_of(call, FLOATS, F32)
+    k, x, channels = kernel.ne, image.ne, call.params.channels
+    need(channels > 0 and not k[3] % channels and not x[3] % channels, "{} channels in {} and {}", channels, k, x)
+    width, height, depth = _volume(k, x, call.params)
+    return Result(to, (k[0] * k[1] * k[2] * channels, width, height, depth * (x[3] // channels)))
+
+
+def _conv_3d(call: Call) -> Result:
+    kernel, image = call.src
+    typed(kernel, READABLE, "kernel")
+    typed(image, FLOATS)
+    k, x, p = kernel.ne, image.ne, call.params
+    need(min(p.channels, p.batch, p.outputs) > 0, "{} images, {} to {} channels", p.batch, p.channels, p.outputs)
+    need(k[3] == p.channels * p.outputs and x[3] == p.channels * p.batch, "kernel {} for input {}", k, x)
+    return Result(F32, (*_volume(k, x, p), p.outputs * p.batch))
+
+
 def _windows(k: Dims, x: Dims, p: Any) -> tuple[int, int]:
     return _window(x[0], k[0], p.s0, p.p0, p.d0), _window(x[1], k[1], p.s1, p.p1, p.d1)
 
@@ -68,23 +92,99 @@ def _conv_transpose_2d(call: Call) -> Result:
     return Result(F32, ((x[0] - 1) * stride + k[0], (x[1] - 1) * stride + k[1], k[2], x[3]))
 
 
+def _conv_transpose_1d(call: Call) -> Result:
+    kernel, rows = call.src
+    typed(kernel, READABLE, "kernel")
+    typed(rows, FLOATS)
+    k, x, (stride, padding, dilation) = kernel.ne, rows.ne, call.params
+    need(stride > 0, "stride {}", stride)
+    support(padding == 0 and dilation == 1, "padding {}, dilation {}", padding, dilation)
+    need(k[2:] == (x[1], 1) and x[2:] == (1, 1), "kernel {} for input {}", k, x)
+    return Result(F32, ((x[0] - 1) * stride + k[0], k[1], 1, 1))
+
+
+def _col2im_1d(call: Call) -> Result:
+    like, (stride, channels, padding) = float_like(call), call.params
+    columns, steps, *outer = like.ne
+    need(outer == [1, 1], "{} is no matrix", like.ne)
+    need(stride > 0 and channels > 0 and padding >= 0, "stride, channels and padding {}", tuple(call.params))
+    need(columns % channels == 0, "{} channels in columns of {}", channels, columns)
+    length = (steps - 1) * stride + columns // channels - 2 * padding
+    need(length > 0, "cuts {} off both ends", padding)
+    return Result(like.type, (length, channels, 1, 1))
+
+
+def _pool_1d(call: Call) -> Result:
+    source, p = call.src[0], call.params
+    typed(source, FLOATS)
+    return Result(F32, (_pooled(source.ne[0], p.op, p.k, p.s, p.p), *source.ne[1:]))
+
+
 def _pool_2d(call: Call) -> Result:
     source, p = call.src[0], call.params
     typed(source, FLOATS)
-    need(p.op in (MAX_POOL, MEAN_POOL), "pooling {}", p.op)
-    need(p.k0 > 0 and p.k1 > 0, "a window of {} × {}", p.k0, p.k1)
-    need(p.p0 < p.k0 and p.p1 < p.k1, "padding {} × {} of a window of {} × {}", p.p0, p.p1, p.k0, p.k1)
     x = source.ne
-    return Result(F32, (_window(x[0], p.k0, p.s0, p.p0, 1), _window(x[1], p.k1, p.s1, p.p1, 1), x[2], x[3]))
+    return Result(F32, (_pooled(x[0], p.op, p.k0, p.s0, p.p0), _pooled(x[1], p.op, p.k1, p.s1, p.p1), x[2], x[3]))
+
+
+def _pooled(n: int, op: int, k: int, s: int, p: int) -> int:
+    need(op in (MAX_POOL, MEAN_POOL), "pooling {}", op)
+    need(k > 0, "a window of {}", k)
+    # what goes beyond half a window is written out, and is otherwise without bound
+    support(p <= n + k // 2, "padding {} of {} elements", p, n)
+    return _window(n, k, s, p, 1)
 
 
 def _upscale(call: Call) -> Result:
-    support(call.params.mode in (NEAREST, BILINEAR, BILINEAR | ALIGN_CORNERS), "mode {}", call.params.mode)
+    mode = call.params.mode
+    scale, flags = mode & 0xFF, mode & ~0xFF
+    support(scale in (NEAREST, BILINEAR, BICUBIC) and not flags & ~(ALIGN_CORNERS | ANTIALIAS), "mode {}", mode)
+    support(not flags & ANTIALIAS or scale == BILINEAR, "mode {}", mode)
     return Result(float_like(call).type, declared(call))
+
+
+def _win_part(call: Call) -> Result:
+    like, (across, down, size) = float_like(call), call.params
+    channels, width, height, batch = like.ne
+    need(size > 0 and batch == 1, "windows of {} in {}", size, like.ne)
+    need(across == -(-width // size) and down == -(-height // size), "{} × {} windows in {}", across, down, like.ne)
+    return Result(like.type, (channels, size, size, across * down))
+
+
+def _win_unpart(call: Call) -> Result:
+    like, size, ne = float_like(call), call.params.size, declared(call)
+    need(size > 0, "windows of {}", size)
+    windows = -(-ne[1] // size) * -(-ne[2] // size)
+    need(like.ne[1:] == (size, size, windows) and ne[3] == 1, "windows {} for {}", like.ne, ne)
+    return Result(like.type, (like.ne[0], ne[1], ne[2], 1))
+
+
+def _get_rel_pos(call: Call) -> Result:
+    table = call.src[0]
+    typed(table, frozenset({"F16"}))
+    width, distances, *outer = table.ne
+    need(distances % 2 == 1 and outer == [1, 1], "distances {}", table.ne)
+    n = (distances + 1) // 2
+    return Result(F16, (width, n, n, 1))
+
+
+def _add_rel_pos(call: Call) -> Result:
+    scores, across, down = call.src
+    like = float_like(call)
+    for positions in (across, down):
+        typed(positions, FLOATS, "positions")
+        k, rows, columns, batch = positions.ne
+        need((k * k, rows * columns, batch, 1) == like.ne, "positions {} for {}", positions.ne, scores.ne)
+    need(across.ne == down.ne, "positions {} and {}", across.ne, down.ne)
+    need(call.params.inplace in (0, 1), "in place: {}", call.params.inplace)
+    return like
 
 
 RULES: dict[str, Rule] = {
     "IM2COL": Rule(2, 2, _im2col), "CONV_2D": Rule(2, 2, _conv_2d), "CONV_2D_DW": Rule(2, 2, _conv_2d_dw),
     "CONV_TRANSPOSE_2D": Rule(2, 2, _conv_transpose_2d), "POOL_2D": Rule(1, 1, _pool_2d),
-    "UPSCALE": Rule(1, 1, _upscale),
+    "UPSCALE": Rule(1, 1, _upscale), "IM2COL_3D": Rule(2, 2, _im2col_3d), "CONV_3D": Rule(2, 2, _conv_3d),
+    "CONV_TRANSPOSE_1D": Rule(2, 2, _conv_transpose_1d), "COL2IM_1D": Rule(1, 1, _col2im_1d),
+    "POOL_1D": Rule(1, 1, _pool_1d), "WIN_PART": Rule(1, 1, _win_part), "WIN_UNPART": Rule(1, 1, _win_unpart),
+    "GET_REL_POS": Rule(1, 1, _get_rel_pos), "ADD_REL_POS": Rule(3, 3, _add_rel_pos),
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..types import F32, I32
-from .base import Call, Result, Rule, float_like, need, support
+from ..types import F32, I32, I64
+from .base import Call, Result, Rule, declared, float_like, need, typed
 
 
 def _eps(call: Call) -> Result:
@@ -12,9 +12,7 @@ def _eps(call: Call) -> Result:
 
 
 def _group_norm(call: Call) -> Result:
-    groups, channels = call.params.groups, call.src[0].ne[2]
-    need(0 < groups <= channels, "{} groups of {} channels", groups, channels)
-    support(channels % groups == 0, "{} channels in {} unlike groups", channels, groups)
+    need(call.params.groups > 0, "{} groups", call.params.groups)
     return _eps(call)
 
 
@@ -42,9 +40,38 @@ def _argsort(call: Call) -> Result:
     return Result(I32, float_like(call).ne)
 
 
+def _top_k(call: Call) -> Result:
+    ne, k = float_like(call).ne, declared(call)[0]
+    need(k <= ne[0], "the {} largest of {}", k, ne[0])
+    return Result(I32, (k, *ne[1:]))
+
+
+def _count_equal(call: Call) -> Result:
+    a, b = call.src
+    typed(a, frozenset({"I32"}))
+    typed(b, frozenset({"I32"}))
+    need(a.ne == b.ne, "shapes {} and {}", a.ne, b.ne)
+    return Result(I64, (1, 1, 1, 1))
+
+
+def _tri(call: Call) -> Result:
+    like = float_like(call)
+    need(0 <= call.params.part < 4, "part {}", call.params.part)
+    need(like.ne[0] == like.ne[1], "{} is not square", like.ne)
+    return like
+
+
+def _diag(call: Call) -> Result:
+    like = float_like(call)
+    n, rows, *outer = like.ne
+    need(rows == 1, "{} rows for a diagonal", rows)
+    return Result(like.type, (n, n, outer[0], outer[1]))
+
+
 RULES: dict[str, Rule] = {
     "SUM": Rule(1, 1, _sum), "SUM_ROWS": Rule(1, 1, _sum_rows), "MEAN": Rule(1, 1, _mean),
     "ARGMAX": Rule(1, 1, _argmax), "ARGSORT": Rule(1, 1, _argsort), "CUMSUM": Rule(1, 1, float_like),
     "NORM": Rule(1, 1, _eps), "RMS_NORM": Rule(1, 1, _eps), "L2_NORM": Rule(1, 1, _eps),
-    "GROUP_NORM": Rule(1, 1, _group_norm),
+    "GROUP_NORM": Rule(1, 1, _group_norm), "TOP_K": Rule(1, 1, _top_k), "COUNT_EQUAL": Rule(2, 2, _count_equal),
+    "TRI": Rule(1, 1, _tri), "DIAG": Rule(1, 1, _diag),
 }  # fmt: skip

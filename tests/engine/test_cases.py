@@ -1,0 +1,49 @@
+"""The small graphs that all interpreters and compilers are tested over, on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.ops import RAISE
+from sdrpc.ggml.rules import RULES
+from sdrpc.ggml.tensor import ALIASES, OUTPUT, Tensor, rewrite
+from tests.engine.compare import same
+from tests.support import reference
+from tests.support.cases import CASES
+from tests.support.feed import Feed, graph
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(device: LocalDevice, name: str) -> None:
+    feed = Feed()
+    last = CASES[name](feed)
+    steps = graph(last)
+    buffers = {key: device.allocate(len(data)) for key, data in feed.memory.items()}
+    keep = device.allocate(last.nbytes)
+
+    def placed(tensor: Tensor) -> dict[str, Any]:
+        if tensor.buffer:
+            return {"buffer": buffers[tensor.buffer].key}
+        return {"buffer": keep.key, "flags": OUTPUT} if tensor is last else {}
+
+    used = [*buffers.values(), keep]
+    try:
+        for key, data in feed.memory.items():
+            device.write(buffers[key], 0, data.tobytes())
+        graph_there = rewrite(steps, placed)
+        device.compile(graph_there, {buffer.key: buffer for buffer in used}).run()
+        memory = {b.key: np.frombuffer(device.read(b, 0, b.size), np.uint8) for b in used}
+        same(device, graph_there.nodes[-1], reference.read(graph_there.nodes[-1], memory), feed.run(*steps.nodes))
+    finally:
+        for buffer in used:
+            device.free(buffer)
+
+
+def test_every_operation_has_a_case() -> None:
+    computed = set(RULES) - ALIASES
+    assert computed == {name.split("-")[0] for name in CASES} - ALIASES
+    assert computed <= set(RAISE)
