@@ -27,3 +27,13 @@ def repeat_to(x: Tensor, ne: Dims) -> Tensor:
     if all(have in (1, want) for have, want in zip(x.shape, shape, strict=True)):
         return x.expand(shape)
     return x.repeat([want // have for have, want in zip(x.shape, shape, strict=True)])
+
+
+def within(numbers: Tensor, n: int) -> Tensor:
+    """``numbers``, which must be below ``n``. A CPU says so; an accelerator would fail for good, and asking it costs a
+    wait for all that is queued, so there the nearest row is taken."""
+    if numbers.device.type != "cpu":
+        return numbers.clamp(0, n - 1)
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < n:
+        raise IndexError(f"rows {int(numbers.min())} … {int(numbers.max())} of {n}")
+    return numbers

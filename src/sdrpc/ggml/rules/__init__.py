@@ -15,20 +15,20 @@ from ...errors import GraphError, UnsupportedOperation
 from ..params import PARAMS, NoParams, Params
 from ..tensor import Dims
 from ..types import Type
-from . import attention, copies, elementwise, images, products, rows
-from .base import FLOATS, INDICES, PLAIN, READABLE, Call, Result, Rule, Sources, injective
+from . import attention, copies, deepseek, elementwise, images, products, recurrent, rows, training
+from .base import FLOATS, INDICES, PLAIN, READABLE, WRITABLE, Call, Result, Rule, Sources, injective
 from .copies import permuted
 from .elementwise import GLU_OPS, UNARY_OPS
 from .images import MEAN_POOL, NEAREST
 
 __all__ = [
-    "FLOATS", "GLU_OPS", "INDICES", "MEAN_POOL", "NEAREST", "PLAIN", "READABLE", "RULES", "UNARY_OPS", "Call", "Result",
-    "Rule", "infer", "injective", "permuted",
+    "FLOATS", "GLU_OPS", "INDICES", "MEAN_POOL", "NEAREST", "PLAIN", "READABLE", "RULES", "UNARY_OPS", "WRITABLE",
+    "Call", "Result", "Rule", "infer", "injective", "permuted",
 ]  # fmt: skip
 
 RULES: dict[str, Rule] = {
     name: rule
-    for family in (copies, elementwise, rows, attention, products, images)
+    for family in (copies, elementwise, rows, attention, products, images, recurrent, deepseek, training)
     for name, rule in family.RULES.items()
 }
 """Every operation that sdrpc knows, by ggml's name. What is not here is unsupported."""

@@ -12,7 +12,7 @@ NEAREST, BILINEAR, BICUBIC, ALIGN_CORNERS, ANTIALIAS = 0, 1, 2, 256, 512
 MAX_POOL, MEAN_POOL = 0, 1
 
 
-def _window(n: int, k: int, s: int, p: int, d: int) -> int:
+def window(n: int, k: int, s: int, p: int, d: int) -> int:
     """Outputs of a window of ``k`` taps sliding over ``n`` elements: (n + 2p - d(k - 1) - 1) / s + 1."""
     need(s > 0 and d > 0 and p >= 0, "stride {}, dilation {}, padding {}", s, d, p)
     room = n + 2 * p - d * (k - 1) - 1
@@ -27,12 +27,12 @@ def _im2col(call: Call) -> Result:
     to = one_of(call, FLOATS, F32)
     k, x = kernel.ne, image.ne
     need(p.is_2d in (0, 1), "is_2d {}", p.is_2d)
-    width = _window(x[0], k[0], p.s0, p.p0, p.d0)
+    width = window(x[0], k[0], p.s0, p.p0, p.d0)
     if not p.is_2d:
         need(x[1] == k[1] and x[3] == 1, "kernel {} for input {}", k, x)
         return Result(to, (k[0] * k[1], width, x[2], 1))
     need(x[2] == k[2], "kernel {} for input {}", k, x)
-    height = _window(x[1], k[1], p.s1, p.p1, p.d1)
+    height = window(x[1], k[1], p.s1, p.p1, p.d1)
     return Result(to, (k[0] * k[1] * k[2], width, height, x[3]))
 
 
@@ -55,7 +55,7 @@ def _conv_2d_dw(call: Call) -> Result:
 
 
 def _volume(k: Dims, x: Dims, p: Any) -> tuple[int, int, int]:
-    return (*_windows(k, x, p), _window(x[2], k[2], p.s2, p.p2, p.d2))
+    return (*_windows(k, x, p), window(x[2], k[2], p.s2, p.p2, p.d2))
 
 
 def _im2col_3d(call: Call) -> Result:
@@ -79,7 +79,7 @@ def _conv_3d(call: Call) -> Result:
 
 
 def _windows(k: Dims, x: Dims, p: Any) -> tuple[int, int]:
-    return _window(x[0], k[0], p.s0, p.p0, p.d0), _window(x[1], k[1], p.s1, p.p1, p.d1)
+    return window(x[0], k[0], p.s0, p.p0, p.d0), window(x[1], k[1], p.s1, p.p1, p.d1)
 
 
 def _conv_transpose_2d(call: Call) -> Result:
@@ -132,7 +132,7 @@ def _pooled(n: int, op: int, k: int, s: int, p: int) -> int:
     need(k > 0, "a window of {}", k)
     # what goes beyond half a window is written out, and is otherwise without bound
     support(p <= n + k // 2, "padding {} of {} elements", p, n)
-    return _window(n, k, s, p, 1)
+    return window(n, k, s, p, 1)
 
 
 def _upscale(call: Call) -> Result:

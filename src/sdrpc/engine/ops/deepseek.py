@@ -1,0 +1,56 @@
+"""What DeepSeek's models brought: the indexer of sparse attention, and hyper-connections between streams of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes import shape_of
+from ..values import Value
+from .base import Raise, repeat_to
+
+
+def _lightning_indexer(v: Value, query: Tensor, key: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """How much each key matters for a token: the sum over heads of weight · relu(q k), plus the mask."""
+    batch, tokens, heads, size = query.shape
+    scores = F.relu(query.reshape(batch, tokens * heads, size) @ key[:, :, 0].mT)
+    scores = scores.reshape(batch, tokens, heads, -1)
+    summed = weights.reshape(batch, tokens, 1, heads) @ scores
+    return summed.reshape(shape_of(v.ne)) + repeat_to(mask, v.ne)
+
+
+def _mixing(v: Value, mixes: Tensor, scale: Tensor, base: Tensor) -> Tensor:
+    """A matrix [from, to] for each token whose rows and columns sum to one: a softmax, then Sinkhorn's iteration."""
+    p: Any = v.params
+    streams = v.ne[0]
+    logits = mixes[0, 0, :, 2 * streams :] * scale[0, 0, 0, 2] + base[0, 0, 0, 2 * streams :]
+    matrix: Tensor = torch.softmax(logits.reshape(-1, streams, streams), -1) + p.eps
+    matrix = matrix / (matrix.sum(1, keepdim=True) + p.eps)
+    for _ in range(p.rounds - 1):
+        matrix = matrix / (matrix.sum(2, keepdim=True) + p.eps)
+        matrix = matrix / (matrix.sum(1, keepdim=True) + p.eps)
+    return matrix.reshape(shape_of(v.ne))
+
+
+def _gather(v: Value, x: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum of a token's streams. Weights are one number a stream, or gates of all its elements, which go
+    through a sigmoid and are scaled. (Without gates the scale is always one; protocols before 7.0 don't send it.)"""
+    p: Any = v.params
+    if not p.gated:
+        return (weights[0, 0, :, None] @ x[0]).reshape(shape_of(v.ne))
+    return ((x * torch.sigmoid(weights)).sum(2) * float(p.scale)).reshape(shape_of(v.ne))
+
+
+def _spread(v: Value, x: Tensor, residual: Tensor, post: Tensor, mixing: Tensor | None = None) -> Tensor:
+    """Each stream gets its share of the layer's result, and the other streams as the mixing says (itself without)."""
+    shared = post[0, 0, :, :, None] * x[0, 0, :, None]
+    mixed = residual[0] if mixing is None else mixing[0].mT @ residual[0]
+    return (shared + mixed).reshape(shape_of(v.ne))
+
+
+RAISE: dict[str, Raise] = {
+    "LIGHTNING_INDEXER": _lightning_indexer, "DSV4_HC_COMB": _mixing, "DSV4_HC_PRE": _gather, "DSV4_HC_POST": _spread,
+}  # fmt: skip

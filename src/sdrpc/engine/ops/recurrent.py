@@ -1,0 +1,144 @@
+"""Recurrences over tokens: state space models, RWKV, gated attention; and triangular systems.
+
+Each loops over tokens, as nothing shorter gives ggml's numbers; everything else, sequences and heads, at once. Results
+are one tensor: what comes out for each token, then states.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes import shape_of
+from ..values import Value
+from .base import Raise, within
+
+
+def _joined(v: Value, outputs: list[Tensor], states: Iterable[Tensor]) -> Tensor:
+    """``outputs`` of the tokens, [sequences, …] each, and then ``states``, as one dense value. States before the first
+    token, which ggml leaves undefined, are zero."""
+    flat = torch.cat([part.reshape(-1) for part in (torch.stack(outputs, 1), *states)])
+    return F.pad(flat, (0, prod(v.ne) - len(flat))).reshape(shape_of(v.ne))
+
+
+def _history(states: int) -> deque[Tensor]:
+    """For the last ``states`` states (at least one), the last one first."""
+    return deque(maxlen=max(states, 1))
+
+
+def _ssm_conv(v: Value, x: Tensor, kernel: Tensor) -> Tensor:
+    """[1, sequences, channels, taps - 1 + tokens] → [1, sequences, tokens, channels]: taps for each channel."""
+    channels, taps = kernel.shape[2:]
+    return F.conv1d(x[0], kernel.reshape(channels, 1, taps), groups=channels).mT.reshape(shape_of(v.ne))
+
+
+def _ssm_scan(v: Value, states: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, rows: Tensor) -> Tensor:
+    """Mamba's selective scan: h ← h · exp(dt A) + dt x Bᵀ, y = h C, where dt has gone through softplus.
+
+    ``x`` [sequences, tokens, heads, width], ``dt`` [1, sequences, tokens, heads], ``b`` and ``c`` [sequences, tokens,
+    groups, size] of which each serves several heads, ``a`` [1, 1, heads, size] (Mamba-1) or [1, 1, heads, 1] (Mamba-2).
+    Sequence i starts from ``states[rows[i]]`` [heads, width, size].
+    """
+    p: Any = v.params
+    state = states[within(rows.reshape(-1).long(), states.shape[0])]
+    step = F.softplus(dt[0])
+    decay = torch.exp(step[..., None] * a[0, 0])[:, :, :, None]
+    inputs = (x * step[..., None])[..., None]
+    share = x.shape[2] // b.shape[2]
+    b, c = b.repeat_interleave(share, 2)[:, :, :, None], c.repeat_interleave(share, 2)[..., None]
+    outputs, history = [], _history(p.states)
+    for t in range(x.shape[1]):
+        state = state * decay[:, t] + inputs[:, t] * b[:, t]
+        outputs.append((state @ c[:, t])[..., 0])
+        history.appendleft(state)
+    return _joined(v, outputs, history)
+
+
+def _sequences(state: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
+    """The tokens of all sequences, [1, sequences · n, heads, size], as [sequences, n, heads, size]; and the states
+    [sequences, heads, size, size]."""
+    _, _, heads, size = tokens[0].shape
+    split = [one.reshape(state.shape[2], -1, heads, size) for one in tokens]
+    return (state.reshape(-1, heads, size, size), *split)
+
+
+def _wkv6(
+    v: Value, key: Tensor, value: Tensor, receptance: Tensor, first: Tensor, decay: Tensor, state: Tensor
+) -> Tensor:
+    """y = r (S + first · kᵀv), S ← decay · S + kᵀv: rows of S go with keys, columns with values."""
+    h, key, value, receptance, decay = _sequences(state, key, value, receptance, decay)
+    bonus = first.reshape(*key.shape[2:], 1)
+    outputs = []
+    for t in range(key.shape[1]):
+        new = key[:, t, :, :, None] * value[:, t, :, None]
+        outputs.append((receptance[:, t, :, None] @ torch.addcmul(h, bonus, new))[:, :, 0])
+        h = torch.addcmul(new, decay[:, t, :, :, None], h)
+    return _joined(v, outputs, [h])
+
+
+def _wkv7(
+    v: Value, receptance: Tensor, decay: Tensor, key: Tensor, value: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> Tensor:
+    """S ← S · decay + vᵀk + (S a)ᵀb, y = S r: rows of S go with values, columns with keys."""
+    h, receptance, decay, key, value, a, b = _sequences(state, receptance, decay, key, value, a, b)
+    outputs = []
+    for t in range(key.shape[1]):
+        removed = h @ a[:, t, :, :, None]
+        h = h * decay[:, t, :, None] + value[:, t, :, :, None] * key[:, t, :, None] + removed * b[:, t, :, None]
+        outputs.append((h @ receptance[:, t, :, :, None])[..., 0])
+    return _joined(v, outputs, [h])
+
+
+def _gated_linear_attn(v: Value, key: Tensor, value: Tensor, query: Tensor, gate: Tensor, state: Tensor) -> Tensor:
+    """S ← gate · S + kᵀv, y = scale · q S: rows of S go with keys, columns with values."""
+    p: Any = v.params
+    h, key, value, query, gate = _sequences(state, key, value, query * float(p.scale), gate)
+    outputs = []
+    for t in range(key.shape[1]):
+        h = torch.addcmul(key[:, t, :, :, None] * value[:, t, :, None], gate[:, t, :, :, None], h)
+        outputs.append((query[:, t, :, None] @ h)[:, :, 0])
+    return _joined(v, outputs, [h])
+
+
+def _gated_delta_net(
+    v: Value, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor, state: Tensor
+) -> Tensor:
+    """S ← exp(gate) · S, then S ← S + beta (v - S k)ᵀk, y = S q / √size: rows of S go with values, columns with keys.
+
+    All but ``state`` are [sequences, tokens, heads, size]; queries and keys of fewer heads or sequences repeat (heads
+    in turn, sequences several times each). The gate is one number a head, or one for each column.
+    """
+    p: Any = v.params
+    sequences, tokens, heads, size = value.shape
+    query, key = (
+        one.repeat_interleave(sequences // one.shape[0], 0).repeat(1, 1, heads // one.shape[2], 1)[..., None]
+        for one in (query * size**-0.5, key)
+    )
+    decay = gate.exp()[:, :, :, None]
+    h = state.reshape(sequences, heads, size, size)
+    outputs, history = [], _history(p.states)
+    for t in range(tokens):
+        h = h * decay[:, t]
+        error = (value[:, t, ..., None] - h @ key[:, t]) * beta[:, t, ..., None]
+        h = torch.addcmul(h, error, key[:, t].mT)
+        outputs.append((h @ query[:, t])[..., 0])
+        history.appendleft(h)
+    return _joined(v, outputs, history)
+
+
+def _solve_tri(_v: Value, a: Tensor, b: Tensor) -> Tensor:
+    """x with a · x = b, where ``a`` is lower triangular: what is above its diagonal is not read."""
+    solution: Tensor = torch.linalg.solve_triangular(a, b, upper=False)
+    return solution
+
+
+RAISE: dict[str, Raise] = {
+    "SSM_CONV": _ssm_conv, "SSM_SCAN": _ssm_scan, "RWKV_WKV6": _wkv6, "RWKV_WKV7": _wkv7,
+    "GATED_LINEAR_ATTN": _gated_linear_attn, "GATED_DELTA_NET": _gated_delta_net, "SOLVE_TRI": _solve_tri,
+}  # fmt: skip

@@ -1,0 +1,107 @@
+"""What only training needs: gradients of other operations, losses and steps of optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dtypes import shape_of
+from ..values import Value
+from . import attention
+from .base import Raise, operand, within
+
+
+def _silu_back(_v: Value, gradient: Tensor, x: Tensor) -> Tensor:
+    """s (1 + x (1 - s)), where s = sigmoid(x)"""
+    s: Tensor = torch.sigmoid(x)
+    return gradient * s * (1 + x * (1 - s))
+
+
+def _rms_norm_back(v: Value, gradient: Tensor, x: Tensor) -> Tensor:
+    """(dz - x · mean(x dz) / (mean(x²) + eps)) / √(mean(x²) + eps)"""
+    p: Any = v.params
+    mean = x.square().mean(-1, keepdim=True) + p.eps
+    return (gradient - x * ((x * gradient).mean(-1, keepdim=True) / mean)) * mean.rsqrt()
+
+
+def _soft_max_back(v: Value, gradient: Tensor, y: Tensor) -> Tensor:
+    """y · (dy - Σ y dy) · scale"""
+    p: Any = v.params
+    return (gradient - (y * gradient).sum(-1, keepdim=True)) * y * float(p.scale)
+
+
+def _rope_back(v: Value, x: Tensor, positions: Tensor, *factors: Tensor) -> Tensor:
+    """The rotation backwards."""
+    return attention.RAISE["ROPE"](v, x, -positions, *factors)
+
+
+def _repeat_back(v: Value, x: Tensor) -> Tensor:
+    """The sum over all copies."""
+    wanted = shape_of(v.ne)
+    copies = [n for have, want in zip(x.shape, wanted, strict=True) for n in (have // want, want)]
+    return x.reshape(copies).sum((0, 2, 4, 6))
+
+
+def _get_rows_back(v: Value, rows: Tensor, numbers: Tensor) -> Tensor:
+    """Rows added where they were picked."""
+    _, _, n, width = shape_of(v.ne)
+    into = torch.zeros(n, width, dtype=rows.dtype, device=rows.device)
+    return into.index_add(0, within(numbers.reshape(-1).long(), n), rows[0, 0]).reshape(shape_of(v.ne))
+
+
+def _cross_entropy_loss(v: Value, logits: Tensor, wanted: Tensor) -> Tensor:
+    """- mean over rows of Σ wanted · log softmax(logits)"""
+    rows = logits.numel() // logits.shape[-1]
+    return (torch.log_softmax(logits, -1) * wanted).sum().div(-rows).reshape(shape_of(v.ne))
+
+
+def _cross_entropy_loss_back(_v: Value, gradient: Tensor, logits: Tensor, wanted: Tensor) -> Tensor:
+    rows = logits.numel() // logits.shape[-1]
+    return (torch.softmax(logits, -1) - wanted) * (gradient / rows)
+
+
+def _sgd(_v: Value, weight: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
+    """w (1 - rate · decay) - rate · g"""
+    rate, decay = rates[..., :1], rates[..., 1:]
+    return weight * (1 - rate * decay) - rate * gradient
+
+
+def _im2col_back(v: Value, columns: Tensor, _kernel: Tensor) -> Tensor:
+    """Columns added where they were taken: [n, height, width, taps] → [n, channels, …]."""
+    p: Any = v.params
+    k0, k1 = operand(v, 1).ne[:2]
+    n3, n2, n1, n0 = shape_of(v.ne)
+    if p.is_2d:
+        flat = columns.reshape(n3, -1, columns.shape[3]).mT
+        return F.fold(flat, (n1, n0), (k1, k0), (p.d1, p.d0), (p.p1, p.p0), (p.s1, p.s0))
+    flat = columns.reshape(n2, -1, columns.shape[3]).mT
+    return F.fold(flat, (1, n0), (1, k0), (1, p.d0), (0, p.p0), (1, p.s0)).reshape(shape_of(v.ne))
+
+
+def _pool_2d_back(v: Value, gradient: Tensor, image: Tensor) -> Tensor:
+    """Each window's gradient goes to its largest element, the first one, or to all its elements alike."""
+    p: Any = v.params
+    around, kernel, stride = (p.p0, p.p0, p.p1, p.p1), (p.k1, p.k0), (p.s1, p.s0)
+    if p.op:
+        padded = F.pad(image, around)
+        spread = torch.ops.aten.avg_pool2d_backward(
+            gradient.contiguous(), padded, kernel, stride, (0, 0), False, True, None
+        )
+    else:
+        padded = F.pad(image, around, value=-torch.inf)
+        at = F.max_pool2d(padded, kernel, stride, return_indices=True)[1]
+        spread = torch.zeros_like(padded).flatten(2).scatter_add(2, at.flatten(2), gradient.flatten(2))
+        spread = spread.reshape(padded.shape)
+    inside: Tensor = spread[..., p.p1 : p.p1 + image.shape[2], p.p0 : p.p0 + image.shape[3]]
+    return inside
+
+
+RAISE: dict[str, Raise] = {
+    "SILU_BACK": _silu_back, "RMS_NORM_BACK": _rms_norm_back, "SOFT_MAX_BACK": _soft_max_back,
+    "ROPE_BACK": _rope_back, "REPEAT_BACK": _repeat_back, "GET_ROWS_BACK": _get_rows_back,
+    "CROSS_ENTROPY_LOSS": _cross_entropy_loss, "CROSS_ENTROPY_LOSS_BACK": _cross_entropy_loss_back,
+    "OPT_STEP_SGD": _sgd, "IM2COL_BACK": _im2col_back, "POOL_2D_BACK": _pool_2d_back,
+}  # fmt: skip

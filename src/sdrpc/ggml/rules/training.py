@@ -1,0 +1,110 @@
+"""What only training needs: gradients of other operations, losses and steps of optimizers."""
+
+from __future__ import annotations
+
+from ..tensor import dims
+from ..types import F32
+from . import attention
+from .base import Call, Result, Rule, declared, need, repeats, support, typed
+from .images import MAX_POOL, MEAN_POOL, window
+
+_F32 = frozenset({"F32"})
+
+MOST_PADDED = 1 << 28
+"""Elements of an image with its padding, which POOL_2D_BACK makes."""
+
+
+def _alike(call: Call) -> Result:
+    """A gradient and what the operation was given (or gave), of one shape."""
+    a, b = call.src
+    typed(a, _F32)
+    typed(b, _F32)
+    need(a.ne == b.ne, "shapes {} and {}", a.ne, b.ne)
+    return Result(F32, a.ne)
+
+
+def _rms_norm_back(call: Call) -> Result:
+    need(call.params.eps >= 0, "eps {}", call.params.eps)
+    return _alike(call)
+
+
+def _soft_max_back(call: Call) -> Result:
+    support(call.params.max_bias == 0, "max_bias {}", call.params.max_bias)
+    return _alike(call)
+
+
+def _repeat_back(call: Call) -> Result:
+    source = call.src[0]
+    typed(source, _F32)
+    ne = declared(call)
+    need(repeats(ne, source.ne), "can't have repeated {} to {}", ne, source.ne)
+    return Result(F32, ne)
+
+
+def _get_rows_back(call: Call) -> Result:
+    rows, numbers = call.src
+    typed(rows, frozenset({"F32", "F16"}))
+    typed(numbers, frozenset({"I32"}), "indices")
+    ne = declared(call)
+    need(rows.ne[2:] == (1, 1) and numbers.ne == (rows.ne[1], 1, 1, 1), "indices {} for {}", numbers.ne, rows.ne)
+    need(ne[0] == rows.ne[0] and ne[2:] == (1, 1), "rows {} into {}", rows.ne, ne)
+    return Result(F32, ne)
+
+
+def _cross_entropy_loss(call: Call) -> Result:
+    _alike(call)
+    return Result(F32, dims(1))
+
+
+def _cross_entropy_loss_back(call: Call) -> Result:
+    gradient, *both = call.src
+    typed(gradient, _F32, "gradient")
+    need(gradient.ne == dims(1), "gradient {} of one number", gradient.ne)
+    return _alike(call._replace(src=tuple(both)))
+
+
+def _sgd(call: Call) -> Result:
+    *both, rates = call.src
+    typed(rates, _F32, "rates")
+    need(rates.ne == dims(2), "{} rates: there are two", rates.ne)
+    return _alike(call._replace(src=tuple(both)))
+
+
+def _im2col_back(call: Call) -> Result:
+    gradient, kernel = call.src
+    typed(gradient, _F32)
+    p, ne, k = call.params, declared(call), kernel.ne
+    need(p.is_2d in (0, 1), "is_2d {}", p.is_2d)
+    width = window(ne[0], k[0], p.s0, p.p0, p.d0)
+    if p.is_2d:
+        height = window(ne[1], k[1], p.s1, p.p1, p.d1)
+        columns = (k[0] * k[1] * ne[2], width, height, ne[3])
+    else:
+        need(ne[3] == 1, "an image {}", ne)
+        columns = (k[0] * ne[1], width, ne[2], 1)
+    need(gradient.ne == columns, "columns {} of an image {}: {} are needed", gradient.ne, ne, columns)
+    return Result(F32, ne)
+
+
+def _pool_2d_back(call: Call) -> Result:
+    gradient, image = call.src
+    p, x = call.params, image.ne
+    typed(gradient, _F32)
+    typed(image, _F32)
+    need(p.op in (MAX_POOL, MEAN_POOL), "pooling {}", p.op)
+    need(p.k0 > 0 and p.k1 > 0, "a window of {} × {}", p.k0, p.k1)
+    need(p.p0 < p.k0 and p.p1 < p.k1, "padding {} × {} of a window of {} × {}", p.p0, p.p1, p.k0, p.k1)
+    pooled = (window(x[0], p.k0, p.s0, p.p0, 1), window(x[1], p.k1, p.s1, p.p1, 1), *x[2:])
+    need(gradient.ne == pooled, "gradient {} of {} pooled to {}", gradient.ne, x, pooled)
+    support((x[0] + 2 * p.p0) * (x[1] + 2 * p.p1) * x[2] * x[3] <= MOST_PADDED, "an image {} in {}", x, p)
+    return Result(F32, x)
+
+
+RULES: dict[str, Rule] = {
+    "SILU_BACK": Rule(2, 2, _alike), "RMS_NORM_BACK": Rule(2, 2, _rms_norm_back),
+    "SOFT_MAX_BACK": Rule(2, 2, _soft_max_back), "ROPE_BACK": attention.RULES["ROPE"],
+    "REPEAT_BACK": Rule(1, 1, _repeat_back), "GET_ROWS_BACK": Rule(2, 2, _get_rows_back),
+    "CROSS_ENTROPY_LOSS": Rule(2, 2, _cross_entropy_loss),
+    "CROSS_ENTROPY_LOSS_BACK": Rule(3, 3, _cross_entropy_loss_back), "OPT_STEP_SGD": Rule(3, 3, _sgd),
+    "IM2COL_BACK": Rule(2, 2, _im2col_back), "POOL_2D_BACK": Rule(2, 2, _pool_2d_back),
+}  # fmt: skip
