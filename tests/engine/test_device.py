@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sdrpc.engine import LocalDevice, devices
-from sdrpc.engine.dequant import DEQUANTIZE, dequantize
 from sdrpc.engine.digest import content
 from sdrpc.engine.precision import EXACT, choose
 from sdrpc.errors import ComputeError, DeviceError, GraphError, OutOfMemory, UnsupportedOperation, UsageError
@@ -223,16 +222,6 @@ def test_a_type_that_cannot_be_read(exact: LocalDevice) -> None:
     with pytest.raises(UnsupportedOperation, match=r"node 0 \(MUL_MAT\).*IQ1_S"):
         exact.compile(graph, {buffer.key: buffer})
     exact.free(buffer)
-
-
-@pytest.mark.parametrize("name", sorted(DEQUANTIZE))
-def test_blocks_become_floats_as_in_gguf(name: str) -> None:
-    held = TYPES[name]
-    raw = np.random.default_rng(1).integers(0, 256, (5, 3 * held.size), dtype=np.uint8)
-    with np.errstate(all="ignore"):
-        wanted = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
-    got = dequantize(torch.from_numpy(raw)[None, None], held, (3 * held.block, 5, 1, 1))[0, 0].numpy()
-    np.testing.assert_array_equal(got, wanted)
 
 
 def test_values_are_not_stored_without_need(exact: LocalDevice) -> None:

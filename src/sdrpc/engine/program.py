@@ -13,14 +13,14 @@ from torch import Tensor
 from sdrpc.errors import UnsupportedOperation
 from sdrpc.ggml.tensor import Graph
 
+from .blocks import READ, WRITE, quantize
 from .deadline import Deadline
-from .dequant import DEQUANTIZE
 from .errors import translated
 from .fuse import Report, fuse
 from .memory import LocalBuffer, typed
 from .ops import RAISE
 from .precision import Precision, assign
-from .values import Value, ordered, trace
+from .values import WRITES_IN_PLACE, Value, moves_blocks, ordered, trace
 from .weights import Form, Weights, convert
 
 
@@ -48,11 +48,11 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
 
 def _supported(value: Value) -> None:
     if value.op == "LEAF":
-        if not value.type.plain and value.type.name not in DEQUANTIZE:
+        if not value.type.plain and value.type.name not in READ:
             raise UnsupportedOperation(f"weights of type {value.type}", value.node)
     elif value.op not in RAISE:
         raise UnsupportedOperation("operation not supported", value.node)
-    elif not value.type.plain:
+    elif not value.type.plain and value.type.name not in WRITE and not moves_blocks(value):
         raise UnsupportedOperation(f"a result of type {value.type}", value.node)
 
 
@@ -117,7 +117,10 @@ class Bound:
             return self._weight(value)
         if value.op == "ARANGE":
             return partial(RAISE["ARANGE"], value, self._device)
-        return partial(RAISE[value.op], value)
+        run = partial(RAISE[value.op], value)
+        if value.type.plain or moves_blocks(value) or value.op in WRITES_IN_PLACE:
+            return run
+        return lambda *operands: quantize(run(*operands), value.type)
 
     def _weight(self, value: Value) -> Callable[[Tensor], Tensor]:
         place, form = value.place, cast(Form, value.params)

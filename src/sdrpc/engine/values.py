@@ -106,12 +106,22 @@ def ordered(effects: Iterable[Value]) -> list[Value]:
     return list(done)
 
 
+def moves_blocks(value: Value) -> bool:
+    """Whether ``value`` is blocks of its operands as they are, so that nothing is read out of them or made anew."""
+    return (
+        value.op in MOVES_BYTES and not value.type.plain and all(s is None or s.type is value.type for s in value.src)
+    )
+
+
 def node_label(at: int, node: Tensor) -> str:
     return f"node {at} ({node.op}{f' {node.name!r}' if node.name else ''})"
 
 
 OPERANDS = {"CPY": 1, "CONT": 1, "DUP": 1, "SET_ROWS": 2}
 """How many sources an operation reads, where the others only say where to write."""
+
+MOVES_BYTES = frozenset({"SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT"})
+"""Operations that give what they got, where the types are the same."""
 
 WRITES_IN_PLACE = frozenset({"SET_ROWS"})
 """Operations that change part of what is in their destination: that memory is state, not a value."""

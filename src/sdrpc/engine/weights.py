@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdrpc.ggml.types import Type
 
-from .dequant import dequantize
+from .blocks import dequantize
 
 
 class Form(NamedTuple):
@@ -24,7 +24,7 @@ class Form(NamedTuple):
 
 def convert(raw: Tensor, type: Type, ne: tuple[int, int, int, int], form: Form) -> Tensor:
     """``raw``, a typed view of memory, in ``form``; always a copy unless it has that form already."""
-    x = raw if type.plain else dequantize(raw, type, ne)
+    x = raw if type.plain else dequantize(raw, type, ne, form.dtype)
     if (x.dtype, form.dtype, x.device.type) == (torch.float16, torch.bfloat16, "cpu"):
         x = x.float()  # torch has no vector code for this pair; two steps take half the time
     if form.channels_last:

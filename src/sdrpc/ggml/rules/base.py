@@ -11,12 +11,12 @@ from ..types import TYPES, Type
 
 FLOATS = frozenset({"F32", "F16", "BF16"})
 """Types that values are computed in."""
-READABLE = FLOATS | {
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS",
-    "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_XS", "TQ1_0", "TQ2_0",
-}  # fmt: skip
-"""Types that weights may have: what gguf can turn into floats."""
+ALL = frozenset(TYPES)
 PLAIN = frozenset(t.name for t in TYPES.values() if t.plain)
+READABLE = FLOATS | (ALL - PLAIN)
+"""Types that floats can be made of."""
+WRITABLE = READABLE - {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
+"""Types that can be made of floats; those that are left out ggml makes in files only, with weights of importance."""
 INDICES = frozenset({"I32", "I64"})
 Sources = tuple[Tensor | None, ...]
 

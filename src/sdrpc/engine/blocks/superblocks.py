@@ -1,0 +1,169 @@
+"""Super-blocks: 256 elements in groups of 16 or 32 whose scales are numbers of few bits themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bits import as_bytes, as_half, half, pack_planes, planes, quotient, shaped
+from .search import LEAST, affine, in_order, inverse, nearest, peak, refined, root, symmetric
+
+Blocks = Tensor
+"""[n, bytes of a block] of uint8."""
+
+
+def _read(levels: Tensor, scales: Tensor, leasts: Tensor | None = None) -> Tensor:
+    """[n, groups, k] levels times the scales of groups, less the leasts: [n, 256]."""
+    scaled = levels.float() * scales[..., None]
+    return (scaled if leasts is None else scaled.sub_(leasts[..., None])).flatten(1)
+
+
+def _columns(x: Tensor, k: int) -> Tensor:
+    """[n, 256] → [k, n groups]: what the searches want."""
+    return x.reshape(-1, k).T.contiguous()
+
+
+def _rows(levels: Tensor, n: int) -> Tensor:
+    """[k, n groups] → [n, groups, k]"""
+    return levels.T.reshape(n, -1, levels.shape[0])
+
+
+def _requantized(x: Tensor, scales: Tensor, leasts: Tensor | None, bounds: tuple[int, int], kept: Tensor) -> Tensor:
+    """Levels of [n, groups, k] for scales and leasts as they were rounded; ``kept`` where a scale became zero."""
+    raised = x if leasts is None else x + leasts[..., None]
+    levels = nearest(raised / scales[..., None]).clamp(*bounds)
+    return torch.where(scales[..., None] == 0, kept, levels)
+
+
+# scales of four bits: Q2_K
+
+
+def read_q2_k(b: Blocks) -> Tensor:
+    levels = planes(shaped(b[:, 16:80], 2, 32), 2).reshape(-1, 16, 16)
+    return _read(levels, half(b[:, 80:82]) * (b[:, :16] & 15).float(), half(b[:, 82:84]) * (b[:, :16] >> 4).float())
+
+
+def write_q2_k(x: Tensor) -> Blocks:
+    columns = _columns(x, 16)
+    scale, least, found = affine(columns, 3, columns.abs(), -0.5, 16, absolute=True)
+    (d, scales), (low, leasts) = (_positive(s.reshape(-1, 16), 15) for s in (scale, least))
+    levels = _requantized(
+        shaped(x, 16, 16), half(d) * scales, half(low) * leasts, (0, 3), _rows(found, len(x))
+    )  # fmt: skip
+    packed = torch.stack((scales, leasts), 1).int()
+    return torch.cat((pack_planes(packed, 4), pack_planes(levels.reshape(-1, 2, 4, 32), 2).flatten(1), d, low), 1)
+
+
+def _positive(scales: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """[n, groups] scales, none below zero, as bytes of a float16 and levels up to ``top`` that it scales."""
+    largest = scales.amax(1, keepdim=True).clamp(min=0) + 0.0
+    return as_half(quotient(largest, top)), (nearest(inverse(largest, top) * scales) & 255).float()
+
+
+# scales of six bits: Q3_K, Q4_K, Q5_K
+
+
+def read_q3_k(b: Blocks) -> Tensor:
+    low, high = planes(b[:, 96:104], 4).flatten(1), planes(b[:, 104:108], 2).flatten(1)
+    scales = half(b[:, 108:]) * ((low | (high << 4)).float() - 32)
+    levels = planes(shaped(b[:, 32:96], 2, 32), 2).flatten(1, 2) | planes(b[:, :32], 1) << 2
+    return _read(levels.reshape(-1, 16, 16).float() - 4, scales)
+
+
+def write_q3_k(x: Tensor) -> Blocks:
+    scale, found = refined(_columns(x, 16), 4)
+    scales = scale.reshape(-1, 16)
+    by = inverse(peak(scales, 1), -32)
+    d = as_half(inverse(by))
+    codes = torch.where(by == 0, 0, nearest(by * scales).to(torch.int8).clamp(-32, 31).int() + 32)
+    levels = 4 + _requantized(
+        shaped(x, 16, 16), half(d) * (codes - 32), None, (-4, 3), _rows(found, len(x))
+    )  # fmt: skip
+    levels = levels.reshape(-1, 8, 32)
+    return torch.cat((
+        pack_planes(levels >> 2, 1), pack_planes((levels & 3).reshape(-1, 2, 4, 32), 2).flatten(1),
+        pack_planes(shaped(codes & 15, 2, 8), 4), pack_planes(shaped(codes >> 4, 4, 4), 2), d,
+    ), 1)  # fmt: skip
+
+
+def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight scales and leasts of Q4_K and Q5_K from their twelve bytes."""
+    d, m, both = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat((d & 63, (both & 15) | ((d >> 2) & 48)), -1)
+    leasts = torch.cat((m & 63, (both >> 4) | ((m >> 2) & 48)), -1)
+    return scales.float(), leasts.float()
+
+
+def _pack_six_bits(scales: Tensor, leasts: Tensor) -> Tensor:
+    scales, leasts = scales.to(torch.uint8), leasts.to(torch.uint8)
+    d, d_last, m, m_last = scales[:, :4], scales[:, 4:], leasts[:, :4], leasts[:, 4:]
+    return torch.cat((d | (d_last >> 4 << 6), m | (m_last >> 4 << 6), (d_last & 15) | (m_last << 4)), 1)
+
+
+def read_q4_k(b: Blocks) -> Tensor:
+    scales, leasts = _six_bits(b[:, 4:16])
+    levels = planes(shaped(b[:, 16:], 4, 32), 4).flatten(1, 2)
+    return _read(levels, half(b[:, :2]) * scales, half(b[:, 2:4]) * leasts)
+
+
+def read_q5_k(b: Blocks) -> Tensor:
+    scales, leasts = _six_bits(b[:, 4:16])
+    levels = planes(shaped(b[:, 48:], 4, 32), 4).flatten(1, 2) | planes(b[:, 16:48], 1) << 4
+    return _read(levels, half(b[:, :2]) * scales, half(b[:, 2:4]) * leasts)
+
+
+def _write_six_bits(x: Tensor, top: int, start: float, trials: int) -> tuple[Tensor, Tensor]:
+    """The first 16 bytes of Q4_K and Q5_K, and the levels [n, 8, 32]."""
+    columns = _columns(x, 32)
+    weights = root(quotient(in_order(columns * columns), 32)) + columns.abs()
+    scale, least, found = affine(columns, top, weights, start, trials, absolute=False)
+    (d, scales), (low, leasts) = (_positive(s.reshape(-1, 8), 63) for s in (scale, least))
+    scales, leasts = scales.clamp(max=63), leasts.clamp(max=63)
+    levels = _requantized(
+        shaped(x, 8, 32), half(d) * scales, half(low) * leasts, (0, top), _rows(found, len(x))
+    )  # fmt: skip
+    return torch.cat((d, low, _pack_six_bits(scales, leasts)), 1), levels
+
+
+def write_q4_k(x: Tensor) -> Blocks:
+    head, levels = _write_six_bits(x, 15, -1.0, 21)
+    return torch.cat((head, pack_planes(levels.reshape(-1, 4, 2, 32), 4).flatten(1)), 1)
+
+
+def write_q5_k(x: Tensor) -> Blocks:
+    head, levels = _write_six_bits(x, 31, -0.5, 16)
+    low = pack_planes((levels & 15).reshape(-1, 4, 2, 32), 4).flatten(1)
+    return torch.cat((head, pack_planes(levels >> 4, 1), low), 1)
+
+
+# scales of eight bits: Q6_K
+
+
+def read_q6_k(b: Blocks) -> Tensor:
+    low = planes(shaped(b[:, :128], 2, 64), 4).reshape(-1, 8, 32)
+    high = planes(shaped(b[:, 128:192], 2, 32), 2).flatten(1, 2)
+    scales = half(b[:, 208:]) * b[:, 192:208].view(torch.int8).float()
+    return _read((low | (high << 4)).reshape(-1, 16, 16).float() - 32, scales)
+
+
+def write_q6_k(x: Tensor) -> Blocks:
+    columns = _columns(x, 16)
+    trials = range(-9, 10)
+    scale, found = symmetric(columns, 32, columns * columns, [t for t in trials if t])
+    scales = scale.reshape(-1, 16)
+    largest = peak(scales, 1)
+    zero = largest.abs() < LEAST
+    by = torch.where(zero, 0.0, inverse(largest, -128))
+    d = as_half(inverse(by))
+    codes = nearest(by * scales).clamp(max=127)
+    levels = 32 + _requantized(
+        shaped(x, 16, 16), half(d) * codes, None, (-32, 31), _rows(found, len(x))
+    )  # fmt: skip
+    levels = torch.where(zero[..., None], 0, levels).reshape(-1, 2, 4, 32)
+    low = pack_planes((levels & 15).reshape(-1, 2, 2, 64), 4).flatten(1)
+    high = pack_planes(levels >> 4, 2).flatten(1)
+    return torch.cat((low, high, as_bytes(codes.to(torch.int8)), d), 1)
+
+
+READ = {"Q2_K": read_q2_k, "Q3_K": read_q3_k, "Q4_K": read_q4_k, "Q5_K": read_q5_k, "Q6_K": read_q6_k}
+WRITE = {"Q2_K": write_q2_k, "Q3_K": write_q3_k, "Q4_K": write_q4_k, "Q5_K": write_q5_k, "Q6_K": write_q6_k}
