@@ -1,41 +1,38 @@
-"""`make demo`: a checkpoint, a real rpc-server on a free port, sd-cli through it, and where the picture is."""
+"""`make demo`: a real rpc-server on a free port, the shipped model through it, and where the picture is."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
+PROMPT = "a large yellow star on the left of a small red heart, on a blue background"
 
 
 def main() -> int:
-    """Exit status of sd-cli."""
-    picture = ROOT / "demo.png"
-    with tempfile.TemporaryDirectory(prefix="sdrpc-demo-") as folder:
-        checkpoint = Path(folder) / "tiny.safetensors"
-        _show(sys.executable, "tools/make_checkpoint.py", "--size", "tiny", checkpoint)
-        server = subprocess.Popen(
-            [SCRIPTS / "rpc-server", "--port", "0", "--device", "CPU"], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        try:
-            endpoint = _endpoint(server)
-            return _show(
-                SCRIPTS / "sd-cli", "--rpc", endpoint, "-m", checkpoint, "-p", "a lovely cat", "-W", "256", "-H", "256",
-                "--steps", "10", "-o", picture,
-            )  # fmt: skip
-        finally:
-            server.terminate()
-            server.wait()
+    """Exit status of sd-cli. Further options are sd-cli's: ``python tools/demo.py -p "a green ring"``."""
+    server = subprocess.Popen(
+        [SCRIPTS / "rpc-server", "--port", "0", "--device", "CPU"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        endpoint = _endpoint(server)
+        _show("sd-cli", "--rpc", endpoint, "--list-devices")
+        return _show(
+            "sd-cli", "--rpc", endpoint, "--backend", "te=CPU,diffusion=RPC0,vae=RPC0", "-m", "demo", "-p", PROMPT,
+            "--sampling-method", "euler", "-o", ROOT / "demo.png", *sys.argv[1:],
+        )  # fmt: skip
+    finally:
+        server.terminate()
+        server.wait()
 
 
-def _show(*command: object) -> int:
-    words = [str(word) for word in command]
-    print("$", " ".join(words), flush=True)
-    return subprocess.run(words, check=True, cwd=ROOT).returncode
+def _show(program: str, *options: object) -> int:
+    words = [str(word) for word in options]
+    print("$", program, *(f'"{word}"' if " " in word else word for word in words), flush=True)
+    return subprocess.run([SCRIPTS / program, *words], check=False).returncode
 
 
 def _endpoint(server: subprocess.Popen[str]) -> str:

@@ -48,15 +48,21 @@ def psnr(a: Path, b: Path) -> float:
 
 
 PLACEMENTS = (
-    ("--rpc-servers", "--backend", "te=RPC1,diffusion=RPC0,vae=CPU"),
-    ("--rpc", "--main_backend_device", "rpc1"),
-    ("--rpc", "--clip-backend-device", "cpu", "--diffusion_backend_device", "RPC1", "--vae-backend-device", "RPC0"),
+    (
+        ("--rpc-servers", "--backend", "te=RPC1,diffusion=RPC0,vae=CPU"),
+        "text encoder on RPC1, diffusion model on RPC0, VAE on CPU",
+    ),
+    (("--rpc", "--main_backend_device", "rpc1"), "text encoder on RPC1, diffusion model on RPC1, VAE on RPC1"),
+    (
+        ("--rpc", "--clip-backend-device", "cpu", "--diffusion_backend_device", "RPC1", "--vae-backend-device", "RPC0"),
+        "text encoder on CPU, diffusion model on RPC1, VAE on RPC0",
+    ),
 )
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=["backend", "main", "by-part"])
+@pytest.mark.parametrize(("placement", "placed"), PLACEMENTS, ids=["backend", "main", "by-part"])
 def test_a_picture_is_the_same_wherever_its_parts_run(
-    sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path, placement: tuple[str, ...]
+    sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path, placement: tuple[str, ...], placed: str
 ) -> None:
     here, there = tmp_path / "here.png", tmp_path / "there.png"
     common = ("-m", checkpoint, *SMALL, "--precision", "exact")
@@ -66,6 +72,7 @@ def test_a_picture_is_the_same_wherever_its_parts_run(
     assert outcome.status == 0, outcome.err
     assert psnr(here, there) >= PSNR_EXACT
     assert pixels(here).std() > 1
+    assert placed in outcome.err
 
 
 def test_the_picture_says_how_it_was_made(sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path) -> None:

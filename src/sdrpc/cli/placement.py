@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import UsageError
 
-PARTS = ("te", "diffusion", "vae")
-"""The parts of a pipeline that are placed: text encoder, diffusion model, VAE."""
+TITLES = {"te": "text encoder", "diffusion": "diffusion model", "vae": "VAE"}
+PARTS = tuple(TITLES)
+"""The parts of a pipeline that are placed."""
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "te": ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond", "llm", "t5", "t5xxl"),

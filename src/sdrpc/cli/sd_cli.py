@@ -246,6 +246,7 @@ def sd_cli(
     check_writable(paths)
     with placed_devices(wanted, servers, precision, _threads(threads)) as devices, report.metered() as meter:
         where = Placement(devices["te"], devices["diffusion"], devices["vae"])
+        report.log.print(", ".join(f"{placement.TITLES[part]} on {device.name}" for part, device in devices.items()))
         with closing(PlacedModel(opened, where, clock, uploading=meter.bytes, capturing=meter.capturing)) as placed:
             pictures = _pictures(request, placed, clock, meter)
             for path, picture in zip(paths, pictures, strict=True):
