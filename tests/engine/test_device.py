@@ -215,15 +215,6 @@ def test_a_graph_beyond_its_buffer(exact: LocalDevice) -> None:
     exact.free(buffer)
 
 
-def test_a_type_that_cannot_be_read(exact: LocalDevice) -> None:
-    buffer = exact.allocate(1 << 20)
-    w = b.leaf(TYPES["IQ1_S"], 256, 4, buffer=buffer.key)
-    graph = Graph((at(b.mul_mat(w, b.leaf(F32, 256, buffer=buffer.key, offset=65536)), buffer.key, 131072),))
-    with pytest.raises(UnsupportedOperation, match=r"node 0 \(MUL_MAT\).*IQ1_S"):
-        exact.compile(graph, {buffer.key: buffer})
-    exact.free(buffer)
-
-
 def test_values_are_not_stored_without_need(exact: LocalDevice) -> None:
     """A node in no buffer leaves nothing behind; one in a buffer does."""
     buffer = exact.allocate(4096)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdrpc.errors import UnsupportedOperation
 from sdrpc.ggml.tensor import Graph
 
-from .blocks import READ, WRITE, quantize
+from .blocks import quantize
 from .deadline import Deadline
 from .errors import translated
 from .fuse import Report, fuse
@@ -47,13 +47,8 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
 
 
 def _supported(value: Value) -> None:
-    if value.op == "LEAF":
-        if not value.type.plain and value.type.name not in READ:
-            raise UnsupportedOperation(f"weights of type {value.type}", value.node)
-    elif value.op not in RAISE:
+    if value.op != "LEAF" and value.op not in RAISE:
         raise UnsupportedOperation("operation not supported", value.node)
-    elif not value.type.plain and value.type.name not in WRITE and not moves_blocks(value):
-        raise UnsupportedOperation(f"a result of type {value.type}", value.node)
 
 
 class Step(NamedTuple):
@@ -108,7 +103,7 @@ class Bound:
             self._fixed.append(None)
             store = None if value.store is None else typed(self._memory[value.store.memory], value.store)
             self._steps.append(Step(
-                self._function(value), tuple(number[s] for s in _trimmed(value.src)), i,
+                self._function(value), tuple(len(values) if s is None else number[s] for s in _trimmed(value.src)), i,
                 value.dtype, store, tuple(dying.get(i, ())), value.node,
             ))  # fmt: skip
 
@@ -200,6 +195,8 @@ class Bound:
                 deadline.check(self._device, node)
 
 
-def _trimmed(src: tuple[Value | None, ...]) -> list[Value]:
-    """Operands without the missing ones at the end; the rules allow no gap that an operation here has."""
-    return [s for s in src if s is not None]
+def _trimmed(src: tuple[Value | None, ...]) -> tuple[Value | None, ...]:
+    """Operands without the missing ones at the end."""
+    while src and src[-1] is None:
+        src = src[:-1]
+    return src

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdrpc.errors import UnsupportedOperation
 from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
@@ -37,19 +36,13 @@ TRIALS = 16
 
 
 def dequantize(raw: Tensor, type: Type, ne: Dims, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``raw`` [n3, n2, n1, bytes of a row] of uint8 → ``dtype`` of shape ``ne``. Raises
-    :class:`UnsupportedOperation` for a type that is not in :data:`READ`."""
-    if type.name not in READ:
-        raise UnsupportedOperation(f"weights of type {type}")
+    """``raw`` [n3, n2, n1, bytes of a row] of uint8 → ``dtype`` of shape ``ne``."""
     blocks = raw.reshape(-1, type.size)
     return _in_chunks(READ[type.name], blocks, type.block, dtype, _chunk(raw) // type.block).reshape(shape_of(ne))
 
 
 def quantize(x: Tensor, type: Type) -> Tensor:
-    """Floats [n3, n2, n1, n0] → [n3, n2, n1, bytes of a row] of uint8. Raises :class:`UnsupportedOperation` for a type
-    that is not in :data:`WRITE`."""
-    if type.name not in WRITE:
-        raise UnsupportedOperation(f"quantizing to {type}")
+    """Floats [n3, n2, n1, n0] → [n3, n2, n1, bytes of a row] of uint8, for the types of :data:`WRITE`."""
     chunk = _chunk(x) // type.block // (TRIALS if type.name in SEARCHED else 1)
     blocks = x.reshape(-1, type.block)
     return _in_chunks(_of_floats(WRITE[type.name]), blocks, type.size, torch.uint8, chunk).reshape(*x.shape[:-1], -1)
