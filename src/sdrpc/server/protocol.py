@@ -60,8 +60,8 @@ class Fixed(Protocol):
             return self._offer
         fitting = [d.version for d in dialects().values() if (d.hello_request_bytes > 0) == hello.with_caps]
         raise RemoteProtocolError(
-            f"the client speaks one of the protocols {fitting[0]} to {fitting[-1]}, this server {self.dialect.version}; "
-            f"start the server with --protocol auto, or with --protocol {fitting[-1]}, to serve it"
+            f"the client speaks one of the protocols {fitting[0]} to {fitting[-1]}, this server "
+            f"{self.dialect.version}; start the server with --protocol auto, or --protocol {fitting[-1]}, to serve it"
         )
 
     def accepted(self, address: str, hello: Hello, version: str) -> None:
