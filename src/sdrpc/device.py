@@ -7,11 +7,12 @@ sees this interface only; ``CPU``, ``CUDA0`` and ``RPC0`` are just names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from .ggml.tensor import Graph
+from .ggml.weight import Origin
 
 Bytes = bytes | bytearray | memoryview
 """Anything with a C-contiguous buffer of bytes; never copied on the way when it can be helped."""
@@ -46,6 +47,17 @@ class Target:
     ops: frozenset[str]
     managed: bool
     flash_head_sizes: frozenset[int] | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """``size`` bytes for ``offset`` of a buffer. ``data`` gives them, or raises what is wrong with them; it is not
+    called where the device has them already. ``origin`` names them for good, where something does."""
+
+    offset: int
+    size: int
+    data: Callable[[], Bytes]
+    origin: Origin | None = None
 
 
 class Program(ABC):
@@ -85,6 +97,15 @@ class Device(ABC):
 
     @abstractmethod
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None: ...
+
+    def upload(self, buffer: Buffer, contents: Sequence[Content], progress: Callable[[int], None]) -> None:
+        """Write ``contents`` in order, as far as the device does not have them already. ``progress`` is called with the
+        bytes that are done, now and then."""
+        done = 0
+        for content in contents:
+            self.write(buffer, content.offset, content.data())
+            done += content.size
+            progress(done)
 
     @abstractmethod
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes: ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Device
+from ..device import Buffer, Bytes, Content, Device
 from ..errors import CheckpointError, UsageError
 from ..ggml.plan import bind, lay_out, place
 from ..ggml.tensor import Tensor, rewrite
@@ -87,23 +88,32 @@ class WeightStore:
         offsets, size = lay_out(sizes, self.device.alignment)
         buffer = self.device.allocate(size)
         self._buffers.append(buffer)
-        total, done = sum(leaf.nbytes for leaf in leaves), 0
-        self._report(0, total)
+        contents = []
         for (parameter, weight), offset, room in zip(new, offsets, sizes, strict=True):
-            data = _bytes_of(weight, parameter.leaf.type)
-            if memoryview(data).nbytes != parameter.leaf.nbytes:
-                reason = f"has {memoryview(data).nbytes} bytes, not {parameter.leaf.nbytes}"
-                raise CheckpointError(self._source, reason, parameter.name)
-            self.device.write(buffer, offset, data)
-            if room > parameter.leaf.nbytes:
-                self.device.write(buffer, offset + parameter.leaf.nbytes, bytes(room - parameter.leaf.nbytes))
-            self._places[_key(parameter)] = (buffer, offset)
-            done += parameter.leaf.nbytes
-            self._report(done, total)
+            contents.append(self._content(parameter, weight, offset))
+            padding = room - parameter.leaf.nbytes
+            if padding:
+                contents.append(Content(offset + parameter.leaf.nbytes, padding, partial(bytes, padding)))
+        total = sum(content.size for content in contents)
+        report = self._progress or (lambda *_: None)
+        report(0, total)
+        self.device.upload(buffer, contents, lambda done: report(done, total))
+        self._places |= {_key(parameter): (buffer, at) for (parameter, _), at in zip(new, offsets, strict=True)}
 
-    def _report(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(done, total)
+    def _content(self, parameter: Parameter, weight: Weight, offset: int) -> Content:
+        wanted, size = parameter.leaf.type, parameter.leaf.nbytes
+
+        def data() -> Bytes:
+            made = _bytes_of(weight, wanted)
+            if memoryview(made).nbytes != size:
+                reason = f"has {memoryview(made).nbytes} bytes, not {size}"
+                raise CheckpointError(self._source, reason, parameter.name)
+            return made
+
+        origin = weight.origin
+        if origin and wanted != weight.type:
+            origin = origin.made(wanted.name)
+        return Content(offset, size, data, origin)
 
 
 class Executable:

@@ -27,7 +27,7 @@ from ..wire.names import COMMON
 from ..wire.records import Record
 from .endpoint import Endpoint
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
 MAX_BUFFERS_PER_SEND = 64
@@ -74,6 +74,14 @@ class Connection:
         with self._guard(doing):
             self._send(request)
             return self._reply(command) if answered else None
+
+    def call_all(self, messages: Sequence[Any], doing: str) -> list[Any]:
+        """Send ``messages``, then read their answers, of which each must have one: a single round trip. They must be
+        few and small, because the server answers while we still send."""
+        requests = [framing.encode_request(message, self.dialect, self.name_length) for message in messages]
+        with self._guard(doing):
+            self._send([part for request in requests for part in request])
+            return [self._reply(COMMANDS[type(message)]) for message in messages]
 
     def fetch(self, message: messages.GetTensor, into: memoryview, doing: str) -> messages.GetTensorReply:
         """Send ``message`` and receive the tensor's bytes straight into ``into`` (as many as it asks for)."""

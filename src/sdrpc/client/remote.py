@@ -7,14 +7,14 @@ at the next answer, as :class:`ComputeError` when a graph was under way, and end
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Device, Memory, Program, Target
+from ..device import Buffer, Bytes, Content, Device, Memory, Program, Target
 from ..errors import (
     ComputeError,
     LocalProtocolError,
@@ -34,9 +34,9 @@ from ..wire.limits import MAX_NAME_LENGTH
 from ..wire.records import Record, is_name_length
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
 from .endpoint import parse_endpoint
+from .names import Names
+from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Scheme, by_hash, upload
 
-CHUNK = 32 << 20
-"""Bytes of a SET_TENSOR or GET_TENSOR: native servers hold each message in memory once more."""
 MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""
 ADDRESSES = 1 << 64
@@ -65,21 +65,36 @@ class Server:
     buffers: list[RemoteBuffer] = field(default_factory=list)
     last_graphs: dict[int, bytes] = field(default_factory=dict)
     computing: str = ""
+    names: Names = field(default_factory=Names)
     open_devices: int = 0
 
     @property
     def ours(self) -> bool:
         return self.connection.capabilities != NATIVE
 
+    def scheme(self, contents: Sequence[Content]) -> Scheme | None:
+        """How to ask this server for ``contents``, which it may have; None when that is of no use."""
+        if self.ours:
+            return BY_DIGEST if self.connection.capabilities & Capability.CACHE else None
+        large = any(content.size > NATIVE_THRESHOLD and content.origin for content in contents)
+        return by_hash() if large else None
+
     def ask(self, message: Any, doing: str, into: memoryview | None = None) -> Any:
         """Send a message and return its answer; that of a GET_TENSOR is received in ``into``."""
+        if into is None:
+            return self._answer(doing, lambda doing: self.connection.call(message, doing))
+        return self._answer(doing, lambda doing: self.connection.fetch(message, into, doing))
+
+    def ask_all(self, messages: Sequence[Any], doing: str) -> list[Any]:
+        """Send messages and return their answers."""
+        answers: list[Any] = self._answer(doing, lambda doing: self.connection.call_all(messages, doing))
+        return answers
+
+    def _answer(self, doing: str, exchange: Callable[[str], Any]) -> Any:
         if self.computing:
             doing = f"{doing} (after a graph was started on {self.computing})"
         try:
-            if into is None:
-                reply = self.connection.call(message, doing)
-            else:
-                reply = self.connection.fetch(message, into, doing)
+            reply = exchange(doing)
         except RemoteError as error:
             if self.computing:
                 raise ComputeError(f"{self.computing} ({error.endpoint}): {error.reason}") from error
@@ -167,16 +182,37 @@ class RemoteDevice(Device):
             return
         view = memoryview(data).cast("B")
         remote = self._range(buffer, offset, len(view))
-        for start in range(0, len(view), CHUNK):
-            part = view[start : start + CHUNK]
-            record = self._bytes_at(remote, offset + start, len(part))
-            self._ask(messages.SetTensor(record, 0, 0, part), f"writing {len(view):,} bytes")
+        for start in range(0, len(view), PART):
+            self.send(remote, offset + start, view[start : start + PART])
+
+    def upload(self, buffer: Buffer, contents: Sequence[Content], progress: Callable[[int], None]) -> None:
+        """Only what the server does not have crosses the wire, where that can be found out."""
+        scheme = self._server.scheme(contents)
+        if scheme is None:
+            super().upload(buffer, contents, progress)
+            return
+        for content in contents:
+            self._range(buffer, content.offset, content.size)
+        upload(scheme, contents, _Sender(self, self._own(buffer)), self._server.names, progress)
+
+    def send(self, buffer: RemoteBuffer, offset: int, data: memoryview, keep: bool = False) -> None:
+        """A single SET_TENSOR; ``keep``: the server may keep the data for another time."""
+        record = self._bytes_at(buffer, offset, len(data))
+        self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {len(data):,} bytes")
+
+    def offer(self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
+        """Ask for bytes by name: (offset, size, name) each. Those that the server has are in the buffer then."""
+        questions = [scheme.question(self._bytes_at(buffer, at, size), name) for at, size, name in offered]
+        if not questions:
+            return []
+        doing = f"offering {len(questions)} tensors on device {self._index}"
+        return [bool(answer.result) for answer in self._server.ask_all(questions, doing)]
 
     def read(self, buffer: Buffer, offset: int, size: int) -> memoryview:
         remote = self._range(buffer, offset, size)
         result = np.empty(size, np.uint8).data
-        for start in range(0, size, CHUNK):
-            part = result[start : start + CHUNK]
+        for start in range(0, size, PART):
+            part = result[start : start + PART]
             record = self._bytes_at(remote, offset + start, len(part))
             self._ask(messages.GetTensor(record, 0, len(part)), f"reading {size:,} bytes", part)
         return result
@@ -242,6 +278,20 @@ class RemoteDevice(Device):
             nb=(1, size, size, size),
             data=buffer.base + offset,
         )
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """A buffer as :func:`sdrpc.client.upload.upload` sees it."""
+
+    device: RemoteDevice
+    buffer: RemoteBuffer
+
+    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
+        return self.device.offer(self.buffer, scheme, offered)
+
+    def send(self, offset: int, data: memoryview, keep: bool) -> None:
+        self.device.send(self.buffer, offset, data, keep)
 
 
 class RemoteProgram(Program):

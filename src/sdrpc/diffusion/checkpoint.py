@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -21,8 +23,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..ggml.types import F16, TYPES
-from ..ggml.weight import Weight
+from ..ggml.weight import Origin, Weight
 from . import gguf_header
+
+YOUNG = 2_000_000_000
+"""Nanoseconds after a change in which a file system may give another change the same time."""
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
@@ -91,7 +96,8 @@ def _open_safetensors(path: Path) -> Checkpoint:
             shapes = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries}
     except (SafetensorError, ValueError, OverflowError) as error:
         raise CheckpointError(path, f"damaged: {error}") from error
-    data = _mapped(path)
+    mapped = _mapped(path)
+    data = mapped.data
     offset = 8 + int.from_bytes(data[:8], "little")
     header = _header(path, bytes(data[8:offset]))
     for name, (dtype, shape) in shapes.items():
@@ -99,7 +105,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
         if dtype not in _DTYPES:
             skipped[name] = dtype
             continue
-        tensors[name] = _weight(name, _DTYPES[dtype], shape, data[offset + begin : offset + end], path)
+        tensors[name] = _weight(name, _DTYPES[dtype], shape, mapped, offset + begin, offset + end)
     return Checkpoint(path, tensors, skipped, metadata)
 
 
@@ -112,9 +118,9 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    data = _mapped(path)
+    mapped = _mapped(path)
     try:
-        header = gguf_header.parse(data)
+        header = gguf_header.parse(mapped.data)
     except ValueError as error:
         raise CheckpointError(path, f"damaged: {error}") from error
     tensors: dict[str, Weight] = {}
@@ -123,7 +129,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         if info.type not in TYPES:
             skipped[info.name] = info.type
             continue
-        weight = _weight(info.name, info.type, info.shape, data[info.begin : info.end], path)
+        weight = _weight(info.name, info.type, info.shape, mapped, info.begin, info.end)
         tensors[info.name] = _unfolded(weight, header.original_shape(info))
     return Checkpoint(path, tensors, skipped, header.metadata)
 
@@ -143,7 +149,7 @@ def _unfolded(weight: Weight, shape: tuple[int, ...]) -> Weight:
         values = dequantize(np.frombuffer(weight.data(), np.uint8), kind)
         return memoryview(values.astype("<f2").tobytes())
 
-    return Weight(weight.name, F16, shape, unpacked)
+    return Weight(weight.name, F16, shape, unpacked, weight.origin and weight.origin.made("F16"))
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -192,18 +198,32 @@ def _json(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _mapped(path: Path) -> memoryview:
+class _Mapped(NamedTuple):
+    """A file's bytes, and a name for the state that it is in; "" when it is too young to tell the next change by its
+    times."""
+
+    path: Path
+    data: memoryview
+    state: str
+
+
+def _mapped(path: Path) -> _Mapped:
     if not path.stat().st_size:
         raise CheckpointError(path, "is empty")
     with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        facts = os.fstat(file.fileno())
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
+    state = [path.resolve(), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+    return _Mapped(path, data, "" if time.time_ns() - changed < YOUNG else " ".join(map(str, state)))
 
 
-def _weight(name: str, type_name: str, shape: tuple[int, ...], data: memoryview, path: Path) -> Weight:
+def _weight(name: str, type_name: str, shape: tuple[int, ...], file: _Mapped, begin: int, end: int) -> Weight:
+    path, data = file.path, file.data[begin:end]
     kind = TYPES[type_name]
     if shape and shape[-1] % kind.block:
         raise CheckpointError(path, f"rows of {shape[-1]} are no whole number of {kind}'s blocks of {kind.block}", name)
     expected = kind.row_bytes(prod(shape))
     if len(data) != expected:
         raise CheckpointError(path, f"{kind} {list(shape)} is {expected} bytes, the file has {len(data)}", name)
-    return Weight(name, kind, shape, lambda: data)
+    return Weight(name, kind, shape, lambda: data, Origin(file.state, f"{begin}-{end}") if file.state else None)

@@ -74,10 +74,17 @@ class ErrorReply(NamedTuple):
 
 
 class RequestReader:
-    """A server's view of one client after HELLO: reads requests of one dialect and learns the length of its names."""
+    """A server's view of one client after HELLO: reads requests of one dialect and learns the length of its names.
+    ``ours``: the client and we agreed on commands of our own."""
 
-    def __init__(self, dialect: Dialect, limits: Limits = DEFAULT_LIMITS, known: NameLength = names.UNKNOWN) -> None:
-        self.dialect, self.limits, self.names = dialect, limits, known
+    def __init__(
+        self,
+        dialect: Dialect,
+        limits: Limits = DEFAULT_LIMITS,
+        known: NameLength = names.UNKNOWN,
+        ours: bool = False,
+    ) -> None:
+        self.dialect, self.limits, self.names, self.ours = dialect, limits, known, ours
 
     def read(self) -> Generator[int, Bytes, Received]:
         """One request. Raises :class:`RemoteProtocolError`, after which the stream has no meaning any more."""
@@ -93,7 +100,7 @@ class RequestReader:
     def header(self, header: Bytes) -> tuple[Command, int]:
         """Command and payload size of a request header, both found good."""
         number, size = REQUEST_HEADER.unpack(header)
-        if not command_known(number, self.dialect) or number == Command.HELLO:
+        if not command_known(number, self.dialect, self.ours) or number == Command.HELLO:
             raise RemoteProtocolError(
                 "a second HELLO"
                 if number == Command.HELLO

@@ -32,6 +32,8 @@ class Capability(IntFlag):
     """A refusal is answered with a reason (:func:`sdrpc.wire.framing.encode_error`)."""
     MANAGED = 2
     """Graph nodes may live in no buffer; only nodes flagged OUTPUT are stored."""
+    CACHE = 4
+    """The server keeps tensors, and finds them by SET_TENSOR_DIGEST."""
 
 
 NATIVE = Capability(0)

@@ -22,6 +22,8 @@ from .records import Record, decode_records, encode_records, is_name_length, rec
 U8 = Annotated[int, "B"]
 U32 = Annotated[int, "I"]
 U64 = Annotated[int, "Q"]
+Digest = Annotated[bytes, "32s"]
+"""What :func:`sdrpc.content.digest` gives."""
 Sources = Annotated[tuple[Record, ...], MAX_SRC]
 CacheFlag = Annotated[int, "cache_flag"]
 """A byte that is on the wire only where ``Dialect.set_tensor_has_cache_flag``."""
@@ -48,6 +50,11 @@ class Command(IntEnum):
     DEVICE_COUNT = 15
     GRAPH_RECOMPUTE = 16
     MEMSET_TENSOR = 17
+    SET_TENSOR_DIGEST = 240
+
+
+OURS = frozenset({Command.SET_TENSOR_DIGEST})
+"""Commands between our own peers (``Capability.CACHE``), far from where ggml will get with its own."""
 
 
 class AllocBuffer(NamedTuple):
@@ -117,6 +124,14 @@ class SetTensorHashReply(NamedTuple):
     """1: the server had the data and has set it."""
 
     result: U8
+
+
+class SetTensorDigest(NamedTuple):
+    """As :class:`SetTensorHash`, under a name that nobody can forge. Answered by :class:`SetTensorHashReply`."""
+
+    tensor: Record
+    offset: U64
+    digest: Digest
 
 
 class GetTensor(NamedTuple):
@@ -215,16 +230,21 @@ EXCHANGES: dict[Command, Exchange] = {
     Command.DEVICE_COUNT: Exchange(DeviceCount, DeviceCountReply),
     Command.GRAPH_RECOMPUTE: Exchange(GraphRecompute, None),
     Command.MEMSET_TENSOR: Exchange(MemsetTensor, Ack),
+    Command.SET_TENSOR_DIGEST: Exchange(SetTensorDigest, SetTensorHashReply),
 }
 """All commands but HELLO, which comes before there is a dialect (:mod:`sdrpc.wire.hello`)."""
+
+_NUMBERS = frozenset(Command)
 
 COMMANDS: dict[type, Command] = {exchange.request: command for command, exchange in EXCHANGES.items()}
 """Request class → its command."""
 
 
-def command_known(command: int, dialect: Dialect) -> bool:
-    """Whether ``command`` exists in ``dialect``, HELLO included."""
-    return 0 <= command < len(Command) and (command != Command.MEMSET_TENSOR or dialect.has_memset_tensor)
+def command_known(command: int, dialect: Dialect, ours: bool = False) -> bool:
+    """Whether ``command`` exists in ``dialect``, HELLO included; ``ours``: as it is spoken between our own peers."""
+    if command == Command.MEMSET_TENSOR:
+        return dialect.has_memset_tensor
+    return command in _NUMBERS and (ours or command not in OURS)
 
 
 def response_class(command: Command, dialect: Dialect) -> type | None:
@@ -296,7 +316,7 @@ def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
     parts: list[bytes] = []
     for run in shape.runs:
         if isinstance(run, Struct):
-            count = len(run.format) - 1
+            count = sum(map(str.isalpha, run.format))
             parts.append(_packed(run, type(message), values[:count]))
             del values[:count]
         else:

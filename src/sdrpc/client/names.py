@@ -1,0 +1,96 @@
+"""What bytes of files are called, remembered from one run to the next: then a second start reads nothing to say so.
+
+A file per state of a model's file, of the kind that caches keep: what is damaged or gone is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+
+from ..content import folder
+from ..ggml.weight import Origin
+
+log = logging.getLogger(__name__)
+
+FILES = 64
+"""Models that are remembered; the ones used longest ago go first."""
+MAX_BYTES = 1 << 24
+"""Of a file: many times what the largest model needs."""
+_SUFFIX = ".json"
+_HEX = re.compile("(?:[0-9a-f]{16}|[0-9a-f]{64})")
+
+
+class Names:
+    """Origin → name: a digest, or eight bytes of FNV-1a. Changes reach the disk with :meth:`save`."""
+
+    def __init__(self, place: Path | None = None) -> None:
+        self.folder = folder("digests") if place is None else place
+        self._known: dict[str, dict[str, str]] = {}
+        self._changed: set[str] = set()
+
+    def get(self, origin: Origin) -> bytes | None:
+        """The name of these bytes, if it is known."""
+        name = self._of(origin.file).get(origin.part)
+        return None if name is None else bytes.fromhex(name)
+
+    def put(self, origin: Origin, name: bytes) -> None:
+        self._of(origin.file)[origin.part] = name.hex()
+        self._changed.add(origin.file)
+
+    def save(self) -> None:
+        """Keep what is new for the next run. A disk that refuses costs that run time; it is logged."""
+        try:
+            for file in self._changed:
+                self._write(file)
+            if self._changed:
+                self._shrink()
+        except OSError as error:
+            log.warning("%s: what weights are called is not kept: %s", self.folder, error.strerror)
+        self._changed.clear()
+
+    def _of(self, file: str) -> dict[str, str]:
+        if file not in self._known:
+            self._known[file] = self._read(file)
+        return self._known[file]
+
+    def _path(self, file: str) -> Path:
+        return self.folder / (blake2b(file.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest() + _SUFFIX)
+
+    def _read(self, file: str) -> dict[str, str]:
+        path = self._path(file)
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                return {}
+            content = json.loads(path.read_bytes())
+            os.utime(path)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(content, dict):
+            return {}
+        return {part: name for part, name in content.items() if isinstance(name, str) and _HEX.fullmatch(name)}
+
+    def _write(self, file: str) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(".part", dir=self.folder)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as target:
+                json.dump(self._known[file], target)
+            os.replace(part, self._path(file))
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+    def _shrink(self) -> None:
+        found = []
+        for path in self.folder.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(OSError):  # another process was faster
+                found.append((path.stat().st_mtime_ns, path))
+        for _, path in sorted(found, reverse=True)[FILES:]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Uploads that send what the server does not have.
+
+A server is asked for bytes by their name, and gets them if it answers no. Names are computed in threads of their own,
+which leave the GIL to the one that sends, and are remembered where bytes come from a file (:mod:`sdrpc.client.names`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from ..content import FNV_START, SMALLEST, digest, fnv1a
+from ..device import Bytes, Content
+from ..ggml.weight import Origin
+from ..wire.messages import SetTensorDigest, SetTensorHash
+from ..wire.records import Record
+from .names import Names
+
+PART = 32 << 20
+"""Bytes that have a name of their own: native servers hold what they receive at once in memory twice."""
+GROUP_PARTS, GROUP_BYTES = 64, 64 << 20
+"""What is asked for in one round trip at most. Its bytes may be in memory, and those of the next group."""
+NATIVE_THRESHOLD = 10 << 20
+"""Native clients ask for data that is larger than this, and native servers keep such only."""
+BEHIND = 8
+"""Parts that are sent and whose names are not known yet."""
+_THREADS = min(4, os.cpu_count() or 1)
+
+
+class Scheme(NamedTuple):
+    """How bytes are called. ``smallest``: bytes for which it is worthwhile. ``first``: whether to compute a name that
+    is not remembered for the question, or after sending, for the next time."""
+
+    kind: str
+    smallest: int
+    name: Callable[[memoryview], bytes]
+    question: Callable[[Record, bytes], Any]
+    first: bool
+
+
+BY_DIGEST = Scheme("sha256", SMALLEST, digest, lambda record, name: SetTensorDigest(record, 0, name), True)
+"""Between our own peers: the question costs less than the answer on any network."""
+
+
+def by_hash() -> Scheme | None:
+    """With native servers, which do not say whether they keep anything: what is not remembered is not asked for. None
+    where there is no fast FNV-1a."""
+    fnv = fnv1a()
+    if fnv is None:
+        return None
+    return Scheme(
+        "fnv1a",
+        NATIVE_THRESHOLD + 1,
+        lambda data: fnv(data, FNV_START).to_bytes(8, "little"),
+        lambda record, name: SetTensorHash(record, 0, int.from_bytes(name, "little")),
+        False,
+    )
+
+
+class Sender(Protocol):
+    """What an upload needs of a device."""
+
+    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
+        """(offset, size, name) of bytes → whether the server had them, and has them there now."""
+
+    def send(self, offset: int, data: memoryview, keep: bool) -> None:
+        """Send bytes; ``keep``: the server may want to have them again."""
+
+
+class _Lazy:
+    """The bytes of a content, asked for once and only when somebody needs them."""
+
+    def __init__(self, data: Callable[[], Bytes]) -> None:
+        self._data, self._lock = data, threading.Lock()
+        self._view: memoryview | None = None
+
+    def __call__(self) -> memoryview:
+        with self._lock:
+            if self._view is None:
+                self._view = memoryview(self._data()).cast("B")
+            return self._view
+
+
+@dataclass(eq=False)
+class _Part:
+    """``size`` bytes of a content; ``name`` is what they are called, or will be."""
+
+    source: _Lazy
+    start: int
+    offset: int
+    size: int
+    origin: Origin | None
+    name: Future[bytes] | bytes | None = field(default=None)
+
+    def data(self) -> memoryview:
+        return self.source()[self.start : self.start + self.size]
+
+
+def upload(
+    scheme: Scheme, contents: Sequence[Content], sender: Sender, names: Names, progress: Callable[[int], None]
+) -> None:
+    """Bring ``contents`` to the server, sending as little as can be."""
+    done = 0
+    behind: deque[tuple[_Part, Future[bytes]]] = deque()
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-names")
+
+    def named(part: _Part) -> bytes:
+        return scheme.name(part.data())
+
+    def begin(group: list[_Part]) -> list[_Part]:
+        for part in group:
+            if part.size < scheme.smallest:
+                continue
+            part.name = names.get(part.origin) if part.origin else None
+            if part.name is None and scheme.first:
+                part.name = pool.submit(named, part)
+        return group
+
+    def finish(left: int) -> None:
+        while len(behind) > left:
+            part, name = behind.popleft()
+            if part.origin:
+                names.put(part.origin, name.result())
+
+    try:
+        for group in _one_ahead(map(begin, _groups(_parts(scheme, contents)))):
+            for part in group:
+                if isinstance(part.name, Future):
+                    part.name = part.name.result()
+                    if part.origin:
+                        names.put(part.origin, part.name)
+            asked = [part for part in group if isinstance(part.name, bytes)]
+            answers = sender.offer(scheme, [(part.offset, part.size, part.name) for part in asked])  # type: ignore[misc]
+            had = {part for part, answer in zip(asked, answers, strict=True) if answer}
+            for part in group:
+                if part not in had:
+                    sender.send(part.offset, part.data(), part.size >= scheme.smallest)
+                    if part.name is None and part.origin and part.size >= scheme.smallest:
+                        behind.append((part, pool.submit(named, part)))
+                        finish(BEHIND)
+                done += part.size
+                progress(done)
+        finish(0)
+        names.save()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _parts(scheme: Scheme, contents: Iterable[Content]) -> Iterator[_Part]:
+    for content in contents:
+        source = _Lazy(content.data)
+        for start in range(0, content.size, PART):
+            size = min(PART, content.size - start)
+            origin = content.origin and content.origin.made(f"{start}+{size} {scheme.kind}")
+            yield _Part(source, start, content.offset + start, size, origin)
+
+
+def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    group: list[_Part] = []
+    size = 0
+    for part in parts:
+        if group and (len(group) == GROUP_PARTS or size + part.size > GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += part.size
+    if group:
+        yield group
+
+
+def _one_ahead(groups: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
+    """The same groups, of which the next one is begun before one is worked on."""
+    before: list[_Part] | None = None
+    for group in groups:
+        if before is not None:
+            yield before
+        before = group
+    if before is not None:
+        yield before

@@ -1,0 +1,78 @@
+"""Bytes called by what they are, so that they need not be sent to somebody who has them.
+
+Two names. The protocol's own is FNV-1a 64: 64 bits that anybody can aim at, so it says which bytes are meant, never
+that these are they. Between our own peers it is a digest that nobody can forge: SHA-256 over the SHA-256 of each
+:data:`PIECE`, so that many threads can work on one tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .device import Bytes
+
+PIECE = 4 << 20
+DIGEST_BYTES = 32
+SMALLEST = 1024
+"""Bytes below which asking for them, and keeping them, costs more than it spares."""
+FNV_START = 0xCBF29CE484222325
+FNV_PRIME = 0x100000001B3
+
+Fnv = Callable[[Bytes, int], int]
+"""(data, state) → state: the hash of data in pieces begins with :data:`FNV_START` and ends with the last state."""
+
+
+def digest(data: Bytes) -> bytes:
+    """The digest of ``data``, computed in this thread (other threads run meanwhile)."""
+    view = memoryview(data).cast("B")
+    return joined(sha256(view[at : at + PIECE]).digest() for at, _ in pieces(len(view)))
+
+
+def joined(digests: Iterable[bytes]) -> bytes:
+    """The digest of data whose pieces have the SHA-256 ``digests``, in order."""
+    return sha256(b"".join(digests)).digest()
+
+
+def pieces(size: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the pieces of ``size`` bytes."""
+    for offset in range(0, size, PIECE):
+        yield offset, min(PIECE, size - offset)
+
+
+@cache
+def fnv1a() -> Fnv | None:
+    """FNV-1a 64 as machine code, which releases the GIL; None where numba is not installed.
+
+    Each byte waits for the one before it, so only native code is fast enough to be worth more than sending the bytes:
+    four or five cycles a byte, 600 MB/s at 3 GHz.
+    """
+    try:
+        import numba
+    except ImportError:  # also numba's own, when it is too old for this numpy
+        return None
+    array = numba.types.Array(numba.uint8, 1, "C", readonly=True)
+
+    @numba.njit(numba.uint64(array, numba.uint64), nogil=True, cache=True)
+    def chain(data: Any, state: Any) -> Any:
+        for byte in data:
+            state = (state ^ byte) * np.uint64(FNV_PRIME)
+        return state
+
+    return lambda data, state: int(chain(np.frombuffer(data, np.uint8), np.uint64(state)))
+
+
+def folder(kind: str) -> Path:
+    """Where the user's cache keeps ``kind``: below ``$SDRPC_CACHE``, or in the system's place for caches."""
+    chosen = os.environ.get("SDRPC_CACHE")
+    if chosen:
+        return Path(chosen) / kind
+    import platformdirs
+
+    return platformdirs.user_cache_path("sdrpc") / kind

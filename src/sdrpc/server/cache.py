@@ -1,0 +1,194 @@
+"""Tensors on disk, so that a client that comes again need not send them again.
+
+A folder that is this user's alone. ``<digest>.tensor`` holds a tensor's bytes and nothing else, under the digest that
+our own clients ask for (:mod:`sdrpc.content`). Native clients ask by FNV-1a 64, which anybody can aim at: those names
+are ``<hash>-<size>-<owner>.name``, each a file with the digest that it stands for, and are believed to whoever sent the
+bytes from the same address and to nobody else. So no client plants weights for another one, or gets another one's by
+guessing 64 bits. A name that has stood for two contents stands for none.
+
+Files appear whole or not at all, and what is read is checked against its digest in the very memory that it was read to
+(:mod:`sdrpc.server.shelf`): a file that was cut, extended or changed is a miss, and goes. Several servers may share the
+folder: each throws out what was used longest ago when there is more than its budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ..content import DIGEST_BYTES
+from ..errors import UsageError
+
+log = logging.getLogger(__name__)
+
+FILES = 1 << 16
+"""Tensors in the folder at most: looking through them must not take long."""
+LEAST = 1 << 16
+"""Bytes that a file counts for at least when it is decided whether it is time to look."""
+STALE_SECONDS = 3600.0
+"""After that long nobody is still writing a file: who began it has died."""
+
+_TENSOR, _NAME, _PART = ".tensor", ".name", ".part"
+_SAFELY = os.O_RDONLY
+for _flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no links, no waiting for pipes; where there are
+    _SAFELY |= getattr(os, _flag, 0)
+
+
+class Cache:
+    """The tensors in ``folder``, ``budget`` bytes of them at most. Methods that change something are for one thread.
+
+    Raises :class:`UsageError` for a folder that others can write to, or that can't be made.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder, self.budget = folder, budget
+        self._room = 0
+        self._complained = False
+        _make_own(folder)
+
+    def open(self, digest: bytes, size: int) -> BinaryIO | None:
+        """The bytes of ``digest``, if there is such a file of ``size`` bytes; they remain to be checked."""
+        path = self._path(digest)
+        file = _opened(path)
+        if file is not None and os.fstat(file.fileno()).st_size != size:
+            file.close()
+            self.drop(digest)
+            return None
+        return file
+
+    def used(self, digest: bytes) -> None:
+        """Note that it was worth keeping."""
+        with contextlib.suppress(OSError):  # thrown out meanwhile
+            os.utime(self._path(digest))
+
+    def drop(self, digest: bytes) -> None:
+        """Forget a file that is not what its name says."""
+        log.warning("%s: damaged, and so thrown out; its client sends it again", self._path(digest))
+        remove(self._path(digest))
+
+    def create(self) -> tuple[BinaryIO, Path]:
+        """A new file, for :meth:`adopt` when it is complete. Raises :class:`OSError`."""
+        handle, name = tempfile.mkstemp(_PART, dir=self.folder)
+        return open(handle, "wb", buffering=0), Path(name)
+
+    def adopt(self, part: Path, digest: bytes, size: int) -> None:
+        """Let a complete file appear under its digest, in the place of any other. Raises :class:`OSError`."""
+        os.replace(part, self._path(digest))
+        self._complained = False
+        self._room -= max(size, LEAST)
+        if self._room < 0:
+            self.shrink()
+
+    def meant(self, name: int, size: int, owner: str) -> bytes | None:
+        """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for, if it is known and one only."""
+        return _read_name(self._name_path(name, size, owner)) or None
+
+    def call(self, digest: bytes, name: int, size: int, owner: str) -> None:
+        """Note that ``owner`` calls that content ``name``. Raises :class:`OSError`."""
+        path = self._name_path(name, size, owner)
+        known = _read_name(path)
+        if known == digest or known == b"":
+            return
+        file, part = self.create()
+        with file:
+            file.write(digest.hex().encode() if known is None else b"")
+        os.replace(part, path)
+        if known is not None:
+            log.warning(
+                "two tensors of %d bytes have the FNV-1a hash %016x: neither is found by it any more", size, name
+            )
+
+    def complain(self, error: OSError) -> None:
+        """Say what the disk said, once until something can be kept again."""
+        if not self._complained:
+            self._complained = True
+            log.warning("%s: weights are not kept: %s", self.folder, error.strerror or error)
+
+    def shrink(self) -> None:
+        """Throw out what was used longest ago beyond the budget, and what is of no use any more. Raises
+        :class:`OSError`."""
+        kept: set[str] = set()
+        total = 0
+        tensors = [(facts.st_mtime_ns, facts.st_size, path) for path, facts in self._files(_TENSOR)]
+        for _, size, path in sorted(tensors, reverse=True):
+            if total + size > self.budget or len(kept) == FILES:
+                remove(path)
+            else:
+                total += size
+                kept.add(path.stem)
+        for path, facts in self._files(_PART):
+            if facts.st_mtime < time.time() - STALE_SECONDS:
+                remove(path)
+        for path, _ in self._files(_NAME):
+            digest = _read_name(path)
+            if digest is None or (digest and digest.hex() not in kept):
+                remove(path)
+        # When to look again: soon enough to see what other servers wrote.
+        self._room = min(self.budget - total, self.budget // 16)
+
+    def _path(self, digest: bytes) -> Path:
+        return self.folder / (digest.hex() + _TENSOR)
+
+    def _name_path(self, name: int, size: int, owner: str) -> Path:
+        return self.folder / f"{name:016x}-{size:x}-{owner}{_NAME}"
+
+    def _files(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(suffix):
+                    with contextlib.suppress(FileNotFoundError):  # another server was faster
+                        yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+
+def _make_own(folder: Path) -> None:
+    """Make ``folder``; see that nobody else can put files there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except OSError as error:
+        raise UsageError(f"--cache: {folder}: {error.strerror}") from error
+    if not stat.S_ISDIR(facts.st_mode):
+        raise UsageError(f"--cache: {folder} is a symbolic link; set SDRPC_CACHE to choose another place")
+    if not _mine(facts) or (hasattr(os, "getuid") and facts.st_mode & 0o022):
+        raise UsageError(f"--cache: others can write to {folder}: it must be yours alone (chmod 700)")
+
+
+def _mine(facts: os.stat_result) -> bool:
+    return not hasattr(os, "getuid") or facts.st_uid == os.getuid()
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    """A plain file of this user's; None for anything else."""
+    try:
+        file: BinaryIO = open(os.open(path, _SAFELY), "rb", buffering=0)  # noqa: SIM115
+    except OSError:
+        return None
+    facts = os.fstat(file.fileno())
+    if stat.S_ISREG(facts.st_mode) and _mine(facts):
+        return file
+    file.close()
+    return None
+
+
+def _read_name(path: Path) -> bytes | None:
+    """The digest in a name's file; empty for a name of several contents, None for no name."""
+    file = _opened(path)
+    if file is None:
+        return None
+    with file, contextlib.suppress(OSError, ValueError):
+        digest = bytes.fromhex(file.read(2 * DIGEST_BYTES + 1).decode("ascii"))
+        return digest if len(digest) in (0, DIGEST_BYTES) else None
+    return None
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there and the system lets us."""
+    with contextlib.suppress(OSError):  # another server was faster, or has it open on Windows
+        path.unlink()

@@ -1,0 +1,183 @@
+"""The cache at work: tensors that pass by are hashed and written, those that are asked for are read and checked.
+
+All of it in threads beside the one that serves the client: reading, writing and hashing leave the GIL to others.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from hashlib import blake2b, sha256
+from types import TracebackType
+from typing import BinaryIO
+
+from ..content import FNV_START, SMALLEST, fnv1a, joined, pieces
+from ..device import Bytes
+from .cache import Cache, remove
+
+WAITING = 16
+"""Pieces that are held in memory until they are hashed and written: a disk that is slower slows uploads down."""
+_THREADS = min(8, os.cpu_count() or 1)
+
+Write = Callable[[int, Bytes], None]
+"""(offset, bytes): to memory that can't be read into directly."""
+
+
+class Library:
+    """A cache with the threads that work for it. Shared by all clients of a server; close it when done."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-cache")
+        """For pieces; what runs there waits for nothing but the disk."""
+        self.line = ThreadPoolExecutor(1, thread_name_prefix="sdrpc-cache-line")
+        """For what must happen in order: names, which are hashed from end to end, and changes of the folder."""
+        self.waiting = threading.Semaphore(WAITING)
+        self.line.submit(self._tidy)
+
+    def shelf(self, address: str) -> Shelf:
+        """The cache for a client at that address."""
+        return Shelf(self, blake2b(address.encode(), digest_size=8).hexdigest())
+
+    def settle(self) -> None:
+        """Wait until all that came so far is on disk."""
+        self.line.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Finish what is under way, which is never much."""
+        self.line.shutdown()
+        self.pool.shutdown()
+
+    def _tidy(self) -> None:
+        try:
+            self.cache.shrink()
+        except OSError as error:
+            self.cache.complain(error)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The cache as the clients at one address see it. ``owner`` stands for the address in names."""
+
+    library: Library
+    owner: str
+
+    def meant(self, name: int, size: int) -> bytes | None:
+        """The digest of the ``size`` bytes that these clients sent before and call ``name`` (FNV-1a 64)."""
+        return self.library.cache.meant(name, size, self.owner)
+
+    def restore(self, digest: bytes, size: int, window: memoryview | None, write: Write) -> bool:
+        """Read the ``size`` bytes of ``digest`` to ``window``, or through ``write`` where there is none; False when
+        they are not there. Then, if a file turned out to be damaged, the target is overwritten nevertheless.
+        """
+        cache = self.library.cache
+        file = cache.open(digest, size)
+        if file is None:
+            return False
+        turn = threading.Lock()
+
+        def read(piece: tuple[int, int]) -> bytes:
+            at, length = piece
+            target = memoryview(bytearray(length)) if window is None else window[at : at + length]
+            with turn:
+                file.seek(at)
+                _read_all(file, target)
+            if window is None:
+                write(at, target)
+            return sha256(target).digest()
+
+        try:
+            with file:
+                done = [self.library.pool.submit(read, piece) for piece in pieces(size)]
+                wait(done)  # nobody writes to the target any more when this returns
+                whole = joined(piece.result() for piece in done) == digest
+        except OSError:  # the disk, or a file that became shorter
+            whole = False
+        if whole:
+            cache.used(digest)
+        else:
+            cache.drop(digest)
+        return whole
+
+    def keeping(self, size: int, name: int | None) -> Keeping | None:
+        """For ``size`` bytes that are about to come, called ``name`` by a native client; None when they can't be kept:
+        names can be checked only where FNV-1a is fast enough."""
+        library = self.library
+        if not SMALLEST <= size <= library.cache.budget or (name is not None and fnv1a() is None):
+            return None
+        try:
+            return Keeping(library, self.owner, size, name)
+        except OSError as error:
+            library.cache.complain(error)
+            return None
+
+
+class Keeping:
+    """A tensor on its way to the cache. As a context manager: kept at the end, unless there was an error. What the disk
+    does is never the client's problem; it is logged."""
+
+    def __init__(self, library: Library, owner: str, size: int, name: int | None) -> None:
+        self._library, self._owner, self._size, self._name = library, owner, size, name
+        self._file, self._path = library.cache.create()
+        self._turn = threading.Lock()
+        self._at = 0
+        self._digests: list[Future[bytes]] = []
+        self._state = FNV_START
+
+    def feed(self, piece: memoryview) -> None:
+        """The next :data:`PIECE` bytes (the last time: the rest). They are copied: the caller may change them."""
+        data = bytes(piece)
+        self._library.waiting.acquire()
+        stored = self._library.pool.submit(self._store, self._at, data)
+        self._library.line.submit(self._hash, data, stored)
+        self._digests.append(stored)
+        self._at += len(data)
+
+    def __enter__(self) -> Keeping:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._library.line.submit(self._finish, kind is None)
+
+    def _store(self, at: int, data: bytes) -> bytes:
+        with self._turn:
+            self._file.seek(at)
+            _write_all(self._file, data)
+        return sha256(data).digest()
+
+    def _hash(self, data: bytes, stored: Future[bytes]) -> None:
+        if self._name is not None and (fnv := fnv1a()):
+            self._state = fnv(data, self._state)
+        wait([stored])
+        self._library.waiting.release()
+
+    def _finish(self, complete: bool) -> None:
+        cache = self._library.cache
+        try:
+            with self._file:
+                digest = joined([stored.result() for stored in self._digests])
+            if complete and self._at == self._size and self._name in (None, self._state):
+                cache.adopt(self._path, digest, self._size)
+                if self._name is not None:
+                    cache.call(digest, self._name, self._size, self._owner)
+        except OSError as error:
+            cache.complain(error)
+        finally:
+            remove(self._path)
+
+
+def _read_all(file: BinaryIO, target: memoryview) -> None:
+    while target:
+        got = file.readinto(target)  # type: ignore[attr-defined]
+        if not got:
+            raise OSError("the file ends too early")
+        target = target[got:]
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
