@@ -14,6 +14,7 @@ from sdrpc.ggml.build import cast, cont, cpy, inplace, mul_mat, node, permute, r
 from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import BF16, F16, I32, TYPES
+from tests.support import cases_recurrent
 from tests.support.feed import QUANTIZED, Feed
 
 Case = Callable[[Feed], Tensor]
@@ -49,6 +50,7 @@ def _positions(n: int) -> np.ndarray:
 CASES: dict[str, Case] = {
     # copies
     "DUP": lambda f: node("DUP", permute(f(5, 4, 3), 2, 0, 1, 3)),
+    "DUP-blocks": lambda f: cast(node("DUP", permute(f(32, 4, 3, type=TYPES["Q4_0"]), 0, 2, 1, 3)), TYPES["F32"]),
     "CONT": lambda f: cont(permute(f(5, 4, 3, 2), 1, 2, 0, 3)),
     "CONT-reshape": lambda f: cont(transpose(f(6, 4)), 3, 8),
     "CPY-cast-f16": lambda f: cast(f(5, 4), F16),
@@ -56,12 +58,17 @@ CASES: dict[str, Case] = {
     "CPY-cast-i32": lambda f: cast(f.of([[1.0, -2.75, 3.5]]), I32),
     "CPY-from-i32": lambda f: cast(f.of([[7, -3]], I32), TYPES["F32"]),
     "CPY-dequantize": lambda f: cast(f(64, 3, type=TYPES["Q8_0"]), TYPES["F32"]),
+    "CPY-quantize": lambda f: cast(cast(f(64, 3), TYPES["Q4_0"]), TYPES["F32"]),
+    "CPY-blocks": lambda f: cast(cpy(f(64, 3, type=TYPES["Q4_0"]), f(32, 6, type=TYPES["Q4_0"])), TYPES["F32"]),
     "CPY-into": lambda f: cpy(transpose(f(4, 5)), f(5, 4, type=F16)),
     "CPY-into-part": lambda f: cpy(f(3, 2), view(f(6, 5), 3, 2, offset=4 * 8)),
     "CPY-other-shape": lambda f: cpy(f(6, 4), f(3, 8)),
     "REPEAT": lambda f: node("REPEAT", f(3, 1, 2), ne=(6, 4, 2, 2)),
     "CONCAT-0": lambda f: node("CONCAT", f(3, 4), f(5, 4), params=p.Concat(0)),
     "CONCAT-2": lambda f: node("CONCAT", f(3, 4, 2), f(3, 4, 5), params=p.Concat(2)),
+    "CONCAT-blocks": lambda f: cast(
+        node("CONCAT", f(64, 3, type=TYPES["Q4_0"]), f(32, 3, type=TYPES["Q4_0"]), params=p.Concat(0)), TYPES["F32"]
+    ),
     "PAD": lambda f: node("PAD", f(4, 3, 2), params=_pad(1, 2, 0, 1, 3, 0, 1, 1)),
     "PAD-circular": lambda f: node("PAD", f(4, 3, 2), params=_pad(1, 2, 2, 1, 0, 0, 0, 0, circular=1)),
     "PAD_REFLECT_1D": lambda f: node("PAD_REFLECT_1D", f(5, 3, 2), params=p.PadReflect(4, 2)),
@@ -75,6 +82,9 @@ CASES: dict[str, Case] = {
     "GET_ROWS-batch": lambda f: node("GET_ROWS", f(6, 5, 2), f.of([[4, 0, 1], [1, 2, 3]], I32)),
     "SET_ROWS": lambda f: inplace(
         "SET_ROWS", f(6, 2), f.of([3, 0], TYPES["I64"]), f(6, 5, type=F16), into=2
+    ),
+    "SET_ROWS-quantized": lambda f: cast(
+        inplace("SET_ROWS", f(64, 2), f.of([3, 0], I32), f(64, 5, type=TYPES["Q4_0"]), into=2), TYPES["F32"]
     ),
     "ARANGE": lambda f: node("ARANGE", params=p.Arange(1.0, 5.5, 0.5)),
     "FILL": lambda f: node("FILL", f(4, 3), params=p.Fill(2.5)),
@@ -199,4 +209,5 @@ CASES: dict[str, Case] = {
     "VIEW": lambda f: node("SQR", view(f(6, 4, 3), 3, 2, 2, offset=4 * 8)),
     "PERMUTE": lambda f: node("SQR", permute(f(5, 4, 3, 2), 3, 1, 0, 2)),
     "TRANSPOSE": lambda f: node("SQR", transpose(f(5, 4))),
+    **cases_recurrent.CASES,
 }  # fmt: skip

@@ -20,6 +20,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import NUMPY_DTYPES
+from tests.support import reference_recurrent
 
 Array = np.ndarray[Any, Any]
 Memory = Mapping[int, bytearray | Array]
@@ -69,7 +70,11 @@ def read(tensor: Tensor, memory: Memory, own: Mapping[Tensor, Array] | None = No
 
 
 def write(tensor: Tensor, value: Array, memory: Memory, own: Mapping[Tensor, Array] | None = None) -> None:
-    """``value``, rounded to the tensor's plain type, into its bytes."""
+    """``value``, rounded to the tensor's type (blocks: as gguf does), into its bytes."""
+    if not tensor.type.plain:
+        blocks = gguf.quants.quantize(value.astype(np.float32), gguf.GGMLQuantizationType[tensor.type.name])
+        _bytes(tensor, memory, own or {})[...] = blocks
+        return
     with np.errstate(over="ignore"):  # beyond F16's range is infinite, as in ggml
         target = _elements(tensor, memory, own or {})
         target[...] = _bf16(value) if tensor.type.name == "BF16" else value.astype(target.dtype)
@@ -546,5 +551,7 @@ OPS: dict[str, Callable[..., Array]] = {
     "POOL_2D": _pool_2d, "UPSCALE": _upscale, "IM2COL_3D": _im2col_3d, "CONV_3D": _conv_3d,
     "CONV_TRANSPOSE_1D": _conv_transpose_1d, "COL2IM_1D": _col2im_1d, "POOL_1D": _pool_1d, "WIN_PART": _win_part,
     "WIN_UNPART": _win_unpart, "GET_REL_POS": _get_rel_pos, "ADD_REL_POS": _add_rel_pos,
+    "ROPE_BACK": lambda node, x, positions, *factors: _rope(node, x, -positions, *factors),
+    **reference_recurrent.OPS,
 }  # fmt: skip
 """Operation → function of the node and its sources' arrays (None for a source that is not there)."""
