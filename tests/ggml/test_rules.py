@@ -46,6 +46,32 @@ def pool(op: int = 0, k: int = 2, s: int = 2, pad: int = 0) -> p.Pool2D:
     return p.Pool2D(op, k, k, s, s, pad, pad)
 
 
+def scan(
+    state: Any = (5, 3, 4, 6), x: Any = (3, 4, 7, 2), dt: Any = (4, 7, 2), a: Any = (1, 4), b: Any = (5, 2, 7, 2),
+    c: Any = (5, 2, 7, 2), rows: Any = I32,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """SSM_SCAN's sources: states of 5 × 3 for 4 heads in 2 groups, 7 tokens of 2 sequences."""
+    return (*(t(*ne) for ne in (state, x, dt, a, b, c)), t(2, type=rows))
+
+
+def keys(number: int, first: Any = (6, 3, 8), other: Any = (6, 3, 8), state: Any = (108, 2)) -> tuple[Tensor, ...]:
+    """Sources of a recurrence of 3 heads of 6 over 8 tokens of 2 sequences."""
+    return (t(*first), *(t(*other) for _ in range(number)), t(*state))
+
+
+def delta(
+    q: Any = (6, 2, 7, 2), v: Any = (6, 4, 7, 2), gate: Any = (1, 4, 7, 2), beta: Any = (1, 4, 7, 2),
+    state: Any = (6, 6, 4, 2),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return t(*q), t(6, 2, 7, 2), t(*v), t(*gate), t(*beta), t(*state)
+
+
+def indexer(
+    k: Any = (8, 1, 5, 2), weights: Any = (3, 4, 1, 2), shape: Any = (5, 4), mask: Any = F16
+) -> tuple[Tensor, ...]:
+    return t(8, 3, 4, 2), t(*k), t(*weights), t(*shape, type=mask)
+
+
 BAD: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     # number of sources and their absence
     ("ADD", (t(4),), NO_PARAMS, {}), ("ADD", (t(4), t(4), t(4)), NO_PARAMS, {}), ("ADD", (None, t(4)), NO_PARAMS, {}),
@@ -183,11 +209,77 @@ BAD: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("ADD_REL_POS", (t(9, 20, 2), t(3, 5, 4, 2), t(3, 5, 4, 2)), p.InPlace(2), {}),
     ("GLU", (t(7, 2),), p.Glu("SWIGLU"), {}), ("GLU", (t(8, 2), t(8, 3)), p.Glu("SWIGLU"), {}),
     ("GLU", (t(8, 2), t(8, 2, type=F16)), p.Glu("SWIGLU"), {}),
+    # recurrences
+    ("SSM_CONV", (t(7, 5), t(4, 6)), NO_PARAMS, {}), ("SSM_CONV", (t(3, 5), t(4, 5)), NO_PARAMS, {}),
+    ("SSM_CONV", (t(7, 5, 1, 2), t(4, 5)), NO_PARAMS, {}), ("SSM_CONV", (t(7, 5), t(4, 5, 2)), NO_PARAMS, {}),
+    ("SSM_SCAN", scan(), p.States(-1), {}), ("SSM_SCAN", scan(state=(5, 2, 4, 6)), p.States(), {}),
+    ("SSM_SCAN", scan(x=(3, 5, 7, 2)), p.States(), {}), ("SSM_SCAN", scan(dt=(4, 6, 2)), p.States(), {}),
+    ("SSM_SCAN", scan(a=(4, 4)), p.States(), {}), ("SSM_SCAN", scan(a=(1, 3)), p.States(), {}),
+    ("SSM_SCAN", scan(b=(5, 3, 7, 2), c=(5, 3, 7, 2)), p.States(), {}),
+    ("SSM_SCAN", scan(c=(5, 1, 7, 2)), p.States(), {}),
+    ("SSM_SCAN", scan(x=(3, 4, 7, 3), dt=(4, 7, 3)), p.States(), {}),
+    ("RWKV_WKV6", (*keys(4)[:3], t(6, 2), *keys(1)[1:]), NO_PARAMS, {}),
+    ("RWKV_WKV6", (*keys(2)[:3], t(6, 3), *keys(1, state=(108, 3))[1:]), NO_PARAMS, {}),
+    ("RWKV_WKV7", keys(5, first=(6, 2, 8)), NO_PARAMS, {}), ("RWKV_WKV7", keys(5, state=(107, 2)), NO_PARAMS, {}),
+    ("RWKV_WKV7", keys(5, (6, 3, 9), (6, 3, 9)), NO_PARAMS, {}),
+    ("RWKV_WKV7", keys(5, (6, 3, 4, 2), (6, 3, 4, 2)), NO_PARAMS, {}),
+    ("GATED_LINEAR_ATTN", keys(3), p.LinearAttention(NAN), {}),
+    ("GATED_LINEAR_ATTN", keys(3, state=(216,)), p.LinearAttention(1.0), {}),
+    ("GATED_DELTA_NET", delta(), p.States(-1), {}), ("GATED_DELTA_NET", delta(q=(5, 2, 7, 2)), p.States(), {}),
+    ("GATED_DELTA_NET", delta(q=(6, 3, 7, 2)), p.States(), {}),
+    ("GATED_DELTA_NET", delta(q=(6, 2, 6, 2)), p.States(), {}),
+    ("GATED_DELTA_NET", delta(v=(6, 4, 7, 3)), p.States(), {}),
+    ("GATED_DELTA_NET", delta(gate=(2, 4, 7, 2)), p.States(), {}),
+    ("GATED_DELTA_NET", delta(beta=(6, 4, 7, 2)), p.States(), {}),
+    ("GATED_DELTA_NET", delta(state=(6, 6, 4, 1)), p.States(), {}),
+    ("SOLVE_TRI", (t(5, 4), t(4, 5)), NO_PARAMS, {}), ("SOLVE_TRI", (t(5, 5), t(4, 6)), NO_PARAMS, {}),
+    ("SOLVE_TRI", (t(5, 5, 2), t(4, 5)), NO_PARAMS, {}),
+    ("LIGHTNING_INDEXER", indexer(k=(8, 2, 5, 2)), NO_PARAMS, {}),
+    ("LIGHTNING_INDEXER", indexer(k=(7, 1, 5, 2)), NO_PARAMS, {}),
+    ("LIGHTNING_INDEXER", indexer(weights=(3, 4, 2, 1)), NO_PARAMS, {}),
+    ("LIGHTNING_INDEXER", indexer(shape=(5, 4, 1, 3)), NO_PARAMS, {}),
+    ("LIGHTNING_INDEXER", indexer(shape=(4, 4)), NO_PARAMS, {}),
+    ("DSV4_HC_COMB", (t(24, 5, 2), t(3), t(24)), p.Mixing(0.0, 1), {}),
+    ("DSV4_HC_COMB", (t(24, 5), t(2), t(24)), p.Mixing(0.0, 1), {}),
+    ("DSV4_HC_COMB", (t(24, 5), t(3), t(23)), p.Mixing(0.0, 1), {}),
+    ("DSV4_HC_COMB", (t(24, 5), t(3), t(24)), p.Mixing(0.0, 0), {}),
+    ("DSV4_HC_COMB", (t(24, 5), t(3), t(24)), p.Mixing(-1.0, 1), {}),
+    ("DSV4_HC_PRE", (t(7, 3, 5), t(3, 4)), p.Gather(), {}),
+    ("DSV4_HC_PRE", (t(7, 3, 5), t(3, 5)), p.Gather(1.0, 1), {}),
+    ("DSV4_HC_PRE", (t(7, 3, 5), t(3, 5)), p.Gather(1.0, 2), {}),
+    ("DSV4_HC_PRE", (t(7, 3, 5, 2), t(3, 5)), p.Gather(), {}),
+    ("DSV4_HC_POST", (t(7, 4), t(7, 3, 5), t(3, 5)), NO_PARAMS, {}),
+    ("DSV4_HC_POST", (t(7, 5), t(7, 3, 5), t(3, 4)), NO_PARAMS, {}),
+    ("DSV4_HC_POST", (t(7, 5), t(7, 3, 5), t(3, 5), t(3, 4, 5)), NO_PARAMS, {}),
+    # training
+    ("SILU_BACK", (t(4), t(5)), NO_PARAMS, {}), ("RMS_NORM_BACK", (t(4), t(5)), p.Eps(0.0), {}),
+    ("RMS_NORM_BACK", (t(4), t(4)), p.Eps(-1.0), {}), ("SOFT_MAX_BACK", (t(4), t(5)), p.SoftMax(1.0), {}),
+    ("ROPE_BACK", (t(8, 3, 5), t(4, type=I32)), rope(), {}),
+    ("REPEAT_BACK", (t(4, 6),), NO_PARAMS, {}), ("REPEAT_BACK", (t(4, 6),), NO_PARAMS, {"ne": dims(3, 2)}),
+    ("GET_ROWS_BACK", (t(6, 4), t(4, type=I32)), NO_PARAMS, {}),
+    ("GET_ROWS_BACK", (t(6, 4), t(3, type=I32)), NO_PARAMS, {"ne": dims(6, 5)}),
+    ("GET_ROWS_BACK", (t(6, 4), t(4, type=I32)), NO_PARAMS, {"ne": dims(7, 5)}),
+    ("CROSS_ENTROPY_LOSS", (t(4, 2), t(4)), NO_PARAMS, {}),
+    ("CROSS_ENTROPY_LOSS_BACK", (t(2), t(4), t(4)), NO_PARAMS, {}),
+    ("CROSS_ENTROPY_LOSS_BACK", (t(1), t(4), t(4, 2)), NO_PARAMS, {}),
+    ("OPT_STEP_SGD", (t(4), t(4), t(3)), NO_PARAMS, {}), ("OPT_STEP_SGD", (t(4), t(5), t(2)), NO_PARAMS, {}),
+    ("IM2COL_BACK", (t(36, 7, 7), t(3, 3, 4, 5)), p.Im2Col(1, 1, 0, 0, 1, 1, 1), {}),
+    ("IM2COL_BACK", (t(36, 7, 7), t(3, 3, 4, 5)), p.Im2Col(1, 1, 0, 0, 1, 1, 2), {"ne": dims(9, 9, 4)}),
+    ("IM2COL_BACK", (t(36, 6, 7), t(3, 3, 4, 5)), p.Im2Col(1, 1, 0, 0, 1, 1, 1), {"ne": dims(9, 9, 4)}),
+    ("IM2COL_BACK", (t(36, 7, 7), t(3, 3, 4, 5)), p.Im2Col(0, 1, 0, 0, 1, 1, 1), {"ne": dims(9, 9, 4)}),
+    ("IM2COL_BACK", (t(12, 7, 2), t(3, 4)), p.Im2Col(1, 0, 0, 0, 1, 0, 0), {"ne": dims(9, 4, 2, 2)}),
+    ("POOL_2D_BACK", (t(4, 4), t(9, 9)), pool(op=2), {}), ("POOL_2D_BACK", (t(4, 4), t(9, 9)), pool(k=0), {}),
+    ("POOL_2D_BACK", (t(4, 3), t(9, 9)), pool(), {}),
 ]  # fmt: skip
 
 UNSUPPORTED: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
-    ("CUSTOM", (), NO_PARAMS, {}), ("MAP_CUSTOM1", (t(4),), NO_PARAMS, {}), ("SSM_SCAN", (t(4),), NO_PARAMS, {}),
-    ("GATED_DELTA_NET", (t(4),), NO_PARAMS, {}), ("COUNT", (), NO_PARAMS, {}),
+    ("CUSTOM", (), NO_PARAMS, {}), ("MAP_CUSTOM1", (t(4),), NO_PARAMS, {}),
+    ("OPT_STEP_ADAMW", (t(4),) * 5, NO_PARAMS, {}), ("FLASH_ATTN_BACK", (t(4),), NO_PARAMS, {}),
+    ("COUNT", (), NO_PARAMS, {}),
+    ("SSM_SCAN", scan(a=(5, 4)), p.States(2), {}), ("DSV4_HC_COMB", (t(24, 5), t(3), t(24)), p.Mixing(0.0, 1025), {}),
+    ("DSV4_HC_COMB", (t(35, 5), t(3), t(35)), p.Mixing(0.0, 1), {}),
+    ("SOFT_MAX_BACK", (t(9), t(9)), p.SoftMax(1.0, 8.0), {}),
+    ("POOL_2D_BACK", (t(2, 2), t(9, 9)), pool(k=2**16, s=2**16, pad=2**16 - 1), {}),
     ("UNARY", (t(4),), p.Unary("SWISH"), {}), ("GLU", (t(4),), p.Glu("TANHGLU"), {}),
     ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(mode=8), {}),
     ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(ext=1.0), {}),
@@ -201,6 +293,10 @@ UNSUPPORTED: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("CONV_TRANSPOSE_1D", (t(3, 2, 4), t(9, 4)), p.ConvTranspose1D(1, 0, 2), {}),
     # types
     ("ADD", (t(4, type=I32), t(4)), NO_PARAMS, {}), ("ADD", (t(32, type=Q8_0), t(32)), NO_PARAMS, {}),
+    ("SSM_CONV", (t(7, 5, type=F16), t(4, 5)), NO_PARAMS, {}), ("SSM_SCAN", scan(rows=I64), p.States(), {}),
+    ("SOLVE_TRI", (t(5, 5), t(4, 5, type=F16)), NO_PARAMS, {}), ("SILU_BACK", (t(4), t(4, type=F16)), NO_PARAMS, {}),
+    ("LIGHTNING_INDEXER", indexer(mask=F32), NO_PARAMS, {}),
+    ("GET_ROWS_BACK", (t(6, 4), t(4, type=I64)), NO_PARAMS, {"ne": dims(6, 5)}),
     ("COUNT_EQUAL", (t(4), t(4)), NO_PARAMS, {}), ("GET_REL_POS", (t(3, 7, type=BF16),), NO_PARAMS, {}),
     ("ADD", (t(4), t(4)), NO_PARAMS, {"type": I32}), ("MUL_MAT", (t(4, type=I8), t(4)), p.MulMat(), {}),
     ("MUL_MAT", (t(4), t(4, type=I8)), p.MulMat(), {}),

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from tests.interop.cases import attention, copies, elementwise, graphs, images, products, rows
+from tests.interop.cases import (
+    attention,
+    copies,
+    deepseek,
+    elementwise,
+    graphs,
+    images,
+    products,
+    recurrent,
+    rows,
+    training,
+)
 from tests.interop.cases.base import BOUNDS, Builder, Case
 from tests.interop.cases.refused import REFUSED
 
@@ -17,9 +28,8 @@ __all__ = ["BOUNDS", "CASES", "GRAPHS", "OPERATIONS", "REFUSED", "Builder", "Cas
 CASES: dict[str, Case] = {}
 OPERATIONS: defaultdict[str, list[str]] = defaultdict(list)
 """The names of the cases of each operation."""
-for case in (
-    case for family in (elementwise, rows, attention, copies, products, images, graphs) for case in family.CASES
-):
+FAMILIES = (elementwise, rows, attention, copies, products, images, recurrent, deepseek, training, graphs)
+for case in (case for family in FAMILIES for case in family.CASES):
     if case.name in CASES:
         raise ValueError(f"two cases are called {case.name}")
     CASES[case.name] = case

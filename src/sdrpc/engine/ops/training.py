@@ -23,7 +23,7 @@ def _silu_back(_v: Value, gradient: Tensor, x: Tensor) -> Tensor:
 def _rms_norm_back(v: Value, gradient: Tensor, x: Tensor) -> Tensor:
     """(dz - x · mean(x dz) / (mean(x²) + eps)) / √(mean(x²) + eps)"""
     p: Any = v.params
-    mean = x.square().mean(-1, keepdim=True) + p.eps
+    mean: Tensor = x.square().mean(-1, keepdim=True) + p.eps
     return (gradient - x * ((x * gradient).mean(-1, keepdim=True) / mean)) * mean.rsqrt()
 
 
@@ -84,19 +84,17 @@ def _im2col_back(v: Value, columns: Tensor, _kernel: Tensor) -> Tensor:
 def _pool_2d_back(v: Value, gradient: Tensor, image: Tensor) -> Tensor:
     """Each window's gradient goes to its largest element, the first one, or to all its elements alike."""
     p: Any = v.params
-    around, kernel, stride = (p.p0, p.p0, p.p1, p.p1), (p.k1, p.k0), (p.s1, p.s0)
+    # torch pads by half a window at most; the rest is written out
+    out0, out1 = max(p.p0 - p.k0 // 2, 0), max(p.p1 - p.k1 // 2, 0)
+    padded = F.pad(image, (out0, out0, out1, out1), value=0.0 if p.op else -torch.inf)
+    window = (p.k1, p.k0), (p.s1, p.s0), (p.p1 - out1, p.p0 - out0)
     if p.op:
-        padded = F.pad(image, around)
-        spread = torch.ops.aten.avg_pool2d_backward(
-            gradient.contiguous(), padded, kernel, stride, (0, 0), False, True, None
-        )
+        spread = torch.ops.aten.avg_pool2d_backward(gradient.contiguous(), padded, *window, False, True, None)
     else:
-        padded = F.pad(image, around, value=-torch.inf)
-        at = F.max_pool2d(padded, kernel, stride, return_indices=True)[1]
+        at = F.max_pool2d(padded, *window, return_indices=True)[1]
         spread = torch.zeros_like(padded).flatten(2).scatter_add(2, at.flatten(2), gradient.flatten(2))
-        spread = spread.reshape(padded.shape)
-    inside: Tensor = spread[..., p.p1 : p.p1 + image.shape[2], p.p0 : p.p0 + image.shape[3]]
-    return inside
+    inside: Tensor = spread.reshape(padded.shape)
+    return inside[..., out1 : out1 + image.shape[2], out0 : out0 + image.shape[3]]
 
 
 RAISE: dict[str, Raise] = {

@@ -117,17 +117,17 @@ def _col2im_1d(call: Call) -> Result:
 def _pool_1d(call: Call) -> Result:
     source, p = call.src[0], call.params
     typed(source, FLOATS)
-    return Result(F32, (_pooled(source.ne[0], p.op, p.k, p.s, p.p), *source.ne[1:]))
+    return Result(F32, (pooled(source.ne[0], p.op, p.k, p.s, p.p), *source.ne[1:]))
 
 
 def _pool_2d(call: Call) -> Result:
     source, p = call.src[0], call.params
     typed(source, FLOATS)
     x = source.ne
-    return Result(F32, (_pooled(x[0], p.op, p.k0, p.s0, p.p0), _pooled(x[1], p.op, p.k1, p.s1, p.p1), x[2], x[3]))
+    return Result(F32, (pooled(x[0], p.op, p.k0, p.s0, p.p0), pooled(x[1], p.op, p.k1, p.s1, p.p1), x[2], x[3]))
 
 
-def _pooled(n: int, op: int, k: int, s: int, p: int) -> int:
+def pooled(n: int, op: int, k: int, s: int, p: int) -> int:
     need(op in (MAX_POOL, MEAN_POOL), "pooling {}", op)
     need(k > 0, "a window of {}", k)
     # what goes beyond half a window is written out, and is otherwise without bound

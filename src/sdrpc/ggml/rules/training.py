@@ -6,12 +6,9 @@ from ..tensor import dims
 from ..types import F32
 from . import attention
 from .base import Call, Result, Rule, declared, need, repeats, support, typed
-from .images import MAX_POOL, MEAN_POOL, window
+from .images import pooled, window
 
 _F32 = frozenset({"F32"})
-
-MOST_PADDED = 1 << 28
-"""Elements of an image with its padding, which POOL_2D_BACK makes."""
 
 
 def _alike(call: Call) -> Result:
@@ -91,12 +88,8 @@ def _pool_2d_back(call: Call) -> Result:
     p, x = call.params, image.ne
     typed(gradient, _F32)
     typed(image, _F32)
-    need(p.op in (MAX_POOL, MEAN_POOL), "pooling {}", p.op)
-    need(p.k0 > 0 and p.k1 > 0, "a window of {} × {}", p.k0, p.k1)
-    need(p.p0 < p.k0 and p.p1 < p.k1, "padding {} × {} of a window of {} × {}", p.p0, p.p1, p.k0, p.k1)
-    pooled = (window(x[0], p.k0, p.s0, p.p0, 1), window(x[1], p.k1, p.s1, p.p1, 1), *x[2:])
-    need(gradient.ne == pooled, "gradient {} of {} pooled to {}", gradient.ne, x, pooled)
-    support((x[0] + 2 * p.p0) * (x[1] + 2 * p.p1) * x[2] * x[3] <= MOST_PADDED, "an image {} in {}", x, p)
+    ne = (pooled(x[0], p.op, p.k0, p.s0, p.p0), pooled(x[1], p.op, p.k1, p.s1, p.p1), *x[2:])
+    need(gradient.ne == ne, "gradient {} of {} pooled to {}", gradient.ne, x, ne)
     return Result(F32, x)
 
 
