@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = Path(runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["FOLDER"])
+FOLDER = Path(runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["FOLDERS"]["7.0.0"])
 
 # The numbers of ggml.h (GGML_TYPE_*), as the library that is loaded has them.
 TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
-    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "BF16": 30,
-    "MXFP4": 39,
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q8_1": 9, "Q2_K": 10, "Q3_K": 11,
+    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "Q8_K": 15, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19,
+    "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28,
+    "IQ1_M": 29, "BF16": 30, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41, "Q2_0": 42,
 }  # fmt: skip
 NAMES = {number: name for name, number in TYPES.items()}
-DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
 UNARY = (
     "ABS", "SGN", "NEG", "STEP", "TANH", "ELU", "RELU", "SIGMOID", "GELU", "GELU_QUICK", "SILU", "HARDSWISH",
@@ -52,6 +53,13 @@ class _InitParams(c.Structure):
     _fields_ = (("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool))
 
 
+class _CpuTypeTraits(c.Structure):
+    _fields_ = (
+        ("from_float", c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, c.c_int64)), ("vec_dot", c.c_void_p),
+        ("vec_dot_type", c.c_int), ("nrows", c.c_int64),
+    )  # fmt: skip
+
+
 class _TypeTraits(c.Structure):
     _fields_ = (
         ("name", c.c_char_p), ("block", c.c_int64), ("interleave", c.c_int64), ("size", c.c_size_t),
@@ -63,7 +71,7 @@ class _TypeTraits(c.Structure):
 _CODES: dict[str, Any] = {
     "t": P, "i": c.c_int, "l": c.c_int64, "z": c.c_size_t, "f": c.c_float, "b": c.c_bool, "p": c.c_void_p,
     "s": c.c_char_p, "u": c.c_uint32, "B": c.c_uint8, "v": None, "T": c.POINTER(_TypeTraits),
-    "Z": c.POINTER(c.c_size_t), "A": c.POINTER(c.c_void_p),
+    "C": c.POINTER(_CpuTypeTraits), "Z": c.POINTER(c.c_size_t), "A": c.POINTER(c.c_void_p),
 }  # fmt: skip
 """One letter per C type of a signature."""
 
@@ -83,10 +91,22 @@ OPERATIONS = {
     "diag_mask_inf_inplace": "ti", "diag_mask_zero": "ti", "diag_mask_zero_inplace": "ti", "clamp": "tff",
     "clamp_inplace": "tff", "soft_max": "t", "soft_max_inplace": "t", "soft_max_ext": "ttff",
     "soft_max_ext_inplace": "ttff", "rope_ext": "tttiiiffffff", "rope_ext_inplace": "tttiiiffffff",
+    "rope_multi": "tttipiiffffff", "rope_multi_inplace": "tttipiiffffff",
     "im2col": "ttiiiiiibi", "conv_2d": "ttiiiiii", "conv_2d_direct": "ttiiiiii", "conv_2d_dw_direct": "ttiiiiii",
     "conv_transpose_2d_p0": "tti", "pool_2d": "tiiiiiff", "interpolate": "tllllu", "pad_ext": "tiiiiiiii",
     "pad_ext_circular": "tiiiiiiii", "roll": "tiiii", "tri": "ti", "fill": "tf", "fill_inplace": "tf",
     "timestep_embedding": "tii", "argsort": "ti", "arange": "fff", "flash_attn_ext": "ttttfff",
+    "add1": "tt", "add1_inplace": "tt", "count_equal": "tt", "top_k": "ti", "diag": "t", "conv_1d": "ttiii",
+    "conv_2d_dw": "ttiiiiii", "conv_3d": "ttliiiiiiiii", "im2col_3d": "ttliiiiiiiiii",
+    "conv_3d_direct": "ttiiiiiiiiiiii", "conv_transpose_1d": "ttiii", "col2im_1d": "tiii", "pool_1d": "tiiii",
+    "pad_reflect_1d": "tii", "win_part": "ti", "win_unpart": "tiii", "get_rel_pos": "tii", "add_rel_pos": "ttt",
+    "add_rel_pos_inplace": "ttt",
+    "ssm_conv": "tt", "ssm_scan": "tttttttl", "rwkv_wkv6": "tttttt", "rwkv_wkv7": "ttttttt",
+    "gated_linear_attn": "tttttf", "gated_delta_net": "ttttttl", "solve_tri": "ttbbb", "lightning_indexer": "tttt",
+    "dsv4_hc_comb": "tttfi", "dsv4_hc_pre": "tt", "dsv4_hc_pre_gated": "ttf", "dsv4_hc_post": "tttt",
+    "silu_back": "tt", "rms_norm_back": "ttf", "soft_max_ext_back": "ttff", "rope_ext_back": "tttiiiffffff",
+    "repeat_back": "tt", "get_rows_back": "ttt", "cross_entropy_loss": "tt", "cross_entropy_loss_back": "ttt",
+    "opt_step_sgd": "ttt", "im2col_back": "ttpiiiiiib", "pool_2d_back": "ttiiiiiff",
 }  # fmt: skip
 """ggml_<name>(context, …) → tensor: the arguments after the context."""
 
@@ -94,10 +114,13 @@ FUNCTIONS = {
     "ggml_init": ("p", None), "ggml_free": ("v", "p"), "ggml_tensor_overhead": ("z", ""), "ggml_nbytes": ("z", "t"),
     "ggml_graph_overhead_custom": ("z", "zb"), "ggml_new_graph_custom": ("p", "pzb"),
     "ggml_build_forward_expand": ("v", "pt"), "ggml_graph_n_nodes": ("i", "p"), "ggml_graph_node": ("t", "pi"),
-    "ggml_set_output": ("v", "t"), "ggml_set_name": ("t", "ts"), "ggml_op_desc": ("s", "t"),
+    "ggml_set_output": ("v", "t"), "ggml_set_param": ("v", "t"), "ggml_set_name": ("t", "ts"), "ggml_op_desc": ("s", "t"),
     "ggml_op_name": ("s", "i"),
-    "ggml_get_type_traits": ("T", "i"), "ggml_quantize_chunk": ("z", "ipplllp"), "ggml_prec_set_acc": ("b", "ti"),
-    "ggml_flash_attn_ext_add_sinks": ("v", "tt"), "ggml_backend_cpu_init": ("p", ""),
+    "ggml_get_type_traits": ("T", "i"), "ggml_get_type_traits_cpu": ("C", "i"),
+    "ggml_quantize_requires_imatrix": ("b", "i"), "ggml_quantize_chunk": ("z", "ipplllp"),
+    "ggml_prec_set_acc": ("b", "ti"),
+    "ggml_flash_attn_ext_add_sinks": ("v", "tt"), "ggml_soft_max_add_sinks": ("v", "tt"),
+    "ggml_rope_set_offset": ("t", "ti"), "ggml_backend_cpu_init": ("p", ""),
     "ggml_backend_cpu_set_n_threads": ("v", "pi"), "ggml_backend_free": ("v", "p"),
     "ggml_backend_supports_op": ("b", "pt"), "ggml_backend_alloc_ctx_tensors": ("p", "pp"),
     "ggml_backend_get_default_buffer_type": ("p", "p"), "ggml_backend_graph_compute": ("i", "pp"),
@@ -194,7 +217,9 @@ def encode(type: str, values: np.ndarray) -> bytes:
     rows, columns = source.size // source.shape[-1], source.shape[-1]
     traits = library().ggml_get_type_traits(TYPES[type]).contents
     out = c.create_string_buffer(rows * columns // traits.block * traits.size)
-    library().ggml_quantize_chunk(TYPES[type], source.ctypes.data, out, 0, rows, columns, None)
+    alike = np.ones(columns, np.float32)  # types of some two bits want to know how important each column is
+    importance = alike.ctypes.data if library().ggml_quantize_requires_imatrix(TYPES[type]) else None
+    library().ggml_quantize_chunk(TYPES[type], source.ctypes.data, out, 0, rows, columns, importance)
     return out.raw
 
 

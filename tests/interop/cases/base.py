@@ -40,6 +40,7 @@ class Case(NamedTuple):
 def sweep(
     op: str,
     build: Callable[..., Any],
+    /,
     bound: str | Callable[..., str] = "f32",
     where: Callable[..., bool] = lambda **_: True,
     most: int | None = None,
@@ -161,6 +162,8 @@ SMALL, ODD = (64, 5, 3, 2), (33, 7, 2, 3)
 FLOATS = ("F32", "F16", "BF16")
 ROWS_DENSE = ("dense", "offset", "part", "strided", "0213", "0132", "0321", "0231")
 """Views whose rows lie together: what most of ggml's operations ask of their operands."""
+PACKED = ("dense", "offset", "strided")
+"""Views whose rows follow one another at one stride."""
 ANY_VIEW = (*ROWS_DENSE, "1023", "2013", "3120", "1230")
 BROADCASTS = (
     ((16, 1, 1, 1), (16, 1, 1, 1)), ((16, 5, 4, 3), (16, 5, 4, 3)), ((16, 5, 4, 3), (1, 1, 1, 1)),

@@ -8,7 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from tests.interop.cases.base import F16, F32, FLOATS, ODD, QUANTIZED, Builder, Case, shape
+from tests.interop.cases.base import (
+    ANY_VIEW,
+    F16,
+    F32,
+    FLOATS,
+    ODD,
+    QUANTIZED,
+    ROWS_DENSE,
+    Builder,
+    Case,
+    shape,
+    sweep,
+)
 from tests.support import ggml
 
 PERMUTATIONS = ((0, 2, 1, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 1, 2, 0), (1, 2, 3, 0))
@@ -88,11 +100,6 @@ def _copies() -> Iterator[Case]:
         yield Case("CONCAT", f"dim{dim}-views", lambda b, c=concat: c(b, part=True), "exact")
         yield Case("CONCAT", f"dim{dim}-F16", lambda b, c=concat: c(b, type="F16"), "exact")
     yield Case("CONCAT", "I32", lambda b: b.concat(b.indices(9, 4, 5), b.indices(9, 3, 5), 0), "exact")
-    for amounts in ((0, 1, 0, 1, 0, 0, 0, 0), (2, 3, 1, 0, 0, 4, 1, 1), (0, 0, 0, 0, 3, 0, 0, 2)):
-        label = "".join(map(str, amounts))
-        yield Case("PAD", label, lambda b, a=amounts: b.pad_ext(b.x(*ODD), *a), "exact")
-        yield Case("PAD", f"{label}-circular", lambda b, a=amounts: b.pad_ext_circular(b.x(9, 8, 5, 3), *a), "exact")
-    yield Case("PAD", "view", lambda b: b.pad_ext(b.part(*ODD), 1, 2, 0, 1, 0, 0, 0, 0), "exact")
     for call in ("set", "set_inplace", "acc", "acc_inplace"):
         op, bound = call.split("_")[0].upper(), "exact" if call.startswith("set") else "f32"
         yield Case(op, f"{call}-block", lambda b, c=call: getattr(b, c)(
@@ -131,4 +138,22 @@ def _copies() -> Iterator[Case]:
         )
 
 
-CASES = [*_copies()]
+def _padded(b: Builder, amounts: tuple[int, ...], circular: bool, view: str) -> Any:
+    return (b.pad_ext_circular if circular else b.pad_ext)(b.operand(9, 8, 5, 3, view=view), *amounts)
+
+
+def _paddings() -> Iterator[Case]:
+    amounts = ((0, 1, 0, 1, 0, 0, 0, 0), (2, 3, 1, 0, 0, 4, 1, 1), (9, 20, 8, 0, 5, 7, 0, 3))
+    yield from sweep("PAD", _padded, "exact", amounts=amounts, circular=(False, True), view=ANY_VIEW)
+    yield from sweep(
+        "PAD_REFLECT_1D", lambda b, n, left, right, view: b.pad_reflect_1d(b.operand(n, 5, 2, view=view), left, right),
+        "exact", n=(1, 4, 33), left=(0, 1, 3, 32), right=(0, 2, 3), view=("dense", "offset"),
+        where=lambda n, left, right, **_: left < n and right < n,
+    )  # fmt: skip
+    yield from sweep(
+        "ROLL", lambda b, shifts, view: b.roll(b.operand(*ODD, view=view), *shifts), "exact",
+        shifts=((1, 0, 0, 0), (-32, 6, -1, 2), (5, -3, 1, -1), (0, 0, 0, 0)), view=ROWS_DENSE,
+    )  # fmt: skip
+
+
+CASES = [*_copies(), *_paddings()]

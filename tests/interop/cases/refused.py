@@ -15,13 +15,10 @@ def with_sinks(b: Builder) -> Any:
 
 
 REFUSED: dict[str, Case] = {
-    "ROLL": Case("ROLL", "", lambda b: b.roll(b.x(8, 4), 1, 0, 0, 0)),
-    "TRI": Case("TRI", "", lambda b: b.tri(b.x(8, 8), 2)),
+    "padding 15 of 4 elements": Case("POOL_1D", "", lambda b: b.pool_1d(b.x(4), 0, 20, 7, 15)),
     "MUL_MAT_ID": Case("MUL_MAT_ID", "", lambda b: b.mul_mat_id(b.x(8, 4, 3), b.x(8, 2, 5), b.indices(3, 2, 5))),
-    "XIELU": Case("UNARY", "", lambda b: b.xielu(b.x(8, 4), 0.8, 0.8, 0.5, -1e-6)),
     "sinks": Case("FLASH_ATTN_EXT", "", with_sinks),
-    "mode 2": Case("UPSCALE", "", lambda b: b.interpolate(b.x(8, 8, 2), 16, 16, 2, 1, 2)),
-    "ROLL.*ADD_ID": Case(
-        "ROLL", "", lambda b: b.add_id(b.roll(b.x(8, 4, 2), 1, 0, 0, 0), b.x(8, 6), b.indices(6, 4, 2))
+    "POOL_2D.*POOL_1D": Case(
+        "POOL_1D", "", lambda b: b.pool_1d(b.pool_2d(b.x(4, 4), 0, 20, 3, 7, 2, 15, 0), 0, 20, 7, 15)
     ),
 }
