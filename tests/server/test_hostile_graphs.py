@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from struct import pack
 from typing import Any, NamedTuple
@@ -227,6 +228,29 @@ def test_t32_all_unknown_operations_are_named_at_once(scene: Scene) -> None:
         make(op=op)
     make.compute(1, 2, 3)
     scene.ends(client, "MAP_CUSTOM3.*OPT_STEP_ADAMW.*FLASH_ATTN_BACK")
+
+
+NOT_HERE: dict[str, tuple[Callable[[Make], int], str]] = {
+    "FLASH_ATTN_BACK": (lambda make: sum_of(make, op="FLASH_ATTN_BACK", name=b"layer 3"), "operation not supported"),
+    "SQR": (lambda make: make(op="SQR", src=(make(type="I32"),), type="I32", name=b"layer 3"), "source of type I32"),
+    "MUL_MAT": (
+        lambda make: make((1,), op="MUL_MAT", src=(make(type="I8"), make()), name=b"layer 3"),
+        "source of type I8",
+    ),
+}
+
+
+@pytest.mark.parametrize("op", NOT_HERE)
+def test_what_nobody_computes_ends_one_connection(scene: Scene, flavour: Capability, op: str) -> None:
+    """One line says which operation or type of which node, and in which protocol; a second client notices nothing."""
+    node, reason = NOT_HERE[op]
+    scene.works()
+    client = scene.client(flavour)
+    make = Make(client)
+    make.compute(node(make))
+    scene.works()
+    version = re.escape(client.dialect.version)
+    scene.ends(client, rf"protocol {version}: disconnected: {op}: {reason} \(node 0 \({op} 'layer 3'\)\)$")
 
 
 @pytest.mark.parametrize("index", [3, -1, 2**31 - 1, -(2**31)])
