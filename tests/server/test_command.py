@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from sdrpc.cli import rpc_server
 from sdrpc.cli.rpc_server import choose, size
 from sdrpc.errors import UsageError
-from sdrpc.ggml.dialect import dialects, newest
+from sdrpc.ggml.dialect import Version, dialects
+from tests.server.conftest import eventually
 from tests.support.client import Adder, RawClient, busy
 from tests.support.process import ServerProcess
 
@@ -68,6 +70,25 @@ def test_ctrl_c_in_the_middle_of_a_computation(server: ServerProcess) -> None:
     assert "disconnected: CPU: stopped at node" in server.output.replace("cpu:", "CPU:")
 
 
+def test_versions_are_learnt_and_kept_for_the_next_server(tmp_path: Path) -> None:
+    """A client of 5.0 is told 7.0 first, and hangs up; then 5.0, by this server and by the next one."""
+    with ServerProcess("--device", "CPU", state=tmp_path) as server:
+        with RawClient(server.port, dialects()["5.0.0"]) as client:
+            assert client.hello.version == (7, 0, 0)
+        assert eventually(lambda: "--protocol with its version" in " ".join(server.output.split()))
+        serves(server, (5, 0, 1))
+        assert "Starting RPC server v3.6.0 to v7.0.0, as each client wants it\n" in server.output
+    with ServerProcess("--device", "CPU", state=tmp_path) as server:
+        serves(server, (5, 0, 1))
+    assert (tmp_path / "clients.json").is_file()
+
+
+def serves(server: ServerProcess, told: Version) -> None:
+    with RawClient(server.port, dialects()["5.0.0"]) as client:
+        assert client.hello.version == told
+        Adder(client)()
+
+
 def test_sigterm_and_a_warning_when_others_can_reach_it() -> None:
     with ServerProcess("--host", "0.0.0.0") as server:
         with RawClient(server.port) as client:
@@ -88,11 +109,10 @@ def test_devices_are_listed_without_serving(run: Run) -> None:
 MISTAKES = {
     "--device CUDA99": "device 'CUDA99' does not exist; there are .*CPU",
     "--device CPU,CPU": "a device is named twice",
-    "--protocol 2.0": "--protocol 2.0: there are 3.6.0, .* 7.0.0",
+    "--protocol 2.0": "--protocol 2.0: there are auto, 3.6.0, .* 7.0.0",
     "--precision sloppy": "sloppy",
     "--dequant-cache lots": "--dequant-cache lots: not a size",
-    "--cache": "-c/--cache: an option of the native rpc-server that sdrpc lacks",
-    "-c": "-c/--cache: an option of the native rpc-server that sdrpc lacks",
+    "--cache --cache-size much": "--cache-size much: not a size",
     "--host no.such.host.invalid": "can't listen on no.such.host.invalid:50052",
     "--port 70000": "65535",
     "--nonsense": "--nonsense",
@@ -108,11 +128,11 @@ def test_mistakes_are_one_clear_line(options: str, run: Run) -> None:
     assert out == ""
 
 
-@pytest.mark.parametrize("option", ["-h", "--version", "-c"])
+@pytest.mark.parametrize("option", ["-h", "--version", "--cache-size=x -c"])
 def test_it_answers_before_torch_is_there(option: str) -> None:
     code = (
         "import sys; from sdrpc.cli.rpc_server import main\n"
-        f"sys.argv = ['rpc-server', {option!r}]\n"
+        f"sys.argv = ['rpc-server', *{option.split()!r}]\n"
         "try: main()\nexcept SystemExit: pass\n"
         "sys.exit(bool({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
@@ -121,14 +141,13 @@ def test_it_answers_before_torch_is_there(option: str) -> None:
 
 def test_help_names_every_option(run: Run) -> None:
     _, text, _ = run("--help")
-    for option in ("--host", "--port", "--device", "--threads", "--precision", "--protocol", "--list-devices", "-v"):
+    for option in ("--host", "--port", "--device", "--threads", "--precision", "--protocol", "--list-devices", "-v", "--cache"):
         assert option in text
-    assert "--cache" not in text.replace("--dequant-cache", "")
 
 
 @pytest.mark.parametrize(
     ("text", "version"),
-    [("", newest().version), ("7", "7.0.0"), ("v5.0.0", "5.0.0"), ("5.0", "5.0.1"), ("5", "5.1.0"), ("3.6", "3.6.1")],
+    [("7", "7.0.0"), ("v5.0.0", "5.0.0"), ("5.0", "5.0.1"), ("5", "5.1.0"), ("3.6", "3.6.1")],
 )
 def test_protocols(text: str, version: str) -> None:
     assert choose(text).version == version
@@ -136,7 +155,7 @@ def test_protocols(text: str, version: str) -> None:
 
 @pytest.mark.parametrize("text", ["6", "5.", "7.0.0.0", "x", "70"])
 def test_protocols_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match=r"there are 3\.6\.0"):
+    with pytest.raises(UsageError, match=r"there are auto, 3\.6\.0"):
         choose(text)
 
 

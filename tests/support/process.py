@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 START_SECONDS = 60.0
 
 
 class ServerProcess:
-    """``rpc-server`` on a free port; as a context manager it is killed at the end. ``lines`` is what it printed."""
+    """``rpc-server`` on a free port; as a context manager it is killed at the end. ``lines`` is what it printed.
 
-    def __init__(self, *options: str, python: Sequence[str] = (sys.executable, "-m", "sdrpc.server")) -> None:
+    It knows nothing of the clients of other servers, unless they share ``state``, a folder."""
+
+    def __init__(
+        self,
+        *options: str,
+        python: Sequence[str] = (sys.executable, "-m", "sdrpc.server"),
+        state: Path | None = None,
+    ) -> None:
+        self._own = tempfile.TemporaryDirectory()
         self.process = subprocess.Popen(
             [*python, "--port", "0", "--threads", "1", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=os.environ | {"SDRPC_STATE": str(state or self._own.name)},
         )
         self.lines: list[str] = []
         self._port: int | None = None
@@ -53,6 +65,7 @@ class ServerProcess:
         self._reader.join()
         assert self.process.stdout is not None
         self.process.stdout.close()
+        self._own.cleanup()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
