@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import graph, memory, start, step, upload, wire
+from . import graph, language, memory, start, step, upload, wire
 from .rows import Benchmark
 
 BENCHMARKS = (
@@ -11,5 +11,6 @@ BENCHMARKS = (
     Benchmark("upload", "speed of weights from the mapped file into the server's memory", upload.run),
     Benchmark("memory", "peak of memory that is the client's and the server's own", memory.run),
     Benchmark("graph", "sd-cli's recorded UNet graph: fast over exact, per operation", graph.run),
+    Benchmark("language", "llama.cpp's client: tokens per second with our server, over ggml's own", language.run),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )
