@@ -10,20 +10,24 @@ from collections import Counter
 from types import TracebackType
 
 HEADER = struct.Struct("<BQ")
-COMMANDS = (
+COMMANDS = dict(enumerate((
     "ALLOC_BUFFER", "GET_ALIGNMENT", "GET_MAX_SIZE", "BUFFER_GET_BASE", "FREE_BUFFER", "BUFFER_CLEAR", "SET_TENSOR",
     "SET_TENSOR_HASH", "GET_TENSOR", "COPY_TENSOR", "GRAPH_COMPUTE", "GET_DEVICE_MEMORY", "INIT_TENSOR",
     "GET_ALLOC_SIZE", "HELLO", "DEVICE_COUNT", "GRAPH_RECOMPUTE", "MEMSET_TENSOR",
-)  # fmt: skip
+))) | {240: "SET_TENSOR_DIGEST"}  # fmt: skip
 
 
 class Tap:
-    """Listens on :attr:`endpoint` and passes everything on to ``target`` (host:port) and back."""
+    """Listens on :attr:`endpoint` and passes everything on to ``target`` (host:port) and back, as if its clients were
+    on the machine ``source``."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, source: str = "127.0.0.1") -> None:
+        self._source = (source, 0)
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self.commands: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        """Of payloads."""
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self._open: list[socket.socket] = [self._listening]
@@ -42,7 +46,7 @@ class Tap:
         with contextlib.suppress(OSError):  # closed: the end
             while True:
                 client, _ = self._listening.accept()
-                server = socket.create_connection(self._target)
+                server = socket.create_connection(self._target, source_address=self._source)
                 self._open += [client, server]
                 threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
                 threading.Thread(target=self._replies, args=(server, client), daemon=True).start()
@@ -51,7 +55,8 @@ class Tap:
         with contextlib.suppress(OSError), client.makefile("rb") as stream:
             while head := stream.read(HEADER.size):
                 command, size = HEADER.unpack(head)
-                self.commands[COMMANDS[command]] += 1
+                self.commands[COMMANDS.get(command, "")] += 1
+                self.bytes[COMMANDS.get(command, "")] += size
                 server.sendall(head)
                 while size:
                     piece = stream.read(min(size, 1 << 20))

@@ -151,6 +151,8 @@ class Scripted:
                 memory, offset = self._place(message.tensor.buffer, message.tensor.data + message.offset)
                 memory[offset : offset + len(message.data)] = message.data
                 return SILENCE
+            case Command.SET_TENSOR_HASH:
+                return m.SetTensorHashReply(0)
             case Command.GET_TENSOR:
                 memory, offset = self._place(message.tensor.buffer, message.tensor.data + message.offset)
                 return m.GetTensorReply(memoryview(memory)[offset : offset + message.size])

@@ -98,6 +98,12 @@ EXAMPLES: dict[Command, Example] = {
     Command.MEMSET_TENSOR: Example(
         m.MemsetTensor(TENSOR, 4, 8, 7), lambda d, t: t + pack("<QQB", 4, 8, 7), m.Ack(), b""
     ),
+    Command.SET_TENSOR_DIGEST: Example(
+        m.SetTensorDigest(TENSOR, 8, bytes(range(32))),
+        lambda d, t: t + pack("<Q", 8) + bytes(range(32)),
+        m.SetTensorHashReply(1),
+        b"\1",
+    ),
 }
 
 

@@ -23,7 +23,7 @@ from sdrpc.wire.framing import (
     read_reply,
 )
 from sdrpc.wire.limits import Limits
-from sdrpc.wire.messages import COMMANDS, EXCHANGES, Command, response_class
+from sdrpc.wire.messages import COMMANDS, EXCHANGES, OURS, Command, response_class
 from sdrpc.wire.names import NameLength
 from tests.support.stream import EndOfStream, Stream
 from tests.wire.examples import DATA, DIALECTS, EXAMPLES, NAME_LENGTHS, TENSOR, commands, frame, message, payload
@@ -64,7 +64,7 @@ def test_requests_are_the_bytes_written_by_hand(dialect: Dialect, name_length: i
 def test_requests_are_read(dialect: Dialect, name_length: int, piece: int, known: bool) -> None:
     for command in commands(dialect):
         names = NameLength(name_length, certain=True) if known else NameLength()
-        reader = RequestReader(dialect, known=names)
+        reader = RequestReader(dialect, known=names, ours=True)
         stream = Stream(frame(command, dialect, name_length) + TRAILING, piece)
         assert read(stream, reader) == (command, message(command, name_length))
         assert stream.rest == TRAILING, command.name
@@ -75,7 +75,7 @@ def test_requests_are_read(dialect: Dialect, name_length: int, piece: int, known
 @every_dialect
 def test_a_conversation_is_read_to_its_end(dialect: Dialect) -> None:
     stream = Stream(b"".join(frame(command, dialect, 160) for command in commands(dialect)))
-    reader = RequestReader(dialect)
+    reader = RequestReader(dialect, ours=True)
     read_back = []
     while stream.rest:
         read_back.append(read(stream, reader)[0])
@@ -101,6 +101,14 @@ def test_replies(dialect: Dialect, piece: int) -> None:
         expected = m.GetTensorReply(b"") if bulk else example.answer
         assert reply == expected
         assert stream.rest == (example.reply if bulk else b"") + TRAILING
+
+
+@every_dialect
+def test_commands_of_ours_are_unknown_to_others(dialect: Dialect) -> None:
+    for command in OURS:
+        stream = Stream(frame(command, dialect, 64))
+        with pytest.raises(RemoteProtocolError, match=f"has no command {command.value}"):
+            read(stream, RequestReader(dialect))
 
 
 def test_which_commands_answer_is_the_dialects_to_say() -> None:

@@ -20,7 +20,7 @@ from tests.wire.examples import DIALECTS, TENSOR, frame, record
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 BY_SIZE = (
     Command.INIT_TENSOR, Command.GET_TENSOR, Command.COPY_TENSOR, Command.GET_ALLOC_SIZE, Command.MEMSET_TENSOR,
-    Command.SET_TENSOR_HASH,
+    Command.SET_TENSOR_HASH, Command.SET_TENSOR_DIGEST,
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_nonsense_has_no_length(dialect: Dialect, change: dict[str, object]) -> 
 
 @pytest.mark.parametrize("command", [*BY_SIZE, Command.GRAPH_COMPUTE])
 def test_mixed_lengths_break_the_protocol(command: Command) -> None:
-    reader = RequestReader(newest())
+    reader = RequestReader(newest(), ours=True)
     Stream(frame(Command.INIT_TENSOR, newest(), 128)).drive(reader.read())
     with pytest.raises(RemoteProtocolError, match="names of 64 bytes after names of 128"):
         Stream(frame(command, newest(), 64)).drive(reader.read())

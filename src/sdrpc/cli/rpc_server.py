@@ -5,24 +5,24 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import __version__
+from ..content import fnv1a, folder
 from ..errors import UsageError
-from ..ggml.dialect import Dialect, dialects, newest
-from ..server import Limits, Server
+from ..ggml.dialect import Dialect, dialects
+from ..server import Cache, Library, Limits, Server
+from ..server.protocol import Fixed, Learning, Protocol, default_path
 from . import placement, report
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice
 
-NOT_HERE_YET = {
-    "--cache": "-c/--cache: an option of the native rpc-server that sdrpc lacks (weights are not kept on disk yet)",
-}
-"""Options of the native rpc-server that are refused, and why."""
+AUTO = "auto"
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -55,8 +55,12 @@ def rpc_server(
         typer.Option(metavar="exact|fast|auto", help="How to compute; auto: fast where the hardware is made for it."),
     ] = "auto",
     protocol: Annotated[
-        str, typer.Option(metavar="VERSION", help="Protocol of the clients, such as 5.0.", show_default="the newest")
-    ] = "",
+        str,
+        typer.Option(
+            metavar="auto|VERSION",
+            help="Protocol of the clients, such as 5.0; auto: what each of them speaks, learnt where it can't be seen.",
+        ),
+    ] = AUTO,
     dequant_cache: Annotated[
         str | None,
         typer.Option(
@@ -65,24 +69,32 @@ def rpc_server(
             show_default="256M; a quarter of an accelerator",
         ),
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", "-c", help="Keep weights on disk: clients that come again need not send them.")
+    ] = False,
+    cache_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Disk space for --cache; what was used longest ago goes first.")
+    ] = "32G",
     list_devices: Annotated[
         bool, typer.Option("--list-devices", help="Print this machine's devices and exit.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every client.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False,
-    cache: Annotated[bool, typer.Option("--cache", "-c", hidden=True)] = False,
 ) -> None:
     """Offer this machine's devices to clients of ggml's RPC protocol: sdrpc's sd-cli, stable-diffusion.cpp, llama.cpp.
 
     Any number of clients at once; none sees another's memory. The protocol has neither passwords nor encryption: listen
     in trusted networks only."""
     report.logging_to_console(verbose)
-    if cache:
-        raise UsageError(NOT_HERE_YET["--cache"])
     if version:
         print(f"rpc-server {__version__} (RPC protocols {', '.join(dialects())})")
         return
-    dialect, limits, converted = choose(protocol), Limits(), None if dequant_cache is None else size(dequant_cache)
+    versions, limits, converted = (
+        protocol_of(protocol),
+        Limits(),
+        None if dequant_cache is None else size(dequant_cache),
+    )
+    kept = Cache(folder("weights"), size(cache_size, "--cache-size")) if cache else None
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
     from ..engine.system import keep_freed_memory
@@ -92,27 +104,31 @@ def rpc_server(
     if list_devices:
         print(*map(described, found), sep="\n")
         return
-    server = Server(offered(found, device), dialect, host, port, limits)
-    announce(server)
-    serve(server)
+    with library(kept) as shared:
+        server = Server(offered(found, device), versions, host, port, limits, shared)
+        announce(server)
+        serve(server)
+
+
+def protocol_of(version: str) -> Protocol:
+    """What ``--protocol`` means."""
+    return Learning(default_path()) if version == AUTO else Fixed(choose(version))
 
 
 def choose(version: str) -> Dialect:
-    """The dialect that ``version`` means: that one, or the newest of a family ("5", "5.0"); "" is the newest of all."""
-    if not version:
-        return newest()
+    """The dialect that ``version`` means: that one, or the newest of a family ("5", "5.0")."""
     wanted = version.removeprefix("v").split(".")
     fitting = [dialect for known, dialect in dialects().items() if known.split(".")[: len(wanted)] == wanted]
     if not fitting:
-        raise UsageError(f"--protocol {version}: there are {', '.join(dialects())}")
+        raise UsageError(f"--protocol {version}: there are {AUTO}, {', '.join(dialects())}")
     return fitting[-1]
 
 
-def size(text: str) -> int:
-    """Bytes from ``512M``, ``2G``, ``1.5GiB``, ``0``."""
+def size(text: str, option: str = "--dequant-cache") -> int:
+    """Bytes from ``512M``, ``2G``, ``1.5GiB``, ``0``: the value of ``option``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError(f"--dequant-cache {text}: not a size; write it as 512M or 2G")
+        raise UsageError(f"{option} {text}: not a size; write it as 512M or 2G")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
@@ -133,10 +149,30 @@ def described(device: LocalDevice) -> str:
     return f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)"
 
 
+@contextmanager
+def library(cache: Cache | None) -> Iterator[Library | None]:
+    """``cache`` at work until the end; a warning when native clients will have nothing of it."""
+    if cache is None:
+        yield None
+        return
+    if fnv1a() is None:
+        report.log.print(
+            "[yellow]warning:[/] llama.cpp and stable-diffusion.cpp can't use the cache: they ask for weights by a "
+            "hash that is too slow without numba (pip install 'sdrpc\\[cache]'). Clients of sdrpc can."
+        )
+    opened = Library(cache)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
 def announce(server: Server) -> None:
     """Print what is offered where, and warn when other machines can reach it."""
-    print(f"Starting RPC server v{server.dialect.version}")
+    print(f"Starting RPC server {server.protocol}")
     print("Devices:", *map(described, server.devices), sep="\n")
+    cache = server.library and server.library.cache
+    print(f"  local cache    : {f'{cache.folder} (at most {cache.budget / 2**30:.4g} GiB)' if cache else 'n/a'}")
     print(f"  endpoint       : {server.endpoint}", flush=True)
     if server.exposed:
         report.log.print(

@@ -4,69 +4,73 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
+from typing import NamedTuple
 
-from ..errors import ConnectionLost, RemoteProtocolError, SdrpcError
-from ..ggml.dialect import Dialect, dialects
+from ..content import pieces
+from ..errors import ConnectionLost, SdrpcError
 from ..wire.framing import Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import Command
-from .session import Session, chunks
+from .protocol import Protocol
+from .session import Session
 from .stream import Stream
+from .versions import Offer
 
 log = logging.getLogger(__name__)
 
 CAPABILITIES = Capability.ERRORS | Capability.MANAGED
-"""What this server can do beyond the native protocol."""
+"""What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it has one."""
 
 
-def converse(stream: Stream, session: Session) -> None:
+class Greeting(NamedTuple):
+    """What was said and answered at the beginning, and what both sides can do."""
+
+    hello: Hello
+    offer: Offer
+    agreed: Capability
+
+
+def converse(stream: Stream, session: Session, protocol: Protocol) -> None:
     """Serve one client until it leaves or breaks the rules. Never raises; one line is logged either way."""
     agreed = NATIVE
     try:
-        agreed = _greet(stream, session)
-        _serve(stream, session)
+        greeting = _greet(stream, session, protocol)
+        agreed = greeting.agreed
+        _serve(stream, session, protocol, greeting)
     except ConnectionLost as error:
         log.warning("%s", error)
     except SdrpcError as error:
-        log.warning("%s: disconnected: %s", stream.peer, error)
+        log.warning("%s: %sdisconnected: %s", stream.peer, _spoken(session), error)
         _tell(stream, session, agreed, str(error))
     except Exception:  # the boundary: a fault of ours ends this client, not the server
         log.exception("%s: disconnected: a fault in this server while %s", stream.peer, stream.doing)
         _tell(stream, session, agreed, f"a fault in the server while {stream.doing}; its log says more")
 
 
-def _greet(stream: Stream, session: Session) -> Capability:
-    """HELLO, within its time; the capabilities of both sides."""
+def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
+    """HELLO, within its time."""
     stream.doing = "greeting"
     stream.deadline = time.monotonic() + session.limits.hello_seconds
     hello = drive(read_hello(), stream.read)
     stream.deadline = None
-    _check_family(hello, session.dialect)
-    agreed = hello.capabilities & CAPABILITIES
-    stream.write([encode_hello_reply(session.dialect, agreed)])
-    return agreed
+    offer = protocol.offer(stream.address, hello)
+    session.versions = offer.versions
+    agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.shelf is None else Capability.CACHE))
+    stream.write([encode_hello_reply(offer.told, agreed)])
+    return Greeting(hello, offer, agreed)
 
 
-def _check_family(hello: Hello, dialect: Dialect) -> None:
-    """A greeting tells protocol 3.x from the later ones, and nothing more."""
-    expected = dialect.hello_request_bytes > 0
-    if hello.with_caps == expected:
-        return
-    fitting = [d.version for d in dialects().values() if (d.hello_request_bytes > 0) == hello.with_caps]
-    versions = f"{fitting[0]} to {fitting[-1]}" if len(fitting) > 1 else fitting[0]
-    raise RemoteProtocolError(
-        f"the client speaks one of the protocols {versions}, this server {dialect.version}; "
-        f"start the server with --protocol {fitting[-1]} (or what the client has) to serve it"
-    )
-
-
-def _serve(stream: Stream, session: Session) -> None:
-    reader = RequestReader(session.dialect)
+def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greeting) -> None:
+    reader = RequestReader(session.framing, ours=Capability.CACHE in greeting.agreed)
     requests = 0
-    stream.doing = "waiting for a request"
+    spoken = ""
+    if _gave_up(stream, session.limits.refusal_seconds):
+        remedy = protocol.refused(stream.address, greeting.hello, greeting.offer)
+        log.warning("%s: left right after the greeting, %s", stream.peer, remedy)
+        return
     while stream.wait():
         stream.doing = "receiving a request"
-        reader.dialect = session.dialect  # a graph may have told its patch
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
         if request.command == Command.SET_TENSOR:
@@ -75,32 +79,46 @@ def _serve(stream: Stream, session: Session) -> None:
             reply = session.answer(request.message)
             stream.write(encode_reply(request.command, reply, session.dialect))
         requests += 1
+        if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
+            spoken = session.dialect.version
+            protocol.accepted(stream.address, greeting.hello, spoken)
         stream.doing = "waiting for a request"
-    if requests:
-        log.info("%s: left after %d requests", stream.peer, requests)
-    else:
-        log.warning(
-            "%s: left right after the greeting, as clients of another protocol version than %s do (see --protocol)",
-            stream.peer,
-            session.dialect.version,
-        )
+    log.info("%s: left after %d requests", stream.peer, requests)
+
+
+def _gave_up(stream: Stream, seconds: float) -> bool:
+    """Wait for a client's first request, as long as it takes; whether it hung up instead, and soon, as one does that
+    does not like what HELLO was answered with."""
+    stream.doing = "waiting for a request"
+    until = time.monotonic() + seconds
+    try:
+        goes_on = stream.wait()
+    except ConnectionLost:  # a process that is killed by its own abort() may leave so
+        goes_on = False
+    return not goes_on and not stream.aborted and time.monotonic() < until
+
+
+def _spoken(session: Session) -> str:
+    return f"protocol {session.dialect.version}: " if session.versions else ""
 
 
 def _receive_tensor(stream: Stream, session: Session, request: Received) -> None:
     """The data of a SET_TENSOR: into the device's own memory where that can be had, else piece by piece."""
     head = memoryview(request.message.data)  # what was read ahead of the rest
-    region, start, total = session.destination(request.message, len(head) + request.bulk)
+    place = session.destination(request.message, len(head) + request.bulk)
+    region, start, total = place
     device = session.devices[region.device]
     window = device.window(region.buffer, start, total)
-    if window is not None:
-        window[: len(head)] = head
-        stream.read_into(window[len(head) :])
-        return
-    device.write(region.buffer, start, head)
-    for offset, size in chunks(start + len(head), request.bulk):
-        piece = stream.staging(size)
-        stream.read_into(piece)
-        device.write(region.buffer, offset, piece)
+    with session.keeping(place) or nullcontext() as keeping:
+        for offset, size in pieces(total):
+            piece = stream.staging(size) if window is None else window[offset : offset + size]
+            piece[: len(head)] = head
+            stream.read_into(piece[len(head) :])
+            head = head[:0]
+            if window is None:
+                device.write(region.buffer, start + offset, piece)
+            if keeping is not None:
+                keeping.feed(piece)
 
 
 def _tell(stream: Stream, session: Session, agreed: Capability, reason: str) -> None:

@@ -18,6 +18,9 @@ class Limits:
     """Connections that the kernel holds while we are busy accepting, so that a burst of clients is not refused."""
     hello_seconds: float = 10.0
     """From connecting to a whole HELLO: whoever says nothing must not hold a place."""
+    refusal_seconds: float = 60.0
+    """From HELLO's answer to hanging up, for a client that did not like it: a big process takes its time to abort. One
+    that is silent for longer tells nothing about versions by leaving."""
     stall_seconds: float = 30.0
     """Silence in the middle of a message, and how long a reply may wait for the client to read on. Between messages
     a client may be silent for as long as it likes: its own model may be thinking."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -18,8 +19,11 @@ from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
 from .conversation import converse
 from .limits import Limits
+from .protocol import Fixed, Protocol
 from .session import Session
+from .shelf import Library
 from .stream import Stream
+from .versions import normal
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice
@@ -30,21 +34,25 @@ _JOIN_SECONDS = 5.0  # how long threads may take to end; a kernel that runs then
 
 
 class Server:
-    """Offers ``devices`` (numbered in that order) at ``host``:``port`` (0: a free one) to whoever connects.
+    """Offers ``devices`` (numbered in that order) at ``host``:``port`` (0: a free one) to whoever connects and speaks
+    ``protocol``: one version (default: the newest), or what is learnt about each client.
+    Tensors that clients may send again are kept in ``library``, if there is one.
 
-    As a context manager it serves in a thread of its own; :meth:`serve` does so in the caller's. The devices stay the
-    caller's to close. Raises :class:`UsageError` when it can't listen there.
+    As a context manager it serves in a thread of its own; :meth:`serve` does so in the caller's. The devices and
+    the library stay the caller's to close. Raises :class:`UsageError` when it can't listen there.
     """
 
     def __init__(
         self,
         devices: Sequence[LocalDevice],
-        dialect: Dialect | None = None,
+        protocol: Protocol | Dialect | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         limits: Limits | None = None,
+        library: Library | None = None,
     ) -> None:
-        self.devices, self.dialect, self.limits = tuple(devices), dialect or newest(), limits or Limits()
+        self.devices, self.limits, self.library = tuple(devices), limits or Limits(), library
+        self.protocol = protocol if isinstance(protocol, Protocol) else Fixed(protocol or newest())
         self._listening = _listen(host, port, self.limits.backlog)
         self.host, self.port = host, self._listening.getsockname()[1]
         self._waker, self._wakened = socket.socketpair()
@@ -56,6 +64,11 @@ class Server:
     @property
     def endpoint(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def dialect(self) -> Dialect:
+        """What a client of ours is offered."""
+        return self.protocol.dialect
 
     @property
     def exposed(self) -> bool:
@@ -83,7 +96,8 @@ class Server:
     def stop(self) -> None:
         """Make :meth:`serve` return soon. For any thread, and for signal handlers."""
         self._closing.set()
-        self._waker.send(b"!")
+        with contextlib.suppress(OSError):  # it has returned already
+            self._waker.send(b"!")
 
     def __enter__(self) -> Server:
         self._thread = threading.Thread(target=self.serve, name=f"sdrpc {self.endpoint}", daemon=True)
@@ -112,7 +126,7 @@ class Server:
             connection.close()
             return
         try:
-            self._start(Stream(connection, peer, self.limits.stall_seconds))
+            self._start(Stream(connection, peer, normal(address[0]), self.limits.stall_seconds))
         except (OSError, RuntimeError) as error:  # it is gone already; or the system has no thread left
             log.warning("%s: refused: %s", peer, error)
             connection.close()
@@ -129,11 +143,10 @@ class Server:
             raise
 
     def _talk(self, stream: Stream) -> None:
-        session = Session(
-            self.devices, self.dialect, self.limits, lambda: "its client is gone" if stream.hung_up() else ""
-        )
+        shelf = self.library.shelf(stream.address) if self.library else None
+        session = Session(self.devices, self.limits, lambda: "its client is gone" if stream.hung_up() else "", shelf)
         try:
-            converse(stream, session)
+            converse(stream, session, self.protocol)
         finally:
             session.close()
             with self._lock:

@@ -7,28 +7,29 @@ which gives back all that the client had.
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..content import pieces
 from ..device import Bytes
-from ..errors import GraphError, OutOfMemory, RemoteProtocolError
-from ..ggml.dialect import Dialect, dialects
-from ..ggml.tensor import contiguous_strides, extent
+from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError
+from ..ggml import spec
+from ..ggml.dialect import Dialect
+from ..ggml.tensor import Graph, contiguous_strides, extent
 from ..ggml.types import Type
 from ..wire import graphs, messages
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
 from .limits import Limits
+from .shelf import Keeping, Shelf
+from .versions import Versions
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice, LocalProgram
 
-CHUNK = 4 << 20
-"""Bytes that are held at once on the way to a device that can't be written directly."""
 _LARGEST = 1 << 62  # of tensors, in bytes; beyond, sums of sizes may not fit the protocol's own u64
 _STRIDE_BITS = 32
 
@@ -41,26 +42,50 @@ class Place(NamedTuple):
     size: int
 
 
+class Read(NamedTuple):
+    """A graph on device number ``device``, as it is read in ``versions``, and the buffers that it uses by handle."""
+
+    device: int
+    graph: Graph
+    used: dict[int, Region]
+    versions: Versions
+
+
 class Ready(NamedTuple):
-    """A compiled graph, and the buffers without which it means nothing."""
+    """A compiled graph, the buffers without which it means nothing, and in which versions it means this."""
 
     device: int
     program: LocalProgram
     handles: frozenset[int]
+    versions: Versions
 
 
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` says why what is computed for it
-    shall stop, or nothing."""
+    shall stop, or nothing. ``shelf``: tensors that it need not send, if the server keeps any."""
 
     def __init__(
-        self, devices: Sequence[LocalDevice], dialect: Dialect, limits: Limits, watch: Callable[[], str]
+        self, devices: Sequence[LocalDevice], limits: Limits, watch: Callable[[], str], shelf: Shelf | None = None
     ) -> None:
-        self.devices, self.dialect, self.limits = devices, dialect, limits
+        self.devices, self.limits, self.shelf = devices, limits, shelf
+        self.versions: Versions = ()
+        """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
         self._watch = watch
         self._space = AddressSpace()
         self._graphs: OrderedDict[bytes, Ready] = OrderedDict()
         self._last: dict[int, Ready] = {}
+        self._missed: dict[tuple[int, int, int], int | None] = {}
+
+    @property
+    def dialect(self) -> Dialect:
+        """What the client speaks, as far as that shows."""
+        return self.versions[0]
+
+    @property
+    def framing(self) -> Dialect:
+        """What messages are read as. Versions that a client may confuse us with differ in the numbers of operations;
+        the newest has all types, and allows what an older one leaves zero."""
+        return max(self.versions, key=lambda dialect: dialect.triple)
 
     def answer(self, message: Any) -> Any:
         """Do what ``message`` (any request but SET_TENSOR) asks; the reply's value, None where it has no fields."""
@@ -69,6 +94,14 @@ class Session:
     def destination(self, message: messages.SetTensor, size: int) -> Place:
         """Where the ``size`` bytes of data of a SET_TENSOR belong."""
         return self._place(message.tensor, message.offset, size)
+
+    def keeping(self, place: Place) -> Keeping | None:
+        """For the data that comes to ``place``: kept for the next time if the client asked for it by its name before,
+        as clients do with what they may send again."""
+        key = (place.region.handle, place.offset, place.size)
+        if self.shelf is None or key not in self._missed:
+            return None
+        return self.shelf.keeping(place.size, self._missed.pop(key))
 
     def close(self) -> None:
         """Free everything."""
@@ -119,6 +152,7 @@ class Session:
 
     def _free(self, handle: int) -> None:
         region = self._space.remove(handle)
+        self._missed = {place: name for place, name in self._missed.items() if place[0] != handle}
         for table in (self._graphs, self._last):
             for key in [key for key, ready in table.items() if handle in ready.handles]:
                 del table[key]  # type: ignore[arg-type]
@@ -142,10 +176,10 @@ class Session:
 
     def _type(self, tensor: Record) -> Type:
         try:
-            return self.dialect.types[tensor.type]
+            return self.framing.types[tensor.type]
         except KeyError:
             raise RemoteProtocolError(
-                f"{_named(tensor)}: type {tensor.type} does not exist in protocol {self.dialect.version}"
+                f"{_named(tensor)}: type {tensor.type} does not exist in protocol {self.framing.version}"
             ) from None
 
     def _nbytes(self, tensor: Record) -> int:
@@ -171,8 +205,35 @@ class Session:
         return messages.GetAllocSizeReply(self._nbytes(asked.tensor))
 
     def _set_tensor_hash(self, asked: messages.SetTensorHash) -> messages.SetTensorHashReply:
-        self._place(asked.tensor, asked.offset, 0)
-        return messages.SetTensorHashReply(0)  # we have it not: the client sends the data
+        place = self._rest(asked.tensor, asked.offset)
+        digest = None if self.shelf is None else self.shelf.meant(asked.hash, place.size)
+        return self._restored(place, digest, asked.hash)
+
+    def _set_tensor_digest(self, asked: messages.SetTensorDigest) -> messages.SetTensorHashReply:
+        return self._restored(self._rest(asked.tensor, asked.offset), asked.digest, None)
+
+    def _rest(self, tensor: Record, offset: int) -> Place:
+        """``tensor`` from ``offset`` on. Who asks for bytes by their name does not say how many: these, or it is told
+        that there are none."""
+        start = self._place(tensor, offset, 0)
+        return start._replace(size=self._nbytes(tensor) - offset)
+
+    def _restored(self, place: Place, digest: bytes | None, name: int | None) -> messages.SetTensorHashReply:
+        """Whether ``place`` now has the bytes of ``digest``. If not, they are expected there next, and are kept then;
+        ``name`` is what the client calls them, where it does not know the digest."""
+        if self.shelf is None:
+            return messages.SetTensorHashReply(0)
+        region, offset, size = place
+        device = self.devices[region.device]
+
+        def write(at: int, piece: Bytes) -> None:
+            device.write(region.buffer, offset + at, piece)
+
+        if digest and self.shelf.restore(digest, size, device.window(region.buffer, offset, size), write):
+            return messages.SetTensorHashReply(1)
+        if len(self._missed) < self.limits.tensors:
+            self._missed[region.handle, offset, size] = name
+        return messages.SetTensorHashReply(0)
 
     def _get_tensor(self, asked: messages.GetTensor) -> messages.GetTensorReply:
         region, offset, size = self._place(asked.tensor, asked.offset, asked.size)
@@ -202,7 +263,7 @@ class Session:
         if reader is writer:
             reader.copy(source.region.buffer, source.offset, target.region.buffer, target.offset, source.size)
             return
-        for at, size in chunks(0, source.size):
+        for at, size in pieces(source.size):
             data = reader.read(source.region.buffer, source.offset + at, size)
             writer.write(target.region.buffer, target.offset + at, data)
 
@@ -225,21 +286,45 @@ class Session:
         self._last[asked.device].program.run(self._watch)
 
     def _compile(self, payload: Bytes) -> Ready:
-        """The graph in ``payload``, in this session's dialect or, since no client tells the patch of its version, in
-        one of the same family that numbers operations otherwise: then that is the session's dialect from here on."""
-        try:
-            return self._compile_as(payload, self.dialect)
-        except (RemoteProtocolError, GraphError) as error:
-            for dialect in family(self.dialect):
-                with contextlib.suppress(RemoteProtocolError, GraphError):
-                    ready = self._compile_as(payload, dialect)
-                    self.dialect = dialect
-                    return ready
-            raise error
+        """The graph in ``payload``, as the likeliest version has it in which it makes sense; those in which it does not
+        are none of this client's. When it makes sense in none, raises what is wrong with it in the likeliest: the first
+        that has all its numbers, if one has."""
+        meanings = graphs.meanings(payload, self.versions)
+        reads: list[Read] = []
+        faults: list[tuple[Versions, SdrpcError]] = []
+        for versions in meanings:
+            try:
+                read = self._read(payload, versions)
+                if len(meanings) > 1:  # else compiling checks it
+                    self._check(read)
+                reads.append(read)
+            except (RemoteProtocolError, GraphError) as fault:
+                faults.append((versions, fault))
+        if not reads:
+            versions, why = min(faults, key=lambda item: isinstance(item[1], RemoteProtocolError))
+            self._narrow(versions)
+            raise why
+        possible = {version.version for read in reads for version in read.versions}
+        self._narrow([version for version in self.versions if version.version in possible])
+        read = reads[0]
+        buffers = {region.buffer.key: region.buffer for region in read.used.values()}
+        program = self.devices[read.device].compile(read.graph, buffers)
+        return Ready(read.device, program, frozenset(read.used), read.versions)
 
-    def _compile_as(self, payload: Bytes, dialect: Dialect) -> Ready:
+    def _check(self, read: Read) -> None:
+        sizes = {region.buffer.key: region.buffer.size for region in read.used.values()}
+        spec.check(read.graph, sizes, max_bytes=self.devices[read.device].memory().free)
+
+    def _narrow(self, versions: Sequence[Dialect]) -> None:
+        """Only ``versions`` are left. What was computed as if the client spoke another one is not kept for it."""
+        self.versions = tuple(versions)
+        for table in (self._graphs, self._last):
+            for key in [key for key, ready in table.items() if self.dialect not in ready.versions]:
+                del table[key]  # type: ignore[arg-type]
+
+    def _read(self, payload: Bytes, versions: Versions) -> Read:
         parts = graphs.split(payload)
-        device = self._device(parts.device)
+        self._device(parts.device)
         count = len(parts.tensors) // record_bytes(parts.name_length) if parts.name_length else 0
         if count > self.limits.tensors or len(parts.node_ids) > self.limits.tensors:
             raise RemoteProtocolError(f"GRAPH_COMPUTE: {count} tensors; {self.limits.tensors} are allowed")
@@ -253,21 +338,8 @@ class Session:
                 )
             return region.buffer.key, region.offset(address, 0)
 
-        graph = graphs.decode_graph(payload, dialect, resolve).graph
-        program = device.compile(graph, {region.buffer.key: region.buffer for region in used.values()})
-        return Ready(parts.device, program, frozenset(used))
-
-
-def family(dialect: Dialect) -> list[Dialect]:
-    """The other patches of the same protocol version, newest first."""
-    same = [other for other in dialects().values() if other.triple[:2] == dialect.triple[:2] and other is not dialect]
-    return same[::-1]
-
-
-def chunks(start: int, size: int) -> Iterator[tuple[int, int]]:
-    """``size`` bytes from ``start`` on as (offset, size) of pieces that may be held in memory."""
-    for offset in range(start, start + size, CHUNK):
-        yield offset, min(CHUNK, start + size - offset)
+        graph = graphs.decode_graph(payload, versions[0], resolve).graph
+        return Read(parts.device, graph, used, versions)
 
 
 def _named(tensor: Record) -> str:
@@ -286,6 +358,7 @@ _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
     messages.InitTensor: Session._init_tensor,
     messages.GetAllocSize: Session._get_alloc_size,
     messages.SetTensorHash: Session._set_tensor_hash,
+    messages.SetTensorDigest: Session._set_tensor_digest,
     messages.GetTensor: Session._get_tensor,
     messages.MemsetTensor: Session._memset_tensor,
     messages.CopyTensor: Session._copy_tensor,

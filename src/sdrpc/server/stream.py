@@ -23,10 +23,12 @@ _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their hea
 
 
 class Stream:
-    """One connection. ``doing`` says what is going on, for errors; ``deadline`` (monotonic) bounds all reads if set."""
+    """One connection: ``peer`` names it, ``address`` only the machine it comes from. ``doing`` says what is going on,
+    for errors; ``deadline`` (monotonic) bounds all reads if set; ``aborted`` is true when it was us who ended it."""
 
-    def __init__(self, connection: socket.socket, peer: str, stall_seconds: float) -> None:
-        self.peer = peer
+    def __init__(self, connection: socket.socket, peer: str, address: str, stall_seconds: float) -> None:
+        self.peer, self.address = peer, address
+        self.aborted = False
         self.doing = "connecting"
         self.deadline: float | None = None
         self._socket, self._stall = connection, stall_seconds
@@ -102,6 +104,7 @@ class Stream:
 
     def abort(self) -> None:
         """End whatever another thread is doing with this socket."""
+        self.aborted = True
         with contextlib.suppress(OSError):  # the client may have ended it already
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -1,0 +1,233 @@
+"""Uploads: what the server has is not sent, what it has not arrives, and names are remembered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdrpc.client import RemoteDevice, connect, names, remote, upload
+from sdrpc.client.names import Names
+from sdrpc.content import FNV_START, digest, fnv1a
+from sdrpc.device import Content
+from sdrpc.engine.device import LocalDevice
+from sdrpc.engine.precision import EXACT
+from sdrpc.errors import CheckpointError
+from sdrpc.ggml.dialect import dialects
+from sdrpc.ggml.weight import Origin
+from sdrpc.server import Cache, Library, Server
+from sdrpc.wire import messages as m
+from sdrpc.wire.messages import Command
+from tests.interop.tap import Tap
+from tests.support.scripted import Scripted
+
+SIZES = (100_000, 10, 50_000, 1023, 1024)
+"""Of contents: two of them are too small to be asked for."""
+LARGE = (*SIZES, 33 << 20)
+"""With one that has two names."""
+
+
+class Model:
+    """Contents for a buffer, as from a file; ``read`` counts how many were asked for their bytes."""
+
+    def __init__(self, file: str = "model", sizes: tuple[int, ...] = SIZES, seed: int = 0) -> None:
+        self.read = 0
+        self.contents: list[Content] = []
+        self.data = [np.random.default_rng((seed, i)).bytes(size) for i, size in enumerate(sizes)]
+        offset = 0
+        for i, data in enumerate(self.data):
+            origin = Origin(file, f"{i}") if file else None
+            self.contents.append(Content(offset, len(data), self._reader(data), origin))
+            offset += -(-len(data) // 64) * 64
+        self.size = offset
+
+    def _reader(self, data: bytes) -> Callable[[], bytes]:
+        def read() -> bytes:
+            self.read += 1
+            return data
+
+        return read
+
+    def uploaded(self, device: RemoteDevice) -> None:
+        """Upload, and see that all of it is there."""
+        done: list[int] = []
+        buffer = device.allocate(self.size)
+        device.upload(buffer, self.contents, done.append)
+        assert done == sorted(done)
+        assert done[-1] == sum(map(len, self.data))
+        for content, data in zip(self.contents, self.data, strict=True):
+            assert bytes(device.read(buffer, content.offset, content.size)) == data
+        device.free(buffer)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Iterator[LocalDevice]:
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    yield device
+    device.close()
+
+
+class Scene:
+    """A server of ours with a cache; each run is a new client."""
+
+    def __init__(self, cpu: LocalDevice, folder: Path | None) -> None:
+        self.library = None if folder is None else Library(Cache(folder, 1 << 30))
+        self.server = Server([cpu], library=self.library)
+
+    def __enter__(self) -> Scene:
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.__exit__(None, None, None)
+        if self.library:
+            self.library.close()
+
+    def run(self, model: Model) -> Tap:
+        """Upload once; what the wire saw."""
+        with Tap(self.server.endpoint) as tap:
+            (device,) = connect([tap.endpoint])
+            model.uploaded(device)
+            device.close()
+        if self.library:
+            self.library.settle()
+        return tap
+
+
+def test_a_second_run_sends_nothing_and_reads_nothing(cpu: LocalDevice, tmp_path: Path) -> None:
+    total = sum(LARGE)
+    with Scene(cpu, tmp_path / "weights") as scene:
+        first = scene.run(Model(sizes=LARGE))
+        assert total < first.bytes["SET_TENSOR"] < 1.01 * total
+        again = Model(sizes=LARGE)
+        second = scene.run(again)
+        assert second.bytes["SET_TENSOR"] + second.bytes["SET_TENSOR_DIGEST"] < 0.01 * total
+        assert second.commands["SET_TENSOR"] == again.read == 2  # what is too small
+    with Scene(cpu, tmp_path / "weights") as scene:  # started again
+        assert scene.run(Model(sizes=LARGE)).commands["SET_TENSOR"] == 2
+        assert scene.run(Model("renamed", LARGE)).commands["SET_TENSOR"] == 2
+        assert scene.run(Model("", LARGE)).commands["SET_TENSOR"] == 2
+        assert scene.run(Model("other", seed=1)).commands["SET_TENSOR"] == len(SIZES)
+
+
+def test_a_server_without_a_cache_is_asked_nothing(cpu: LocalDevice) -> None:
+    with Scene(cpu, None) as scene:
+        for _ in range(2):
+            model = Model()
+            tap = scene.run(model)
+            assert tap.commands["SET_TENSOR_DIGEST"] == tap.commands["SET_TENSOR_HASH"] == 0
+            assert model.read == len(SIZES)
+    assert not Names().folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"0 0+100000 sha256": 5}', '{"0 0+100000 sha256": "zz"}'])
+def test_damaged_names_are_computed_again(cpu: LocalDevice, tmp_path: Path, damage: str) -> None:
+    with Scene(cpu, tmp_path / "weights") as scene:
+        scene.run(Model())
+        (path,) = Names().folder.iterdir()
+        path.write_text(damage)
+        assert scene.run(Model()).commands["SET_TENSOR"] == 2
+        assert scene.run(again := Model()).commands["SET_TENSOR"] == again.read == 2
+
+
+def test_names_that_are_wrong_cost_time_only(cpu: LocalDevice, tmp_path: Path) -> None:
+    """A file of names that somebody mixed up: the server has no such thing, or checks what it has."""
+    with Scene(cpu, tmp_path / "weights") as scene:
+        (path,) = [scene.run(Model())] and Names().folder.iterdir()
+        mixed = {part: digest(part.encode()).hex() for part in json.loads(path.read_text())}
+        path.write_text(json.dumps(mixed))
+        scene.run(Model())
+
+
+def test_a_disk_that_refuses_names(
+    cpu: LocalDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "file"))
+    with Scene(cpu, tmp_path / "weights") as scene:
+        scene.run(Model())
+        assert "what weights are called is not kept" in caplog.text
+        assert scene.run(Model()).commands["SET_TENSOR"] == 2
+
+
+def test_only_so_many_models_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "FILES", 3)
+    for file in "abcde":
+        known = Names()
+        known.put(Origin(file, "0"), bytes(32))
+        known.save()
+    assert len(list(known.folder.iterdir())) == 3
+    assert Names().get(Origin("e", "0")) == bytes(32)
+    assert Names().get(Origin("a", "0")) is None
+
+
+def test_what_can_not_be_read_is_the_caller_s_error(cpu: LocalDevice, tmp_path: Path) -> None:
+    def broken() -> bytes:
+        raise CheckpointError("model", "is gone", "x")
+
+    with Scene(cpu, tmp_path / "weights") as scene:
+        (device,) = connect([scene.server.endpoint])
+        buffer = device.allocate(4096)
+        with pytest.raises(CheckpointError, match="is gone"):
+            device.upload(buffer, [Content(0, 4096, broken)], lambda _: None)
+        device.write(buffer, 0, bytes(4096))
+        assert bytes(device.read(buffer, 0, 4096)) == bytes(4096)
+        device.close()
+
+
+def asked(server: Scripted, command: Command) -> list[m.SetTensorHash]:
+    return [message for number, message in server.log if number == command]
+
+
+@pytest.mark.parametrize("version", ["3.6.1", "5.0.1", "7.0.0"])
+def test_native_servers_are_asked_by_hash_from_the_second_run_on(version: str) -> None:
+    fnv = fnv1a()
+    assert fnv is not None
+    sizes = (1000, 33 << 20, 10 << 20)
+    with Scripted(dialect=dialects()[version]).listening() as server:
+        for run in range(2):
+            (device,) = connect([server.endpoint])
+            Model(sizes=sizes).uploaded(device)
+            device.close()
+            assert len(asked(server, Command.SET_TENSOR_HASH)) == run
+        (question,) = asked(server, Command.SET_TENSOR_HASH)
+        part = Model(sizes=sizes).data[1][: upload.PART]
+        assert question.hash == fnv(part, FNV_START)
+        assert question.tensor.ne[0] == len(part)
+        if version == "7.0.0":
+            flags = [message.cache_flag for message in asked(server, Command.SET_TENSOR)]
+            assert flags == [0, 1, 0, 0] * 2
+
+
+def test_what_a_native_server_has_is_not_sent() -> None:
+    model = Model(sizes=(33 << 20,))
+    with Scripted().listening() as server:
+        for expected in (2, 1):  # the second part is below what native servers keep
+            server.log.clear()
+            (device,) = connect([server.endpoint])
+            buffer = device.allocate(model.size)
+            server.answers[Command.SET_TENSOR_HASH] = m.SetTensorHashReply(1)
+            device.upload(buffer, model.contents, lambda _: None)
+            device.memory()
+            device.close()
+            assert len(asked(server, Command.SET_TENSOR)) == expected
+
+
+def test_without_numba_native_servers_get_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload, "fnv1a", lambda: None)
+    with Scripted().listening() as server:
+        for _ in range(2):
+            (device,) = connect([server.endpoint])
+            Model(sizes=(33 << 20,)).uploaded(device)
+            device.close()
+        assert asked(server, Command.SET_TENSOR_HASH) == []
+    assert remote.PART == upload.PART

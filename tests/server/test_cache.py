@@ -1,0 +1,454 @@
+"""Weights on disk: what comes again is not sent again, and nobody gets what is not his or not what it should be."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdrpc.content import FNV_START, PIECE, digest, fnv1a, pieces
+from sdrpc.device import Buffer
+from sdrpc.errors import UsageError
+from sdrpc.server import Cache, Library, Server, shelf
+from sdrpc.server.cache import STALE_SECONDS
+from sdrpc.wire import messages
+from sdrpc.wire.hello import Capability
+from sdrpc.wire.records import Record
+from tests.server.conftest import CountingDevice, eventually
+from tests.support.client import RawClient
+
+OURS = Capability.ERRORS | Capability.CACHE
+BUDGET = 64 << 20
+SIZE = 5 * 1000 * 1000
+"""Two pieces, the second one odd."""
+
+
+def noise(seed: int, size: int = SIZE) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def fnv(data: bytes) -> int:
+    compiled = fnv1a()
+    assert compiled is not None
+    return compiled(data, FNV_START)
+
+
+class Place:
+    """A client of the server with a tensor of bytes."""
+
+    def __init__(self, server: Server, ours: bool, size: int = SIZE, device: int = 0) -> None:
+        self.client = RawClient(server.port, server.dialect, capabilities=OURS if ours else Capability(0))
+        self.ours = ours
+        self.tensor = self.client.record(self.client.buffer(size, device), (size,), type="I8")
+
+    def has(self, data: bytes) -> bool:
+        """Offer ``data`` by its name: whether the server sets the tensor to it."""
+        return self.asks(digest(data) if self.ours else fnv(data))
+
+    def asks(self, name: bytes | int, tensor: Record | None = None, offset: int = 0) -> bool:
+        ask = messages.SetTensorDigest if isinstance(name, bytes) else messages.SetTensorHash
+        return bool(self.client.ask(ask(tensor or self.tensor, offset, name)).result)  # type: ignore[arg-type]
+
+    def send(self, data: bytes, offset: int = 0) -> None:
+        self.client.set(self.tensor, data, offset)
+
+    def read(self) -> bytes:
+        size = self.tensor.ne[0]
+        reply = self.client.ask(messages.GetTensor(self.tensor, 0, size), size)
+        return self.client.receive(size) if not reply.data else bytes(reply.data)
+
+    def puts(self, data: bytes) -> bool:
+        """As clients do: ask, and send what is missing; whether it had to be sent. The tensor holds it then."""
+        missing = not self.has(data)
+        if missing:
+            self.send(data)
+        assert self.read() == data
+        return missing
+
+
+class Windowless(CountingDevice):
+    """As an accelerator: its memory can't be touched."""
+
+    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
+        return None
+
+
+class Scene:
+    """A server with a cache in ``folder``, which can be started again."""
+
+    def __init__(self, folder: Path, budget: int = BUDGET) -> None:
+        self.folder, self.budget = folder, budget
+        self.devices = [CountingDevice(), Windowless("CPU1")]
+        self.places: list[Place] = []
+        self.start()
+
+    def start(self) -> None:
+        self.library = Library(Cache(self.folder, self.budget))
+        self.server = Server(self.devices, library=self.library)
+        self.server.__enter__()
+
+    def stop(self) -> None:
+        for place in self.places:
+            place.client.close()
+        self.places.clear()
+        self.server.__exit__(None, None, None)
+        self.library.close()
+
+    def place(self, ours: bool, size: int = SIZE, device: int = 0) -> Place:
+        """A new client. What others sent before is on disk."""
+        self.library.settle()
+        self.places.append(Place(self.server, ours, size, device))
+        return self.places[-1]
+
+    def settled(self) -> None:
+        """All that clients sent is on disk."""
+        for place in self.places:
+            place.read()  # answered in order: all before has been received
+        self.library.settle()
+
+    def files(self, suffix: str = ".tensor") -> list[Path]:
+        return sorted(self.folder.glob(f"*{suffix}"))
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    made = Scene(tmp_path / "weights")
+    yield made
+    made.stop()
+    assert made.files(".part") == []
+    for device in made.devices:
+        assert eventually(lambda device=device: device.held == 0)
+        device.close()
+
+
+both = pytest.mark.parametrize("ours", [False, True], ids=["native", "sdrpc"])
+
+
+def test_fnv1a_is_the_protocol_s() -> None:
+    assert [fnv(data) for data in (b"", b"a", b"foobar")] == [FNV_START, 0xAF63DC4C8601EC8C, 0x85944171F73967E8]
+    compiled, data, state = fnv1a(), noise(1, 10_001), FNV_START
+    assert compiled is not None
+    for start in range(0, len(data), 97):
+        state = compiled(data[start : start + 97], state)
+    assert state == fnv(data)
+
+
+@both
+@pytest.mark.parametrize("device", [0, 1], ids=["window", "no-window"])
+@pytest.mark.parametrize("size", [1024, PIECE, SIZE])
+def test_a_tensor_is_sent_once(scene: Scene, ours: bool, device: int, size: int) -> None:
+    data = noise(1, size)
+    assert scene.place(ours, size, device).puts(data)
+    scene.settled()
+    assert not scene.place(ours, size, device).puts(data)
+    assert scene.place(ours, size, device).puts(noise(2, size))
+    scene.settled()
+    scene.stop()
+    scene.start()
+    assert not scene.place(ours, size, 1 - device).puts(data)
+    assert [path.stat().st_size for path in scene.files()] == [size, size]
+
+
+def test_contents_are_shared_by_digest_and_kept_once(scene: Scene) -> None:
+    data = noise(1)
+    assert scene.place(False).puts(data)
+    scene.settled()
+    assert not scene.place(True).puts(data)
+    assert len(scene.files()) == 1
+
+
+def test_names_that_can_be_aimed_at_are_the_sender_s_own(scene: Scene) -> None:
+    """Who plants weights under another's hash gets them back himself; nobody else does."""
+    data, evil = noise(1), noise(2)
+    cache = scene.library.cache
+    scene.place(False).puts(evil)
+    scene.settled()
+    known = scene.library.shelf("127.0.0.1").meant(fnv(evil), SIZE)
+    assert known == digest(evil)
+    assert scene.library.shelf("192.168.1.9").meant(fnv(evil), SIZE) is None
+    cache.call(digest(evil), fnv(data), SIZE, scene.library.shelf("192.168.1.9").owner)
+    assert scene.place(False).puts(data)
+    assert scene.place(True).puts(noise(3))
+
+
+@pytest.mark.parametrize("lie", [0, 1, 2**64 - 1])
+def test_a_hash_that_is_not_the_data_s_is_no_name_of_it(scene: Scene, lie: int) -> None:
+    liar = scene.place(False)
+    assert not liar.asks(lie)
+    liar.send(noise(1))
+    scene.settled()
+    assert not scene.place(False).asks(lie)
+    assert scene.files() == scene.files(".name") == []
+
+
+def test_a_digest_that_is_not_the_data_s_is_no_name_of_it(scene: Scene) -> None:
+    liar = scene.place(True)
+    assert not liar.asks(digest(noise(1)))
+    liar.send(noise(2))
+    scene.settled()
+    assert scene.place(True).puts(noise(1))
+    assert not scene.place(True).puts(noise(2))
+
+
+def test_t43_two_contents_of_one_hash_are_found_by_neither(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shelf, "fnv1a", lambda: lambda data, state: 7)  # all collide
+    first = scene.place(False)
+    assert not first.asks(7)
+    first.send(noise(1))
+    scene.settled()
+    second = scene.place(False)
+    assert second.asks(7)  # the protocol has no way to say that other bytes are meant
+    scene.library.cache.call(digest(noise(2)), 7, SIZE, scene.library.shelf("127.0.0.1").owner)
+    assert not scene.place(False).asks(7)
+    assert not first.asks(7)
+    first.send(noise(1))
+    scene.settled()
+    assert not first.asks(7)
+    assert "two tensors of 5000000 bytes have the FNV-1a hash 0000000000000007" in caplog.text
+    assert not scene.place(True).puts(noise(1))  # a digest still finds its content
+
+
+DAMAGE: dict[str, Callable[[bytearray], object]] = {
+    "truncated": lambda data: data.pop(),
+    "emptied": lambda data: data.clear(),
+    "extended": lambda data: data.append(0),
+    "flipped": lambda data: data.__setitem__(SIZE // 2, data[SIZE // 2] ^ 1),
+    "zeroed": lambda data: data.__setitem__(slice(PIECE, None), bytes(SIZE - PIECE)),
+}
+
+
+@both
+@pytest.mark.parametrize("device", [0, 1], ids=["window", "no-window"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_t42_a_damaged_file_is_a_miss(
+    scene: Scene, ours: bool, device: int, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = noise(1)
+    scene.place(ours).puts(data)
+    scene.settled()
+    (path,) = scene.files()
+    changed = bytearray(data)
+    DAMAGE[damage](changed)
+    path.write_bytes(changed)
+    again = scene.place(ours, device=device)
+    assert again.puts(data)
+    assert "damaged, and so thrown out" in caplog.text
+    scene.settled()
+    assert not scene.place(ours, device=device).puts(data)  # it has been kept anew
+
+
+@both
+def test_only_what_was_asked_for_whole_is_kept(scene: Scene, ours: bool) -> None:
+    data = noise(1)
+    client = scene.place(ours)
+    client.send(data)  # nobody asked
+    client.has(data)
+    client.send(data[:-1])
+    client.send(data[1:], 1)
+    scene.settled()
+    assert scene.files() == []
+    client.send(data)
+    scene.settled()
+    assert len(scene.files()) == 1
+
+
+@both
+def test_other_sizes_are_other_contents(scene: Scene, ours: bool) -> None:
+    data = noise(1)
+    scene.place(ours).puts(data)
+    scene.settled()
+    name = digest(data) if ours else fnv(data)
+    assert not scene.place(ours, SIZE + 1).asks(name)
+    assert not scene.place(ours, SIZE - 1).asks(name)
+    place = scene.place(ours, SIZE)
+    if not ours:  # a digest of another size is a damaged file: whoever asks so is wrong, and only loses what he names
+        assert not place.asks(name, offset=1)
+        assert place.asks(name)
+
+
+@both
+def test_what_is_changed_right_after_is_kept_as_it_was_sent(scene: Scene, ours: bool) -> None:
+    client = scene.place(ours)
+    client.has(noise(1))
+    client.send(noise(1))
+    client.send(noise(2))
+    client.client.ask(messages.FreeBuffer(client.tensor.buffer))
+    scene.library.settle()
+    assert eventually(lambda: scene.files())
+    assert not scene.place(ours).puts(noise(1))
+
+
+@both
+def test_a_client_that_leaves_in_the_middle_leaves_nothing(scene: Scene, ours: bool) -> None:
+    client = scene.place(ours)
+    client.has(noise(1))
+    whole = messages.encode(messages.SetTensor(client.tensor, 0, 0, noise(1)), client.client.dialect, 64)
+    body = b"".join(map(bytes, whole))
+    client.client.command(messages.Command.SET_TENSOR, body[: PIECE + 100], len(body))
+    client.client.close()
+    assert eventually(lambda: scene.devices[0].held == 0)
+    scene.library.settle()
+    assert list(scene.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails", ["create", "write", "replace"])
+def test_t44_a_full_disk_is_one_line(
+    scene: Scene, fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = {"create": (Cache, "create"), "write": (shelf, "_write_all"), "replace": (os, "replace")}[fails]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, full)
+        client = scene.place(True)
+        for seed in range(3):
+            assert client.puts(noise(seed))
+        scene.settled()
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == [f"{scene.folder}: weights are not kept: No space left on device"]
+    assert list(scene.folder.iterdir()) == []
+    assert client.puts(noise(0))
+    scene.settled()
+    assert not client.puts(noise(0))
+
+
+def test_t45_links_and_pipes_are_no_files(scene: Scene, tmp_path: Path) -> None:
+    data = noise(1)
+    scene.place(True).puts(data)
+    scene.settled()
+    (path,) = scene.files()
+    outside = tmp_path / "outside"
+    outside.write_bytes(data)
+    path.unlink()
+    path.symlink_to(outside)
+    assert scene.place(True).puts(data)  # the link is replaced, what it leads to is not touched
+    scene.settled()
+    assert not path.is_symlink()
+    assert outside.read_bytes() == data
+    path.unlink()
+    os.mkfifo(path)
+    assert scene.place(True).puts(data)
+    scene.settled()
+    assert path.read_bytes() == data
+    assert not scene.place(True).asks(b"../../../../../../../etc/passwd\0")
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_t45_other_people_s_files_are_not_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = noise(1)
+    scene.place(True).puts(data)
+    scene.place(False).puts(data)
+    scene.settled()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        assert not scene.place(True).has(data)
+        assert not scene.place(False).has(data)
+
+
+def test_t45_the_folder_must_be_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a" / "weights"
+    Cache(folder, BUDGET)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(UsageError, match="is a symbolic link"):
+        Cache(tmp_path / "link", BUDGET)
+    folder.chmod(0o770)
+    with pytest.raises(UsageError, match=r"others can write to .*chmod 700"):
+        Cache(folder, BUDGET)
+    folder.chmod(0o755)
+    Cache(folder, BUDGET)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(UsageError, match="yours alone"):
+        Cache(folder, BUDGET)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path / "file"))):
+        Cache(tmp_path / "file", BUDGET)
+
+
+def test_t46_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    size = 100_000
+    scene = Scene(tmp_path / "weights", 10 * size)
+    for seed in range(30):
+        assert scene.place(seed % 2 == 0, size).puts(noise(seed, size))
+        scene.settled()
+        assert sum(path.stat().st_size for path in scene.files()) <= 10 * size
+        if seed:
+            assert not scene.place(True, size).puts(noise(0, size))  # always in use
+    assert not scene.place(True, size).puts(noise(29, size))
+    assert scene.place(True, size).puts(noise(1, size))
+    scene.settled()
+    assert len(scene.files(".name")) <= len(scene.files())
+    assert scene.place(True, 10 * size + 1).puts(noise(1, 10 * size + 1))  # larger than all of it
+    scene.settled()
+    assert not scene.place(True, size).puts(noise(0, size))
+    scene.stop()
+
+
+def test_t46_two_servers_share_a_folder(scene: Scene) -> None:
+    other = Scene(scene.folder, 2 * SIZE)
+    assert scene.place(True).puts(noise(1))
+    scene.settled()
+    assert not other.place(True).puts(noise(1))
+    held = scene.library.cache.open(digest(noise(1)), SIZE)
+    assert held is not None
+    for seed in range(2, 6):
+        other.place(True).puts(noise(seed))
+        other.settled()
+    assert sum(path.stat().st_size for path in scene.files()) <= 2 * SIZE
+    assert scene.place(True).puts(noise(1))  # thrown out by the other one
+    assert held.read() == noise(1)  # and yet whole for who was reading it
+    held.close()
+    other.stop()
+
+
+def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    Cache(folder, BUDGET)
+    old, new = folder / "a.part", folder / "b.part"
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (0, time.time() - STALE_SECONDS - 60))
+    (folder / f"{7:016x}-10-owner.name").write_text("cafe" * 16)  # stands for a tensor that is gone
+    (folder / f"{8:016x}-10-owner.name").write_text("nonsense")
+    library = Library(Cache(folder, BUDGET))
+    library.settle()
+    library.close()
+    assert [path.name for path in folder.iterdir()] == ["b.part"]
+
+
+def test_many_clients_at_once(scene: Scene) -> None:
+    """More uploads than pieces may wait, side by side."""
+    places = [scene.place(index % 2 == 0) for index in range(24)]
+    for index, place in enumerate(places):
+        place.has(noise(index % 4))
+    for index, place in enumerate(places):
+        place.send(noise(index % 4))
+    scene.settled()
+    assert [not scene.place(True).puts(noise(seed)) for seed in range(4)] == [True] * 4
+
+
+def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "fnv1a", lambda: None)
+    assert scene.place(False).puts(noise(1))
+    scene.settled()
+    assert scene.files() == []
+    assert scene.place(True).puts(noise(1))
+    scene.settled()
+    assert not scene.place(True).puts(noise(1))
+
+
+def test_our_command_is_for_clients_of_ours(scene: Scene) -> None:
+    client = scene.place(False).client
+    client.command(messages.Command.SET_TENSOR_DIGEST, size=0)
+    assert client.ended() == ""
+    assert len(list(pieces(SIZE))) == 2
