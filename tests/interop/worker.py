@@ -69,11 +69,12 @@ def run_all(names: Sequence[str], endpoint: str) -> list[Outcome]:
     """Compute cases of operations, all in one graph. Those that raise are found by halving."""
     try:
         return compare([CASES[name] for name in names], endpoint)
-    except Exception:
-        if len(names) == 1:
-            return [Outcome(math.inf, traceback.format_exc())]
-        half = len(names) // 2
-        return run_all(names[:half], endpoint) + run_all(names[half:], endpoint)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    if len(names) == 1:
+        return [Outcome(math.inf, said)]
+    half = len(names) // 2
+    return run_all(names[:half], endpoint) + run_all(names[half:], endpoint)
 
 
 def compare(cases: Sequence[Case], endpoint: str, shared_memory: bool = False) -> list[Outcome]:

@@ -7,15 +7,25 @@ Only what the interop tests need. ggml aborts its process on errors: use :class:
 from __future__ import annotations
 
 import ctypes as c
+import os
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FOLDER = Path(runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["FOLDERS"]["7.0.0"])
+FOLDERS: dict[str, Path] = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["FOLDERS"]
+"""Where the libraries are, by the protocol version that they speak, newest first."""
+NEWEST = next(iter(FOLDERS))
+CHOOSE = "SDRPC_TEST_GGML"
+PROTOCOL = os.environ.get(CHOOSE, NEWEST)
+"""Which of them a process uses: :func:`chosen` starts processes with another one."""
+FOLDER = FOLDERS[PROTOCOL]
+MAX_NAME = {"3.6.1": 128}.get(PROTOCOL, 64)
+"""GGML_MAX_NAME of the build."""
 
 # The numbers of ggml.h (GGML_TYPE_*), as the library that is loaded has them.
 TYPES = {
@@ -24,6 +34,8 @@ TYPES = {
     "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28,
     "IQ1_M": 29, "BF16": 30, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41, "Q2_0": 42,
 }  # fmt: skip
+for _newer in {"3.6.1": ("NVFP4", "Q1_0", "Q2_0")}.get(PROTOCOL, ()):
+    del TYPES[_newer]
 NAMES = {number: name for name, number in TYPES.items()}
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 
@@ -37,13 +49,13 @@ PREC_F32 = 10
 
 
 class Tensor(c.Structure):
-    """struct ggml_tensor (ggml.h), of a build with GGML_MAX_NAME 64."""
+    """struct ggml_tensor (ggml.h)."""
 
 
 Tensor._fields_ = [
     ("type", c.c_int), ("buffer", c.c_void_p), ("ne", c.c_int64 * 4), ("nb", c.c_size_t * 4), ("op", c.c_int),
     ("op_params", c.c_int32 * 16), ("flags", c.c_int32), ("src", c.POINTER(Tensor) * 10),
-    ("view_src", c.POINTER(Tensor)), ("view_offs", c.c_size_t), ("data", c.c_void_p), ("name", c.c_char * 64),
+    ("view_src", c.POINTER(Tensor)), ("view_offs", c.c_size_t), ("data", c.c_void_p), ("name", c.c_char * MAX_NAME),
     ("extra", c.c_void_p), ("padding", c.c_char * 8),
 ]  # fmt: skip
 P = c.POINTER(Tensor)
@@ -152,14 +164,25 @@ def library() -> Any:
         raise MissingLibrary(f"no ggml libraries in {FOLDER}: `make interop` (or tools/ggml_wheel.py) builds them")
     lib = c.CDLL(str(found[0]))
     for name, (result, arguments) in FUNCTIONS.items():
-        function = getattr(lib, name)
-        function.restype = _CODES[result]
-        function.argtypes = [_InitParams] if arguments is None else [_CODES[code] for code in arguments]
+        if function := getattr(lib, name, None):  # what an older one lacks fails when it is used
+            function.restype = _CODES[result]
+            function.argtypes = [_InitParams] if arguments is None else [_CODES[code] for code in arguments]
     for name, arguments in OPERATIONS.items():
-        function = getattr(lib, f"ggml_{name}")
-        function.restype = P
-        function.argtypes = [c.c_void_p, *(_CODES[code] for code in arguments)]
+        if function := getattr(lib, f"ggml_{name}", None):
+            function.restype = P
+            function.argtypes = [c.c_void_p, *(_CODES[code] for code in arguments)]
     return lib
+
+
+@contextmanager
+def chosen(protocol: str) -> Iterator[None]:
+    """Processes that are started in here use the ggml that speaks ``protocol``."""
+    before = os.environ.get(CHOOSE, NEWEST)
+    os.environ[CHOOSE] = protocol
+    try:
+        yield
+    finally:
+        os.environ[CHOOSE] = before
 
 
 class Context:
@@ -223,6 +246,25 @@ def encode(type: str, values: np.ndarray) -> bytes:
     return out.raw
 
 
+SLOW_TO_MAKE = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
+"""Types that ggml quantizes to by searching tables that it takes half a minute to set up."""
+SCALE = np.float16(0.05)
+
+
+def noise(type: str, elements: int, rng: np.random.Generator) -> bytes:
+    """Random blocks of one of :data:`SLOW_TO_MAKE`: all bits mean something in these, but for the scale, which must be a
+    sane number. It comes first, but in IQ1_M, where it lies in the top bits of four words at the end."""
+    traits = library().ggml_get_type_traits(TYPES[type]).contents
+    blocks = rng.integers(0, 256, (elements // traits.block, traits.size), np.uint8)
+    if type == "IQ1_M":
+        words = blocks[:, -8:].view("<u2")
+        nibbles = int(SCALE.view(np.uint16)) >> np.arange(0, 16, 4) & 15
+        words[:] = words & 0x0FFF | nibbles << 12
+    else:
+        blocks[:, :2] = np.frombuffer(SCALE.tobytes(), np.uint8)
+    return blocks.tobytes()
+
+
 def decode(type: str, data: bytes) -> np.ndarray:
     """The numbers in contiguous bytes of ``type``, flat: integers as int64, everything else as float32."""
     if type in DTYPES:
@@ -265,10 +307,11 @@ def cpu(threads: int = 1) -> int:
     return backend
 
 
-def serve(endpoint: str, devices: int = 1, threads: int = 1) -> None:
-    """ggml's own RPC server, offering the CPU ``devices`` times. Never returns; aborts the process on errors."""
+def serve(endpoint: str, devices: int = 1, threads: int = 1, cache: str | None = None) -> None:
+    """ggml's own RPC server, offering the CPU ``devices`` times, with a folder for its cache. Never returns; aborts the
+    process on errors."""
     device = library().ggml_backend_dev_by_type(0)
-    library().ggml_backend_rpc_start_server(endpoint.encode(), None, threads, devices, pointers([device] * devices))
+    library().ggml_backend_rpc_start_server(endpoint.encode(), cache and cache.encode(), threads, devices, pointers([device] * devices))
 
 
 def pointers(items: Sequence[int]) -> Any:

@@ -252,6 +252,8 @@ def attention(value: Value, readers: Readers) -> Value | None:
     turned, weights = value.src
     if turned is None or weights is None or weights.op != "SOFT_MAX" or not readers.alone(weights):
         return None
+    if any(weights.src[2:]):  # attention sinks
+        return None
     p: Any = weights.params
     scores, mask, scale = weights.src[0], weights.src[1] if len(weights.src) > 1 else None, p.scale
     if scores is not None and scores.op == "ADD" and mask is None and scale == 1 and readers.alone(scores):

@@ -30,7 +30,7 @@ BYTES = torch.uint8
 """How blocks are held: as they are in memory."""
 
 HEAVY = frozenset({
-    "MUL_MAT", "OUT_PROD", "CONV_2D", "CONV_2D_DW", "CONV_3D", "CONV_TRANSPOSE_1D", "CONV_TRANSPOSE_2D",
+    "MUL_MAT", "MUL_MAT_ID", "OUT_PROD", "CONV_2D", "CONV_2D_DW", "CONV_3D", "CONV_TRANSPOSE_1D", "CONV_TRANSPOSE_2D",
     "FLASH_ATTN_EXT", "LINEAR", "ATTENTION",
 })  # fmt: skip
 """What is worth a narrow dtype."""
@@ -42,15 +42,17 @@ MOVES = frozenset({
 """What moves numbers without computing: in any dtype."""
 
 FOLLOWS = frozenset({
-    "ADD", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "LEAKY_RELU", "UNARY", "GLU", "NORM", "RMS_NORM", "GROUP_NORM",
-    "SOFT_MAX", "UPSCALE", "DIAG_MASK_INF", "DIAG_MASK_ZERO",
+    "ADD", "ADD_ID", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "LEAKY_RELU", "UNARY", "GLU", "NORM", "RMS_NORM",
+    "GROUP_NORM", "SOFT_MAX", "UPSCALE", "DIAG_MASK_INF", "DIAG_MASK_ZERO",
     "NORM_AFFINE", "GROUP_NORM_AFFINE", "RMS_NORM_AFFINE",
 })  # fmt: skip
 """What stays narrow when it is fed narrow values (torch computes these in float32 inside)."""
 
-RAW: dict[str, tuple[int, ...]] = {"GET_ROWS": (0,), "SET_ROWS": (0, 1, 2), "IM2COL": (0,), "IM2COL_3D": (0,)}
-"""Operands that are taken as they are: rows are converted when they are picked, the destination of SET_ROWS is memory,
-and of its kernel IM2COL wants the shape only."""
+RAW: dict[str, tuple[int, ...]] = {
+    "GET_ROWS": (0,), "MUL_MAT_ID": (0,), "SET_ROWS": (0, 1, 2), "IM2COL": (0,), "IM2COL_3D": (0,),
+}  # fmt: skip
+"""Operands that are taken as they are: rows and matrices are converted when they are picked, the destination of
+SET_ROWS is memory, and of its kernel IM2COL wants the shape only."""
 
 
 @dataclass(frozen=True)

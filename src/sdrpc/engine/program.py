@@ -106,6 +106,7 @@ class Bound:
                 self._function(value), tuple(len(values) if s is None else number[s] for s in _trimmed(value.src)), i,
                 value.dtype, store, tuple(dying.get(i, ())), value.node,
             ))  # fmt: skip
+        self._fixed.append(None)  # what a missing operand reads
 
     def _function(self, value: Value) -> Callable[..., Tensor]:
         if value.op == "WEIGHT":

@@ -344,7 +344,7 @@ PARAMS: dict[str, type] = {
     "POOL_1D": Pool1D, "PAD_REFLECT_1D": PadReflect, "ROLL": Roll, "WIN_PART": Windows, "WIN_UNPART": Unwindow,
     "ADD_REL_POS": InPlace, "TRI": Tri,
     "SSM_SCAN": States, "GATED_DELTA_NET": States, "GATED_LINEAR_ATTN": LinearAttention, "DSV4_HC_COMB": Mixing,
-    "DSV4_HC_PRE": Gather,
+    "DSV4_HC_PRE": Gather, "MUL_MAT_ID": MulMat,
     "RMS_NORM_BACK": Eps, "SOFT_MAX_BACK": SoftMax, "ROPE_BACK": Rope, "IM2COL_BACK": Im2Col, "POOL_2D_BACK": Pool2D,
 }  # fmt: skip
 """What each operation's words mean; an operation that is not here is decoded as :class:`NoParams`."""

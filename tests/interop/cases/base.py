@@ -90,12 +90,18 @@ class Builder:
 
     def put(self, type: str, values: np.ndarray) -> Any:
         """A leaf that holds ``values`` (shape: ne reversed)."""
-        tensor = self.leaves.tensor(type, *values.shape[::-1])
-        self.data.append((tensor, ggml.encode(type, values)))
+        return self.bytes(type, values.shape[::-1], ggml.encode(type, values))
+
+    def bytes(self, type: str, ne: tuple[int, ...], data: bytes) -> Any:
+        """A leaf of ``data``."""
+        tensor = self.leaves.tensor(type, *ne)
+        self.data.append((tensor, data))
         return tensor
 
     def x(self, *ne: int, type: str = "F32", low: float = -1.0, high: float = 1.0) -> Any:
         """A leaf of random numbers."""
+        if type in ggml.SLOW_TO_MAKE:
+            return self.bytes(type, ne, ggml.noise(type, int(np.prod(ne)), self.rng))
         return self.put(type, self.rng.uniform(low, high, ne[::-1]).astype(np.float32))
 
     def distinct(self, *ne: int, type: str = "F32") -> Any:
@@ -171,6 +177,10 @@ BROADCASTS = (
     ((16, 5, 4, 3), (16, 5, 1, 3)), ((16, 5, 4, 3), (16, 1, 4, 1)), ((16, 6, 4, 2), (8, 3, 2, 1)),
 )  # fmt: skip
 """Shapes of two operands of which the second one is repeated."""
-QUANTIZED = (
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS",
+WRITTEN = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS",
 )  # fmt: skip
+"""Types of blocks that ggml's CPU makes of floats."""
+QUANTIZED = (*WRITTEN, "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+"""Types of blocks that ggml's CPU makes floats of."""

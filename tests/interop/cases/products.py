@@ -2,46 +2,124 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from typing import Any
 
-from tests.interop.cases.base import FLOATS, QUANTIZED, Case, shape
+from tests.interop.cases.base import FLOATS, ROWS_DENSE, Builder, Case, sweep
 
+Shape = tuple[int, ...]
 
-def _products() -> Iterator[Case]:
-    bounds = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-    for kind in (*FLOATS, *QUANTIZED):
-        bound = bounds.get(kind, "quantized")
-        for k, m, n, batch, repeat in (
-            (256, 16, 1, (1, 1), (1, 1)), (512, 33, 9, (1, 1), (1, 1)), (256, 7, 5, (3, 2), (1, 1)),
-            (256, 16, 8, (2, 1), (2, 3)),
-        ):  # fmt: skip
-            label = f"{kind}-{k}x{m}x{n}-{shape(*batch)}-{shape(*repeat)}"
-            yield Case("MUL_MAT", label, lambda b, t=kind, k=k, m=m, n=n, s=batch, r=repeat: b.mul_mat(
-                b.x(k, m, *s, type=t), b.x(k, n, s[0] * r[0], s[1] * r[1])), bound)  # fmt: skip
-    yield Case("MUL_MAT", "F16-F16", lambda b: b.mul_mat(b.x(64, 9, type="F16"), b.x(64, 5, type="F16")), "f16")
-    yield Case("MUL_MAT", "BF16-BF16", lambda b: b.mul_mat(b.x(64, 9, type="BF16"), b.x(64, 5, type="BF16")), "bf16")
-    for k in (1, 33, 77):
-        yield Case("MUL_MAT", f"F32-odd{k}", lambda b, k=k: b.mul_mat(b.x(k, 5, 2), b.x(k, 3, 2)))
-        yield Case("MUL_MAT", f"F16-odd{k}", lambda b, k=k: b.mul_mat(b.x(k, 5, 2, type="F16"), b.x(k, 3, 2)), "f16")
-    for kind, axes in itertools.product(("F32", "F16"), ((0, 2, 1, 3), (0, 1, 3, 2), (0, 3, 2, 1))):
-        label = f"permuted-{kind}-{''.join(map(str, axes))}"
-        yield Case("MUL_MAT", label, lambda b, t=kind, a=axes: b.mul_mat(
-            b.shuffled(32, 6, 4, 2, axes=a, type=t), b.shuffled(32, 5, 4, 2, axes=a)), bounds[kind])  # fmt: skip
-    yield Case("MUL_MAT", "views", lambda b: b.mul_mat(b.part(32, 6, 2), b.part(32, 5, 2)))
-    yield Case(
-        "MUL_MAT",
-        "weight-view",
-        lambda b: b.mul_mat(b.part(256, 6, type="Q8_0", margin=(0, 2, 0, 0)), b.x(256, 5)),
-        "quantized",
-    )
-    yield Case("MUL_MAT", "f32-wanted", lambda b: b.prec_f32(b.mul_mat(b.x(64, 9, type="F16"), b.x(64, 5))), "f16")
-    for kind in ("F32", "F16", "Q4_0", "Q8_0"):
-        yield Case(
-            "OUT_PROD", kind, lambda b, t=kind: b.out_prod(b.x(32, 6, type=t), b.x(8, 6)), bounds.get(kind, "f32")
-        )
-    yield Case("OUT_PROD", "batch", lambda b: b.out_prod(b.x(16, 6, 2, 3), b.x(8, 6, 2, 3)))
-    yield Case("OUT_PROD", "repeat", lambda b: b.out_prod(b.x(16, 6), b.x(8, 6, 2, 3)))
+WEIGHTS = (
+    *FLOATS, "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q2_K", "Q3_K",
+    "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "TQ1_0",
+    "TQ2_0",
+)  # fmt: skip
+"""Types that ggml's CPU backend has a product for."""
+PAIRS = (
+    ("F16", "F16"), ("BF16", "BF16"), ("F32", "BF16"), ("Q4_0", "Q8_0"), ("Q8_0", "Q8_0"), ("IQ4_NL", "Q8_0"),
+)  # fmt: skip
+"""Types of both operands, where the second one is what ggml would make of it."""
+BOUNDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-CASES = [*_products()]
+def _bound(*, type: str = "F32", other: str = "F32", **_: Any) -> str:
+    """By what ggml makes of the second operand: the first one's type, or 8 bits."""
+    return BOUNDS.get(type, "quantized")
+
+
+# MUL_MAT
+
+
+def _mul_mat(
+    b: Builder, *, kmn: Shape, batch: Shape = (1, 1), repeat: Shape = (1, 1), type: str = "F32", other: str = "F32",
+    view: str = "dense", second: str = "dense", prec: bool = False,
+) -> Any:  # fmt: skip
+    """[k, m, *batch] by [k, n, *batch · repeat]."""
+    k, m, n = kmn
+    x = b.operand(k, m, *batch, view=view, type=type)
+    y = b.operand(k, n, batch[0] * repeat[0], batch[1] * repeat[1], view=second, type=other)
+    product = b.mul_mat(x, y)
+    return b.prec_f32(product) if prec else product
+
+
+def _mul_mats() -> Iterator[Case]:
+    sizes = ((256, 16, 1), (512, 33, 9), (256, 7, 5), (768, 4, 33))
+    yield from sweep(
+        "MUL_MAT", _mul_mat, _bound, most=420, type=WEIGHTS, kmn=sizes, batch=((1, 1), (3, 2), (2, 1)),
+        repeat=((1, 1), (2, 3), (1, 2)), view=("dense", "part", "strided", "offset"), second=("dense", "0213", "part"),
+    )  # fmt: skip
+    yield from sweep(
+        "MUL_MAT", _mul_mat, _bound, most=240, type=FLOATS,
+        kmn=((32, 6, 5), (33, 5, 3), (77, 1, 2), (1, 4, 3), (130, 9, 1)), batch=((1, 1), (4, 2), (1, 3)),
+        repeat=((1, 1), (3, 1), (2, 2)), view=ROWS_DENSE, second=ROWS_DENSE,
+        prec=(False, True),
+    )  # fmt: skip
+    for pair in PAIRS:
+        yield from sweep(
+            "MUL_MAT", _mul_mat, _bound, type=pair[:1], other=pair[1:], kmn=((256, 7, 5), (512, 3, 1)),
+            batch=((1, 1), (2, 3)), repeat=((1, 1), (2, 1)), second=("dense", "0213"),
+        )  # fmt: skip
+
+
+# MUL_MAT_ID, ADD_ID
+
+
+def _mul_mat_id(
+    b: Builder, *, kmn: Shape, used: int, type: str = "F32", experts: int = 4, shared: bool = False,
+    view: str = "dense", second: str = "dense",
+) -> Any:  # fmt: skip
+    """``shared``: all matrices of a token get the same row."""
+    k, m, n = kmn
+    x = b.operand(k, m, experts, view=view, type=type)
+    y = b.operand(k, 1 if shared else used, n, view=second)
+    return b.mul_mat_id(x, y, b.indices(experts, used, n, unique=True))
+
+
+def _mul_mat_ids() -> Iterator[Case]:
+    yield from sweep(
+        "MUL_MAT_ID", _mul_mat_id, _bound, most=320, type=WEIGHTS, kmn=((256, 16, 1), (256, 5, 33), (512, 7, 9)),
+        used=(1, 2, 4), experts=(4, 8), shared=(False, True), view=("dense", "offset", "part"),
+        second=("dense", "part", "0213"),
+    )  # fmt: skip
+    yield from sweep(
+        "MUL_MAT_ID", _mul_mat_id, _bound, most=60, type=FLOATS, kmn=((33, 5, 7), (1, 3, 2), (64, 1, 70)), used=(1, 3),
+        experts=(3, 16), shared=(False, True), view=("dense", "strided"),
+    )  # fmt: skip
+
+
+def _add_id(b: Builder, *, ne: Shape, rows: int, view: str, second: str) -> Any:
+    x = b.operand(*ne, view=view)
+    return b.add_id(x, b.operand(ne[0], rows, view=second), b.indices(rows, ne[1], ne[2]))
+
+
+def _add_ids() -> Iterator[Case]:
+    yield from sweep(
+        "ADD_ID", _add_id, ne=((32, 4, 7), (33, 1, 5), (5, 3, 1)), rows=(6, 33), view=("dense", "part", "0213"),
+        second=("dense", "part"),
+    )  # fmt: skip
+
+
+# OUT_PROD
+
+
+def _out_prod(
+    b: Builder, *, mnk: Shape, batch: Shape, repeat: Shape = (1, 1), type: str = "F32", view: str = "dense",
+    second: str = "dense",
+) -> Any:  # fmt: skip
+    m, n, k = mnk
+    x = b.operand(m, k, *batch, view=view, type=type)
+    return b.out_prod(x, b.operand(n, k, batch[0] * repeat[0], batch[1] * repeat[1], view=second))
+
+
+def _out_prods() -> Iterator[Case]:
+    yield from sweep(
+        "OUT_PROD", _out_prod, most=120, mnk=((16, 8, 6), (33, 1, 5), (7, 9, 1), (64, 3, 40)), batch=((1, 1), (2, 3)),
+        repeat=((1, 1), (3, 1), (2, 2)), view=ROWS_DENSE, second=("dense", "part", "0213", "1023"),
+    )  # fmt: skip
+    yield from sweep(
+        "OUT_PROD", _out_prod, mnk=((256, 5, 6),), batch=((1, 1), (2, 2)), view=("dense", "part"),
+        type=[t for t in WEIGHTS if t not in ("F32", "BF16")],
+    )  # fmt: skip
+
+
+CASES = [*_mul_mats(), *_mul_mat_ids(), *_add_ids(), *_out_prods()]

@@ -2,32 +2,90 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.rules.attention import ROPE_IMROPE, ROPE_MROPE, ROPE_NORMAL, ROPE_VISION
+
 from ..values import Value
 from .base import Raise, repeat_to
 
+RAMP = 0.001
+"""The narrowest band, in pairs, over which YaRN blends (rope_yarn_ramp)."""
+
 
 def _rope(v: Value, x: Tensor, positions: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Pairs of each row turned by angles that are their token's position times falling frequencies."""
     p: Any = v.params
-    n = p.n_dims
-    powers = torch.arange(0, n, 2, device=x.device, dtype=torch.float32)
-    frequencies = torch.pow(p.freq_base, -powers / n)
-    if factors is not None:
-        frequencies = frequencies / factors.reshape(-1)[: n // 2].float()
-    angles = positions.reshape(-1, 1).float() * frequencies * p.freq_scale  # [n2, n / 2]
-    cos = (angles.cos() * p.attn_factor)[None, :, None]
-    sin = (angles.sin() * p.attn_factor)[None, :, None]
-    turned, rest = x[..., :n].float(), x[..., n:]
-    neox = p.mode == 2
-    a, b = turned.chunk(2, dim=-1) if neox else (turned[..., 0::2], turned[..., 1::2])
+    pairs = p.n_dims if p.mode == ROPE_VISION else p.n_dims // 2
+    cos, sin = _turns(p, pairs, positions.reshape(-1), factors)
+    end = p.n_offset + 2 * pairs
+    turned = x[..., p.n_offset : end].float()
+    neighbours = p.mode == ROPE_NORMAL
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if neighbours else turned.chunk(2, -1)
     pair = (a * cos - b * sin, a * sin + b * cos)
-    rotated = torch.cat(pair, -1) if neox else torch.stack(pair, -1).flatten(-2)
-    return torch.cat((rotated.to(x.dtype), rest), -1)
+    rotated = torch.stack(pair, -1).flatten(-2) if neighbours else torch.cat(pair, -1)
+    rotated = rotated.to(x.dtype)
+    return rotated if rotated.shape == x.shape else torch.cat((x[..., : p.n_offset], rotated, x[..., end:]), -1)
+
+
+def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of all pairs, times their magnitude: [tokens, 1, pairs]."""
+    numbers = torch.arange(pairs, device=positions.device)
+    powers, at = numbers, positions[:, None]
+    if p.mode & ROPE_MROPE:
+        powers, which = _sections(p, numbers)
+        at = positions.reshape(4, -1)[which].T
+    # the step between frequencies is rounded as ggml rounds it: what that makes of high powers is seen in the result
+    step = float(torch.tensor(p.freq_base ** (-2 / p.n_dims), dtype=torch.float32))
+    angles = at.float() * torch.pow(step, powers.float())
+    if factors is not None:
+        angles = angles / factors.reshape(-1)[:pairs].float()
+    magnitude = p.attn_factor
+    if p.ext_factor:
+        share = _extrapolated(p, numbers)
+        angles = angles * (p.freq_scale * (1 - share) + share)
+        magnitude *= 1 + 0.1 * math.log(1 / p.freq_scale)
+    else:
+        angles = angles * p.freq_scale
+    return (angles.cos() * magnitude)[:, None], (angles.sin() * magnitude)[:, None]
+
+
+def _sections(p: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The power of the frequency of each pair, and which of its token's four positions it takes."""
+    first, second, third = p.section0, p.section1, p.section2
+    sector = numbers % (first + second + third + p.section3)
+    if p.mode == ROPE_IMROPE:
+        turn = sector % 3
+        size = torch.where(turn == 0, first, torch.where(turn == 1, second, third))
+        return numbers, torch.where(sector < 3 * size, turn, 3)
+    starts = (0, first, first + second, first + second + third)
+    which = (sector >= starts[1]).long() + (sector >= starts[2]) + (sector >= starts[3])
+    if p.mode != ROPE_VISION:
+        return numbers, which
+    # each section's frequencies begin anew, but for those that begin where another one did: ggml finds that one first
+    powers = numbers
+    for i, start in enumerate(starts):
+        if start not in starts[:i]:
+            powers = torch.where(which == i, sector - start, powers)
+    return powers, which
+
+
+def _extrapolated(p: Any, numbers: Tensor) -> Tensor:
+    """How much of each pair's angle YaRN takes unscaled: all of the fast ones, nothing of the slow ones."""
+
+    def pair(turns: float) -> float:
+        """The pair that turns so often within the context that the model was trained with."""
+        return float(p.n_dims * math.log(p.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(p.freq_base)))
+
+    low, high = max(0, math.floor(pair(p.beta_fast))), min(p.n_dims - 1, math.ceil(pair(p.beta_slow)))
+    slow = ((numbers - low) / max(RAMP, high - low)).clamp(0, 1)
+    share: Tensor = (1 - slow) * float(p.ext_factor)
+    return share
 
 
 def alibi(heads: int, max_bias: float, device: torch.device) -> Tensor:
@@ -38,47 +96,62 @@ def alibi(heads: int, max_bias: float, device: torch.device) -> Tensor:
     return torch.tensor(slopes, device=device).reshape(-1, 1, 1)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, max_bias: float) -> Tensor:
-    """``scores`` [n, heads, queries, keys] plus the mask, whose heads and batches repeat, times the heads' slopes."""
-    if mask is None:
-        return scores
-    queries, heads = scores.shape[2], scores.shape[1]
-    mask = mask[:, :, :queries]
-    mask = repeat_to(mask, (mask.shape[3], queries, heads, scores.shape[0]))
-    return scores + (mask * alibi(heads, max_bias, mask.device).to(mask.dtype) if max_bias > 0 else mask)
+def _bias(scores: torch.Size, mask: Tensor, max_bias: float) -> Tensor:
+    """``mask`` for ``scores`` [n, heads, queries, keys]: it repeats over batch and heads, times the heads' slopes."""
+    batch, heads, queries, keys = scores
+    mask = repeat_to(mask[:, :, :queries], (keys, queries, heads, batch))
+    return mask * alibi(heads, max_bias, mask.device).to(mask.dtype) if max_bias > 0 else mask
 
 
-def _soft_max(v: Value, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of ``scores``; a head's sink takes its share and gives nothing."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    column = sinks.to(scores.dtype).reshape(-1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+
+
+def _soft_max(v: Value, x: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     p: Any = v.params
-    return torch.softmax(_masked(x * p.scale if p.scale != 1 else x, mask, p.max_bias), -1)
+    scores = x * p.scale if p.scale != 1 else x
+    return _weights(scores if mask is None else scores + _bias(x.shape, mask, p.max_bias), sinks)
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """Heads of keys or values, each for several consecutive ones of the queries."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """[n, heads, queries, head] and [n, groups, keys, head] → [n, heads, queries, head]."""
     p: Any = v.params
-    heads, groups = q.shape[1], k.shape[1]
-    if heads != groups:
-        k, value = (t.repeat_interleave(heads // groups, 1) for t in (k, value))
-    if mask is not None and (
-        p.max_bias > 0 or mask.shape[2] != q.shape[2] or heads % mask.shape[1] or mask.shape[1] > 1
-    ):
-        mask = _masked(
-            torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2]), mask, p.max_bias
-        )
+    heads = q.shape[1]
+    k, value = _spread(k, heads), _spread(value, heads)
+    if mask is not None:
+        repeated = all(have in (1, want) for have, want in zip(mask.shape[:2], q.shape[:2], strict=True))
+        if p.max_bias > 0 or not repeated or mask.shape[2] != q.shape[2]:
+            mask = _bias(q.shape[:3] + k.shape[2:3], mask, p.max_bias)
     return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
 
 
-def _flash_attn(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _flash_attn(
+    v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """[n, heads, queries, head] and [n, groups, keys, head] → [n, queries, heads, head]."""
     p: Any = v.params
-    heads, groups = q.shape[1], k.shape[1]
-    if not p.logit_softcap:
+    if not p.logit_softcap and sinks is None:
         return _attention(v, q, k, value, mask).transpose(1, 2)
-    if heads != groups:
-        k, value = (t.repeat_interleave(heads // groups, 1) for t in (k, value))
-    scores = q @ k.mT * (p.scale / p.logit_softcap)
-    weights = torch.softmax(_masked(p.logit_softcap * torch.tanh(scores), mask, p.max_bias), -1)
-    return (weights @ value).transpose(1, 2)
+    heads = q.shape[1]
+    scores = q @ _spread(k, heads).mT
+    scores = scores * (p.scale / (p.logit_softcap or 1.0))
+    if p.logit_softcap:
+        scores = torch.tanh(scores) * p.logit_softcap
+    if mask is not None:
+        scores = scores + _bias(scores.shape, mask, p.max_bias)
+    weights = _weights(scores, sinks)
+    if mask is not None and sinks is None:  # a query that sees nothing gets nothing
+        weights = weights.masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
+    return (weights @ _spread(value, heads)).transpose(1, 2)
 
 
 RAISE: dict[str, Raise] = {

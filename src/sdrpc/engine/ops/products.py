@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blocks import dequantize
 from ..values import Value
-from .base import Raise
+from .base import Raise, operand, within
 
 
 def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
@@ -26,6 +28,44 @@ def _linear_bias(_v: Value, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     return F.linear(b, a[0, 0], bias.reshape(-1))
 
 
+def _mul_mat_id(v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
+    """Each row of b times the matrix that its number picks of a: [1, tokens, 1 or used, k] → [1, tokens, used, m].
+
+    Rows are put in the order of their matrices and padded to whole tiles of one matrix each. How many tiles there can
+    be does not depend on the numbers, so that an accelerator need not be asked for them; and matrices are read out of
+    their blocks one by one, when they are used.
+    """
+    tokens, used = ids.shape[2:]
+    matrices, m, n = a.shape[1], a.shape[2], tokens * used
+    k = b.shape[3]
+    rows = b[0].repeat(1, used // b.shape[2], 1).reshape(n, k)
+    picked = within(ids.reshape(-1).long(), matrices)
+    tile = 1 << max(0, (n // matrices).bit_length() - 1)
+    tiles = n if tile == 1 else n // tile + matrices
+
+    order = torch.argsort(picked, stable=True)
+    count = torch.zeros(matrices, dtype=torch.long, device=picked.device).index_add(0, picked, torch.ones_like(picked))
+    whole = (count + tile - 1).div(tile, rounding_mode="floor")
+    ends = whole.cumsum(0)
+    shift = (ends - whole) * tile - (count.cumsum(0) - count)  # of each matrix's rows, from their order to their tiles
+    slots = torch.arange(n, device=picked.device) + shift[picked[order]]
+    padded = rows.new_zeros(tiles * tile, k).index_copy(0, slots, rows[order]).reshape(tiles, tile, k)
+    owners = torch.searchsorted(ends, torch.arange(tiles, device=picked.device), right=True).clamp(max=matrices - 1)
+
+    held = operand(v, 0).type
+
+    def matrix(number: Tensor) -> Tensor:
+        one = a.index_select(1, number)
+        return (one if held.plain else dequantize(one, held, (k, m, 1, 1), b.dtype)).to(b.dtype)[0, 0]
+
+    products = torch.cat([F.linear(x, matrix(owners[i : i + 1])) for i, x in enumerate(padded)])
+    return torch.empty_like(products[:n]).index_copy(0, order, products[slots]).reshape(1, tokens, used, m)
+
+
+def _add_id(_v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
+    return a + b[0, 0, within(ids[0, 0].long(), b.shape[2])]
+
+
 def _out_prod(_v: Value, a: Tensor, b: Tensor) -> Tensor:
     """bᵀ · a: sums over the second dimension."""
     a = a.repeat_interleave(b.shape[0] // a.shape[0], 0).repeat_interleave(b.shape[1] // a.shape[1], 1)
@@ -33,5 +73,5 @@ def _out_prod(_v: Value, a: Tensor, b: Tensor) -> Tensor:
 
 
 RAISE: dict[str, Raise] = {
-    "MUL_MAT": _mul_mat, "LINEAR": _linear_bias, "OUT_PROD": _out_prod,
+    "MUL_MAT": _mul_mat, "LINEAR": _linear_bias, "MUL_MAT_ID": _mul_mat_id, "ADD_ID": _add_id, "OUT_PROD": _out_prod,
 }  # fmt: skip
