@@ -28,7 +28,7 @@ WRITE: dict[str, Callable[[Tensor], Tensor]] = {**plain.WRITE, **superblocks.WRI
 
 CHUNK = 1 << 18
 """Elements that a CPU converts at once: the intermediates stay in its caches."""
-LARGE_CHUNK = 1 << 24
+LARGE_CHUNK = 1 << 22
 """Elements that an accelerator converts at once: enough to keep it busy."""
 SEARCHED = frozenset({"Q6_K", "IQ4_XS"})
 """Types whose writers hold some twenty trials of every element, so that they get as many times fewer at once."""

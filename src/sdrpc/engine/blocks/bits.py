@@ -5,7 +5,7 @@ Bytes are uint8; a block's bytes are the last dimension.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,10 +63,10 @@ def pack_planes(x: Tensor, width: int) -> Tensor:
     return (x.to(torch.uint8) << _shifts(width, x)[:, None]).sum(-2, dtype=torch.uint8)
 
 
-@lru_cache(maxsize=64)
+@cache
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """``values`` as float32 in the memory of ``device``, where they stay: a copy to an accelerator makes it wait, and
-    can't be part of a recording."""
+    can't be part of a recording. (All that is ever asked for stands in this package.)"""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 

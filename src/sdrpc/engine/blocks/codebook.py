@@ -5,10 +5,9 @@ The grids are the gguf library's: ``gguf.quants.IQ2_XXS.grid`` and so on.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 
-import gguf
 import torch
 from torch import Tensor
 
@@ -26,15 +25,17 @@ IQ1_SHIFT = 0.125
 """By how much IQ1's grid is moved up or down (IQ1S_DELTA)."""
 
 
-@lru_cache(maxsize=64)
+@cache
 def grid(name: str, device: torch.device) -> Tensor:
     """The grid of the type called ``name``: [entries, 4 or 8] of float32."""
-    quant = getattr(gguf.quants, name)
+    from gguf import quants  # not needed by most
+
+    quant = getattr(quants, name)
     quant.init_grid()
     return torch.tensor(quant.grid, dtype=torch.float32, device=device).reshape(quant.grid_shape)
 
 
-@lru_cache(maxsize=8)
+@cache
 def signs(device: torch.device) -> Tensor:
     """[256, 8] of 1 and -1: what the bits of a byte mean as signs."""
     codes = torch.arange(256, dtype=torch.uint8, device=device)
@@ -49,7 +50,7 @@ def _even(codes: Tensor) -> Tensor:
 
 def _fields(x: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
     """[…] integers → […, len(shifts)]"""
-    return x[..., None] >> torch.tensor(shifts, dtype=x.dtype, device=x.device) & mask
+    return x[..., None] >> constants(shifts, x.device).to(x.dtype) & mask
 
 
 def _signed(name: str, scales: Tensor, index: Tensor, minus: Tensor) -> Tensor:

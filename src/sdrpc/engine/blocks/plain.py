@@ -10,6 +10,7 @@ from .bits import (
     as_bytes,
     as_half,
     as_ue4m3,
+    constants,
     half,
     pack,
     pack_planes,
@@ -29,7 +30,9 @@ FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice what four bits mean as a number of two bits of exponent and one of mantissa."""
 FLOAT4_BETWEEN = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)
 """The middles between :data:`FLOAT4`."""
-TERNARY = 243  # 3^5: five digits of a byte
+POWERS = (1, 3, 9, 27, 81)
+TERNARY = 243
+"""3^5: five digits to base 3 are in a byte."""
 
 
 def _halves(x: Tensor) -> Tensor:
@@ -156,14 +159,14 @@ def read_tq2_0(b: Blocks) -> Tensor:
 def _digits(x: Tensor, n: int) -> Tensor:
     """[m, k] bytes → [m, n k]: the first digits to base 3 of the fractions x / 256, a digit of all bytes after the
     other."""
-    powers = torch.tensor([1, 3, 9, 27, 81][:n], dtype=torch.uint8, device=x.device)[:, None]
+    powers = constants(POWERS[:n], x.device).to(torch.uint8)[:, None]
     return ((x[:, None] * powers).to(torch.int16) * 3 >> 8).flatten(1)
 
 
 def _pack_digits(x: Tensor, k: int) -> Tensor:
     """[m, n k] digits → [m, k] bytes: the fraction, rounded up, that :func:`_digits` reads."""
     digits = shaped(x, -1, k).int()
-    powers = torch.tensor([81, 27, 9, 3, 1][: digits.shape[1]], dtype=torch.int32, device=x.device)[:, None]
+    powers = constants(POWERS[::-1][: digits.shape[1]], x.device).int()[:, None]
     number: Tensor = (digits * powers).sum(1, dtype=torch.int32)
     return ((number * 256 + (TERNARY - 1)) // TERNARY).to(torch.uint8)
 

@@ -7,7 +7,6 @@ the last bit: the bytes are then the same as ggml's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import reduce
 
 import torch
@@ -78,11 +77,11 @@ def chosen(levels: Tensor, winner: Tensor) -> Tensor:
     return levels.gather(1, index).squeeze(1)
 
 
-def symmetric(x: Tensor, top: int, weights: Tensor, steps: Iterable[int]) -> tuple[Tensor, Tensor]:
+def symmetric(x: Tensor, top: int, weights: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x ≈ scale · level with levels from -top to top - 1: [n] scales and [k, n] levels. Besides the scale that brings
     the peak to -top, ``steps`` tenths of a level more are tried."""
     highest = peak(x)
-    offsets = torch.tensor([0, *steps], dtype=torch.float32, device=x.device)[:, None] * 0.1
+    offsets = constants((0, *steps), x.device)[:, None] * 0.1
     trials = (-(top + offsets) / highest)[None]
     levels = nearest(trials * x[:, None]).clamp(-top, top - 1)
     wl = weights[:, None] * levels.float()

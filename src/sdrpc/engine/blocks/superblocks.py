@@ -23,14 +23,12 @@ def _columns(x: Tensor, k: int) -> Tensor:
     return x.reshape(-1, k).T.contiguous()
 
 
-def _rows(levels: Tensor, n: int) -> Tensor:
-    """[k, n groups] → [n, groups, k]"""
-    return levels.T.reshape(n, -1, levels.shape[0])
-
-
-def _requantized(x: Tensor, scales: Tensor, leasts: Tensor | None, bounds: tuple[int, int], kept: Tensor) -> Tensor:
-    """Levels of [n, groups, k] for scales and leasts as they were rounded; ``kept`` where a scale became zero."""
-    raised = x if leasts is None else x + leasts[..., None]
+def _requantized(x: Tensor, scales: Tensor, leasts: Tensor | None, bounds: tuple[int, int], found: Tensor) -> Tensor:
+    """[n, 256] → levels [n, groups, k] for scales and leasts as they were rounded; where a scale became zero, those
+    that the search found, [k, n groups]."""
+    kept = found.T.reshape(*scales.shape, -1)
+    groups = x.reshape(kept.shape)
+    raised = groups if leasts is None else groups + leasts[..., None]
     levels = nearest(raised / scales[..., None]).clamp(*bounds)
     return torch.where(scales[..., None] == 0, kept, levels)
 
@@ -47,9 +45,7 @@ def write_q2_k(x: Tensor) -> Blocks:
     columns = _columns(x, 16)
     scale, least, found = affine(columns, 3, columns.abs(), -0.5, 16, absolute=True)
     (d, scales), (low, leasts) = (_positive(s.reshape(-1, 16), 15) for s in (scale, least))
-    levels = _requantized(
-        shaped(x, 16, 16), half(d) * scales, half(low) * leasts, (0, 3), _rows(found, len(x))
-    )  # fmt: skip
+    levels = _requantized(x, half(d) * scales, half(low) * leasts, (0, 3), found)
     packed = torch.stack((scales, leasts), 1).int()
     return torch.cat((pack_planes(packed, 4), pack_planes(levels.reshape(-1, 2, 4, 32), 2).flatten(1), d, low), 1)
 
@@ -76,9 +72,7 @@ def write_q3_k(x: Tensor) -> Blocks:
     by = inverse(peak(scales, 1), -32)
     d = as_half(inverse(by))
     codes = torch.where(by == 0, 0, nearest(by * scales).to(torch.int8).clamp(-32, 31).int() + 32)
-    levels = 4 + _requantized(
-        shaped(x, 16, 16), half(d) * (codes - 32), None, (-4, 3), _rows(found, len(x))
-    )  # fmt: skip
+    levels = 4 + _requantized(x, half(d) * (codes - 32), None, (-4, 3), found)
     levels = levels.reshape(-1, 8, 32)
     return torch.cat((
         pack_planes(levels >> 2, 1), pack_planes((levels & 3).reshape(-1, 2, 4, 32), 2).flatten(1),
@@ -119,9 +113,7 @@ def _write_six_bits(x: Tensor, top: int, start: float, trials: int) -> tuple[Ten
     scale, least, found = affine(columns, top, weights, start, trials, absolute=False)
     (d, scales), (low, leasts) = (_positive(s.reshape(-1, 8), 63) for s in (scale, least))
     scales, leasts = scales.clamp(max=63), leasts.clamp(max=63)
-    levels = _requantized(
-        shaped(x, 8, 32), half(d) * scales, half(low) * leasts, (0, top), _rows(found, len(x))
-    )  # fmt: skip
+    levels = _requantized(x, half(d) * scales, half(low) * leasts, (0, top), found)
     return torch.cat((d, low, _pack_six_bits(scales, leasts)), 1), levels
 
 
@@ -146,19 +138,19 @@ def read_q6_k(b: Blocks) -> Tensor:
     return _read((low | (high << 4)).reshape(-1, 16, 16).float() - 32, scales)
 
 
+STEPS = tuple(step for step in range(-9, 10) if step)
+
+
 def write_q6_k(x: Tensor) -> Blocks:
     columns = _columns(x, 16)
-    trials = range(-9, 10)
-    scale, found = symmetric(columns, 32, columns * columns, [t for t in trials if t])
+    scale, found = symmetric(columns, 32, columns * columns, STEPS)
     scales = scale.reshape(-1, 16)
     largest = peak(scales, 1)
     zero = largest.abs() < LEAST
     by = torch.where(zero, 0.0, inverse(largest, -128))
     d = as_half(inverse(by))
     codes = nearest(by * scales).clamp(max=127)
-    levels = 32 + _requantized(
-        shaped(x, 16, 16), half(d) * codes, None, (-32, 31), _rows(found, len(x))
-    )  # fmt: skip
+    levels = 32 + _requantized(x, half(d) * codes, None, (-32, 31), found)
     levels = torch.where(zero[..., None], 0, levels).reshape(-1, 2, 4, 32)
     low = pack_planes((levels & 15).reshape(-1, 2, 2, 64), 4).flatten(1)
     high = pack_planes(levels >> 4, 2).flatten(1)
