@@ -234,6 +234,28 @@ def the_scheduler_computes_again(backends: Sequence[int]) -> Arrays:
 
 
 @scenario
+def a_branch_that_is_not_chosen_is_not_computed(backends: Sequence[int]) -> Arrays:
+    """Of two branches one gives the result; the other, if it were computed, would write over what is there."""
+    lib, got = ggml.library(), []
+    for chosen in (0, 1):
+        nodes = ggml.Context(16)
+        with tensors(backends[0], ("F32", 16, 4), ("F32", 16, 4)) as (_, [x, kept]):
+            for seed, leaf in enumerate((x, kept)):
+                ggml.write(leaf, ggml.encode("F32", numbers(seed, 4, 16)))
+            branches = nodes.sqr(x), nodes.cpy(nodes.scale(x, 2.0), kept)
+            graph = lib.ggml_new_graph_custom(nodes.pointer, 16, False)
+            both = ggml.pointers([c.cast(branch, c.c_void_p).value or 0 for branch in branches])
+            result = lib.ggml_build_forward_select(graph, both, len(branches), chosen)
+            memory = lib.ggml_backend_alloc_ctx_tensors(nodes.pointer, backends[0])
+            assert len(ggml.nodes(graph)) == 3
+            assert not lib.ggml_backend_graph_compute(backends[0], graph)
+            got += [ggml.values(result), ggml.values(kept)]
+            lib.ggml_backend_buffer_free(memory)
+        nodes.free()
+    return got
+
+
+@scenario
 def a_large_weight_is_offered_by_hash(backends: Sequence[int]) -> Arrays:
     """More than 10 MiB of a weight: SET_TENSOR_HASH first; the same bytes twice, then others."""
     lib, got = ggml.library(), []

@@ -125,9 +125,9 @@ OPERATIONS = {
 FUNCTIONS = {
     "ggml_init": ("p", None), "ggml_free": ("v", "p"), "ggml_tensor_overhead": ("z", ""), "ggml_nbytes": ("z", "t"),
     "ggml_graph_overhead_custom": ("z", "zb"), "ggml_new_graph_custom": ("p", "pzb"),
-    "ggml_build_forward_expand": ("v", "pt"), "ggml_graph_n_nodes": ("i", "p"), "ggml_graph_node": ("t", "pi"),
-    "ggml_set_output": ("v", "t"), "ggml_set_param": ("v", "t"), "ggml_set_name": ("t", "ts"), "ggml_op_desc": ("s", "t"),
-    "ggml_op_name": ("s", "i"),
+    "ggml_build_forward_expand": ("v", "pt"), "ggml_build_forward_select": ("t", "pAii"),
+    "ggml_graph_n_nodes": ("i", "p"), "ggml_graph_node": ("t", "pi"), "ggml_set_output": ("v", "t"),
+    "ggml_set_param": ("v", "t"), "ggml_set_name": ("t", "ts"), "ggml_op_desc": ("s", "t"), "ggml_op_name": ("s", "i"),
     "ggml_get_type_traits": ("T", "i"), "ggml_get_type_traits_cpu": ("C", "i"),
     "ggml_quantize_requires_imatrix": ("b", "i"), "ggml_quantize_chunk": ("z", "ipplllp"),
     "ggml_prec_set_acc": ("b", "ti"),
@@ -311,7 +311,8 @@ def serve(endpoint: str, devices: int = 1, threads: int = 1, cache: str | None =
     """ggml's own RPC server, offering the CPU ``devices`` times, with a folder for its cache. Never returns; aborts the
     process on errors."""
     device = library().ggml_backend_dev_by_type(0)
-    library().ggml_backend_rpc_start_server(endpoint.encode(), cache and cache.encode(), threads, devices, pointers([device] * devices))
+    folder = None if cache is None else cache.encode()
+    library().ggml_backend_rpc_start_server(endpoint.encode(), folder, threads, devices, pointers([device] * devices))
 
 
 def pointers(items: Sequence[int]) -> Any:
