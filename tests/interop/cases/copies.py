@@ -2,140 +2,238 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from tests.interop.cases.base import (
     ANY_VIEW,
-    F16,
-    F32,
     FLOATS,
     ODD,
     QUANTIZED,
     ROWS_DENSE,
+    WRITTEN,
     Builder,
     Case,
-    shape,
     sweep,
 )
 from tests.support import ggml
 
-PERMUTATIONS = ((0, 2, 1, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 1, 2, 0), (1, 2, 3, 0))
+Shape = tuple[int, ...]
+
+INTEGERS = ("I8", "I16", "I32", "I64")
+WIDE = (512, 3, 2, 2)
+"""A shape whose rows are whole blocks of any type."""
+FEW_VIEWS = ("dense", "offset", "part", "0213")
+INSIDE = ("dense", "part", "0213")
+"""Where something is written: a tensor of its own, a part of a larger one, across its order."""
 
 
-def _copies() -> Iterator[Case]:
-    for axes in PERMUTATIONS:
-        label = "".join(map(str, axes))
-        for kind in ("F32", "F16"):
-            yield Case(
-                "CONT", f"{label}-{kind}", lambda b, a=axes, t=kind: b.cont(b.shuffled(*ODD, axes=a, type=t)), "exact"
-            )
-        yield Case("PERMUTE", label, lambda b, a=axes: b.cont(b.permute(b.permute(b.x(*ODD), *a), *a)), "exact")
-        yield Case("CPY", f"F32-F16-{label}", lambda b, a=axes: b.cast(b.shuffled(*ODD, axes=a), F16), "exact")
-    yield Case("TRANSPOSE", "F32", lambda b: b.cont(b.transpose(b.x(*ODD))), "exact")
-    yield Case("CONT", "I32", lambda b: b.cont(b.transpose(b.indices(99, 12, 5))), "exact")
-    yield Case("CONT", "reshape", lambda b: b.cont_4d(b.transpose(b.x(12, 10, 3)), 4, 15, 6, 1), "exact")
-    yield Case("CONT", "view", lambda b: b.cont(b.part(*ODD)), "exact")
-    yield Case("DUP", "F32", lambda b: b.dup(b.part(*ODD)), "exact")
-    yield Case("DUP", "F16", lambda b: b.dup(b.shuffled(*ODD, axes=(1, 0, 2, 3), type="F16")), "exact")
-    for source, to in itertools.product(FLOATS, FLOATS):
-        yield Case(
-            "CPY", f"{source}-{to}", lambda b, s=source, t=to: b.cast(b.part(*ODD, type=s), ggml.TYPES[t]), "exact"
-        )
-    for source in QUANTIZED:
-        yield Case("CPY", f"{source}-F32", lambda b, s=source: b.cast(b.x(256, 5, 2, type=s), F32), "f32")
-    yield Case("CPY", "F32-I32", lambda b: b.cast(b.x(*ODD, low=-99, high=99), ggml.TYPES["I32"]), "exact")
-    yield Case("CPY", "I32-F32", lambda b: b.cast(b.indices(1000, *ODD), F32), "exact")
+def _leaf(b: Builder, *ne: int, type: str) -> Any:
+    """A leaf of random numbers of any type."""
+    return b.put(type, b.rng.integers(-100, 100, ne[::-1])) if type in INTEGERS else b.x(*ne, type=type)
 
-    def into_view(b: Builder, type: str) -> Any:
-        whole = b.x(40, 9, 3, type=type)
-        nb = whole.contents.nb
-        written = b.cpy(b.x(32, 6, 2), b.view_4d(whole, 32, 6, 2, 1, nb[1], nb[2], nb[3], 4 * nb[0] + nb[1]))
-        return written, whole
 
-    for kind in FLOATS:
-        yield Case("CPY", f"into-view-{kind}", lambda b, t=kind: into_view(b, t), "exact")
-    yield Case(
-        "CPY",
-        "into-transposed",
-        lambda b: (lambda whole: (b.cpy(b.x(7, 5), b.transpose(whole)), whole))(b.x(5, 7)),
-        "exact",
+def _any(b: Builder, *ne: int, type: str, view: str = "dense") -> Any:
+    return b.operand(*ne, view=view, make=partial(_leaf, b), type=type)
+
+
+def _shaped(type: str, ne: Shape = ODD) -> Shape:
+    return WIDE if type in QUANTIZED else ne
+
+
+# Names
+
+
+def _reshaped(b: Builder, ne: Shape) -> Any:
+    return b.scale(b.reshape_4d(b.x(33, 5, 3, 2), *ne), 1.0)
+
+
+def _viewed(b: Builder, ne: Shape, nb: Shape, offset: int, of: str) -> Any:
+    """A view at strides and an offset in elements, of which rows may overlap."""
+    size = 4 if of == "F32" else 2
+    return b.cont(b.view_4d(b.x(512, type=of), *ne, *(size * n for n in nb), size * offset))
+
+
+def _view_of_view(b: Builder, of: str) -> Any:
+    view = b.part(32, 4, 3, type=of)
+    nb = view.contents.nb
+    return b.cont(b.view_4d(view, 8, 2, 2, 1, nb[2], nb[1], nb[3], 4 * nb[0]))
+
+
+def _permuted_twice(b: Builder, axes: Shape, again: Shape) -> Any:
+    return b.cont(b.permute(b.permute(b.x(*ODD), *axes), *again))
+
+
+def _names() -> Iterator[Case]:
+    orders = ((0, 2, 1, 3), (1, 0, 2, 3), (2, 0, 1, 3), (3, 1, 2, 0), (1, 2, 3, 0))
+    yield from sweep("RESHAPE", _reshaped, "exact", ne=((165, 6, 1, 1), (990, 1, 1, 1), (3, 2, 5, 33), (1, 1, 1, 990)))
+    yield from sweep(
+        "VIEW", _viewed, "exact", ne=((16, 3, 1, 1), (8, 20, 1, 1), (5, 4, 3, 2), (1, 7, 2, 1)),
+        nb=((64, 0, 0), (2, 160, 160), (20, 70, 150), (1, 9, 30)), offset=(0, 1, 33), of=("F32", "F16"),
+    )  # fmt: skip
+    yield from sweep("VIEW", _view_of_view, "exact", of=FLOATS)
+    yield from sweep("PERMUTE", _permuted_twice, "exact", axes=orders, again=orders)
+    yield from sweep(
+        "TRANSPOSE", lambda b, of: b.cont(b.transpose(_any(b, *ODD, type=of))), "exact", of=(*FLOATS, *INTEGERS)
     )
-    yield Case("CPY", "other-shape", lambda b: b.cpy(b.shuffled(6, 5, 4, 1, axes=(1, 0, 2, 3)), b.x(10, 12)), "exact")
-    for ne in ((165, 6, 1, 1), (990, 1, 1, 1), (3, 2, 5, 33)):
-        yield Case("RESHAPE", shape(*ne), lambda b, n=ne: b.scale(b.reshape_4d(b.x(33, 5, 3, 2), *n), 1.0), "exact")
-    yield Case("VIEW", "offset", lambda b: b.cont(b.view_4d(b.x(64, 8), 16, 3, 1, 1, 512, 0, 0, 256 + 40)), "exact")
-    yield Case("VIEW", "overlapping", lambda b: b.cont(b.view_4d(b.x(256), 8, 20, 1, 1, 8, 160, 160, 4)), "exact")
 
-    def of_view(b: Builder) -> Any:
-        view = b.part(32, 4, 3)
-        nb = view.contents.nb
-        return b.cont(b.view_4d(view, 8, 2, 2, 1, nb[2], nb[1], nb[3], 16))
 
-    yield Case("VIEW", "of-view", of_view, "exact")
-    yield Case("VIEW", "F16", lambda b: b.cont(b.part(*ODD, type="F16")), "exact")
+# The same type
 
-    for ne in ((66, 7, 2, 3), (33, 21, 2, 3), (33, 7, 4, 6), (99, 14, 6, 6)):
-        yield Case("REPEAT", shape(*ne), lambda b, n=ne: b.repeat_4d(b.x(*ODD), *n), "exact")
-    for kind in ("F16", "I32", "I16"):
-        yield Case(
-            "REPEAT",
-            kind,
-            lambda b, t=kind: b.repeat_4d(b.put(t, np.arange(60).reshape(1, 3, 4, 5)), 10, 4, 6, 2),
-            "exact",
-        )
-    yield Case("REPEAT", "view", lambda b: b.repeat(b.part(8, 3, 2), b.x(16, 3, 4)), "exact")
-    for dim in range(4):
 
-        def concat(b: Builder, d: int = dim, type: str = "F32", part: bool = False) -> Any:
-            ne = [11, 6, 4, 3]
-            ne[d] = 5
-            make = b.part if part else b.x
-            return b.concat(make(11, 6, 4, 3, type=type), make(*ne, type=type), d)
+def _same() -> Iterator[Case]:
+    plain = (*FLOATS, "F64", *INTEGERS)
+    for op in ("DUP", "CONT"):
+        yield from sweep(
+            op, lambda b, of, view, op=op: getattr(b, op.lower())(_any(b, *_shaped(of), type=of, view=view)),
+            "exact", of=(*plain, *QUANTIZED), view=ANY_VIEW,
+            where=lambda of, view: of in plain or view in FEW_VIEWS,
+        )  # fmt: skip
+    yield from sweep(
+        "CONT", lambda b, of, view, ne: b.cont_4d(_any(b, *ODD, type=of, view=view), *ne), "exact",
+        of=("F32", "F16", "I32"), view=("dense", "part", "1023", "2013"),
+        ne=((22, 63, 1, 1), (1386, 1, 1, 1), (3, 2, 77, 3)),
+    )  # fmt: skip
+    yield from sweep(
+        "CPY", _copied, "exact", kind=("same",), of=(*plain, *WRITTEN), view=("dense", "part"), into=INSIDE,
+        where=lambda of, into, **_: of in plain or into != "0213",
+    )  # fmt: skip
 
-        yield Case("CONCAT", f"dim{dim}", concat, "exact")
-        yield Case("CONCAT", f"dim{dim}-views", lambda b, c=concat: c(b, part=True), "exact")
-        yield Case("CONCAT", f"dim{dim}-F16", lambda b, c=concat: c(b, type="F16"), "exact")
-    yield Case("CONCAT", "I32", lambda b: b.concat(b.indices(9, 4, 5), b.indices(9, 3, 5), 0), "exact")
-    for call in ("set", "set_inplace", "acc", "acc_inplace"):
-        op, bound = call.split("_")[0].upper(), "exact" if call.startswith("set") else "f32"
-        yield Case(op, f"{call}-block", lambda b, c=call: getattr(b, c)(
-            b.x(10, 8, 3, 2), b.x(4, 3, 2), 40, 320, 960, 40 + 12), bound)  # fmt: skip
-        yield Case(op, f"{call}-rows", lambda b, c=call: getattr(b, c)(b.x(12, 6), b.x(12, 2), 48, 96, 96, 96), bound)
-    yield Case("SET", "I32", lambda b: b.set(b.indices(50, 10, 4), b.indices(50, 3, 2), 40, 160, 160, 44), "exact")
 
-    for kind in (*FLOATS, *QUANTIZED):
-        yield Case("GET_ROWS", kind, lambda b, t=kind: b.get_rows(b.x(256, 11, type=t), b.indices(11, 7)))
-        yield Case(
-            "GET_ROWS", f"{kind}-batch", lambda b, t=kind: b.get_rows(b.x(256, 5, 3, 2, type=t), b.indices(5, 4, 3, 2))
-        )
-    yield Case("GET_ROWS", "I32", lambda b: b.get_rows(b.indices(1000, 16, 9), b.indices(9, 12)), "exact")
-    yield Case("GET_ROWS", "narrow", lambda b: b.get_rows(b.x(1, 9), b.indices(9, 5)), "exact")
-    yield Case("GET_ROWS", "view", lambda b: b.get_rows(b.part(33, 9), b.indices(9, 5)), "exact")
-    for kind, index in itertools.product(FLOATS, ("I64", "I32")):
+def _copied(b: Builder, of: str, view: str, into: str, to: str = "", ne: Shape = (), kind: str = "") -> Any:
+    """Into a tensor that is there, of another type and shape; what lies around it must stay as it is."""
+    source = _any(b, *_shaped(of, WIDE if to in QUANTIZED else ODD), type=of, view=view)
+    target = _any(b, *(ne or tuple(source.contents.ne)), type=to or of, view=into)
+    written = b.cpy(source, target)
+    b.first.append(written)
+    whole = written
+    while whole.contents.view_src:
+        whole = whole.contents.view_src
+    return whole
 
-        def set_rows(b: Builder, t: str = kind, i: str = index) -> Any:
-            into = b.x(48, 11, 4, 3, type=t)
-            return b.set_rows(into, b.x(48, 6, 4, 3), b.indices(11, 6, 2, 1, type=i, unique=True)), into
 
-        yield Case("SET_ROWS", f"{kind}-{index}", set_rows, "exact")
-    yield Case(
+# Floats and integers
+
+
+def _cast(b: Builder, of: str, to: str, view: str) -> Any:
+    return b.cast(_any(b, *_shaped(of), type=of, view=view), ggml.TYPES[to])
+
+
+def _floats() -> Iterator[Case]:
+    yield from sweep("CPY", _cast, "exact", of=FLOATS, to=FLOATS, view=ANY_VIEW)
+    yield from sweep(
+        "CPY", _copied, "exact", of=FLOATS, view=("dense", "part", "1023"), into=(*INSIDE, "1023"), to=FLOATS,
+        where=lambda of, to, **_: of != to,
+    )  # fmt: skip
+    yield from sweep(
+        "CPY", _copied, "exact", of=FLOATS, view=("dense", "2013"), into=("dense", "part"), to=FLOATS,
+        ne=((22, 63, 1, 1), (3, 2, 77, 3)),
+    )  # fmt: skip
+    yield from sweep(
+        "CPY", lambda b, to, view, low: b.cast(b.operand(*ODD, view=view, low=low, high=99.0), ggml.TYPES[to]), "exact",
+        to=("I32",), view=ANY_VIEW, low=(-99.0, 0.0),
+    )  # fmt: skip
+    yield from sweep("CPY", _cast, "exact", of=("I32",), to=("F32",), view=ANY_VIEW)
+
+
+# Blocks
+
+
+def _blocks() -> Iterator[Case]:
+    yield from sweep(
+        "CPY", lambda b, of, to, view, ne: b.cast(_any(b, *ne, type=of, view=view), ggml.TYPES[to]), "exact",
+        of=FLOATS, to=WRITTEN, view=FEW_VIEWS, ne=((256, 3, 2, 2), (1024, 2, 1, 1)),
+        where=lambda of, view, **_: of == "F32" or view != "offset",
+    )  # fmt: skip
+    yield from sweep(
+        "CPY", _copied, "exact", of=("F32", "F16"), view=("dense", "part"), into=("dense", "offset"), to=WRITTEN,
+        ne=((256, 6, 2, 2), (1024, 6, 1, 1)),
+    )  # fmt: skip
+    yield from sweep("CPY", _cast, "exact", of=QUANTIZED, to=("F32",), view=("dense", "part", "0213", "0321"))
+    yield from sweep(
+        "CPY", _copied, "exact", of=QUANTIZED, view=("dense",), into=("dense", "part"), to=("F32",),
+        ne=((512, 3, 2, 2), (256, 12, 2, 1)),
+    )  # fmt: skip
+
+
+# Joined and repeated
+
+
+def _concat(b: Builder, of: str, dim: int, view: str) -> Any:
+    ne = _shaped(of, (11, 6, 4, 3))
+    other = tuple((256 if of in QUANTIZED else 5) if i == 0 == dim else 4 if i == dim else n for i, n in enumerate(ne))
+    return b.concat(_any(b, *ne, type=of, view=view), _any(b, *other, type=of, view=view), dim)
+
+
+def _joined() -> Iterator[Case]:
+    plain = (*FLOATS, *INTEGERS)
+    yield from sweep(
+        "CONCAT", _concat, "exact", of=(*plain, *QUANTIZED), dim=range(4), view=("dense", "part", "0213", "1023"),
+        where=lambda of, view, **_: view in ("dense", "part") or of in ("F32", "F16", "I32"),
+    )  # fmt: skip
+    yield from sweep(
+        "REPEAT", lambda b, ne, of, view: b.repeat_4d(_any(b, 11, 3, 4, 2, type=of, view=view), *ne), "exact",
+        ne=((22, 3, 4, 2), (11, 9, 4, 2), (11, 3, 8, 6), (33, 6, 8, 2), (11, 3, 4, 2)), view=("dense", "part", "0213"),
+        of=("F32", "F16", "BF16", "I16", "I32"),
+    )  # fmt: skip
+
+
+# Rows
+
+
+def _get_rows(b: Builder, of: str, view: str, batch: Shape, numbers: str) -> Any:
+    ne = (512 if of in QUANTIZED else 33, 11, *batch)
+    rows = b.operand(7, *batch, view=numbers, make=partial(b.indices, 11))
+    return b.get_rows(_any(b, *ne, type=of, view=view), rows)
+
+
+def _picked() -> Iterator[Case]:
+    yield from sweep(
+        "GET_ROWS", _get_rows, "exact", of=(*FLOATS, "I32", *QUANTIZED), view=FEW_VIEWS,
+        batch=((), (3,), (3, 2)), numbers=("dense", "strided"),
+        where=lambda view, batch, numbers, **_: (view == "dense") == (numbers == "strided") or len(batch) == 2,
+    )  # fmt: skip
+    yield from sweep("GET_ROWS", lambda b, n: b.get_rows(b.x(n, 9), b.indices(9, 5)), "exact", n=(1, 2, 1025))
+
+
+def _set_rows(b: Builder, to: str, of: str, number: str, spread: Shape, view: str = "dense") -> Any:
+    """Rows of numbers, the same for all (``spread`` 1) or not; what else there is must stay."""
+    width = 256 if to in QUANTIZED else 48
+    into = _any(b, width, 11, 4, 2, type=to)
+    low, high = (-99.0, 99.0) if to == "I32" else (-1.0, 1.0)
+    values = b.operand(width, 6, 4, 2, view=view, type=of, low=low, high=high)
+    b.first.append(b.set_rows(into, values, b.indices(11, 6, *spread, type=number, unique=True)))
+    return into
+
+
+def _set() -> Iterator[Case]:
+    yield from sweep(
+        "SET_ROWS", _set_rows, "exact", to=(*FLOATS, "I32", *WRITTEN), of=("F32", "F16"), number=("I64", "I32"),
+        spread=((1, 1), (2, 1), (4, 2)), view=("dense", "part", "0213"),
+        where=lambda view, number, **_: view == "dense" or number == "I64",
+    )  # fmt: skip
+    yield from sweep(
         "SET_ROWS",
-        "into-view",
-        lambda b: b.set_rows(b.part(48, 11), b.x(48, 6), b.indices(11, 6, type="I64", unique=True)),
-        "exact",
-    )
-    yield Case("ARANGE", "0-10", lambda b: b.arange(0.0, 10.0, 1.0), "exact")
-    yield Case("ARANGE", "step", lambda b: b.arange(-1.5, 2.0, 0.3))
-    for dim, period in ((320, 10000), (16, 100), (33, 10000)):
-        yield Case(
-            "TIMESTEP_EMBEDDING",
-            f"{dim}-{period}",
-            lambda b, d=dim, p=period: b.timestep_embedding(b.x(5, low=0, high=999), d, p),
-        )
+        lambda b, to, view: b.set_rows(
+            b.operand(48, 11, 3, 2, view=view, type=to), b.x(48, 6, 3, 2), b.indices(11, 6, type="I64", unique=True)
+        ),
+        "exact", to=FLOATS, view=("offset", "part", "strided", "0213"),
+    )  # fmt: skip
+    for op, types in (("SET", ("F32", "I32")), ("ACC", ("F32",))):
+        yield from sweep(
+            op, partial(_set_part, op=op), "exact" if op == "SET" else "f32", of=types,
+            ne=((4, 3, 2, 1), (10, 1, 1, 1), (1, 8, 3, 2), (7, 5, 1, 2)), at=((0, 0, 0, 0), (3, 2, 1, 0), (0, 0, 0, 1)),
+            inplace=(False, True), view=("dense", "part"),
+            where=lambda ne, at, **_: all(n + a <= most for n, a, most in zip(ne, at, (10, 8, 3, 2), strict=True)),
+        )  # fmt: skip
+
+
+def _set_part(b: Builder, op: str, of: str, ne: Shape, at: Shape, inplace: bool, view: str) -> Any:
+    into, part = _any(b, 10, 8, 3, 2, type=of), _any(b, *ne, type=of, view=view)
+    nb = list(into.contents.nb)
+    call = getattr(b, f"{op.lower()}_inplace" if inplace else op.lower())
+    return call(into, part, *nb[1:], sum(a * n for a, n in zip(at, nb, strict=True)))
 
 
 def _padded(b: Builder, amounts: tuple[int, ...], circular: bool, view: str) -> Any:
@@ -156,4 +254,4 @@ def _paddings() -> Iterator[Case]:
     )  # fmt: skip
 
 
-CASES = [*_copies(), *_paddings()]
+CASES = [*_names(), *_same(), *_floats(), *_blocks(), *_joined(), *_picked(), *_set(), *_paddings()]
