@@ -9,20 +9,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
+THREADS = ("--threads", "1")
+"""The picture is small: on a machine that has other things to do, several threads would mostly wait for each other."""
 PROMPT = "a large yellow star on the left of a small red heart, on a blue background"
 
 
 def main() -> int:
     """Exit status of sd-cli. Further options are sd-cli's: ``python tools/demo.py -p "a green ring"``."""
     server = subprocess.Popen(
-        [SCRIPTS / "rpc-server", "--port", "0", "--device", "CPU"], stdout=subprocess.PIPE, text=True
+        [SCRIPTS / "rpc-server", "--port", "0", "--device", "CPU", *THREADS], stdout=subprocess.PIPE, text=True
     )
     try:
         endpoint = _endpoint(server)
         _show("sd-cli", "--rpc", endpoint, "--list-devices")
         return _show(
             "sd-cli", "--rpc", endpoint, "--backend", "te=CPU,diffusion=RPC0,vae=RPC0", "-m", "demo", "-p", PROMPT,
-            "--sampling-method", "euler", "-o", ROOT / "demo.png", *sys.argv[1:],
+            "--sampling-method", "euler", "--cfg-scale", "4", *THREADS, "-o", ROOT / "demo.png", *sys.argv[1:],
         )  # fmt: skip
     finally:
         server.terminate()

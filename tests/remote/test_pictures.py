@@ -1,0 +1,111 @@
+"""sd-cli draws what prompts say: the shipped model through real processes, each of its parts on another device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdrpc import models
+from sdrpc.diffusion.checkpoint import open_checkpoint
+from sdrpc.diffusion.convert import write_gguf
+from sdrpc.ggml.types import TYPES
+from tests.support.process import ServerProcess
+from training.captions import AFTER, BEFORE, BETWEEN
+from training.detect import Sight, detect
+from training.judge import Expectation, Stated, judge
+
+SD_CLI = (sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()")
+SAMPLING = ("--sampling-method", "dpm++2m", "--steps", "12", "--cfg-scale", "4", "-s", "1")
+
+PLACEMENTS = (
+    "te=CPU,diffusion=RPC0,vae=RPC1",
+    "te=RPC0,diffusion=RPC1,vae=CPU",
+    "te=RPC1,diffusion=CPU,vae=RPC0",
+)
+
+
+PROMPTS = {
+    "a large red circle on a white background": Expectation("white", (Stated("circle", "red", "large"),)),
+    "a yellow star in the top left corner, on a blue background": Expectation(
+        "blue", (Stated("star", "yellow", place=(BEFORE, BEFORE)),)
+    ),
+    "a green square on the right on a black background": Expectation(
+        "black", (Stated("square", "green", place=(AFTER, BETWEEN)),)
+    ),
+    "a blue square on the left of a red heart on a yellow background": Expectation(
+        "yellow", (Stated("square", "blue"), Stated("heart", "red")), relation=(BEFORE, BETWEEN)
+    ),
+    "a white ring above an orange triangle on a purple background": Expectation(
+        "purple", (Stated("ring", "white"), Stated("triangle", "orange")), relation=(BETWEEN, BEFORE)
+    ),
+}
+"""What to draw, and what has to be seen."""
+
+
+class Servers(NamedTuple):
+    """Two rpc-server processes that compute in ``precision``, and the folder of the graphs that were captured."""
+
+    precision: str
+    rpc: str
+    graphs: Path
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="session", params=["exact", "fast"])
+def servers(request: pytest.FixtureRequest, graphs: Path) -> Iterator[Servers]:
+    options = ("--precision", request.param, "--device", "CPU")
+    with ExitStack() as stack:
+        started = [stack.enter_context(ServerProcess(*options)) for _ in range(2)]
+        yield Servers(request.param, ",".join(f"127.0.0.1:{server.port}" for server in started), graphs)
+
+
+def draw(servers: Servers, path: Path, *options: str) -> str:
+    """sd-cli as a process; what it wrote to standard error."""
+    command = [*SD_CLI, "--rpc", servers.rpc, "--precision", servers.precision, "--threads", "1", *options]
+    environment = os.environ | {"SDRPC_CACHE": str(servers.graphs)}
+    ended = subprocess.run([*command, "-o", str(path)], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
+
+
+def seen(path: Path) -> Sight:
+    with Image.open(path) as image:
+        return detect(np.asarray(image))
+
+
+@pytest.mark.parametrize(("prompt", "placement"), [*zip(PROMPTS, cycle(PLACEMENTS))], ids=PROMPTS)
+def test_a_picture_shows_what_its_prompt_says(prompt: str, placement: str, servers: Servers, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    draw(servers, path, "-m", "demo", "--backend", placement, "-p", prompt, *SAMPLING)
+    assert judge(seen(path), PROMPTS[prompt]).right, seen(path)
+
+
+def test_its_gguf_does_so_too(servers: Servers, tmp_path: Path) -> None:
+    prompt, says = next(iter(PROMPTS.items()))
+    model, path = tmp_path / "demo.gguf", tmp_path / "picture.png"
+    write_gguf(open_checkpoint(models.named("demo")), model, TYPES["Q8_0"])
+    draw(servers, path, "-m", str(model), "-p", prompt, *SAMPLING)
+    assert judge(seen(path), says).right, seen(path)
+
+
+def test_it_is_used_where_none_is_named_and_in_its_size(servers: Servers, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    said = draw(servers, path, "-p", "a red circle", "--steps", "1", "-W", "128")
+    assert [line for line in said.splitlines() if "no model is named" in line and "demo" in line]
+    with Image.open(path) as image:
+        assert image.size == (128, 128)
+        assert "Size: 128x128, Model: demo.safetensors" in image.info["parameters"]
