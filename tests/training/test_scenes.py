@@ -72,8 +72,6 @@ _LOOK = re.compile(
     rf"\b(?P<size>(?:{'|'.join(_SIZES)}) )?(?P<colour>(?:{'|'.join(_COLOURS)}) )?"
     rf"(?P<kind>{'|'.join(_KINDS)}|shape)(?P<plural>e?s)?\b"
 )
-    rf"(?:, | on | on an? | against an? | with an? )({'|'.join(_COLOURS)})(?: back(?:ground|drop))?\b"
-)
 
 
 def _usual(word: str | None) -> str | None:
