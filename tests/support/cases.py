@@ -90,6 +90,7 @@ CASES: dict[str, Case] = {
     "FILL": lambda f: node("FILL", f(4, 3), params=p.Fill(2.5)),
     # element by element
     **_binary("ADD"), **_binary("SUB"), **_binary("MUL"), **_binary("DIV"),
+    "ADD-blocks": lambda f: node("ADD", f(64, 3, type=TYPES["Q8_0"]), f(64, 3), type=TYPES["F32"]),
     "ADD1": lambda f: node("ADD1", f(5, 4), f(1)),
     "ADD-inplace": lambda f: inplace("ADD", f(5, 4), f(5)),
     "ADD-into-second": lambda f: inplace("ADD", f(5, 4), f(5, 4), into=1),

@@ -15,8 +15,10 @@ from tests.interop.cases.base import (
     FLOATS,
     ODD,
     PACKED,
+    QUANTIZED,
     ROWS_DENSE,
     SMALL,
+    WRITTEN,
     Builder,
     Case,
     sweep,
@@ -39,6 +41,16 @@ def _unit(b: Builder, op: str, type: str, view: str, inplace: bool = False) -> A
     return (b.unary_inplace if inplace else b.unary)(x, ggml.UNARY.index(op))
 
 
+def _exactly(op: str, at: float) -> bool:
+    """Where ggml's CPU has digits: its tables end with f16's range, and it says exp(x) - 1 for EXPM1."""
+    return 1e-3 <= at < 65504 if op in TABLED else at > 1e-6 if op == "EXPM1" else True
+
+
+def _extreme(b: Builder, op: str, at: float) -> Any:
+    """Where functions vanish, lose digits or overflow."""
+    return b.unary(b.put("F32", np.linspace(-at, at, 32)[None]), ggml.UNARY.index(op))
+
+
 def _xielu(b: Builder, params: tuple[float, ...], type: str, view: str) -> Any:
     return b.xielu(b.operand(*ODD, view=view, type=type, low=-6, high=6), *params)
 
@@ -57,6 +69,7 @@ def _unary() -> Iterator[Case]:
     )
     number = ggml.UNARY.index("ROUND")
     yield Case("UNARY", "ROUND-halves", lambda b: b.unary(b.put("F32", np.arange(-8, 8)[None] / 2), number), "exact")
+    yield from sweep("UNARY", _extreme, _tabled, _exactly, op=units, at=(1e-6, 1e-3, 30.0, 80.0, 120.0, 1e5, 1e30))
     for op in FUNCTIONS:
         yield from sweep(op.upper(), _function, op=(op,), type=FLOATS, view=ROWS_DENSE, inplace=(False, True))
 
@@ -107,8 +120,11 @@ def _binary() -> Iterator[Case]:
         yield from exact(op=(op,), shapes=((ODD, ODD),), types=ALIKE[:2], a=ROWS_DENSE, c=ANY_VIEW, most=48)
         yield from exact(op=(op,), shapes=(((16, 6, 4, 2), (8, 3, 2, 1)),), types=MIXED, c=ANY_VIEW[1:], most=32)
         yield Case(op.upper(), "itself", lambda b, c=op: (lambda x: getattr(b, c)(x, x))(b.x(*ODD, low=0.5)))
-    for kind in ("F16", "BF16"):
-        yield Case("ADD", f"cast-{kind}", lambda b, t=kind: b.add_cast(b.x(64, 5, type=t), b.x(64, 5), F32), "exact")
+    for kind in ("F16", "BF16", *QUANTIZED):
+        yield Case("ADD", f"cast-{kind}", lambda b, t=kind: b.add_cast(b.x(256, 5, type=t), b.x(256, 5), F32))
+    for kind in WRITTEN:
+        yield Case("ADD", kind, lambda b, t=kind: b.add(b.x(256, 5, 3, 2, type=t), b.x(256, 5, 3, 2)), "quantized")
+        yield Case("ADD1", kind, lambda b, t=kind: b.add1(b.x(256, 5, 3, type=t), b.x(1)), "quantized")
 
 
 def _gated(b: Builder, op: str, type: str, view: str, swapped: bool) -> Any:

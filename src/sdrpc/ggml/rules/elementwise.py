@@ -5,7 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from ..types import F32
-from .base import FLOATS, Call, Result, Rule, float_like, like, need, one_of, repeats, support, typed
+from .base import (
+    FLOATS,
+    READABLE,
+    WRITABLE,
+    Call,
+    Result,
+    Rule,
+    float_like,
+    like,
+    need,
+    one_of,
+    repeats,
+    support,
+    typed,
+)
 
 UNARY_OPS = frozenset({
     "ABS", "SGN", "NEG", "STEP", "TANH", "ELU", "RELU", "SIGMOID", "GELU", "GELU_QUICK", "SILU", "HARDSWISH",
@@ -22,12 +36,20 @@ def _binary(call: Call) -> Result:
     return Result(one_of(call, FLOATS, a.type), a.ne)
 
 
-def _add_one(call: Call) -> Result:
+def _add(call: Call) -> Result:
+    """As :func:`_binary`, and something added to weights in blocks, which stay in blocks unless the result says not."""
     a, b = call.src
-    typed(a, FLOATS)
+    typed(a, READABLE)
     typed(b, FLOATS)
-    need(b.ne == (1, 1, 1, 1), "{} is no single number", b.ne)
-    return Result(a.type, a.ne)
+    need(a.ne == b.ne or repeats(b.ne, a.ne), "can't broadcast {} to {}", b.ne, a.ne)
+    return Result(one_of(call, FLOATS | WRITABLE & {a.type.name}, a.type), a.ne)
+
+
+def _add_one(call: Call) -> Result:
+    need(call.src[1].ne == (1, 1, 1, 1), "{} is no single number", call.src[1].ne)
+    result = _add(call)
+    need(result.type == call.src[0].type, "a result of type {}", result.type)
+    return result
 
 
 def _diag_mask(call: Call) -> Result:
@@ -75,7 +97,7 @@ def _glu(call: Call) -> Result:
 
 
 RULES: dict[str, Rule] = {
-    "ADD": Rule(2, 2, _binary), "SUB": Rule(2, 2, _binary), "MUL": Rule(2, 2, _binary), "DIV": Rule(2, 2, _binary),
+    "ADD": Rule(2, 2, _add), "SUB": Rule(2, 2, _binary), "MUL": Rule(2, 2, _binary), "DIV": Rule(2, 2, _binary),
     "ADD1": Rule(2, 2, _add_one),
     "SQR": Rule(1, 1, float_like), "SQRT": Rule(1, 1, float_like), "LOG": Rule(1, 1, float_like),
     "SIN": Rule(1, 1, float_like), "COS": Rule(1, 1, float_like), "SCALE": Rule(1, 1, float_like),
