@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,10 @@ from sdrpc.server import Server
 from tests.interop import worker
 from tests.support import ggml
 
+OLDER = [protocol for protocol in ggml.FOLDERS if protocol != ggml.NEWEST and ggml.FOLDERS[protocol].is_dir()]
+"""Protocol versions of the other ggmls that have been built."""
+collect_ignore = [] if OLDER else ["test_versions.py"]
+
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
 START_SECONDS = 20.0
 BATCH = 64
@@ -29,15 +34,19 @@ LOST = 5
 
 
 class NativeClient:
-    """A process with ggml's RPC client. ggml ends it when a server misbehaves: then the next call gets a new one."""
+    """A process with ggml's RPC client, which speaks ``protocol``. ggml ends it when a server misbehaves: then the next
+    call gets a new one."""
 
-    def __init__(self, log: Path) -> None:
-        self._log, self._pool = log, self._new(log)
+    def __init__(self, log: Path, protocol: str = ggml.NEWEST) -> None:
+        self._log, self._protocol = log, protocol
+        self._pool = self._new()
 
-    @staticmethod
-    def _new(log: Path) -> ProcessPoolExecutor:
-        log.write_text("")
-        return ProcessPoolExecutor(1, SPAWN, worker.start, (str(log),))
+    def _new(self) -> ProcessPoolExecutor:
+        self._log.write_text("")
+        pool = ProcessPoolExecutor(1, SPAWN, worker.start, (str(self._log),))
+        with ggml.chosen(self._protocol):
+            pool.submit(os.getpid).result()
+        return pool
 
     def submit(self, name: str, endpoint: str, shared_memory: bool = False) -> Future[worker.Outcome]:
         return self._pool.submit(worker.run, name, endpoint, shared_memory)
@@ -47,7 +56,7 @@ class NativeClient:
         try:
             return self.submit(name, endpoint, shared_memory).result()
         except BrokenProcessPool:
-            pytest.fail(f"{name}: {self._renewed()}", pytrace=False)
+            pytest.fail(f"{name}: {self.renew()}", pytrace=False)
 
     def run_all(self, names: Sequence[str], endpoint: str) -> list[worker.Outcome]:
         """Compute cases of operations, many in one graph. Those that end the process are found by halving."""
@@ -59,7 +68,7 @@ class NativeClient:
                 outcomes += self._pool.submit(worker.run_all, batch, endpoint).result()
                 left = left[most:]
             except BrokenProcessPool:
-                said = self._renewed()
+                said = self.renew()
                 if len(batch) == 1:
                     outcomes.append(worker.Outcome(math.inf, said))
                     left, most, lost = left[1:], BATCH, lost + 1
@@ -67,11 +76,11 @@ class NativeClient:
                     most = len(batch) // 2
         return outcomes + [worker.Outcome(math.inf, "not tried after so many others")] * len(left)
 
-    def _renewed(self) -> str:
+    def renew(self) -> str:
         """Start again; gives what ggml's client said before it gave up."""
         said = self._log.read_text()
         self.close()
-        self._pool = self._new(self._log)
+        self._pool = self._new()
         return f"ggml's client gave up (the server's log may say why):\n{said}"
 
     def close(self) -> None:
@@ -79,10 +88,12 @@ class NativeClient:
 
 
 class NativeServer:
-    """A process with ggml's RPC server that offers its CPU ``devices`` times. It serves one client at a time."""
+    """A process with ggml's RPC server, of the version ``protocol``, that offers its CPU ``devices`` times. It serves
+    one client at a time."""
 
-    def __init__(self, devices: int) -> None:
-        self._devices = devices
+    def __init__(self, devices: int, protocol: str = ggml.NEWEST, cache: Path | None = None) -> None:
+        self._devices, self._protocol = devices, protocol
+        self._cache = None if cache is None else str(cache)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.endpoint = f"127.0.0.1:{free.getsockname()[1]}"
         self.start()
@@ -90,8 +101,10 @@ class NativeServer:
     def start(self) -> None:
         """Start it, unless it is running: ggml's server dies of graphs that its backend can't compute."""
         if not hasattr(self, "process") or not self.process.is_alive():
-            self.process = SPAWN.Process(target=ggml.serve, args=(self.endpoint, self._devices), daemon=True)
-            self.process.start()
+            arguments = (self.endpoint, self._devices, 1, self._cache)
+            self.process = SPAWN.Process(target=ggml.serve, args=arguments, daemon=True)
+            with ggml.chosen(self._protocol):
+                self.process.start()
             self._wait()
 
     def _wait(self) -> None:

@@ -128,6 +128,16 @@ def test_mistakes_are_one_clear_line(options: str, run: Run) -> None:
     assert out == ""
 
 
+def test_a_cache_that_others_can_write_to_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    weights.chmod(0o777)
+    status, _, err = run("--cache")
+    assert status == 2
+    assert re.fullmatch(rf"error: --cache: others can write to {weights}: .*chmod 700\)", err)
+
+
 @pytest.mark.parametrize("option", ["-h", "--version", "--cache-size=x -c"])
 def test_it_answers_before_torch_is_there(option: str) -> None:
     code = (

@@ -1,0 +1,37 @@
+"""A second run of sd-cli sends no weights: the server has them, also when it was started again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from sdrpc.content import folder
+from tests.cli.conftest import Outcome
+from tests.interop.tap import Tap
+from tests.server.conftest import eventually
+from tests.support.process import ServerProcess
+
+SMALL = ("-p", "a lovely cat", "-W", "64", "-H", "64", "--steps", "1", "--disable-image-metadata")
+
+
+def test_weights_cross_the_wire_once(sd: Callable[..., Outcome], checkpoint: Path, tmp_path: Path) -> None:
+    def sent(name: str) -> int:
+        """Bytes of tensors for a picture ``name``: weights and inputs, without the questions (a third of a KB each)."""
+        with Tap(f"127.0.0.1:{server.port}") as tap:
+            outcome = sd("-m", checkpoint, *SMALL, "--rpc", tap.endpoint, "-o", tmp_path / name)
+        assert outcome.status == 0, outcome.err
+        assert tap.bytes["SET_TENSOR_DIGEST"] < 400 * tap.commands["SET_TENSOR_DIGEST"]
+        return tap.bytes["SET_TENSOR"]
+
+    os.utime(checkpoint, (0, 0))
+    with ServerProcess("--precision", "exact", "-d", "CPU", "--cache", "--cache-size", "1G") as server:
+        first = sent("1.png")
+        assert first > 0.9 * checkpoint.stat().st_size
+        assert f"local cache    : {folder('weights')} (at most 1 GiB)" in server.output
+        assert eventually(lambda: not list(folder("weights").glob("*.part")))
+        second = sent("2.png")
+    with ServerProcess("--precision", "exact", "-d", "CPU", "-c") as server:
+        third = sent("3.png")
+    assert (second / first, third / first) < (0.01, 0.01), (first, second, third)
+    assert len({(tmp_path / name).read_bytes() for name in ("1.png", "2.png", "3.png")}) == 1
