@@ -313,7 +313,7 @@ def _reached(setting: Setting, row: Row, score: Score, first: Score) -> bool | N
     if row.mark is None or not score.asked:
         return None
     if setting.within is not None:
-        return 100 * (first.share - score.share) <= setting.within
+        return round(100 * (first.share - score.share), 6) <= setting.within
     return score.share >= row.mark if score is first else None
 
 
