@@ -42,7 +42,7 @@ def arranged(pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> I
     for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         left, top = number % COLUMNS * width + PADDING, number // COLUMNS * height + PADDING
         grid.paste(Image.fromarray(picture), (left, top))
-        words = textwrap.wrap(prompt, width=(side + PADDING) * 2 // TEXT_SIZE)
+        words = textwrap.wrap(prompt, width=side * 2 // TEXT_SIZE + 1)
         for row, words_of_row in enumerate(words[:TEXT_LINES]):
             pen.text((left, top + side + 4 + row * line), words_of_row, INK, font)
     return grid
