@@ -80,7 +80,8 @@ ROWS = (
     Row(MORE, "sizes", None, lambda v: v.sizes),
     Row(MORE, "everything said", None, lambda v: v.right),
 )
-"""The marks are issue-given; a colour, shape, position or size of one shape is wrong when there is not just one."""
+"""What the model is held to, and what is worth knowing. A colour, shape, position or size of one shape is wrong when
+there is not just one."""
 
 
 @dataclass(frozen=True)
