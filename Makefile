@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint interop parity demo bench clean
+.PHONY: setup test lint interop operations parity demo bench clean
 
 setup: .venv/.ready
 
@@ -26,6 +26,10 @@ test: setup
 interop: setup
 	$(BIN)/python tools/ggml_wheel.py
 	$(BIN)/pytest -m interop -n 2 tests/interop
+
+operations: setup
+	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/python -m tests.interop.table
 
 parity: setup
 	$(BIN)/pytest -m parity tests/parity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +13,7 @@ import pytest
 from sdrpc.engine.blocks import READ
 from sdrpc.ggml.rules import FLOATS, GLU_OPS, RULES, UNARY_OPS
 from sdrpc.server import Server
+from tests.interop import table
 from tests.interop.cases import BOUNDS, CASES, GRAPHS, OPERATIONS, REFUSED
 from tests.interop.conftest import NativeClient
 from tests.interop.scenarios import SCENARIOS
@@ -25,6 +27,7 @@ FAST = 4e-4
 """The normalized mean square error of fast precision: 2e-2 squared, what users are promised of whole networks."""
 SHOWN = 20
 """Cases that are shown when they are wrong."""
+CASES_AT_LEAST = 5000
 
 
 def complaint(name: str, outcome: Outcome) -> str:
@@ -43,6 +46,9 @@ def test_operation(op: str, native_client: NativeClient, our_server: Server) -> 
     outcomes = native_client.run_all(OPERATIONS[op], our_server.endpoint)
     wrong = [said for name, outcome in zip(OPERATIONS[op], outcomes, strict=True) if (said := complaint(name, outcome))]
     assert not wrong, f"{len(wrong)} of {len(outcomes)} cases:\n" + "\n".join(wrong[:SHOWN])
+    lines = itertools.chain(*table.rows(dict(zip(OPERATIONS[op], outcomes, strict=True))))
+    unlike = sorted(set(lines) - set(table.PATH.read_text().splitlines()))
+    assert not unlike, f"not in {table.PATH.name} (`make operations` writes it anew):\n" + "\n".join(unlike)
 
 
 @pytest.mark.parametrize("shared_memory", [False, True], ids=["own-memory", "shared-memory"])
@@ -67,6 +73,14 @@ def test_what_is_refused_is_named(
     other.close()
     assert re.search(f"disconnected: .*{words}", caplog.text)
     check(GRAPHS[0], native_client.run(GRAPHS[0], our_server.endpoint))
+
+
+def test_there_are_as_many_cases_as_the_table_says() -> None:
+    """Each operation's lines are compared when its cases have run: here only that there are no others."""
+    cases = sum(map(len, OPERATIONS.values()))
+    assert cases >= CASES_AT_LEAST
+    rows = [line.split(" | ") for line in table.PATH.read_text().split("## Types of blocks")[0].splitlines()]
+    assert sum(int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()) == cases
 
 
 def test_every_operation_and_type_has_cases() -> None:
