@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint interop operations parity demo bench clean
+.PHONY: setup test lint interop interop-all operations parity demo bench clean
 
 setup: .venv/.ready
 
@@ -25,6 +25,10 @@ test: setup
 
 interop: setup
 	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/pytest -m interop -n 2 tests/interop
+
+interop-all: setup
+	$(BIN)/python tools/ggml_wheel.py --all
 	$(BIN)/pytest -m interop -n 2 tests/interop
 
 operations: setup
