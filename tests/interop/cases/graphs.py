@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tests.interop.cases.base import F16, F32, Build, Builder, Case
@@ -204,6 +205,36 @@ def _(b: Builder) -> Any:
     rows = linear(b, b.x(16, 4), 16, 32)
     written = b.set_rows(cache, rows, b.indices(24, 4, type="I64", unique=True))
     return b.mul_mat(written, b.x(32, 3)), cache
+
+
+def quantized_cache(b: Builder, type: str) -> Any:
+    """Keys and values go into rows of blocks that attention reads in the same graph."""
+    keys, values = b.x(64, 64, 2, type=type), b.x(64, 64, 2, type=type)
+    for cache in (keys, values):
+        rows = b.reshape_4d(linear(b, b.x(16, 8), 16, 64), 64, 4, 2, 1)
+        b.first.append(b.set_rows(cache, rows, b.indices(64, 4, type="I64", unique=True)))
+    nb = list(keys.contents.nb)
+    k, v = (b.view_4d(cache, 64, 32, 2, 1, *nb[1:], 0) for cache in (keys, values))
+    return b.flash_attn_ext(b.x(64, 3, 4), k, v, b.mask(32, 32, type="F16"), 0.2, 0.0, 0.0), keys, values
+
+
+for cached in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"):
+    graph(f"kv-cache-{cached}", "quantized")(partial(quantized_cache, type=cached))
+
+
+@graph("blocks-between-nodes", "exact")
+def _(b: Builder) -> Any:
+    """Values in blocks: copied, joined, written over and read again."""
+    q8 = ggml.TYPES["Q8_0"]
+    made = b.cast(b.scale(b.x(64, 6, 4), 2.0), q8)
+    turned = b.cont(b.permute(made, 0, 2, 1, 3))
+    joined = b.concat(turned, b.dup(turned), 0)
+    before = b.cast(joined, F32)
+    b.first += [before, b.set_rows(joined, b.scale(before, -0.5), b.indices(4, 4, 6, type="I32", unique=True))]
+    nb = list(joined.contents.nb)
+    b.first.append(b.cpy(b.x(32, 2, 6, type="Q8_0"), b.view_4d(joined, 32, 2, 6, 1, *nb[1:], nb[0] * 2)))
+    picked = b.get_rows(joined, b.indices(4, 3, 6))
+    return picked, b.cast(joined, F32), before, b.cast(b.add(made, b.x(64, 6, 4)), F32)
 
 
 @graph("padded-mask")
