@@ -66,7 +66,7 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw, with sd-cli's defaults for SD 1.5. None: what belongs to the sampler; seed below 0: a random one."""
+    """What to draw; sd-cli's defaults, for SD 1.5. None: what belongs to the sampler; seed below 0: a random one."""
 
     prompt: str
     negative_prompt: str = ""
