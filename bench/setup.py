@@ -79,10 +79,10 @@ class Setup:
         return path
 
     @contextmanager
-    def server(self, variant: Variant) -> Iterator[ServerProcess]:
-        """An rpc-server process on the device, with all of torch's threads."""
-        options = ("--threads", "0", "--device", self.device, "--precision", variant.precision)
-        with ServerProcess(*options) as server:
+    def server(self, variant: Variant, *options: str) -> Iterator[ServerProcess]:
+        """An rpc-server process on the device, with all of torch's threads and further ``options``."""
+        usual = ("--threads", "0", "--device", self.device, "--precision", variant.precision)
+        with ServerProcess(*usual, *options) as server:
             yield server
 
     @contextmanager

@@ -26,7 +26,8 @@ def run(setup: Setup) -> Iterator[Row]:
     size = 0
     path = setup.checkpoint(setup.variant.type)
     for _ in range(ROUNDS):
-        seconds, size = _through_server(setup)
+        with setup.server(setup.variant) as server:
+            seconds, size = uploaded(setup, server.port)
         ours.append(seconds)
         through_socket.append(_through_socket(path, size))
         copied.append(_copied(path, size))
@@ -36,8 +37,9 @@ def run(setup: Setup) -> Iterator[Row]:
     yield Row("upload", speed, "GB/s", memory, "memcpy to new memory", None, note)
 
 
-def _through_server(setup: Setup) -> tuple[float, int]:
-    """Seconds from the first byte of the diffusion model to the last, and how many there are."""
+def uploaded(setup: Setup, port: int) -> tuple[float, int]:
+    """Seconds from the first byte of the diffusion model to the last, and how many there are, with the server at
+    ``port``."""
     times: list[float] = []
     size = 0
 
@@ -47,10 +49,7 @@ def _through_server(setup: Setup) -> tuple[float, int]:
             times.append(time.perf_counter())
             size = total
 
-    with (
-        setup.server(setup.variant) as server,
-        setup.placed(setup.variant, server.port, uploading) as placed,
-    ):
+    with setup.placed(setup.variant, port, uploading) as placed:
         channels, width = placed.latent_channels, int(placed.model.text_encoder.config["hidden_size"])
         latents = np.zeros((2, channels, SMALL, SMALL), np.float32)
         placed.predict(latents, np.zeros(2, np.float32), np.zeros((2, placed.token_length, width), np.float32))

@@ -60,9 +60,7 @@ class Place:
         self.client.set(self.tensor, data, offset)
 
     def read(self) -> bytes:
-        size = self.tensor.ne[0]
-        reply = self.client.ask(messages.GetTensor(self.tensor, 0, size), size)
-        return self.client.receive(size) if not reply.data else bytes(reply.data)
+        return self.client.get(self.tensor, self.tensor.ne[0])
 
     def puts(self, data: bytes) -> bool:
         """As clients do: ask, and send what is missing; whether it had to be sent. The tensor holds it then."""
