@@ -411,5 +411,65 @@ def mixed_graph(b: Builder) -> Any:
     return (*wide[-2:], *narrow[-2:])
 
 
+PLATE = (32, 8, 4, 1)
+"""The shape that values in blocks have."""
+
+
+def rows(b: Builder, x: Any, first: int) -> Any:
+    """Half of the rows of each plane of ``x``."""
+    nb = list(x.contents.nb)
+    return b.view_4d(x, 32, 4, 4, 1, *nb[1:], first * nb[1])
+
+
+def layers(b: Builder, x: Any, first: int) -> Any:
+    """Two of the four planes of ``x``."""
+    nb = list(x.contents.nb)
+    return b.view_4d(x, 32, 8, 2, 1, *nb[1:], first * nb[2])
+
+
+BLOCK_STEPS: tuple[Callable[[Builder, Any, Any], Any], ...] = (
+    # between f32 (x) and blocks (q)
+    lambda b, x, q: b.cast(x, q.contents.type),
+    lambda b, x, q: b.cast(q, F32),
+    lambda b, x, q: b.cpy(x, q),
+    lambda b, x, q: b.cpy(q, x),
+    lambda b, x, q: b.cpy(layers(b, x, 0), layers(b, q, 2)),
+    lambda b, x, q: b.cpy(layers(b, q, 1), layers(b, x, 2)),
+    lambda b, x, q: b.cast(b.permute(x, 0, 2, 1, 3), q.contents.type),
+    lambda b, x, q: b.cpy(rows(b, q, 3), rows(b, x, 2)),
+    lambda b, x, q: b.set_rows(q, b.x(32, 3, 4), b.indices(8, 3, 4, type="I64", unique=True)),
+    lambda b, x, q: b.reshape_4d(b.get_rows(b.reshape_4d(q, 32, 32, 1, 1), b.indices(32, 32)), *PLATE),
+    lambda b, x, q: b.add(q, x),
+    lambda b, x, q: b.add_inplace(q, x),
+    # blocks alone
+    lambda b, x, q: b.dup(q),
+    lambda b, x, q: b.cpy(rows(b, q, 0), rows(b, q, 4)),
+    lambda b, x, q: b.concat(layers(b, q, 1), layers(b, q, 0), 2),
+    lambda b, x, q: b.concat(rows(b, q, 4), rows(b, q, 0), 1),
+    lambda b, x, q: b.cont(b.permute(b.reshape_4d(q, 32, 4, 8, 1), 0, 2, 1, 3)),
+    # f32 alone
+    lambda b, x, q: b.scale_inplace(x, 0.5),
+    lambda b, x, q: b.add_inplace(x, b.x(32)),
+)
+
+
+def block_graph(b: Builder, type: str) -> Any:
+    """As :func:`random_graph`, of values in f32 and in blocks."""
+    wide = [b.scale(b.x(*PLATE), 1.0), b.x(*PLATE)]
+    blocks = [b.cast(b.x(*PLATE), ggml.TYPES[type]), b.x(*PLATE, type=type)]
+    for _ in range(40):
+        x, q = wide[b.rng.integers(len(wide))], blocks[b.rng.integers(len(blocks))]
+        made = BLOCK_STEPS[b.rng.integers(len(BLOCK_STEPS))](b, x, q)
+        b.first.append(made)
+        if tuple(made.contents.ne) == PLATE:
+            (wide if made.contents.type == F32 else blocks).append(made)
+    return (*wide[-2:], *blocks[-2:])
+
+
 CASES += (Case("graph", f"random{seed}", random_graph) for seed in range(40))
 CASES += (Case("graph", f"mixed{seed}", mixed_graph, "f16 sums") for seed in range(16))
+CASES += (
+    Case("graph", f"blocks-{kind}-{seed}", partial(block_graph, type=kind), "exact")
+    for kind in ("Q8_0", "Q4_1", "IQ4_NL", "MXFP4")
+    for seed in range(4)
+)
