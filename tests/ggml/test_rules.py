@@ -42,6 +42,10 @@ def rope(n_dims: int = 8, mode: int = 0, base: float = 1e4, ext: float = 0.0, of
     return p.Rope(0, n_dims, mode, 0, 0, base, 1.0, ext, 1.0, 32.0, 1.0, n_offset=offset)
 
 
+def sectioned(*sections: int, mode: int = 8, n_dims: int = 8) -> p.Rope:
+    return rope(n_dims, mode)._replace(**{f"section{i}": size for i, size in enumerate(sections)})
+
+
 def pool(op: int = 0, k: int = 2, s: int = 2, pad: int = 0) -> p.Pool2D:
     return p.Pool2D(op, k, k, s, s, pad, pad)
 
@@ -122,8 +126,8 @@ BAD: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("NORM", (t(4),), p.Eps(-1.0), {}), ("NORM", (t(4),), p.Eps(NAN), {}),
     ("GROUP_NORM", (t(4, 4, 8),), p.GroupNorm(0, 0.0), {}),
     ("GROUP_NORM", (t(4, 4, 8),), p.GroupNorm(-1, 0.0), {}),
-    ("ADD1", (t(4), t(2)), NO_PARAMS, {}), ("ADD1", (t(4), t(1)), NO_PARAMS, {"type": F16}), ("TOP_K", (t(4),), NO_PARAMS, {}),
-    ("TOP_K", (t(4),), NO_PARAMS, {"ne": dims(5)}), ("TOP_K", (t(4, 3),), NO_PARAMS, {"ne": dims(2, 2)}),
+    ("ADD1", (t(4), t(2)), NO_PARAMS, {}), ("ADD1", (t(4), t(1)), NO_PARAMS, {"type": F16}),
+    ("TOP_K", (t(4),), NO_PARAMS, {}), ("TOP_K", (t(4),), NO_PARAMS, {"ne": dims(5)}), ("TOP_K", (t(4, 3),), NO_PARAMS, {"ne": dims(2, 2)}),
     ("COUNT_EQUAL", (t(4, type=I32), t(3, type=I32)), NO_PARAMS, {}),
     ("TRI", (t(4, 4),), p.Tri(4), {}), ("TRI", (t(4, 4),), p.Tri(-1), {}), ("TRI", (t(4, 3),), p.Tri(0), {}),
     ("DIAG", (t(4, 2),), NO_PARAMS, {}),
@@ -159,6 +163,32 @@ BAD: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(n_dims=3), {}),
     ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(base=-1.0), {}),
     ("ROPE", (t(8, 3, 5), t(5, type=I32), t(3)), rope(), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32), t(4, 2)), rope(), {}), ("ROPE", (t(9, 3, 5), t(5, type=I32)), rope(), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(offset=2), {}), ("ROPE", (t(9, 3, 5), t(5, type=I32)), rope(offset=1), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(6, offset=-2), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(mode=8), {}), ("ROPE", (t(8, 3, 5), t(20, type=I32)), rope(mode=8), {}),
+    ("ROPE", (t(8, 3, 5), t(20, type=I32)), sectioned(0, 0, 0, 2), {}),
+    ("ROPE", (t(8, 3, 5), t(20, type=I32)), sectioned(3, 3, 3, 0), {}),
+    ("ROPE", (t(8, 3, 5), t(20, type=I32)), sectioned(3, -1, 3, 0), {}),
+    ("ROPE", (t(8, 3, 5), t(20, type=I32)), sectioned(2**31 - 1, 2**31 - 1, 2, 0), {}),
+    ("ROPE", (t(8, 3, 5), t(20, type=I32)), sectioned(1, 1, 1, 1, mode=24, n_dims=8), {}),
+    ("ROPE", (t(8, 3, 5), t(20, type=I32), t(3)), sectioned(1, 1, 1, 1, mode=24, n_dims=4), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(ext=1.0), {}),  # of a context of none
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(ext=1.0, base=1.0)._replace(n_ctx_orig=64), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(ext=1.0)._replace(n_ctx_orig=64, beta_slow=0.0), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(ext=1.0)._replace(n_ctx_orig=64, freq_scale=-1.0), {}),
+    ("SOFT_MAX", (t(7, 5, 3), None, t(2)), p.SoftMax(1.0), {}), ("SOFT_MAX", (t(7, 5), None, t(1, 2)), p.SoftMax(1.0), {}),
+    ("FLASH_ATTN_EXT", (t(8, 5, 4), t(8, 7), t(8, 7), None, t(3)), p.FlashAttn(1.0), {}),
+    ("FLASH_ATTN_EXT", (t(8, 5, 4), t(8, 7, 2), t(8, 7, 3)), p.FlashAttn(1.0), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(9, 2, 3), t(2, 3, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3), t(3, 3, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3), t(2, 4, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4, 2), t(8, 2, 3), t(2, 3, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3, 2), t(2, 3, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3), t(2, 3, 2, type=I32)), p.MulMat(), {}),
+    ("ADD_ID", (t(8, 2, 3), t(7, 4), t(2, 3, type=I32)), NO_PARAMS, {}),
+    ("ADD_ID", (t(8, 2, 3), t(8, 4, 2), t(2, 3, type=I32)), NO_PARAMS, {}),
+    ("ADD_ID", (t(8, 2, 3), t(8, 4), t(3, 3, type=I32)), NO_PARAMS, {}),
     # images
     ("IM2COL", (t(3, 3, 4, 5), t(9, 9, 3)), p.Im2Col(1, 1, 0, 0, 1, 1, 1), {}),
     ("IM2COL", (t(3, 3, 4, 5), t(9, 9, 4)), p.Im2Col(1, 1, 0, 0, 1, 1, 2), {}),
@@ -281,11 +311,15 @@ UNSUPPORTED: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("SOFT_MAX_BACK", (t(9), t(9)), p.SoftMax(1.0, 8.0), {}),
     ("POOL_2D_BACK", (t(2, 2), t(9, 9)), pool(k=2**16, s=2**16, pad=2**16 - 1), {}),
     ("UNARY", (t(4),), p.Unary("SWISH"), {}), ("GLU", (t(4),), p.Glu("TANHGLU"), {}),
-    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(mode=8), {}),
-    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(ext=1.0), {}),
-    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(offset=2), {}),
-    ("SOFT_MAX", (t(7, 5), None, t(1)), p.SoftMax(1.0), {}),
-    ("FLASH_ATTN_EXT", (t(8, 5), t(8, 7), t(8, 7), None, t(1)), p.FlashAttn(1.0), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32)), rope(mode=1), {}), ("ROPE", (t(8, 3, 5), t(20, type=I32)), rope(mode=12), {}),
+    ("ROPE", (t(8, 3, 5), t(5, type=I32), t(4, type=F16)), rope(), {}),
+    ("SOFT_MAX", (t(7, 5), None, t(1, type=F16)), p.SoftMax(1.0), {}),
+    ("FLASH_ATTN_EXT", (t(8, 5), t(8, 7), t(8, 7), None, t(1, type=F16)), p.FlashAttn(1.0), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3), t(2, 3)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4, type=I8), t(8, 2, 3), t(2, 3, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3, type=I8), t(2, 3, type=I32)), p.MulMat(), {}),
+    ("ADD_ID", (t(8, 2, 3), t(8, 4), t(2, 3)), NO_PARAMS, {}),
+    ("ADD_ID", (t(8, 2, 3), t(8, 4, type=I8), t(2, 3, type=I32)), NO_PARAMS, {}),
     ("UPSCALE", (t(4),), p.Upscale(3), {"ne": dims(8)}), ("UPSCALE", (t(4),), p.Upscale(514), {"ne": dims(8)}),
     ("UPSCALE", (t(4),), p.Upscale(1024), {"ne": dims(8)}), ("UPSCALE", (t(4),), p.Upscale(-1), {"ne": dims(8)}),
     ("POOL_2D", (t(9, 9),), pool(k=8, s=8, pad=14), {}), ("POOL_1D", (t(9),), p.Pool1D(0, 2**30, 2**30, 2**30 - 1), {}),

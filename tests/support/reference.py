@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import NUMPY_DTYPES
-from tests.support import reference_recurrent
+from tests.support import reference_attention, reference_recurrent
 
 Array = np.ndarray[Any, Any]
 Memory = Mapping[int, bytearray | Array]
@@ -260,22 +260,6 @@ def _timestep_embedding(node: Tensor, steps: Array) -> Array:
     return result
 
 
-def _rope(node: Tensor, x: Array, positions: Array, factors: Array | None = None) -> Array:
-    p = node.params
-    half = p.n_dims // 2
-    first = np.arange(half) if p.mode == 2 else 2 * np.arange(half)
-    second = first + (half if p.mode == 2 else 1)
-    divisor = 1.0 if factors is None else factors[0, 0, 0, :half]
-    angles = (
-        positions[0, 0, 0][:, None, None] * p.freq_scale * p.freq_base ** (-2 * np.arange(half) / p.n_dims) / divisor
-    )
-    cos, sin = p.attn_factor * np.cos(angles), p.attn_factor * np.sin(angles)
-    result = x.copy()
-    result[..., first] = x[..., first] * cos - x[..., second] * sin
-    result[..., second] = x[..., first] * sin + x[..., second] * cos
-    return result
-
-
 # Rows and reductions
 
 
@@ -301,33 +285,6 @@ def _group_norm(node: Tensor, x: Array) -> Array:
         group = group - group.mean(axis=(1, 2, 3), keepdims=True)
         result.append(group / np.sqrt((group * group).mean(axis=(1, 2, 3), keepdims=True) + node.params.eps))
     return np.concatenate(result, axis=1)
-
-
-def _softmax(x: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # a row of nothing but -inf is NaN, as in ggml
-        e = np.exp(x - x.max(axis=3, keepdims=True))
-        return e / e.sum(axis=3, keepdims=True)
-
-
-def _slopes(heads: int, max_bias: float) -> Array:
-    """ALiBi: one slope a head, shaped to multiply (batch, head, row, column)."""
-    if max_bias == 0:
-        return np.ones((1, heads, 1, 1))
-    power = 2 ** int(math.log2(heads))
-    m0, m1 = 2 ** (-max_bias / power), 2 ** (-max_bias / 2 / power)
-    slopes = [m0 ** (h + 1) if h < power else m1 ** (2 * (h - power) + 1) for h in range(heads)]
-    return np.array(slopes).reshape(1, heads, 1, 1)
-
-
-def _mask(mask: Array | None, shape: tuple[int, ...], max_bias: float) -> Array | float:
-    if mask is None:
-        return 0.0
-    tiled = np.tile(mask[:, :, : shape[2]], (shape[0] // mask.shape[0], shape[1] // mask.shape[1], 1, 1))
-    return _slopes(shape[1], max_bias) * tiled
-
-
-def _soft_max(node: Tensor, x: Array, mask: Array | None = None) -> Array:
-    return _softmax(x * node.params.scale + _mask(mask, x.shape, node.params.max_bias))
 
 
 def _argsort(node: Tensor, x: Array) -> Array:
@@ -358,15 +315,6 @@ def _mul_mat(_: Tensor, a: Array, b: Array) -> Array:
 
 def _out_prod(_: Tensor, a: Array, b: Array) -> Array:
     return b.swapaxes(2, 3) @ _spread(a, b)
-
-
-def _flash_attn(node: Tensor, q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    scale, max_bias, softcap, _ = node.params
-    scores = scale * (q @ _spread(k, q).swapaxes(2, 3))
-    if softcap:
-        scores = softcap * np.tanh(scores / softcap)
-    weights = _softmax(scores + _mask(mask, scores.shape, max_bias))
-    return (weights @ _spread(v, q)).swapaxes(1, 2)
 
 
 # Images
@@ -445,19 +393,26 @@ def _conv_3d(node: Tensor, kernel: Array, x: Array) -> Array:
     return np.einsum("ncdhwzyx,oczyx->nodhw", _volumes(node, kernel, x), kernels).reshape(node.ne[::-1])
 
 
+LEAST = float(np.finfo(np.float32).min)
+"""The largest of nothing."""
+
+
 def _pool_1d(node: Tensor, x: Array) -> Array:
     op, k, s, p = node.params
     result = np.zeros(node.ne[::-1])
     for i in range(node.ne[0]):
         window = x[..., max(i * s - p, 0) : max(i * s - p + k, 0)]
-        result[..., i] = window.mean(axis=3) if op else window.max(axis=3)
+        if window.size:
+            result[..., i] = window.mean(axis=3) if op else window.max(axis=3)
+        else:
+            result[..., i] = 0 if op else LEAST
     return result
 
 
 def _pool_2d(node: Tensor, x: Array) -> Array:
     op, k0, k1, s0, s1, p0, p1 = node.params
     padding = [(0, 0), (0, 0), (p1, p1), (p0, p0)]
-    padded = np.pad(x, padding, constant_values=0 if op else -np.inf)
+    padded = np.pad(x, padding, constant_values=0 if op else LEAST)
     windows = _windows(padded, (k1, k0), (s1, s0), (0, 0), (1, 1))
     return windows.mean(axis=(4, 5)) if op else windows.max(axis=(4, 5))
 
@@ -540,18 +495,18 @@ OPS: dict[str, Callable[..., Array]] = {
     "CLAMP": lambda node, x: np.clip(x, node.params.min, node.params.max),
     "LEAKY_RELU": lambda node, x: np.where(x > 0, x, x * node.params.slope), "UNARY": _unary, "GLU": _glu,
     "DIAG_MASK_INF": _diag_mask(-np.inf), "DIAG_MASK_ZERO": _diag_mask(0.0),
-    "TIMESTEP_EMBEDDING": _timestep_embedding, "ROPE": _rope,
+    "TIMESTEP_EMBEDDING": _timestep_embedding,
     "SUM": lambda _, x: x.sum(keepdims=True), "SUM_ROWS": lambda _, x: x.sum(axis=3, keepdims=True),
     "MEAN": lambda _, x: x.mean(axis=3, keepdims=True), "ARGMAX": lambda _, x: x.argmax(axis=3)[None],
     "ARGSORT": _argsort, "TOP_K": _top_k, "COUNT_EQUAL": lambda _, a, b: (a == b).sum(keepdims=True), "TRI": _tri,
     "DIAG": lambda _, x: x * np.eye(x.shape[3]), "CUMSUM": lambda _, x: x.cumsum(axis=3),
-    "NORM": _norm, "RMS_NORM": _rms_norm, "L2_NORM": _l2_norm, "GROUP_NORM": _group_norm, "SOFT_MAX": _soft_max,
-    "MUL_MAT": _mul_mat, "OUT_PROD": _out_prod, "FLASH_ATTN_EXT": _flash_attn,
+    "NORM": _norm, "RMS_NORM": _rms_norm, "L2_NORM": _l2_norm, "GROUP_NORM": _group_norm,
+    "MUL_MAT": _mul_mat, "OUT_PROD": _out_prod,
     "IM2COL": _im2col, "CONV_2D": _conv_2d, "CONV_2D_DW": _conv_2d_dw, "CONV_TRANSPOSE_2D": _conv_transpose_2d,
     "POOL_2D": _pool_2d, "UPSCALE": _upscale, "IM2COL_3D": _im2col_3d, "CONV_3D": _conv_3d,
     "CONV_TRANSPOSE_1D": _conv_transpose_1d, "COL2IM_1D": _col2im_1d, "POOL_1D": _pool_1d, "WIN_PART": _win_part,
     "WIN_UNPART": _win_unpart, "GET_REL_POS": _get_rel_pos, "ADD_REL_POS": _add_rel_pos,
-    "ROPE_BACK": lambda node, x, positions, *factors: _rope(node, x, -positions, *factors),
+    **reference_attention.OPS,
     **reference_recurrent.OPS,
 }  # fmt: skip
 """Operation → function of the node and its sources' arrays (None for a source that is not there)."""
