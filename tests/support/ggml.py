@@ -252,8 +252,8 @@ SCALE = np.float16(0.05)
 
 
 def noise(type: str, elements: int, rng: np.random.Generator) -> bytes:
-    """Random blocks of one of :data:`SLOW_TO_MAKE`: all bits mean something in these, but for the scale, which must be a
-    sane number. It comes first, but in IQ1_M, where it lies in the top bits of four words at the end."""
+    """Random blocks of one of :data:`SLOW_TO_MAKE`: any bits will do, but for the scale, which must be a sane number.
+    It comes first; in IQ1_M it lies in the top bits of the last four words."""
     traits = library().ggml_get_type_traits(TYPES[type]).contents
     blocks = rng.integers(0, 256, (elements // traits.block, traits.size), np.uint8)
     if type == "IQ1_M":
