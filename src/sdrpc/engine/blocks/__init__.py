@@ -26,7 +26,7 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {**plain.READ, **superblocks.READ,
 WRITE: dict[str, Callable[[Tensor], Tensor]] = {**plain.WRITE, **superblocks.WRITE, **codebook.WRITE}
 """Those that can be written: ggml's CPU backend can write no other (it has no ``from_float`` for them)."""
 
-CHUNK = 1 << 18
+CHUNK = 1 << 17
 """Elements that a CPU converts at once: the intermediates stay in its caches."""
 LARGE_CHUNK = 1 << 22
 """Elements that an accelerator converts at once: enough to keep it busy."""
