@@ -12,7 +12,7 @@ import pytest
 from sdrpc.server import Server
 from tests.interop.tap import Tap
 from tests.interop.worker import nmse
-from tests.support.language import Generated, Llama, write_model
+from tests.support.language import Generated, Llama, write_mamba, write_model
 
 pytestmark = pytest.mark.interop
 
@@ -93,3 +93,16 @@ def test_a_graph_crosses_once(type: str, ours: Ours) -> None:
     layers; the one for a token runs again for each further token."""
     commands = ours[1][type]
     assert (commands["GRAPH_COMPUTE"], commands["GRAPH_RECOMPUTE"]) == (2 * DEVICES, (TOKENS - 1) * DEVICES)
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_recurrent_model(generation: int, our_server: Server, tmp_path: Path) -> None:
+    """Mamba: states that graphs read and write, views of other devices' memory, results without elements."""
+    model = write_mamba(tmp_path / "mamba.gguf", generation, seed=3)
+    with Llama(tmp_path / "cpu.log") as llama:
+        theirs = llama.generate(model, TEXT, TOKENS, flash=False)
+    with Tap(our_server.endpoint) as tap, Llama(tmp_path / "rpc.log", tap.endpoint) as llama:
+        mine = llama.generate(model, TEXT, TOKENS, flash=False)
+    assert mine.tokens == theirs.tokens
+    assert nmse(theirs.logits, mine.logits) <= SAME
+    assert tap.commands["GRAPH_RECOMPUTE"] == (TOKENS - 1) * DEVICES

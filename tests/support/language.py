@@ -55,6 +55,10 @@ def write_model(path: Path, type: str, shape: Shape = Shape(), seed: int = 0) ->
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     _describe(writer, shape)
+    writer.add_feed_forward_length(shape.hidden)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.groups)
+    writer.add_rope_dimension_count(shape.width // shape.heads)
     head = shape.width // shape.heads
     matrices = {"token_embd": (shape.vocabulary, shape.width), "output": (shape.vocabulary, shape.width)}
     norms = ["output_norm"]
@@ -76,22 +80,69 @@ def write_model(path: Path, type: str, shape: Shape = Shape(), seed: int = 0) ->
         else:
             values = gguf.quants.dequantize(blocks, Q4_K)
             writer.add_tensor(f"{name}.weight", values.astype({"F16": np.float16, "F32": np.float32}[type]))
+    _close(writer)
+    return path
+
+
+def write_mamba(path: Path, generation: int, shape: Shape = Shape(layers=2), seed: int = 0) -> Path:  # noqa: B008
+    """A Mamba of the first or second ``generation`` with random F32 weights: the layers, width and vocabulary of
+    ``shape``; inside twice as wide, states of 16 and heads of 64 elements, taps of 4."""
+    rng = np.random.default_rng(seed)
+    inner, size, taps = 2 * shape.width, 16, 4
+    writer = gguf.GGUFWriter(path, f"mamba{'' if generation == 1 else generation}")
+    _describe(writer, shape)
+    rank, groups = (16, 1) if generation == 1 else (inner // 64, 2)
+    writer.add_ssm_conv_kernel(taps)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(size)
+    writer.add_ssm_time_step_rank(rank)
+
+    def normal(name: str, *dims: int) -> None:
+        writer.add_tensor(name, (rng.standard_normal(dims) * dims[-1] ** -0.5).astype(np.float32))
+
+    def uniform(name: str, low: float, high: float, *dims: int) -> None:
+        writer.add_tensor(name, rng.uniform(low, high, dims).astype(np.float32))
+
+    normal("token_embd.weight", shape.vocabulary, shape.width)
+    uniform("output_norm.weight", 0.5, 1.5, shape.width)
+    normal("output.weight", shape.vocabulary, shape.width)
+    for block in (f"blk.{i}" for i in range(shape.layers)):
+        uniform(f"{block}.attn_norm.weight", 0.5, 1.5, shape.width)
+        normal(f"{block}.ssm_out.weight", shape.width, inner)
+        if generation == 1:
+            channels, numbers = inner, inner
+            normal(f"{block}.ssm_in.weight", 2 * inner, shape.width)
+            normal(f"{block}.ssm_x.weight", rank + 2 * size, inner)
+            normal(f"{block}.ssm_dt.weight", inner, rank)
+            uniform(f"{block}.ssm_a", -2.0, -0.1, inner, size)
+            uniform(f"{block}.ssm_d", 0.5, 1.5, inner)
+        else:
+            channels, numbers = inner + 2 * groups * size, rank
+            normal(f"{block}.ssm_in.weight", inner + channels + rank, shape.width)
+            uniform(f"{block}.ssm_norm.weight", 0.5, 1.5, groups, inner // groups)
+            uniform(f"{block}.ssm_a", -2.0, -0.1, rank, 1)
+            uniform(f"{block}.ssm_d", 0.5, 1.5, rank, 1)
+        uniform(f"{block}.ssm_dt.bias", -2.0, 1.0, numbers)
+        normal(f"{block}.ssm_conv1d.weight", channels, taps)
+        uniform(f"{block}.ssm_conv1d.bias", -0.5, 0.5, channels)
+    if generation == 2:
+        writer.add_ssm_group_count(groups)
+    _close(writer)
+    return path
+
+
+def _close(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _describe(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_block_count(shape.layers)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(shape.width)
-    writer.add_feed_forward_length(shape.hidden)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.groups)
     writer.add_layer_norm_rms_eps(EPS)
-    writer.add_rope_dimension_count(shape.width // shape.heads)
     writer.add_vocab_size(shape.vocabulary)
     words = range(shape.vocabulary - BYTES - len(SPECIAL))
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(BYTES)), *(f"word{i}" for i in words)]

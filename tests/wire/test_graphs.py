@@ -183,6 +183,25 @@ def test_nodes_that_are_not_marked_are_memory(dialect: Dialect) -> None:
     assert (node.op, node.src, leaf.op, leaf.src) == ("SQRT", (leaf,), "NONE", ())
 
 
+def test_names_for_bytes_elsewhere_that_nobody_reads() -> None:
+    """A scheduler sends the name of a view of another device's memory, of which this device has a copy."""
+    view = {"op": newest().op_numbers["VIEW"], "buffer": 0, "data": 0}
+    elsewhere = {"buffer": 0, "data": 0}
+    graph = decode_graph(Payload(chain(elsewhere, view, view, SRC(5), NONE), [2, 3, 4]).bytes, newest(), same).graph
+    assert [node.op for node in graph.nodes] == ["SQRT"]
+    read = decode_graph(Payload(chain(elsewhere, view, view, NONE), [2, 3, 4]).bytes, newest(), same).graph
+    assert [node.op for node in read.nodes] == ["VIEW", "VIEW", "SQRT"]
+
+
+def test_results_without_elements() -> None:
+    """ggml passes over them; what would read one means nothing, and is kept to be refused."""
+    empty = {"ne": (4, 0, 1, 1)}
+    graph = decode_graph(Payload(chain(NONE, empty, empty, SRC(1)), [2, 3, 4]).bytes, newest(), same).graph
+    assert [node.ne[1] for node in graph.nodes] == [1]
+    read = decode_graph(Payload(chain(NONE, empty, NONE), [2, 3]).bytes, newest(), same).graph
+    assert [node.ne[1] for node in read.nodes] == [0, 1]
+
+
 @every_dialect
 def test_clients_that_mark_nothing(dialect: Dialect) -> None:
     """Protocol 3.6.0 has no such mark, and its clients can't be told from those of 3.6.1."""

@@ -27,7 +27,7 @@ from ..device import Bytes
 from ..errors import LocalProtocolError, RemoteProtocolError, UnsupportedOperation
 from ..ggml import params
 from ..ggml.dialect import Dialect
-from ..ggml.tensor import MAX_SRC, Dims, Graph, Tensor, contiguous_strides
+from ..ggml.tensor import ALIASES, MAX_SRC, Dims, Graph, Tensor, contiguous_strides
 from ..ggml.types import Type
 from .records import Columns, Record, columns, encode_records, is_name_length, record_bytes
 
@@ -115,6 +115,7 @@ def decode_graph(payload: Bytes, dialect: Dialect, resolve: Resolve) -> Received
     nodes, references = _link(table, node_ids, dialect)
     _check_numbers(table, dialect)
     nodes = nodes[_computed(table["flags"][nodes], dialect)]
+    nodes = nodes[_wanted(table, nodes, references, dialect)]
     return Received(device, Graph(_build(table, nodes, references, dialect, resolve)))
 
 
@@ -122,6 +123,25 @@ def _computed(flags: NDArray[np.int32], dialect: Dialect) -> NDArray[np.bool_]:
     """Which of the nodes with these flags are to be computed: all of them where the client marks none."""
     marked: NDArray[np.bool_] = flags & COMPUTE != 0
     return marked if dialect.marks_computed or marked.any() else ~marked
+
+
+def _wanted(
+    table: Columns, nodes: NDArray[np.int64], references: NDArray[np.int64], dialect: Dialect
+) -> NDArray[np.bool_]:
+    """All nodes but those that no other node refers to and that mean nothing: results without elements, which ggml
+    passes over, and names for bytes in no buffer. (Of a view of another device's memory a scheduler sends the name,
+    although what is read here is a copy.)"""
+    names = (table["buffer"] == 0) & np.isin(table["op"], [dialect.op_numbers[op] for op in ALIASES])
+    idle = names | (table["ne"] == 0).any(1)
+    wanted = np.ones(len(nodes), bool)
+    if idle[nodes].any():
+        used = np.zeros(len(table) + 1, bool)  # the last one answers for "no reference"
+        for position in range(len(nodes) - 1, -1, -1):
+            row = nodes[position]
+            wanted[position] = used[row] or not idle[row]
+            if wanted[position]:
+                used[references[row]] = True
+    return wanted
 
 
 def _fail(table: Columns, row: int, reason: str) -> RemoteProtocolError:
