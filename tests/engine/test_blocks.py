@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from sdrpc.engine import blocks
+from sdrpc.engine import LocalDevice, blocks
 from sdrpc.engine.blocks import READ, WRITE, dequantize, quantize
+from sdrpc.ggml import build as b
+from sdrpc.ggml.params import Im2Col
 from sdrpc.ggml.rules import FLOATS, READABLE, WRITABLE
-from sdrpc.ggml.types import TYPES
+from sdrpc.ggml.types import F16, TYPES
+from tests.engine.compare import Leaves, check
 
 DEVICE = torch.device(os.environ.get("SDRPC_TEST_DEVICE", "CPU").rstrip("0123456789").lower())
 
@@ -120,3 +123,16 @@ def test_large_tensors_are_converted_in_pieces(name: str, monkeypatch: pytest.Mo
 def test_narrow_floats_can_be_written(dtype: torch.dtype) -> None:
     values = torch.randn(1, 1, 3, 64, generator=torch.Generator().manual_seed(1), device="cpu").to(dtype)
     assert torch.equal(quantize(values, TYPES["Q8_0"]), quantize(values.float(), TYPES["Q8_0"]))
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_a_convolution_with_a_kernel_in_blocks(exact: LocalDevice, overwritten: bool) -> None:
+    """Also where the graph writes over the kernel afterwards: then it is what it was before."""
+    leaves = Leaves()
+    shape, kernel, other = leaves.normal(3, 3, 32, 4, type="F16"), *(leaves.normal(288, 4, type="Q8_0") for _ in "ab")
+    columns = b.node("IM2COL", shape, leaves.normal(6, 5, 32), params=Im2Col(1, 1, 1, 1, 1, 1, 1), type=F16)
+    rows = b.reshape(columns, 288, 30)
+    product = b.mul_mat(kernel, rows)
+    image = b.permute(b.reshape(product, 4, 6, 5, 1), 2, 0, 1, 3)
+    nodes = [columns, rows, product, image.src[0], image]
+    check(exact, leaves, [*nodes, *([b.cpy(other, kernel)] if overwritten else []), b.cont(image)], runs=1)

@@ -156,9 +156,9 @@ def _dense_source(value: Value | None) -> Value | None:
 
 
 def _reshaped_leaf(value: Value, ne: Dims) -> Value | None:
-    """A leaf that lies densely, or any other value, as ``ne``."""
+    """A leaf that lies densely, or any other value whose elements stand alone, as ``ne``."""
     if value.op != "LEAF":
-        return reshaped(value, ne, value.at)
+        return reshaped(value, ne, value.at) if value.type.plain else None
     place = value.place
     if place is None or place.nb != contiguous_strides(place.type, place.ne) or ne[0] % place.type.block:
         return None
