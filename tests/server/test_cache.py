@@ -435,6 +435,46 @@ def test_many_clients_at_once(scene: Scene) -> None:
     assert [not scene.place(True).puts(noise(seed)) for seed in range(4)] == [True] * 4
 
 
+WRONG: dict[str, Callable[[Place], Record]] = {
+    "no-buffer": lambda place: place.tensor._replace(buffer=0),
+    "another-s-buffer": lambda place: place.tensor._replace(buffer=place.tensor.buffer + 1),
+    "before": lambda place: place.tensor._replace(data=place.tensor.data - 1),
+    "behind": lambda place: place.tensor._replace(data=place.tensor.data + 1),
+    "too-large": lambda place: place.tensor._replace(ne=(SIZE + 1, 1, 1, 1)),
+    "huge": lambda place: place.tensor._replace(ne=(2**32 - 1,) * 4),
+    "empty": lambda place: place.tensor._replace(ne=(0, 1, 1, 1)),
+    "no-type": lambda place: place.tensor._replace(type=4),
+}
+
+
+@both
+@pytest.mark.parametrize("wrong", WRONG)
+def test_questions_about_what_is_not_there(scene: Scene, ours: bool, wrong: str) -> None:
+    """They end the client that asks them; another one goes on."""
+    data = noise(1, 5000)
+    works = scene.place(ours, 5000)
+    works.puts(data)
+    scene.settled()
+    client = scene.place(ours)
+    ask = messages.SetTensorDigest if ours else messages.SetTensorHash
+    client.client.post(ask(WRONG[wrong](client), 0, digest(data) if ours else fnv(data)))  # type: ignore[arg-type]
+    assert bool(client.client.ended()) == ours  # ours are told why
+    assert not works.puts(data)
+
+
+@both
+@pytest.mark.parametrize("offset", [SIZE, SIZE + 1, 2**64 - 1])
+def test_questions_about_what_is_behind_the_end(scene: Scene, ours: bool, offset: int) -> None:
+    client = scene.place(ours)
+    ask = messages.SetTensorDigest if ours else messages.SetTensorHash
+    name = bytes(32) if ours else 0
+    client.client.post(ask(client.tensor, offset, name))  # type: ignore[arg-type]
+    if offset == SIZE:  # nothing is left of the tensor: nobody has that
+        assert client.client.receive(9) == b"\1" + bytes(7) + b"\0"
+    else:
+        assert bool(client.client.ended()) == ours
+
+
 def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf, "fnv1a", lambda: None)
     assert scene.place(False).puts(noise(1))

@@ -14,7 +14,7 @@ from hashlib import blake2b, sha256
 from types import TracebackType
 from typing import BinaryIO
 
-from ..content import FNV_START, SMALLEST, fnv1a, joined, pieces
+from ..content import FNV_START, PIECE, SMALLEST, fnv1a, joined, pieces
 from ..device import Bytes
 from .cache import Cache, remove
 
@@ -91,9 +91,12 @@ class Shelf:
 
         try:
             with file:
-                done = [self.library.pool.submit(read, piece) for piece in pieces(size)]
-                wait(done)  # nobody writes to the target any more when this returns
-                whole = joined(piece.result() for piece in done) == digest
+                if size <= PIECE:  # handing it to another thread would take longer
+                    whole = joined([read((0, size))]) == digest
+                else:
+                    done = [self.library.pool.submit(read, piece) for piece in pieces(size)]
+                    wait(done)  # nobody writes to the target any more when this returns
+                    whole = joined(piece.result() for piece in done) == digest
         except OSError:  # the disk, or a file that became shorter
             whole = False
         if whole:
