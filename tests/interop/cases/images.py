@@ -168,7 +168,7 @@ def _convolutions() -> Iterator[Case]:
     )
     yield from sweep(
         "MUL_MAT",
-        lambda b, op, window: b.conv_2d_dw(b.x(3, 3, 1, 6), b.x(13, 11, 6, 2), *window),
+        lambda b, op, window: b.conv_2d_dw(b.x(3, 3, 1, 6, type="F16"), b.x(13, 11, 6, 2), *window),
         "f16",
         op=("conv_2d_dw",),
         window=WINDOWS,
