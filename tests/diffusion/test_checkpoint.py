@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdrpc.diffusion import gguf_header
+from sdrpc.diffusion import checkpoint, gguf_header
 from sdrpc.diffusion.checkpoint import open_checkpoint
 from sdrpc.errors import CheckpointError
+from sdrpc.ggml.weight import Origin
 
 
 def test_safetensors_are_views_of_the_file(tiny: Path, tiny_weights: dict[str, Any]) -> None:
@@ -32,6 +33,24 @@ def test_safetensors_are_views_of_the_file(tiny: Path, tiny_weights: dict[str, A
     weight = next(iter(checkpoint.tensors.values()))
     assert weight.data() is weight.data()
     assert weight.data().readonly
+
+
+def test_an_origin_is_one_state_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def origins() -> dict[str, Origin | None]:
+        return {name: weight.origin for name, weight in open_checkpoint(path).tensors.items()}
+
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, path)
+    assert set(origins().values()) == {None}  # so young that another change might not show
+    monkeypatch.setattr(checkpoint, "YOUNG", 0)
+    first = origins()
+    assert first == origins()
+    assert len({*first.values(), None}) == 3
+    save_file({"a": torch.ones(3), "b": torch.zeros(3)}, path)
+    assert not {*first.values()} & {*origins().values()}
+    copy = path.rename(tmp_path / "b.safetensors")
+    path.symlink_to(copy)
+    assert origins()["a"] == open_checkpoint(copy).tensors["a"].origin
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
