@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sdrpc.diffusion.config import SCALING_FACTOR
+
 from . import model, scenes
 from .loop import Plan, Run, train
 
@@ -44,7 +46,7 @@ class Loss(nn.Module):
 def fit(folder: Path, device: torch.device, seed: int, until: float, plan: Plan = PLAN, fast: bool = True) -> bool:
     """Train the VAE, or go on; whether it is done. Its state is ``vae.pt`` in the folder."""
     torch.manual_seed(seed)
-    vae = model.vae().to(memory_format=torch.channels_last)
+    vae = model.vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = Run(nn.ModuleDict({"vae": vae}), plan, device, seed)
     losses: Any = torch.compile(Loss(vae)) if fast else Loss(vae)
     pictures = _Pictures(plan.batch, seed, device)
@@ -90,7 +92,7 @@ def finished(folder: Path, device: torch.device) -> nn.Module:
     vae = vae.to(device).eval().requires_grad_(False)
     sampled = scenes.sample(np.random.default_rng((0, 2)), 4096)
     latents = torch.cat([encode(vae, draw(sampled.part(i, i + 256), device, i)) for i in range(0, 4096, 256)])
-    latents /= model.SCALING_FACTOR
+    latents /= SCALING_FACTOR
     model.standardize(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     return vae
 
@@ -99,7 +101,8 @@ def finished(folder: Path, device: torch.device) -> nn.Module:
 def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
     """Latents as the diffusion model sees them (means, times SD's factor): [n, 4, 16, 16], f32."""
     coder: Any = vae
-    return coder.quant_conv(coder.encoder(pictures))[:, : model.LATENTS].float() * model.SCALING_FACTOR
+    means: Tensor = coder.quant_conv(coder.encoder(pictures))[:, : model.LATENTS]
+    return means.float() * SCALING_FACTOR
 
 
 @torch.no_grad()

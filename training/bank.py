@@ -21,7 +21,7 @@ CAPTIONS = 3
 """Captions of each scene."""
 
 NOISE = 0.06
-"""The share of captions that have some random words before or after: what the model doesn't know, it learns to ignore."""
+"""The share of captions with some random words before or after: the model learns to ignore what it doesn't know."""
 
 FIRST_WORD = 512
 """Tokens below are single bytes."""

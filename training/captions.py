@@ -43,9 +43,9 @@ BACKGROUNDS = (
 )  # fmt: skip
 BRIEF_BACKGROUNDS = ("{}, {word} background", "{}, {word} backdrop")
 FRAMES = (
-    "a picture of {}", "an image of {}", "a drawing of {}", "a photo of {}", "a painting of {}", "an illustration of {}",
-    "{}, flat design", "{}, simple shapes", "{}, high quality", "{}, minimalist", "{}, 4k", "{}, masterpiece",
-    "there is {}", "{}.", "draw {}",
+    "a picture of {}", "an image of {}", "a drawing of {}", "a photo of {}", "a painting of {}",
+    "an illustration of {}", "{}, flat design", "{}, simple shapes", "{}, high quality", "{}, minimalist", "{}, 4k",
+    "{}, masterpiece", "there is {}", "{}.", "draw {}",
 )  # fmt: skip
 NUMBERS = {2: ("two", "2", "a pair of"), 3: ("three", "3")}
 

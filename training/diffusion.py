@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdrpc.diffusion.config import SCALING_FACTOR
 from sdrpc.diffusion.tokens import clip_tokenizer
 
 from . import bank, model
@@ -105,18 +106,17 @@ def preview(text_encoder: nn.Module, unet: nn.Module, vae: nn.Module, prompts: S
             steps: int = 20, guidance: float = 4.0) -> Tensor:  # fmt: skip
     """A picture of each prompt, [n, 3, 128, 128] of 0 to 1, by Euler's method: to look at in training."""
     coder: Any = vae
-    encoded = clip_tokenizer().encode_batch(list(prompts), add_special_tokens=False)
-    ids = bank.padded(each.ids for each in encoded)
-    ids = torch.from_numpy(bank.padded(iter([[]]))).expand(len(prompts), -1), torch.from_numpy(ids)
-    text = text_encoder(input_ids=torch.cat(ids).to(device)).last_hidden_state
-    sigmas = ((1 - signal()) / signal()).sqrt()
+    encoded = clip_tokenizer().encode_batch([""] * len(prompts) + list(prompts), add_special_tokens=False)
+    tokens = torch.from_numpy(bank.padded(each.ids for each in encoded)).to(device)
+    text = text_encoder(input_ids=tokens).last_hidden_state
     at = torch.linspace(STEPS - 1, 0, steps).round().long()
-    sigmas = torch.cat((sigmas[at], torch.zeros(1))).tolist()
-    side = model.SIDE // model.FACTOR
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn((len(prompts), model.LATENTS, side, side), generator=generator).to(device) * sigmas[0]
-    for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    alphas = signal()[at]
+    sigmas = [*((1 - alphas) / alphas).sqrt().tolist(), 0.0]
+    shape = (len(prompts), model.LATENTS, model.SIDE // model.FACTOR, model.SIDE // model.FACTOR)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device) * sigmas[0]
+    for timestep, now, then in zip(at, sigmas, sigmas[1:], strict=False):
         scaled = (x / (now**2 + 1) ** 0.5).repeat(2, 1, 1, 1)
-        without, with_text = unet(scaled, at[step].to(device), text, return_dict=False)[0].chunk(2)
+        without, with_text = unet(scaled, timestep.to(device), text, return_dict=False)[0].chunk(2)
         x = x + (without + guidance * (with_text - without)) * (then - now)
-    return (coder.decode(x / model.SCALING_FACTOR).sample / 2 + 0.5).clamp(0, 1)
+    pictures: Tensor = coder.decode(x / SCALING_FACTOR).sample
+    return (pictures / 2 + 0.5).clamp(0, 1)

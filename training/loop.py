@@ -130,7 +130,7 @@ class Gradients:
 
     def _record(self, *inputs: Tensor) -> None:
         self.inputs = tuple(each.clone() for each in inputs)
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what a library does when first called must not be recorded
             self.run.optimizer.zero_grad(set_to_none=True)
@@ -161,7 +161,8 @@ def train(run: Run, path: Path, losses: Callable[..., tuple[Tensor, ...]], input
         if run.step % run.plan.report == 0:
             shown = " ".join(f"{number:.5f}" for number in (sums / run.plan.report).tolist())
             now = time.monotonic()
-            print(f"{path.stem} {run.step}/{run.plan.steps}  {shown}  {run.plan.report / (now - last):.1f} steps/s", flush=True)
+            speed = run.plan.report / (now - last)
+            print(f"{path.stem} {run.step}/{run.plan.steps}  {shown}  {speed:.1f} steps/s", flush=True)
             sums, last = torch.zeros(0), now
     run.save(path)
     return run.done

@@ -39,23 +39,30 @@ TEXT_ENCODER: dict[str, Any] = {
     "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
 }  # fmt: skip
 
-UNTOLD = {"unet": ("sample_size", "attention_head_dim", "norm_num_groups"), "vae": ("sample_size", "norm_num_groups"),
-          "text_encoder": ("num_attention_heads",)}  # fmt: skip
+UNTOLD = {
+    "unet": ("sample_size", "attention_head_dim", "norm_num_groups"),
+    "vae": ("norm_num_groups",),
+    "text_encoder": ("num_attention_heads",),
+}
 """What the shapes of tensors can't tell: stands in the file's metadata."""
 
 
 def unet() -> nn.Module:
     """Predicts the noise: latents [n, 4, 16, 16], timesteps [n], text [n, 77, 96] → [n, 4, 16, 16]."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    return UNet2DConditionModel(**UNET)
+    make: Any = diffusers.UNet2DConditionModel
+    made: nn.Module = make(**UNET)
+    return made
 
 
 def vae() -> nn.Module:
     """Pictures [n, 3, 128, 128] of -1 to 1 ↔ latents [n, 4, 16, 16]."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    return AutoencoderKL(**VAE)
+    make: Any = diffusers.AutoencoderKL
+    made: nn.Module = make(**VAE)
+    return made
 
 
 def text_encoder() -> nn.Module:

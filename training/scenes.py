@@ -165,7 +165,7 @@ def _meet(centres: Floats, radii: Floats, there: NDArray[np.bool_]) -> NDArray[n
     return result
 
 
-# Drawing: signed distances (negative inside) from a shape of radius 1 at the origin, for points x, y ---------------------
+# Drawing: signed distances (negative inside) from a shape of radius 1 at the origin, for points x, y ------------------
 
 
 def _half_planes(x: Tensor, y: Tensor, corners: int, reach: float) -> Tensor:
@@ -229,7 +229,7 @@ def draw(scenes: Scenes, size: int, device: torch.device | str = "cpu", jitter: 
         radius = radii[:, j, None, None].clamp(min=1e-3)
         x = (middles[None, None, :] - centres[:, j, 0, None, None]) / radius
         y = (middles[None, :, None] - centres[:, j, 1, None, None]) / radius
-        x, y = torch.broadcast_tensors(x, y)
+        x, y = x.expand(len(scenes), size, size), y.expand(len(scenes), size, size)
         distance = torch.full_like(x, math.inf)
         for number, name in enumerate(SHAPES):
             here = kinds[:, j] == number
