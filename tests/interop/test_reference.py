@@ -6,6 +6,8 @@ import ctypes
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +21,12 @@ from tests.support.feed import Feed, graph
 
 pytestmark = pytest.mark.interop
 
-STRICTER = {"ADD-strided", "SUB-strided", "MUL-strided", "DIV-strided", "UNARY-strided", "MEAN", "PERMUTE", "TRANSPOSE"}
-"""Cases with rows that are not dense: ggml's CPU backend asserts that they are, or takes them for it."""
+STRICTER = {
+    "ADD-strided", "SUB-strided", "MUL-strided", "DIV-strided", "UNARY-strided", "MEAN", "PERMUTE", "TRANSPOSE",
+    "CONV_2D_DW-channels-first", "TIMESTEP_EMBEDDING-odd",
+}  # fmt: skip
+"""Cases with rows that are not dense (ggml's CPU backend asserts that they are, or takes them for it), or with a result
+in a layout that this ggml would not give it."""
 
 BOUND = 1e-6
 BOUNDS = {"MUL_MAT": 1e-4}
@@ -53,16 +59,40 @@ def on_ggml(name: str) -> np.ndarray:
     return ggml.values(last)
 
 
+class Native:
+    """A process with ggml. What aborts it fails alone: the next case gets a new one."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._pool = self._new()
+
+    def _new(self) -> ProcessPoolExecutor:
+        self._log.write_text("")
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), worker.start, (str(self._log),))
+
+    def run(self, name: str) -> np.ndarray:
+        try:
+            return self._pool.submit(on_ggml, name).result()
+        except BrokenProcessPool:
+            said = self._log.read_text()
+            self.close()
+            self._pool = self._new()
+            pytest.fail(f"ggml gave up: {said}", pytrace=False)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
-    log = str(tmp_path_factory.mktemp("ggml") / "cpu.log")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), worker.start, (log,)) as pool:
-        yield pool
+def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
+    native = Native(tmp_path_factory.mktemp("ggml") / "cpu.log")
+    yield native
+    native.close()
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - STRICTER))
-def test_case(name: str, native: ProcessPoolExecutor) -> None:
-    theirs = native.submit(on_ggml, name).result()
+def test_case(name: str, native: Native) -> None:
+    theirs = native.run(name)
     feed = Feed()
     steps = graph(CASES[name](feed))
     ours = reference.run(steps, feed.memory)[steps.nodes[-1]]
