@@ -12,11 +12,13 @@ import torch
 
 from sdrpc.engine import LocalDevice, blocks
 from sdrpc.engine.blocks import READ, WRITE, dequantize, quantize
+from sdrpc.engine.precision import EXACT
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Im2Col
 from sdrpc.ggml.rules import FLOATS, READABLE, WRITABLE
 from sdrpc.ggml.types import F16, TYPES
-from tests.engine.compare import Leaves, check
+from tests.engine.compare import Leaves, at, check, place, same
+from tests.support import reference
 
 DEVICE = torch.device(os.environ.get("SDRPC_TEST_DEVICE", "CPU").rstrip("0123456789").lower())
 
@@ -136,3 +138,26 @@ def test_a_convolution_with_a_kernel_in_blocks(exact: LocalDevice, overwritten: 
     image = b.permute(b.reshape(product, 4, 6, 5, 1), 2, 0, 1, 3)
     nodes = [columns, rows, product, image.src[0], image]
     check(exact, leaves, [*nodes, *([b.cpy(other, kernel)] if overwritten else []), b.cont(image)], runs=1)
+
+
+@pytest.mark.parametrize(("budget", "used"), [(0, 0), (5000, 4096), (1 << 20, 4096 + 65536)])
+def test_weights_stay_in_blocks_and_become_floats_within_a_budget(budget: int, used: int) -> None:
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1, dequant_cache=budget)
+    try:
+        leaves = Leaves()
+        weights, x = [leaves.normal(256, n, type="Q4_0") for n in (4, 64)], leaves.normal(256)
+        buffer = device.allocate(1 << 16)
+        device.write(buffer, 0, leaves.memory)
+        outputs = [at(b.mul_mat(w, x), buffer.key, 49152 + 1024 * i) for i, w in enumerate(weights)]
+        graph, _, _ = place(outputs, buffer.key, 0, [])
+        program = device.compile(graph, {buffer.key: buffer})
+        wanted = reference.run(graph, {buffer.key: leaves.memory + bytes(1 << 16)}, keep=graph.nodes)
+        for _ in range(2):
+            program.run()
+            assert device._weights.used == used
+            memory = {buffer.key: np.frombuffer(device.read(buffer, 0, buffer.size), np.uint8)}
+            for node in graph.nodes:
+                same(device, node, reference.read(node, memory), wanted[node])
+        assert bytes(device.read(buffer, 0, len(leaves.memory))) == bytes(leaves.memory)
+    finally:
+        device.close()
