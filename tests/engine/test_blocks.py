@@ -161,3 +161,14 @@ def test_weights_stay_in_blocks_and_become_floats_within_a_budget(budget: int, u
         assert bytes(device.read(buffer, 0, len(leaves.memory))) == bytes(leaves.memory)
     finally:
         device.close()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_no_number_is_looked_at_on_the_way(name: str) -> None:
+    """On tensors that have no numbers, where a look at one raises (on a device it would wait), as does one of the CPU."""
+    held = TYPES[name]
+    raw = torch.empty(1, 2, 3, 2 * held.size, dtype=torch.uint8, device="meta")
+    floats = dequantize(raw, held, (2 * held.block, 3, 2, 1), torch.float16)
+    assert (floats.shape, floats.dtype) == ((1, 2, 3, 2 * held.block), torch.float16)
+    if name in WRITE:
+        assert quantize(floats, held).shape == raw.shape
