@@ -165,7 +165,7 @@ def test_weights_stay_in_blocks_and_become_floats_within_a_budget(budget: int, u
 
 @pytest.mark.parametrize("name", READ)
 def test_no_number_is_looked_at_on_the_way(name: str) -> None:
-    """On tensors that have no numbers, where a look at one raises (on a device it would wait), as does one of the CPU."""
+    """On tensors that have no numbers a look at one raises (on a device it would wait), and so does a CPU's tensor."""
     held = TYPES[name]
     raw = torch.empty(1, 2, 3, 2 * held.size, dtype=torch.uint8, device="meta")
     floats = dequantize(raw, held, (2 * held.block, 3, 2, 1), torch.float16)
