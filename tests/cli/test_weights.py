@@ -26,7 +26,7 @@ def test_weights_cross_the_wire_once(sd: Callable[..., Outcome], checkpoint: Pat
     with ServerProcess("--precision", "exact", "-d", "CPU", "--cache", "--cache-size", "1G") as server:
         first = sent("1.png")
         assert first > 0.9 * checkpoint.stat().st_size
-        assert f"local cache    : {folder('weights')} (at most 1 GiB)" in server.output
+        assert f"local cache    : {folder('weights')} (at most 1024 MiB)" in server.output
         assert eventually(lambda: not list(folder("weights").glob("*.part")))
         second = sent("2.png")
     with ServerProcess("--precision", "exact", "-d", "CPU", "-c") as server:

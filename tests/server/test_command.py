@@ -15,6 +15,7 @@ from sdrpc.cli import rpc_server
 from sdrpc.cli.rpc_server import choose, size
 from sdrpc.errors import UsageError
 from sdrpc.ggml.dialect import Version, dialects
+from sdrpc.server import Cache
 from tests.server.conftest import eventually
 from tests.support.client import Adder, RawClient, busy
 from tests.support.process import ServerProcess
@@ -126,6 +127,17 @@ def test_mistakes_are_one_clear_line(options: str, run: Run) -> None:
     assert re.search(MISTAKES[options], err)
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_without_numba_a_cache_says_whom_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for fnv in (lambda data, state: state, None):
+        monkeypatch.setattr(rpc_server, "fnv1a", lambda fnv=fnv: fnv)
+        with rpc_server.library(Cache(tmp_path / "weights", 1 << 20)) as library:
+            assert library is not None
+        said = " ".join(capfd.readouterr().err.split())
+        assert ("can't use the cache" in said and "pip install 'sdrpc[cache]'" in said) == (fnv is None)
 
 
 def test_a_cache_that_others_can_write_to_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

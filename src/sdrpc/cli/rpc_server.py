@@ -172,7 +172,7 @@ def announce(server: Server) -> None:
     print(f"Starting RPC server {server.protocol}")
     print("Devices:", *map(described, server.devices), sep="\n")
     cache = server.library and server.library.cache
-    print(f"  local cache    : {f'{cache.folder} (at most {cache.budget / 2**30:.4g} GiB)' if cache else 'n/a'}")
+    print(f"  local cache    : {f'{cache.folder} (at most {cache.budget >> 20} MiB)' if cache else 'n/a'}")
     print(f"  endpoint       : {server.endpoint}", flush=True)
     if server.exposed:
         report.log.print(
