@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sdrpc.engine import LocalDevice
+from sdrpc.engine.memory import LocalBuffer
 from sdrpc.engine.ops import RAISE
+from sdrpc.engine.precision import EXACT, Precision
+from sdrpc.engine.program import Bound, compile_graph
+from sdrpc.engine.weights import Weights
 from sdrpc.ggml.rules import RULES
 from sdrpc.ggml.tensor import ALIASES, OUTPUT, Tensor, rewrite
 from tests.engine.compare import same
@@ -41,6 +46,24 @@ def test_case(device: LocalDevice, name: str) -> None:
     finally:
         for buffer in used:
             device.free(buffer)
+
+
+@pytest.mark.parametrize(
+    "precision", [EXACT, Precision("fast", torch.bfloat16, channels_last=True)], ids=lambda precision: precision.name
+)
+def test_no_case_asks_a_device_for_numbers(precision: Precision) -> None:
+    """An accelerator would wait for all that is queued, and could not be recorded. A device without memory has no
+    numbers to give."""
+    nowhere = torch.device("meta")
+    for case in CASES.values():
+        feed = Feed()
+        last = case(feed)
+        steps = rewrite(graph(last), lambda t, last=last: {"buffer": 1 << 20, "flags": OUTPUT} if t is last else {})
+        sizes = {**{key: len(data) for key, data in feed.memory.items()}, 1 << 20: last.nbytes}
+        compiled = compile_graph(steps, precision, {key: key for key in sizes})
+        memory = {key: torch.empty(size, dtype=torch.uint8, device=nowhere) for key, size in sizes.items()}
+        buffers = [LocalBuffer(key, sizes[key], memory[key], None) for key in compiled.buffers]
+        Bound(compiled, buffers, Weights(0), nowhere).steps()
 
 
 def test_every_operation_has_a_case() -> None:

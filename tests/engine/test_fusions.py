@@ -82,7 +82,9 @@ def normed(op: str, *, per: str, silu: bool = False, used_twice: bool = False) -
     return case
 
 
-def attention(*, mask: str = "", used_twice: bool = False, groups: int = 4, bias: float = 0.0) -> Case:
+def attention(
+    *, mask: str = "", used_twice: bool = False, groups: int = 4, bias: float = 0.0, sinks: bool = False
+) -> Case:
     def case(leaves: Leaves) -> list[Tensor]:
         s = Steps()
         q, k = leaves.normal(16, 9, 4, 2), leaves.normal(16, 11, groups, 2)
@@ -92,7 +94,8 @@ def attention(*, mask: str = "", used_twice: bool = False, groups: int = 4, bias
         weights = s.do(b.inplace("SCALE", scores, params=Scale(0.25)))
         if mask == "added":
             weights = s.do(b.inplace("ADD", weights, masks))
-        weights = s.do(b.node("SOFT_MAX", weights, *([masks] if mask == "operand" else []), params=SoftMax(1.0, bias)))
+        more = [masks if mask == "operand" else None, leaves.normal(4) if sinks else None]
+        weights = s.do(b.node("SOFT_MAX", weights, *more, params=SoftMax(1.0, bias)))
         out = s.do(b.mul_mat(v, weights))
         if used_twice:
             s.do(b.node("ADD", out, s.do(b.node("SUM_ROWS", weights))))
@@ -145,6 +148,8 @@ FUSES: dict[str, tuple[Case, dict[str, int]]] = {
     "attention, mask in softmax": (attention(mask="operand"), {"attention": 1}),
     "attention with slopes": (attention(mask="operand", bias=8.0), {"attention": 1}),
     "attention of groups": (attention(groups=2), {"attention": 1}),
+    "attention with sinks": (attention(sinks=True), {"attention": 0}),
+    "attention, mask and sinks": (attention(mask="operand", sinks=True), {"attention": 0}),
     "weights used twice": (attention(used_twice=True), {"attention": 0}),
     "copies": (copies(), {"no_copy": 2}),
     "copy used twice": (copies(used_twice=True), {"no_copy": 1}),

@@ -50,9 +50,10 @@ def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tup
         share = _extrapolated(p, numbers)
         angles = angles * (p.freq_scale * (1 - share) + share)
         magnitude *= 1 + 0.1 * math.log(1 / p.freq_scale)
-    else:
+    elif p.freq_scale != 1:
         angles = angles * p.freq_scale
-    return (angles.cos() * magnitude)[:, None], (angles.sin() * magnitude)[:, None]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
 
 
 def _sections(p: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +93,9 @@ def alibi(heads: int, max_bias: float, device: torch.device) -> Tensor:
     """The slope of each head's linear bias: [heads, 1, 1]."""
     log2 = 1 << (heads.bit_length() - 1)
     m0, m1 = 2.0 ** (-max_bias / log2), 2.0 ** (-max_bias / 2 / log2)
-    slopes = [m0 ** (h + 1) if h < log2 else m1 ** (2 * (h - log2) + 1) for h in range(heads)]
-    return torch.tensor(slopes, device=device).reshape(-1, 1, 1)
+    head = torch.arange(heads, device=device, dtype=torch.float32)
+    slopes = torch.where(head < log2, torch.pow(m0, head + 1), torch.pow(m1, 2 * (head - log2) + 1))
+    return slopes.reshape(-1, 1, 1)
 
 
 def _bias(scores: torch.Size, mask: Tensor, max_bias: float) -> Tensor:
