@@ -143,6 +143,9 @@ CASES: dict[str, Case] = {
     "L2_NORM": lambda f: node("L2_NORM", f(16, 4, 2), params=p.Eps(1e-6)),
     "GROUP_NORM": lambda f: node("GROUP_NORM", f(4, 3, 8, 2), params=p.GroupNorm(4, 1e-6)),
     "GROUP_NORM-unlike": lambda f: node("GROUP_NORM", f(4, 3, 8, 2), params=p.GroupNorm(3, 1e-6)),
+    "GROUP_NORM-unlike-affine": lambda f: node(
+        "ADD", node("MUL", node("GROUP_NORM", f(4, 3, 8), params=p.GroupNorm(3, 1e-6)), f(1, 1, 8)), f(1, 1, 8)
+    ),
     "SOFT_MAX": lambda f: node("SOFT_MAX", f(7, 5, 3, 2), params=p.SoftMax(0.5)),
     "SOFT_MAX-mask": lambda f: node("SOFT_MAX", f(7, 5, 4), f.of(_causal(5, 7), F16), params=p.SoftMax(0.5)),
     "SOFT_MAX-slopes": lambda f: node("SOFT_MAX", f(7, 5, 6, 2), f(7, 8, 3, 1), params=p.SoftMax(0.5, 8.0)),

@@ -127,12 +127,15 @@ def _upscale(v: Value, x: Tensor) -> Tensor:
         and all(w % h == 0 for w, h in zip(shape[2:], x.shape[2:], strict=True))
     ):
         return F.interpolate(x, shape[2:], mode="nearest")
-    for axis in range(2):
-        x = _nearest(x, axis, shape[axis], shape[axis] / x.shape[axis])
     corners, resize = bool(p.mode & ALIGN_CORNERS), _RESIZE[p.mode & ~ALIGN_CORNERS]
-    for axis in (2, 3):
+    # what shrinks comes first: nothing between is larger than the larger end
+    for axis in sorted(range(4), key=lambda axis: shape[axis] / x.shape[axis]):
         n, have = shape[axis], x.shape[axis]
-        x = resize(x, axis, n, (n - 1) / (have - 1) if corners and n > 1 and have > 1 else n / have, 0.5 - corners / 2)
+        if axis < 2:
+            x = _nearest(x, axis, n, n / have)
+        else:
+            factor = (n - 1) / (have - 1) if corners and n > 1 and have > 1 else n / have
+            x = resize(x, axis, n, factor, 0.5 - corners / 2)
     return x
 
 
