@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ class NativeClient:
 class NativeServer:
     """A process with ggml's RPC server, of the version ``protocol``, that offers its CPU ``devices`` times. It serves
     one client at a time."""
+
+    process: SpawnProcess
 
     def __init__(self, devices: int, protocol: str = ggml.NEWEST, cache: Path | None = None) -> None:
         self._devices, self._protocol = devices, protocol

@@ -1,0 +1,178 @@
+"""Clients and servers of older protocol versions, as far as their libraries have been built: ``make interop-all``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from itertools import count
+from typing import NamedTuple
+
+import pytest
+
+from sdrpc.client import connect
+from sdrpc.ggml.dialect import dialects, newest
+from sdrpc.server import Learning, Server
+from tests.interop.cases import CASES, GRAPHS, OPERATIONS, REFUSED
+from tests.interop.conftest import OLDER, NativeClient, NativeServer
+from tests.interop.models import PARTS
+from tests.interop.scenarios import SCENARIOS
+from tests.interop.tap import Tap
+from tests.interop.test_native_client import check, complaint
+from tests.interop.test_native_server import SIZES
+from tests.interop.test_native_server import check as check_part
+from tests.support import ggml
+
+pytestmark = pytest.mark.interop
+
+REFUSALS = {"5.0.0": 1, "4.0.2": 2, "3.6.1": 0}
+"""Runs that a client needs before our server knows what it speaks: 7.0 is tried first, then 5.0, then 4.0."""
+OTHERWISE = {"5.0.0": {"DSV4_HC_POST"}, "4.0.2": {"SSM_SCAN"}, "3.6.1": {"SSM_SCAN", "GATED_DELTA_NET"}}
+"""Operations of which ggml's function takes other arguments than the newest one's, which the cases call; or that this
+version's own CPU backend crashes in."""
+LATER = re.compile(
+    "undefined symbol: ggml_(clamp_inplace|prec_set_acc|rope_set_offset|dsv4_hc_pre_gated|swiglu_clamp)"
+    "|ggml does not support"
+)
+"""Functions that the newest has and older ones lack, and what an older one's own CPU backend says that it can't do."""
+SOME = 6
+"""Cases of an operation, beside one for each type or function where there are many."""
+WEIGHTS = {"MUL_MAT", "MUL_MAT_ID", "GET_ROWS"}
+EACH = {"UNARY", "GLU", *WEIGHTS}
+PLAIN = {"F32", "F16", "I32"}
+KERNELS = {"CONV_TRANSPOSE_2D"}
+COPIES = {"CPY", "DUP", "CONT", "VIEW", "PERMUTE", "TRANSPOSE", "RESHAPE"}
+"""What every version of ggml's CPU backend computes of types: plain ones of these operations, all of products and rows,
+kernels in F16, F32 of the others. On what it does not it aborts, or reads one type as another."""
+EXTREME = re.compile(r"-at[-\d]")
+"""Where functions overflow or vanish: only the newest has been made to agree with itself there."""
+SOME_GRAPHS = [name for name in GRAPHS if "flash" not in name][::4]
+"""Flash attention in graphs sets its precision by one of those functions."""
+ADDRESSES = count(2)
+
+
+class Peer(NamedTuple):
+    """``client`` speaks ``protocol`` and reaches ``server``, ours, from an address of its own, through ``tap``."""
+
+    protocol: str
+    client: NativeClient
+    tap: Tap
+
+    @property
+    def endpoint(self) -> str:
+        return self.tap.endpoint
+
+
+def learnt(peer: Peer) -> int:
+    """Let the client come until it is served: how often it gave up."""
+    for refusals in range(5):
+        try:
+            peer.client.submit(SOME_GRAPHS[0], peer.endpoint).result()
+            return refusals
+        except BrokenProcessPool:
+            peer.client.renew()
+    raise AssertionError(f"{peer.protocol} is never served")
+
+
+@pytest.fixture(scope="module")
+def server(our_server: Server) -> Iterator[Server]:
+    """Ours, to which no version is told."""
+    with Server(our_server.devices, Learning()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=OLDER)
+def peer(request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    """A client that is served already."""
+    client = NativeClient(tmp_path_factory.mktemp("ggml") / "older.log", request.param)
+    with Tap(server.endpoint, f"127.0.0.{next(ADDRESSES)}") as tap:
+        peer = Peer(request.param, client, tap)
+        learnt(peer)
+        yield peer
+    client.close()
+
+
+def representative(op: str, protocol: str) -> list[str]:
+    """Some cases of an operation, as far as ``protocol`` has what they use."""
+    dialect = dialects()[protocol]
+    if op not in dialect.ops or op in OTHERWISE.get(protocol, ()):
+        return []
+    types = set(dialect.type_numbers) if op in WEIGHTS else PLAIN if op in COPIES else {"F32"}
+    types = {"F16"} if op in KERNELS else types
+    beyond = {*newest().type_numbers, *newest().glu_ops} - {*types, *dialect.glu_ops}
+    names = [name for name in OPERATIONS[op] if not beyond & set(words(name)) and not EXTREME.search(name)]
+    each = {words(name)[0]: name for name in names} if op in EACH else {}
+    return sorted({*each.values(), *names[:: max(1, len(names) // SOME)]})
+
+
+def words(name: str) -> list[str]:
+    return CASES[name].label.split("-")
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operation(op: str, peer: Peer) -> None:
+    names = representative(op, peer.protocol)
+    outcomes = dict(zip(names, peer.client.run_all(names, peer.endpoint), strict=True))
+    had = {name: outcome for name, outcome in outcomes.items() if not LATER.search(outcome.graph)}
+    wrong = [said for name, outcome in had.items() if (said := complaint(name, outcome))]
+    assert not wrong, f"{len(wrong)} of {len(had)} cases:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", SOME_GRAPHS)
+def test_graph(name: str, peer: Peer) -> None:
+    check(name, peer.client.run(name, peer.endpoint, True))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str, peer: Peer) -> None:
+    check(name, peer.client.run(name, peer.endpoint))
+
+
+@pytest.mark.parametrize("protocol", OLDER)
+def test_a_client_is_served_after_the_runs_that_it_takes_to_learn_its_version(
+    protocol: str, our_server: Server, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody says what it is: it gives up, with abort(), on what it does not like. Then our server knows."""
+    folder = tmp_path_factory.mktemp("ggml")
+    client = NativeClient(folder / "client.log", protocol)
+    for refusals in (REFUSALS[protocol], 0):
+        with Server(our_server.devices, Learning(folder / "clients.json")) as server, Tap(server.endpoint) as tap:
+            assert learnt(Peer(protocol, client, tap)) == refusals
+        assert caplog.text.count("left right after the greeting") == REFUSALS[protocol]
+    client.close()
+
+
+def test_clients_of_two_versions_at_once(peer: Peer, native_client: NativeClient, server: Server) -> None:
+    """Names of other lengths among them. Then one asks for what nobody has: the other notices nothing."""
+    with Tap(server.endpoint, f"127.0.0.{next(ADDRESSES)}") as tap:
+        recent = Peer(ggml.NEWEST, native_client, tap)
+        learnt(recent)
+        for _ in range(2):
+            jobs = [(name, p.client.submit(name, p.endpoint, True)) for name in SOME_GRAPHS[:6] for p in (peer, recent)]
+            for name, job in jobs:
+                check(name, job.result())
+        refused = native_client.submit(next(iter(REFUSED)), tap.endpoint)
+        for name in SOME_GRAPHS[:6]:
+            check(name, peer.client.run(name, peer.endpoint, True))
+        with pytest.raises(BrokenProcessPool):
+            refused.result()
+        native_client.renew()
+
+
+@pytest.fixture(scope="module", params=OLDER)
+def older_server(request: pytest.FixtureRequest) -> Iterator[NativeServer]:
+    server = NativeServer(devices=2, protocol=request.param)
+    yield server
+    server.kill()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("part", PARTS)
+def test_our_client_uses_older_servers(part: str, kind: str, older_server: NativeServer) -> None:
+    older_server.start()
+    devices = connect([older_server.endpoint])
+    assert [device.name for device in devices] == ["RPC0", "RPC1"]
+    assert all(0 < device.memory().free <= device.memory().total for device in devices)
+    check_part(part, kind, SIZES[1], devices[1])
+    for device in devices:
+        device.close()
