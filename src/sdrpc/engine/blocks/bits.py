@@ -10,6 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+Blocks = Tensor
+"""[n, bytes of a block] of uint8."""
+
 UE4M3_LARGEST, UE4M3_NAN, UE4M3_BIAS = 0x7E, 0x7F, 120
 """Codes of unsigned e4m3: 448, and no number; how much less its exponents are than those of float32."""
 

@@ -11,11 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .bits import as_bytes, as_half, constants, half, pack_planes, planes, shaped, table, unpack, words
+from .bits import Blocks, as_bytes, as_half, constants, half, pack_planes, planes, shaped, table, unpack, words
 from .search import LEAST, best, in_order, inverse, nearest, peak
-
-Blocks = Tensor
-"""[n, bytes of a block] of uint8."""
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 IQ4_ZERO = 8

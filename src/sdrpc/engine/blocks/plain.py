@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .bits import (
     UE4M3,
+    Blocks,
     as_bytes,
     as_half,
     as_ue4m3,
@@ -22,9 +23,6 @@ from .bits import (
     unpack,
 )
 from .search import away, in_order, inverse, nearest, peak
-
-Blocks = Tensor
-"""[n, bytes of a block] of uint8."""
 
 FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice what four bits mean as a number of two bits of exponent and one of mantissa."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import as_bytes, as_half, half, pack_planes, planes, quotient, shaped
+from .bits import Blocks, as_bytes, as_half, half, pack_planes, planes, quotient, shaped
 from .search import LEAST, affine, in_order, inverse, nearest, peak, refined, root, symmetric
-
-Blocks = Tensor
-"""[n, bytes of a block] of uint8."""
 
 
 def _read(levels: Tensor, scales: Tensor, leasts: Tensor | None = None) -> Tensor:
