@@ -10,7 +10,7 @@ import pytest
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.fuse import RULES
 from sdrpc.ggml import build as b
-from sdrpc.ggml.params import Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary
+from sdrpc.ggml.params import Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary, Window3D
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16
 from tests.engine.compare import Leaves, check, error, place
@@ -49,6 +49,26 @@ def convolution(
             y = s.do(b.node("ADD", y, row))
         if used_twice:
             y = s.do(b.node("ADD", y, s.do(b.cont(s.do(b.reshape(product, *y.ne))))))
+        return s
+
+    return case
+
+
+def convolution_3d(*, batch: int = 1, used_twice: bool = False) -> Case:
+    """As ggml_conv_3d says it."""
+
+    def case(leaves: Leaves) -> list[Tensor]:
+        s = Steps()
+        kernel, x = leaves.normal(3, 3, 2, 5 * 4, type="F16"), leaves.normal(7, 6, 4, 5 * batch)
+        params = Window3D(1, 1, 1, 1, 1, 0, 1, 1, 1, channels=5)
+        columns = s.do(b.node("IM2COL_3D", kernel, x, params=params, type=F16))
+        rows = s.do(b.reshape(columns, columns.ne[0], 42 * 3 * batch))
+        product = s.do(b.mul_mat(rows, s.do(b.reshape(kernel, columns.ne[0], 4))))
+        images = s.do(b.permute(s.do(b.reshape(product, 42, 3, batch, 4)), 0, 1, 3, 2))
+        y = s.do(b.reshape(s.do(b.cont(images)), 7, 6, 3, 4 * batch))
+        y = s.do(b.node("UNARY", y, params=Unary("SILU")))
+        if used_twice:
+            s.do(b.node("ADD", y, s.do(b.reshape(product, *y.ne))))
         return s
 
     return case
@@ -125,13 +145,16 @@ def scaled(factor: float) -> Case:
 
 
 FUSES: dict[str, tuple[Case, dict[str, int]]] = {
-    "convolution": (convolution(), {"conv_2d": 1, "conv_bias": 1}),
-    "of a batch": (convolution(batch=3), {"conv_2d": 1, "conv_bias": 1}),
-    "kernel first": (convolution(kernel_first=True), {"conv_2d": 1, "conv_bias": 1}),
-    "kernel first, batch": (convolution(kernel_first=True, batch=3), {"conv_2d": 1, "conv_bias": 1}),
-    "of one tap": (convolution(taps=1), {"conv_2d": 1, "conv_bias": 1}),
-    "without bias": (convolution(bias=False), {"conv_2d": 1, "conv_bias": 0}),
-    "product of a batch used twice": (convolution(batch=3, used_twice=True), {"conv_2d": 0}),
+    "convolution": (convolution(), {"convolution": 1, "conv_bias": 1}),
+    "of a batch": (convolution(batch=3), {"convolution": 1, "conv_bias": 1}),
+    "kernel first": (convolution(kernel_first=True), {"convolution": 1, "conv_bias": 1}),
+    "kernel first, batch": (convolution(kernel_first=True, batch=3), {"convolution": 1, "conv_bias": 1}),
+    "of one tap": (convolution(taps=1), {"convolution": 1, "conv_bias": 1}),
+    "without bias": (convolution(bias=False), {"convolution": 1, "conv_bias": 0}),
+    "product of a batch used twice": (convolution(batch=3, used_twice=True), {"convolution": 0}),
+    "of three dimensions": (convolution_3d(), {"convolution": 1}),
+    "of three dimensions and a batch": (convolution_3d(batch=2), {"convolution": 1}),
+    "of three dimensions, used twice": (convolution_3d(batch=2, used_twice=True), {"convolution": 0}),
     "linear": (linear(), {"linear": 1}),
     "sum with a matrix": (linear(row=False), {"linear": 0}),
     "product used twice": (linear(used_twice=True), {"linear": 0}),

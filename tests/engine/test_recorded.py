@@ -18,7 +18,7 @@ from tests.support import reference
 # decides, and the graphs are deep: the difference settles near float16's own precision.
 TOLERANCE = {"exact": 2e-3, "fast": 2e-2}
 UNET_FUSIONS = {
-    "conv_2d": 95, "conv_bias": 95, "group_norm": 61, "norm_silu": 45, "layer_norm": 48, "linear": 88,
+    "convolution": 95, "conv_bias": 95, "group_norm": 61, "norm_silu": 45, "layer_norm": 48, "linear": 88,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from sdrpc.ggml.params import Conv2D
+from sdrpc.ggml.params import Conv2D, Conv3D, Params
 from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import F16, F32
 
@@ -99,29 +99,53 @@ class _Product(NamedTuple):
     lies: tuple[tuple[Group, ...], int]
 
 
+class _Unrolled(NamedTuple):
+    """What unrolls patches of ``batch`` images for a convolution, and how that is said for a number of outputs:
+    shape of the kernel, shape of the result, parameters."""
+
+    op: str
+    batch: int
+    kernel: Callable[[int], Dims]
+    result: Callable[[int], Dims]
+    params: Callable[[int], Params]
+
+
+def _unrolled(columns: Value, kernel: Dims, image: Dims) -> _Unrolled | None:
+    p: Any = columns.params
+    (k0, k1, k2, _), (_, width, height, outer) = kernel, columns.ne
+    if columns.op == "IM2COL" and p.is_2d:
+        return _Unrolled("CONV_2D", outer, lambda n: (k0, k1, k2, n), lambda n: (width, height, n, outer),
+                         lambda _: Conv2D(*p[:6]))  # fmt: skip
+    if columns.op == "IM2COL_3D":
+        batch = image[3] // p.channels
+        depth = outer // batch
+        return _Unrolled("CONV_3D", batch, lambda n: (k0, k1, k2, p.channels * n),
+                         lambda n: (width, height, depth, n * batch), lambda n: Conv3D(*(*p, batch, n)))  # fmt: skip
+    return None
+
+
 def _convolution(product: Value) -> _Product | None:
     """MUL_MAT of unrolled patches and a kernel, in either order."""
     if product.op != "MUL_MAT" or product.store is not None:
         return None
     for patches, kernel in (product.src, product.src[::-1]):
         columns = _dense_source(patches)
-        if columns is None or columns.op != "IM2COL" or kernel is None or patches is None or columns.store is not None:
+        if columns is None or kernel is None or patches is None or columns.store is not None or len(columns.src) < 2:
             continue
-        shape, image, p = columns.src[0], columns.src[1], columns.params
-        if shape is None or image is None or not p.is_2d:
+        shape, image = columns.src[:2]
+        if shape is None or image is None or (kind := _unrolled(columns, shape.ne, image.ne)) is None:
             continue
-        k, width, height, batch = shape.ne, *columns.ne[1:]
-        taps, places = prod(k[:3]), width * height
+        taps, batch, channels = columns.ne[0], kind.batch, kernel.ne[1]
+        places = prod(columns.ne[1:]) // batch
         if patches.ne != (taps, places * batch, 1, 1) or kernel.ne[0] != taps or kernel.ne[2:] != (1, 1):
             continue
-        channels = kernel.ne[1]
-        weight = _reshaped_leaf(kernel, (k[0], k[1], k[2], channels))
+        weight = _reshaped_leaf(kernel, kind.kernel(channels))
         if weight is None:
             continue
         if columns.type is F16 and image.type is F32:  # ggml rounds what it unrolls
             image = Value("CPY", F16, image.ne, (image,), at=columns.at, node=columns.node)
-        conv = Value("CONV_2D", F32, (width, height, channels, batch), (weight, image),
-                     Conv2D(*p[:6]), product.at, node=product.node)  # fmt: skip
+        conv = Value(kind.op, F32, kind.result(channels), (weight, image), kind.params(channels), product.at,
+                     node=product.node)  # fmt: skip
         step = places * channels
         if patches is product.src[0]:
             lies = Group(1, places, 1), Group(places, batch, step), Group(places * batch, channels, places)
@@ -131,8 +155,8 @@ def _convolution(product: Value) -> _Product | None:
     return None
 
 
-def conv_2d(value: Value, readers: Readers) -> Value | None:
-    """IM2COL, MUL_MAT and what brings the product into an image's shape."""
+def convolution(value: Value, readers: Readers) -> Value | None:
+    """IM2COL or IM2COL_3D, MUL_MAT and what brings the product into an image's shape."""
     product = value.src[0] if value.op == "VIEW" else value
     if product is None or (product is not value and not readers.alone(product)):
         return None
@@ -283,7 +307,7 @@ class Pass(NamedTuple):
 
 PASSES = (
     Pass("copies", (no_copy, view_of_view, no_scale)),
-    Pass("convolutions", (conv_2d, view_of_view)),
+    Pass("convolutions", (convolution, view_of_view)),
     # convolutions bring images that are views of images: their copies can only go now
     Pass("copies again", (no_copy, view_of_view)),
     Pass("attention", (attention,)),
