@@ -162,7 +162,9 @@ def library() -> Any:
     found = sorted(FOLDER.glob("libggml.*"))
     if not found:
         raise MissingLibrary(f"no ggml libraries in {FOLDER}: `make interop` (or tools/ggml_wheel.py) builds them")
-    lib = c.CDLL(str(found[0]))
+    # Each needs those before it, and not every build says where these are: what is loaded already is not looked for.
+    parts = [*(next(FOLDER.glob(f"libggml-{part}.*")) for part in ("base", "cpu", "rpc")), found[0]]
+    lib = [c.CDLL(str(part)) for part in parts][-1]
     for name, (result, arguments) in FUNCTIONS.items():
         if function := getattr(lib, name, None):  # what an older one lacks fails when it is used
             function.restype = _CODES[result]
