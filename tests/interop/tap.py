@@ -67,6 +67,7 @@ class Tap:
     @staticmethod
     def _replies(server: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while piece := server.recv(1 << 20):
-                client.sendall(piece)
+            with contextlib.suppress(ConnectionResetError):  # as good as the end, for the client as well
+                while piece := server.recv(1 << 20):
+                    client.sendall(piece)
             client.shutdown(socket.SHUT_WR)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from sdrpc.server import Server
 from tests.interop.tap import Tap
 from tests.interop.worker import nmse
-from tests.support.language import Generated, Llama, write_mamba, write_model
+from tests.support.language import Generated, Llama, write_mamba, write_model, write_rwkv
 
 pytestmark = pytest.mark.interop
 
@@ -95,10 +95,17 @@ def test_a_graph_crosses_once(type: str, ours: Ours) -> None:
     assert (commands["GRAPH_COMPUTE"], commands["GRAPH_RECOMPUTE"]) == (2 * DEVICES, (TOKENS - 1) * DEVICES)
 
 
-@pytest.mark.parametrize("generation", [1, 2])
-def test_a_recurrent_model(generation: int, our_server: Server, tmp_path: Path) -> None:
-    """Mamba: states that graphs read and write, views of other devices' memory, results without elements."""
-    model = write_mamba(tmp_path / "mamba.gguf", generation, seed=3)
+RECURRENT: dict[str, Callable[[Path], Path]] = {
+    "mamba": lambda path: write_mamba(path, 1, seed=3),
+    "mamba2": lambda path: write_mamba(path, 2, seed=3),
+    "rwkv7": lambda path: write_rwkv(path, seed=0),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_model(kind: str, our_server: Server, tmp_path: Path) -> None:
+    """States that graphs read and write, views of other devices' memory, tensors without elements."""
+    model = RECURRENT[kind](tmp_path / "model.gguf")
     with Llama(tmp_path / "cpu.log") as llama:
         theirs = llama.generate(model, TEXT, TOKENS, flash=False)
     with Tap(our_server.endpoint) as tap, Llama(tmp_path / "rpc.log", tap.endpoint) as llama:

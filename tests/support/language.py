@@ -13,7 +13,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -90,18 +90,13 @@ def write_mamba(path: Path, generation: int, shape: Shape = Shape(layers=2), see
     rng = np.random.default_rng(seed)
     inner, size, taps = 2 * shape.width, 16, 4
     writer = gguf.GGUFWriter(path, f"mamba{'' if generation == 1 else generation}")
+    normal, uniform = _random(writer, rng)
     _describe(writer, shape)
     rank, groups = (16, 1) if generation == 1 else (inner // 64, 2)
     writer.add_ssm_conv_kernel(taps)
     writer.add_ssm_inner_size(inner)
     writer.add_ssm_state_size(size)
     writer.add_ssm_time_step_rank(rank)
-
-    def normal(name: str, *dims: int) -> None:
-        writer.add_tensor(name, (rng.standard_normal(dims) * dims[-1] ** -0.5).astype(np.float32))
-
-    def uniform(name: str, low: float, high: float, *dims: int) -> None:
-        writer.add_tensor(name, rng.uniform(low, high, dims).astype(np.float32))
 
     normal("token_embd.weight", shape.vocabulary, shape.width)
     uniform("output_norm.weight", 0.5, 1.5, shape.width)
@@ -129,6 +124,58 @@ def write_mamba(path: Path, generation: int, shape: Shape = Shape(layers=2), see
         writer.add_ssm_group_count(groups)
     _close(writer)
     return path
+
+
+def write_rwkv(path: Path, shape: Shape = Shape(layers=2), seed: int = 0) -> Path:  # noqa: B008
+    """An RWKV of the seventh generation with random F32 weights, with heads of 64 elements."""
+    writer = gguf.GGUFWriter(path, "rwkv7")
+    normal, uniform = _random(writer, np.random.default_rng(seed))
+    width, rank = shape.width, 16
+    _describe(writer, shape)
+    writer.add_feed_forward_length(shape.hidden)
+    writer.add_head_count(0)
+    writer.add_layer_norm_eps(EPS)
+    writer.add_wkv_head_size(64)
+    writer.add_token_shift_count(2)
+    for add in (writer.add_decay_lora_rank, writer.add_iclr_lora_rank, writer.add_value_residual_mix_lora_rank):
+        add(rank)
+    writer.add_gate_lora_rank(rank)
+    normal("token_embd.weight", shape.vocabulary, width)
+    normal("output.weight", shape.vocabulary, width)
+    norms = ["token_embd_norm", "output_norm"]
+    for block in (f"blk.{i}" for i in range(shape.layers)):
+        norms += [f"{block}.attn_norm", f"{block}.attn_norm_2", f"{block}.time_mix_ln"]
+        for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k"):
+            uniform(f"{block}.time_mix_{name}.weight", -1.0, 1.0, width)
+        for name in ("w", "a", "v", "g"):
+            normal(f"{block}.time_mix_{name}1.weight", rank, width)
+            normal(f"{block}.time_mix_{name}2.weight", width, rank)
+        for name in ("key", "value", "receptance", "output"):
+            normal(f"{block}.time_mix_{name}.weight", width, width)
+        uniform(f"{block}.time_mix_lerp_fused.weight", 0.0, 1.0, 6, 1, 1, width)
+        uniform(f"{block}.channel_mix_lerp_k.weight", 0.0, 1.0, 1, 1, width)
+        normal(f"{block}.channel_mix_key.weight", shape.hidden, width)
+        normal(f"{block}.channel_mix_value.weight", width, shape.hidden)
+    for norm in norms:
+        uniform(f"{norm}.weight", 0.5, 1.5, width)
+        uniform(f"{norm}.bias", -0.2, 0.2, width)
+    _close(writer)
+    return path
+
+
+Add = Callable[..., None]
+
+
+def _random(writer: gguf.GGUFWriter, rng: np.random.Generator) -> tuple[Add, Add]:
+    """Functions that add a tensor of normal numbers, whose products with rows keep their size, and of uniform ones."""
+
+    def normal(name: str, *dims: int) -> None:
+        writer.add_tensor(name, (rng.standard_normal(dims) * dims[-1] ** -0.5).astype(np.float32))
+
+    def uniform(name: str, low: float, high: float, *dims: int) -> None:
+        writer.add_tensor(name, rng.uniform(low, high, dims).astype(np.float32))
+
+    return normal, uniform
 
 
 def _close(writer: gguf.GGUFWriter) -> None:

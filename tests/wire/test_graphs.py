@@ -202,6 +202,19 @@ def test_results_without_elements() -> None:
     assert [node.ne[1] for node in read.nodes] == [0, 1]
 
 
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_concat_with_nothing_is_a_copy(order: tuple[int, int]) -> None:
+    """llama.cpp joins the last token's row with those of the tokens before it, of which there may be none."""
+    empty, joined = (
+        {"ne": (4, 0, 1, 1), "src": (0,) * 10},
+        {"op": newest().op_numbers["CONCAT"], "src": order + (0,) * 8},
+    )
+    graph = decode_graph(Payload(chain(NONE, empty, joined), [2, 3]).bytes, newest(), same).graph
+    (copy,) = graph.nodes
+    assert (copy.op, copy.params, copy.src) == ("CONT", p.NO_PARAMS, graph.leaves)
+    assert graph.leaves[0].ne == (4, 1, 1, 1)
+
+
 @every_dialect
 def test_clients_that_mark_nothing(dialect: Dialect) -> None:
     """Protocol 3.6.0 has no such mark, and its clients can't be told from those of 3.6.1."""

@@ -11,7 +11,7 @@ to is not followed. (A scheduler that splits a graph over devices sends the whol
 that is not marked as COMPUTE: a branch that the client has not chosen this time.
 
 One node may read itself: ggml makes a cast as a CPY whose destination, source 1, is the result. Here that is a CPY with
-one operand.
+one operand. A CONCAT with a tensor without elements is here the copy that it is, a CONT.
 """
 
 from __future__ import annotations
@@ -115,14 +115,25 @@ def decode_graph(payload: Bytes, dialect: Dialect, resolve: Resolve) -> Received
     nodes, references = _link(table, node_ids, dialect)
     _check_numbers(table, dialect)
     nodes = nodes[_computed(table["flags"][nodes], dialect)]
+    nothing = _joins_nothing(table, references, dialect)
+    references[nothing] = -1
     nodes = nodes[_wanted(table, nodes, references, dialect)]
-    return Received(device, Graph(_build(table, nodes, references, dialect, resolve)))
+    copies: NDArray[np.bool_] = np.any(nothing, axis=1)
+    return Received(device, Graph(_build(table, nodes, references, copies, dialect, resolve)))
 
 
 def _computed(flags: NDArray[np.int32], dialect: Dialect) -> NDArray[np.bool_]:
     """Which of the nodes with these flags are to be computed: all of them where the client marks none."""
     marked: NDArray[np.bool_] = flags & COMPUTE != 0
     return marked if dialect.marks_computed or marked.any() else ~marked
+
+
+def _joins_nothing(table: Columns, references: NDArray[np.int64], dialect: Dialect) -> NDArray[np.bool_]:
+    """Which references are operands without elements of a CONCAT."""
+    empty = np.append((table["ne"] == 0).any(1), False)  # the last one answers for "no reference"
+    joins: NDArray[np.bool_] = empty[references] & (table["op"] == dialect.op_numbers["CONCAT"])[:, None]
+    joins[:, MAX_SRC] = False  # its view_src
+    return joins
 
 
 def _wanted(
@@ -223,6 +234,7 @@ def _build(
     table: Columns,
     nodes: NDArray[np.int64],
     references: NDArray[np.int64],
+    copies: NDArray[np.bool_],
     dialect: Dialect,
     resolve: Resolve,
 ) -> tuple[Tensor, ...]:
@@ -257,14 +269,17 @@ def _build(
         buffer, offset = resolve(buffer_of[row], data_of[row]) if buffer_of[row] else (0, 0)
         node = is_node[row]
         operands = [built[source] for source in src_of[row][:MAX_SRC]] if node else []
+        op = "NONE" if not node else "CONT" if copies[row] else ops[op_of[row]]
+        if op == "CONT":
+            operands = [operand for operand in operands if operand is not None]
         while operands and operands[-1] is None:
             operands.pop()
         return Tensor(
             type=kind,
             ne=ne,
             nb=_restored(kind, ne, nb),
-            op=ops[op_of[row]] if node else "NONE",
-            params=decode_params(row) if node else params.NO_PARAMS,
+            op=op,
+            params=decode_params(row) if node and not copies[row] else params.NO_PARAMS,
             src=tuple(operands),
             view_src=built[src_of[row][MAX_SRC]] if node else None,
             view_offset=offs_of[row] if node else 0,
