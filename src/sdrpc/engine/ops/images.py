@@ -176,9 +176,8 @@ def _cubic(x: Tensor, axis: int, n: int, factor: float, offset: float) -> Tensor
     """Convolution with Keys' kernel, a = -0.75."""
     at = _places(x, n, factor, offset) - offset
     low = at.floor()
-    away = torch.stack(
-        (at - low, 1 - (at - low))
-    )  # from the two elements in the middle; from the outer ones it is 1 more
+    # how far it is from the two elements in the middle; from the outer ones it is 1 more
+    away = torch.stack((at - low, 1 - (at - low)))
     near = ((CUBIC + 2) * away - (CUBIC + 3)) * away * away + 1
     far = ((CUBIC * (away + 1) - 5 * CUBIC) * (away + 1) + 8 * CUBIC) * (away + 1) - 4 * CUBIC
     taps = low.long()[:, None] + torch.arange(-1, 3, device=x.device)
