@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from sdrpc.ggml import params
+from sdrpc.ggml import params, spec
 from sdrpc.ggml.dialect import Dialect, dialects
 from sdrpc.server import Limits, Server
 from sdrpc.wire import graphs, messages
@@ -135,6 +136,28 @@ def test_a_graph_is_decoded_once_and_known_again_by_its_bytes(scene: Scene, monk
         client.get(add.sum, 4)
     assert len(decoded) == 1
     scene.goes_on()
+
+
+def test_a_graph_that_runs_again_is_not_looked_at_again(
+    device: CountingDevice, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRAPH_RECOMPUTE: nothing is decoded, checked, compiled or bound."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: object, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **named: (counted.update([name]), plain(*args, **named))[1])
+
+    for owner, name in ((graphs, "decode_graph"), (spec, "check"), (device, "compile")):
+        count(owner, name)
+    with scene.client() as client:
+        add = Adder(client, elements=33)
+        add()
+        first = Counter(counted)
+        assert first["decode_graph"] == first["compile"] == 1
+        for _ in range(4):
+            add()
+    assert counted == first
 
 
 def test_data_beyond_every_buffer_of_the_socket(scene: Scene) -> None:
