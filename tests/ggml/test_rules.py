@@ -320,6 +320,7 @@ UNSUPPORTED: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("SOFT_MAX", (t(7, 5), None, t(1, type=F16)), p.SoftMax(1.0), {}),
     ("FLASH_ATTN_EXT", (t(8, 5), t(8, 7), t(8, 7), None, t(1, type=F16)), p.FlashAttn(1.0), {}),
     ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3), t(2, 3)), p.MulMat(), {}),
+    ("MUL_MAT_ID", (t(8, 5, 4097), t(8, 2, 3), t(2, 3, type=I32)), p.MulMat(), {}),
     ("MUL_MAT_ID", (t(8, 5, 4, type=I8), t(8, 2, 3), t(2, 3, type=I32)), p.MulMat(), {}),
     ("MUL_MAT_ID", (t(8, 5, 4), t(8, 2, 3, type=I8), t(2, 3, type=I32)), p.MulMat(), {}),
     ("ADD_ID", (t(8, 2, 3), t(8, 4), t(2, 3)), NO_PARAMS, {}),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.interop.cases.base import FLOATS, ROWS_DENSE, Builder, Case, sweep
+from tests.support import ggml
 
 Shape = tuple[int, ...]
 
@@ -17,8 +18,10 @@ WEIGHTS = (
 """Types that ggml's CPU backend has a product for."""
 PAIRS = (
     ("F16", "F16"), ("BF16", "BF16"), ("F32", "BF16"), ("Q4_0", "Q8_0"), ("Q8_0", "Q8_0"), ("IQ4_NL", "Q8_0"),
+    ("Q4_1", "Q8_1"), ("Q5_1", "Q8_1"), ("Q5_K", "Q8_K"), ("IQ4_XS", "Q8_K"),
 )  # fmt: skip
 """Types of both operands, where the second one is what ggml would make of it."""
+DESCENDING = 1  # ggml_sort_order
 BOUNDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
@@ -37,7 +40,10 @@ def _mul_mat(
     """[k, m, *batch] by [k, n, *batch · repeat]."""
     k, m, n = kmn
     x = b.operand(k, m, *batch, view=view, type=type)
-    y = b.operand(k, n, batch[0] * repeat[0], batch[1] * repeat[1], view=second, type=other)
+    within = other in ("Q8_1", "Q8_K")  # types that ggml makes while it computes only
+    y = b.operand(k, n, batch[0] * repeat[0], batch[1] * repeat[1], view=second, type="F32" if within else other)
+    if within:
+        y = b.cast(y, ggml.TYPES[other])
     product = b.mul_mat(x, y)
     return b.prec_f32(product) if prec else product
 
@@ -66,20 +72,24 @@ def _mul_mats() -> Iterator[Case]:
 
 def _mul_mat_id(
     b: Builder, *, kmn: Shape, used: int, type: str = "F32", experts: int = 4, shared: bool = False,
-    view: str = "dense", second: str = "dense",
+    view: str = "dense", second: str = "dense", routed: bool = False,
 ) -> Any:  # fmt: skip
-    """``shared``: all matrices of a token get the same row."""
+    """``shared``: all matrices of a token get the same row; ``routed``: those are used that score best."""
     k, m, n = kmn
     x = b.operand(k, m, experts, view=view, type=type)
     y = b.operand(k, 1 if shared else used, n, view=second)
-    return b.mul_mat_id(x, y, b.indices(experts, used, n, unique=True))
+    if not routed:
+        return b.mul_mat_id(x, y, b.indices(experts, used, n, unique=True))
+    best = b.argsort(b.distinct(experts, n), DESCENDING)
+    nb = best.contents.nb
+    return b.mul_mat_id(x, y, b.view_4d(best, used, n, 1, 1, nb[1], nb[2], nb[3], 0))
 
 
 def _mul_mat_ids() -> Iterator[Case]:
     yield from sweep(
         "MUL_MAT_ID", _mul_mat_id, _bound, most=320, type=WEIGHTS, kmn=((256, 16, 1), (256, 5, 33), (512, 7, 9)),
         used=(1, 2, 4), experts=(4, 8), shared=(False, True), view=("dense", "offset", "part"),
-        second=("dense", "part", "0213"),
+        second=("dense", "part", "0213"), routed=(False, True),
     )  # fmt: skip
     yield from sweep(
         "MUL_MAT_ID", _mul_mat_id, _bound, most=60, type=FLOATS, kmn=((33, 5, 7), (1, 3, 2), (64, 1, 70)), used=(1, 3),

@@ -14,6 +14,8 @@ from sdrpc.ggml.rules.attention import ROPE_IMROPE, ROPE_MROPE, ROPE_NORMAL, ROP
 from ..values import Value
 from .base import Raise, repeat_to
 
+SCORES = 1 << 24
+"""Scores of queries and keys that are held at once, where it takes any: a long context has billions."""
 RAMP = 0.001
 """The narrowest band, in pairs, over which YaRN blends (rope_yarn_ramp)."""
 
@@ -124,36 +126,56 @@ def _spread(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _attend(
+    p: Any, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None, softcap: float = 0.0
+) -> Tensor:
     """[n, heads, queries, head] and [n, groups, keys, head] → [n, heads, queries, head]."""
-    p: Any = v.params
-    heads = q.shape[1]
+    batch, heads, queries = q.shape[:3]
     k, value = _spread(k, heads), _spread(value, heads)
     if mask is not None:
-        repeated = all(have in (1, want) for have, want in zip(mask.shape[:2], q.shape[:2], strict=True))
-        if p.max_bias > 0 or not repeated or mask.shape[2] != q.shape[2]:
-            mask = _bias(q.shape[:3] + k.shape[2:3], mask, p.max_bias)
-    return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
+        mask = mask[:, :, :queries]
+    repeats = mask is not None and any(n not in (1, want) for n, want in zip(mask.shape, (batch, heads), strict=False))
+    if not (softcap or sinks is not None or repeats or p.max_bias > 0):
+        return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
+    some = max(1, SCORES // (batch * heads * k.shape[2]))
+    parts = []
+    for start in range(0, queries, some):
+        part = q[:, :, start : start + some]
+        bias = None
+        if mask is not None:
+            bias = _bias(part.shape[:3] + k.shape[2:3], mask[:, :, start : start + some], p.max_bias)
+        if softcap or sinks is not None:
+            parts.append(_explicit(p.scale, part, k, value, bias, sinks, softcap))
+        else:
+            parts.append(F.scaled_dot_product_attention(part, k, value, attn_mask=bias, scale=p.scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _explicit(
+    scale: float, q: Tensor, k: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, softcap: float
+) -> Tensor:
+    """What torch has no kernel for, by way of all scores."""
+    scores = q @ k.mT * (scale / (softcap or 1.0))
+    if softcap:
+        scores = torch.tanh(scores) * softcap
+    if bias is not None:
+        scores = scores + bias
+    weights = _weights(scores, sinks)
+    if bias is not None and sinks is None:  # a query that sees nothing gets nothing
+        weights = weights.masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
+    return weights @ value
+
+
+def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    return _attend(v.params, q, k, value, mask)
 
 
 def _flash_attn(
     v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None
 ) -> Tensor:
-    """[n, heads, queries, head] and [n, groups, keys, head] → [n, queries, heads, head]."""
+    """As :func:`_attend`, with the heads of a query together: [n, queries, heads, head]."""
     p: Any = v.params
-    if not p.logit_softcap and sinks is None:
-        return _attention(v, q, k, value, mask).transpose(1, 2)
-    heads = q.shape[1]
-    scores = q @ _spread(k, heads).mT
-    scores = scores * (p.scale / (p.logit_softcap or 1.0))
-    if p.logit_softcap:
-        scores = torch.tanh(scores) * p.logit_softcap
-    if mask is not None:
-        scores = scores + _bias(scores.shape, mask, p.max_bias)
-    weights = _weights(scores, sinks)
-    if mask is not None and sinks is None:  # a query that sees nothing gets nothing
-        weights = weights.masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
-    return (weights @ _spread(value, heads)).transpose(1, 2)
+    return _attend(p, q, k, value, mask, sinks, p.logit_softcap).transpose(1, 2)
 
 
 RAISE: dict[str, Raise] = {

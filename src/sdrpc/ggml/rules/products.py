@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ..types import F32
-from .base import FLOATS, READABLE, Call, Result, Rule, need, typed
+from .base import FLOATS, READABLE, Call, Result, Rule, need, support, typed
+
+MATRICES = 1 << 12
+"""Matrices of which rows pick theirs. They are used one by one: models have hundreds, and millions would take hours."""
 
 _I32 = frozenset({"I32"})
 
@@ -28,6 +31,7 @@ def _mul_mat_id(call: Call) -> Result:
         x[0] == y[0] and x[3] == y[3] == 1 and n[1:] == (y[2], 1, 1) and not n[0] % y[1],
         "can't multiply {} and {} by {}", x, y, n,
     )  # fmt: skip
+    support(x[2] <= MATRICES, "{} matrices", x[2])
     return Result(F32, (x[1], n[0], y[2], 1))
 
 
