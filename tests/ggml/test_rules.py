@@ -309,6 +309,7 @@ UNSUPPORTED: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("CUSTOM", (), NO_PARAMS, {}), ("MAP_CUSTOM1", (t(4),), NO_PARAMS, {}),
     ("OPT_STEP_ADAMW", (t(4),) * 5, NO_PARAMS, {}), ("FLASH_ATTN_BACK", (t(4),), NO_PARAMS, {}),
     ("COUNT", (), NO_PARAMS, {}),
+    ("RWKV_WKV7", keys(5, (6, 3, 2**18), (6, 3, 2**18)), NO_PARAMS, {}),
     ("SSM_SCAN", scan(a=(5, 4)), p.States(2), {}), ("DSV4_HC_COMB", (t(24, 5), t(3), t(24)), p.Mixing(0.0, 1025), {}),
     ("DSV4_HC_COMB", (t(35, 5), t(3), t(35)), p.Mixing(0.0, 1), {}),
     ("SOFT_MAX_BACK", (t(9), t(9)), p.SoftMax(1.0, 8.0), {}),

@@ -67,6 +67,7 @@ CASES: dict[str, Case] = {
     "SSM_SCAN": _scan(1, 1),
     "SSM_SCAN-mamba-1": _scan(5, 0),
     "SSM_SCAN-states": _scan(1, 3),
+    "SSM_SCAN-before-the-first-token": _scan(1, 5),
     "RWKV_WKV6": lambda f: node("RWKV_WKV6", f(*KEYS), f(*KEYS), f(*KEYS), f(6, 3), _decay(f), f(*STATE)),
     "RWKV_WKV7": lambda f: node(
         "RWKV_WKV7", f(*KEYS), _decay(f), f(*KEYS), f(*KEYS), _between(f, -0.3, 0.3, *KEYS),
@@ -78,6 +79,7 @@ CASES: dict[str, Case] = {
     "GATED_DELTA_NET": _delta(1, 4, 1),
     "GATED_DELTA_NET-gates": _delta(6, 2, 0),
     "GATED_DELTA_NET-states": _delta(1, 2, 2),
+    "GATED_DELTA_NET-before-the-first-token": _delta(1, 2, 4),
     "SOLVE_TRI": _solve,
     "LIGHTNING_INDEXER": lambda f: node(
         "LIGHTNING_INDEXER", f(8, 3, 4, 2), f(8, 1, 5, 2, type=F16), f(3, 4, 1, 2), f(5, 4, type=F16)

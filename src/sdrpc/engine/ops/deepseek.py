@@ -12,14 +12,20 @@ from ..dtypes import shape_of
 from ..values import Value
 from .base import Raise, repeat_to
 
+SCORES = 1 << 24
+"""Scores of heads that are held at one time."""
+
 
 def _lightning_indexer(v: Value, query: Tensor, key: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """How much each key matters for a token: the sum over heads of weight · relu(q k), plus the mask."""
-    batch, tokens, heads, size = query.shape
-    scores = F.relu(query.reshape(batch, tokens * heads, size) @ key[:, :, 0].mT)
-    scores = scores.reshape(batch, tokens, heads, -1)
-    summed = weights.reshape(batch, tokens, 1, heads) @ scores
-    return summed.reshape(shape_of(v.ne)) + repeat_to(mask, v.ne)
+    keys = key[:, :, 0].mT
+    batch, tokens, _, size = query.shape
+    at_once = max(SCORES // (batch * tokens * keys.shape[2]), 1)
+    total = repeat_to(mask, v.ne)[:, 0]
+    for some, weight in zip(torch.split(query, at_once, 2), torch.split(weights, at_once, 3), strict=True):
+        scores = F.relu(some.reshape(batch, -1, size) @ keys).reshape(batch, tokens, some.shape[2], -1)
+        total = total + (weight[:, 0, :, None] @ scores)[:, :, 0]
+    return total.reshape(shape_of(v.ne))
 
 
 def _mixing(v: Value, mixes: Tensor, scale: Tensor, base: Tensor) -> Tensor:

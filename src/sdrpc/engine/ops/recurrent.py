@@ -46,16 +46,17 @@ def _ssm_scan(v: Value, states: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Ten
     Sequence i starts from ``states[rows[i]]`` [heads, width, size].
     """
     p: Any = v.params
-    state = states[within(rows.reshape(-1).long(), states.shape[0])]
+    sequences, tokens, heads, width = x.shape
+    _, _, groups, size = b.shape
+    grouped = (sequences, groups, heads // groups)
+    state = states[within(rows.reshape(-1).long(), states.shape[0])].reshape(*grouped, width, size)
     step = F.softplus(dt[0])
-    decay = torch.exp(step[..., None] * a[0, 0])[:, :, :, None]
-    inputs = (x * step[..., None])[..., None]
-    share = x.shape[2] // b.shape[2]
-    b, c = b.repeat_interleave(share, 2)[:, :, :, None], c.repeat_interleave(share, 2)[..., None]
+    inputs, a = x * step[..., None], a[0, 0]
     outputs, history = [], _history(p.states)
-    for t in range(x.shape[1]):
-        state = state * decay[:, t] + inputs[:, t] * b[:, t]
-        outputs.append((state @ c[:, t])[..., 0])
+    for t in range(tokens):
+        decay = torch.exp(step[:, t, :, None] * a).reshape(*grouped, 1, -1)
+        state = state * decay + inputs[:, t].reshape(*grouped, width, 1) * b[:, t, :, None, None]
+        outputs.append((state @ c[:, t, :, None, :, None])[..., 0])
         history.appendleft(state)
     return _joined(v, outputs, history)
 

@@ -14,6 +14,10 @@ from .base import Call, Result, Rule, need, support, typed
 _F32 = frozenset({"F32"})
 _I32 = frozenset({"I32"})
 
+MOST_TOKENS = 1 << 16
+"""Of one sequence in one operation, which goes through them one by one and can't be stopped in between; far more than
+clients put into a graph."""
+
 
 def _all_f32(call: Call) -> None:
     for source in call.src:
@@ -27,6 +31,10 @@ def _snapshots(call: Call) -> int:
     states: int = call.params.states
     need(states >= 0, "{} states", states)
     return states or 1
+
+
+def _one_by_one(tokens: int) -> None:
+    support(tokens <= MOST_TOKENS, "{} tokens at once", tokens)
 
 
 def _ssm_conv(call: Call) -> Result:
@@ -56,6 +64,7 @@ def _ssm_scan(call: Call) -> Result:
     )  # fmt: skip
     need(rows.ne == (sequences, 1, 1, 1), "numbers of states {} for input {}", rows.ne, x.ne)
     kept = _snapshots(call)
+    _one_by_one(tokens)
     support(a.ne[0] == 1 or kept == 1, "several states with a decay for each of their elements")
     return Result(F32, dims(prod(x.ne) + kept * size * width * heads * sequences))
 
@@ -69,6 +78,7 @@ def _like_keys(call: Call, state: Tensor, *others: Tensor) -> Result:
     sequences = state.ne[1]
     need(prod(state.ne) == size * size * heads * sequences, "state {} for keys {}", state.ne, keys)
     need(tokens % sequences == 0, "{} tokens in {} sequences", tokens, sequences)
+    _one_by_one(tokens // sequences)
     return Result(F32, (size * heads, tokens + size * sequences, 1, 1))
 
 
@@ -103,6 +113,7 @@ def _gated_delta_net(call: Call) -> Result:
     need(beta.ne == (1, *v[1:]), "beta {} for value {}", beta.ne, v)
     need(prod(state.ne) == size * size * heads * sequences, "state {} for value {}", state.ne, v)
     kept = _snapshots(call)
+    _one_by_one(tokens)
     return Result(F32, (size * heads, tokens * sequences + kept * size * sequences, 1, 1))
 
 
