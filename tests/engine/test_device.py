@@ -12,7 +12,7 @@ import torch
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.digest import content
 from sdrpc.engine.precision import EXACT, choose
-from sdrpc.errors import ComputeError, DeviceError, GraphError, OutOfMemory, UnsupportedOperation, UsageError
+from sdrpc.errors import ComputeError, DeviceError, GraphError, OutOfMemory, UsageError
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32, I32, TYPES
