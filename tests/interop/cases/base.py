@@ -159,10 +159,6 @@ class Builder:
         return tensor
 
 
-def shape(*ne: int) -> str:
-    return "x".join(map(str, ne))
-
-
 F32, F16 = ggml.TYPES["F32"], ggml.TYPES["F16"]
 SMALL, ODD = (64, 5, 3, 2), (33, 7, 2, 3)
 FLOATS = ("F32", "F16", "BF16")
