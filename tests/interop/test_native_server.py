@@ -77,11 +77,11 @@ def devices(shared_native_server: NativeServer) -> Iterator[list[RemoteDevice]]:
         device.close()
 
 
-def check(part: str, kind: str, size: Size, device: RemoteDevice) -> None:
+def check(part: str, kind: str, size: Size, device: RemoteDevice, slack: float = 1.0) -> None:
     lowered, weights, inputs, expected = captured(part, kind, size)
     with Executable(lowered, device, weights) as run:
         error = relative_error(expected, run(**arrays(inputs))[0])
-    assert error <= BOUNDS[kind], f"{part} with {kind} weights, {size}: relative error {error:.2e}"
+    assert error <= slack * BOUNDS[kind], f"{part} with {kind} weights, {size}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rules.split()[0])

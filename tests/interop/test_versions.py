@@ -53,6 +53,8 @@ COPIES = {"CPY", "DUP", "CONT", "VIEW", "PERMUTE", "TRANSPOSE", "RESHAPE"}
 F32 of the others. It aborts on what it does not."""
 EXTREME = re.compile(r"-at[-\d]")
 """Where functions overflow or vanish: only the newest has been made to agree with itself there."""
+SLACK = 2.0
+"""Of the bounds for whole networks: 3.6.1 rounds more than the newest, 3.5e-3 where that has 2e-3 (F16)."""
 SOME_GRAPHS = [name for name in GRAPHS if "flash" not in name][::4]
 """Flash attention in graphs sets its precision by one of those functions."""
 ADDRESSES = count(2)
@@ -185,8 +187,10 @@ def older_server(request: pytest.FixtureRequest) -> Iterator[NativeServer]:
 def test_our_client_uses_older_servers(part: str, kind: str, older_server: NativeServer) -> None:
     older_server.start()
     devices = connect([older_server.endpoint])
-    assert [device.name for device in devices] == ["RPC0", "RPC1"]
-    assert all(0 < device.memory().free <= device.memory().total for device in devices)
-    check_part(part, kind, SIZES[1], devices[1])
-    for device in devices:
-        device.close()
+    try:
+        assert [device.name for device in devices] == ["RPC0", "RPC1"]
+        assert all(0 < device.memory().free <= device.memory().total for device in devices)
+        check_part(part, kind, SIZES[0], devices[1], slack=SLACK)
+    finally:  # it serves one client at a time
+        for device in devices:
+            device.close()
