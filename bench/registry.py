@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cache, graph, language, memory, start, step, upload, wire
+from . import cache, graph, language, memory, operations, start, step, upload, wire
 from .rows import Benchmark
 
 BENCHMARKS = (
@@ -12,6 +12,7 @@ BENCHMARKS = (
     Benchmark("cache", "an upload of weights that the server has kept, over a plain one; speed of hashes", cache.run),
     Benchmark("memory", "peak of memory that is the client's and the server's own", memory.run),
     Benchmark("graph", "sd-cli's recorded UNet graph: fast over exact, per operation", graph.run),
+    Benchmark("operations", "operations of SD 1.5 and a whole UNet graph, over ggml's own server", operations.run),
     Benchmark("language", "llama.cpp's client: tokens per second with our server, over ggml's own", language.run),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )

@@ -15,6 +15,10 @@ from sdrpc.ggml.types import Type
 from .blocks import dequantize
 
 
+PIECE = 1 << 16
+"""Elements that a core converts at a time."""
+
+
 class Form(NamedTuple):
     """How a weight is wanted: its dtype, and whether its channels lie together (kernels of convolutions)."""
 
@@ -26,10 +30,21 @@ def convert(raw: Tensor, type: Type, ne: tuple[int, int, int, int], form: Form) 
     """``raw``, a typed view of memory, in ``form``; always a copy unless it has that form already."""
     x = raw if type.plain else dequantize(raw, type, ne, form.dtype)
     if (x.dtype, form.dtype, x.device.type) == (torch.float16, torch.bfloat16, "cpu"):
-        x = x.float()  # torch has no vector code for this pair; two steps take half the time
+        x = _bfloat16(x)
     if form.channels_last:
         return x.to(form.dtype, memory_format=torch.channels_last)
     return x.to(form.dtype)
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    """``x``, float16 on a CPU, as bfloat16. Torch has no vector code for this pair: it goes through float32, in pieces
+    that stay in the cores' caches, which takes a quarter of the time."""
+    y = torch.empty(x.shape, dtype=torch.bfloat16)
+    size = PIECE * torch.get_num_threads()
+    between = torch.empty(min(size, x.numel()), dtype=torch.float32)
+    for part, result in zip(x.reshape(-1).split(size), y.view(-1).split(size), strict=True):
+        result.copy_(between[: len(part)].copy_(part))
+    return y
 
 
 @dataclass(frozen=True, slots=True)
