@@ -235,10 +235,10 @@ def _recorded(device: RemoteDevice, part: str) -> Ready:
     rng = np.random.default_rng(0)
     inputs = []
     for each in graph.leaves:
-        at = by_key[each.buffer], each.offset, recorded.contents(each, rng).tobytes()
-        device.write(*at)
+        content = by_key[each.buffer], each.offset, recorded.contents(each, rng).tobytes()
+        device.write(*content)
         if each.buffer == last.buffer:  # all results share that
-            inputs.append(at)
+            inputs.append(content)
     program = device.compile(graph, by_key)
     at = by_key[last.buffer], last.offset, last.nbytes
     return Ready(device, program, tuple(by_key.values()), at, tuple(inputs))

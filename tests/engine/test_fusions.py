@@ -28,24 +28,30 @@ class Steps(list[Tensor]):
 
 
 def convolution(
-    *, batch: int = 1, kernel_first: bool = False, taps: int = 3, bias: bool = True, used_twice: bool = False
+    *,
+    batch: int = 1,
+    kernel_first: bool = False,
+    taps: int = 3,
+    bias: bool = True,
+    used_twice: bool = False,
+    outputs: int = 7,
 ) -> Case:
     def case(leaves: Leaves) -> list[Tensor]:
         s = Steps()
-        kernel, x = leaves.normal(taps, taps, 5, 7, type="F16"), leaves.normal(9, 8, 5, batch)
+        kernel, x = leaves.normal(taps, taps, 5, outputs, type="F16"), leaves.normal(9, 8, 5, batch)
         pad = taps // 2
         columns = s.do(b.node("IM2COL", kernel, x, params=Im2Col(1, 1, pad, pad, 1, 1, 1), type=F16))
         rows = s.do(b.reshape(columns, columns.ne[0], 72 * batch))
-        flat = s.do(b.reshape(kernel, columns.ne[0], 7))
+        flat = s.do(b.reshape(kernel, columns.ne[0], outputs))
         if kernel_first:
             product = s.do(b.mul_mat(flat, rows))
-            image = s.do(b.permute(s.do(b.reshape(product, 7, 9, 8, batch)), 2, 0, 1, 3))
+            image = s.do(b.permute(s.do(b.reshape(product, outputs, 9, 8, batch)), 2, 0, 1, 3))
         else:
             product = s.do(b.mul_mat(rows, flat))
-            image = s.do(b.permute(s.do(b.reshape(product, 9, 8, batch, 7)), 0, 1, 3, 2))
+            image = s.do(b.permute(s.do(b.reshape(product, 9, 8, batch, outputs)), 0, 1, 3, 2))
         y = s.do(b.cont(image))
         if bias:
-            row = s.do(b.reshape(leaves.normal(7), 1, 1, 7))
+            row = s.do(b.reshape(leaves.normal(outputs), 1, 1, outputs))
             y = s.do(b.node("ADD", y, row))
         if used_twice:
             y = s.do(b.node("ADD", y, s.do(b.cont(s.do(b.reshape(product, *y.ne))))))
@@ -149,6 +155,7 @@ FUSES: dict[str, tuple[Case, dict[str, int]]] = {
     "of a batch": (convolution(batch=3), {"convolution": 1, "conv_bias": 1}),
     "kernel first": (convolution(kernel_first=True), {"convolution": 1, "conv_bias": 1}),
     "kernel first, batch": (convolution(kernel_first=True, batch=3), {"convolution": 1, "conv_bias": 1}),
+    "many channels": (convolution(batch=2, outputs=16 * 72), {"convolution": 1, "conv_bias": 1}),
     "of one tap": (convolution(taps=1), {"convolution": 1, "conv_bias": 1}),
     "without bias": (convolution(bias=False), {"convolution": 1, "conv_bias": 0}),
     "product of a batch used twice": (convolution(batch=3, used_twice=True), {"convolution": 0}),

@@ -252,6 +252,7 @@ CASES: dict[str, Case] = {
     "FLASH_ATTN_EXT cap": attention(4, 2, mask=True, cap=5.0),
     "IM2COL": im2col("F32"), "IM2COL half": im2col("F16"), "IM2COL 1d": im2col("F32", 0),
     "CONV_2D": two("CONV_2D", (3, 2, 4, 5), (9, 8, 4, 2), Conv2D(2, 1, 1, 2, 1, 2), "F16 F32"),
+    "CONV_2D channels": two("CONV_2D", (3, 2, 4, 130), (3, 2, 4, 2), Conv2D(2, 1, 1, 2, 1, 2), "F16 F32"),
     "CONV_2D_DW": two("CONV_2D_DW", (3, 3, 1, 4), (9, 8, 4, 2), Conv2D(1, 2, 1, 0, 1, 1)),
     "CONV_TRANSPOSE_2D": two("CONV_TRANSPOSE_2D", (3, 2, 5, 4), (6, 5, 4, 2), ConvTranspose2D(2)),
     "POOL_2D max": one("POOL_2D", 9, 7, 3, params=Pool2D(0, 3, 2, 2, 2, 1, 1)),

@@ -14,7 +14,6 @@ from sdrpc.ggml.types import Type
 
 from .blocks import dequantize
 
-
 PIECE = 1 << 16
 """Elements that a core converts at a time."""
 
@@ -42,7 +41,7 @@ def _bfloat16(x: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.bfloat16)
     size = PIECE * torch.get_num_threads()
     between = torch.empty(min(size, x.numel()), dtype=torch.float32)
-    for part, result in zip(x.reshape(-1).split(size), y.view(-1).split(size), strict=True):
+    for part, result in zip(torch.split(x.reshape(-1), size), torch.split(y.view(-1), size), strict=True):
         result.copy_(between[: len(part)].copy_(part))
     return y
 
