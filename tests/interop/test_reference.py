@@ -21,15 +21,18 @@ from tests.support.feed import Feed, graph
 
 pytestmark = pytest.mark.interop
 
-STRICTER = {
+NOT_ITS = {
     "ADD-strided", "SUB-strided", "MUL-strided", "DIV-strided", "UNARY-strided", "MEAN", "PERMUTE", "TRANSPOSE",
-    "CONV_2D_DW-channels-first", "TIMESTEP_EMBEDDING-odd",
+    "CONV_2D_DW-channels-first", "TIMESTEP_EMBEDDING-odd", "SSM_SCAN-mamba-1", "GATED_DELTA_NET-gates", "DSV4_HC_PRE",
+    "SSM_SCAN-before-the-first-token", "GATED_DELTA_NET-before-the-first-token", "RWKV_WKV7",
 }  # fmt: skip
-"""Cases with rows that are not dense (ggml's CPU backend asserts that they are, or takes them for it), or with a result
-in a layout that this ggml would not give it."""
+"""Cases that this ggml's CPU backend can't judge: rows that are not dense (it asserts that they are, or takes them for
+it), a result in a layout that it would not give, parameters as before 7.0 (a number of states that is not said), states
+from before the first token (it leaves them unwritten), heads that are no multiple of its vectors (it writes past them).
+"""
 
 BOUND = 1e-6
-BOUNDS = {"MUL_MAT": 1e-4}
+BOUNDS = {"MUL_MAT": 1e-4, "MUL_MAT_ID": 1e-4}
 """Mean squared error over mean square, by operation: ggml rounds a product's second operand to the first one's type."""
 
 
@@ -90,7 +93,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Native]:
     native.close()
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - STRICTER))
+@pytest.mark.parametrize("name", sorted(set(CASES) - NOT_ITS))
 def test_case(name: str, native: Native) -> None:
     theirs = native.run(name)
     feed = Feed()
