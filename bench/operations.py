@@ -28,7 +28,7 @@ from .native import native_server
 from .rows import Mark, Row
 from .setup import Setup, Variant
 
-ROUNDS, SECONDS = 15, 1.5
+ROUNDS, SECONDS = 9, 1.0
 """A case is run so often, or for as long, by each server."""
 NATIVE = "ggml"
 MARKS = {"exact": Mark(1.0), "fast": Mark(0.4)}

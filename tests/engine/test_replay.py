@@ -12,7 +12,7 @@ import torch
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.deadline import Deadline
-from sdrpc.engine.precision import choose
+from sdrpc.engine.precision import Precision
 from sdrpc.engine.program import Bound
 from sdrpc.engine.replay import Pool, Replay
 from sdrpc.ggml import build as b
@@ -62,7 +62,7 @@ class Product:
 
     def __init__(self, recorder: Recorder) -> None:
         cpu = torch.device("cpu")
-        self.device = LocalDevice("CPU", cpu, choose("fast", cpu), threads=1)
+        self.device = LocalDevice("CPU", cpu, Precision("fast", torch.bfloat16), threads=1)
         self.buffer = self.device.allocate(16384)
         key = self.buffer.key
         product = b.mul_mat(b.leaf(F16, N, N, buffer=key, offset=WEIGHT), b.leaf(F32, N, buffer=key))

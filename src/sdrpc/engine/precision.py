@@ -26,6 +26,9 @@ from .weights import Form
 PREC_F32 = 10
 """ggml_prec: GGML_PREC_F32."""
 
+FEW = 32
+"""A product with no more rows takes less time on a CPU than converting its weights."""
+
 BYTES = torch.uint8
 """How blocks are held: as they are in memory."""
 
@@ -59,12 +62,15 @@ SET_ROWS is memory, and of its kernel IM2COL wants the shape only."""
 class Precision:
     """``narrow`` is the dtype of heavy operations, None in exact precision. ``follows``: it is float16 for graphs whose
     weights are mostly that, which then need no conversion. ``channels_last``: kernels of convolutions are kept with
-    their channels together, which cuDNN would otherwise arrange anew at each use (a fifth of a UNet's time)."""
+    their channels together, which cuDNN would otherwise arrange anew at each use (a fifth of a UNet's time).
+    ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it: reading weights is most of
+    the work then, and there is nothing to convert."""
 
     name: str
     narrow: torch.dtype | None = None
     follows: bool = False
     channels_last: bool = False
+    halves: bool = False
 
     def suited(self, effects: Sequence[Value]) -> Precision:
         """This precision for the weights that the graph has."""
@@ -89,7 +95,9 @@ def choose(name: str, device: torch.device) -> Precision:
         return EXACT
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return Precision("fast", torch.float16, channels_last=True)  # before Ampere there is no bfloat16
-    return Precision("fast", torch.bfloat16, follows=device.type != "cpu", channels_last=device.type == "cuda")
+    if device.type == "cpu":
+        return Precision("fast", torch.bfloat16, halves="avx512_fp16" in processor_features())
+    return Precision("fast", torch.bfloat16, follows=True, channels_last=device.type == "cuda")
 
 
 def _is_narrow_faster(device: torch.device) -> bool:
@@ -103,9 +111,19 @@ def assign(effects: Sequence[Value], precision: Precision) -> tuple[Value, ...]:
     return _Assigner(effects, precision).run()
 
 
+def _has_few_rows(value: Value) -> bool:
+    """Whether ``value`` is a product of a weight in F16 and few rows, or places of images."""
+    if value.op not in ("MUL_MAT", "LINEAR", "CONV_2D"):
+        return False
+    weight = value.src[0]
+    outputs = value.ne[2] if value.op == "CONV_2D" else value.ne[0]
+    return weight is not None and weight.op == "LEAF" and weight.type is F16 and prod(value.ne) <= FEW * outputs
+
+
 class _Assigner:
     def __init__(self, effects: Sequence[Value], precision: Precision) -> None:
         self.effects, self.narrow, self.channels_last = effects, precision.narrow, precision.channels_last
+        self.halves = precision.halves
         self.done: dict[Value, Value] = {}
         self.casts: dict[tuple[Value, torch.dtype], Value] = {}
         self.weights: dict[tuple[Place, Form], Value] = {}
@@ -141,7 +159,9 @@ class _Assigner:
         if self.narrow is None:
             return torch.float32
         if value.op in HEAVY:
-            return torch.float32 if isinstance(value.params, MulMat) and value.params.prec == PREC_F32 else self.narrow
+            if isinstance(value.params, MulMat) and value.params.prec == PREC_F32:
+                return torch.float32
+            return torch.float16 if self.halves and _has_few_rows(value) else self.narrow
         if value.op in FOLLOWS and any(s.dtype is self.narrow and s.op != "LEAF" for s in src):
             return self.narrow
         return torch.float32

@@ -49,6 +49,9 @@ def _conv_2d_as_product(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None
     p: Any = v.params
     columns = F.unfold(x, kernel.shape[2:], (p.d1, p.d0), (p.p1, p.p0), (p.s1, p.s0))
     patches, matrix = columns.transpose(0, 1).flatten(1), kernel.flatten(1)
+    if kernel.dtype is torch.float16:  # oneDNN reads those much faster as the second factor
+        rows = F.linear(patches.mT.contiguous(), matrix, None if bias is None else bias.reshape(-1))
+        return rows.reshape(x.shape[0], -1, len(matrix)).mT.reshape(shape_of(v.ne))
     y = matrix @ patches if bias is None else torch.addmm(bias.reshape(-1, 1), matrix, patches)
     return y.reshape(len(matrix), x.shape[0], -1).transpose(0, 1).reshape(shape_of(v.ne))
 
