@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from functools import cache
 from itertools import count
 from typing import NamedTuple
 
@@ -91,14 +93,24 @@ def server(our_server: Server) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def peer(request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
-    """A client that is served already."""
-    client = NativeClient(tmp_path_factory.mktemp("ggml") / "older.log", request.param)
-    with Tap(server.endpoint, f"127.0.0.{next(ADDRESSES)}") as tap:
-        peer = Peer(request.param, client, tap)
-        learnt(peer)
-        yield peer
-    client.close()
+def peers(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Peer]]:
+    """Clients that are served already, one of each version, made when it is first asked for."""
+    with ExitStack() as stack:
+
+        @cache
+        def made(protocol: str) -> Peer:
+            client = NativeClient(tmp_path_factory.mktemp("ggml") / "older.log", protocol)
+            stack.callback(client.close)
+            tap = stack.enter_context(Tap(server.endpoint, f"127.0.0.{next(ADDRESSES)}"))
+            learnt(peer := Peer(protocol, client, tap))
+            return peer
+
+        yield made
+
+
+@pytest.fixture
+def peer(request: pytest.FixtureRequest, peers: Callable[[str], Peer]) -> Peer:
+    return peers(request.param)
 
 
 def representative(op: str, protocol: str) -> list[str]:
