@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
@@ -36,6 +36,8 @@ MARKS = {"exact": Mark(1.0), "fast": Mark(0.4)}
 NMSE = {"exact": 1e-3, "fast": 1e-2}
 """How far results may be apart: ggml rounds what it multiplies with F16 and with blocks to 10 and 8 bits, and a whole
 UNet adds that up."""
+ROOM = ("--dequant-cache", "4G")
+"""Options of a server that may keep all of the UNet's weights in the form that it computes with."""
 LEAVES, NODES = 1, 2
 """Keys of a case's buffers until the servers give them."""
 
@@ -143,23 +145,34 @@ class Ready(NamedTuple):
 
 def run(setup: Setup) -> Iterator[Row]:
     part = "unet" if setup.checkpoint_size == "full" else "clip"
+    marks = MARKS if setup.on_cpu and part == "unet" else {}
+    for options in (ROOM, ()):
+        with _servers(setup, options) as devices:
+            whole = {name: _recorded(device, part) for name, device in devices.items()}
+            what = " ".join(("128×128", *options))
+            yield from _rows(f"recorded {part}", recorded.load(part).graph.nodes[-1].type, whole, what, marks)
+            if options:
+                continue
+            rng = np.random.default_rng(0)
+            for case in CASES:
+                contents = [_contents(each, rng) for each in _graph(case.result).leaves]
+                ready = {name: _ready(device, case, contents) for name, device in devices.items()}
+                yield from _rows(case.operation, case.result.type, ready, case.what)
+
+
+@contextmanager
+def _servers(setup: Setup, options: Sequence[str]) -> Iterator[dict[str, RemoteDevice]]:
+    """The first device of ggml's server and of ours in each precision, started with ``options``."""
     with ExitStack() as stack:
         endpoints = {NATIVE: stack.enter_context(native_server())}
         for precision in MARKS:
-            server = stack.enter_context(setup.server(Variant("f16", precision)))
+            server = stack.enter_context(setup.server(Variant("f16", precision), *options))
             endpoints[precision] = f"127.0.0.1:{server.port}"
         devices = {}
         for name, endpoint in endpoints.items():
             devices[name], *_ = connect([endpoint])
             stack.callback(devices[name].close)
-        rng = np.random.default_rng(0)
-        whole = {name: _recorded(device, part) for name, device in devices.items()}
-        marks = MARKS if setup.on_cpu and part == "unet" else {}
-        yield from _rows(f"recorded {part}", recorded.load(part).graph.nodes[-1].type, whole, "128×128", marks)
-        for case in CASES:
-            contents = [_contents(each, rng) for each in _graph(case.result).leaves]
-            ready = {name: _ready(device, case, contents) for name, device in devices.items()}
-            yield from _rows(case.operation, case.result.type, ready, case.what)
+        yield devices
 
 
 def _rows(
