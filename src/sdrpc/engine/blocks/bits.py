@@ -78,11 +78,6 @@ def table(values: tuple[float, ...], x: Tensor) -> Tensor:
     return constants(values, x.device)[x.long()]
 
 
-def quotient(x: Tensor, divisor: float) -> Tensor:
-    """``x / divisor`` to the last bit: by a number that is not in its memory, a GPU multiplies with the reciprocal."""
-    return x / constants((divisor,), x.device)
-
-
 def power(exponent: Tensor) -> Tensor:
     """[…] bytes → 2^(exponent - 128) as float32; the two smallest exponents give denormals."""
     e = exponent.int()

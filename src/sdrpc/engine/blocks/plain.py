@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arithmetic import quotient
 from .bits import (
     UE4M3,
     Blocks,
@@ -17,7 +18,6 @@ from .bits import (
     pack_planes,
     planes,
     power,
-    quotient,
     shaped,
     table,
     unpack,

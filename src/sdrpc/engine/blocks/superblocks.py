@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Blocks, as_bytes, as_half, half, pack_planes, planes, quotient, shaped
+from ..arithmetic import quotient
+from .bits import Blocks, as_bytes, as_half, half, pack_planes, planes, shaped
 from .search import LEAST, affine, in_order, inverse, nearest, peak, refined, root, symmetric
 
 

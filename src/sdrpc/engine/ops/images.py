@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdrpc.ggml.rules.images import ALIGN_CORNERS, ANTIALIAS, BICUBIC, BILINEAR, MAX_POOL, MEAN_POOL, NEAREST
 
+from ..arithmetic import quotient
 from ..dtypes import shape_of
 from ..values import Value
 from .base import Raise, operand
@@ -165,18 +166,13 @@ def _repeated(x: Tensor, across: int, down: int) -> Tensor:
 def _nearest(x: Tensor, axis: int, n: int, factor: float, _offset: float = 0.0) -> Tensor:
     if n == x.shape[axis]:
         return x
-    picked = _quotient(torch.arange(n, dtype=torch.float32, device=x.device), factor).long()
+    picked = quotient(torch.arange(n, dtype=torch.float32, device=x.device), factor).long()
     return x.index_select(axis, picked.clamp(max=x.shape[axis] - 1))
-
-
-def _quotient(x: Tensor, divisor: float) -> Tensor:
-    """``x / divisor`` to the last bit: by a number that is not in its memory, a GPU multiplies with the reciprocal."""
-    return x / torch.full((1,), divisor, dtype=x.dtype, device=x.device)
 
 
 def _places(x: Tensor, n: int, factor: float, offset: float) -> Tensor:
     """Where the ``n`` new elements lie among the old ones, whose centres are ``offset`` behind the whole numbers."""
-    return _quotient(torch.arange(n, dtype=torch.float32, device=x.device) + offset, factor)
+    return quotient(torch.arange(n, dtype=torch.float32, device=x.device) + offset, factor)
 
 
 def _blend(x: Tensor, axis: int, taps: Tensor, weights: Tensor) -> Tensor:
