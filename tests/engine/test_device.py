@@ -11,7 +11,7 @@ import torch
 
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.digest import content
-from sdrpc.engine.precision import EXACT, choose
+from sdrpc.engine.precision import EXACT, GGML, choose
 from sdrpc.errors import ComputeError, DeviceError, GraphError, OutOfMemory, UsageError
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph, Tensor
@@ -45,9 +45,10 @@ def test_the_cpu_is_always_there() -> None:
 def test_precisions() -> None:
     cpu = torch.device("cpu")
     assert choose("exact", cpu) is EXACT
+    assert choose("ggml", cpu) is GGML
     assert choose("fast", cpu).narrow is torch.bfloat16
     assert choose("auto", cpu).name in ("exact", "fast")
-    with pytest.raises(UsageError, match="exact, fast or auto"):
+    with pytest.raises(UsageError, match="exact, fast, ggml or auto"):
         choose("sloppy", cpu)
 
 

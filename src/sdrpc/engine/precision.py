@@ -3,6 +3,7 @@
 *exact*: everything that ggml calls a float is computed in float32, and rounded where a tensor is declared narrower.
 *fast*: matrix products, convolutions and attention take and give a narrow dtype (they accumulate in float32), and what
 lies between them stays narrow; an operation marked GGML_PREC_F32 takes and gives float32.
+*ggml*: as exact, but what is multiplied is rounded first as ggml's CPU backend does it (:mod:`sdrpc.engine.rounding`).
 """
 
 from __future__ import annotations
@@ -64,13 +65,15 @@ class Precision:
     weights are mostly that, which then need no conversion. ``channels_last``: kernels of convolutions are kept with
     their channels together, which cuDNN would otherwise arrange anew at each use (a fifth of a UNet's time).
     ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it: reading weights is most of
-    the work then, and there is nothing to convert."""
+    the work then, and there is nothing to convert. ``rounds``: what is multiplied is rounded as ggml's
+    CPU backend does it."""
 
     name: str
     narrow: torch.dtype | None = None
     follows: bool = False
     channels_last: bool = False
     halves: bool = False
+    rounds: bool = False
 
     def suited(self, effects: Sequence[Value]) -> Precision:
         """This precision for the weights that the graph has."""
@@ -85,12 +88,15 @@ class Precision:
 
 
 EXACT = Precision("exact")
+GGML = Precision("ggml", rounds=True)
 
 
 def choose(name: str, device: torch.device) -> Precision:
-    """The precision called ``name`` (exact, fast or auto) on ``device``. Raises :class:`UsageError` for another."""
-    if name not in ("exact", "fast", "auto"):
-        raise UsageError(f"precision {name!r}: exact, fast or auto")
+    """The precision called ``name`` (exact, fast, ggml, auto) on ``device``. Raises :class:`UsageError` for another."""
+    if name not in ("exact", "fast", "ggml", "auto"):
+        raise UsageError(f"precision {name!r}: exact, fast, ggml or auto")
+    if name == "ggml":
+        return GGML
     if name == "exact" or (name == "auto" and not _is_narrow_faster(device)):
         return EXACT
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):

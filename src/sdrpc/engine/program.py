@@ -20,6 +20,7 @@ from .fuse import Report, fuse
 from .memory import LocalBuffer, typed
 from .ops import RAISE
 from .precision import Precision, assign
+from .rounding import rounded
 from .values import WRITES_IN_PLACE, Value, moves_blocks, ordered, trace
 from .weights import Form, Weights, convert
 
@@ -41,7 +42,7 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
     traced = trace(graph)
     for value in ordered(traced.effects):
         _supported(value)
-    effects, report = fuse(traced.effects)
+    effects, report = fuse(rounded(traced.effects) if precision.rounds else traced.effects)
     buffers = tuple(numbers[key] for key in traced.buffers)
     return Compiled(assign(effects, precision.suited(effects)), buffers, traced.scratch, report)
 
