@@ -359,7 +359,7 @@ def test_native_buffers_may_share_an_address() -> None:
 
 
 def test_versions() -> None:
-    for reply, theirs in ((bytes([8, 0, 0]), "8.0.0"), (bytes([6, 0, 0]), "6.0.0"), (bytes([0, 0, 0]), "0.0.0")):
+    for reply, theirs in ((bytes([8, 0, 0]), "8.0.0"), (bytes([6, 1, 0]), "6.1.0"), (bytes([0, 0, 0]), "0.0.0")):
         server = Scripted(hello=raw(reply + bytes(25)))
         with server.listening(), pytest.raises(VersionMismatch, match=f"speaks RPC protocol {theirs}") as raised:
             connect([server.endpoint], QUICK)

@@ -170,13 +170,13 @@ def test_help_names_every_option(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("text", "version"),
-    [("7", "7.0.0"), ("v5.0.0", "5.0.0"), ("5.0", "5.0.1"), ("5", "5.1.0"), ("3.6", "3.6.1")],
+    [("7", "7.0.0"), ("6", "6.0.0"), ("v5.0.0", "5.0.0"), ("5.0", "5.0.1"), ("5", "5.1.0"), ("3.6", "3.6.1")],
 )
 def test_protocols(text: str, version: str) -> None:
     assert choose(text).version == version
 
 
-@pytest.mark.parametrize("text", ["6", "5.", "7.0.0.0", "x", "70"])
+@pytest.mark.parametrize("text", ["2", "6.1", "5.", "7.0.0.0", "x", "70"])
 def test_protocols_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=r"there are auto, 3\.6\.0"):
         choose(text)

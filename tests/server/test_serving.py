@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from struct import pack, unpack
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from sdrpc.wire.records import Record
 from tests.server.conftest import CountingDevice, Scene, eventually
 from tests.support.client import Adder, RawClient, busy
 from tests.support.victim import STEPS
+from tests.wire.examples import record
 
 EVERY = list(dialects().values())
 
@@ -52,6 +54,29 @@ def test_an_exchange_in_every_dialect(
             client.ask(messages.FreeBuffer(add.buffer[0]))
             assert client.ask(messages.DeviceCount()).device_count == 1
         assert device.held == before
+
+
+def test_a_client_of_6_0_in_bytes_written_by_hand(device: CountingDevice) -> None:
+    """No real one was met: buffer commands have no answer any more, and SET_TENSOR has no cache flag yet."""
+    with Server([device], dialects()["6.0.0"]) as server, RawClient(server.port, capabilities=None) as client:
+
+        def told(command: int, payload: bytes) -> bytes:
+            client.command(command, payload)
+            (size,) = unpack("<Q", client.receive(8))
+            return client.receive(size)
+
+        assert told(14, bytes(24)) == bytes([6, 0, 0, 0]) + bytes(24)
+        handle, size = unpack("<QQ", told(0, pack("<IQ", 0, 64)))
+        assert size >= 64
+        (address,) = unpack("<Q", told(3, pack("<Q", handle)))
+        tensor = record(client.record((handle, address), (8,), id=1, nb=(4, 32, 32, 32)), 64)
+        client.command(5, pack("<QB", handle, 7))
+        client.command(12, tensor)
+        client.command(6, tensor + pack("<Q", 8) + b"by hand!")
+        client.command(17, tensor + pack("<QQB", 0, 4, 9))
+        assert told(8, tensor + pack("<QQ", 0, 32)) == b"\t" * 4 + b"\7" * 4 + b"by hand!" + b"\7" * 16
+        client.command(4, pack("<Q", handle))
+        assert told(15, b"") == pack("<I", 1)
 
 
 @pytest.mark.parametrize("dialect", EVERY, ids=lambda dialect: dialect.version)

@@ -231,3 +231,17 @@ def test_dialects_differ_where_the_protocol_says_so() -> None:
     sizes = {version: len(payload(Command.SET_TENSOR, dialect, 64)) for version, dialect in dialects().items()}
     assert sizes["7.0.0"] == 232 + 64 + 1 + 8 + 32
     assert {size for version, size in sizes.items() if version != "7.0.0"} == {232 + 64 + 8 + 32}
+
+
+def test_7_0_came_in_two_steps() -> None:
+    """6.0 stands between: answers went, the cache flag was still to come, and operations stayed as they were."""
+    before, six, after = (dialects()[version] for version in ("5.1.0", "6.0.0", "7.0.0"))
+    assert before.ops == six.ops == after.ops
+    assert len(six.ops) == 101
+    assert (before.unary_ops, before.type_numbers, before.tensor_flags) == (
+        six.unary_ops, six.type_numbers, six.tensor_flags
+    )  # fmt: skip
+    assert six.glu_ops == before.glu_ops == after.glu_ops[: len(six.glu_ops)]
+    assert [d.acks_buffer_commands for d in (before, six, after)] == [True, False, False]
+    assert [d.set_tensor_has_cache_flag for d in (before, six, after)] == [False, False, True]
+    assert all(d.has_use_count and d.has_memset_tensor for d in (before, six, after))

@@ -62,6 +62,7 @@ def test_replies(dialect: Dialect, piece: int) -> None:
 
 def test_replies_are_the_bytes_of_native_servers() -> None:
     assert encode_hello_reply(dialects()["3.6.1"], NATIVE) == bytes.fromhex("0300000000000000 030601")
+    assert encode_hello_reply(dialects()["6.0.0"], NATIVE) == bytes.fromhex("1c00000000000000 06000000") + bytes(24)
     assert encode_hello_reply(dialects()["7.0.0"], NATIVE) == bytes.fromhex("1c00000000000000 07000000") + bytes(24)
 
 

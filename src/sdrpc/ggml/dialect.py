@@ -1,6 +1,11 @@
 """What differs between protocol versions, as data: ``dialects.json`` read into frozen values.
 
 No version number is compared anywhere else: code asks a dialect for its tables and switches.
+
+6.0.0 is not read off a program, but derived from its neighbours. Its switches are what the protocol's history says: the
+acknowledgements of buffer commands went with 6.0, the cache flag came with 7.0. Its operations are those of 5.1.0 and
+7.0.0, which have the same 101 in the same order: as many as its own headers assert. The other tables are those of
+5.1.0, from which 7.0.0 differs by a GLU operation at the end and by more names of precisions.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ class Dialect:
     """One protocol version: numbers for operations and types, and how the messages are laid out."""
 
     version: str
+    seen_in: tuple[str, ...]
+    """Programs that are known to speak it."""
     hello_request_bytes: int
     hello_response_bytes: int
     has_memset_tensor: bool
@@ -74,5 +81,5 @@ def for_server(version: Version) -> Dialect | None:
 
 def _dialect(version: str, facts: dict) -> Dialect:  # type: ignore[type-arg]
     switches = {name: facts[name] for name in Dialect.__dataclass_fields__ if name in facts and name != "version"}
-    lists = {name: tuple(facts[name]) for name in ("ops", "unary_ops", "glu_ops")}
+    lists = {name: tuple(facts[name]) for name in ("seen_in", "ops", "unary_ops", "glu_ops")}
     return Dialect(**{**switches, **lists, "version": version, "type_numbers": facts["types"]})
