@@ -34,6 +34,9 @@ Watch = Callable[[], str]
 CPU_CACHE = 256 * 2**20
 """Bytes of converted weights that the CPU keeps unless told otherwise: memory is other programs' as well there, and
 converting float16 again takes a twentieth of a step."""
+PATIENCE = 8
+"""Runs of programs after which converted weights that none of them used make room for others. Programs that take turns
+at the steps of a picture, or of several clients' pictures, shall not throw out each other's."""
 WATCH_SECONDS = 0.2
 """How often a run's watch is asked."""
 PROGRAMS = 32
@@ -82,7 +85,8 @@ class LocalDevice(Device):
         self.name, self.torch_device, self.precision = name, torch_device, precision
         self.description = description or name
         self.compute_limit = compute_limit
-        self._weights = Weights(dequant_cache)
+        # recordings use weights without asking for them: there none may leave
+        self._weights = Weights(dequant_cache, PATIENCE if torch_device.type != "cuda" else None)
         self._buffers: dict[int, LocalBuffer] = {}
         self._promised = 0  # bytes of all buffers
         self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()

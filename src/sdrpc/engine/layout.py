@@ -7,6 +7,7 @@ last, a permuted view), so strides of memory mean nothing for it; what a view me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ import torch
 from sdrpc.ggml.tensor import Dims
 
 from .dtypes import Shape, shape_of
+
+WAYS = 1 << 12
+"""Views whose steps are remembered: each run asks for them again."""
 
 
 class Strided(NamedTuple):
@@ -44,6 +48,7 @@ class Steps(NamedTuple):
     shape: Shape
 
 
+@lru_cache(WAYS)
 def steps(elements: int, view: Strided) -> Steps | None:
     """How ``view`` of a dense array of ``elements`` is said without strides; None when it can't be (overlapping rows,
     strides that do not divide each other)."""

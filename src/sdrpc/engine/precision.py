@@ -28,7 +28,7 @@ PREC_F32 = 10
 """ggml_prec: GGML_PREC_F32."""
 
 FEW = 32
-"""A product with no more rows takes less time on a CPU than converting its weights."""
+"""A product with no more rows takes less time on a CPU in float16 than converting its weights each time."""
 
 BYTES = torch.uint8
 """How blocks are held: as they are in memory."""
@@ -64,8 +64,8 @@ class Precision:
     """``narrow`` is the dtype of heavy operations, None in exact precision. ``follows``: it is float16 for graphs whose
     weights are mostly that, which then need no conversion. ``channels_last``: kernels of convolutions are kept with
     their channels together, which cuDNN would otherwise arrange anew at each use (a fifth of a UNet's time).
-    ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it: reading weights is most of
-    the work then, and there is nothing to convert. ``rounds``: what is multiplied is rounded as ggml's
+    ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it, where there is no room to keep
+    those in ``narrow``: reading weights is most of the work then. ``rounds``: what is multiplied is rounded as ggml's
     CPU backend does it."""
 
     name: str
@@ -113,7 +113,8 @@ def _is_narrow_faster(device: torch.device) -> bool:
 
 
 def assign(effects: Sequence[Value], precision: Precision) -> tuple[Value, ...]:
-    """``effects`` with a dtype for every value, and CAST and WEIGHT values where operands need another one."""
+    """``effects`` with a dtype for every value, and CAST and WEIGHT values where operands need another one; SPARED ones
+    are weights that come in that dtype only if they are kept in it, else as they are."""
     return _Assigner(effects, precision).run()
 
 
@@ -132,7 +133,7 @@ class _Assigner:
         self.halves = precision.halves
         self.done: dict[Value, Value] = {}
         self.casts: dict[tuple[Value, torch.dtype], Value] = {}
-        self.weights: dict[tuple[Place, Form], Value] = {}
+        self.weights: dict[tuple[str, Place, Form], Value] = {}
         self.written = [v.store or v.place for v in effects]
 
     def run(self) -> tuple[Value, ...]:
@@ -149,8 +150,10 @@ class _Assigner:
             return replace(value, src=tuple(src), dtype=src[0].dtype if src[0] is not None else own)
         raw = range(len(src)) if moves_blocks(value) else RAW.get(value.op, ())
         compute = self._compute(value, [s for s in src if s is not None])
+        few = 0 if self.halves and compute is self.narrow and _has_few_rows(value) else None
         operands = tuple(
-            s if s is None or i in raw else self._as(s, self._form(value, i, compute)) for i, s in enumerate(src)
+            s if s is None or i in raw else self._as(s, self._form(value, i, compute), i == few)
+            for i, s in enumerate(src)
         )
         return replace(value, src=operands, dtype=self._held(value, own, compute))
 
@@ -167,7 +170,7 @@ class _Assigner:
         if value.op in HEAVY:
             if isinstance(value.params, MulMat) and value.params.prec == PREC_F32:
                 return torch.float32
-            return torch.float16 if self.halves and _has_few_rows(value) else self.narrow
+            return self.narrow
         if value.op in FOLLOWS and any(s.dtype is self.narrow and s.op != "LEAF" for s in src):
             return self.narrow
         return torch.float32
@@ -185,8 +188,8 @@ class _Assigner:
         several_taps = kernel is not None and kernel.op == "LEAF" and kernel.ne[:2] != (1, 1)
         return Form(compute, self.channels_last and several_taps)
 
-    def _as(self, operand: Value, form: Form) -> Value:
-        """``operand`` in ``form``; integers stay as they are."""
+    def _as(self, operand: Value, form: Form, spared: bool = False) -> Value:
+        """``operand`` in ``form``; integers stay as they are. ``spared``: a leaf that does as it is, too."""
         own, compute = operand.dtype, form.dtype
         blocks = not operand.type.plain
         fits = own is compute and not form.channels_last
@@ -195,12 +198,15 @@ class _Assigner:
         if operand.op == "LEAF" and operand.place is not None:
             place = operand.place
             if not any(place.overlaps(w) for w in self.written if w is not None):
-                made = self.weights.get((place, form))
+                op = "SPARED" if spared else "WEIGHT"
+                made = self.weights.get((op, place, form))
                 if made is None:
-                    made = self.weights[place, form] = replace(
-                        operand, op="WEIGHT", src=(operand,), params=form, place=place, dtype=compute
+                    made = self.weights[op, place, form] = replace(
+                        operand, op=op, src=(operand,), params=form, place=place, dtype=None if spared else compute
                     )
                 return made
+            if spared:
+                return operand
         cast = self.casts.get((operand, compute))
         if cast is None:
             cast = self.casts[operand, compute] = Value(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -22,7 +22,7 @@ from .ops import RAISE
 from .precision import Precision, assign
 from .rounding import rounded
 from .values import WRITES_IN_PLACE, Value, moves_blocks, ordered, trace
-from .weights import Form, Weights, convert
+from .weights import Form, Kept, Source, Weights, convert
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,42 @@ class Step(NamedTuple):
     node: str
 
 
+class _Converted:
+    """A weight in the form that a program wants it in: out of those that are kept, or converted. One that is ``spared``
+    is converted to be kept only; else it is given as it is.
+
+    What is written between two runs is no weight but an input, and not kept again."""
+
+    def __init__(self, weights: Weights, source: Source, make: Callable[[Tensor], Tensor], spared: bool) -> None:
+        self.may_keep = True
+        self._weights, self._source, self._make, self._spared = weights, source, make, spared
+        self._kept: Kept | None = None
+        self._is_input = False
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        kept = self._kept
+        if kept is None or kept.tensor is None:
+            kept = self._kept = self._weights.find(self._source)
+        tensor = None if kept is None else kept.tensor
+        if kept is not None and tensor is not None:
+            kept.used = self._weights.runs
+            return tensor
+        keeps = self.may_keep and not self._is_input and self._weights.has_room(self._source.nbytes)
+        if self._spared and not keeps:
+            return raw
+        tensor = self._make(raw)
+        if keeps:
+            self._kept = self._weights.keep(self._source, tensor)
+        return tensor
+
+    def lost_its_bytes(self) -> bool:
+        """Whether the bytes of what the last run used were written since; from then on it is an input."""
+        if self._kept is None or not self._kept.written:
+            return False
+        self._kept, self._is_input = None, True
+        return True
+
+
 class Bound:
     """A compiled graph on its buffers. Not thread-safe: the device's worker runs it."""
 
@@ -77,10 +113,8 @@ class Bound:
         for number, size in compiled.scratch.items():
             memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._memory = memory
-        self._inputs: set[tuple[int, Hashable]] = set()
-        self._kept: set[tuple[int, Hashable]] = set()
         self._dropped = 0
-        self._recording = False
+        self._converted: list[_Converted] = []
         self._fixed: list[Tensor | None] = []
         self._steps: list[Step] = []
         self._build()
@@ -110,7 +144,7 @@ class Bound:
         self._fixed.append(None)  # what a missing operand reads
 
     def _function(self, value: Value) -> Callable[..., Tensor]:
-        if value.op == "WEIGHT":
+        if value.op in ("WEIGHT", "SPARED"):
             return self._weight(value)
         if value.op == "ARANGE":
             return partial(RAISE["ARANGE"], value, self._device)
@@ -125,34 +159,24 @@ class Bound:
         make = partial(convert, type=value.type, ne=value.ne, form=form)
         if place.memory < 0:
             return make
-        buffer = self.buffers[place.memory].key
-        key = (place.offset, place.type, place.ne, place.nb, form)
-
-        def get(raw: Tensor) -> Tensor:
-            if (buffer, key) in self._inputs or (self._recording and not self._weights.holds(buffer, key)):
-                return make(raw)
-            self._kept.add((buffer, key))
-            return self._weights.get(buffer, place.offset, place.end, key, lambda: make(raw))
-
-        return get
+        source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, form)
+        self._converted.append(_Converted(self._weights, source, make, value.op == "SPARED"))
+        return self._converted[-1]
 
     def refresh(self) -> bool:
-        """Whether converted weights that the last run kept are gone. What is written between two runs is no weight but
-        an input: it will be converted in each run."""
+        """Whether converted weights that the last run used are gone, since their bytes were written."""
         if self._weights.dropped == self._dropped:
             return False
         self._dropped = self._weights.dropped
-        gone = {(buffer, key) for buffer, key in self._kept if not self._weights.holds(buffer, key)}
-        # what found no room was never held, and is converted in each run anyway
-        self._inputs |= gone
-        self._kept -= gone
-        return bool(gone)
+        changed = [each for each in self._converted if each.lost_its_bytes()]
+        return bool(changed)
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def run(self, deadline: Deadline) -> None:
         """Run the program."""
+        self._weights.begin()
         self.refresh()
         self.steps(deadline)
 
@@ -165,11 +189,13 @@ class Bound:
 
     def record(self) -> None:
         """Run all steps for a recording: nothing happens now, so nothing that comes out of it may be kept."""
-        self._recording = True
+        for each in self._converted:
+            each.may_keep = False
         try:
             self._steps_in_order(None)
         finally:
-            self._recording = False
+            for each in self._converted:
+                each.may_keep = True
 
     def stored(self) -> None:
         """Forget what was converted from bytes that the program has written."""

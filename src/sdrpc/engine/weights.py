@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
 from .blocks import dequantize
@@ -46,55 +47,98 @@ def _bfloat16(x: Tensor) -> Tensor:
     return y
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    tensor: Tensor
+class Source(NamedTuple):
+    """What a weight is made of: bytes ``[start, end)`` of a buffer, read as a tensor of that type and shape, in a
+    form."""
+
+    buffer: int
     start: int
     end: int
+    type: Type
+    ne: Dims
+    nb: Dims
+    form: Form
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight takes in its form."""
+        return prod(self.ne) * self.form.dtype.itemsize
+
+
+@dataclass(eq=False, slots=True)
+class Kept:
+    """A converted weight. ``tensor`` is gone when its bytes were ``written``, or when it had to make room."""
+
+    tensor: Tensor | None
     size: int
+    used: int
+    """The run that it was last used in."""
+    written: bool = False
 
 
 class Weights:
-    """Converted weights by place and form. An entry lives until its bytes are written or its buffer is freed.
+    """Converted weights by place and form. One lives until its bytes are written or its buffer is freed.
 
-    Once ``budget`` bytes are full, further weights are converted at each use: nothing is thrown out for them, since a
-    program uses all of its weights in turn and would find none of them again.
+    Once ``budget`` bytes are full, further weights are converted at each use: none is thrown out for others of the same
+    program, which uses all of them in turn and would find none of them again. But one that no program used for
+    ``patience`` runs makes room (None: never).
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, patience: int | None = None) -> None:
+        self.budget, self.patience = budget, patience
         self.used = 0
+        self.runs = 0
         self.dropped = 0
-        """Counts entries that were forgotten: as long as it stays, every tensor handed out is still right."""
-        self._entries: dict[int, dict[Hashable, _Entry]] = {}
+        """Counts weights whose bytes were written: as long as it stays, every tensor handed out is still right."""
+        self._kept: dict[int, dict[Source, Kept]] = {}
         self._lock = Lock()
 
-    def get(self, buffer: int, start: int, end: int, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """The weight that ``key`` names, of bytes ``[start, end)`` of ``buffer``; ``make`` converts it."""
+    def begin(self) -> None:
+        """Another run of some program."""
+        self.runs += 1
+
+    def find(self, source: Source) -> Kept | None:
+        """The weight that was made of ``source``, if it is kept."""
         with self._lock:
-            entry = self._entries.get(buffer, {}).get(key)
-        if entry is not None:
-            return entry.tensor
-        tensor = make()
-        size = tensor.nbytes
+            return self._kept.get(source.buffer, {}).get(source)
+
+    def has_room(self, size: int) -> bool:
+        """Whether ``size`` more bytes may be kept; weights that nobody used for long leave for them."""
         with self._lock:
-            if self.used + size <= self.budget:
-                self._entries.setdefault(buffer, {})[key] = _Entry(tensor, start, end, size)
-                self.used += size
-        return tensor
+            if self.used + size > self.budget and self.patience is not None:
+                self._make_room(size, self.runs - self.patience)
+            return self.used + size <= self.budget
+
+    def keep(self, source: Source, tensor: Tensor) -> Kept:
+        """``tensor`` was made of ``source``, and there is room for it."""
+        kept = Kept(tensor, tensor.nbytes, self.runs)
+        with self._lock:
+            self._kept.setdefault(source.buffer, {})[source] = kept
+            self.used += kept.size
+        return kept
 
     def drop(self, buffer: int, start: int = 0, end: int | None = None) -> None:
         """Forget what was made of bytes ``[start, end)`` of ``buffer``, by default of all of it."""
         with self._lock:
-            entries = self._entries.get(buffer)
-            if not entries:
-                return
-            stale = [key for key, e in entries.items() if e.end > start and (end is None or e.start < end)]
-            for key in stale:
-                self.used -= entries.pop(key).size
+            mine = self._kept.get(buffer, {})
+            stale = [source for source in mine if source.end > start and (end is None or source.start < end)]
+            for source in stale:
+                self._forget(source).written = True
             self.dropped += len(stale)
 
-    def holds(self, buffer: int, key: Hashable) -> bool:
-        """Whether the weight that ``key`` names is kept."""
-        with self._lock:
-            return key in self._entries.get(buffer, {})
+    def _make_room(self, size: int, before: int) -> None:
+        """Forget weights that were last used before that run, the oldest first, until there is room for ``size``; none
+        if all of them would not be enough."""
+        idle = [(kept, source) for mine in self._kept.values() for source, kept in mine.items() if kept.used < before]
+        if self.used - sum(kept.size for kept, _ in idle) + size > self.budget:
+            return
+        for _, source in sorted(idle, key=lambda each: each[0].used):
+            self._forget(source)
+            if self.used + size <= self.budget:
+                return
+
+    def _forget(self, source: Source) -> Kept:
+        kept = self._kept[source.buffer].pop(source)
+        self.used -= kept.size
+        kept.tensor = None
+        return kept

@@ -37,6 +37,7 @@ def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
 
 def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     p: Any = v.params
+    x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype)
     if x.is_cpu and v.ne[0] * v.ne[1] * v.ne[3] * MUCH <= v.ne[2]:
         return _conv_2d_as_product(v, kernel, x, bias)
     # an image whose channels lie together makes torch rearrange the kernel too, which is larger, in every run

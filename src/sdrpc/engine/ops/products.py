@@ -13,6 +13,7 @@ from .base import Raise, operand, within
 
 def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
     """b · aᵀ; a's batches repeat, each for several consecutive ones of b."""
+    b = b.to(a.dtype)
     if a.shape[0] == a.shape[1] == 1:
         return F.linear(b, a[0, 0])
     if a.shape[:2] == b.shape[:2]:
@@ -25,7 +26,7 @@ def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _linear_bias(_v: Value, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(b, a[0, 0], bias.reshape(-1))
+    return F.linear(b.to(a.dtype), a[0, 0], bias.reshape(-1).to(a.dtype))
 
 
 def _mul_mat_id(v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
