@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from tests.cli.conftest import Outcome
+from tests.interop.tap import Tap
+from tests.server.conftest import eventually
 from tests.support.process import ServerProcess
 
 Sd = Callable[..., Outcome]
@@ -208,17 +210,21 @@ def test_unused_tensors_are_counted_and_named(sd: Sd, servers: Servers, checkpoi
 
 
 def test_a_server_that_dies_half_way_is_an_error_that_names_it(checkpoint: Path, tmp_path: Path, sd: Sd) -> None:
-    with ServerProcess("--precision", "exact") as server:
-        endpoint = f"127.0.0.1:{server.port}"
-        arguments = ["--rpc", endpoint, "-m", str(checkpoint), "-p", "x", "-W", "64", "-H", "64", "--steps", "5000"]
-        command = [sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", *arguments]
-        client = subprocess.Popen([*command, "-o", tmp_path / "x.png"], stderr=subprocess.PIPE, text=True)
-        time.sleep(15)  # into the sampling; where exactly does not matter
-        server.process.kill()
-        _, err = client.communicate(timeout=60)
-    assert client.returncode == 1
-    assert re.search(rf"^error: {endpoint}: .+ while ", err, re.MULTILINE)
-    assert "Traceback" not in err
+    """And the step that it was killed in, not what was tidied up after that."""
+    with ServerProcess("--precision", "exact") as server, Tap(f"127.0.0.1:{server.port}") as tap:
+
+        def kill() -> None:
+            eventually(lambda: tap.commands["GRAPH_RECOMPUTE"] >= 3, 60)
+            server.process.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        arguments = ("--rpc", tap.endpoint, "-m", checkpoint, *SMALL, "--steps", "5000")
+        outcome = sd(*arguments, "-o", tmp_path / "x.png")
+        killer.join()
+    assert outcome.status == 1
+    step = r"(writing|reading) [\d,]+ bytes|running a graph again"
+    assert re.fullmatch(rf"error: {tap.endpoint}: the server hung up while ({step}) on device 0.*", outcome.error)
     assert not (tmp_path / "x.png").exists()
 
 

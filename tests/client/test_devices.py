@@ -352,6 +352,27 @@ def test_a_native_server_that_dies_of_a_graph() -> None:
             device.read(buffer, 64, 32)
 
 
+@every_dialect
+def test_freeing_what_a_lost_connection_held_is_no_error(dialect: Dialect) -> None:
+    """The server has freed it already; so the error that the connection was lost by is what a caller sees."""
+    with connected(Scripted(dialect, answers={Command.GRAPH_COMPUTE: HANG_UP})) as device:
+        buffer = device.allocate(256)
+        device.compile(add(buffer.key), {buffer.key: buffer}).run()
+        with pytest.raises(ConnectionLost, match="hung up while reading 32 bytes"):
+            device.read(buffer, 64, 32)
+        device.free(buffer)
+        with pytest.raises(LocalProtocolError, match="was freed"):
+            device.free(buffer)
+
+
+@every_dialect
+def test_a_server_that_dies_of_freeing_is_missed_by_what_comes_next(dialect: Dialect) -> None:
+    with connected(Scripted(dialect, answers={Command.FREE_BUFFER: HANG_UP})) as device:
+        device.free(device.allocate(256))
+        with pytest.raises(ConnectionLost, match="hung up while asking for its memory"):
+            device.memory()
+
+
 def test_native_buffers_may_share_an_address() -> None:
     """Vulkan's all begin at 0x1000."""
     with connected(Scripted(answers={Command.BUFFER_GET_BASE: raw((0x1000).to_bytes(8, "little"))})) as device:

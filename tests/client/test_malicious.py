@@ -211,10 +211,12 @@ def test_an_interrupted_exchange_ends_the_connection(monkeypatch: pytest.MonkeyP
 
     with Scripted().listening() as server:
         (device,) = connect([server.endpoint], QUICK)
+        buffer = device.allocate(64)
         with monkeypatch.context() as patched:
             patched.setattr("sdrpc.client.connection._receive", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 device.memory()
+        device.free(buffer)  # as programs do on their way out: it hides nothing
         with pytest.raises(ConnectionLost, match="interrupted"):
             device.memory()
 

@@ -8,6 +8,7 @@ at the next answer, as :class:`ComputeError` when a graph was under way, and end
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from ..device import Buffer, Bytes, Content, Device, Memory, Program, Target
 from ..errors import (
     ComputeError,
+    ConnectionLost,
     LocalProtocolError,
     OutOfMemory,
     RemoteError,
@@ -170,11 +172,14 @@ class RemoteDevice(Device):
                 raise self._server.accuse(f"two buffers at address {base:#x}")
 
     def free(self, buffer: Buffer) -> None:
+        """A lost connection is no error here: the server has freed what it held, and mostly this is called because of
+        the error that says so. Whatever else is asked raises it."""
         remote = self._own(buffer)
         remote.alive = False
         self._server.buffers.remove(remote)
         self._server.last_graphs.clear()
-        self._ask(messages.FreeBuffer(remote.handle), "freeing a buffer")
+        with suppress(ConnectionLost):
+            self._ask(messages.FreeBuffer(remote.handle), "freeing a buffer")
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
         """The bytes go from ``data`` to the socket without a copy; it may be changed when this returns."""
