@@ -34,8 +34,8 @@ def conv(s0: int = 1, s1: int = 1, p0: int = 0, p1: int = 0, d0: int = 1, d1: in
     return p.Conv2D(s0, s1, p0, p1, d0, d1)
 
 
-def volume(s2: int = 1, channels: int = 4) -> p.Window3D:
-    return p.Window3D(1, 1, s2, 0, 0, 0, 1, 1, 1, channels)
+def volume(s2: int = 1, channels: int = 4, batch: int = 0, outputs: int = 0) -> p.Window3D:
+    return p.Window3D(1, 1, s2, 0, 0, 0, 1, 1, 1, channels, batch, outputs)
 
 
 def rope(n_dims: int = 8, mode: int = 0, base: float = 1e4, ext: float = 0.0, offset: int = 0) -> p.Rope:
@@ -224,10 +224,10 @@ BAD: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("IM2COL_3D", (t(3, 3, 3, 4), t(9, 9, 9, 6)), volume(channels=4), {}),
     ("IM2COL_3D", (t(3, 3, 3, 4), t(9, 9, 2, 4)), volume(), {}),
     ("IM2COL_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), volume(s2=0), {}),
-    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), p.Conv3D(*volume(channels=2), 2, 3), {}),
-    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), p.Conv3D(*volume(channels=2), 3, 2), {}),
-    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), p.Conv3D(*volume(channels=-2), -2, -2), {}),
-    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), p.Conv3D(*volume(s2=-1), 4, 4), {}),
+    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), volume(channels=2, batch=2, outputs=3), {}),
+    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), volume(channels=2, batch=3, outputs=2), {}),
+    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), volume(channels=-2, batch=-2, outputs=-2), {}),
+    ("CONV_3D", (t(3, 3, 3, 4), t(9, 9, 9, 4)), volume(s2=-1, batch=4, outputs=4), {}),
     ("WIN_PART", (t(3, 7, 5),), p.Windows(2, 2, 0), {}), ("WIN_PART", (t(3, 7, 5),), p.Windows(2, 3, 4), {}),
     ("WIN_PART", (t(3, 7, 5),), p.Windows(-2, -2, -4), {}), ("WIN_PART", (t(3, 7, 5, 2),), p.Windows(2, 2, 4), {}),
     ("WIN_UNPART", (t(3, 4, 4, 4),), p.Unwindow(4), {}),

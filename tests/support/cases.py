@@ -184,7 +184,7 @@ CASES: dict[str, Case] = {
         "IM2COL_3D", f(3, 2, 2, 6), f(7, 6, 5, 4), params=p.Window3D(2, 1, 1, 1, 2, 3, 2, 1, 2, 2), type=F16
     ),
     "CONV_3D": lambda f: node(
-        "CONV_3D", f(3, 2, 2, 6, type=F16), f(7, 6, 5, 4), params=p.Conv3D(2, 1, 1, 1, 2, 3, 2, 1, 2, 2, 2, 3)
+        "CONV_3D", f(3, 2, 2, 6, type=F16), f(7, 6, 5, 4), params=p.Window3D(2, 1, 1, 1, 2, 3, 2, 1, 2, 2, 2, 3)
     ),
     "CONV_TRANSPOSE_1D": lambda f: node("CONV_TRANSPOSE_1D", f(3, 2, 4), f(5, 4), params=p.ConvTranspose1D(2)),
     "COL2IM_1D": lambda f: node("COL2IM_1D", f(6, 5), params=p.Col2Im1D(2, 2, 1)),

@@ -13,7 +13,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
-from sdrpc.ggml.params import Conv2D, Conv3D, Params
+from sdrpc.ggml.params import Conv2D, Params
 from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import F16, F32
 
@@ -120,7 +120,8 @@ def _unrolled(columns: Value, kernel: Dims, image: Dims) -> _Unrolled | None:
         batch = image[3] // p.channels
         depth = outer // batch
         return _Unrolled("CONV_3D", batch, lambda n: (k0, k1, k2, p.channels * n),
-                         lambda n: (width, height, depth, n * batch), lambda n: Conv3D(*(*p, batch, n)))  # fmt: skip
+                         lambda n: (width, height, depth, n * batch),
+                         lambda n: p._replace(batch=batch, outputs=n))  # fmt: skip
     return None
 
 

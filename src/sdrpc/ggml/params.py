@@ -93,7 +93,8 @@ class Conv2D(NamedTuple):
 
 class Window3D(NamedTuple):
     """A window of three dimensions (stride, padding, dilation; width first). ``channels``: images of several of them
-    lie one after the other in ne[3]."""
+    lie one after the other in ne[3]. In CONV_3D, ``batch`` such images become as many of ``outputs``; IM2COL_3D has
+    neither parameter: both are zero."""
 
     s0: int
     s1: int
@@ -105,23 +106,8 @@ class Window3D(NamedTuple):
     d1: int
     d2: int
     channels: int
-
-
-class Conv3D(NamedTuple):
-    """As :class:`Window3D`; ``batch`` images of ``channels`` become as many of ``outputs``."""
-
-    s0: int
-    s1: int
-    s2: int
-    p0: int
-    p1: int
-    p2: int
-    d0: int
-    d1: int
-    d2: int
-    channels: int
-    batch: int
-    outputs: int
+    batch: int = 0
+    outputs: int = 0
 
 
 class ConvTranspose1D(NamedTuple):
@@ -340,7 +326,7 @@ PARAMS: dict[str, type] = {
     "UPSCALE": Upscale, "PAD": Pad, "TIMESTEP_EMBEDDING": TimestepEmbedding, "ARANGE": Arange, "SOFT_MAX": SoftMax,
     "FLASH_ATTN_EXT": FlashAttn, "ROPE": Rope, "DIAG_MASK_INF": DiagMask, "DIAG_MASK_ZERO": DiagMask,
     "ARGSORT": ArgSort, "ACC": SetView, "SET": SetView, "FILL": Fill, "UNARY": Unary, "GLU": Glu,
-    "CONV_TRANSPOSE_1D": ConvTranspose1D, "COL2IM_1D": Col2Im1D, "IM2COL_3D": Window3D, "CONV_3D": Conv3D,
+    "CONV_TRANSPOSE_1D": ConvTranspose1D, "COL2IM_1D": Col2Im1D, "IM2COL_3D": Window3D, "CONV_3D": Window3D,
     "POOL_1D": Pool1D, "PAD_REFLECT_1D": PadReflect, "ROLL": Roll, "WIN_PART": Windows, "WIN_UNPART": Unwindow,
     "ADD_REL_POS": InPlace, "TRI": Tri,
     "SSM_SCAN": States, "GATED_DELTA_NET": States, "GATED_LINEAR_ATTN": LinearAttention, "DSV4_HC_COMB": Mixing,
