@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from sdrpc.engine.device import LocalDevice
-from sdrpc.engine.precision import EXACT
+from sdrpc.engine.precision import EXACT, GGML, Precision
 from sdrpc.server import Server
 from tests.interop import worker
 from tests.support import ggml
@@ -139,14 +140,28 @@ def native_client(real_ggml: None, tmp_path_factory: pytest.TempPathFactory) -> 
     client.close()
 
 
-@pytest.fixture(scope="session")
-def our_server() -> Iterator[Server]:
-    """Our server with two CPU devices, exact."""
-    devices = [LocalDevice(f"CPU{i}", torch.device("cpu"), EXACT, threads=1) for i in range(2)]
+@contextmanager
+def serving(precision: Precision) -> Iterator[Server]:
+    """Our server with two CPU devices."""
+    devices = [LocalDevice(f"CPU{i}", torch.device("cpu"), precision, threads=1) for i in range(2)]
     with Server(devices) as server:
         yield server
     for device in devices:
         device.close()
+
+
+@pytest.fixture(scope="session")
+def our_server() -> Iterator[Server]:
+    """It, exact."""
+    with serving(EXACT) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rounding_server() -> Iterator[Server]:
+    """It, in the precision that rounds what ggml's CPU backend rounds."""
+    with serving(GGML) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from .base import Raise, repeat_to
 
 SCORES = 1 << 24
 """Scores of queries and keys that are held at once, where it takes any: a long context has billions."""
+Mix = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""Scores [n, heads, queries, keys], values [n, heads, keys, head], sinks of the heads → [n, heads, queries, head]."""
 RAMP = 0.001
 """The narrowest band, in pairs, over which YaRN blends (rope_yarn_ramp)."""
 
@@ -127,15 +131,23 @@ def _spread(x: Tensor, heads: int) -> Tensor:
 
 
 def _attend(
-    p: Any, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None, softcap: float = 0.0
+    p: Any,
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    mix: Mix | None = None,
 ) -> Tensor:
-    """[n, heads, queries, head] and [n, groups, keys, head] → [n, heads, queries, head]."""
+    """[n, heads, queries, head] and [n, groups, keys, head] → [n, heads, queries, head]; ``mix``: if not as usual."""
     batch, heads, queries = q.shape[:3]
     k, value = _spread(k, heads), _spread(value, heads)
     if mask is not None:
         mask = mask[:, :, :queries]
     repeats = mask is not None and any(n not in (1, want) for n, want in zip(mask.shape, (batch, heads), strict=False))
-    if not (softcap or sinks is not None or repeats or p.max_bias > 0):
+    explicit = bool(softcap) or sinks is not None or mix is not None
+    if not (explicit or repeats or p.max_bias > 0):
         return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
     some = max(1, SCORES // (batch * heads * k.shape[2]))
     parts = []
@@ -144,26 +156,46 @@ def _attend(
         bias = None
         if mask is not None:
             bias = _bias(part.shape[:3] + k.shape[2:3], mask[:, :, start : start + some], p.max_bias)
-        if softcap or sinks is not None:
-            parts.append(_explicit(p.scale, part, k, value, bias, sinks, softcap))
+        if explicit:
+            parts.append((mix or _mixed)(_scores(p.scale, part, k, bias, softcap), value, sinks))
         else:
             parts.append(F.scaled_dot_product_attention(part, k, value, attn_mask=bias, scale=p.scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _explicit(
-    scale: float, q: Tensor, k: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None, softcap: float
-) -> Tensor:
-    """What torch has no kernel for, by way of all scores."""
+def _scores(scale: float, q: Tensor, k: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
+    """Of all queries and keys: [n, heads, queries, keys]."""
     scores = q @ k.mT * (scale / (softcap or 1.0))
     if softcap:
         scores = torch.tanh(scores) * softcap
-    if bias is not None:
-        scores = scores + bias
+    return scores if bias is None else scores + bias
+
+
+def _mixed(scores: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """The values of all keys, each query's by its scores: for what torch has no kernel."""
     weights = _weights(scores, sinks)
-    if bias is not None and sinks is None:  # a query that sees nothing gets nothing
+    if sinks is None:  # a query that sees nothing gets nothing
         weights = weights.masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
     return weights @ value
+
+
+def _mixed_in_halves(scores: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """As :func:`_mixed`, added up as ggml's CPU backend does it where values are F16: key after key, in F16, each by
+    how far it is from the largest score so far; what there is already is made smaller when a larger one comes. (Where a
+    processor has AVX512-FP16, ggml rounds these factors as well for heads of 128 and more: not here.)"""
+    largest = scores.cummax(-1).values
+    before = F.pad(largest[..., :-1], (1, 0), value=-math.inf)
+    hidden = largest == -math.inf
+    smaller = torch.exp(before - largest).masked_fill(hidden, 1)
+    shares = torch.exp(scores - largest).masked_fill(hidden, 0)
+    total = torch.zeros(1, device=value.device)
+    for x, factor, share in zip(value.unbind(2), smaller.unbind(-1), shares.unbind(-1), strict=True):
+        total = (total * factor[..., None]).half().float()
+        total = torch.addcmul(total, share[..., None], x[:, :, None]).half().float()
+    size = torch.exp(scores - largest[..., -1:]).sum(-1, keepdim=True)
+    if sinks is not None:
+        size = size + torch.exp(sinks.reshape(-1, 1, 1) - largest[..., -1:])
+    return torch.where(hidden[..., -1:], 0, total / size)
 
 
 def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -171,13 +203,20 @@ def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def _flash_attn(
-    v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None
+    v: Value,
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mix: Mix | None = None,
 ) -> Tensor:
     """As :func:`_attend`, with the heads of a query together: [n, queries, heads, head]."""
     p: Any = v.params
-    return _attend(p, q, k, value, mask, sinks, p.logit_softcap).transpose(1, 2)
+    return _attend(p, q, k, value, mask, sinks, p.logit_softcap, mix).transpose(1, 2)
 
 
 RAISE: dict[str, Raise] = {
     "ROPE": _rope, "SOFT_MAX": _soft_max, "ATTENTION": _attention, "FLASH_ATTN_EXT": _flash_attn,
+    "FLASH_ATTN_HALVES": partial(_flash_attn, mix=_mixed_in_halves),
 }  # fmt: skip
