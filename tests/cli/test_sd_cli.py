@@ -214,7 +214,7 @@ def test_a_server_that_dies_half_way_is_an_error_that_names_it(checkpoint: Path,
     with ServerProcess("--precision", "exact") as server, Tap(f"127.0.0.1:{server.port}") as tap:
 
         def kill() -> None:
-            eventually(lambda: tap.commands["GRAPH_RECOMPUTE"] >= 3, 60)
+            eventually(lambda: tap.commands["GRAPH_RECOMPUTE"] >= 3, 120)
             server.process.kill()
 
         killer = threading.Thread(target=kill)

@@ -52,7 +52,7 @@ def test_while_it_computes(protocol: str, capabilities: Capability, monkeypatch:
         (device,) = connect([tap.endpoint])
 
         def kill() -> None:
-            eventually(lambda: tap.commands["GRAPH_COMPUTE"])
+            eventually(lambda: tap.commands["GRAPH_COMPUTE"], 120)
             time.sleep(0.5)
             server.process.kill()
 
