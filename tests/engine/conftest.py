@@ -13,7 +13,8 @@ import pytest
 from sdrpc.engine import LocalDevice, devices
 
 
-def _device(precision: str) -> LocalDevice:
+def open_device(precision: str) -> LocalDevice:
+    """The device under test."""
     wanted = os.environ.get("SDRPC_TEST_DEVICE", "CPU")
     found = {device.name: device for device in devices(precision, threads=2)}
     chosen = found.pop(wanted)
@@ -24,14 +25,14 @@ def _device(precision: str) -> LocalDevice:
 
 @pytest.fixture(scope="session")
 def exact() -> Iterator[LocalDevice]:
-    device = _device("exact")
+    device = open_device("exact")
     yield device
     device.close()
 
 
 @pytest.fixture(scope="session")
 def fast() -> Iterator[LocalDevice]:
-    device = _device("fast")
+    device = open_device("fast")
     yield device
     device.close()
 
