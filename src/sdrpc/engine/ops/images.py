@@ -24,15 +24,25 @@ MUCH = 8
 the kernel in each call, which is most of the work then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2)."""
 
 
+def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int]) -> Tensor:
+    """What a window of ``k`` taps sees of ``x`` [n, c, h, w] with zeros around it: [n, c, down, across, *k], a view.
+    Height comes first in windows, strides, paddings and dilations."""
+    x = F.pad(x, (p[1], p[1], p[0], p[0]))
+    for axis in (0, 1):
+        x = x.unfold(2 + axis, d[axis] * (k[axis] - 1) + 1, s[axis])[..., :: d[axis]]
+    return x
+
+
 def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
     p: Any = v.params
     k0, k1 = operand(v, 0).ne[:2]
+    x = x.to(v.dtype)
     if p.is_2d:
-        columns = F.unfold(x.float(), (k1, k0), (p.d1, p.d0), (p.p1, p.p0), (p.s1, p.s0))
+        patches = _patches(x, (k1, k0), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
     else:
         # [1, n, channels, width]: each row of the batch is an image one pixel high
-        columns = F.unfold(x[0].unsqueeze(2).float(), (1, k0), (1, p.d0), (0, p.p0), (1, p.s0))
-    return columns.transpose(1, 2).reshape(shape_of(v.ne))
+        patches = _patches(x[0].unsqueeze(2), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
+    return patches.permute(0, 2, 3, 1, 4, 5).reshape(shape_of(v.ne))
 
 
 def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,12 +59,15 @@ def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) ->
 def _conv_2d_as_product(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """The same as a product of the kernel, as it lies, and all patches of the images."""
     p: Any = v.params
-    columns = F.unfold(x, kernel.shape[2:], (p.d1, p.d0), (p.p1, p.p0), (p.s1, p.s0))
-    patches, matrix = columns.transpose(0, 1).flatten(1), kernel.flatten(1)
+    height, width = kernel.shape[2:]
+    patches = _patches(x, (height, width), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    matrix = kernel.flatten(1)
     if kernel.dtype is torch.float16:  # oneDNN reads those much faster as the second factor
-        rows = F.linear(patches.mT.contiguous(), matrix, None if bias is None else bias.reshape(-1))
-        return rows.reshape(x.shape[0], -1, len(matrix)).mT.reshape(shape_of(v.ne))
-    y = matrix @ patches if bias is None else torch.addmm(bias.reshape(-1, 1), matrix, patches)
+        rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, matrix.shape[1])
+        y = F.linear(rows, matrix, None if bias is None else bias.reshape(-1))
+        return y.reshape(x.shape[0], -1, len(matrix)).mT.reshape(shape_of(v.ne))
+    columns = patches.permute(1, 4, 5, 0, 2, 3).reshape(matrix.shape[1], -1)
+    y = matrix @ columns if bias is None else torch.addmm(bias.reshape(-1, 1), matrix, columns)
     return y.reshape(len(matrix), x.shape[0], -1).transpose(0, 1).reshape(shape_of(v.ne))
 
 
