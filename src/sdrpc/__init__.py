@@ -29,8 +29,8 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
 def devices(rpc: Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> dict[str, Device]:
     """The devices of this process and of the servers at ``rpc`` (``host:port``), by name: CUDA0, CPU, RPC0, RPC1 …
 
-    ``precision``: exact, fast or auto, of the local ones (a server chooses its own); ``threads``: of the CPU. Close
-    those that you have used. Raises :class:`sdrpc.errors.UsageError`, and for a server that can't be used
+    ``precision``: exact, fast, ggml or auto, of the local ones (a server chooses its own); ``threads``: of the CPU.
+    Close those that you have used. Raises :class:`sdrpc.errors.UsageError`, and for a server that can't be used
     :class:`~sdrpc.errors.ConnectionFailed`, :class:`~sdrpc.errors.ConnectionLost`,
     :class:`~sdrpc.errors.VersionMismatch` or :class:`~sdrpc.errors.RemoteProtocolError`.
     """

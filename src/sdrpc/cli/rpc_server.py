@@ -52,7 +52,10 @@ def rpc_server(
     threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads of the CPU; 0: one per core.")] = 0,
     precision: Annotated[
         str,
-        typer.Option(metavar="exact|fast|auto", help="How to compute; auto: fast where the hardware is made for it."),
+        typer.Option(
+            metavar="exact|fast|ggml|auto",
+            help="How to compute; ggml: rounding as ggml's CPU does; auto: fast where the hardware is made for it.",
+        ),
     ] = "auto",
     protocol: Annotated[
         str,

@@ -172,7 +172,7 @@ def sd_cli(
     precision: Annotated[
         str,
         typer.Option(
-            metavar="exact|fast|auto",
+            metavar="exact|fast|ggml|auto",
             rich_help_panel=DEVICES,
             help="How this machine's devices compute; auto: fast where the hardware is made for it.",
         ),

@@ -297,7 +297,7 @@ def devices(
 ) -> list[LocalDevice]:
     """Every accelerator that torch finds, then the CPU.
 
-    ``precision``: exact, fast, or auto, which is fast where the hardware has narrow arithmetic. ``threads``: of the
+    ``precision``: exact, fast, ggml, or auto: fast where the hardware has narrow arithmetic. ``threads``: of the
     CPU (default: torch's). ``dequant_cache``: bytes per device (default: 256 MiB, or a quarter of an
     accelerator's memory). Raises :class:`sdrpc.errors.UsageError` for another precision.
     """

@@ -37,8 +37,7 @@ PRODUCTS = {
 TILE = 64
 """So many queries attend in tiles where keys and values are F16 (GGML_FA_TILE_Q): in float32, and as they are."""
 PARTS = 512
-"""From so many keys on ggml adds up what one query attends to in as many parts as it has threads, which nobody else
-knows."""
+"""From so many keys on ggml adds up for a single query in as many parts as it has threads, which only it knows."""
 
 
 def rounded(effects: Sequence[Value]) -> tuple[Value, ...]:
