@@ -99,6 +99,13 @@ def _(b: Builder) -> Any:
     return b.add(attention(b, layer_norm(b, x, 64), b.x(48, 7, 2), 4, flash=True), x)
 
 
+@graph("attention-flash-in-tiles")
+def _(b: Builder) -> Any:
+    """More queries than ggml's CPU takes one by one: of a tile it rounds nothing."""
+    keys, values = (b.x(32, 50, 2, type="F16") for _ in range(2))
+    return b.flash_attn_ext(b.x(32, 70, 4), keys, values, b.mask(50, 96, type="F16"), 0.2, 0.0, 0.0)
+
+
 @graph("attention-quantized", "quantized")
 def _(b: Builder) -> Any:
     return attention(b, b.x(256, 9, 1), b.x(256, 9, 1), 4, flash=False, type="Q8_0")
