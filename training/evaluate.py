@@ -161,7 +161,7 @@ def main(
     ] = models.SHIPPED[models.DEFAULT],
     gguf: Annotated[Path | None, typer.Option(help="The same model as GGUF, to compare.")] = None,
     device: Annotated[str, typer.Option(help="Where pictures are drawn: CPU, CUDA0 …")] = "CPU",
-    precision: Annotated[str, typer.Option(metavar="exact|fast|auto")] = "auto",
+    precision: Annotated[str, typer.Option(metavar="exact|fast|ggml|auto")] = "auto",
     prompts: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="all 520")] = None,
     sampler: Annotated[str, typer.Option()] = "euler",
     steps: Annotated[int, typer.Option(min=1)] = 20,
