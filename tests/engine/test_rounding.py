@@ -19,7 +19,7 @@ from sdrpc.engine.program import compile_graph
 from sdrpc.engine.rounding import MADE, PARTS, TILE
 from sdrpc.engine.values import ordered
 from sdrpc.ggml import build as b
-from sdrpc.ggml.params import FlashAttn, Im2Col, MulMat, Unary
+from sdrpc.ggml.params import Conv2D, FlashAttn, Im2Col, MulMat, Unary
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import BF16, F16, F32, TYPES, Type
 from tests.engine.compare import ALIGNMENT, Leaves, at, error, place
@@ -105,6 +105,14 @@ def test_the_operand_is_what_the_codec_makes_of_it(
 def test_what_suits_already_is_not_rounded(held: Type, other: Type) -> None:
     product = b.mul_mat(b.leaf(held, 256, 4, buffer=1), b.leaf(other, 256, 3, buffer=1, offset=1 << 16))
     assert ops(GGML, product) == ops(EXACT, product)
+
+
+@pytest.mark.parametrize(("kernel", "copies"), [(F32, 0), (F16, 1), (TYPES["Q8_0"], 0)], ids=str)
+def test_an_image_is_rounded_for_f16_alone(kernel: Type, copies: int) -> None:
+    """ggml has no other convolutions. Rows of an image are of any length: there are no blocks of them."""
+    image = b.leaf(F32, 33, 5, 4, buffer=1, offset=1 << 16)
+    node = b.node("CONV_2D", b.leaf(kernel, 32, 1, 4, 8, buffer=1), image, params=Conv2D(1, 1, 0, 0, 1, 1))
+    assert ops(GGML, node)["CPY"] == copies
 
 
 def test_an_operand_of_several_products_is_rounded_once() -> None:

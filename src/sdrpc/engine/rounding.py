@@ -28,11 +28,10 @@ _MADE_FOR = {
 MADE: dict[Type, Type] = {TYPES[name]: TYPES[made] for made, names in _MADE_FOR.items() for name in names}
 """What is made of an operand in F32, by the type of the one that it is multiplied with; of all others nothing is."""
 
-PRODUCTS = {
-    "MUL_MAT": (0, 1), "MUL_MAT_ID": (0, 1), "FLASH_ATTN_EXT": (1, 0), "CONV_2D": (0, 1), "CONV_3D": (0, 1),
-    "CONV_TRANSPOSE_1D": (0, 1), "CONV_TRANSPOSE_2D": (0, 1),
-}  # fmt: skip
-"""Which operand's type decides, and which operand is rounded: of the keys, and the queries."""
+CONVOLUTIONS = ("CONV_2D", "CONV_3D", "CONV_TRANSPOSE_1D", "CONV_TRANSPOSE_2D")
+"""Those that are one operation in ggml: it has them with kernels in F32 and F16 alone."""
+PRODUCTS = {"MUL_MAT": (0, 1), "MUL_MAT_ID": (0, 1), "FLASH_ATTN_EXT": (1, 0), **dict.fromkeys(CONVOLUTIONS, (0, 1))}
+"""Which operand's type decides, and which operand is rounded: of attention the keys and the queries."""
 
 TILE = 64
 """So many queries attend in tiles where keys and values are F16 (GGML_FA_TILE_Q): in float32, and as they are."""
@@ -70,6 +69,8 @@ def _operand_to_round(value: Value) -> tuple[int, Type] | None:
     decides, i = PRODUCTS[value.op]
     weight, operand = value.src[decides], value.src[i]
     if weight is None or operand is None or operand.type is not F32 or weight.type not in MADE:
+        return None
+    if value.op in CONVOLUTIONS and weight.type is not F16:
         return None
     return i, MADE[weight.type]
 
