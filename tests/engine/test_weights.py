@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from sdrpc.engine.weights import PIECE, Form, convert
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.precision import Precision
+from sdrpc.engine.weights import PIECE, Form, Kept, Source, Weights, convert
+from sdrpc.ggml import build as b
+from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.types import F16
+from tests.engine.compare import Leaves, check
 
 
 def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
@@ -15,3 +21,86 @@ def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
         found = convert(x, F16, (1, 1, 1, 1), Form(torch.bfloat16))
         assert found.is_contiguous()
         torch.testing.assert_close(found, x.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def source(number: int, elements: int = 10, buffer: int = 1) -> Source:
+    start = 100 * number
+    ne, nb = (elements, 1, 1, 1), (2, 2 * elements, 2 * elements, 2 * elements)
+    return Source(buffer, start, start + 2 * elements, F16, ne, nb, Form(torch.float32))
+
+
+def kept(weights: Weights, *numbers: int) -> list[bool]:
+    """Which of these are there, in another run than before."""
+    weights.begin()
+    return [weights.find(source(number)) is not None for number in numbers]
+
+
+def keep(weights: Weights, number: int, elements: int = 10) -> Kept:
+    made = source(number, elements)
+    assert weights.has_room(made.nbytes)
+    return weights.keep(made, torch.zeros(elements))
+
+
+def test_what_nobody_used_for_long_makes_room_for_others() -> None:
+    weights = Weights(budget=120, patience=2)
+    first, second, third = (keep(weights, number) for number in range(3))
+    for _ in range(2):
+        weights.begin()
+        third.used = weights.runs
+        assert not weights.has_room(40), "those are younger than that"
+    weights.begin()
+    third.used = weights.runs
+    assert not weights.has_room(81), "two can leave, not three"
+    assert kept(weights, 0, 1, 2) == [True, True, True], "so nobody did"
+    assert weights.has_room(40)
+    assert kept(weights, 0, 1, 2) == [False, True, True]
+    assert (first.tensor, first.written) == (None, False)
+    assert second.tensor is not None
+    assert weights.used == 80
+    assert weights.dropped == 0, "nothing that was handed out has become wrong"
+
+
+def test_without_patience_all_stay() -> None:
+    weights = Weights(budget=40, patience=None)
+    keep(weights, 0)
+    for _ in range(100):
+        weights.begin()
+    assert not weights.has_room(1)
+
+
+def test_what_is_written_is_gone() -> None:
+    weights = Weights(budget=1000, patience=2)
+    first, second, third = (keep(weights, number) for number in range(3))
+    weights.drop(2)
+    weights.drop(1, 20, 100)  # between the first two
+    assert weights.dropped == 0
+    weights.drop(1, 119, 200)
+    assert kept(weights, 0, 1, 2) == [True, False, True]
+    assert (second.tensor, second.written) == (None, True)
+    weights.drop(1)
+    assert kept(weights, 0, 1, 2) == [False, False, False]
+    assert first.written
+    assert third.written
+    assert (weights.used, weights.dropped) == (0, 3)
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 0])
+def test_few_rows_are_right_with_weights_that_are_kept_and_as_they_are(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a matrix, and places of an image, whose kernel is one too."""
+    made: list[tuple[int, torch.dtype]] = []
+    keep = Weights.keep
+    monkeypatch.setattr(Weights, "keep", lambda *each: (made.append((each[2].numel(), each[2].dtype)), keep(*each))[1])
+    halves = Precision("fast", torch.bfloat16, halves=True)
+    device = LocalDevice("CPU", torch.device("cpu"), halves, threads=1, dequant_cache=budget)
+    try:
+        leaves = Leaves()
+        check(device, leaves, [b.mul_mat(leaves.normal(64, 8, type="F16"), leaves.normal(64, 3))], runs=2)
+        kernel = leaves.normal(3, 3, 4, 72, type="F16", scale=0.2)
+        params = Conv2D(1, 1, 1, 1, 1, 1)
+        check(device, leaves, [b.node("CONV_2D", kernel, leaves.normal(3, 3, 4), params=params)], runs=2)
+    finally:
+        device.close()
+    weights = {(64 * 8, torch.bfloat16), (9 * 4 * 72, torch.bfloat16)}
+    assert weights & set(made) == (weights if budget else set())
