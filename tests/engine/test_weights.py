@@ -91,7 +91,12 @@ def test_few_rows_are_right_with_weights_that_are_kept_and_as_they_are(
     """Rows of a matrix, and places of an image, whose kernel is one too."""
     made: list[tuple[int, torch.dtype]] = []
     keep = Weights.keep
-    monkeypatch.setattr(Weights, "keep", lambda *each: (made.append((each[2].numel(), each[2].dtype)), keep(*each))[1])
+
+    def noticed(weights: Weights, source: Source, tensor: torch.Tensor) -> Kept:
+        made.append((tensor.numel(), tensor.dtype))
+        return keep(weights, source, tensor)
+
+    monkeypatch.setattr(Weights, "keep", noticed)
     halves = Precision("fast", torch.bfloat16, halves=True)
     device = LocalDevice("CPU", torch.device("cpu"), halves, threads=1, dequant_cache=budget)
     try:
