@@ -253,6 +253,8 @@ CASES: dict[str, Case] = {
     "IM2COL": im2col("F32"), "IM2COL half": im2col("F16"), "IM2COL 1d": im2col("F32", 0),
     "CONV_2D": two("CONV_2D", (3, 2, 4, 5), (9, 8, 4, 2), Conv2D(2, 1, 1, 2, 1, 2), "F16 F32"),
     "CONV_2D channels": two("CONV_2D", (3, 2, 4, 130), (3, 2, 4, 2), Conv2D(2, 1, 1, 2, 1, 2), "F16 F32"),
+    "CONV_2D a tap": two("CONV_2D", (1, 1, 8, 70), (5, 3, 8, 2), Conv2D(1, 1, 0, 0, 1, 1), "F16 F32"),
+    "CONV_2D a tap, padded": two("CONV_2D", (1, 1, 8, 70), (3, 3, 8, 1), Conv2D(2, 1, 1, 2, 1, 1), "F16 F32"),
     "CONV_2D_DW": two("CONV_2D_DW", (3, 3, 1, 4), (9, 8, 4, 2), Conv2D(1, 2, 1, 0, 1, 1)),
     "CONV_TRANSPOSE_2D": two("CONV_TRANSPOSE_2D", (3, 2, 5, 4), (6, 5, 4, 2), ConvTranspose2D(2)),
     "POOL_2D max": one("POOL_2D", 9, 7, 3, params=Pool2D(0, 3, 2, 2, 2, 1, 1)),

@@ -41,7 +41,7 @@ HEAVY = frozenset({
 
 MOVES = frozenset({
     "VIEW", "SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT", "REPEAT", "SET", "PAD", "PAD_REFLECT_1D", "ROLL", "TRI", "DIAG",
-    "WIN_PART", "WIN_UNPART", "GET_REL_POS",
+    "WIN_PART", "WIN_UNPART", "GET_REL_POS", "IM2COL", "IM2COL_3D",
 })  # fmt: skip
 """What moves numbers without computing: in any dtype."""
 
@@ -63,10 +63,10 @@ SET_ROWS is memory, and of its kernel IM2COL wants the shape only."""
 class Precision:
     """``narrow`` is the dtype of heavy operations, None in exact precision. ``follows``: it is float16 for graphs whose
     weights are mostly that, which then need no conversion. ``channels_last``: kernels of convolutions are kept with
-    their channels together, which cuDNN would otherwise arrange anew at each use (a fifth of a UNet's time).
+    their channels together, which cuDNN and oneDNN would otherwise arrange anew at each use (a fifth of a UNet's time).
     ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it, where there is no room to keep
-    those in ``narrow``: reading weights is most of the work then. ``rounds``: what is multiplied is rounded as ggml's
-    CPU backend does it."""
+    those in ``narrow``, and one row always: reading weights is most of the work then. ``rounds``: what is multiplied is
+    rounded as ggml's CPU backend does it."""
 
     name: str
     narrow: torch.dtype | None = None
@@ -102,7 +102,8 @@ def choose(name: str, device: torch.device) -> Precision:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return Precision("fast", torch.float16, channels_last=True)  # before Ampere there is no bfloat16
     if device.type == "cpu":
-        return Precision("fast", torch.bfloat16, halves="avx512_fp16" in processor_features())
+        halves = "avx512_fp16" in processor_features()
+        return Precision("fast", torch.bfloat16, channels_last=True, halves=halves)
     return Precision("fast", torch.bfloat16, follows=True, channels_last=device.type == "cuda")
 
 
@@ -118,13 +119,12 @@ def assign(effects: Sequence[Value], precision: Precision) -> tuple[Value, ...]:
     return _Assigner(effects, precision).run()
 
 
-def _has_few_rows(value: Value) -> bool:
-    """Whether ``value`` is a product of a weight in F16 and few rows, or places of images."""
-    if value.op not in ("MUL_MAT", "LINEAR", "CONV_2D"):
-        return False
-    weight = value.src[0]
-    outputs = value.ne[2] if value.op == "CONV_2D" else value.ne[0]
-    return weight is not None and weight.op == "LEAF" and weight.type is F16 and prod(value.ne) <= FEW * outputs
+def _rows_of_halves(value: Value) -> int | None:
+    """How many rows, or places of images, ``value`` multiplies with a weight in F16; None if it is no such product."""
+    weight = value.src[0] if value.op in ("MUL_MAT", "LINEAR", "CONV_2D") else None
+    if weight is None or weight.op != "LEAF" or weight.type is not F16:
+        return None
+    return prod(value.ne) // (value.ne[2] if value.op == "CONV_2D" else value.ne[0])
 
 
 class _Assigner:
@@ -148,11 +148,14 @@ class _Assigner:
         src = [None if s is None else self.done[s] for s in value.src]
         if value.op == "SNAPSHOT":
             return replace(value, src=tuple(src), dtype=src[0].dtype if src[0] is not None else own)
-        raw = range(len(src)) if moves_blocks(value) else RAW.get(value.op, ())
+        raw: Sequence[int] = range(len(src)) if moves_blocks(value) else RAW.get(value.op, ())
         compute = self._compute(value, [s for s in src if s is not None])
-        few = 0 if self.halves and compute is self.narrow and _has_few_rows(value) else None
+        rows = _rows_of_halves(value) if self.halves and compute is self.narrow else None
+        if rows == 1:
+            raw = (0,)
+        spared = rows is not None and rows <= FEW
         operands = tuple(
-            s if s is None or i in raw else self._as(s, self._form(value, i, compute), i == few)
+            s if s is None or i in raw else self._as(s, self._form(value, i, compute), spared and i == 0)
             for i, s in enumerate(src)
         )
         return replace(value, src=operands, dtype=self._held(value, own, compute))

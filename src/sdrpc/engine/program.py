@@ -66,13 +66,15 @@ class Step(NamedTuple):
 
 class _Converted:
     """A weight in the form that a program wants it in: out of those that are kept, or converted. One that is ``spared``
-    is converted to be kept only; else it is given as it is.
+    is converted to be kept only, and is given as it is otherwise. It is kept if there is room when the program has run
+    once: weights that have to be converted come first.
 
     What is written between two runs is no weight but an input, and not kept again."""
 
-    def __init__(self, weights: Weights, source: Source, make: Callable[[Tensor], Tensor], spared: bool) -> None:
+    def __init__(self, weights: Weights, source: Source, spared: bool) -> None:
         self.may_keep = True
-        self._weights, self._source, self._make, self._spared = weights, source, make, spared
+        self._waits = spared
+        self._weights, self._source, self._spared = weights, source, spared
         self._kept: Kept | None = None
         self._is_input = False
 
@@ -84,13 +86,25 @@ class _Converted:
         if kept is not None and tensor is not None:
             kept.used = self._weights.runs
             return tensor
-        keeps = self.may_keep and not self._is_input and self._weights.has_room(self._source.nbytes)
+        keeps = self._keeps()
         if self._spared and not keeps:
             return raw
-        tensor = self._make(raw)
-        if keeps:
-            self._kept = self._weights.keep(self._source, tensor)
+        if not keeps:  # whoever uses it once arranges it faster
+            return self._converted(raw, self._source.form._replace(channels_last=False))
+        tensor = self._converted(raw, self._source.form)
+        self._kept = self._weights.keep(self._source, tensor)
         return tensor
+
+    def _keeps(self) -> bool:
+        if not self.may_keep or self._is_input:
+            return False
+        if self._waits:
+            self._waits = False
+            return False
+        return self._weights.has_room(self._source.nbytes, claimed=not self._spared)
+
+    def _converted(self, raw: Tensor, form: Form) -> Tensor:
+        return convert(raw, self._source.type, self._source.ne, form)
 
     def lost_its_bytes(self) -> bool:
         """Whether the bytes of what the last run used were written since; from then on it is an input."""
@@ -156,11 +170,10 @@ class Bound:
     def _weight(self, value: Value) -> Callable[[Tensor], Tensor]:
         place, form = value.place, cast(Form, value.params)
         assert place is not None  # noqa: S101
-        make = partial(convert, type=value.type, ne=value.ne, form=form)
         if place.memory < 0:
-            return make
+            return partial(convert, type=value.type, ne=value.ne, form=form)
         source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, form)
-        self._converted.append(_Converted(self._weights, source, make, value.op == "SPARED"))
+        self._converted.append(_Converted(self._weights, source, value.op == "SPARED"))
         return self._converted[-1]
 
     def refresh(self) -> bool:

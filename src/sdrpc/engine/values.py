@@ -155,6 +155,7 @@ class _Tracer:
         self.maps: dict[int, Intervals] = {}
         self.virtual: dict[Tensor, int] = {}  # tensors that live in no buffer → their memory's (negative) number
         self.scratch: dict[int, int] = {}
+        self.snapshots: dict[Place, Value] = {}
 
     # where things are
 
@@ -271,6 +272,7 @@ class _Tracer:
                               store=write.place if write.stored else None)  # fmt: skip
             if write.stored:
                 effects.append(value)
+                self.snapshots = {place: s for place, s in self.snapshots.items() if not place.overlaps(write.place)}
             made[at] = value
         return Traced(tuple(effects), tuple(self.buffers), dict(self.scratch))
 
@@ -280,9 +282,12 @@ class _Tracer:
         place = read.place
         if read.writer is not None:
             return view(made[read.writer], relative(self.writes[read.writer].place, place), at, label)
+        if place in self.snapshots:  # nobody has written there since
+            return self.snapshots[place]
         leaf = Value("LEAF", place.type, place.ne, at=at, place=place, node=label)
         if any(w.at >= at and w.place.overlaps(place) for w in stores.get(place.memory, ())):
-            return Value("SNAPSHOT", place.type, place.ne, (leaf,), at=at, node=label)
+            self.snapshots[place] = Value("SNAPSHOT", place.type, place.ne, (leaf,), at=at, node=label)
+            return self.snapshots[place]
         return leaf
 
 

@@ -102,10 +102,10 @@ class Weights:
         with self._lock:
             return self._kept.get(source.buffer, {}).get(source)
 
-    def has_room(self, size: int) -> bool:
-        """Whether ``size`` more bytes may be kept; weights that nobody used for long leave for them."""
+    def has_room(self, size: int, claimed: bool = True) -> bool:
+        """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that nobody used for long leave."""
         with self._lock:
-            if self.used + size > self.budget and self.patience is not None:
+            if claimed and self.used + size > self.budget and self.patience is not None:
                 self._make_room(size, self.runs - self.patience)
             return self.used + size <= self.budget
 

@@ -20,17 +20,18 @@ from .base import Raise, operand
 CUBIC = -0.75
 """The parameter of bicubic interpolation."""
 MUCH = 8
-"""A convolution on a CPU with so many times more channels than places is a matrix product: torch's own would rearrange
-the kernel in each call, which is most of the work then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2)."""
+"""A convolution on a CPU with so many times more channels than places is a matrix product, one whose kernel has its
+channels together if it has only as many: torch's own would rearrange the kernel in each call, which is most of the work
+then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2)."""
 
 
 def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int]) -> Tensor:
-    """What a window of ``k`` taps sees of ``x`` [n, c, h, w] with zeros around it: [n, c, down, across, *k], a view.
-    Height comes first in windows, strides, paddings and dilations."""
-    x = F.pad(x, (p[1], p[1], p[0], p[0]))
+    """What a window of ``k`` taps sees of ``x`` [n, c, h, w] with zeros around it: [n, down, across, taps, c]. Height
+    comes first in windows, strides, paddings and dilations."""
+    x = F.pad(x, (p[1], p[1], p[0], p[0])).permute(0, 2, 3, 1).contiguous()  # channels move together, the fastest way
     for axis in (0, 1):
-        x = x.unfold(2 + axis, d[axis] * (k[axis] - 1) + 1, s[axis])[..., :: d[axis]]
-    return x
+        x = x.unfold(1 + axis, d[axis] * (k[axis] - 1) + 1, s[axis])[..., :: d[axis]]
+    return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
 
 def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
@@ -42,32 +43,39 @@ def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
     else:
         # [1, n, channels, width]: each row of the batch is an image one pixel high
         patches = _patches(x[0].unsqueeze(2), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
-    return patches.permute(0, 2, 3, 1, 4, 5).reshape(shape_of(v.ne))
+    return patches.mT.reshape(shape_of(v.ne))
 
 
 def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     p: Any = v.params
-    x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype)
-    if x.is_cpu and v.ne[0] * v.ne[1] * v.ne[3] * MUCH <= v.ne[2]:
+    x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype).reshape(-1)
+    together = kernel.is_contiguous(memory_format=torch.channels_last)
+    if x.is_cpu and v.ne[0] * v.ne[1] * v.ne[3] * (1 if together else MUCH) <= v.ne[2]:
         return _conv_2d_as_product(v, kernel, x, bias)
     # an image whose channels lie together makes torch rearrange the kernel too, which is larger, in every run
-    if x.is_cpu or not kernel.is_contiguous(memory_format=torch.channels_last):
+    if x.is_cpu or not together:
         x = x.contiguous()
-    return F.conv2d(x, kernel, None if bias is None else bias.reshape(-1), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    y = F.conv2d(x, kernel, bias, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    return y.contiguous() if x.is_cpu else y  # norms on a CPU want a channel's places side by side
 
 
 def _conv_2d_as_product(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """The same as a product of the kernel, as it lies, and all patches of the images."""
     p: Any = v.params
-    height, width = kernel.shape[2:]
-    patches = _patches(x, (height, width), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
-    matrix = kernel.flatten(1)
+    taps = kernel.shape[2], kernel.shape[3]
+    window = taps, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0)
+    if window[:3] == ((1, 1), (1, 1), (0, 0)):
+        matrix, columns = kernel.flatten(1), x.transpose(0, 1).flatten(1)
+    elif kernel.is_contiguous(memory_format=torch.channels_last):
+        matrix = kernel.permute(0, 2, 3, 1).flatten(1)
+        columns = _patches(x, *window).reshape(-1, matrix.shape[1]).mT
+    else:
+        stride, padding, dilation = window[1:]
+        matrix, columns = kernel.flatten(1), F.unfold(x, taps, dilation, padding, stride).transpose(0, 1).flatten(1)
     if kernel.dtype is torch.float16:  # oneDNN reads those much faster as the second factor
-        rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, matrix.shape[1])
-        y = F.linear(rows, matrix, None if bias is None else bias.reshape(-1))
-        return y.reshape(x.shape[0], -1, len(matrix)).mT.reshape(shape_of(v.ne))
-    columns = patches.permute(1, 4, 5, 0, 2, 3).reshape(matrix.shape[1], -1)
-    y = matrix @ columns if bias is None else torch.addmm(bias.reshape(-1, 1), matrix, columns)
+        y = F.linear(columns.mT.contiguous(), matrix, bias).mT
+    else:
+        y = matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)
     return y.reshape(len(matrix), x.shape[0], -1).transpose(0, 1).reshape(shape_of(v.ne))
 
 
