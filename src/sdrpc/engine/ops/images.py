@@ -22,7 +22,7 @@ CUBIC = -0.75
 MUCH = 8
 """A convolution on a CPU with so many times more channels than places is a matrix product, one whose kernel has its
 channels together if it has only as many: torch's own would rearrange the kernel in each call, which is most of the work
-then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2)."""
+then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2). One of a single tap is a product anyhow."""
 
 
 def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int]) -> Tensor:
@@ -50,7 +50,8 @@ def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) ->
     p: Any = v.params
     x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype).reshape(-1)
     together = kernel.is_contiguous(memory_format=torch.channels_last)
-    if x.is_cpu and v.ne[0] * v.ne[1] * v.ne[3] * (1 if together else MUCH) <= v.ne[2]:
+    few_places = v.ne[0] * v.ne[1] * v.ne[3] * (1 if together else MUCH) <= v.ne[2]
+    if x.is_cpu and (few_places or _has_one_tap(v, kernel)):
         return _conv_2d_as_product(v, kernel, x, bias)
     # an image whose channels lie together makes torch rearrange the kernel too, which is larger, in every run
     if x.is_cpu or not together:
@@ -59,12 +60,18 @@ def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) ->
     return y.contiguous() if x.is_cpu else y  # norms on a CPU want a channel's places side by side
 
 
+def _has_one_tap(v: Value, kernel: Tensor) -> bool:
+    """Whether each place becomes one place, by itself."""
+    p: Any = v.params
+    return (*kernel.shape[2:], p.s0, p.s1, p.p0, p.p1) == (1, 1, 1, 1, 0, 0)
+
+
 def _conv_2d_as_product(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """The same as a product of the kernel, as it lies, and all patches of the images."""
     p: Any = v.params
     taps = kernel.shape[2], kernel.shape[3]
     window = taps, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0)
-    if window[:3] == ((1, 1), (1, 1), (0, 0)):
+    if _has_one_tap(v, kernel):
         matrix, columns = kernel.flatten(1), x.transpose(0, 1).flatten(1)
     elif kernel.is_contiguous(memory_format=torch.channels_last):
         matrix = kernel.permute(0, 2, 3, 1).flatten(1)
