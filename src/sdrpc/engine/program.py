@@ -22,7 +22,7 @@ from .ops import RAISE
 from .precision import Precision, assign
 from .rounding import rounded
 from .values import WRITES_IN_PLACE, Value, moves_blocks, ordered, trace
-from .weights import Form, Kept, Source, Weights, convert
+from .weights import Form, Source, Weight, Weights, convert
 
 
 @dataclass(frozen=True)
@@ -64,56 +64,6 @@ class Step(NamedTuple):
     node: str
 
 
-class _Converted:
-    """A weight in the form that a program wants it in: out of those that are kept, or converted. One that is ``spared``
-    is converted to be kept only, and is given as it is otherwise. It is kept if there is room when the program has run
-    once: weights that have to be converted come first.
-
-    What is written between two runs is no weight but an input, and not kept again."""
-
-    def __init__(self, weights: Weights, source: Source, spared: bool) -> None:
-        self.may_keep = True
-        self._waits = spared
-        self._weights, self._source, self._spared = weights, source, spared
-        self._kept: Kept | None = None
-        self._is_input = False
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        kept = self._kept
-        if kept is None or kept.tensor is None:
-            kept = self._kept = self._weights.find(self._source)
-        tensor = None if kept is None else kept.tensor
-        if kept is not None and tensor is not None:
-            kept.used = self._weights.runs
-            return tensor
-        keeps = self._keeps()
-        if self._spared and not keeps:
-            return raw
-        if not keeps:  # whoever uses it once arranges it faster
-            return self._converted(raw, self._source.form._replace(channels_last=False))
-        tensor = self._converted(raw, self._source.form)
-        self._kept = self._weights.keep(self._source, tensor)
-        return tensor
-
-    def _keeps(self) -> bool:
-        if not self.may_keep or self._is_input:
-            return False
-        if self._waits:
-            self._waits = False
-            return False
-        return self._weights.has_room(self._source.nbytes, claimed=not self._spared)
-
-    def _converted(self, raw: Tensor, form: Form) -> Tensor:
-        return convert(raw, self._source.type, self._source.ne, form)
-
-    def lost_its_bytes(self) -> bool:
-        """Whether the bytes of what the last run used were written since; from then on it is an input."""
-        if self._kept is None or not self._kept.written:
-            return False
-        self._kept, self._is_input = None, True
-        return True
-
-
 class Bound:
     """A compiled graph on its buffers. Not thread-safe: the device's worker runs it."""
 
@@ -128,7 +78,7 @@ class Bound:
             memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._memory = memory
         self._dropped = 0
-        self._converted: list[_Converted] = []
+        self._converted: list[Weight] = []
         self._fixed: list[Tensor | None] = []
         self._steps: list[Step] = []
         self._build()
@@ -173,7 +123,7 @@ class Bound:
         if place.memory < 0:
             return partial(convert, type=value.type, ne=value.ne, form=form)
         source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, form)
-        self._converted.append(_Converted(self._weights, source, value.op == "SPARED"))
+        self._converted.append(Weight(self._weights, source, value.op == "SPARED"))
         return self._converted[-1]
 
     def refresh(self) -> bool:
@@ -181,7 +131,7 @@ class Bound:
         if self._weights.dropped == self._dropped:
             return False
         self._dropped = self._weights.dropped
-        changed = [each for each in self._converted if each.lost_its_bytes()]
+        changed = [each for each in self._converted if each.has_become_an_input()]
         return bool(changed)
 
     def __len__(self) -> int:

@@ -125,6 +125,8 @@ class Weights:
             for source in stale:
                 self._forget(source).written = True
             self.dropped += len(stale)
+            if not mine:
+                self._kept.pop(buffer, None)
 
     def _make_room(self, size: int, before: int) -> None:
         """Forget weights that were last used before that run, the oldest first, until there is room for ``size``; none
@@ -142,3 +144,55 @@ class Weights:
         self.used -= kept.size
         kept.tensor = None
         return kept
+
+
+class Weight:
+    """A weight as one program uses it: out of those that are kept, or converted. One that is ``spared`` is converted to
+    be kept only, and is given as it is otherwise; it is kept if there is room when the program has run once, since
+    weights that have to be converted come first.
+
+    What is written between two runs is no weight but an input, and not kept again. While ``may_keep`` is false nothing
+    is (a recording: what is made in it is there in its replays only).
+    """
+
+    def __init__(self, weights: Weights, source: Source, spared: bool) -> None:
+        self.may_keep = True
+        self._weights, self._source, self._spared = weights, source, spared
+        self._waits = spared
+        self._kept: Kept | None = None
+        self._is_input = False
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """The weight; ``raw`` is the typed view of its bytes."""
+        kept = self._kept
+        if kept is None or kept.tensor is None:
+            kept = self._kept = self._weights.find(self._source)
+        tensor = None if kept is None else kept.tensor
+        if kept is not None and tensor is not None:
+            kept.used = self._weights.runs
+            return tensor
+        if self._may_be_kept():
+            tensor = self._converted(raw, self._source.form)
+            self._kept = self._weights.keep(self._source, tensor)
+            return tensor
+        if self._spared:
+            return raw
+        return self._converted(raw, self._source.form._replace(channels_last=False))  # not worth it for a single use
+
+    def has_become_an_input(self) -> bool:
+        """Whether the bytes of what the last run used were written since."""
+        if self._kept is None or not self._kept.written:
+            return False
+        self._kept, self._is_input = None, True
+        return True
+
+    def _may_be_kept(self) -> bool:
+        if not self.may_keep or self._is_input:
+            return False
+        if self._waits:
+            self._waits = False
+            return False
+        return self._weights.has_room(self._source.nbytes, claimed=not self._spared)
+
+    def _converted(self, raw: Tensor, form: Form) -> Tensor:
+        return convert(raw, self._source.type, self._source.ne, form)
