@@ -92,7 +92,22 @@ BAD: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     # shapes
     ("ADD", (t(4), t(3)), NO_PARAMS, {}), ("ADD", (t(4), t(8)), NO_PARAMS, {}), ("ADD", (t(4), t(4, 2)), NO_PARAMS, {}),
     ("MUL_MAT", (t(4, 2), t(5, 3)), p.MulMat(), {}), ("MUL_MAT", (t(4, 2, 2), t(4, 3, 3)), p.MulMat(), {}),
-    ("MUL_MAT", (t(4, 2, 1, 3), t(4, 3, 1, 2)), p.MulMat(), {}), ("OUT_PROD", (t(4, 2), t(4, 3)), NO_PARAMS, {}),
+    ("MUL_MAT", (t(4, 2, 1, 3), t(4, 3, 1, 2)), p.MulMat(), {}), ("MUL_MAT", (t(4, 2), t(4, 3), t(2)), p.MulMat(), {}),
+    ("MUL_MAT", (t(4, 2), t(4, 3), None, t(2)), p.MulMat(), {}), ("OUT_PROD", (t(4, 2), t(4, 3)), NO_PARAMS, {}),
+    # integers: rows of 64 that are packed, 5 of them as 8 and a ninth for their scales
+    ("QUANTIZE_I8_CONVROT", (t(32, 5),), p.Rotation(64), {}), ("QUANTIZE_I8_CONVROT", (t(60),), p.Rotation(64), {}),
+    ("QUANTIZE_I8_CONVROT", (t(64, 5),), p.Rotation(64), {"ne": dims(64, 8)}),
+    ("QUANTIZE_I8_CONVROT", (t(64, 5),), p.Rotation(64), {"type": F32}),
+    *(("MUL_MAT", (t(64, 2, type=I8), t(64, n, type=I8), t(2)), p.MulMat(), {"ne": dims(2, 5)}) for n in (5, 8, 10)),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 9, type=I8), t(2)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 9, type=I8), t(2)), p.MulMat(), {"ne": dims(2, 3, 3)}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 9, type=I8), t(2)), p.MulMat(), {"ne": dims(3, 5)}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(32, 18, type=I8), t(2)), p.MulMat(), {"ne": dims(2, 5)}),
+    ("MUL_MAT", (t(64, 2, 3, type=I8), t(64, 5), t(2)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(32, 5), t(2)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 5), t(3)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 5), t(2), t(1)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 5), t(2)), p.MulMat(group=256), {}),
     ("CONCAT", (t(4, 2), t(4, 3)), p.Concat(0), {}), ("CONCAT", (t(4), t(4)), p.Concat(4), {}),
     ("CONCAT", (t(4), t(4)), p.Concat(-1), {}), ("CONCAT", (t(4), t(4, type=F16)), p.Concat(0), {}),
     ("REPEAT", (t(4),), NO_PARAMS, {}), ("REPEAT", (t(4),), NO_PARAMS, {"ne": dims(6)}),
@@ -331,7 +346,17 @@ UNSUPPORTED: list[tuple[str, tuple[Any, ...], Any, dict[str, Any]]] = [
     ("POOL_2D", (t(9, 9),), pool(k=8, s=8, pad=14), {}), ("POOL_1D", (t(9),), p.Pool1D(0, 2**30, 2**30, 2**30 - 1), {}),
     ("CONV_TRANSPOSE_1D", (t(3, 2, 4), t(9, 4)), p.ConvTranspose1D(1, 1, 1), {}),
     ("CONV_TRANSPOSE_1D", (t(3, 2, 4), t(9, 4)), p.ConvTranspose1D(1, 0, 2), {}),
+    ("QUANTIZE_I8_CONVROT", (t(1024),), p.Rotation(1024), {}), ("QUANTIZE_I8_CONVROT", (t(64),), p.Rotation(8), {}),
+    ("QUANTIZE_I8_CONVROT", (t(64),), p.Rotation(0), {}), ("QUANTIZE_I8_CONVROT", (t(64),), p.Rotation(-4), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 3), t(2)), p.MulMat(group=32), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 3), t(2)), p.MulMat(group=-(2**31)), {}),
+    ("MUL_MAT", (t(32, 2, type=I8), t(64, 3), t(2)), p.MulMat(kind=1), {}),
     # types
+    ("QUANTIZE_I8_CONVROT", (t(64, type=F16),), p.Rotation(64), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 3, type=F16), t(2)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 3), t(2, type=F16)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 3), t(2), t(2, type=I32)), p.MulMat(), {}),
+    ("MUL_MAT", (t(64, 2, type=I8), t(64, 3), None, t(2)), p.MulMat(), {}),
     ("ADD", (t(4, type=I32), t(4)), NO_PARAMS, {}), ("SUB", (t(32, type=Q8_0), t(32)), NO_PARAMS, {}),
     ("ADD", (t(256, type=TYPES["IQ2_S"]), t(256)), NO_PARAMS, {}), ("ADD", (t(32), t(32, type=Q8_0)), NO_PARAMS, {}),
     ("ADD", (t(32, type=Q8_0), t(32)), NO_PARAMS, {"type": TYPES["Q4_0"]}),
@@ -399,7 +424,8 @@ def test_every_rule_counts_its_sources(op: str) -> None:
 
 def test_names_exist_in_the_newest_dialect() -> None:
     newest = list(dialects().values())[-1]
-    assert set(newest.ops) >= set(RULES)
+    assert set(RULES) - set(newest.ops) == {"QUANTIZE_I8_CONVROT"}
+    assert "QUANTIZE_I8_CONVROT" in dialects()["5.0.1"].ops
     assert set(newest.unary_ops) == UNARY_OPS
     assert set(newest.glu_ops) == GLU_OPS
 
@@ -414,6 +440,12 @@ def test_targets_use_operations_that_exist() -> None:
 RESULTS: list[tuple[Callable[[], Any], tuple[Any, tuple[int, ...]]]] = [
     (lambda: infer("ADD", NO_PARAMS, (t(4, type=F16), t(4)), type=F32), (F32, (4, 1, 1, 1))),
     (lambda: infer("MUL_MAT", p.MulMat(), (t(4, 2, type=F16), t(4, 3, 5))), (F32, (2, 3, 5, 1))),
+    (lambda: infer("QUANTIZE_I8_CONVROT", p.Rotation(256), (t(256, 65),)), (I8, (256, 70, 1, 1))),
+    (lambda: infer("QUANTIZE_I8_CONVROT", p.Rotation(1), (t(3, 2, 3),)), (I8, (3, 16, 1, 1))),
+    (
+        lambda: infer("MUL_MAT", p.MulMat(), (t(64, 2, type=I8), t(64, 9, type=I8), t(2)), F32, dims(2, 5)),
+        (F32, (2, 5, 1, 1)),
+    ),
     (lambda: infer("CPY", NO_PARAMS, (t(4),), type=BF16), (BF16, (4, 1, 1, 1))),
     (lambda: infer("CPY", NO_PARAMS, (t(4), None)), (F32, (4, 1, 1, 1))),
     (lambda: infer("SOFT_MAX", p.SoftMax(1.0), (t(4), None, None)), (F32, (4, 1, 1, 1))),

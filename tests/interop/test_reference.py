@@ -15,7 +15,7 @@ import pytest
 from sdrpc.ggml.dialect import newest
 from sdrpc.ggml.params import encode
 from tests.interop import worker
-from tests.support import ggml, reference
+from tests.support import cases_integers, ggml, reference
 from tests.support.cases import CASES
 from tests.support.feed import Feed, graph
 
@@ -25,10 +25,12 @@ NOT_ITS = {
     "ADD-strided", "SUB-strided", "MUL-strided", "DIV-strided", "UNARY-strided", "MEAN", "PERMUTE", "TRANSPOSE",
     "CONV_2D_DW-channels-first", "TIMESTEP_EMBEDDING-odd", "SSM_SCAN-mamba-1", "GATED_DELTA_NET-gates", "DSV4_HC_PRE",
     "SSM_SCAN-before-the-first-token", "GATED_DELTA_NET-before-the-first-token", "RWKV_WKV7",
+    *cases_integers.CASES,
 }  # fmt: skip
 """Cases that this ggml's CPU backend can't judge: rows that are not dense (it asserts that they are, or takes them for
 it), a result in a layout that it would not give, parameters as before 7.0 (a number of states that is not said), states
-from before the first token (it leaves them unwritten), heads that are no multiple of its vectors (it writes past them).
+from before the first token (it leaves them unwritten), heads that are no multiple of its vectors (it writes past them),
+what only stable-diffusion.cpp's ggml has.
 """
 
 BOUND = 1e-6

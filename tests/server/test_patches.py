@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import permutations
 from typing import Any, NamedTuple
 
@@ -169,11 +170,14 @@ def test_the_likeliest_stays_first_as_long_as_nothing_speaks_against_it() -> Non
 
 
 def test_an_operation_that_only_one_patch_has() -> None:
-    """5.0.1 has one operation more than 5.0.0 and 5.1.0, behind all others: it is named, though nobody has it."""
-    client = Client(RECORDED, families()["5.0"])
-    with pytest.raises(UnsupportedOperation, match="QUANTIZE_I8_CONVROT"):
-        client.compute(client.nodes(RELU, {"op": "QUANTIZE_I8_CONVROT"}))
-    assert client.versions == ["5.0.1"]
+    """5.0.1 has one operation more than 5.0.0 and 5.1.0, behind all others: it is named, whether it is computed."""
+    quantize = {"op": "QUANTIZE_I8_CONVROT", "type": "I8", "ne": (8, 12)}
+    for words, said in ((4,), None), ((1024,), "QUANTIZE_I8_CONVROT: rotation of 1024 numbers"):
+        client = Client(RECORDED, families()["5.0"])
+        nodes = client.nodes(RELU, {**quantize, "words": words})
+        with pytest.raises(UnsupportedOperation, match=said) if said else nullcontext():
+            client.compute(nodes)
+        assert client.versions == ["5.0.1"]
 
 
 def test_a_graph_that_makes_sense_in_no_patch_is_blamed_in_the_likeliest() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sdrpc.ggml import params
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.server import Learning, Limits, Server
 from sdrpc.server.protocol import MAX_BYTES, default_path
@@ -174,7 +175,8 @@ def test_clients_of_different_versions_and_name_lengths_at_once(
                 add()
         odd = works.pop(EVERY.index(dialects()["5.0.1"]))
         client = odd.client
-        record = client.record(odd.buffer, (8,), id=9, op="QUANTIZE_I8_CONVROT", src=(1,), name=b"here")
+        rotation = {"op": "QUANTIZE_I8_CONVROT", "params": params.Rotation(1024)}
+        record = client.record(odd.buffer, (8,), id=9, src=(1,), name=b"here", **rotation)
         client.compute([9], [odd.a, record])
         assert client.ended() == ""
         assert eventually(lambda: "disconnected" in caplog.text)

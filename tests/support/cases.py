@@ -14,7 +14,7 @@ from sdrpc.ggml.build import cast, cont, cpy, inplace, mul_mat, node, permute, r
 from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import BF16, F16, I32, TYPES
-from tests.support import cases_attention, cases_recurrent
+from tests.support import cases_attention, cases_integers, cases_recurrent
 from tests.support.feed import QUANTIZED, Feed
 
 Case = Callable[[Feed], Tensor]
@@ -214,5 +214,6 @@ CASES: dict[str, Case] = {
     "PERMUTE": lambda f: node("SQR", permute(f(5, 4, 3, 2), 3, 1, 0, 2)),
     "TRANSPOSE": lambda f: node("SQR", transpose(f(5, 4))),
     **cases_attention.CASES,
+    **cases_integers.CASES,
     **cases_recurrent.CASES,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
 from sdrpc.ggml.types import NUMPY_DTYPES
-from tests.support import reference_attention, reference_recurrent
+from tests.support import reference_attention, reference_integers, reference_recurrent
 
 Array = np.ndarray[Any, Any]
 Memory = Mapping[int, bytearray | Array]
@@ -309,7 +309,9 @@ def _spread(a: Array, like: Array) -> Array:
     return a
 
 
-def _mul_mat(_: Tensor, a: Array, b: Array) -> Array:
+def _mul_mat(node: Tensor, a: Array, b: Array, *scales_and_bias: Array) -> Array:
+    if scales_and_bias:
+        return reference_integers.mul_mat(node, a, b, *scales_and_bias)
     return b @ _spread(a, b).swapaxes(2, 3)
 
 
@@ -507,6 +509,7 @@ OPS: dict[str, Callable[..., Array]] = {
     "CONV_TRANSPOSE_1D": _conv_transpose_1d, "COL2IM_1D": _col2im_1d, "POOL_1D": _pool_1d, "WIN_PART": _win_part,
     "WIN_UNPART": _win_unpart, "GET_REL_POS": _get_rel_pos, "ADD_REL_POS": _add_rel_pos,
     **reference_attention.OPS,
+    **reference_integers.OPS,
     **reference_recurrent.OPS,
 }  # fmt: skip
 """Operation → function of the node and its sources' arrays (None for a source that is not there)."""

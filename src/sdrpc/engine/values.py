@@ -21,7 +21,7 @@ import torch
 from sdrpc.errors import GraphError
 from sdrpc.ggml.params import NO_PARAMS, Params
 from sdrpc.ggml.tensor import ALIASES, Dims, Graph, Tensor, contiguous_strides, extent, is_contiguous
-from sdrpc.ggml.types import Type
+from sdrpc.ggml.types import I8, Type
 
 from .intervals import Intervals
 from .layout import Strided
@@ -267,8 +267,7 @@ class _Tracer:
                     node.op, node.type, node.ne, (target, *src), node.params, at, place=write.place, node=label
                 )
             else:
-                op = "CONT" if node.op in ALIASES else node.op
-                value = Value(op, node.type, node.ne, src, node.params, at, node=label,
+                value = Value(_operation(node), node.type, node.ne, src, node.params, at, node=label,
                               store=write.place if write.stored else None)  # fmt: skip
             if write.stored:
                 effects.append(value)
@@ -289,6 +288,15 @@ class _Tracer:
             self.snapshots[place] = Value("SNAPSHOT", place.type, place.ne, (leaf,), at=at, node=label)
             return self.snapshots[place]
         return leaf
+
+
+def _operation(node: Tensor) -> str:
+    """What the value of ``node`` is called. Names for bytes copy those of several places; products of integers are not
+    MUL_MAT, which may be computed in any dtype."""
+    if node.op in ALIASES:
+        return "CONT"
+    weight = node.src[0] if node.op == "MUL_MAT" else None
+    return "MUL_MAT_I8" if weight is not None and weight.type is I8 else node.op
 
 
 def _viewable(writer: Place, reader: Place) -> bool:

@@ -53,7 +53,19 @@ class Concat(NamedTuple):
 
 
 class MulMat(NamedTuple):
+    """``hint`` says what the first operand is known to be. Of weights in I8 that have scales (protocol 5.0.1) ``group``
+    tells how many numbers were rotated together, 0 for none, and ``kind`` how they are packed, 0 for a byte each."""
+
     prec: int = 0
+    hint: int = 0
+    group: int = 0
+    kind: int = 0
+
+
+class Rotation(NamedTuple):
+    """So many numbers of a row are rotated together."""
+
+    group: int
 
 
 class Permute(NamedTuple):
@@ -330,7 +342,7 @@ PARAMS: dict[str, type] = {
     "POOL_1D": Pool1D, "PAD_REFLECT_1D": PadReflect, "ROLL": Roll, "WIN_PART": Windows, "WIN_UNPART": Unwindow,
     "ADD_REL_POS": InPlace, "TRI": Tri,
     "SSM_SCAN": States, "GATED_DELTA_NET": States, "GATED_LINEAR_ATTN": LinearAttention, "DSV4_HC_COMB": Mixing,
-    "DSV4_HC_PRE": Gather, "MUL_MAT_ID": MulMat,
+    "DSV4_HC_PRE": Gather, "MUL_MAT_ID": MulMat, "QUANTIZE_I8_CONVROT": Rotation,
     "RMS_NORM_BACK": Eps, "SOFT_MAX_BACK": SoftMax, "ROPE_BACK": Rope, "IM2COL_BACK": Im2Col, "POOL_2D_BACK": Pool2D,
 }  # fmt: skip
 """What each operation's words mean; an operation that is not here is decoded as :class:`NoParams`."""

@@ -8,14 +8,14 @@ of ggml's reference backend (ggml-cpu/ops.cpp).
 
 from __future__ import annotations
 
-from . import attention, copies, deepseek, elementwise, images, products, recurrent, rows, training
+from . import attention, copies, deepseek, elementwise, images, integers, products, recurrent, rows, training
 from .base import Raise
 
 __all__ = ["RAISE", "Raise"]
 
 RAISE: dict[str, Raise] = {
     name: function
-    for family in (copies, elementwise, rows, attention, products, images, recurrent, deepseek, training)
+    for family in (copies, elementwise, rows, attention, products, integers, images, recurrent, deepseek, training)
     for name, function in family.RAISE.items()
 }
 """ggml's operations, and the few that values have of their own, by name."""

@@ -2,22 +2,74 @@
 
 from __future__ import annotations
 
-from ..types import F32
-from .base import FLOATS, READABLE, Call, Result, Rule, need, support, typed
+from math import prod
+
+from ..tensor import Dims
+from ..types import F32, I8
+from .base import FLOATS, READABLE, Call, Result, Rule, declared, need, support, typed
 
 MATRICES = 1 << 12
 """Matrices of which rows pick theirs. They are used one by one: models have hundreds, and millions would take hours."""
 
-_I32 = frozenset({"I32"})
+ROTATIONS = (1, 4, 16, 64, 256)
+"""How many numbers of a row can be rotated together (ggml's CPU backend has no larger ones)."""
+
+_I32, _F32 = frozenset({"I32"}), frozenset({"F32"})
+
+
+def bytes_of_rows(k: int, rows: int) -> int:
+    """How many bytes QUANTIZE_I8_CONVROT makes of ``rows`` of ``k`` numbers, filled up to whole fours of rows. Behind
+    them lie the scales of the rows, in float32."""
+    return -(-rows // 4) * 4 * k
+
+
+def _quantized(k: int, rows: int) -> Dims:
+    return k, -(-(bytes_of_rows(k, rows) + 4 * rows) // k), 1, 1
+
+
+def _quantize_i8_convrot(call: Call) -> Result:
+    (x,), group = call.src, call.params.group
+    typed(x, _F32)
+    _rotates(x.ne[0], group)
+    return Result(I8, _quantized(x.ne[0], prod(x.ne[1:])))
+
+
+def _rotates(k: int, group: int) -> None:
+    support(group in ROTATIONS, "rotation of {} numbers", group)
+    need(not k % group, "can't rotate rows of {} by {}", k, group)
 
 
 def _mul_mat(call: Call) -> Result:
-    a, b = call.src
+    a, b, scales, bias = call.src
+    if a.type == I8 and scales is not None:
+        return _mul_mat_i8(call)
     typed(a, READABLE)
     typed(b, READABLE)
+    need(scales is None and bias is None, "scales or a bias for a matrix of type {}", a.type)
     x, y = a.ne, b.ne
     need(x[0] == y[0] and not y[2] % x[2] and not y[3] % x[3], "can't multiply {} and {}", x, y)
     return Result(F32, (x[1], y[1], y[2], y[3]))
+
+
+def _mul_mat_i8(call: Call) -> Result:
+    """A matrix [k, n], a scale and perhaps a bias for each of its rows, and rows of k numbers: in F32, or those that
+    QUANTIZE_I8_CONVROT made of them. How many it made is known from the result alone."""
+    a, b, scales, bias = call.src
+    (k, n), group = a.ne[:2], call.params.group
+    support(not call.params.kind, "weights packed as kind {}", call.params.kind)
+    if group:
+        _rotates(k, group)
+    for each in (scales, bias):
+        if each is not None:
+            typed(each, _F32, "scales or bias")
+            need(prod(each.ne) == n, "{} scales or biases for {} rows", prod(each.ne), n)
+    need(a.ne[2:] == (1, 1) and b.ne[0] == k, "can't multiply {} and {}", a.ne, b.ne)
+    if b.type != I8:
+        typed(b, _F32)
+        return Result(F32, (n, *b.ne[1:]))
+    ne = declared(call)
+    need(b.ne == _quantized(k, prod(ne[1:])), "{} bytes are not those of {} rows", b.ne, prod(ne[1:]))
+    return Result(F32, (n, *ne[1:]))
 
 
 def _mul_mat_id(call: Call) -> Result:
@@ -57,6 +109,6 @@ def _out_prod(call: Call) -> Result:
 
 
 RULES: dict[str, Rule] = {
-    "MUL_MAT": Rule(2, 2, _mul_mat), "MUL_MAT_ID": Rule(3, 3, _mul_mat_id), "ADD_ID": Rule(3, 3, _add_id),
-    "OUT_PROD": Rule(2, 2, _out_prod),
+    "MUL_MAT": Rule(2, 4, _mul_mat), "MUL_MAT_ID": Rule(3, 3, _mul_mat_id), "ADD_ID": Rule(3, 3, _add_id),
+    "OUT_PROD": Rule(2, 2, _out_prod), "QUANTIZE_I8_CONVROT": Rule(1, 1, _quantize_i8_convrot),
 }  # fmt: skip

@@ -1,0 +1,80 @@
+"""Products of integers: weights of 8 bits a number, with scales, and activations that are quantized when they come.
+
+Both were rotated before (ConvRot, arXiv:2512.03673), which spreads outliers: k numbers in groups of 4ⁿ, each group
+times the n-th Kronecker power of H4 / 2, H4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]].
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdrpc.ggml.rules.products import bytes_of_rows
+
+from ..dtypes import shape_of
+from ..values import Value
+from .base import Raise
+
+EXACT_SUM = 1 << 10
+"""So many products of two numbers of 8 bits sum up to 2²⁴ at most: exact in float32, in any order, which every device
+multiplies; and TF32, which some do it in, still holds 8 bits. Of more, sums are added up as integers."""
+
+
+def _rotated(x: Tensor, group: int) -> Tensor:
+    """``x`` [rows, k] with each ``group`` of its numbers rotated, by H4 in steps. Additions have ggml's order: what is
+    rounded to 8 bits next goes the same way then."""
+    shape = x.shape
+    x = x * group**-0.5  # a power of two
+    step = 1
+    while step < group:
+        a, b, c, d = x.reshape(-1, 4, step).unbind(1)
+        x = torch.stack((a + b + c - d, a + b - c + d, a - b + c + d, b - a + c + d), 1)
+        step *= 4
+    return x.reshape(shape)
+
+
+def _quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The rows of ``x`` in int8, rotated, [rows, k], and each row's scale, [rows, 1]."""
+    x = _rotated(x.reshape(-1, x.shape[-1]), group)
+    scale = x.abs().amax(1, keepdim=True) / x.new_full((), 127)  # by a mere number CUDA multiplies with its inverse
+    numbers = x * torch.where(scale == 0, 0.0, 1 / scale)
+    return numbers.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _quantize_i8_convrot(v: Value, x: Tensor) -> Tensor:
+    """Rows and scales as bytes; those that fill up are zero."""
+    numbers, scale = _quantized(x, v.params.group)
+    rows, k = numbers.shape
+    start = bytes_of_rows(k, rows)
+    packed = numbers.new_zeros(prod(v.ne))
+    packed[: rows * k] = numbers.reshape(-1)
+    packed[start : start + 4 * rows] = scale.reshape(-1).view(torch.int8)
+    return packed.reshape(shape_of(v.ne))
+
+
+def _unpacked(packed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """What :func:`_quantize_i8_convrot` packed."""
+    k, flat = packed.shape[-1], packed.reshape(-1)
+    start = bytes_of_rows(k, rows)
+    scale = flat[start : start + 4 * rows].clone()  # a view in float32 must lie at a multiple of 4
+    return flat[: rows * k].reshape(rows, k), scale.view(torch.float32).reshape(rows, 1)
+
+
+def _mul_mat_i8(v: Value, a: Tensor, b: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """b · aᵀ as integers, times the scales of b's rows and of a's, plus a bias."""
+    weight = a[0, 0]
+    if b.dtype is torch.int8:
+        numbers, scale = _unpacked(b, prod(v.ne[1:]))
+    else:
+        numbers, scale = _quantized(b, v.params.group or 1)
+    sums = torch.zeros(len(numbers), len(weight), dtype=torch.int32, device=b.device)
+    for x, w in zip(torch.split(numbers, EXACT_SUM, 1), torch.split(weight, EXACT_SUM, 1), strict=True):
+        sums += F.linear(x.float(), w.float()).int()
+    y = sums.float() * scale * scales.reshape(-1)
+    return (y if bias is None else y + bias.reshape(-1)).reshape(shape_of(v.ne))
+
+
+RAISE: dict[str, Raise] = {"QUANTIZE_I8_CONVROT": _quantize_i8_convrot, "MUL_MAT_I8": _mul_mat_i8}
