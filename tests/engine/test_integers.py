@@ -132,19 +132,21 @@ def test_sums_beyond_what_float32_holds(device: LocalDevice, packed: bool) -> No
     assert got.tolist() == (weight @ numbers[0]).astype("f4").tolist()
 
 
-def test_packed_rows_at_an_odd_address(device: LocalDevice) -> None:
-    """What a client copied there: scales in float32 need no alignment."""
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize(("n", "k", "outputs"), [(3, 24, 4), (17, 24, 8), (40, 2056, 16), (40, 24, 12), (40, 20, 16)])
+def test_packed_rows_anywhere(device: LocalDevice, n: int, k: int, outputs: int, shift: int) -> None:
+    """What a client copied there: scales in float32 need no alignment, and no shape changes a sum."""
     leaves = Leaves(5)
-    numbers, scale = leaves.rng.integers(-127, 128, (3, 24)), leaves.rng.uniform(0.1, 1, (3, 1))
-    raw = b"\0" * 3 + reference_integers.pack(numbers, scale).ljust(24 * 5, b"\0")
-    memory = leaves.raw(I8, (len(raw),), raw)
-    rows = b.leaf(I8, 24, 5, buffer=1, offset=memory.offset + 3)
-    weight = leaves.rng.integers(-128, 128, (4, 24))
-    node = b.node(
-        "MUL_MAT", leaves.array(weight, "I8"), rows, leaves.array(np.ones(4)), params=MulMat(group=4), ne=(4, 3)
-    )  # fmt: skip
-    wanted = (numbers @ weight.T) * scale
-    np.testing.assert_allclose(computed(device, leaves, node)[0, 0], wanted, rtol=1e-6)
+    numbers, scale = leaves.rng.integers(-127, 128, (n, k)), leaves.rng.uniform(0.1, 1, (n, 1)).astype("f4")
+    packed = reference_integers.pack(numbers, scale)
+    height = -(-len(packed) // k)
+    memory = leaves.raw(I8, (height * k + shift,), b"\0" * shift + packed.ljust(height * k, b"\0"))
+    rows = b.leaf(I8, k, height, buffer=1, offset=memory.offset + shift)
+    weight = leaves.rng.integers(-128, 128, (outputs, k))
+    ones = leaves.array(np.ones(outputs))
+    node = b.node("MUL_MAT", leaves.array(weight, "I8"), rows, ones, params=MulMat(group=4), ne=(outputs, n))
+    wanted = (numbers @ weight.T).astype("f4") * scale
+    np.testing.assert_array_equal(computed(device, leaves, node)[0, 0], wanted)
 
 
 def test_several_products_of_the_same_rows(device: LocalDevice) -> None:
