@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdrpc.ggml.rules.products import bytes_of_rows
 
+from ..arithmetic import quotient
 from ..dtypes import shape_of
 from ..values import Value
 from .base import Raise
@@ -39,7 +40,7 @@ def _rotated(x: Tensor, group: int) -> Tensor:
 def _quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The rows of ``x`` in int8, rotated, [rows, k], and each row's scale, [rows, 1]."""
     x = _rotated(x.reshape(-1, x.shape[-1]), group)
-    scale = x.abs().amax(1, keepdim=True) / x.new_full((), 127)  # by a mere number CUDA multiplies with its inverse
+    scale = quotient(x.abs().amax(1, keepdim=True), 127)
     numbers = x * torch.where(scale == 0, 0.0, 1 / scale)
     return numbers.round().clamp(-127, 127).to(torch.int8), scale
 
