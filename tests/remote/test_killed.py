@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +18,7 @@ from tests.support.process import ServerProcess
 
 
 class Long(torch.nn.Module):
-    """So many products, one after the other, that nobody sees their end."""
+    """So many products, one after the other, that it takes longer than killing a process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +51,7 @@ def test_while_it_computes(protocol: str, capabilities: Capability, monkeypatch:
         (device,) = connect([tap.endpoint])
 
         def kill() -> None:
-            eventually(lambda: tap.commands["GRAPH_COMPUTE"], 120)
-            time.sleep(0.5)
+            eventually(lambda: tap.commands["GET_TENSOR"], 120)  # which waits for the graph before it
             server.process.kill()
 
         killed = pool.submit(kill)
