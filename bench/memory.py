@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from sdrpc.capture.cache import SUFFIX
-from sdrpc.capture.lowered import from_bytes
-from sdrpc.ggml.plan import place
+from sdrpc.ggml.memory_planner import place
+from sdrpc.runtime.cache import SUFFIX
+from sdrpc.runtime.lowered import from_bytes
 
 from .command import SdCli
 from .rows import Mark, Row

@@ -18,8 +18,8 @@ from sdrpc.client.remote import RemoteDevice, RemoteProgram
 from sdrpc.device import Buffer
 from sdrpc.ggml import build
 from sdrpc.ggml.build import leaf, mul_mat, node
+from sdrpc.ggml.memory_planner import bind, lay_out, place
 from sdrpc.ggml.params import Concat, Eps, FlashAttn, Glu, GroupNorm, Im2Col, Scale, SoftMax, Unary, Upscale
-from sdrpc.ggml.plan import bind, lay_out, place
 from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, sources
 from sdrpc.ggml.types import F16, F32, I32, TYPES, Type
 from tests.engine import recorded

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sdrpc.capture.cache import Cache
 from sdrpc.client import connect
 from sdrpc.diffusion.clock import Clock
 from sdrpc.diffusion.model import ModelFiles, open_model
 from sdrpc.diffusion.pipeline import Request
 from sdrpc.diffusion.placed import PlacedModel, Placement, Uploading
+from sdrpc.runtime.cache import Cache
 from tests.support.process import ServerProcess
 
 ROOT = Path(__file__).parent.parent

@@ -1,9 +1,19 @@
-"""What holds for every test: few threads, the same examples each time."""
+"""What holds for every test (few threads, the same examples each time), and small checkpoints."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+TESTS = Path(__file__).parent
 
 torch.set_num_threads(1)  # the suite runs in parallel processes on a small machine
 
@@ -16,3 +26,35 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("sdrpc")
+
+
+@pytest.fixture(scope="session")
+def maker() -> ModuleType:
+    """tools/make_checkpoint.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_checkpoint", TESTS.parent / "tools" / "make_checkpoint.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(maker: ModuleType) -> dict[str, Any]:
+    """A tiny SD 1.x checkpoint: original names → torch tensors, F16."""
+    return maker.tensors("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(maker: ModuleType, tiny_weights: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a .safetensors file."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    maker.write_safetensors(path, tiny_weights)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sdcpp() -> dict[str, Any]:
+    """What stable-diffusion.cpp computes, from its own sources."""
+    return json.loads((TESTS / "data" / "sdcpp.json").read_text(encoding="utf-8"))

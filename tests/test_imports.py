@@ -22,8 +22,11 @@ MAY_IMPORT = {
     "engine": {"errors", "ggml", "device", "targets"},
     "client": {"errors", "ggml", "device", "content", "targets", "wire"},
     "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine"},
-    "capture": {"errors", "ggml", "device", "targets"},
-    "diffusion": {"errors", "ggml", "device", "targets", "capture"},
+    "runtime": {"errors", "ggml", "device"},
+    "lowering": {"errors", "ggml", "device", "targets", "runtime"},
+    "checkpoints": {"errors", "ggml"},
+    "families": {"errors", "ggml", "device", "checkpoints", "lowering", "runtime"},
+    "diffusion": {"errors", "ggml", "device", "checkpoints", "families", "lowering", "runtime"},
 }
 """Layer → what it may import besides itself; ``cli`` and the package's own front may import everything."""
 

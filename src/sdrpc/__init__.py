@@ -19,9 +19,9 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
     """``module`` with its computing done by ``device``: same class, signatures, results and errors.
 
     ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. See
-    :func:`sdrpc.capture.offload.offload`.
+    :func:`sdrpc.lowering.offload.offload`.
     """
-    from .capture.offload import offload
+    from .lowering.offload import offload
 
     return offload(module, device)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrpc.diffusion.checkpoint import open_checkpoint
+from sdrpc.checkpoints.checkpoint import open_checkpoint
 from tests.cli.conftest import TOOLS, Outcome
 from tests.cli.test_sd_cli import PSNR_EXACT, SMALL, Servers, psnr, rpc
 

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
-from sdrpc.diffusion.checkpoint import Checkpoint, open_checkpoint
+from sdrpc.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from sdrpc.diffusion.config import METADATA_KEY
 from sdrpc.diffusion.convert import CONVERTIBLE, type_named, type_of, write_gguf
 from sdrpc.diffusion.model import ModelFiles, open_model

@@ -57,8 +57,8 @@ def test_a_whole_model(tiny: Path) -> None:
 
 def test_configurations_are_those_of_sd_1_5(maker: ModuleType) -> None:
     """What is inferred for the full-size model builds the modules that Hugging Face's own configurations build."""
+    from sdrpc.checkpoints.checkpoint import Checkpoint
     from sdrpc.diffusion import config, names
-    from sdrpc.diffusion.checkpoint import Checkpoint
     from sdrpc.ggml.types import F16
     from sdrpc.ggml.weight import Weight
 

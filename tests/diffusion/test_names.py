@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
+from sdrpc.checkpoints.checkpoint import Checkpoint
 from sdrpc.diffusion import names
-from sdrpc.diffusion.checkpoint import Checkpoint
 from sdrpc.diffusion.config import unet_config, vae_config
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.types import F16, TYPES

@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sdrpc.capture.cache import Cache
 from sdrpc.diffusion import modules
 from sdrpc.diffusion.clock import Clock
 from sdrpc.diffusion.model import Model, ModelFiles, ModelPart, open_model
@@ -21,6 +20,7 @@ from sdrpc.diffusion.placed import PlacedModel, Placement
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError, ComputeError, UsageError
+from sdrpc.runtime.cache import Cache
 
 F32 = NDArray[np.float32]
 

@@ -14,19 +14,19 @@ import pytest
 import torch
 
 import sdrpc
-from sdrpc.capture.export import export
-from sdrpc.capture.lower import lower
-from sdrpc.capture.lowered import Lowered
-from sdrpc.capture.run import Executable
 from sdrpc.client import RemoteDevice, connect
 from sdrpc.errors import ConnectionFailed, ConnectionLost, OutOfMemory
 from sdrpc.ggml.weight import Weight
+from sdrpc.lowering.export import export
+from sdrpc.lowering.lower import lower
+from sdrpc.runtime.lowered import Lowered
+from sdrpc.runtime.run import Executable
 from sdrpc.targets import PORTABLE
-from tests.capture.compare import errors
-from tests.capture.test_operations import CASES, Case, inputs_of
 from tests.interop.conftest import NativeServer
 from tests.interop.models import PARTS, Inputs, make, relative_error, stored
 from tests.interop.tap import Tap
+from tests.lowering.compare import errors
+from tests.lowering.test_operations import CASES, Case, inputs_of
 
 pytestmark = pytest.mark.interop
 

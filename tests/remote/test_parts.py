@@ -10,11 +10,11 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import sdrpc
-from sdrpc.capture.export import export
 from sdrpc.device import Device
-from tests.capture import models
-from tests.capture.compare import TOLERANCE, error, errors, numbers
-from tests.capture.test_parts import PARTS, example
+from sdrpc.lowering.export import export
+from tests.lowering import models
+from tests.lowering.compare import TOLERANCE, error, errors, numbers
+from tests.lowering.test_parts import PARTS, example
 from tests.support.process import ServerProcess
 
 

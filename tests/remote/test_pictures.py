@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sdrpc import models
-from sdrpc.diffusion.checkpoint import open_checkpoint
+from sdrpc.checkpoints.checkpoint import open_checkpoint
 from sdrpc.diffusion.convert import write_gguf
 from sdrpc.ggml.types import TYPES
 from tests.support.process import ServerProcess

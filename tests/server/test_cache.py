@@ -16,7 +16,7 @@ import pytest
 from sdrpc.content import FNV_START, PIECE, digest, fnv1a, pieces
 from sdrpc.device import Buffer
 from sdrpc.errors import UsageError
-from sdrpc.server import Cache, Library, Server, shelf
+from sdrpc.server import Cache, Library, Server, client_cache
 from sdrpc.server.cache import STALE_SECONDS
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
@@ -198,7 +198,7 @@ def test_a_digest_that_is_not_the_data_s_is_no_name_of_it(scene: Scene) -> None:
 def test_t43_two_contents_of_one_hash_are_found_by_neither(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(shelf, "fnv1a", lambda: lambda data, state: 7)  # all collide
+    monkeypatch.setattr(client_cache, "fnv1a", lambda: lambda data, state: 7)  # all collide
     first = scene.place(False)
     assert not first.asks(7)
     first.send(noise(1))
@@ -304,7 +304,7 @@ def test_t44_a_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    target = {"create": (Cache, "create"), "write": (shelf, "_write_all"), "replace": (os, "replace")}[fails]
+    target = {"create": (Cache, "create"), "write": (client_cache, "_write_all"), "replace": (os, "replace")}[fails]
     with monkeypatch.context() as patch:
         patch.setattr(*target, full)
         client = scene.place(True)
@@ -475,7 +475,7 @@ def test_questions_about_what_is_behind_the_end(scene: Scene, ours: bool, offset
 
 
 def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "fnv1a", lambda: None)
+    monkeypatch.setattr(client_cache, "fnv1a", lambda: None)
     assert scene.place(False).puts(noise(1))
     scene.settled()
     assert scene.files() == []

@@ -13,12 +13,12 @@ import pytest
 
 from sdrpc.device import Buffer, Memory
 from sdrpc.errors import GraphError, RemoteProtocolError, UnsupportedOperation
-from sdrpc.ggml import params, spec
+from sdrpc.ggml import params, validate
 from sdrpc.ggml.dialect import Dialect, dialects
 from sdrpc.ggml.tensor import Graph
 from sdrpc.server import Limits
 from sdrpc.server.session import Session
-from sdrpc.server.versions import families
+from sdrpc.server.version_memory import families
 from sdrpc.wire import graphs, messages
 from sdrpc.wire.records import columns
 from tests.engine.recorded import DATA, PARTS
@@ -58,7 +58,7 @@ class PaperDevice:
         """Nothing."""
 
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> PaperProgram:
-        spec.check(graph, {key: buffer.size for key, buffer in buffers.items()}, max_bytes=HUGE)
+        validate.check(graph, {key: buffer.size for key, buffer in buffers.items()}, max_bytes=HUGE)
         self.graphs.append(graph)
         return PaperProgram()
 

@@ -17,7 +17,7 @@ import pytest
 from sdrpc.ggml import params
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.server import Learning, Limits, Server
-from sdrpc.server.protocol import MAX_BYTES, default_path
+from sdrpc.server.negotiation import MAX_BYTES, default_path
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually

@@ -15,7 +15,7 @@ from struct import pack, unpack
 import numpy as np
 import pytest
 
-from sdrpc.ggml import params, spec
+from sdrpc.ggml import params, validate
 from sdrpc.ggml.dialect import Dialect, dialects
 from sdrpc.server import Limits, Server
 from sdrpc.wire import graphs, messages
@@ -173,7 +173,7 @@ def test_a_graph_that_runs_again_is_not_looked_at_again(
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **named: (counted.update([name]), plain(*args, **named))[1])
 
-    for owner, name in ((graphs, "decode_graph"), (spec, "check"), (device, "compile")):
+    for owner, name in ((graphs, "decode_graph"), (validate, "check"), (device, "compile")):
         count(owner, name)
     with scene.client() as client:
         add = Adder(client, elements=33)

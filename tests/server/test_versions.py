@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrpc.ggml.dialect import Dialect, dialects, newest
-from sdrpc.server.versions import MAX_ADDRESSES, Learnt, Offer, accepting, families, normal
+from sdrpc.server.version_memory import MAX_ADDRESSES, Learnt, Offer, accepting, families, normal
 from sdrpc.wire.hello import NATIVE, Capability, Hello
 
 EVERY = tuple(dialects().values())

@@ -20,7 +20,7 @@ from sdrpc.wire import messages as m
 from sdrpc.wire.framing import REPLY_HEADER, RequestReader, drive, encode_reply
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello_reply, read_hello
 from sdrpc.wire.messages import Command
-from sdrpc.wire.names import NameLength
+from sdrpc.wire.name_length import NameLength
 
 HANG_UP = object()
 """As an answer: close the connection instead."""

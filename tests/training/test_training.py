@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdrpc.diffusion.config import SCALING_FACTOR
 from sdrpc.diffusion.model import ModelFiles, open_model
 from sdrpc.diffusion.modules import spec
-from sdrpc.diffusion.tokens import tokenize
+from sdrpc.diffusion.tokenizer import tokenize
 from training import autoencoder, bank, diffusion, loop, model
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from sdrpc.wire.framing import (
 )
 from sdrpc.wire.limits import Limits
 from sdrpc.wire.messages import COMMANDS, EXCHANGES, OURS, Command, response_class
-from sdrpc.wire.names import NameLength
+from sdrpc.wire.name_length import NameLength
 from tests.support.stream import EndOfStream, Stream
 from tests.wire.examples import DATA, DIALECTS, EXAMPLES, NAME_LENGTHS, TENSOR, commands, frame, message, payload
 

@@ -326,7 +326,7 @@ def test_chains_of_any_depth() -> None:
 
 
 def test_operations_that_nobody_computes_keep_their_names() -> None:
-    """So that all of them can be listed at once (:mod:`sdrpc.ggml.spec`)."""
+    """So that all of them can be listed at once (:mod:`sdrpc.ggml.validate`)."""
     numbers = newest().op_numbers
     payload = Payload(chain(NONE, {"op": numbers["CUSTOM"]}, {"op": numbers["SSM_SCAN"]}), [2, 3])
     graph = decode_graph(payload.bytes, newest(), same).graph

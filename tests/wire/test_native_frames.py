@@ -18,7 +18,7 @@ from sdrpc.wire.framing import RequestReader, encode_reply, encode_request, read
 from sdrpc.wire.graphs import decode_graph, encode_graph, split
 from sdrpc.wire.hello import NATIVE, encode_hello, encode_hello_reply, read_hello, read_hello_reply
 from sdrpc.wire.messages import Command, response_class
-from sdrpc.wire.names import NameLength
+from sdrpc.wire.name_length import NameLength
 from sdrpc.wire.records import decode_records
 from tests.support.stream import Stream
 

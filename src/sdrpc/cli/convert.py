@@ -18,7 +18,7 @@ def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) ->
 
     Raises :class:`UsageError` and what :func:`sdrpc.diffusion.convert.write_gguf` raises.
     """
-    from ..diffusion.checkpoint import open_checkpoint
+    from ..checkpoints.checkpoint import open_checkpoint
     from ..diffusion.convert import type_named, write_gguf
 
     if files.model is None or any((files.diffusion_model, files.vae, files.clip_l)):

@@ -16,7 +16,7 @@ from ..content import fnv1a, folder
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, Library, Limits, Server
-from ..server.protocol import Fixed, Learning, Protocol, default_path
+from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from . import placement, report
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ..ggml.dialect import Dialect
 from ..wire import framing, hello, messages
 from ..wire.hello import NATIVE, Capability, HelloReply
 from ..wire.messages import COMMANDS, Command
-from ..wire.names import COMMON
+from ..wire.name_length import COMMON
 from ..wire.records import Record
 from .endpoint import Endpoint
 

@@ -25,7 +25,7 @@ from ..errors import (
     RemoteProtocolError,
     UsageError,
 )
-from ..ggml import spec
+from ..ggml import validate
 from ..ggml.tensor import Graph
 from ..targets import PORTABLE, SDRPC
 from ..wire import messages
@@ -225,11 +225,11 @@ class RemoteDevice(Device):
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> RemoteProgram:
         """Check and encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.
 
-        Raises :class:`GraphError` for a graph that means nothing (:mod:`sdrpc.ggml.spec`), and
+        Raises :class:`GraphError` for a graph that means nothing (:mod:`sdrpc.ggml.validate`), and
         :class:`UnsupportedOperation` for what we or the server's protocol version don't have.
         """
         used = {key: self._own(buffer) for key, buffer in buffers.items()}
-        spec.check(graph, {key: buffer.size for key, buffer in used.items()}, managed=self.target.managed)
+        validate.check(graph, {key: buffer.size for key, buffer in used.items()}, managed=self.target.managed)
 
         def locate(key: int, offset: int) -> tuple[int, int]:
             return used[key].handle, used[key].base + offset
@@ -273,7 +273,8 @@ class RemoteDevice(Device):
 
     def _bytes_at(self, buffer: RemoteBuffer, offset: int, size: int) -> Record:
         """A part of a buffer as a tensor of bytes: servers move data of tensors only, and check them against their
-        buffer. All of the tensor is moved, so that a server can tell the length of its name (:mod:`sdrpc.wire.names`).
+        buffer. All of the tensor is moved, so that a server can tell the length of its name
+        (:mod:`sdrpc.wire.name_length`).
         """
         return Record(
             id=1,

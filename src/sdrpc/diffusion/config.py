@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint
 from .names import PartTensors
 
 METADATA_KEY = "sdrpc.config"

@@ -19,10 +19,10 @@ from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, UsageError
 from ..ggml.types import TYPES, Type
 from ..ggml.weight import Weight
-from .checkpoint import Checkpoint
 from .config import METADATA_KEY, file_config, refuse_strangers
 from .names import PARTS, find
 

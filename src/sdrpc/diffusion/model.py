@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError
 from ..ggml.weight import Weight
 from . import config, names
-from .checkpoint import Checkpoint, open_checkpoint
 from .names import Part, PartTensors
 
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..ggml.weight import Weight
-from .checkpoint import Checkpoint
 
 Rename = Callable[[Iterable[str]], Mapping[str, str]]
 """(a file's names without prefix) → those that are understood, with the module's names for them."""

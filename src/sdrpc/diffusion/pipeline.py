@@ -18,7 +18,7 @@ from .clock import Clock
 from .rng import make_rng
 from .samplers import DEFAULT_SAMPLER, F32, counted_steps, denoiser, find_sampler
 from .schedules import NoiseScale, f32, make_sigmas
-from .tokens import Tokens, apply_weights, tokenize
+from .tokenizer import Tokens, apply_weights, tokenize
 
 SIZE_MULTIPLE = 64
 """Pictures are as many pixels wide and high as a multiple of this: 8 for the VAE times 8 for the UNet."""

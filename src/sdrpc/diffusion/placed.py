@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..capture.cache import Cache, key
-from ..capture.lowered import Lowered
-from ..capture.run import Executable, WeightStore
 from ..device import Device
 from ..ggml.types import Type
 from ..ggml.weight import Weight
+from ..runtime.cache import Cache, key
+from ..runtime.lowered import Lowered
+from ..runtime.run import Executable, WeightStore
 from .clock import Clock
 from .model import Model, ModelPart
 from .modules import ModuleSpec, spec
@@ -100,8 +100,8 @@ def captured(
     """The module's graph for inputs of these shapes and dtypes. Nothing is computed and no weight exists."""
     import torch
 
-    from ..capture.export import export, without_weights
-    from ..capture.lower import lower
+    from ..lowering.export import export, without_weights
+    from ..lowering.lower import lower
 
     with without_weights():
         built, call = module.build()

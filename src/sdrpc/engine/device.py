@@ -13,7 +13,7 @@ import torch
 
 from sdrpc.device import Buffer, Bytes, Device, Memory, Program, Target
 from sdrpc.errors import DeviceError, OutOfMemory
-from sdrpc.ggml import spec
+from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 
@@ -215,7 +215,7 @@ class LocalDevice(Device):
         with self._lock:
             compiled = _recent(self._compiled, digest)
         if compiled is None:
-            spec.check(graph, sizes, max_bytes=self.memory().free)
+            validate.check(graph, sizes, max_bytes=self.memory().free)
             with translated(self.name, "compiling a graph"):
                 compiled = compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
             with self._lock:

@@ -1,7 +1,7 @@
 """Making tensors: leaves, nodes whose result the rules infer, and the operations that only rename bytes.
 
 ggml's conventions: ``ne`` counts from the fastest dimension; ``mul_mat(a, b)`` of a [K, M] and b [K, N] is [M, N].
-Nodes get no memory here: :mod:`sdrpc.ggml.plan` does that for devices that want it. Everything raises
+Nodes get no memory here: :mod:`sdrpc.ggml.memory_planner` does that for devices that want it. Everything raises
 :class:`sdrpc.errors.GraphError` for what the rules forbid.
 """
 

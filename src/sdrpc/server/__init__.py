@@ -15,9 +15,9 @@ Torch is not imported before a device is made.
 """
 
 from .cache import Cache
+from .client_cache import Library
 from .limits import Limits
 from .listener import Server
-from .protocol import Learning
-from .shelf import Library
+from .negotiation import Learning
 
 __all__ = ["Cache", "Learning", "Library", "Limits", "Server"]

@@ -7,7 +7,7 @@ bytes from the same address and to nobody else. So no client plants weights for 
 guessing 64 bits. A name that has stood for two contents stands for none.
 
 Files appear whole or not at all, and what is read is checked against its digest in the very memory that it was read to
-(:mod:`sdrpc.server.shelf`): one that was cut, extended or changed is a miss. Several servers may share the
+(:mod:`sdrpc.server.client_cache`): one that was cut, extended or changed is a miss. Several servers may share the
 folder: each throws out what was used longest ago when there is more than its budget.
 """
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
-from .conversation import converse
+from .client_cache import Library
+from .handler import converse
 from .limits import Limits
-from .protocol import Fixed, Protocol
+from .negotiation import Fixed, Protocol
 from .session import Session
-from .shelf import Library
 from .stream import Stream
-from .versions import normal
+from .version_memory import normal
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice

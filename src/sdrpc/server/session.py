@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..content import pieces
 from ..device import Bytes
 from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError
-from ..ggml import spec
+from ..ggml import validate
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph, contiguous_strides, extent
 from ..ggml.types import Type
 from ..wire import graphs, messages
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
+from .client_cache import Keeping, Shelf
 from .limits import Limits
-from .shelf import Keeping, Shelf
-from .versions import Versions
+from .version_memory import Versions
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice, LocalProgram
@@ -313,7 +313,7 @@ class Session:
 
     def _check(self, read: Read) -> None:
         sizes = {region.buffer.key: region.buffer.size for region in read.used.values()}
-        spec.check(read.graph, sizes, max_bytes=self.devices[read.device].memory().free)
+        validate.check(read.graph, sizes, max_bytes=self.devices[read.device].memory().free)
 
     def _narrow(self, versions: Sequence[Dialect]) -> None:
         """Only ``versions`` are left. What was computed as if the client spoke another one is not kept for it."""

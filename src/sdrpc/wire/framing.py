@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..device import Bytes
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect
-from . import graphs, names
+from . import graphs, name_length
 from .limits import DEFAULT_LIMITS, MAX_NAME_LENGTH, Limits
 from .messages import (
     COMMANDS,
@@ -33,7 +33,7 @@ from .messages import (
     message_layout,
     response_class,
 )
-from .names import NameLength
+from .name_length import NameLength
 
 REQUEST_HEADER = Struct("<BQ")
 REPLY_HEADER = Struct("<Q")
@@ -81,7 +81,7 @@ class RequestReader:
         self,
         dialect: Dialect,
         limits: Limits = DEFAULT_LIMITS,
-        known: NameLength = names.UNKNOWN,
+        known: NameLength = name_length.UNKNOWN,
         ours: bool = False,
     ) -> None:
         self.dialect, self.limits, self.names, self.ours = dialect, limits, known, ours
@@ -94,7 +94,7 @@ class RequestReader:
             return (yield from self._read_set_tensor(size))
         payload = (yield size) if size else b""
         if request is GraphCompute and (length := graphs.split(payload).name_length):
-            self.names = names.settle(self.names, command, length)
+            self.names = name_length.settle(self.names, command, length)
         return Received(command, decode(request, payload, self.dialect, self.names.value or MAX_NAME_LENGTH))
 
     def header(self, header: Bytes) -> tuple[Command, int]:
@@ -107,9 +107,9 @@ class RequestReader:
                 else f"protocol {self.dialect.version} has no command {number}"
             )
         command = Command(number)
-        self.names = names.learn(self.names, command, size, self.dialect)
+        self.names = name_length.learn(self.names, command, size, self.dialect)
         shape = message_layout(EXCHANGES[command].request, self.dialect)
-        low = shape.size(names.ALL[0])
+        low = shape.size(name_length.ALL[0])
         high = low if not shape.records else shape.size(MAX_NAME_LENGTH)
         if shape.bulk:
             high += self.limits.tensor_bytes if command == Command.SET_TENSOR else self.limits.graph_bytes
@@ -123,7 +123,7 @@ class RequestReader:
         shape = message_layout(SetTensor, self.dialect)
         certain = self.names.value if self.names.certain else MAX_NAME_LENGTH
         head = yield min(size, shape.size(certain))
-        self.names = names.learn_set_tensor(self.names, bytes(head), size, self.dialect)
+        self.names = name_length.learn_set_tensor(self.names, bytes(head), size, self.dialect)
         message = decode(SetTensor, head, self.dialect, self.names.value)
         return Received(Command.SET_TENSOR, message, size - len(head))
 

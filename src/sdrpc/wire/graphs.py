@@ -4,7 +4,7 @@
 
 Tensors refer to each other by ids that the client chose. What is checked here is structure: that counts and sizes
 agree, ids are unique and known, numbers of operations and types exist in the dialect, and every node comes after the
-nodes that it reads. Whether the operations make sense is :mod:`sdrpc.ggml.spec`'s to say.
+nodes that it reads. Whether the operations make sense is :mod:`sdrpc.ggml.validate`'s to say.
 
 A tensor that is no node is memory that exists, whatever operation once filled it: it becomes a leaf, and what it refers
 to is not followed. (A scheduler that splits a graph over devices sends the whole ancestry of each part.) So does a node

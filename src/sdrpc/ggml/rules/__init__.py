@@ -3,8 +3,8 @@
 A rule counts an operation's sources, checks their types and shapes and the parameters, and tells type and shape of the
 result. Builders ask it for the result, the spec of foreign graphs compares the declared result with it. The facts are
 those of ggml's constructors (ggml.c) and of its reference backend (ggml-cpu/ops.cpp); where ggml is lax and reads out
-of bounds, a rule is strict. Strides, buffers and aliasing are :mod:`sdrpc.ggml.spec`'s concern; only SET and ACC, whose
-strides are parameters, are checked here.
+of bounds, a rule is strict. Strides, buffers and aliasing are :mod:`sdrpc.ggml.validate`'s
+concern; only SET and ACC, whose strides are parameters, are checked here.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 import sdrpc
 from sdrpc.engine import LocalDevice
 from sdrpc.errors import CaptureError, UsageError
-from tests.capture import models
-from tests.capture.compare import TOLERANCE, error
-from tests.capture.devices import ReferenceDevice
+from tests.lowering import models
+from tests.lowering.compare import TOLERANCE, error
+from tests.lowering.devices import ReferenceDevice
 
 DECIBELS = 80
 """PSNR of an offloaded pipeline's picture against the one in process, exact."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.capture.compare import check
+from tests.lowering.compare import check
 
 EXAMPLES = settings(max_examples=15)
 sizes = st.integers(1, 4)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdrpc.capture.lower import rule_name
-from sdrpc.capture.rules import RULES
 from sdrpc.errors import CaptureError
+from sdrpc.lowering.lower import rule_name
+from sdrpc.lowering.rules import RULES
 from sdrpc.targets import PORTABLE, SDRPC
-from tests.capture.compare import check
+from tests.lowering.compare import check
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.wire.framing import RequestReader
 from sdrpc.wire.messages import Command, SetTensor, layout
-from sdrpc.wire.names import ALL, COMMON, UNKNOWN, NameLength, learn, learn_set_tensor
+from sdrpc.wire.name_length import ALL, COMMON, UNKNOWN, NameLength, learn, learn_set_tensor
 from sdrpc.wire.records import Record
 from tests.support.stream import Stream
 from tests.wire.examples import DIALECTS, TENSOR, frame, record

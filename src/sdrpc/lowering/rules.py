@@ -35,7 +35,7 @@ from ..ggml.params import (
 )
 from ..ggml.rules import MEAN_POOL, NEAREST
 from ..ggml.types import F32
-from .emit import Emitter, Kind, Shape, Value, dims_of
+from .emitter import Emitter, Kind, Shape, Value, dims_of
 
 Number = int | float
 Operand = Value | int | float

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdrpc.capture.export import export, without_weights
-from sdrpc.capture.lower import lower
-from sdrpc.capture.lowered import Lowered
-from sdrpc.capture.offload import weights_of
-from sdrpc.capture.run import Executable, WeightStore
 from sdrpc.device import Target
 from sdrpc.errors import CaptureError, CheckpointError, UsageError
 from sdrpc.ggml.types import TYPES, Type
 from sdrpc.ggml.weight import Weight
+from sdrpc.lowering.export import export, without_weights
+from sdrpc.lowering.lower import lower
+from sdrpc.lowering.offload import weights_of
+from sdrpc.runtime.lowered import Lowered
+from sdrpc.runtime.run import Executable, WeightStore
 from sdrpc.targets import PORTABLE, SDRPC
-from tests.capture.compare import TOLERANCE, error
-from tests.capture.devices import ReferenceDevice
+from tests.lowering.compare import TOLERANCE, error
+from tests.lowering.devices import ReferenceDevice
 
 
 class Small(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..device import Buffer, Bytes, Content, Device
 from ..errors import CheckpointError, UsageError
-from ..ggml.plan import bind, lay_out, place
+from ..ggml.memory_planner import bind, lay_out, place
 from ..ggml.tensor import Tensor, rewrite
 from ..ggml.types import F32, NUMPY_DTYPES, Type
 from ..ggml.weight import Weight

@@ -1,7 +1,7 @@
 """Model files as named, typed bytes that stay where they are: mapped into memory, never copied.
 
 Three forms: ``.safetensors`` (header read and checked by the safetensors library), ``.gguf`` (read by
-:mod:`sdrpc.diffusion.gguf_header`), and a diffusers directory (``model_index.json`` and a folder for each part).
+:mod:`sdrpc.checkpoints.gguf_header`), and a diffusers directory (``model_index.json`` and a folder for each part).
 Pickles (``.ckpt``, ``.pt``) are refused: to open one is to run it.
 """
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrpc.ggml.build import inplace, leaf, node, reshape, view
-from sdrpc.ggml.plan import aligned, bind, lay_out, place
-from sdrpc.ggml.spec import check
+from sdrpc.ggml.memory_planner import aligned, bind, lay_out, place
 from sdrpc.ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, root
 from sdrpc.ggml.types import F32
+from sdrpc.ggml.validate import check
 from tests.support import reference
 
 LEAF = leaf(F32, 12, buffer=1)

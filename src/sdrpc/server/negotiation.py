@@ -18,7 +18,7 @@ from threading import Lock
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect, dialects, newest
 from ..wire.hello import NATIVE, Hello
-from .versions import Learnt, Offer, accepting
+from .version_memory import Learnt, Offer, accepting
 
 log = logging.getLogger(__name__)
 

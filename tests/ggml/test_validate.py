@@ -12,10 +12,10 @@ import pytest
 from sdrpc.errors import GraphError, UnsupportedOperation
 from sdrpc.ggml import params as p
 from sdrpc.ggml.build import cpy, inplace, leaf, mul_mat, node, permute, reshape, transpose, view
-from sdrpc.ggml.plan import place
-from sdrpc.ggml.spec import check
+from sdrpc.ggml.memory_planner import place
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32, I32, I64, TYPES
+from sdrpc.ggml.validate import check
 from tests.support.cases import CASES
 from tests.support.feed import Feed, graph
 

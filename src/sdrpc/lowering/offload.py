@@ -19,9 +19,9 @@ from ..device import Device
 from ..errors import UsageError
 from ..ggml.types import BF16, F16, F32
 from ..ggml.weight import Weight
+from ..runtime.run import Executable, WeightStore
 from .export import export, rehearse
 from .lower import lower
-from .run import Executable, WeightStore
 
 ENTRY_POINTS = ("forward", "encode", "decode")
 """Methods that run on the device, where the module's class has them: what diffusers' pipelines call."""

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from sdrpc.diffusion import tokens
-from sdrpc.diffusion.tokens import END_ID, START_ID, apply_weights, clip_tokenizer, tokenize
+from sdrpc.diffusion import tokenizer as tokenizer_module
+from sdrpc.diffusion.tokenizer import END_ID, START_ID, apply_weights, clip_tokenizer, tokenize
 
 
 @cache
 def reference() -> CLIPTokenizer:
     """transformers' tokenizer, made from the same vocabulary."""
     tokenizer = clip_tokenizer()
-    return CLIPTokenizer(vocab=tokenizer.get_vocab(), merges=tokens._merges())
+    return CLIPTokenizer(vocab=tokenizer.get_vocab(), merges=tokenizer_module._merges())
 
 
 def check(text: str) -> None:
@@ -44,7 +44,7 @@ def test_tokens_of_any_text_are_those_of_transformers(text: str) -> None:
 def test_known_tokens() -> None:
     """As published with CLIP."""
     assert clip_tokenizer().encode("a photo of a cat", add_special_tokens=False).ids == [320, 1125, 539, 320, 2368]
-    assert clip_tokenizer().get_vocab_size() == tokens.VOCABULARY
+    assert clip_tokenizer().get_vocab_size() == tokenizer_module.VOCABULARY
 
 
 def test_a_prompt_fills_a_chunk() -> None:

@@ -187,7 +187,7 @@ def _fold(nodes: Sequence[Node], known: dict[Node, torch.Tensor], unknown: set[N
     """Compute what is already known, on the CPU."""
     for node in nodes:
         if node.op == "placeholder" and known.get(node, torch.empty(0)).is_meta:
-            raise CaptureError(f"{node.name} has no numbers: build the module under sdrpc.capture.without_weights()")
+            raise CaptureError(f"{node.name} has no numbers: build the module under sdrpc.lowering.without_weights()")
         if node.op != "call_function" or any(source in unknown for source in node.all_input_nodes):
             unknown.update([] if node in known else [node])
             continue

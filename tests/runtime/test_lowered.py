@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sdrpc.capture.cache import SUFFIX, Cache, default_folder, key
-from sdrpc.capture.export import export
-from sdrpc.capture.lower import lower
-from sdrpc.capture.lowered import DIGEST_BYTES, MAGIC, Lowered, from_bytes, to_bytes
-from sdrpc.capture.run import Executable
 from sdrpc.errors import GraphError
+from sdrpc.lowering.export import export
+from sdrpc.lowering.lower import lower
+from sdrpc.runtime.cache import SUFFIX, Cache, default_folder, key
+from sdrpc.runtime.lowered import DIGEST_BYTES, MAGIC, Lowered, from_bytes, to_bytes
+from sdrpc.runtime.run import Executable
 from sdrpc.targets import PORTABLE, SDRPC
-from tests.capture.devices import ReferenceDevice
-from tests.capture.test_run import Small, arrays, inputs, lowered, weights
+from tests.lowering.devices import ReferenceDevice
+from tests.runtime.test_run import Small, arrays, inputs, lowered, weights
 
 
 def constants() -> Lowered:
@@ -121,7 +121,7 @@ def test_a_file_that_can_not_be_written_leaves_nothing(tmp_path: Path, monkeypat
     def refuse(_: Lowered) -> bytes:
         raise OSError("no space left")
 
-    monkeypatch.setattr("sdrpc.capture.cache.to_bytes", refuse)
+    monkeypatch.setattr("sdrpc.runtime.cache.to_bytes", refuse)
     with pytest.raises(OSError, match="no space left"):
         Cache(tmp_path).put("a", constants())
     assert list(tmp_path.iterdir()) == []
@@ -148,5 +148,5 @@ def test_the_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_cached_graphs_run_without_torch() -> None:
-    code = "import sdrpc.capture.run, sdrpc.capture.cache, sys; assert not {'torch', 'gguf'} & set(sys.modules)"
+    code = "import sdrpc.runtime.run, sdrpc.runtime.cache, sys; assert not {'torch', 'gguf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

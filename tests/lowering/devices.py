@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdrpc.device import Buffer, Bytes, Device, Memory, Program, Target
-from sdrpc.ggml import spec
+from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 from tests.support import reference
@@ -68,7 +68,7 @@ class ReferenceDevice(Device):
         return self.memory_of[buffer.key][offset : offset + size].tobytes()
 
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> Program:
-        spec.check(graph, {key: buffer.size for key, buffer in buffers.items()})
+        validate.check(graph, {key: buffer.size for key, buffer in buffers.items()})
         assert {node.op for node in graph.nodes} <= self._target.ops
         assert self._target.managed or all(node.buffer for node in graph.nodes)
         return ReferenceProgram(graph, self.memory_of)

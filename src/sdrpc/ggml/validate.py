@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import cast
 
 from ..errors import GraphError, UnsupportedOperation
+from .memory_planner import last_uses
 from .params import Permute, SetView, View
-from .plan import last_uses
 from .rules import RULES, infer, injective, permuted
 from .tensor import ALIASES, Dims, Graph, Tensor, extent, root
 

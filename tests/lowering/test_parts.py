@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from sdrpc.capture.export import export
 from sdrpc.engine import LocalDevice
 from sdrpc.engine import devices as local_devices
+from sdrpc.lowering.export import export
 from sdrpc.targets import PORTABLE, SDRPC
-from tests.capture import models
-from tests.capture.compare import TOLERANCE, Call, errors
-from tests.capture.devices import ReferenceDevice
+from tests.lowering import models
+from tests.lowering.compare import TOLERANCE, Call, errors
+from tests.lowering.devices import ReferenceDevice
 
 
 class Part(NamedTuple):

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdrpc.diffusion import checkpoint, gguf_header
-from sdrpc.diffusion.checkpoint import open_checkpoint
+from sdrpc.checkpoints import checkpoint, gguf_header
+from sdrpc.checkpoints.checkpoint import open_checkpoint
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.weight import Origin
 

@@ -15,9 +15,9 @@ from ..errors import CaptureError, GraphError
 from ..ggml import build
 from ..ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, rewrite, sources
 from ..ggml.types import F32, I32, Type
-from .emit import Emitter, Kind, Value, dims_of
+from ..runtime.lowered import Constant, Input, Lowered, Output, Parameter
+from .emitter import Emitter, Kind, Value, dims_of
 from .export import Exported, Node, operation, place
-from .lowered import Constant, Input, Lowered, Output, Parameter
 from .rules import RULES, Out
 
 IGNORED = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})

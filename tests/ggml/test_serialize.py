@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sdrpc.errors import GraphError
 from sdrpc.ggml.build import leaf, mul_mat, node
-from sdrpc.ggml.code import DIGEST_BYTES, MAGIC, decode, digest, encode
 from sdrpc.ggml.params import Clamp, MulMat, Scale
+from sdrpc.ggml.serialize import DIGEST_BYTES, MAGIC, decode, digest, encode
 from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, rewrite
 from sdrpc.ggml.types import F16, F32
 from tests.support.cases import CASES

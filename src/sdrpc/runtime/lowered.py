@@ -1,6 +1,6 @@
 """A captured module as a value: the graph, and what its leaves and outputs mean. Also as bytes, for a cache on disk.
 
-Tensors live nowhere yet; :mod:`sdrpc.capture.run` places them on a device.
+Tensors live nowhere yet; :mod:`sdrpc.runtime.run` places them on a device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import GraphError
-from ..ggml import code
+from ..ggml import serialize
 from ..ggml.tensor import Graph, Tensor
 from ..ggml.types import NUMPY_DTYPES
 
@@ -102,7 +102,7 @@ def to_bytes(lowered: Lowered) -> bytes:
         },
         separators=(",", ":"),
     ).encode()
-    graph = code.encode(lowered.graph)
+    graph = serialize.encode(lowered.graph)
     sizes = len(table).to_bytes(8, "little") + len(graph).to_bytes(8, "little")
     body = b"".join([sizes, table, graph, *(np.ascontiguousarray(array).tobytes() for array in arrays)])
     return MAGIC + blake2b(body, digest_size=DIGEST_BYTES).digest() + body
@@ -120,7 +120,7 @@ def from_bytes(data: bytes) -> Lowered:
         table = json.loads(bytes(body[16 : 16 + table_size]))
     except (ValueError, RecursionError) as error:
         raise GraphError(f"a lowered module that is no JSON: {error}") from None
-    graph = code.decode(body[16 + table_size : 16 + table_size + graph_size])
+    graph = serialize.decode(body[16 + table_size : 16 + table_size + graph_size])
     return _lowered(table, graph, body[16 + table_size + graph_size :])
 
 

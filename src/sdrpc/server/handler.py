@@ -12,10 +12,10 @@ from ..errors import ConnectionLost, SdrpcError
 from ..wire.framing import Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import Command
-from .protocol import Protocol
+from .negotiation import Protocol
 from .session import Session
 from .stream import Stream
-from .versions import Offer
+from .version_memory import Offer
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdrpc.capture.export import Exported, export
-from sdrpc.capture.lower import lower
-from sdrpc.capture.offload import weights_of
-from sdrpc.capture.run import Executable
 from sdrpc.device import Device, Target
+from sdrpc.lowering.export import Exported, export
+from sdrpc.lowering.lower import lower
+from sdrpc.lowering.offload import weights_of
+from sdrpc.runtime.run import Executable
 from sdrpc.targets import PORTABLE, SDRPC
-from tests.capture.devices import ReferenceDevice
+from tests.lowering.devices import ReferenceDevice
 
 Call = Callable[..., tuple[torch.Tensor, ...]]
 

@@ -1,0 +1,1 @@
+"""Lowered graphs on devices, and their cache on disk. Needs numpy, not torch."""
