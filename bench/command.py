@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sdrpc.diffusion.pipeline import Request
+from sdrpc.diffusion.request import Request
 
 
 class Ended(NamedTuple):
@@ -28,7 +28,7 @@ class SdCli:
                 sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", "-m", str(checkpoint),
                 "-p", request.prompt, "-W", str(request.width), "-H", str(request.height),
                 "--steps", str(request.steps), "--cfg-scale", str(request.cfg_scale),
-                "--sampling-method", request.sampler, "-o", str(graphs.parent / "bench.png"), *options,
+                "--sampling-method", str(request.sampling_method), "-o", str(graphs.parent / "bench.png"), *options,
             ],
             env=os.environ | {"SDRPC_CACHE": str(graphs)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

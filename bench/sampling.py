@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdrpc.diffusion.model import Model
-from sdrpc.diffusion.modules import spec
-from sdrpc.diffusion.pipeline import LATENT_SCALE, Request, generate
-from sdrpc.diffusion.placed import PlacedModel
+from sdrpc.diffusion.request import Request, Settings
 from sdrpc.diffusion.rng import make_rng
+from sdrpc.diffusion.session import Session
+from sdrpc.families.base import Conditions
+from sdrpc.families.model import Model
 
 F32 = NDArray[np.float32]
 
@@ -45,80 +45,44 @@ def difference(one: F32, other: F32) -> float:
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
-class Undecoded:
-    """A model on devices without the VAE: it keeps the latents and the text that it was given. ``noted`` is called
-    when a step is done."""
+def sample(
+    session: Session, request: Request, conditions: list[Conditions], noted: Callable[[int], None] = lambda _: None
+) -> Sampled:
+    """The first picture of ``request`` up to its latents, without the VAE. ``noted`` is called when a step is done."""
+    times: list[float] = []
 
-    def __init__(self, model: PlacedModel) -> None:
-        self._model = model
-        self.context: F32 | None = None
-        self.latents: F32 | None = None
+    def on_step(done: int, _total: int) -> None:
+        times.append(time.perf_counter())
+        noted(done)
 
-    @property
-    def token_length(self) -> int:
-        return self._model.token_length
-
-    @property
-    def latent_channels(self) -> int:
-        return self._model.latent_channels
-
-    @property
-    def scaling_factor(self) -> float:
-        return self._model.scaling_factor
-
-    @property
-    def prediction(self) -> str:
-        return self._model.prediction
-
-    def encode(self, ids: NDArray[np.int32], clip_skip: int) -> F32:
-        return self._model.encode(ids, clip_skip)
-
-    def predict(self, latents: F32, timestep: F32, context: F32) -> F32:
-        self.context = context
-        return self._model.predict(latents, timestep, context)
-
-    def decode(self, latents: F32) -> F32:
-        self.latents = latents * np.float32(self.scaling_factor)
-        _, _, height, width = latents.shape
-        return np.zeros((1, 3, height * LATENT_SCALE, width * LATENT_SCALE), np.float32)
-
-    def sample(self, request: Request, noted: Callable[[int], None] = lambda _: None) -> Sampled:
-        """Draw the first picture of ``request`` up to its latents."""
-        times: list[float] = []
-
-        def on_step(done: int, _total: int) -> None:
-            times.append(time.perf_counter())
-            noted(done)
-
-        for _ in generate(request, self, self._model.clock, on_step):
-            pass
-        assert self.latents is not None
-        return Sampled(self.latents, tuple(np.diff(times).tolist()))
+    latents = session.sample(session.settings(request), request.seed, conditions, on_step)
+    return Sampled(latents, tuple(np.diff(times).tolist()))
 
 
 class InProcess:
     """diffusers' UNet with the checkpoint's weights and its Euler sampler, as StableDiffusionPipeline runs them."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+        self.model, self.device, self.dtype = model, device, dtype
         with torch.device("meta"):
-            self.unet: Any = spec(model.unet).build()[0]
+            self.unet: Any = model["diffusion"].module().build()[0]
         weights = {}
-        for name, weight in model.unet.tensors.tensors.items():
+        for name, weight in model["diffusion"].found.tensors.items():
             stored = torch.frombuffer(bytearray(weight.data()), dtype=DTYPES[weight.type.name.lower()])
             weights[name] = stored.reshape(weight.shape).to(device, dtype)
         self.unet.load_state_dict(weights, assign=True)
         self.unet.eval()
 
     @torch.inference_mode()
-    def sample(self, request: Request, context: F32, channels: int, *, graph: bool = False) -> Sampled:
+    def sample(self, request: Settings, context: F32, *, graph: bool = False) -> Sampled:
         """The same picture, from the same noise. ``graph``: with the UNet as a CUDA graph."""
         from diffusers import EulerDiscreteScheduler
 
         make: Any = EulerDiscreteScheduler  # untyped
         scheduler = make(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace")
         scheduler.set_timesteps(request.steps, device=self.device)
-        shape = (1, channels, request.height // LATENT_SCALE, request.width // LATENT_SCALE)
+        pixels = self.model.pixels
+        shape = (1, self.model.latent_channels, request.height // pixels, request.width // pixels)
         noise = make_rng(request.rng, request.seed).normal(prod(shape)).reshape(shape)
         latents = torch.from_numpy(noise).to(self.device, self.dtype) * scheduler.init_noise_sigma
         text = torch.from_numpy(context).to(self.device, self.dtype)

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdrpc.client import connect
-from sdrpc.diffusion.clock import Clock
-from sdrpc.diffusion.model import ModelFiles, open_model
-from sdrpc.diffusion.pipeline import Request
-from sdrpc.diffusion.placed import PlacedModel, Placement, Uploading
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import Session
 from sdrpc.runtime.cache import Cache
 from tests.support.process import ServerProcess
 
@@ -62,8 +60,8 @@ class Setup:
         """The picture that is drawn: with guidance, so that the model is given batches of two."""
         side = size or self.size
         return Request(
-            PROMPT, width=side, height=side, steps=steps or self.steps, cfg_scale=7.0, sampler="euler"
-        ).resolved()
+            PROMPT, width=side, height=side, steps=steps or self.steps, cfg_scale=7.0, sampling_method="euler"
+        )
 
     def checkpoint(self, type: str) -> Path:
         """A checkpoint with random weights, made when it is not there yet; its pages are in the system's cache."""
@@ -86,16 +84,13 @@ class Setup:
             yield server
 
     @contextmanager
-    def placed(self, variant: Variant, port: int, uploading: Uploading = lambda *_: None) -> Iterator[PlacedModel]:
+    def session(self, variant: Variant, port: int) -> Iterator[Session]:
         """The variant's model, all of it on the first device of the server at ``port``."""
-        model = open_model(ModelFiles(self.checkpoint(variant.type)))
         with ExitStack() as stack:
             device, *others = connect([f"127.0.0.1:{port}"])
             for opened in (device, *others):
                 stack.callback(opened.close)
-            placed = PlacedModel(model, Placement(device, device, device), Clock(), self.cache, uploading)
-            stack.callback(placed.close)
-            yield placed
+            yield stack.enter_context(Session.open(self.checkpoint(variant.type), device, self.cache))
 
 
 def _read(path: Path) -> None:

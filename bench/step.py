@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from .rows import Mark, Row
-from .sampling import DTYPES, InProcess, Undecoded, difference, step_seconds
+from .sampling import DTYPES, InProcess, difference, sample, step_seconds
 from .setup import Setup, Variant
 
 ROUNDS = 2
@@ -25,24 +26,23 @@ def run(setup: Setup) -> Iterator[Row]:
 
 def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
     request = setup.request()
-    with setup.server(variant) as server, setup.placed(variant, server.port) as placed:
-        ours = Undecoded(placed)
-        first = ours.sample(request)  # uploads
-        assert ours.context is not None
-        theirs = InProcess(placed.model, torch.device(setup.device.lower().replace("cuda", "cuda:")), _dtype(variant))
-        channels = placed.latent_channels
-        eager = [theirs.sample(request, ours.context, channels)]
-        mine = [first]
+    with setup.server(variant) as server, setup.session(variant, server.port) as session:
+        settings = session.settings(request)
+        conditions = session.conditions(settings)
+        text = np.concatenate([each["context"] for each in conditions])
+        mine = [sample(session, request, conditions)]  # uploads
+        theirs = InProcess(session.model, torch.device(setup.device.lower().replace("cuda", "cuda:")), _dtype(variant))
+        eager = [theirs.sample(settings, text)]
         for _ in range(1, ROUNDS):
-            mine.append(ours.sample(request))
-            eager.append(theirs.sample(request, ours.context, channels))
+            mine.append(sample(session, request, conditions))
+            eager.append(theirs.sample(settings, text))
         apart = difference(mine[-1].latents, eager[-1].latents)
         if apart > SAME_WORK:
             raise SystemExit(f"step, {variant}: the two sides draw different pictures ({apart:.0%} apart)")
-        note = f"{request.width}×{request.height}, batch of 2; latents {apart:.2%} apart"
+        note = f"{settings.width}×{settings.height}, batch of 2; latents {apart:.2%} apart"
         yield _row(f"step, {variant}", step_seconds(*mine), step_seconds(*eager), "diffusers", note)
         if theirs.device.type == "cuda":
-            graphs = [theirs.sample(request, ours.context, channels, graph=True) for _ in range(ROUNDS)]
+            graphs = [theirs.sample(settings, text, graph=True) for _ in range(ROUNDS)]
             yield _row(f"step, {variant}", step_seconds(*mine), step_seconds(*graphs), "diffusers, CUDA graph", note)
 
 

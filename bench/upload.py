@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdrpc.diffusion.names import UNET
+from sdrpc.diffusion.events import Event
 
 from .rows import Mark, Row
 from .setup import Setup
@@ -43,16 +43,16 @@ def uploaded(setup: Setup, port: int) -> tuple[float, int]:
     times: list[float] = []
     size = 0
 
-    def uploading(title: str, _done: int, total: int) -> None:
+    def tell(event: Event) -> None:
         nonlocal size
-        if title == UNET.title:
+        if event.stage == "upload" and event.component == "diffusion":
             times.append(time.perf_counter())
-            size = total
+            size = event.total
 
-    with setup.placed(setup.variant, port, uploading) as placed:
-        channels, width = placed.latent_channels, int(placed.model.text_encoder.config["hidden_size"])
-        latents = np.zeros((2, channels, SMALL, SMALL), np.float32)
-        placed.predict(latents, np.zeros(2, np.float32), np.zeros((2, placed.token_length, width), np.float32))
+    with setup.session(setup.variant, port) as session:
+        request = setup.request(steps=1, size=SMALL * session.model.pixels)
+        for _ in session.generate(request, tell):
+            pass
     return times[-1] - times[0], size
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .proxy import CountingProxy
 from .rows import Mark, Row
-from .sampling import Undecoded
+from .sampling import sample
 from .setup import Setup
 
 STEPS = 3
@@ -17,15 +17,15 @@ def run(setup: Setup) -> Iterator[Row]:
     with (
         setup.server(setup.variant) as server,
         CountingProxy(server.port) as proxy,
-        setup.placed(setup.variant, proxy.port) as placed,
+        setup.session(setup.variant, proxy.port) as session,
     ):
-        parts = Undecoded(placed)
         request = setup.request(steps=STEPS)
-        latents = parts.sample(request, lambda _: counts.append((proxy.sent, proxy.received))).latents
+        conditions = session.conditions(session.settings(request))
+        noted = sample(session, request, conditions, lambda _: counts.append((proxy.sent, proxy.received)))
     # the first step uploads and sends the graph; what each later one costs is the difference of two runs' bytes
     (sent_before, received_before), (sent_after, received_after) = counts[1], counts[-1]
     sent, received = (sent_after - sent_before) / (STEPS - 1), (received_after - received_before) / (STEPS - 1)
-    pair = 2 * latents.nbytes
+    pair = 2 * noted.latents.nbytes
     needed_out, needed_back = pair + 2 * 4, pair  # the batch of two and its timesteps; the prediction
     yield Row(
         "bytes per step, both ways", sent + received, "B", needed_out + needed_back,

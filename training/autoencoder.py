@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sdrpc.diffusion.config import SCALING_FACTOR
 
 from . import model, scenes
 from .loop import Plan, Run, train

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdrpc.diffusion.config import SCALING_FACTOR
 from sdrpc.diffusion.tokenizer import clip_tokenizer
 
 from . import bank, model

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +26,10 @@ from rich.table import Table
 from sdrpc import models
 from sdrpc.cli import report
 from sdrpc.cli.devices import placed_devices
-from sdrpc.diffusion.clock import Clock
-from sdrpc.diffusion.model import Model, ModelFiles, open_model
-from sdrpc.diffusion.modules import spec
-from sdrpc.diffusion.pipeline import Parts, Request, generate
-from sdrpc.diffusion.placed import PlacedModel, Placement
+from sdrpc.diffusion.events import Event, OnEvent
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import Session
+from sdrpc.families.model import Model, ModelFiles, open_model
 
 from . import grid
 from .detect import Sight, detect
@@ -214,27 +213,29 @@ def main(
 class Artist:
     """A model on a device."""
 
-    parts: Parts
-    side: int
+    session: Session
+    tell: OnEvent
 
     def draw(self, setting: Setting, prompt: str, seed: int, negative: str = "") -> Pixels:
         """One picture (side, side, 3), with what the setting says but for its model."""
         request = Request(
-            prompt, negative, self.side, self.side, setting.steps, setting.cfg_scale, seed, sampler=setting.sampler
-        )
-        (picture,) = generate(request.resolved(), self.parts, Clock())
+            prompt, negative, steps=setting.steps, cfg_scale=setting.cfg_scale, seed=seed,
+            sampling_method=setting.sampler,
+        )  # fmt: skip
+        (picture,) = self.session.generate(request, self.tell)
         return picture.image
 
 
 @contextmanager
 def opened(model: Path, device: str, precision: str, meter: report.Meter) -> Iterator[Artist]:
     """The model in a file, all of it on one device of this machine."""
-    read = open_model(ModelFiles(model))
-    wanted = dict.fromkeys(("te", "diffusion", "vae"), device)
-    with placed_devices(wanted, (), precision, None) as devices:
-        where = Placement(devices["te"], devices["diffusion"], devices["vae"])
-        with closing(PlacedModel(read, where, Clock(), capturing=meter.capturing)) as placed:
-            yield Artist(placed, read.size[0])
+
+    def tell(event: Event) -> None:
+        if event.stage == "capture":
+            meter.tell(event)
+
+    with placed_devices({"all": device}, (), precision, None) as devices, Session.open(model, devices) as session:
+        yield Artist(session, tell)
 
 
 def _scores(artist: Artist, setting: Setting, prompts: Sequence[Prompt], meter: report.Meter) -> list[Score]:
@@ -275,13 +276,13 @@ def _negative(artist: Artist, setting: Setting, negative: Negative, meter: repor
 def vae_psnr(model: Model, scenes: int = PSNR_SCENES) -> float:
     """How well pictures survive the way to latents (their means) and back: the PSNR, in dB, of the mean squared error
     over all pixels of so many scenes that were not trained on."""
-    vae: Any = spec(model.vae).build()[0]
+    vae: Any = model["vae"].module().build()[0]
     wanted = {name: tuple(parameter.shape) for name, parameter in vae.state_dict().items()}
     weights = {
         name: torch.from_numpy(
             dequantize(np.frombuffer(weight.data(), np.uint8), GGMLQuantizationType[weight.type.name])
         ).reshape(weight.shape)
-        for name, weight in model.vae.tensors.take(wanted).items()
+        for name, weight in model["vae"].found.take(wanted).items()
     }
     vae.load_state_dict(weights)
     vae.eval()

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdrpc.diffusion.config import METADATA_KEY, SCALING_FACTOR
+from sdrpc.families.configs import METADATA_KEY
+from sdrpc.families.sd1 import SD1
 from sdrpc.diffusion.tokenizer import VOCABULARY
 
+SCALING_FACTOR = SD1.latents.scale
+"""What the VAE's latents are multiplied with to be the diffusion model's."""
 SIDE = 128
 """Pixels of a picture's side."""
 FACTOR = 8

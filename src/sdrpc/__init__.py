@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .device import Device
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Device", "__version__", "devices", "offload"]
+    from .diffusion.events import Event as Event
+    from .diffusion.pictures import Picture as Picture
+    from .diffusion.request import Request as Request
+    from .diffusion.session import Session as Session
+    from .families.model import ModelFiles as ModelFiles
+
+__all__ = [
+    "Device", "Event", "ModelFiles", "Picture", "Request", "Session", "__version__", "devices", "offload",
+]  # fmt: skip
+
+_LAZY = {
+    "Event": "diffusion.events", "ModelFiles": "families.model", "Picture": "diffusion.pictures",
+    "Request": "diffusion.request", "Session": "diffusion.session",
+}  # fmt: skip
+"""What is imported when it is first asked for: commands that draw nothing shall start at once."""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def offload(module: nn.Module, device: Device) -> nn.Module:

@@ -2,8 +2,12 @@
 
     SdrpcError
     ├── UsageError                an option or a value that can't be honoured (exit status 2)
+    │   ├── InvalidValue            names the field and the value
+    │   └── MissingComponent        a component of a model is in none of the named files
+    ├── Cancelled                 the caller wanted no more
     ├── DeviceError               a device could not do what was asked of it
     │   ├── OutOfMemory             it has too little memory left
+    │   ├── DoesNotFit              a component's weights are more than it has room for
     │   └── ComputeError            a graph failed while it ran, or ran too long
     ├── ConnectionFailed          nobody answers at an endpoint
     ├── ConnectionLost            a server that answered before is gone
@@ -31,6 +35,37 @@ class UsageError(SdrpcError):
     """An option or a value that can't be honoured."""
 
 
+class InvalidValue(UsageError):
+    """A value that can't be honoured: ``InvalidValue("width", 7, "it can be 8 … 16384")``.
+
+    ``field`` is the name that the value has in Python; a command line puts its option's name in that place.
+    """
+
+    def __init__(self, field: str, value: object, reason: str) -> None:
+        self.field, self.value, self.reason = field, value, reason
+        shown = (
+            repr(value) if isinstance(value, str) and (not value or not value.isprintable() or " " in value) else value
+        )
+        super().__init__(f"{field} {shown}: {reason}")
+
+
+class MissingComponent(UsageError):
+    """A component of a model is in none of the named files. ``field``: of
+    :class:`sdrpc.families.model.ModelFiles`, for a file that has it; ``other``: another field that would do."""
+
+    def __init__(self, field: str, reason: str, other: str = "") -> None:
+        self.field, self.reason, self.other = field, reason, other
+        fields = " or ".join(name for name in (field, other) if name)
+        super().__init__(f"{reason}: name a file that has it ({fields})")
+
+
+class Cancelled(SdrpcError):
+    """The caller wanted no more."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled")
+
+
 class DeviceError(SdrpcError):
     """A device could not do what was asked of it."""
 
@@ -41,6 +76,17 @@ class OutOfMemory(DeviceError):
     def __init__(self, device: str, size: int, hint: str = "") -> None:
         self.device, self.size = device, size
         super().__init__(f"{device}: no room for {size / 2**20:,.1f} MiB" + (f"; {hint}" if hint else ""))
+
+
+class DoesNotFit(DeviceError):
+    """The weights of ``component`` take ``size`` bytes; ``device`` has ``room`` for fewer."""
+
+    def __init__(self, device: str, component: str, size: int, room: int) -> None:
+        self.device, self.component, self.size, self.room = device, component, size, room
+        super().__init__(
+            f"{device}: {component} takes {size / 2**20:,.0f} MiB, {room / 2**20:,.0f} MiB are free; "
+            "place it on another device, or use a quantized file"
+        )
 
 
 class ComputeError(DeviceError):

@@ -14,10 +14,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from sdrpc.diffusion.config import SCALING_FACTOR
-from sdrpc.diffusion.model import ModelFiles, open_model
-from sdrpc.diffusion.modules import spec
-from sdrpc.diffusion.tokenizer import tokenize
+from sdrpc.families.model import ModelFiles, open_model
+from sdrpc.prompts.chunks import clip_chunks
 from training import autoencoder, bank, diffusion, loop, model
 
 CPU = torch.device("cpu")
@@ -107,7 +105,7 @@ def test_standard_latents_are_the_same_pictures() -> None:
     mean, deviation = torch.randn(4), torch.rand(4) + 0.5
     model.standardize(vae, mean, deviation)
     after = vae.encode(picture).latent_dist
-    shift, scale = mean[:, None, None], deviation[:, None, None] * SCALING_FACTOR
+    shift, scale = mean[:, None, None], deviation[:, None, None] * model.SCALING_FACTOR
     torch.testing.assert_close(after.mean, (before.mean - shift) / scale)
     torch.testing.assert_close(after.std, before.std / scale)
     torch.testing.assert_close(vae.decode(after.mean).sample, drawn, rtol=0, atol=1e-4)
@@ -121,26 +119,29 @@ def test_the_file_is_an_sd_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "m.safetensors").stat().st_size <= 32e6
     opened = open_model(ModelFiles(tmp_path / "m.safetensors"))
     taken = 0
-    for part in opened.parts:
-        expected = modules[part.part.name].state_dict()
-        built, _ = spec(part).build()
-        assert {name: tuple(w.shape) for name, w in built.state_dict().items()} == {
+    for part in opened.components.values():
+        told_as = part.found.component.told_as
+        prefix = "text_model." if told_as == "text_encoder" else ""
+        expected = {prefix + name: weight for name, weight in modules[told_as].state_dict().items()}
+        options = {"outputs": ["hidden"], "skip": 1, "final_norm": True} if prefix else {}
+        built, _ = part.module(**options).build()
+        assert {name: tuple(w.shape) for name, w in built.state_dict().items() if "text_projection" not in name} == {
             name: tuple(w.shape) for name, w in expected.items()
         }
         for name, weight in expected.items():
-            stored = weights[part.tensors.tensors[name].name]
+            stored = weights[part.found.tensors[name].name]
             assert torch.equal(stored.reshape(weight.shape), weight.half()), name
             taken += 1
         configs = {"unet": model.UNET, "vae": model.VAE, "text_encoder": model.TEXT_ENCODER}
-        for key in model.UNTOLD[part.part.name]:
-            assert part.config[key] == configs[part.part.name][key]
+        for key in model.UNTOLD[told_as]:
+            assert part.config[key] == configs[told_as][key]
     assert taken == len(weights)
 
 
 def test_tokens_are_those_of_the_pipeline() -> None:
     text = "a small red circle on the left of a large blue square, on a yellow background"
     ours = bank.padded(iter([bank.clip_tokenizer().encode(text, add_special_tokens=False).ids]))
-    np.testing.assert_array_equal(ours, tokenize(text).ids)
+    np.testing.assert_array_equal(ours, clip_chunks(text).ids)
 
 
 def test_unknown_words_stand_before_or_after() -> None:

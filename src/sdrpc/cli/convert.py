@@ -10,7 +10,7 @@ from . import report
 from .output import DEFAULT_OUTPUT, check_writable
 
 if TYPE_CHECKING:
-    from ..diffusion.model import ModelFiles
+    from ..families.model import ModelFiles
 
 
 def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) -> None:
@@ -21,7 +21,7 @@ def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) ->
     from ..checkpoints.checkpoint import open_checkpoint
     from ..diffusion.convert import type_named, write_gguf
 
-    if files.model is None or any((files.diffusion_model, files.vae, files.clip_l)):
+    if files.model is None or len(files.named) > 1:
         raise UsageError("--mode convert: takes one file with -m, and no others")
     path = Path("output.gguf" if output == DEFAULT_OUTPUT else output)
     if path.suffix.lower() != ".gguf" or path.is_dir():

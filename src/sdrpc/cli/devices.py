@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ..client import connect
 from ..device import Device
-from . import placement
+from ..device_names import only_remote, resolve
 
 
 @contextmanager
@@ -21,14 +21,15 @@ def every_device(rpc: Sequence[str], precision: str, threads: int | None) -> Ite
 def placed_devices(
     wanted: Mapping[str, str], rpc: Sequence[str], precision: str, threads: int | None
 ) -> Iterator[dict[str, Device]]:
-    """Part → device, as :func:`placement.wanted` says. ``auto`` is RPC0 when there are servers, else this machine's
-    first. This machine's devices, and torch with them, are left alone when no part can be there."""
+    """Component → device, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is RPC0 when there are servers,
+    else this machine's first. This machine's devices, and torch with them, are left alone when no component can be
+    there."""
     with _opened(list(connect(rpc))) as remote:
-        remote_only = bool(remote) and all(placement.only_remote(name) or name == "auto" for name in wanted.values())
-        with _opened([] if remote_only else _local(precision, threads)) as local:
+        nothing_here = bool(remote) and all(only_remote(name) or name == "auto" for name in wanted.values())
+        with _opened([] if nothing_here else _local(precision, threads)) as local:
             devices = {device.name: device for device in (*local, *remote)}
             default = (remote or local)[0].name
-            yield {part: devices[placement.resolve(name, list(devices), default)] for part, name in wanted.items()}
+            yield {component: devices[resolve(name, devices, default)] for component, name in wanted.items()}
 
 
 def _local(precision: str, threads: int | None) -> list[Device]:

@@ -12,8 +12,8 @@ from ..errors import UsageError
 
 NOT_HERE_YET: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
-        "--clip_g", "--clip_vision", "--t5xxl", "--llm", "--llm_vision", "--qwen2vl", "--qwen2vl_vision",
-        "--high-noise-diffusion-model", "--guidance", "--flow-shift", "--timestep-shift", "--slg-scale",
+        "--clip_vision", "--llm", "--llm_vision", "--qwen2vl", "--qwen2vl_vision",
+        "--high-noise-diffusion-model", "--timestep-shift", "--slg-scale",
         "--skip-layers", "--skip-layer-start", "--skip-layer-end", "--chroma-disable-dit-mask",
         "--chroma-enable-t5-mask", "--chroma-t5-mask-pad", "--qwen-image-zero-cond-t", "--qwen-image-layers",
         "--force-sdxl-vae-conv-scale", "--model-args", "--uncond-diffusion-model",

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import SdrpcError, UsageError
+from ..errors import InvalidValue, MissingComponent, SdrpcError, UsageError
 
 if TYPE_CHECKING:
     from ..device import Device
+    from ..diffusion.events import Event
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 """Exit statuses: something failed; an option is wrong; Ctrl-C."""
@@ -34,7 +35,7 @@ def guarded(command: Callable[[], None]) -> int:
     try:
         command()
     except SdrpcError as error:
-        log.print(Text.assemble(("error: ", "red"), str(error)))
+        log.print(Text.assemble(("error: ", "red"), said(error)))
         return USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
         log.print("interrupted")
@@ -46,6 +47,21 @@ def guarded(command: Callable[[], None]) -> int:
         log.print(Text.assemble(("error: ", "red"), f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")))
         return FAILURE
     return 0
+
+
+def said(error: SdrpcError) -> str:
+    """An error in the words of the command line: fields are its options."""
+    if isinstance(error, InvalidValue):
+        return str(error).replace(error.field, option(error.field), 1)
+    if isinstance(error, MissingComponent):
+        others = f", or a whole model with {option(error.other)}" if error.other else ""
+        return f"{error.reason}; give it with {option(error.field)}{others}"
+    return str(error)
+
+
+def option(field: str) -> str:
+    """The option that sets a field of :class:`Request` or :class:`ModelFiles`."""
+    return "--" + (field if field in ("clip_l", "clip_g") else field.replace("_", "-"))
 
 
 def logging_to_console(verbose: bool) -> None:
@@ -96,8 +112,8 @@ class Amount(ProgressColumn):
 
 
 class Meter:
-    """A line of progress for each thing that takes time. :meth:`bytes` and :meth:`steps` say how far it is,
-    :meth:`capturing` that something is under way."""
+    """A line of progress for each thing that takes time: :meth:`bytes` says how far one is, :meth:`tell` takes a
+    session's events."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -106,22 +122,23 @@ class Meter:
     def bytes(self, what: str, done: int, total: int) -> None:
         self._update(what, "bytes", done, total)
 
-    def steps(self, what: str, done: int, total: int) -> None:
-        self._update(what, "steps", done, total)
+    def tell(self, event: Event) -> None:
+        """Show what a session does."""
+        if event.stage == "capture":
+            self._update(f"{event.component}: capturing its graph, once", "", event.done or None, event.total)
+        elif event.stage == "upload":
+            self._update(event.component, "bytes", event.done, event.total)
+        elif event.stage == "sample":
+            self._update(f"picture {event.picture}/{event.pictures}", "steps", event.done, event.total)
+        elif event.stage == "release":
+            log.print(f"{event.component}'s weights left their device: another component needs the room")
 
-    @contextmanager
-    def capturing(self, what: str) -> Iterator[None]:
-        """A graph of ``what`` is captured: nobody knows how far that is."""
-        task = self._progress.add_task(f"{what}: capturing its graph, once", total=None, unit="")
-        try:
-            yield
-        finally:
-            self._progress.update(task, total=1, completed=1)
-
-    def _update(self, what: str, unit: str, done: int, total: int) -> None:
+    def _update(self, what: str, unit: str, done: int | None, total: int) -> None:
+        """``done`` None: nobody knows how far it is."""
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total, unit=unit)
-        self._progress.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._progress.add_task(what, total=None if done is None else total, unit=unit)
+        if done is not None:
+            self._progress.update(self._tasks[what], completed=done, total=total)
 
 
 @contextmanager

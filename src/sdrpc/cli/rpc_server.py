@@ -13,11 +13,12 @@ import typer
 
 from .. import __version__
 from ..content import fnv1a, folder
+from ..device_names import resolve
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, Library, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
-from . import placement, report
+from . import report
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice
@@ -140,7 +141,7 @@ def offered(found: Sequence[LocalDevice], names: str) -> list[LocalDevice]:
     if not names:
         return [device for device in found if device.name != "CPU"] or list(found)
     known = [device.name for device in found]
-    wanted = [placement.resolve(name, known, known[0]) for name in re.split("[,/]", names)]
+    wanted = [resolve(name, known, known[0], "device") for name in re.split("[,/]", names)]
     if len(set(wanted)) < len(wanted):
         raise UsageError(f"--device {names}: a device is named twice")
     return [found[known.index(name)] for name in wanted]

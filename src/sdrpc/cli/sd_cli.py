@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import __version__, models
-from ..errors import UsageError
-from . import placement, report
+from ..diffusion import placement
+from ..diffusion.predictions import PREDICTIONS
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedules import SCHEDULES
+from ..errors import InvalidValue
+from . import report
 from .convert import convert
 from .devices import every_device, placed_devices
 from .options import canonical
 from .output import DEFAULT_OUTPUT, check_writable, output_paths, write_file
 
 if TYPE_CHECKING:
-    from ..diffusion.clock import Clock
     from ..diffusion.metadata import Parameters
-    from ..diffusion.model import ModelFiles
-    from ..diffusion.pipeline import Parts, Picture, Request
+    from ..diffusion.pictures import Picture
+    from ..diffusion.request import Request, Settings
+    from ..families.model import ModelFiles
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 """The modes of stable-diffusion.cpp's sd-cli."""
@@ -65,11 +67,25 @@ def sd_cli(
         ),
     ] = None,
     diffusion_model: Annotated[
-        Path | None, typer.Option(rich_help_panel=MODEL, help="Diffusion model (UNet) from a file of its own.")
+        Path | None,
+        typer.Option(metavar="PATH", rich_help_panel=MODEL, help="Diffusion model (UNet, DiT) from a file of its own."),
     ] = None,
-    vae: Annotated[Path | None, typer.Option(rich_help_panel=MODEL, help="VAE from a file of its own.")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="PATH", rich_help_panel=MODEL, help="VAE from a file of its own.")
+    ] = None,
     clip_l: Annotated[
-        Path | None, typer.Option("--clip_l", rich_help_panel=MODEL, help="Text encoder from a file of its own.")
+        Path | None,
+        typer.Option(
+            "--clip_l", metavar="PATH", rich_help_panel=MODEL, help="CLIP-L (SD 2: OpenCLIP-H) from a file of its own."
+        ),
+    ] = None,
+    clip_g: Annotated[
+        Path | None,
+        typer.Option("--clip_g", metavar="PATH", rich_help_panel=MODEL, help="OpenCLIP-G from a file of its own."),
+    ] = None,
+    t5xxl: Annotated[
+        Path | None,
+        typer.Option("--t5xxl", metavar="PATH", rich_help_panel=MODEL, help="T5-XXL from a file of its own."),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", rich_help_panel=PICTURE, help="What to draw.")] = "",
     negative_prompt: Annotated[
@@ -97,20 +113,57 @@ def sd_cli(
     batch_count: Annotated[
         int, typer.Option("--batch-count", "-b", rich_help_panel=PICTURE, help="Pictures, with seeds counting up.")
     ] = 1,
-    steps: Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Sampling steps.")] = 20,
+    steps: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=SAMPLING, help="Sampling steps.", show_default="20; FLUX.1 schnell: 4"),
+    ] = None,
     cfg_scale: Annotated[
-        float, typer.Option(rich_help_panel=SAMPLING, help="How strongly to follow the prompt; 1: no guidance.")
-    ] = 7.0,
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            help="How strongly to follow the prompt; 1: no negative prompt.",
+            show_default="7; FLUX.1: 1",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING, help="Guidance of models distilled with it: FLUX.1 dev.", show_default="3.5"
+        ),
+    ] = None,
     sampling_method: Annotated[
-        str, typer.Option(metavar="NAME", rich_help_panel=SAMPLING, help="euler, euler_a, heun, dpm2, dpm++2m, lcm, …")
-    ] = "euler_a",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=SAMPLING,
+            help=f"One of {', '.join(SAMPLERS)}.",
+            show_default="euler_a; FLUX.1: euler",
+        ),
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             rich_help_panel=SAMPLING,
-            help="discrete, karras, exponential, sgm_uniform, simple, …",
+            help=f"One of {', '.join(SCHEDULES)}.",
             show_default="the sampler's own",
+        ),
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(PREDICTIONS),
+            rich_help_panel=SAMPLING,
+            help="What the model predicts.",
+            show_default="what its tensors or its file tell",
+        ),
+    ] = None,
+    flow_shift: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=SAMPLING,
+            help="Shift of a flow model's noise levels.",
+            show_default="the model's own; FLUX.1 dev: by size",
         ),
     ] = None,
     eta: Annotated[
@@ -120,7 +173,8 @@ def sd_cli(
         ),
     ] = None,
     clip_skip: Annotated[
-        int, typer.Option(rich_help_panel=SAMPLING, help="2 leaves out the text encoder's last layer; -1 and 1: none.")
+        int,
+        typer.Option(rich_help_panel=SAMPLING, help="2 leaves out CLIP's last layer; below 1: as the model wants it."),
     ] = -1,
     rng: Annotated[
         str, typer.Option(metavar="cuda|cpu|std_default", rich_help_panel=SAMPLING, help="Where noise comes from.")
@@ -143,19 +197,21 @@ def sd_cli(
         typer.Option(
             metavar="MODULE=DEVICE,…",
             rich_help_panel=DEVICES,
-            help="Where parts run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU.",
+            help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl.",
             show_default="RPC0 with --rpc, else this machine's first",
         ),
     ] = "",
     main_backend_device: Annotated[
         str,
-        typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of parts that have none of their own."),
+        typer.Option(
+            metavar="DEVICE", rich_help_panel=DEVICES, help="Device of components that have none of their own."
+        ),
     ] = "",
     diffusion_backend_device: Annotated[
         str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the diffusion model.")
     ] = "",
     clip_backend_device: Annotated[
-        str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the text encoder.")
+        str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the text encoders.")
     ] = "",
     vae_backend_device: Annotated[
         str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the VAE.")
@@ -217,103 +273,108 @@ def sd_cli(
             report.results.print(report.device_table(devices))
         return
     _check_mode(mode, type)
-    files = _files(model, diffusion_model, vae, clip_l)
+    files = _files(model, diffusion_model, vae, clip_l, clip_g, t5xxl)
     if mode == "convert":
         convert(files, type, output, verbose)
         return
-    by_part = {
+    options = {
         "te": clip_backend_device or ("CPU" if clip_on_cpu else ""),
         "diffusion": diffusion_backend_device,
         "vae": vae_backend_device or ("CPU" if vae_on_cpu else ""),
     }
-    wanted = placement.wanted(backend, main_backend_device, by_part)
+    placed = placement.parse(backend)
     paths = output_paths(output, batch_count, output_begin_idx)
 
-    from ..diffusion.clock import STAGES, Clock
     from ..diffusion.metadata import encode_png
-    from ..diffusion.model import open_model
-    from ..diffusion.pipeline import Request
-    from ..diffusion.placed import PlacedModel, Placement
+    from ..diffusion.request import Request
+    from ..diffusion.session import Session
+    from ..diffusion.stage_timer import STAGES, StageTimer
+    from ..families.model import open_model
 
-    clock = Clock()
-    with clock("load"):
+    timer = StageTimer()
+    with timer("load"):
         opened = open_model(files)
-    own_width, own_height = opened.size
     request = Request(
-        prompt, negative_prompt, own_width if width is None else width, own_height if height is None else height,
-        steps, cfg_scale, seed, batch_count, sampling_method, scheduler, clip_skip, rng, eta,
-    ).resolved()  # fmt: skip
+        prompt, negative_prompt, width, height, steps, cfg_scale, guidance, seed, batch_count, sampling_method,
+        scheduler, clip_skip, rng, eta, prediction, flow_shift,
+    )  # fmt: skip
+    wanted = placement.wanted(list(opened.components), placed, main_backend_device, options)
+    settings = request.resolved(opened.defaults, opened.size, opened.family.latents.multiple)
+    _note_size(request, settings)
     check_writable(paths)
     with placed_devices(wanted, servers, precision, _threads(threads)) as devices, report.metered() as meter:
-        where = Placement(devices["te"], devices["diffusion"], devices["vae"])
-        report.log.print(", ".join(f"{placement.TITLES[part]} on {device.name}" for part, device in devices.items()))
-        with closing(PlacedModel(opened, where, clock, uploading=meter.bytes, capturing=meter.capturing)) as placed:
-            pictures = _pictures(request, placed, clock, meter)
+        where = ", ".join(f"{component} on {device.name}" for component, device in devices.items())
+        report.log.print(f"{opened.family.title}: {where}")
+        with Session(opened, devices, timer=timer) as session:
+            # resolved once, so that a random seed and what is written about the picture are one
+            pictures = session.draw(settings, meter.tell)
             for path, picture in zip(paths, pictures, strict=True):
-                parameters = None if disable_image_metadata else _parameters(request, picture, files)
+                parameters = None if disable_image_metadata else _parameters(settings, eta, picture, files)
                 write_file(path, encode_png(picture.image, parameters))
                 report.results.print(path)
-            unused = placed.unused()
+            unused = session.unused()
     report.unused_tensors(unused, verbose)
-    report.log.print(", ".join(f"{stage} {clock.seconds.get(stage, 0):.2f}s" for stage in STAGES))
+    report.log.print(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
 
 
-def _files(model: Path | None, diffusion_model: Path | None, vae: Path | None, clip_l: Path | None) -> ModelFiles:
+def _files(
+    model: Path | None,
+    diffusion_model: Path | None,
+    vae: Path | None,
+    clip_l: Path | None,
+    clip_g: Path | None,
+    t5xxl: Path | None,
+) -> ModelFiles:
     """The files that the user named, or the model that ships with sdrpc when there are none."""
-    from ..diffusion.model import ModelFiles
+    from ..families.model import ModelFiles
 
-    if not any((model, diffusion_model, vae, clip_l)):
+    files = ModelFiles(model, diffusion_model, vae, clip_l, clip_g, t5xxl)
+    if not files.named:
         report.log.print(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
-        model = models.named(models.DEFAULT)
-    return ModelFiles(model, diffusion_model, vae, clip_l)
+        return ModelFiles(models.named(models.DEFAULT))
+    return files
 
 
-def _pictures(request: Request, parts: Parts, clock: Clock, meter: report.Meter) -> Iterator[Picture]:
-    """The pictures of ``request``, each with a line of progress of its own."""
-    from ..diffusion.pipeline import generate
-
-    number = 1
-
-    def on_step(done: int, total: int) -> None:
-        meter.steps(f"picture {number}/{request.batch_count}", done, total)
-
-    for picture in generate(request, parts, clock, on_step):
-        yield picture
-        number += 1
+def _note_size(request: Request, settings: Settings) -> None:
+    """Say when the picture gets another size than the one that was asked for."""
+    asked = (request.width or settings.width, request.height or settings.height)
+    if asked != (settings.width, settings.height):
+        given = f"{settings.width}×{settings.height}"
+        report.log.print(f"{asked[0]}×{asked[1]} is rounded up to {given}, the next size that the model can draw")
 
 
-def _parameters(request: Request, picture: Picture, files: ModelFiles) -> Parameters:
+def _parameters(settings: Settings, eta: float | None, picture: Picture, files: ModelFiles) -> Parameters:
     """What the PNG says about how it came about."""
     from ..diffusion.metadata import Parameters
 
     height, width, _ = picture.image.shape
-    paths = {name: path for name, path in vars(files).items() if path is not None}
     return Parameters(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
+        prompt=settings.prompt,
+        negative_prompt=settings.negative_prompt,
         width=width,
         height=height,
-        steps=request.steps,
-        cfg_scale=request.cfg_scale,
+        steps=settings.steps,
+        cfg_scale=settings.cfg_scale,
+        guidance=settings.guidance,
         seed=picture.seed,
-        sampler=request.sampler,
-        scheduler=request.scheduler or "",
-        rng=request.rng,
+        sampler=settings.sampling_method,
+        scheduler=settings.scheduler,
+        rng=settings.rng,
         version=__version__,
-        clip_skip=request.clip_skip,
-        eta=request.eta,
-        models={name: path.name for name, path in paths.items()},
+        clip_skip=settings.clip_skip,
+        eta=eta,
+        flow_shift=settings.flow_shift,
+        models={name: path.name for name, path in files.named.items()},
     )
 
 
 def _check_mode(mode: str, type: str) -> None:
     if mode not in HERE:
         reason = "sdrpc does not have it yet" if mode in MODES else "does not exist"
-        raise UsageError(f"--mode {mode}: {reason}; there are {' and '.join(HERE)}")
+        raise InvalidValue("mode", mode, f"{reason}; there are {' and '.join(HERE)}")
     if type and mode != "convert":
-        raise UsageError(
-            f"--type {type}: sdrpc draws with the types that a file has; write another with --mode convert"
-        )
+        reason = "sdrpc draws with the types that a file has; write another with --mode convert"
+        raise InvalidValue("type", type, reason)
 
 
 def _threads(option: int) -> int | None:

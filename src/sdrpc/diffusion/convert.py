@@ -20,17 +20,18 @@ from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, InvalidValue
+from ..families.base import Family, find
+from ..families.configs import METADATA_KEY, told_by
+from ..families.registry import FAMILIES
 from ..ggml.types import TYPES, Type
 from ..ggml.weight import Weight
-from .config import METADATA_KEY, file_config, refuse_strangers
-from .names import PARTS, find
 
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that the gguf library can write and that are of use to a diffusion model."""
 
-ARCHITECTURE = "sd1"
-"""What GGUF files call this family (``general.architecture``)."""
+ARCHITECTURES = {"flux1": "flux"}
+"""What GGUF files call a family (``general.architecture``), where it is not its name here."""
 
 NOT_IN_BLOCKS = ("embedding", "time_embed.")
 """In names of matrices that are not quantized: they are small, and everything depends on them."""
@@ -40,9 +41,10 @@ Progress = Callable[[int, int], None]
 
 
 def type_named(text: str) -> Type:
-    """The type that a user calls ``text``, in any case. Raises :class:`UsageError` when it can't be written."""
+    """The type that a user calls ``text``, in any case. Raises :class:`InvalidValue` when it can't be
+    written."""
     if text.upper() not in CONVERTIBLE:
-        raise UsageError(f"--type {text}: there are {', '.join(CONVERTIBLE).lower()}")
+        raise InvalidValue("type", text, f"there are {', '.join(CONVERTIBLE).lower()}")
     return TYPES[text.upper()]
 
 
@@ -75,17 +77,18 @@ def encoded(weight: Weight, wanted: Type) -> np.ndarray:
 def write_gguf(
     checkpoint: Checkpoint, path: Path, wanted: Type | None = None, progress: Progress = lambda *_: None
 ) -> list[str]:
-    """Write the SD 1.x parts of a checkpoint to a GGUF file; gives the names of tensors that belong to none of them.
+    """Write a checkpoint's components to a GGUF file; gives the names of tensors that belong to none of them.
 
     ``wanted``: the type of matrices; None: all as they are. What the checkpoint says about itself goes along as
     metadata ``sdrpc.config``. One tensor at a time is in memory; the file is whole or not there. Raises
     :class:`CheckpointError` when there is nothing to convert, and for a tensor that can't be; :class:`OSError`.
     """
-    weights, said = _weights(checkpoint), _said(checkpoint)
+    family = _family(checkpoint)
+    weights, said = _weights(checkpoint, family), _said(checkpoint, family)
     types = {weight.name: type_of(weight, wanted) for weight in weights}
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         unfinished = Path(folder) / path.name
-        writer = GGUFWriter(unfinished, ARCHITECTURE)
+        writer = GGUFWriter(unfinished, ARCHITECTURES.get(family.name, family.name))
         writer.add_quantization_version(GGML_QUANT_VERSION)
         if said:
             writer.add_string(METADATA_KEY, said)
@@ -97,25 +100,38 @@ def write_gguf(
     return sorted(checkpoint.tensors.keys() - types.keys())
 
 
-def _weights(checkpoint: Checkpoint) -> list[Weight]:
-    """The tensors of all parts that the checkpoint has, in its order."""
-    refuse_strangers(checkpoint)
+def _family(checkpoint: Checkpoint) -> Family:
+    """The family whose diffusion model the checkpoint has, or else the first of whose components it has any."""
+    for family in FAMILIES:
+        diffusion = find(family.diffusion, checkpoint)
+        if diffusion is not None and family.recognizes(diffusion):
+            return family
+    for family in FAMILIES:
+        if any(find(component, checkpoint) for component in family.components):
+            return family
+    known = ", ".join(family.title for family in FAMILIES)
+    raise CheckpointError(checkpoint.path, f"has no component of a model that sdrpc knows ({known})")
+
+
+def _weights(checkpoint: Checkpoint, family: Family) -> list[Weight]:
+    """The tensors of all components that the checkpoint has, in its order."""
     for name, dtype in checkpoint.skipped.items():
         raise CheckpointError(checkpoint.path, f"is of type {dtype}, which ggml does not have", name)
-    parts = [tensors for part in PARTS if (tensors := find(part, checkpoint)) is not None]
-    if not parts:
-        raise CheckpointError(checkpoint.path, "has no part of a model of the SD 1.x family")
-    ours = {weight.name for part in parts for weight in part.tensors.values()}
+    found = [each for component in family.components if (each := find(component, checkpoint)) is not None]
+    ours = {weight.name for each in found for weight in each.tensors.values()}
     return [weight for name, weight in checkpoint.tensors.items() if name in ours]
 
 
-def _said(checkpoint: Checkpoint) -> str:
+def _said(checkpoint: Checkpoint, family: Family) -> str:
     """What a file says about itself beyond its tensors, as it says it; a directory's config.json files as one text."""
-    said = file_config(checkpoint)
+    told = told_by(checkpoint)
     if METADATA_KEY in checkpoint.metadata:
         return checkpoint.metadata[METADATA_KEY]
-    parts = {part.name: said.parts[part.name] for part in PARTS if part.name in said.parts}
-    return json.dumps({"prediction": said.prediction, "scaling_factor": said.scaling_factor, **parts}) if parts else ""
+    names = [component.told_as for component in family.components]
+    components = {name: dict(told.components[name]) for name in names if name in told.components}
+    numbers = {"prediction": told.prediction, "scaling_factor": told.scaling_factor, "shift_factor": told.shift_factor}
+    known = {name: value for name, value in numbers.items() if value is not None}
+    return json.dumps({**known, **components}) if components else ""
 
 
 def _write_tensors(

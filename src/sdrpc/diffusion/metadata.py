@@ -24,8 +24,9 @@ GENERATOR = "sdrpc"
 
 @dataclass(frozen=True)
 class Parameters:
-    """How a picture came about. ``eta`` is None when the sampler's own was used; ``models``: base names of files by
-    the JSON's keys (``model``, ``clip_l``, ``diffusion_model``, ``vae``)."""
+    """How a picture came about. ``eta`` is None when the sampler's own was used; ``guidance``: of distilled models, but
+    always written; ``models``: base names of files by the JSON's keys (``model``, ``clip_l``, ``clip_g``, ``t5xxl``,
+    ``diffusion_model``, ``vae``)."""
 
     prompt: str
     negative_prompt: str
@@ -40,6 +41,8 @@ class Parameters:
     version: str
     clip_skip: int = -1
     eta: float | None = None
+    guidance: float = 3.5
+    flow_shift: float | None = None
     models: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
@@ -47,18 +50,20 @@ class Parameters:
         lines = [self.prompt]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
-        names = {"TE": "clip_l", "Unet": "diffusion_model", "VAE": "vae"}
+        files = (
+            ("TE", "clip_l"), ("TE", "clip_g"), ("TE", "t5xxl"), ("Unet", "diffusion_model"), ("VAE", "vae")
+        )  # fmt: skip
         pairs = [
             f"Steps: {self.steps}",
             f"CFG scale: {self.cfg_scale:.6f}",
-            f"Guidance: {_GUIDANCE:.6f}",
+            f"Guidance: {self.guidance:.6f}",
             f"Eta: {'inf' if self.eta is None else f'{self.eta:.6f}'}",
             f"Seed: {self.seed}",
             f"Size: {self.width}x{self.height}",
             f"Model: {self.models.get('model', '')}",
             f"RNG: {self.rng}",
             f"Sampler: {self.sampler} {self.scheduler}",
-            *(f"{title}: {self.models[key]}" for title, key in names.items() if key in self.models),
+            *(f"{title}: {self.models[key]}" for title, key in files if key in self.models),
             *([f"Clip skip: {self.clip_skip}"] if self.clip_skip != -1 else []),
             f"Version: {GENERATOR}",
             f"SDCPP: {json.dumps(self._json(), sort_keys=True, separators=(',', ':'), ensure_ascii=False)}",
@@ -75,9 +80,10 @@ class Parameters:
             "height": self.height,
             "prompt": {"positive": self.prompt, "negative": self.negative_prompt},
             "sampling": {
-                "steps": self.steps, "eta": _single(self.eta), "shifted_timestep": 0, "flow_shift": None,
+                "steps": self.steps, "eta": _single(self.eta), "shifted_timestep": 0,
+                "flow_shift": _single(self.flow_shift),
                 "guidance": {
-                    "txt_cfg": _single(self.cfg_scale), "img_cfg": None, "distilled_guidance": _GUIDANCE,
+                    "txt_cfg": _single(self.cfg_scale), "img_cfg": None, "distilled_guidance": _single(self.guidance),
                     "slg": {"scale": 0.0, "layers": [7, 8, 9], "start": _single(0.01), "end": _single(0.2)},
                 },
                 "method": self.sampler, "scheduler": self.scheduler, "custom_sigmas": [], "extra_sample_args": "",
@@ -91,10 +97,6 @@ class Parameters:
             "ip_adapter_strength": 1.0,
             "rng": self.rng,
         }  # fmt: skip
-
-
-_GUIDANCE = 3.5
-"""Of distilled models; SD 1.x has no use for it, but it is always written."""
 
 
 def _single(value: float | None) -> float | None:

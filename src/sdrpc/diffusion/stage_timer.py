@@ -9,7 +9,7 @@ from contextlib import contextmanager
 STAGES = ("load", "capture", "upload", "encode", "sample", "decode")
 
 
-class Clock:
+class StageTimer:
     """Stages may be entered inside of each other: the inner one's time is not the outer one's."""
 
     def __init__(self) -> None:

@@ -15,13 +15,23 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdrpc.diffusion import modules
-from sdrpc.diffusion.config import METADATA_KEY
-from sdrpc.diffusion.model import Model, ModelFiles, open_model
-from sdrpc.errors import CheckpointError, UsageError
+from sdrpc.checkpoints.checkpoint import Checkpoint
+from sdrpc.errors import CheckpointError, MissingComponent
+from sdrpc.families.base import find
+from sdrpc.families.components import clip
+from sdrpc.families.components.autoencoder import VAE as VAE_COMPONENT
+from sdrpc.families.configs import METADATA_KEY
+from sdrpc.families.model import Model, ModelComponent, ModelFiles, open_model
+from sdrpc.families.sd1 import SD1
+from sdrpc.ggml.types import F16
+from sdrpc.ggml.weight import Weight
 
 Weights = dict[str, Any]
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+
+
+def no_bytes(*_: Any) -> Any:
+    pytest.fail("names and shapes are enough")
 
 
 def saved(path: Path, weights: Weights, config: object = None) -> Path:
@@ -34,21 +44,26 @@ def only(weights: Weights, prefix: str, keep: bool = True) -> Weights:
     return {n if keep else n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
 
 
+def built(component: ModelComponent) -> tuple[Any, Any]:
+    options = {"outputs": ["hidden"], "skip": 1, "final_norm": True} if component.name == "clip_l" else {}
+    return component.module(**options).build()
+
+
 def fits(model: Model) -> None:
     """Every parameter of the modules is in the files, in its shape."""
-    for part in model.parts:
-        module, _ = modules.spec(part).build()
-        wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        assert part.tensors.take(wanted).keys() == wanted.keys()
+    for component in model.components.values():
+        module, _ = built(component)
+        wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if "text_projection" not in name}
+        assert component.found.take(wanted).keys() == wanted.keys()
 
 
 def test_a_whole_model(tiny: Path) -> None:
     model = open_model(ModelFiles(tiny))
     fits(model)
-    assert (model.prediction, model.scaling_factor) == ("eps", 0.18215)
-    assert model.unet.config["block_out_channels"] == [32, 64, 128]
-    assert model.unet.config["down_block_types"] == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
-    taken = [weight for part in model.parts for weight in part.tensors.tensors.values()]
+    assert (model.family, model.defaults.prediction, model.scale) == (SD1, "eps", 0.18215)
+    assert model["diffusion"].config["block_out_channels"] == [32, 64, 128]
+    assert model["diffusion"].config["down_block_types"] == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    taken = [weight for component in model.components.values() for weight in component.found.tensors.values()]
     assert model.unused(taken) == {}
     everything = model.unused([])[tiny]
     assert f"{UNET}out.0.bias" in everything
@@ -57,33 +72,25 @@ def test_a_whole_model(tiny: Path) -> None:
 
 def test_configurations_are_those_of_sd_1_5(maker: ModuleType) -> None:
     """What is inferred for the full-size model builds the modules that Hugging Face's own configurations build."""
-    from sdrpc.checkpoints.checkpoint import Checkpoint
-    from sdrpc.diffusion import config, names
-    from sdrpc.ggml.types import F16
-    from sdrpc.ggml.weight import Weight
-
-    entries = {
-        e.name: Weight(e.name, F16, e.shape, lambda: memoryview(b"")) for e in maker.entries(maker.SIZES["full"])
-    }
+    entries = {e.name: Weight(e.name, F16, e.shape, no_bytes) for e in maker.entries(maker.SIZES["full"])}
     file = Checkpoint(Path("sd15.safetensors"), entries)
-    parts = {part: names.find(part, file) for part in names.PARTS}
+    configs = {c.name: c.configure(find(c, file), {}) for c in SD1.components}  # type: ignore[arg-type]  # all are there
+    del configs["clip_l"]["eos_token_id"]
     with torch.device("meta"):
         theirs = {
-            names.UNET: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
-            names.VAE: AutoencoderKL(
+            "diffusion": UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
+            "vae": AutoencoderKL(
                 down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
                 block_out_channels=[128, 256, 512, 512], layers_per_block=2,
             ),
-            names.TEXT_ENCODER: CLIPTextModel(
+            "clip_l": CLIPTextModel(
                 CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
             ),
         }  # fmt: skip
         ours = {
-            names.UNET: UNet2DConditionModel(**config.unet_config(parts[names.UNET], {})),
-            names.VAE: AutoencoderKL(**config.vae_config(parts[names.VAE], {})),
-            names.TEXT_ENCODER: CLIPTextModel(
-                CLIPTextConfig(**config.text_encoder_config(parts[names.TEXT_ENCODER], {}))
-            ),
+            "diffusion": UNet2DConditionModel(**configs["diffusion"]),
+            "vae": AutoencoderKL(**configs["vae"]),
+            "clip_l": CLIPTextModel(CLIPTextConfig(**configs["clip_l"])),
         }
     for part, module in ours.items():
         assert {n: p.shape for n, p in module.named_parameters()} == {
@@ -106,9 +113,9 @@ def test_parts_from_files_of_their_own(tiny_weights: Weights, tmp_path: Path) ->
 def test_a_part_of_its_own_goes_first(tiny: Path, tiny_weights: Weights, tmp_path: Path) -> None:
     other = saved(tmp_path / "vae.safetensors", only(tiny_weights, VAE), {"scaling_factor": 0.5})
     model = open_model(ModelFiles(tiny, vae=other))
-    assert model.scaling_factor == 0.5
-    assert model.vae.tensors.checkpoint.path == other
-    assert model.unet.tensors.checkpoint.path == tiny
+    assert model.scale == 0.5
+    assert model["vae"].found.checkpoint.path == other
+    assert model["diffusion"].found.checkpoint.path == tiny
 
 
 @pytest.mark.parametrize("form", ["gguf", "diffusers"])
@@ -122,10 +129,11 @@ def test_other_forms_give_the_same_model(
         maker.write_diffusers(path, tiny_weights)
     model, reference = open_model(ModelFiles(path)), open_model(ModelFiles(tiny))
     fits(model)
-    for part, expected in zip(model.parts, reference.parts, strict=True):
-        assert part.config == expected.config
-        for name, weight in part.tensors.tensors.items():
-            assert bytes(weight.data()) == bytes(expected.tensors.tensors[name].data())
+    for name, component in model.components.items():
+        expected = reference[name]
+        assert component.config == expected.config
+        for key, weight in component.found.tensors.items():
+            assert bytes(weight.data()) == bytes(expected.found.tensors[key].data())
 
 
 def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path) -> None:
@@ -134,16 +142,17 @@ def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path)
         "text_encoder": {"num_attention_heads": 2, "hidden_size": 99}, "vae": {"norm_num_groups": 8},
     }  # fmt: skip
     model = open_model(ModelFiles(saved(tmp_path / "a.safetensors", tiny_weights, said)))
-    assert (model.prediction, model.scaling_factor) == ("v", 0.25)
-    assert (model.unet.config["attention_head_dim"], model.unet.config["norm_num_groups"]) == (4, 16)
-    assert (model.text_encoder.config["num_attention_heads"], model.text_encoder.config["hidden_size"]) == (2, 64)
-    assert model.vae.config["norm_num_groups"] == 8
+    assert (model.defaults.prediction, model.scale) == ("v", 0.25)
+    unet, text = model["diffusion"].config, model["clip_l"].config
+    assert (unet["attention_head_dim"], unet["norm_num_groups"]) == (4, 16)
+    assert (text["num_attention_heads"], text["hidden_size"]) == (2, 64)
+    assert model["vae"].config["norm_num_groups"] == 8
 
 
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        ({"prediction": "flow"}, "eps or v"),
+        ({"prediction": "flow"}, "one of eps, v"),
         ({"unet": {"attention_head_dim": 5}}, "does not divide"),
         ({"unet": {"norm_num_groups": 0}}, "above 0"),
         ({"vae": {"norm_num_groups": 7}}, "does not divide"),
@@ -215,10 +224,10 @@ def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("conditioner.embedders.1.model.ln_final.weight", "Stable Diffusion XL"),
-        ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
-        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("double_stream_modulation_img.lin.weight", r"FLUX\.2"),
+        ("model.diffusion_model.distilled_guidance_layer.in_proj.weight", "Chroma"),
+        ("transformer_blocks.0.img_mod.1.weight", "Qwen-Image"),
         ("lora_unet_down_blocks_0.lora_up.weight", "LoRA"),
     ],
 )
@@ -237,27 +246,23 @@ def test_inpainting_models_are_refused_by_name(tiny_weights: Weights, tmp_path: 
 
 def test_parts_that_are_missing(tiny_weights: Weights, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", only(tiny_weights, UNET))
-    with pytest.raises(CheckpointError, match=r"no VAE.*--vae"):
+    with pytest.raises(MissingComponent, match=r"a\.safetensors: has no CLIP-L text encoder.*\(clip_l\)"):
         open_model(ModelFiles(path))
-    with pytest.raises(UsageError, match="--vae"):
+    with pytest.raises(MissingComponent, match=r"clip_l or model"):
         open_model(ModelFiles(diffusion_model=path))
+    with pytest.raises(MissingComponent, match=r"no diffusion model.*diffusion_model or model"):
+        open_model(ModelFiles(vae=path))
+    with pytest.raises(CheckpointError, match=r"has no VAE.*what it has: diffusion model"):
+        text = saved(tmp_path / "text.safetensors", only(tiny_weights, TEXT))
+        open_model(ModelFiles(path, clip_l=text, vae=path))
 
 
 def test_parts_that_do_not_fit(maker: ModuleType, tiny_weights: Weights, tmp_path: Path) -> None:
     maker.SIZES["wider"] = replace(maker.SIZES["tiny"], text=128)
     text = saved(tmp_path / "text.safetensors", only(maker.tensors("wider"), TEXT))
     path = saved(tmp_path / "a.safetensors", tiny_weights)
-    with pytest.raises(CheckpointError, match="gives 128 channels, but the diffusion model takes 64"):
+    with pytest.raises(CheckpointError, match="clip_l gives 128 channels, but diffusion takes 64"):
         open_model(ModelFiles(path, clip_l=text))
-
-
-def test_clip_skip_leaves_layers_out(tiny: Path) -> None:
-    part = open_model(ModelFiles(tiny)).text_encoder
-    assert modules.spec(part, 2).config["num_hidden_layers"] == 1
-    assert modules.spec(part, -1) == modules.spec(part, 1) == modules.spec(part)
-    assert modules.spec(part, 2).digest != modules.spec(part).digest
-    with pytest.raises(UsageError, match="--clip-skip 3"):
-        modules.spec(part, 3)
 
 
 def test_numbers_in_names_cannot_make_a_model_huge(tiny_weights: Weights, tmp_path: Path) -> None:
@@ -269,5 +274,5 @@ def test_numbers_in_names_cannot_make_a_model_huge(tiny_weights: Weights, tmp_pa
     path = saved(tmp_path / "a.safetensors", tiny_weights | {name: torch.zeros(1) for name in strangers})
     model = open_model(ModelFiles(path))
     fits(model)
-    assert len(model.text_encoder.config) < 20
-    assert model.text_encoder.config["num_hidden_layers"] == 2
+    assert len(model["clip_l"].config) < 20
+    assert model["clip_l"].config["num_hidden_layers"] == 2

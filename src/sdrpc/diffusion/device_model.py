@@ -1,0 +1,207 @@
+"""A model's components on devices: captured or found in the cache, uploaded when they are first needed, run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..device import Device
+from ..errors import Cancelled, DoesNotFit
+from ..families.base import F32, ModuleSpec
+from ..families.model import Model, ModelComponent
+from ..ggml.types import Type
+from ..ggml.weight import Weight
+from ..runtime.cache import Cache, key
+from ..runtime.lowered import Lowered
+from ..runtime.run import Executable, WeightStore
+from .events import Cancel, Event, OnEvent, Stage
+from .stage_timer import StageTimer
+
+
+class Telling:
+    """Who wants to know what happens, and whether it shall stop; another one in each call of a session."""
+
+    def __init__(self) -> None:
+        self.on_event: OnEvent = lambda _: None
+        self.cancel: Cancel = lambda: False
+
+    def check(self) -> None:
+        """Raises :class:`Cancelled` when the caller wants no more."""
+        if self.cancel():
+            raise Cancelled
+
+    @contextmanager
+    def stage(self, stage: Stage, component: str = "") -> Iterator[None]:
+        """Tells when a stage begins and when it is over."""
+        began = time.perf_counter()
+        self.on_event(Event(stage, component))
+        yield
+        self.on_event(Event(stage, component, 1, 1, seconds=time.perf_counter() - began))
+
+
+class DeviceComponent:
+    """A component on a device. Each combination of module and input shapes is one graph; all share the uploaded
+    weights."""
+
+    def __init__(
+        self, component: ModelComponent, device: Device, cache: Cache, timer: StageTimer, telling: Telling
+    ) -> None:
+        self.component, self.device = component, device
+        self._cache, self._timer, self._telling = cache, timer, telling
+        self._weights: dict[str, Weight] = {}
+        self._began = 0.0
+        self._store = WeightStore(device, self._weights, self._uploaded, component.found.checkpoint.path)
+        self._programs: dict[tuple[str, tuple[tuple[int, ...], ...]], Executable] = {}
+        self.last_used = 0
+        """Rises with each use of any component: which one was used longest ago."""
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+    @property
+    def taken(self) -> tuple[Weight, ...]:
+        """The weights that were uploaded, now or before."""
+        return tuple(self._weights.values())
+
+    @property
+    def resident(self) -> bool:
+        """Whether it has memory on its device."""
+        return bool(self._programs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights on the device, as they are stored."""
+        return self.component.found.nbytes()
+
+    def ready(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> bool:
+        return _name(module, inputs) in self._programs
+
+    def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
+        """The module's outputs, float32. Raises :class:`CheckpointError` and what the device raises."""
+        name = _name(module, inputs)
+        if name not in self._programs:
+            self._programs[name] = self._prepared(module, inputs)
+        return tuple(output.astype(np.float32, copy=False) for output in self._programs[name](**inputs))
+
+    def release(self) -> None:
+        """Free what it has on the device."""
+        for program in self._programs.values():
+            program.close()
+        self._programs.clear()
+        self._store.close()
+
+    def _prepared(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Executable:
+        def capture() -> Lowered:
+            with self._telling.stage("capture", self.name):
+                return captured(module, inputs, self.device, types)
+
+        with self._timer("capture"):
+            types = {name: weight.type for name, weight in self.component.found.tensors.items()}
+            lowered = self._cache.load(
+                key(
+                    self.device.target,
+                    module=module.digest,
+                    inputs={name: [str(array.dtype), *array.shape] for name, array in inputs.items()},
+                    types={name: stored.name for name, stored in types.items()},
+                ),
+                capture,
+            )
+        with self._timer("upload"):
+            self._began = time.perf_counter()
+            self._weights |= self.component.found.take({p.name: p.shape for p in lowered.weights})
+            return Executable(lowered, self.device, self._store)
+
+    def _uploaded(self, done: int, total: int) -> None:
+        seconds = time.perf_counter() - self._began
+        self._telling.on_event(Event("upload", self.name, done, total, seconds=seconds))
+        self._telling.check()
+
+
+def _name(module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    return module.digest, tuple(array.shape for array in inputs.values())
+
+
+def captured(
+    module: ModuleSpec, inputs: Mapping[str, np.ndarray], device: Device, types: Mapping[str, Type]
+) -> Lowered:
+    """The module's graph for inputs of these shapes and dtypes. Nothing is computed and no weight exists."""
+    import torch
+
+    from ..lowering.export import export, without_weights
+    from ..lowering.lower import lower
+
+    with without_weights():
+        built, call = module.build()
+    examples = {
+        name: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device="meta")
+        for name, array in inputs.items()
+    }
+    return lower(export(built.eval(), examples, call), device.target, types)
+
+
+class DeviceModel:
+    """A model with its components on devices, by name. Close it when done.
+
+    Weights stay where they are until another component needs the room: then those that were used longest ago leave.
+    """
+
+    def __init__(self, model: Model, placement: Mapping[str, Device], cache: Cache, timer: StageTimer) -> None:
+        self.model = model
+        self.telling = Telling()
+        self.components = {
+            name: DeviceComponent(component, placement[name], cache, timer, self.telling)
+            for name, component in model.components.items()
+        }
+        self._uses = 0
+
+    def check_fits(self) -> None:
+        """Raises :class:`DoesNotFit` when a component's weights alone are more than its device has room for, with the
+        numbers of that device; nothing has been uploaded then."""
+        for component in self.components.values():
+            device = component.device
+            held = sum(c.nbytes for c in self._on(device) if c.resident)
+            room = device.memory().free + held
+            if not component.resident and component.nbytes > room:
+                raise DoesNotFit(device.name, component.name, component.nbytes, room)
+
+    def run(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
+        """The outputs of component ``name``, float32; ``options`` are added to its module's configuration."""
+        self.telling.check()
+        component = self.components[name]
+        module = component.component.module(**options)
+        if not component.resident:
+            self._make_room(component)
+        self._uses += 1
+        component.last_used = self._uses
+        return component.run(module, inputs)
+
+    def unused(self) -> dict[str, list[str]]:
+        """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
+        found = self.model.unused([weight for component in self.components.values() for weight in component.taken])
+        return {str(path): names for path, names in found.items()}
+
+    def close(self) -> None:
+        """Free everything on the devices."""
+        for component in self.components.values():
+            component.release()
+
+    def _on(self, device: Device) -> list[DeviceComponent]:
+        return [component for component in self.components.values() if component.device is device]
+
+    def _make_room(self, component: DeviceComponent) -> None:
+        """Let weights leave the component's device, those that were used longest ago first, until its own fit."""
+        device = component.device
+        others = sorted((c for c in self._on(device) if c.resident), key=lambda c: c.last_used)
+        while others and device.memory().free < component.nbytes + WORKING_ROOM:
+            other = others.pop(0)
+            other.release()
+            self.telling.on_event(Event("release", other.name, other.nbytes, other.nbytes))
+
+
+WORKING_ROOM = 1 << 30
+"""Bytes that should stay free beside a component's weights, for what it computes with."""

@@ -1,0 +1,39 @@
+"""What a session tells while it works: values that a terminal, a test or a web page can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["capture", "upload", "release", "encode", "sample", "decode"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a session does, or how far it is.
+
+    ``stage``: capture (a component's graph is made, which happens once and takes seconds), upload (weights), release
+    (a component's weights leave their device), encode (text), sample, decode. ``component``: whose. ``done`` and
+    ``total``: bytes of an upload or release, steps of sampling; else 0 when it begins and 1 of 1 when it is over.
+    ``picture`` and ``pictures``: which one of how many, counted from 1; 0 where it is for all of them. ``seconds``:
+    since the stage began.
+    """
+
+    stage: Stage
+    component: str = ""
+    done: int = 0
+    total: int = 1
+    picture: int = 0
+    pictures: int = 0
+    seconds: float = 0.0
+
+    @property
+    def over(self) -> bool:
+        return self.done >= self.total
+
+
+OnEvent = Callable[[Event], None]
+
+Cancel = Callable[[], bool]
+"""Asked between evaluations and while weights are uploaded: whether to stop."""

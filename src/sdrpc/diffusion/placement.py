@@ -1,0 +1,116 @@
+"""Which component of a model runs on which device: the grammar of sd-cli's ``--backend``.
+
+    cuda0                             everything there
+    te=RPC1,diffusion=RPC0,vae=CPU    part by part; te is all text encoders, all= (default=, *=) the rest
+    t5xxl=RPC1,te=CPU,all=RPC0        a component by its own name goes before te
+
+Names are case-insensitive, ``-`` and ``_`` don't matter. How devices are named: :mod:`sdrpc.device_names`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from ..device_names import folded as folded_name
+from ..errors import InvalidValue
+
+T = TypeVar("T")
+
+TEXT_ENCODERS, REST = "te", ""
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "clip_l": ("clipl",),
+    "clip_g": ("clipg",),
+    "t5xxl": ("t5xxl", "t5"),
+    "diffusion": ("diffusion", "model", "unet", "dit"),
+    "vae": ("vae", "firststage", "autoencoder", "tae"),
+    TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
+    REST: ("all", "default", "*"),
+}
+"""Names of components, of all text encoders and of all that has no device of its own. They are stable-diffusion.cpp's
+module names, but that a text encoder can be placed on its own."""
+
+NOT_HERE_YET = (
+    "llm", "clipvision", "vision", "controlnet", "control", "photomaker", "pmid", "photo", "upscaler", "esrgan",
+    "hires", "detector", "adetailer", "yolo",
+)  # fmt: skip
+
+_MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+
+
+def parse(text: str) -> dict[str, str]:
+    """``te=RPC1,vae=CPU`` as component → device name; the key ``te`` stands for every text encoder, "" for the rest.
+
+    Raises :class:`InvalidValue` for what is not in the grammar.
+    """
+    placed: dict[str, str] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        module, equals, device = item.partition("=")
+        if not equals:
+            module, device = "all", module
+        name = _meant(module)
+        if "&" in device:
+            raise InvalidValue("backend", item, "one component over several devices is not in sdrpc yet; name one")
+        if not device.strip():
+            raise InvalidValue("backend", item, "no device is named after '='")
+        if name in placed:
+            raise InvalidValue("backend", text, f"{module} is placed twice")
+        placed[name] = device.strip()
+    return placed
+
+
+def wanted(
+    components: Sequence[str], placed: Mapping[str, str], main: str = "", by_option: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Component → the name that the user gave its device, ``auto`` where none was given.
+
+    ``components``: of the model, by name. ``by_option`` (``--vae-backend-device`` …: keys as :func:`parse` gives them)
+    beats ``placed``, which beats ``main`` (``--main-backend-device``); a component's own name beats ``te``, which beats
+    the rest. Raises :class:`InvalidValue` for a component that the model does not have.
+    """
+    options = {name: device for name, device in (by_option or {}).items() if device}
+    strangers = {*placed, *options} - {*components, TEXT_ENCODERS, REST}
+    if strangers:
+        reason = f"this model has no {' and no '.join(sorted(strangers))}; it has {', '.join(components)}"
+        raise InvalidValue("backend", ",".join(f"{name}={placed.get(name, '')}" for name in sorted(strangers)), reason)
+
+    def device(component: str) -> str:
+        named = [table[key] for table in (options, placed) for key in keys_of(component) if key in table]
+        return named[0] if named else placed.get(REST) or main or "auto"
+
+    return {component: device(component) for component in components}
+
+
+def keys_of(component: str) -> tuple[str, ...]:
+    """The names that place a component, the strongest first, without the one for the rest."""
+    return (component,) if component in ("diffusion", "vae") else (component, TEXT_ENCODERS)
+
+
+def assigned(components: Sequence[str], given: Mapping[str, T]) -> dict[str, T]:
+    """Component → its device, from a mapping whose keys are names as in the grammar: ``{"te": cpu, "all": remote}``.
+
+    Raises :class:`InvalidValue` for a key that the model does not have, and for a component without a device.
+    """
+    by_name = {_meant(key): device for key, device in given.items()}
+    strangers = by_name.keys() - {*components, TEXT_ENCODERS, REST}
+    if strangers:
+        raise InvalidValue("placement", sorted(strangers)[0], f"this model has {', '.join(components)}")
+    found: dict[str, T] = {}
+    for component in components:
+        devices = [by_name[key] for key in (*keys_of(component), REST) if key in by_name]
+        if not devices:
+            raise InvalidValue("placement", component, 'no device is given; the key "all" stands for the rest')
+        found[component] = devices[0]
+    return found
+
+
+def _meant(module: str) -> str:
+    folded = folded_name(module)
+    if folded in NOT_HERE_YET:
+        raise InvalidValue("backend", module, f"sdrpc has no {module} yet")
+    if folded not in _MEANT:
+        raise InvalidValue(
+            "backend", module, f"no such component; there are {', '.join(filter(None, ALIASES))} and all"
+        )
+    return _MEANT[folded]

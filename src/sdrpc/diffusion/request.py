@@ -1,0 +1,111 @@
+"""What to draw, and what is filled in where a request says nothing."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from ..errors import InvalidValue
+from ..families.base import Defaults
+from .predictions import PREDICTIONS
+from .rng import make_rng
+from .samplers import find_sampler
+from .schedules import ALIASES, SCHEDULES
+
+MAX_SIDE = 16384
+MAX_STEPS = 10000
+MAX_BATCH = 10000
+MAX_FACTOR = 1e6
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. The fields have the names of sd-cli's options; None means what the model or the sampler is made
+    for.
+
+    ``seed`` below 0: a random one. ``clip_skip`` below 1: the family's own. ``cfg_scale`` 1: no guidance by a negative
+    prompt; ``guidance``: of models that were distilled with it (FLUX.1 dev). ``eta``: how much new noise a sampler
+    adds.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    guidance: float | None = None
+    seed: int = 42
+    batch_count: int = 1
+    sampling_method: str | None = None
+    scheduler: str | None = None
+    clip_skip: int = -1
+    rng: str = "cuda"
+    eta: float | None = None
+    prediction: str | None = None
+    flow_shift: float | None = None
+
+    def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int) -> Settings:
+        """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
+        rounded up to a ``multiple`` as stable-diffusion.cpp does.
+
+        Raises :class:`InvalidValue` for what can't be drawn, so that nothing is loaded in vain.
+        """
+        width = size[0] if self.width is None else self.width
+        height = size[1] if self.height is None else self.height
+        steps = defaults.steps if self.steps is None else self.steps
+        for field, value, largest in (
+            ("width", width, MAX_SIDE), ("height", height, MAX_SIDE), ("steps", steps, MAX_STEPS),
+            ("batch_count", self.batch_count, MAX_BATCH),
+        ):  # fmt: skip
+            if not 1 <= value <= largest:
+                raise InvalidValue(field, value, f"it can be 1 … {largest}")
+        cfg_scale = defaults.cfg_scale if self.cfg_scale is None else self.cfg_scale
+        guidance = defaults.guidance if self.guidance is None else self.guidance
+        for field, number in (
+            ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift)
+        ):  # fmt: skip
+            if number is not None and not abs(number) < MAX_FACTOR:
+                raise InvalidValue(field, number, f"not a number below {MAX_FACTOR:.0e}")
+        seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
+        make_rng(self.rng, seed + self.batch_count - 1)
+        method = self.sampling_method or defaults.sampler
+        sampler = find_sampler(method)
+        scheduler = self.scheduler or defaults.scheduler or sampler.schedule
+        if self.prediction is not None and self.prediction not in PREDICTIONS:
+            raise InvalidValue("prediction", self.prediction, f"there are {', '.join(PREDICTIONS)}")
+        if scheduler not in SCHEDULES and scheduler not in ALIASES:
+            raise InvalidValue("scheduler", scheduler, f"there are {', '.join(SCHEDULES)}")
+        return Settings(
+            self.prompt, self.negative_prompt, _up(width, multiple), _up(height, multiple), steps, cfg_scale, guidance,
+            seed, self.batch_count, method, scheduler, self.clip_skip, self.rng,
+            sampler.eta if self.eta is None else self.eta, self.prediction or defaults.prediction,
+            defaults.flow_shift if self.flow_shift is None else self.flow_shift,
+        )  # fmt: skip
+
+
+def _up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A request in which nothing is left open but what only an evaluation of the model tells (``prediction``), or what
+    follows from the size (``flow_shift``)."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    steps: int
+    cfg_scale: float
+    guidance: float
+    seed: int
+    batch_count: int
+    sampling_method: str
+    scheduler: str
+    clip_skip: int
+    rng: str
+    eta: float
+    prediction: str | None
+    flow_shift: float | None

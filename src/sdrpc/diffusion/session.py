@@ -1,0 +1,226 @@
+"""A session: a model whose components are on devices, and pictures drawn with it, one request after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..device import Device
+from ..errors import UsageError
+from ..families.base import F32, Conditions, Config, Prompt
+from ..families.model import Model, ModelFiles, open_model
+from ..runtime.cache import Cache
+from .device_model import DeviceModel
+from .events import Cancel, Event, OnEvent
+from .pictures import Picture, f32, finite, to_pixels
+from .placement import assigned
+from .predictions import Prediction, flux_shift_by_size, prediction
+from .request import Request, Settings
+from .rng import make_rng
+from .samplers import counted_steps, denoiser, find_sampler
+from .schedules import make_sigmas
+from .stage_timer import StageTimer
+
+TOKEN_SIDE = 2
+"""Latents on a side that FLUX.1 makes one token of: its shift follows from the number of tokens."""
+
+
+class Session:
+    """A model on devices. Use it as a context manager, or close it: then its memory on the devices is free again.
+
+    ``placement``: the device of each component, by name; ``te`` stands for all text encoders, ``all`` for the rest.
+    ``cache``: of graphs that were captured before. Weights are
+    uploaded when they are first needed, stay for the next picture, and leave a device when another component needs the
+    room. A session draws one picture at a time and is not thread-safe; its devices may be shared.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        placement: Mapping[str, Device],
+        cache: Cache | None = None,
+        timer: StageTimer | None = None,
+    ) -> None:
+        self.model = model
+        self.placement = assigned(list(model.components), placement)
+        self.timer = timer or StageTimer()
+        """Seconds of all pictures together, by stage."""
+        self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer)
+
+    @classmethod
+    def open(
+        cls, files: ModelFiles | Path | str, placement: Mapping[str, Device] | Device, cache: Cache | None = None
+    ) -> Session:
+        """The model in ``files`` (a path: a whole model), each component on its device or all of them on one.
+
+        Files are mapped, nothing is uploaded yet. Raises :class:`CheckpointError` for files that can't be used or don't
+        belong together, and :class:`MissingComponent`.
+        """
+        model = open_model(files if isinstance(files, ModelFiles) else ModelFiles(Path(files)))
+        return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache)
+
+    def settings(self, request: Request) -> Settings:
+        """``request`` with everything filled in. Raises :class:`InvalidValue` for what can't be drawn."""
+        model = self.model
+        return request.resolved(model.defaults, model.size, model.family.latents.multiple)
+
+    def generate(
+        self, request: Request, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
+    ) -> Iterator[Picture]:
+        """Draw the pictures of ``request``, one after the other, with seeds counting up.
+
+        ``on_event`` is told what happens; ``cancel`` is asked between evaluations of the model and while weights are
+        uploaded: when it says yes, :class:`Cancelled` is raised, and the weights stay where they are.
+
+        Raises :class:`InvalidValue` and :class:`DoesNotFit` before anything is uploaded, :class:`CheckpointError` for
+        tensors that are missing or of another shape, :class:`ComputeError` when a component's output is not a number,
+        and what the devices raise.
+        """
+        return self.draw(self.settings(request), on_event, cancel)
+
+    def draw(
+        self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
+    ) -> Iterator[Picture]:
+        """As :meth:`generate`, of a request in which everything is filled in."""
+        if settings.prediction is not None:
+            self._prediction(settings)
+        self._devices.check_fits()
+        telling = self._devices.telling
+        telling.on_event, telling.cancel = on_event, cancel
+        with self.timer("encode"), telling.stage("encode"):
+            conditions = self.conditions(settings)
+        settings = replace(settings, prediction=self._prediction(settings).name)
+        for number in range(settings.batch_count):
+            seed = settings.seed + number
+            began = time.perf_counter()
+
+            def on_step(done: int, total: int, number: int = number, began: float = began) -> None:
+                seconds = time.perf_counter() - began
+                on_event(Event("sample", "diffusion", done, total, number + 1, settings.batch_count, seconds))
+
+            with self.timer("sample"):
+                latents = self.sample(settings, seed, conditions, on_step)
+            with self.timer("decode"), telling.stage("decode", "vae"):
+                picture = to_pixels(self.decode(latents)[0])
+            yield Picture(picture, seed)
+
+    def unused(self) -> dict[str, list[str]]:
+        """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
+        return self._devices.unused()
+
+    def close(self) -> None:
+        """Free everything that the session has on the devices. The devices stay open."""
+        self._devices.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the model as functions
+
+    def predict(self, latents: F32, timestep: F32, conditions: Conditions) -> F32:
+        """The diffusion model: latents (b, c, h, w), timesteps (b,), conditions of b prompts → its prediction."""
+        inputs = {"latents": latents, "timestep": timestep, **conditions}
+        (predicted,) = self._devices.run("diffusion", {}, inputs)
+        return predicted
+
+    def conditions(self, settings: Settings) -> list[Conditions]:
+        """What the diffusion model is told about the prompt, and before it about the negative one where guidance needs
+        it."""
+
+        def encoded(text: str, negative: bool) -> Conditions:
+            prompt = Prompt(
+                text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative
+            )  # fmt: skip
+            return self.model.family.conditions(_Encode(self._devices), prompt)
+
+        positive = encoded(settings.prompt, False)
+        return [positive] if settings.cfg_scale == 1 else [encoded(settings.negative_prompt, True), positive]
+
+    def _prediction(self, settings: Settings) -> Prediction:
+        """What the model predicts; a family whose files don't tell asks the model itself."""
+        name, family = settings.prediction, self.model.family
+        if name is None:
+            if family.probe is None:
+                raise UsageError(f"nothing tells what this {family.title} predicts: name it (prediction)")
+            with self.timer("sample"):
+                name = family.probe(self.predict, self.model["diffusion"].config)
+        shift = settings.flow_shift
+        if shift is None and name == "flux_flow":
+            side = self.model.pixels * TOKEN_SIDE
+            shift = flux_shift_by_size(settings.width // side * (settings.height // side))
+        return prediction(name, shift=shift)
+
+    def sample(
+        self,
+        settings: Settings,
+        seed: int,
+        conditions: list[Conditions],
+        on_step: Callable[[int, int], None] = lambda *_: None,
+    ) -> F32:
+        """Latents (1, c, h, w) without noise, of the noise of ``seed``. ``on_step`` is told the steps that are done, and
+        how many there are."""
+        model, predicts = self.model, self._prediction(settings)
+        sigmas = make_sigmas(settings.scheduler, settings.steps, predicts)
+        shape = (1, model.latent_channels, settings.height // model.pixels, settings.width // model.pixels)
+        rng = make_rng(settings.rng, seed)
+
+        def noise() -> F32:
+            return rng.normal(int(np.prod(shape))).reshape(shape)
+
+        denoise = denoiser(self._guided(conditions, f32(settings.cfg_scale)), predicts)
+        start = predicts.start(noise(), sigmas[0])
+        run = find_sampler(settings.sampling_method).run
+        return run(denoise, start, counted_steps(sigmas, on_step), noise, settings.eta)
+
+    def _guided(self, conditions: list[Conditions], cfg_scale: f32) -> Callable[[F32, f32], F32]:
+        """Classifier-free guidance: one evaluation of a batch of two, or two where the texts differ in length."""
+        alike = len({tuple(array.shape for array in each.values()) for each in conditions}) == 1
+        batches = [_joined(conditions)] if alike else conditions
+
+        def predict(x: F32, timestep: f32) -> F32:
+            results = [self.predict(*_batch(x, timestep, batch), batch) for batch in batches]
+            predicted = finite(np.concatenate(results), f"the diffusion model's prediction at timestep {timestep:.3g}")
+            if len(predicted) == 1:
+                return predicted
+            negative, positive = predicted[:1], predicted[1:]
+            return negative + cfg_scale * (positive - negative)
+
+        return predict
+
+    def decode(self, latents: F32) -> F32:
+        """Latents of the diffusion model → the picture (1, 3, height, width), about -1 … 1."""
+        unscaled = latents / f32(self.model.scale) + f32(self.model.shift)
+        (picture,) = self._devices.run("vae", {}, {"latents": unscaled})
+        return finite(picture, "the VAE's picture")
+
+
+class _Encode:
+    """The text encoders of a model as :class:`sdrpc.families.base.Encode`."""
+
+    def __init__(self, devices: DeviceModel) -> None:
+        self._devices = devices
+
+    def __call__(self, component: str, ids: NDArray[np.int32], **options: Any) -> tuple[F32, ...]:
+        outputs = self._devices.run(component, options, {"ids": ids})
+        return tuple(finite(output, f"{component}'s output") for output in outputs)
+
+    def config(self, component: str) -> Config:
+        return self._devices.model[component].config
+
+
+def _joined(conditions: list[Conditions]) -> Conditions:
+    return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}
+
+
+def _batch(x: F32, timestep: f32, conditions: Conditions) -> tuple[F32, F32]:
+    size = len(next(iter(conditions.values())))
+    return np.repeat(x, size, axis=0), np.full(size, timestep, f32)

@@ -1,0 +1,292 @@
+"""What a model family is: components, how they are found in files, and how a prompt becomes their inputs.
+
+A family's file is a table of these values. Nothing here imports torch: modules are built by functions that are called
+only when a graph has to be captured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import CheckpointError
+from ..ggml.weight import Weight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Call = Callable[..., tuple[torch.Tensor, ...]]
+
+F32 = NDArray[np.float32]
+Weights = Mapping[str, Weight]
+Config = Mapping[str, Any]
+"""Arguments of a component's module class: values of JSON."""
+
+# Components ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One way in which files name a component's tensors.
+
+    ``anchor``: a name (without prefix) that only this naming has. ``convert``: from the file's tensors, without their
+    prefix, to those of the module, by the names of its parameters; tensors it does not understand are left out.
+    """
+
+    anchor: str
+    convert: Callable[[Weights], dict[str, Weight]]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A network of a model.
+
+    ``name``: what users call it (clip_l, t5xxl, diffusion, vae). ``title``: what it is, for messages. ``prefixes``:
+    what may stand before its names in a file, in order of preference. ``configure``: the arguments of its module, from
+    the shapes of its tensors and from what the file says of itself. ``build``: the module (parameters uninitialized, as
+    the caller arranges it) and a function of its inputs; its arguments are a configuration as ``configure`` gives it.
+    ``told_as``: how files that speak of their own configuration call the component; the folder of a diffusers
+    directory. ``idle``: beginnings of names of tensors that a picture may not need.
+    """
+
+    name: str
+    title: str
+    prefixes: tuple[str, ...]
+    namings: tuple[Naming, ...]
+    configure: Callable[[Found, Config], dict[str, Any]]
+    build: Callable[[Config], tuple[nn.Module, Call]]
+    told_as: str
+    idle: tuple[str, ...] = ()
+
+    @property
+    def option(self) -> str:
+        """The field of :class:`sdrpc.families.files.ModelFiles` for a file of its own."""
+        return "diffusion_model" if self.name == "diffusion" else self.name
+
+
+@dataclass(frozen=True)
+class Found:
+    """A component's tensors in a checkpoint, by the names of its module's parameters."""
+
+    component: Component
+    checkpoint: Checkpoint
+    tensors: Weights
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: weight.shape for name, weight in self.tensors.items()}
+
+    def error(self, reason: str, tensor: str = "") -> CheckpointError:
+        """The error that says what is wrong with the file."""
+        return CheckpointError(self.checkpoint.path, reason, tensor)
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of a tensor that has to be there. Raises :class:`CheckpointError` if it isn't, or has another
+        number of dimensions or none of its elements."""
+        weight = self.tensors.get(name)
+        if weight is None:
+            raise self.error(f"the {self.component.title} has no such tensor", name)
+        if len(weight.shape) != dimensions or 0 in weight.shape:
+            raise self.error(f"is {list(weight.shape)}, not of {dimensions} dimensions", weight.name)
+        return weight.shape
+
+    def has(self, prefix: str) -> bool:
+        """Whether any name begins with ``prefix``."""
+        return any(name.startswith(prefix) for name in self.tensors)
+
+    def count(self, prefix: str) -> int:
+        """How many of ``prefix0.``, ``prefix1.`` … there are without a gap."""
+        numbers = {name[len(prefix) :].partition(".")[0] for name in self.tensors if name.startswith(prefix)}
+        return next(count for count in range(len(numbers) + 1) if str(count) not in numbers)
+
+    def take(self, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
+        """The weights of a module whose parameters are ``wanted``, in its shapes.
+
+        Dimensions of one element may be missing or too many: 1×1 convolutions that are stored as matrices, and the
+        other way round. Raises :class:`CheckpointError` that names the first tensor that is missing or misshapen.
+        """
+        taken: dict[str, Weight] = {}
+        for name, shape in wanted.items():
+            weight = self.tensors.get(name)
+            if weight is None:
+                raise self.error(self._why_missing(name), name)
+            if _squeezed(weight.shape) != _squeezed(shape):
+                reason = f"is {list(weight.shape)}, but the rest of the model needs {list(shape)}"
+                raise self.error(reason, weight.name)
+            taken[name] = replace(weight, shape=shape)
+        return taken
+
+    def nbytes(self) -> int:
+        """Bytes of the weights that every picture needs, as they are stored."""
+        return sum(
+            weight.type.row_bytes(int(np.prod(weight.shape, dtype=np.int64)))
+            for name, weight in self.tensors.items()
+            if not name.startswith(self.component.idle)
+        )
+
+    def _why_missing(self, name: str) -> str:
+        for skipped, dtype in self.checkpoint.skipped.items():
+            if skipped.rsplit(".", 2)[-2:] == name.rsplit(".", 2)[-2:]:
+                return f"is missing; the file has {skipped!r} as {dtype}, which sdrpc can't read: convert it to F16"
+        return "is missing"
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def find(component: Component, checkpoint: Checkpoint) -> Found | None:
+    """The component in a checkpoint, or None."""
+    names = checkpoint.tensors.keys() | checkpoint.skipped.keys()
+    for prefix in component.prefixes:
+        for naming in component.namings:
+            if prefix + naming.anchor not in names:
+                continue
+            inside = {
+                name[len(prefix) :]: weight for name, weight in checkpoint.tensors.items() if name.startswith(prefix)
+            }
+            return Found(component, checkpoint, naming.convert(inside))
+    return None
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A component's module with its arguments: plain data that stands for a module without importing its library, so
+    that a graph captured from it can be found again by ``digest``."""
+
+    component: Component
+    config: Config
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal functions and arguments."""
+        build = self.component.build
+        text = json.dumps([build.__module__, build.__qualname__, dict(self.config)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def build(self) -> tuple[nn.Module, Call]:
+        """The module and the function of its inputs."""
+        return self.component.build(self.config)
+
+
+# Families ------------------------------------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """A text and what else of a request decides what the diffusion model is told.
+
+    ``width`` and ``height`` in pixels; ``clip_skip`` as sd-cli counts it (1: the last layer, 2: the one before, below
+    1: the family's own); ``guidance``: of models that were distilled with it; ``negative``: whether the text says what
+    not to draw.
+    """
+
+    text: str
+    width: int
+    height: int
+    clip_skip: int
+    guidance: float
+    negative: bool = False
+
+
+class Encode(Protocol):
+    """Runs a text encoder of the model."""
+
+    def __call__(self, component: str, ids: NDArray[np.int32], **options: Any) -> tuple[F32, ...]:
+        """Tokens (1, length) → the module's outputs. ``options`` are added to its configuration: which outputs."""
+        ...
+
+    def config(self, component: str) -> Config:
+        """The configuration of a component."""
+        ...
+
+
+Conditions = Mapping[str, F32]
+"""The diffusion model's inputs besides latents and timestep, each with a first dimension of 1 (the batch)."""
+
+Predict = Callable[[F32, F32, Conditions], F32]
+"""A diffusion model: latents (b, c, h, w), timesteps (b,), conditions → the prediction, shaped as the latents."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The space that a family draws in.
+
+    ``scale`` and ``shift``: the diffusion model's latents are (the VAE's - shift) · scale. ``multiple``: width and
+    height in pixels are multiples of it.
+    """
+
+    scale: float
+    shift: float = 0.0
+    multiple: int = 64
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request means where it says nothing. ``size``: pixels on a side, where neither file nor shapes tell.
+    ``prediction``: None where only an evaluation tells (:attr:`Family.probe`). ``flow_shift``: None where the
+    prediction has none or it follows from the size."""
+
+    size: int
+    sampler: str = "euler_a"
+    scheduler: str | None = None
+    steps: int = 20
+    cfg_scale: float = 7.0
+    guidance: float = 3.5
+    prediction: str | None = "eps"
+    flow_shift: float | None = None
+
+
+class Joint(NamedTuple):
+    """Two numbers that have to be equal for components to belong together: what ``one`` gives and ``other`` takes."""
+
+    one: str
+    gives: Callable[[Mapping[str, Config]], int]
+    other: str
+    takes: Callable[[Mapping[str, Config]], int]
+    what: str = "channels"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    ``components``: in the order in which they work, the diffusion model and the VAE last. ``recognizes``: whether a
+    diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about a
+    prompt. ``settings``: the defaults of one model, from its tensors. ``probe``: what a diffusion model predicts, from
+    an evaluation and its configuration, where nothing else tells.
+    """
+
+    name: str
+    title: str
+    components: tuple[Component, ...]
+    recognizes: Callable[[Found], bool]
+    conditions: Callable[[Encode, Prompt], Conditions]
+    latents: Latents
+    settings: Callable[[Mapping[str, Found]], Defaults]
+    joints: tuple[Joint, ...] = ()
+    probe: Callable[[Predict, Config], str] | None = None
+
+    @property
+    def diffusion(self) -> Component:
+        return self.component("diffusion")
+
+    def component(self, name: str) -> Component:
+        return next(component for component in self.components if component.name == name)
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        return tuple(c for c in self.components if c.name not in ("diffusion", "vae"))
+
+
+def joined(parts: Iterable[F32]) -> F32:
+    """Chunks (1, length, width) one after the other along their length."""
+    return np.concatenate(list(parts), axis=1)

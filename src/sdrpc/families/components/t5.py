@@ -1,0 +1,97 @@
+"""T5's encoder, version 1.1: transformers' T5EncoderModel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...ggml.weight import Weight
+from ...prompts.chunks import Tokens, apply_weights
+from .. import configs
+from ..base import F32, Component, Config, Encode, Found, Naming, Weights
+from ..keys import table
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..base import Call
+
+
+def _configure(found: Found, told: Config) -> dict[str, Any]:
+    """Arguments of transformers' T5Config."""
+    vocabulary, width = found.shape("shared.weight", 2)
+    layer = "encoder.block.0.layer"
+    inner, _ = found.shape(f"{layer}.0.SelfAttention.q.weight", 2)
+    buckets, heads = found.shape(f"{layer}.0.SelfAttention.relative_attention_bias.weight", 2)
+    gated = found.has(f"{layer}.1.DenseReluDense.wi_0.")
+    feed_forward, _ = found.shape(f"{layer}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight", 2)
+    if inner % heads:
+        raise found.error(f"the {found.component.title} has {heads} heads, which do not divide its width of {inner}")
+    inferred = {
+        "vocab_size": vocabulary, "d_model": width, "d_kv": inner // heads, "d_ff": feed_forward,
+        "num_layers": found.count("encoder.block."), "num_heads": heads, "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+    }  # fmt: skip
+    return configs.merged(found, inferred, told, ("relative_attention_max_distance", "layer_norm_epsilon"))
+
+
+def build(config: Config) -> tuple[nn.Module, Call]:
+    """Input: ids, int (1, length). Output: hidden states after the final norm (1, length, d_model). No token is masked:
+    models were trained on texts with their padding."""
+    from transformers import T5Config, T5EncoderModel
+
+    def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module(input_ids=ids).last_hidden_state,)
+
+    return T5EncoderModel(T5Config(**config)), call
+
+
+def encode_chunks(encode: Encode, name: str, tokens: Tokens) -> list[F32]:
+    """The hidden states (1, length, d_model) of each chunk of tokens, times the tokens' weights."""
+    return [
+        apply_weights(encode(name, ids[None])[0][0], weights)[None]
+        for ids, weights in zip(tokens.ids, tokens.weights, strict=True)
+    ]
+
+
+_GGUF = table(
+    [
+        (r"token_embd\.weight", "shared.weight"),
+        (r"enc\.output_norm\.weight", "encoder.final_layer_norm.weight"),
+        *(
+            (rf"enc\.blk\.(\d+)\.{old}\.weight", rf"encoder.block.\1.layer.{new}.weight")
+            for old, new in {
+                "attn_q": "0.SelfAttention.q", "attn_k": "0.SelfAttention.k", "attn_v": "0.SelfAttention.v",
+                "attn_o": "0.SelfAttention.o", "attn_rel_b": "0.SelfAttention.relative_attention_bias",
+                "attn_norm": "0.layer_norm", "ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1",
+                "ffn_down": "1.DenseReluDense.wo", "ffn_norm": "1.layer_norm",
+            }.items()
+        ),
+    ]
+)  # fmt: skip
+"""llama.cpp's names of T5's tensors."""
+
+
+def _with_shared_embedding(weights: Weights) -> dict[str, Weight]:
+    """The token embedding has two names in the module; files have one of them or both."""
+    embedding = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
+    return dict(weights) | ({} if embedding is None else {"shared.weight": embedding})
+
+
+T5 = Component(
+    "t5xxl",
+    "T5-XXL text encoder",
+    (
+        "text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2.", "t5xxl.transformer.", "t5xxl.",
+        "cond_stage_model.transformer.", "",
+    ),
+    (
+        Naming("encoder.block.0.layer.0.SelfAttention.q.weight", _with_shared_embedding),
+        Naming("enc.blk.0.attn_q.weight", _GGUF),
+    ),
+    _configure,
+    build,
+    "text_encoder_2",
+    idle=("encoder.embed_tokens.",),
+)  # fmt: skip

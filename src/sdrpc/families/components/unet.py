@@ -1,0 +1,227 @@
+"""The UNet of Stable Diffusion 1.x, 2.x and XL: diffusers' UNet2DConditionModel.
+
+Files have diffusers' names or those of the original code (LDM). The only thing about the latter that needs thought is
+that LDM numbers blocks through where diffusers counts levels.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...ggml.weight import Weight
+from .. import configs
+from ..base import Component, Config, Found, Naming, Weights
+from ..keys import same
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..base import Call
+
+GROUPS = 32
+_EXTRA_INPUTS = {9: "inpainting", 8: "InstructPix2Pix"}
+
+Heads = Callable[[Sequence[int]], int | list[int]]
+"""Channels per level → the number of attention heads, of all levels or of each."""
+
+
+def eight_heads(_channels: Sequence[int]) -> int:
+    """SD 1.x: eight heads at every level."""
+    return 8
+
+
+def heads_of_64(channels: Sequence[int]) -> list[int]:
+    """SD 2.x and XL: heads of 64 channels."""
+    return [max(1, width // 64) for width in channels]
+
+
+def unet(heads: Heads, sample_size: int) -> Component:
+    """The component of a family whose UNets have such ``heads`` and were trained on latents of ``sample_size``."""
+
+    def configure(found: Found, told: Config) -> dict[str, Any]:
+        return _configure(found, told, heads, sample_size)
+
+    return Component(
+        "diffusion",
+        "diffusion model",
+        ("model.diffusion_model.", "unet.", "diffusion_model.", ""),
+        (Naming("input_blocks.0.0.weight", _from_ldm), Naming("conv_in.weight", same)),
+        configure,
+        build,
+        "unet",
+    )
+
+
+def has_size_conditions(found: Found) -> bool:
+    """Whether it is told the picture's size and a pooled text, as SDXL's is."""
+    return found.has("add_embedding.")
+
+
+def context_width(found: Found) -> int:
+    """The width of the texts that it attends to. Raises :class:`CheckpointError` if there are several or none."""
+    widths = {
+        weight.shape[1]
+        for name, weight in found.tensors.items()
+        if name.endswith(".attn2.to_k.weight") and len(weight.shape) == 2
+    }
+    if len(widths) != 1:
+        raise found.error(f"the UNet attends to texts of several or no widths: {sorted(widths)}")
+    return widths.pop()
+
+
+def projects_by_matrix(found: Found) -> bool:
+    """Whether its attention blocks begin with a linear layer (SD 2.x, XL) and not with a convolution (SD 1.x)."""
+    return any(name.endswith(".proj_in.weight") and len(w.shape) == 2 for name, w in found.tensors.items())
+
+
+def _configure(found: Found, told: Config, heads: Heads, sample_size: int) -> dict[str, Any]:
+    """Arguments of diffusers' UNet2DConditionModel."""
+    first, inputs, *_ = found.shape("conv_in.weight", 4)
+    if inputs in _EXTRA_INPUTS:
+        raise found.error(f"this is an {_EXTRA_INPUTS[inputs]} model; they are not supported")
+    outputs, *_ = found.shape("conv_out.weight", 4)
+    levels = range(found.count("down_blocks."))
+    channels = [found.shape(f"down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
+    layers = [found.count(f"down_blocks.{level}.resnets.") for level in levels]
+    down = [found.has(f"down_blocks.{level}.attentions.") for level in levels]
+    up = [found.has(f"up_blocks.{level}.attentions.") for level in levels]
+    depths = [found.count(f"down_blocks.{level}.attentions.0.transformer_blocks.") or 1 for level in levels]
+    middle = found.count("mid_block.attentions.0.transformer_blocks.")
+    if not down[-1] and middle:
+        depths[-1] = middle  # diffusers gives the middle the last level's depth
+    embedding, _ = found.shape("time_embedding.linear_1.weight", 2)
+    inferred = {
+        "sample_size": sample_size, "in_channels": inputs, "out_channels": outputs, "block_out_channels": channels,
+        "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if found.has("mid_block.") else None,
+        "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
+        "cross_attention_dim": context_width(found), "attention_head_dim": heads(channels),
+        "norm_num_groups": math.gcd(GROUPS, *channels), "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True,
+        "freq_shift": 0, "use_linear_projection": projects_by_matrix(found),
+        "time_embedding_dim": None if embedding == 4 * first else embedding,
+    } | _size_conditions(found, told)  # fmt: skip
+    keys = (
+        "sample_size", "attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos", "freq_shift",
+    )  # fmt: skip
+    config = configs.merged(found, inferred, told, keys)
+    configs.check_divides(found, config, "attention_head_dim", channels)
+    configs.check_divides(found, config, "norm_num_groups", channels)
+    return config
+
+
+def _size_conditions(found: Found, told: Config) -> dict[str, Any]:
+    if not has_size_conditions(found):
+        return {}
+    _, width = found.shape("add_embedding.linear_1.weight", 2)
+    each = told.get("addition_time_embed_dim", 256)
+    if type(each) is not int or not 0 < 6 * each < width:
+        raise found.error(f"addition_time_embed_dim of the {found.component.title} can't be {each!r}")
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": each,
+        "projection_class_embeddings_input_dim": width,
+    }
+
+
+def pooled_width(config: Config) -> int:
+    """Of the pooled text that an XL UNet is told: what the six sizes leave of its input."""
+    return int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
+
+
+def build(config: Config) -> tuple[nn.Module, Call]:
+    """Inputs: latents (batch, channels, height, width), timestep (batch,), context (batch, length, width); for XL also
+    pooled (batch, width) and sizes (batch, 6), pixels. Output: the prediction, shaped as the latents."""
+    import diffusers
+
+    def call(
+        module: Any,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
+        return (module(latents, timestep, context, added_cond_kwargs=added, return_dict=False)[0],)
+
+    make: Any = diffusers.UNet2DConditionModel
+    return make(**config), call
+
+
+# LDM's names ----------------------------------------------------------------------------------------------------------
+
+_ENDS = {
+    "time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
+    "label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2.",
+    "input_blocks.0.0.": "conv_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out.",
+    "middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.",
+    "middle_block.2.": "mid_block.resnets.1.",
+}  # fmt: skip
+
+_RESNET = {
+    "in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.", "out_layers.0.": "norm2.",
+    "out_layers.3.": "conv2.", "skip_connection.": "conv_shortcut.",
+}  # fmt: skip
+
+_SAMPLER = {"op.": "conv."}
+
+_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.")
+
+
+def _from_ldm(weights: Weights) -> dict[str, Weight]:
+    return {new: weights[old] for old, new in renamed(weights).items()}
+
+
+def renamed(names: Iterable[str]) -> dict[str, str]:
+    """LDM's names → diffusers', for those that are understood."""
+    names = list(names)
+    prefixes = _ENDS | _blocks(names)
+    found = {}
+    for name in names:
+        match = _BLOCK.match(name)
+        old = match[0] if match and match[0] in prefixes else next((p for p in _ENDS if name.startswith(p)), None)
+        if old is None:
+            continue
+        new, rest = prefixes[old], name.removeprefix(old)
+        inner_rules = _RESNET if ".resnets." in new else _SAMPLER
+        inner = next((p for p in inner_rules if rest.startswith(p)), "")
+        found[name] = new + inner_rules.get(inner, "") + rest.removeprefix(inner)
+    return found
+
+
+def _blocks(names: list[str]) -> dict[str, str]:
+    """``input_blocks.4.1.`` → ``down_blocks.1.attentions.0.`` and so on, by walking through the blocks in order."""
+    inner: dict[tuple[str, int, int], str] = {}
+    for name in names:
+        if match := _BLOCK.match(name):
+            inner[match[1], int(match[2]), int(match[3])] = _kind(inner, match, name)
+    found: dict[str, str] = {}
+    for side, blocks in (("input", "down_blocks"), ("output", "up_blocks")):
+        level = position = 0
+        numbers = sorted({block for s, block, _ in inner if s == side and (side == "output" or block > 0)})
+        for block in numbers:
+            kinds = {place: kind for (s, b, place), kind in inner.items() if (s, b) == (side, block)}
+            sampler = "downsamplers" if side == "input" else "upsamplers"
+            for place, kind in sorted(kinds.items()):
+                target = f"{sampler}.0" if kind == "sampler" else f"{kind}.{position}"
+                found[f"{side}_blocks.{block}.{place}."] = f"{blocks}.{level}.{target}."
+            position += 1
+            if "sampler" in kinds.values():
+                level, position = level + 1, 0
+    return found
+
+
+def _kind(inner: Mapping[tuple[str, int, int], str], match: re.Match[str], name: str) -> str:
+    """Whether a block's piece is a resnet, an attention, or what changes the size: told by any of its tensors."""
+    rest = name[match.end() :]
+    if rest.startswith(("op.", "conv.")):
+        return "sampler"
+    if rest.startswith(tuple(_RESNET)):
+        return "resnets"
+    return inner.get((match[1], int(match[2]), int(match[3])), "attentions")

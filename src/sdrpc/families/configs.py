@@ -1,0 +1,139 @@
+"""Configurations: what shapes tell, and what a file says of itself where they can't.
+
+A file's metadata entry ``sdrpc.config`` may hold a JSON object, ``{"prediction": "eps", "scaling_factor": 0.18215,
+"unet": {...}, "vae": {...}, "text_encoder": {...}}``, whose inner objects are arguments of the components' classes in
+diffusers and transformers, such as ``attention_head_dim`` (diffusers' name for the number of heads),
+``norm_num_groups`` or the UNet's ``sample_size`` (of the latents that it was trained at). A diffusers directory says
+all of it in its own config.json files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import CheckpointError
+from .base import Config, Found
+
+METADATA_KEY = "sdrpc.config"
+MAX_SAMPLE_SIZE = 2048
+"""Latents on a side that a file may say that it was trained at: pictures of 16,384 pixels."""
+
+PREDICTIONS = ("eps", "v", "edm_v", "sd3_flow", "flux_flow")
+
+_SCHEDULERS = {"epsilon": "eps", "v_prediction": "v"}
+"""diffusers' names of predictions."""
+
+_ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a file says about itself beyond its tensors. None and empty: nothing."""
+
+    prediction: str | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Config] = field(default_factory=dict)
+
+
+def told_by(checkpoint: Checkpoint) -> Told:
+    """What the file's metadata or, for a diffusers directory, its JSON files say.
+
+    Raises :class:`CheckpointError` for metadata that can't be understood.
+    """
+    if checkpoint.configs:
+        return _directory(checkpoint)
+    text = checkpoint.metadata.get(METADATA_KEY)
+    if text is None:
+        return Told()
+    try:
+        content = json.loads(text)
+        told = Told(
+            content.get("prediction"),
+            _number(content.get("scaling_factor")),
+            _number(content.get("shift_factor")),
+            dict(content.get("scheduler", {})),
+            {name: dict(value) for name, value in content.items() if isinstance(value, dict)},
+        )
+        unknown = [name for name, value in content.items() if name in _COMPONENTS and not isinstance(value, dict)]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(checkpoint.path, f"metadata {METADATA_KEY!r} is not understood: {error}") from error
+    if unknown:
+        raise CheckpointError(
+            checkpoint.path, f"metadata {METADATA_KEY!r} is not understood: {unknown[0]} is no object"
+        )
+    if told.prediction is not None and told.prediction not in PREDICTIONS:
+        reason = f"prediction is one of {', '.join(PREDICTIONS)}, not {told.prediction!r}"
+        raise CheckpointError(checkpoint.path, f"metadata {METADATA_KEY!r}: {reason}")
+    return told
+
+
+_COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _directory(checkpoint: Checkpoint) -> Told:
+    scheduler, vae = (checkpoint.configs.get(name, {}) for name in ("scheduler", "vae"))
+    kind = scheduler.get("prediction_type")
+    if kind is not None and kind not in _SCHEDULERS:
+        raise CheckpointError(checkpoint.path, f"prediction type {kind!r} is not supported")
+
+    def factor(name: str) -> float | None:
+        try:
+            return _number(vae.get(name))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(checkpoint.path, f"{name} of the VAE can't be {vae[name]!r}") from error
+
+    prediction = _SCHEDULERS[kind] if kind is not None else None
+    return Told(prediction, factor("scaling_factor"), factor("shift_factor"), scheduler, checkpoint.configs)
+
+
+def merged(found: Found, inferred: dict[str, Any], told: Config, keys: Sequence[str]) -> dict[str, Any]:
+    """What shapes say, and of what they can't tell (``keys``) what the file says.
+
+    Raises :class:`CheckpointError` for a value that makes no sense for its key.
+    """
+    here = {key: told[key] for key in keys if told.get(key) is not None}
+    for key, value in here.items():
+        if not _sensible(key, value):
+            raise found.error(f"{key} of the {found.component.title} can't be {value!r}")
+    return inferred | here
+
+
+def check_divides(found: Found, config: Config, key: str, numbers: Sequence[int]) -> None:
+    """Raises :class:`CheckpointError` unless the configuration's ``key`` (one number, or one for each of ``numbers``)
+    divides ``numbers``."""
+    divisor = config[key]
+    divisors = divisor if isinstance(divisor, list) else [divisor] * len(numbers)
+    what = f"{key} of the {found.component.title} is {divisor!r}"
+    if len(divisors) != len(numbers) or not all(type(each) is int and each > 0 for each in divisors):
+        raise found.error(f"{what}, not a number above 0")
+    if any(number % each for number, each in zip(numbers, divisors, strict=True)):
+        hint = f"the file's metadata {METADATA_KEY!r} can say another"
+        raise found.error(f"{what}, which does not divide {list(numbers)}; {hint}")
+
+
+def _sensible(key: str, value: object) -> bool:
+    """Whether a value is of its argument's kind; numbers that divide channels are checked against them later."""
+    if key in ("act_fn", "hidden_act"):
+        return value in _ACTIVATIONS
+    if key.endswith(("eps", "epsilon")):
+        return isinstance(value, float) and 0 < value < 1
+    if key == "flip_sin_to_cos":
+        return isinstance(value, bool)
+    if key == "sample_size":
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+        return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
+    if key == "axes_dims_rope":
+        return (
+            isinstance(value, list) and len(value) == 3 and all(type(n) is int and n > 0 and not n % 2 for n in value)
+        )
+    return isinstance(value, int | list)

@@ -1,0 +1,199 @@
+"""A model as the files that a user named: its family, its components, and whether they belong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..errors import CheckpointError, MissingComponent
+from ..ggml.weight import Weight
+from .base import Component, Config, Defaults, Family, Found, ModuleSpec, find
+from .components import autoencoder
+from .configs import Told, told_by
+from .registry import FAMILIES, STRANGERS
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the components of a model are: one file or directory with all of them, and files of single components,
+    which go before it. The fields have the names of sd-cli's options."""
+
+    model: Path | None = None
+    diffusion_model: Path | None = None
+    vae: Path | None = None
+    clip_l: Path | None = None
+    clip_g: Path | None = None
+    t5xxl: Path | None = None
+
+    def of(self, component: Component) -> Path | None:
+        """The component's own file."""
+        path: Path | None = getattr(self, component.option)
+        return path
+
+    @property
+    def named(self) -> dict[str, Path]:
+        """The files that were named, by field."""
+        paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: path for name, path in paths.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class ModelComponent:
+    """A component with the arguments that its module is made with."""
+
+    found: Found
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return self.found.component.name
+
+    def module(self, **options: Any) -> ModuleSpec:
+        """Its module; ``options`` are added to its configuration."""
+        return ModuleSpec(self.found.component, {**self.config, **options})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose files belong together. ``components``: by name, in the order in which they work. ``defaults``: what
+    a request means where it says nothing."""
+
+    family: Family
+    components: Mapping[str, ModelComponent]
+    defaults: Defaults
+    scale: float
+    shift: float
+    checkpoints: tuple[Checkpoint, ...]
+
+    def __getitem__(self, component: str) -> ModelComponent:
+        return self.components[component]
+
+    @property
+    def pixels(self) -> int:
+        """Pixels on a side that a latent stands for."""
+        return autoencoder.pixels(self["vae"].config)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels of the pictures that the model was trained on."""
+        latents = self["diffusion"].config.get("sample_size", self.defaults.size // self.pixels)
+        height, width = latents if isinstance(latents, list) else (latents, latents)
+        return width * self.pixels, height * self.pixels
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self["vae"].config["latent_channels"])
+
+    def unused(self, taken: Iterable[Weight]) -> dict[Path, list[str]]:
+        """Per file, the names of tensors that belong to no component, when ``taken`` are the weights in use."""
+        ours = {weight.name for weight in taken}
+        for component in self.components.values():
+            idle = component.found.component.idle
+            ours.update(weight.name for name, weight in component.found.tensors.items() if name.startswith(idle))
+        found = {file.path: sorted({*file.tensors, *file.skipped} - ours) for file in self.checkpoints}
+        return {path: unused for path, unused in found.items() if unused}
+
+
+def open_model(files: ModelFiles) -> Model:
+    """The model in the named files, which are mapped and not read.
+
+    Raises :class:`CheckpointError` for files that can't be used or don't belong together, and
+    :class:`MissingComponent` when a component is in none of them.
+    """
+    opened = {path: open_checkpoint(path) for path in dict.fromkeys(files.named.values())}
+    family, diffusion = _family(files, opened)
+    found = {"diffusion": diffusion}
+    for component in family.components:
+        if component.name != "diffusion":
+            found[component.name] = _component(component, family, files, opened)
+    told = {name: told_by(each.checkpoint) for name, each in found.items()}
+    components = {
+        c.name: ModelComponent(found[c.name], c.configure(found[c.name], told[c.name].components.get(c.told_as, {})))
+        for c in family.components
+    }
+    model = Model(
+        family,
+        components,
+        _defaults(family.settings(found), told["diffusion"]),
+        _or(told["vae"].scaling_factor, family.latents.scale),
+        _or(told["vae"].shift_factor, family.latents.shift),
+        tuple(opened.values()),
+    )
+    _check_joints(model)
+    return model
+
+
+def _or(said: float | None, otherwise: float) -> float:
+    return otherwise if said is None else said
+
+
+def _defaults(defaults: Defaults, told: Told) -> Defaults:
+    """What the family says, or the file where it says something else."""
+    if told.prediction is not None:
+        defaults = replace(defaults, prediction=told.prediction)
+    return defaults
+
+
+def _family(files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> tuple[Family, Found]:
+    """The family of the diffusion model, which is told from its tensors."""
+    path = files.diffusion_model or files.model
+    if path is None:
+        raise MissingComponent("diffusion_model", "no diffusion model", "model")
+    checkpoint = opened[path]
+    for family in FAMILIES:
+        diffusion = find(family.diffusion, checkpoint)
+        if diffusion is not None and family.recognizes(diffusion):
+            return family, diffusion
+    raise CheckpointError(path, _not_a_diffusion_model(checkpoint))
+
+
+def _not_a_diffusion_model(checkpoint: Checkpoint) -> str:
+    names = [*checkpoint.tensors, *checkpoint.skipped]
+    known = ", ".join(family.title for family in FAMILIES)
+    for pattern, title in STRANGERS:
+        if re.search(pattern, "\n".join(names)):
+            return f"this is {title}, which sdrpc does not draw with; it draws with {known}"
+    seen = seen_in(checkpoint)
+    if seen:
+        what = " and ".join(f"{component.title} ({component.name})" for component in seen)
+        return f"has no diffusion model; what it has: {what}"
+    listed = ", ".join(repr(name) for name in names[:3])
+    return f"has no diffusion model of a known family ({known}); its tensors begin with {listed or 'none at all'}"
+
+
+def seen_in(checkpoint: Checkpoint) -> list[Component]:
+    """The known components that a file has, each name once."""
+    components = {c.name: c for family in FAMILIES for c in family.components if find(c, checkpoint) is not None}
+    return list(components.values())
+
+
+def _component(component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> Found:
+    own = files.of(component)
+    path = own or files.model
+    if path is None:
+        raise MissingComponent(component.option, f"no {component.title}, which {family.title} needs", "model")
+    found = find(component, opened[path])
+    if found is not None:
+        return found
+    if own is None:
+        raise MissingComponent(component.option, f"{path}: has no {component.title}, which {family.title} needs")
+    seen = seen_in(opened[path])
+    what = " and ".join(f"{other.title} ({other.name})" for other in seen) or "none that sdrpc knows"
+    raise CheckpointError(path, f"has no {component.title}, which {family.title} needs; what it has: {what}")
+
+
+def _check_joints(model: Model) -> None:
+    """Whether what one component gives is what the next one takes."""
+    configs: dict[str, Any] = {name: component.config for name, component in model.components.items()}
+    for joint in model.family.joints:
+        gives, takes = joint.gives(configs), joint.takes(configs)
+        if gives != takes:
+            reason = f"{joint.one} gives {gives} {joint.what}, but {joint.other} takes {takes}"
+            blamed = model.components.get(joint.one, model.components[joint.other])
+            raise CheckpointError(
+                blamed.found.checkpoint.path, f"{reason}: these components do not belong to one {model.family.title}"
+            )

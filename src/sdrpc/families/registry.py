@@ -1,0 +1,25 @@
+"""Every family that sdrpc draws with, and names by which others are told."""
+
+from __future__ import annotations
+
+from .flux1 import FLUX1
+from .sd1 import SD1
+from .sd2 import SD2
+from .sdxl import SDXL
+
+FAMILIES = (SD1, SD2, SDXL, FLUX1)
+
+STRANGERS = (
+    (r"\bjoint_blocks\.", "Stable Diffusion 3"),
+    (r"\bdouble_stream_modulation_img", "FLUX.2"),
+    (r"\bdistilled_guidance_layer\.", "Chroma"),
+    (r"\btime_mixer\.mix_factor|\btime_mix_blocks", "Stable Video Diffusion"),
+    (r"\.cross_attn\.norm_k\.", "Wan"),
+    (r"\btransformer_blocks\.0\.img_mod\.", "Qwen-Image"),
+    (r"\bcap_embedder\.", "Z-Image or Lumina 2"),
+    (r"\btxtfusion\.|\btext_fusion\.", "Krea 2"),
+    (r"\badaln_single\.", "LTX-Video or PixArt"),
+    (r"\bcontrol_model\.|\bcontrolnet_cond_embedding", "a ControlNet"),
+    (r"\blora_(up|down|A|B)\b|\blora_unet_", "a LoRA"),
+)
+"""Models that sdrpc does not draw with, by a name that only they have, in the order in which they are told apart."""

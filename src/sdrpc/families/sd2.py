@@ -1,0 +1,57 @@
+"""Stable Diffusion 2.x: OpenCLIP-H's last layer but one, noise (base) or velocity (768-v) as prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..prompts.chunks import apply_weights, clip_chunks
+from .base import Conditions, Config, Defaults, Encode, Found, Predict, Prompt, joined
+from .components import clip, unet
+from .components.autoencoder import VAE
+from .sd1 import SD1
+
+PAD = 0
+"""OpenCLIP fills up chunks with this token ("!"), CLIP with end tokens."""
+
+
+def recognizes(diffusion: Found) -> bool:
+    return not unet.has_size_conditions(diffusion) and unet.projects_by_matrix(diffusion)
+
+
+def conditions(encode: Encode, prompt: Prompt) -> Conditions:
+    """As SD 1.x's, of the last layer but one, of which diffusers directories have no last one."""
+    length = encode.config("clip_l")["max_position_embeddings"]
+    tokens = clip_chunks(prompt.text, length=length, pad=PAD)
+    skip = prompt.clip_skip if prompt.clip_skip >= 1 else 2
+    hidden = clip.hidden_states(encode, "clip_l", tokens, skip=skip, final_norm=True)
+    weighted = [apply_weights(h[0], w)[None] for h, w in zip(hidden, tokens.weights, strict=True)]
+    return {"context": joined(weighted)}
+
+
+def settings(_: Mapping[str, Found]) -> Defaults:
+    """Files of base and 768-v have the same tensors."""
+    return Defaults(size=512, prediction=None)
+
+
+def probe(predict: Predict, config: Config) -> str:
+    """``v`` or ``eps``, as stable-diffusion.cpp finds out: at the highest level of noise, of latents and text of 0.5, a
+    model that predicts velocity gives about minus the latents' content, one that predicts noise about the latents."""
+    latents = np.full((1, config["in_channels"], 8, 8), 0.5, np.float32)
+    context = np.full((1, 2, config["cross_attention_dim"]), 0.5, np.float32)
+    predicted = predict(latents, np.array([999], np.float32), {"context": context})
+    return "v" if float((predicted - latents).mean(dtype=np.float64)) < -1 else "eps"
+
+
+SD2 = replace(
+    SD1,
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    components=(clip.OPENCLIP_H, unet.unet(unet.heads_of_64, 64), VAE),
+    recognizes=recognizes,
+    conditions=conditions,
+    settings=settings,
+    probe=probe,
+)

@@ -1,0 +1,91 @@
+"""The grammar of --backend and its companions."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdrpc.device_names import resolve
+from sdrpc.diffusion.placement import ALIASES, NOT_HERE_YET, REST, assigned, parse, wanted
+from sdrpc.errors import InvalidValue
+
+SD1 = ("clip_l", "diffusion", "vae")
+FLUX = ("clip_l", "t5xxl", "diffusion", "vae")
+
+
+def place(
+    backend: str, main: str, options: dict[str, str], devices: tuple[str, ...], default: str, model: tuple[str, ...] = SD1
+) -> dict[str, str]:
+    names = wanted(model, parse(backend), main, options)
+    return {component: resolve(name, devices, default) for component, name in names.items()}
+
+
+DEVICES = ("CPU", "CUDA0", "RPC0", "RPC1", "RPC10")
+
+
+@pytest.mark.parametrize(
+    ("backend", "main", "by_part", "expected"),
+    [
+        ("", "", {}, ("RPC0", "RPC0", "RPC0")),
+        ("cuda0", "", {}, ("CUDA0", "CUDA0", "CUDA0")),
+        ("te=RPC1,diffusion=RPC0,vae=CPU", "", {}, ("RPC1", "RPC0", "CPU")),
+        ("clip=cpu, UNET=rpc-1 ,first_stage=rpc_0", "", {}, ("CPU", "RPC1", "RPC0")),
+        ("vae=cpu", "rpc1", {}, ("RPC1", "RPC1", "CPU")),
+        ("*=cuda", "rpc1", {}, ("CUDA0", "CUDA0", "CUDA0")),
+        ("default=gpu,te=auto", "", {"vae": "cpu"}, ("RPC0", "CUDA0", "CPU")),
+        ("vae=cpu", "", {"vae": "rpc10"}, ("RPC0", "RPC0", "RPC10")),
+    ],
+)
+def test_every_part_gets_a_device(
+    backend: str, main: str, by_part: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    assert tuple(place(backend, main, by_part, DEVICES, "RPC0").values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        ("t5xxl=RPC1,te=CPU,all=RPC0", ("CPU", "RPC1", "RPC0", "RPC0")),
+        ("t5=rpc1", ("RPC0", "RPC1", "RPC0", "RPC0")),
+        ("te=CUDA0,clip_l=CPU", ("CPU", "CUDA0", "RPC0", "RPC0")),
+    ],
+)
+def test_text_encoders_have_devices_of_their_own(backend: str, expected: tuple[str, ...]) -> None:
+    assert tuple(place(backend, "", {}, DEVICES, "RPC0", FLUX).values()) == expected
+
+
+@pytest.mark.parametrize("component", ALIASES)
+def test_all_aliases_name_their_component(component: str) -> None:
+    for alias in ALIASES[component]:
+        assert parse(f"{alias}=x") == {component: "x"}
+
+
+def test_devices_by_name() -> None:
+    assert assigned(FLUX, {"te": 1, "t5xxl": 2, "all": 3}) == {"clip_l": 1, "t5xxl": 2, "diffusion": 3, "vae": 3}
+    with pytest.raises(InvalidValue, match=r"vae: no device"):
+        assigned(SD1, {"te": 1, "diffusion": 2})
+    with pytest.raises(InvalidValue, match=r"t5xxl: this model has clip_l"):
+        assigned(SD1, {"t5xxl": 1, "all": 2})
+    assert parse("all=x") == {REST: "x"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "says"),
+    [
+        ("te=RPC7", "RPC7: there is no such device; there are CPU, CUDA0"),
+        ("te=RP", "could be RPC0 or RPC1 or RPC10"),
+        ("wheels=RPC0", "no such component"),
+        ("te=", "no device is named"),
+        ("te=RPC0,clip=RPC1", "placed twice"),
+        ("diffusion=rpc0&rpc1", "over several devices"),
+        ("t5xxl=cpu", "this model has no t5xxl; it has clip_l, diffusion, vae"),
+        *((f"{module}=cpu", "yet") for module in NOT_HERE_YET),
+    ],
+)
+def test_what_does_not_exist_is_refused(backend: str, says: str) -> None:
+    with pytest.raises(InvalidValue, match=says):
+        place(backend, "", {}, DEVICES, "RPC0")
+
+
+def test_gpu_needs_one() -> None:
+    with pytest.raises(InvalidValue, match="no device but the CPU"):
+        place("gpu", "", {}, ("CPU",), "CPU")
