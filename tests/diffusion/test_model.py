@@ -60,11 +60,9 @@ def test_configurations_are_those_of_sd_1_5(maker: ModuleType) -> None:
     from sdrpc.checkpoints.checkpoint import Checkpoint
     from sdrpc.diffusion import config, names
     from sdrpc.ggml.types import F16
-    from sdrpc.ggml.weight import Weight
+    from sdrpc.ggml.weight import View, Weight
 
-    entries = {
-        e.name: Weight(e.name, F16, e.shape, lambda: memoryview(b"")) for e in maker.entries(maker.SIZES["full"])
-    }
+    entries = {e.name: Weight(e.name, F16, e.shape, View(memoryview(b""))) for e in maker.entries(maker.SIZES["full"])}
     file = Checkpoint(Path("sd15.safetensors"), entries)
     parts = {part: names.find(part, file) for part in names.PARTS}
     with torch.device("meta"):

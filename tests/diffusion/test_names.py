@@ -15,7 +15,7 @@ from sdrpc.diffusion import names
 from sdrpc.diffusion.config import unet_config, vae_config
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.types import F16, TYPES
-from sdrpc.ggml.weight import Weight
+from sdrpc.ggml.weight import View, Weight
 
 
 class Handle:
@@ -30,7 +30,7 @@ class Handle:
 
 def checkpoint(shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
     """A checkpoint of names and shapes without any bytes."""
-    tensors = {name: Weight(name, F16, shape, lambda: memoryview(b"")) for name, shape in shapes.items()}
+    tensors = {name: Weight(name, F16, shape, View(memoryview(b""))) for name, shape in shapes.items()}
     return Checkpoint(Path("model.safetensors"), tensors)
 
 
@@ -96,7 +96,7 @@ def part(tensors: dict[str, Any], skipped: dict[str, str] | None = None) -> name
 
 
 def weight(shape: tuple[int, ...], kind: str = "F16") -> Weight:
-    return Weight("file.w", TYPES[kind], shape, lambda: memoryview(b""))
+    return Weight("file.w", TYPES[kind], shape, View(memoryview(b"")))
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [((4, 4, 1, 1), (4, 4)), ((4, 4), (4, 4, 1, 1)), ((4,), (4,))])
