@@ -20,7 +20,7 @@ from sdrpc.diffusion.convert import CONVERTIBLE, type_named, type_of, write_gguf
 from sdrpc.diffusion.model import ModelFiles, open_model
 from sdrpc.errors import CheckpointError, UsageError
 from sdrpc.ggml.types import F32, TYPES
-from sdrpc.ggml.weight import Weight
+from sdrpc.ggml.weight import View, Weight
 
 ERROR = {
     "F32": 0, "F16": 0, "BF16": 1 / 256, "Q8_0": 1 / 200, "Q5_1": 1 / 25, "Q5_0": 1 / 15, "Q4_1": 1 / 12, "Q4_0": 1 / 7,
@@ -86,11 +86,11 @@ def test_a_model_is_the_same_one(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_which_tensors_get_the_type(name: str, shape: tuple[int, ...], wanted: str, given: str) -> None:
-    assert type_of(Weight(name, F32, shape, lambda: memoryview(b"")), TYPES[wanted]).name == given
+    assert type_of(Weight(name, F32, shape, View(memoryview(b""))), TYPES[wanted]).name == given
 
 
 def test_whole_numbers_stay() -> None:
-    weight = Weight("position_ids", TYPES["I64"], (1, 77), lambda: memoryview(b""))
+    weight = Weight("position_ids", TYPES["I64"], (1, 77), View(memoryview(b"")))
     assert type_of(weight, TYPES["F16"]) == weight.type
 
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_converted(
 
 def test_types_that_the_library_cannot_read(tmp_path: Path) -> None:
     name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
-    weight = Weight(name, TYPES["Q8_1"], (1, 32), lambda: memoryview(bytes(36)))
+    weight = Weight(name, TYPES["Q8_1"], (1, 32), View(memoryview(bytes(36))))
     with pytest.raises(CheckpointError, match="from Q8_1 into F16"):
         write_gguf(Checkpoint(Path("a.gguf"), {name: weight}), tmp_path / "b.gguf", TYPES["F16"])
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdrpc.ggml.types import TYPES
-from sdrpc.ggml.weight import Weight
+from sdrpc.ggml.weight import View, Weight
 from tests.support import ggml
 
 WIDTH = 256  # of the text embedding: a whole block of Q4_K
@@ -97,7 +97,7 @@ def stored(module: nn.Module, kind: str) -> Mapping[str, Weight]:
             chosen = fitting(kind, shape)
             data = ggml.encode(chosen, parameter.float().numpy())
             parameter.copy_(torch.from_numpy(ggml.decode(chosen, data).copy()).reshape(shape))
-            weights[name] = Weight(name, TYPES[chosen], shape, lambda data=data: memoryview(data))
+            weights[name] = Weight(name, TYPES[chosen], shape, View(memoryview(data)))
     assert any(weight.type == TYPES[kind] for weight in weights.values())
     return weights
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sdrpc.device import Target
 from sdrpc.errors import CaptureError, CheckpointError, UsageError
 from sdrpc.ggml.types import TYPES, Type
-from sdrpc.ggml.weight import Weight
+from sdrpc.ggml.weight import View, Weight, Whole
 from sdrpc.lowering.export import export, without_weights
 from sdrpc.lowering.lower import lower
 from sdrpc.lowering.offload import weights_of
@@ -68,7 +68,7 @@ def test_weights_of_any_type_are_read_as_they_are(kind: str, target: Target) -> 
         data = encoded(np.squeeze(parameter.detach().numpy()), chosen)
         rounded = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[chosen])
         parameter.data = torch.from_numpy(rounded.astype(np.float32)).reshape(parameter.shape)
-        stored[name] = Weight(name, TYPES[chosen], tuple(parameter.shape), lambda data=data: memoryview(data.tobytes()))
+        stored[name] = Weight(name, TYPES[chosen], tuple(parameter.shape), View(memoryview(data.tobytes())))
     graph = lowered(module, target=target, types={name: weight.type for name, weight in stored.items()})
     kinds = {weight.name: weight.leaf.type.name for weight in graph.weights}
     assert kinds == {name: kind if weight.shape[1:] else "F32" for name, weight in stored.items()}
@@ -135,7 +135,7 @@ def test_graphs_share_one_set_of_weights() -> None:
             asked.append(weight.name)
             return weight.data()
 
-        return Weight(weight.name, weight.type, weight.shape, data)
+        return Weight(weight.name, weight.type, weight.shape, Whole(data))
 
     store = WeightStore(device, {name: counted(weight) for name, weight in weights(module).items()})
     for batch in (1, 2, 3):
@@ -162,11 +162,11 @@ def test_weights_that_are_missing_or_wrong_are_named_and_nothing_stays() -> None
     for wrong, message in (
         (without, "the model: tensor 'matrix.bias': missing"),
         (
-            good | {"matrix.bias": Weight(bias.name, bias.type, (2, 128), bias.data)},
+            good | {"matrix.bias": Weight(bias.name, bias.type, (2, 128), bias.pieces)},
             r"has the shape \[2, 128\], not \[256\]",
         ),
         (
-            good | {"matrix.bias": Weight(bias.name, bias.type, (256,), lambda: memoryview(b"1234"))},
+            good | {"matrix.bias": Weight(bias.name, bias.type, (256,), View(memoryview(b"1234")))},
             "has 4 bytes, not 1024",
         ),
     ):

@@ -17,14 +17,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from gguf.constants import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..ggml.types import F16, TYPES
-from ..ggml.weight import Origin, Weight
+from ..ggml.types import TYPES
+from ..ggml.weight import Origin, View, Weight
 from . import gguf_header
+from .expressions import reshape
 
 YOUNG = 2_000_000_000
 """Nanoseconds after a change in which a file system may give another change the same time."""
@@ -130,26 +129,8 @@ def _open_gguf(path: Path) -> Checkpoint:
             skipped[info.name] = info.type
             continue
         weight = _weight(info.name, info.type, info.shape, mapped, info.begin, info.end)
-        tensors[info.name] = _unfolded(weight, header.original_shape(info))
+        tensors[info.name] = reshape(weight, header.original_shape(info))
     return Checkpoint(path, tensors, skipped, header.metadata)
-
-
-def _unfolded(weight: Weight, shape: tuple[int, ...]) -> Weight:
-    """A tensor that a converter folded into longer rows to fit into blocks, in its own shape again.
-
-    Blocks that would cross its rows can't be left as they are: such a tensor is unpacked to F16 when it is read.
-    """
-    if shape == weight.shape or shape[-1] % weight.type.block == 0:
-        return replace(weight, shape=shape)
-
-    def unpacked() -> memoryview:
-        from gguf.quants import dequantize
-
-        kind = GGMLQuantizationType[weight.type.name]
-        values = dequantize(np.frombuffer(weight.data(), np.uint8), kind)
-        return memoryview(values.astype("<f2").tobytes())
-
-    return Weight(weight.name, F16, shape, unpacked, weight.origin and weight.origin.made("F16"))
 
 
 def _open_directory(path: Path) -> Checkpoint:
@@ -226,4 +207,5 @@ def _weight(name: str, type_name: str, shape: tuple[int, ...], file: _Mapped, be
     expected = kind.row_bytes(prod(shape))
     if len(data) != expected:
         raise CheckpointError(path, f"{kind} {list(shape)} is {expected} bytes, the file has {len(data)}", name)
-    return Weight(name, kind, shape, lambda: data, Origin(file.state, f"{begin}-{end}") if file.state else None)
+    origin = Origin(file.state, f"{begin}-{end}") if file.state else None
+    return Weight(name, kind, shape, View(data), origin, path)

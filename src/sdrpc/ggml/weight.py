@@ -1,19 +1,24 @@
-"""Weights as bytes that are elsewhere: in a mapped file, in a torch module."""
+"""Weights as bytes that are elsewhere: in a mapped file, in a torch module, or made of such when they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from hashlib import blake2b
+from math import prod
+from typing import NamedTuple, Protocol
 
 from .types import Type
+
+LONG = 256
+"""Characters of a description above which its hash takes its place."""
 
 
 class Origin(NamedTuple):
     """Where bytes come from, such that the same origin means the same bytes for good."""
 
     file: str
-    """One state of a file: another one after any change."""
+    """One state of a file, or of several: another one after any change."""
     part: str
     """What of it, and what was made of that."""
 
@@ -22,16 +27,65 @@ class Origin(NamedTuple):
         return Origin(self.file, f"{self.part} {what}")
 
 
+def joined_origin(what: str, origins: Sequence[Origin | None]) -> Origin | None:
+    """The origin of what is made of several tensors' bytes; None if that of one of them is not known."""
+    known = [origin for origin in origins if origin is not None]
+    if not known or len(known) < len(origins):
+        return None
+    files = list(dict.fromkeys(origin.file for origin in known))
+    parts = ", ".join(f"{files.index(origin.file)}:{origin.part}" for origin in known)
+    part = f"{what} ({parts})"
+    return Origin("\n".join(files), part if len(part) <= LONG else blake2b(part.encode(), digest_size=32).hexdigest())
+
+
+class Pieces(Protocol):
+    """A tensor's bytes ``start`` to ``stop`` (None: to the end), in order, as views of bounded size or of memory that
+    is there anyway (a mapped file). Bytes outside of the range are not read unless they have to be."""
+
+    def __call__(self, start: int = 0, stop: int | None = None, /) -> Iterator[memoryview]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Bytes that are in memory in one run."""
+
+    data: memoryview
+
+    def __call__(self, start: int = 0, stop: int | None = None, /) -> Iterator[memoryview]:
+        if view := self.data[start:stop]:
+            yield view
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Bytes that ``data`` gives all at once when it is asked: as often as there are ranges asked for."""
+
+    data: Callable[[], bytes | bytearray | memoryview]
+
+    def __call__(self, start: int = 0, stop: int | None = None, /) -> Iterator[memoryview]:
+        return View(memoryview(self.data()).cast("B"))(start, stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A named tensor of a model. ``shape`` is in torch's order (``ne`` reversed, any number of dimensions).
 
-    ``data`` gives its bytes when they are needed, ideally a view of the mapped file: nothing is copied before.
-    ``origin``: None where nothing can be said.
+    ``pieces`` give its bytes when they are needed, ideally views of the mapped file: nothing is copied before.
+    ``origin``: None where nothing can be said. ``file``: what errors name.
     """
 
     name: str
     type: Type
     shape: tuple[int, ...]
-    data: Callable[[], memoryview]
+    pieces: Pieces
     origin: Origin | None = None
+    file: object = "the model"
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.row_bytes(prod(self.shape))
+
+    def data(self) -> memoryview:
+        """All bytes in one run: a view where they are in one piece, else a copy. For small tensors and tests."""
+        views = list(self.pieces())
+        return views[0] if len(views) == 1 else memoryview(b"".join(views))

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..device import Device
 from ..errors import UsageError
 from ..ggml.types import BF16, F16, F32
-from ..ggml.weight import Weight
+from ..ggml.weight import Weight, Whole
 from ..runtime.run import Executable, WeightStore
 from .export import export, rehearse
 from .lower import lower
@@ -189,7 +189,8 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def weights_of(module: nn.Module) -> Iterator[Weight]:
     """A module's parameters and buffers as weights; floats narrower or wider than F32, F16 and BF16 become F32."""
     for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
-        yield Weight(name, TYPES.get(tensor.dtype, F32), tuple(tensor.shape), functools.partial(_data, name, tensor))
+        data = Whole(functools.partial(_data, name, tensor))
+        yield Weight(name, TYPES.get(tensor.dtype, F32), tuple(tensor.shape), data)
 
 
 def _data(name: str, tensor: torch.Tensor) -> memoryview:
