@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdrpc.diffusion.config import SCALING_FACTOR
-from sdrpc.diffusion.tokenizer import clip_tokenizer
+from sdrpc.prompts import clip_tokenizer
 
 from . import bank, model
 from .loop import Plan, Run, train

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdrpc.diffusion.config import METADATA_KEY, SCALING_FACTOR
-from sdrpc.diffusion.tokenizer import VOCABULARY
+from sdrpc.prompts.tokenizers import VOCABULARY
 
 SIDE = 128
 """Pixels of a picture's side."""

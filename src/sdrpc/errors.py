@@ -2,6 +2,7 @@
 
     SdrpcError
     ├── UsageError                an option or a value that can't be honoured (exit status 2)
+    │   └── InvalidValue            names the field and the value
     ├── DeviceError               a device could not do what was asked of it
     │   ├── OutOfMemory             it has too little memory left
     │   └── ComputeError            a graph failed while it ran, or ran too long
@@ -29,6 +30,20 @@ class SdrpcError(Exception):
 
 class UsageError(SdrpcError):
     """An option or a value that can't be honoured."""
+
+
+class InvalidValue(UsageError):
+    """A value that can't be honoured: ``InvalidValue("width", 7, "it can be 8 … 16384")``.
+
+    ``field`` is the name that the value has in Python; a command line puts its option's name in that place.
+    """
+
+    def __init__(self, field: str, value: object, reason: str) -> None:
+        self.field, self.value, self.reason = field, value, reason
+        shown = (
+            repr(value) if isinstance(value, str) and (not value or not value.isprintable() or " " in value) else value
+        )
+        super().__init__(f"{field} {shown}: {reason}")
 
 
 class DeviceError(SdrpcError):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdrpc.diffusion.config import SCALING_FACTOR
 from sdrpc.diffusion.model import ModelFiles, open_model
 from sdrpc.diffusion.modules import spec
-from sdrpc.diffusion.tokenizer import tokenize
+from sdrpc.prompts import clip_chunks
 from training import autoencoder, bank, diffusion, loop, model
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_the_file_is_an_sd_checkpoint(tmp_path: Path) -> None:
 def test_tokens_are_those_of_the_pipeline() -> None:
     text = "a small red circle on the left of a large blue square, on a yellow background"
     ours = bank.padded(iter([bank.clip_tokenizer().encode(text, add_special_tokens=False).ids]))
-    np.testing.assert_array_equal(ours, tokenize(text).ids)
+    np.testing.assert_array_equal(ours, clip_chunks(text).ids)
 
 
 def test_unknown_words_stand_before_or_after() -> None:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ComputeError, UsageError
+from ..prompts import Tokens, apply_weights, clip_chunks
 from .clock import Clock
+from .predictions import F32, f32, prediction
 from .rng import make_rng
-from .samplers import DEFAULT_SAMPLER, F32, counted_steps, denoiser, find_sampler
-from .schedules import NoiseScale, f32, make_sigmas
-from .tokenizer import Tokens, apply_weights, tokenize
+from .samplers import Guess, denoiser, find_sampler, sample
+from .schedules import make_sigmas
 
 SIZE_MULTIPLE = 64
 """Pictures are as many pixels wide and high as a multiple of this: 8 for the VAE times 8 for the UNet."""
@@ -28,6 +29,8 @@ MAX_SIDE = 16384
 MAX_STEPS = 10000
 MAX_BATCH = 10000
 MAX_FACTOR = 1e6
+
+DEFAULT_SAMPLER = "euler_a"
 
 
 class Parts(Protocol):
@@ -99,7 +102,7 @@ class Request:
         seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
         make_rng(self.rng, seed + self.batch_count - 1)
         scheduler = self.scheduler or find_sampler(self.sampler).schedule
-        make_sigmas(scheduler, self.steps, NoiseScale())
+        make_sigmas(scheduler, self.steps, prediction("eps"))
         width, height = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (self.width, self.height))
         return replace(self, seed=seed, scheduler=scheduler, width=width, height=height)
 
@@ -151,7 +154,7 @@ def finite(values: F32, what: str) -> F32:
 def _contexts(request: Request, parts: Parts) -> list[F32]:
     """The encoded prompt, and before it the negative one where guidance needs it: each (1, tokens, width)."""
     prompts = [request.prompt] if request.cfg_scale == 1 else [request.negative_prompt, request.prompt]
-    return [_encoded(tokenize(prompt, parts.token_length), request.clip_skip, parts) for prompt in prompts]
+    return [_encoded(clip_chunks(prompt, length=parts.token_length), request.clip_skip, parts) for prompt in prompts]
 
 
 def _encoded(tokens: Tokens, clip_skip: int, parts: Parts) -> F32:
@@ -163,34 +166,29 @@ def _encoded(tokens: Tokens, clip_skip: int, parts: Parts) -> F32:
 
 
 def _sample(request: Request, seed: int, contexts: list[F32], parts: Parts, on_step: Step) -> F32:
-    sampler = find_sampler(request.sampler)
-    scale = NoiseScale()
-    sigmas = make_sigmas(request.scheduler or sampler.schedule, request.steps, scale)
+    predicted = prediction(parts.prediction)
+    sigmas = make_sigmas(request.scheduler or find_sampler(request.sampler).schedule, request.steps, predicted)
     shape = (1, parts.latent_channels, request.height // LATENT_SCALE, request.width // LATENT_SCALE)
     rng = make_rng(request.rng, seed)
-
-    def noise() -> F32:
-        return rng.normal(int(np.prod(shape))).reshape(shape)
-
-    denoise = denoiser(_guided(contexts, f32(request.cfg_scale), parts), parts.prediction, scale)
-    eta = sampler.eta if request.eta is None else request.eta
-    return sampler.run(denoise, noise() * sigmas[0], counted_steps(sigmas, on_step), noise, eta)
+    start = predicted.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0])
+    denoise = denoiser(_guided(contexts, f32(request.cfg_scale), parts), predicted)
+    return sample(request.sampler, denoise, start, sigmas, rng, flow=predicted.flow, eta=request.eta, on_step=on_step)
 
 
-def _guided(contexts: list[F32], cfg_scale: f32, parts: Parts) -> Callable[[F32, f32], F32]:
+def _guided(contexts: list[F32], cfg_scale: f32, parts: Parts) -> Callable[[F32, f32], Guess]:
     """Classifier-free guidance: one evaluation of a batch of two, or two where the texts differ in length."""
     alike = len({context.shape for context in contexts}) == 1
     batches = [np.concatenate(contexts)] if alike else contexts
 
-    def predict(x: F32, timestep: f32) -> F32:
+    def predict(x: F32, timestep: f32) -> Guess:
         results = [
             parts.predict(np.repeat(x, len(batch), axis=0), np.full(len(batch), timestep, f32), batch)
             for batch in batches
         ]
         predicted = finite(np.concatenate(results), f"the diffusion model's prediction at timestep {timestep:.0f}")
         if len(predicted) == 1:
-            return predicted
+            return Guess(predicted)
         negative, positive = predicted[:1], predicted[1:]
-        return negative + cfg_scale * (positive - negative)
+        return Guess(negative + cfg_scale * (positive - negative), negative)
 
     return predict
