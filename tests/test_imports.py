@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "runtime": {"errors", "ggml", "device"},
     "lowering": {"errors", "ggml", "device", "targets", "runtime"},
     "checkpoints": {"errors", "ggml"},
-    "families": {"errors", "ggml", "device", "checkpoints", "lowering", "runtime"},
-    "diffusion": {"errors", "ggml", "device", "checkpoints", "families", "lowering", "runtime"},
+    "prompts": {"errors"},
+    "families": {"errors", "ggml", "device", "checkpoints", "lowering", "prompts", "runtime"},
+    "diffusion": {"errors", "ggml", "device", "checkpoints", "families", "lowering", "prompts", "runtime"},
 }
 """Layer → what it may import besides itself; ``cli`` and the package's own front may import everything."""
 

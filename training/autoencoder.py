@@ -91,7 +91,7 @@ def finished(folder: Path, device: torch.device) -> nn.Module:
     vae = vae.to(device).eval().requires_grad_(False)
     sampled = scenes.sample(np.random.default_rng((0, 2)), 4096)
     latents = torch.cat([encode(vae, draw(sampled.part(i, i + 256), device, i)) for i in range(0, 4096, 256)])
-    latents /= SCALING_FACTOR
+    latents /= model.SCALING_FACTOR
     model.standardize(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     return vae
 
@@ -101,7 +101,7 @@ def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
     """Latents as the diffusion model sees them (means, times SD's factor): [n, 4, 16, 16], f32."""
     coder: Any = vae
     means: Tensor = coder.quant_conv(coder.encoder(pictures))[:, : model.LATENTS]
-    return means.float() * SCALING_FACTOR
+    return means.float() * model.SCALING_FACTOR
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdrpc.diffusion.tokenizer import END_ID, START_ID, clip_tokenizer
+from sdrpc.prompts import END_ID, START_ID, clip_tokenizer
 
 from . import autoencoder, captions, model, scenes
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdrpc.diffusion.tokenizer import clip_tokenizer
+from sdrpc.prompts import clip_tokenizer
 
 from . import bank, model
 from .loop import Plan, Run, train

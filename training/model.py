@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdrpc.families.configs import METADATA_KEY
 from sdrpc.families.sd1 import SD1
-from sdrpc.diffusion.tokenizer import VOCABULARY
+from sdrpc.prompts.tokenizers import VOCABULARY
 
 SCALING_FACTOR = SD1.latents.scale
 """What the VAE's latents are multiplied with to be the diffusion model's."""

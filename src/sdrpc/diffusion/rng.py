@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import InvalidValue
 from . import libm
 
 F32 = NDArray[np.float32]
@@ -172,9 +172,9 @@ RNGS: dict[str, Callable[[int], Rng]] = {"cuda": Philox, "cpu": MersenneTwister,
 
 
 def make_rng(name: str, seed: int) -> Rng:
-    """The generator ``name`` at its start. Raises :class:`UsageError` for a name or seed that does not exist."""
+    """The generator ``name`` at its start. Raises :class:`InvalidValue` for a name or seed that does not exist."""
     if name not in RNGS:
-        raise UsageError(f"--rng {name}: there are {', '.join(RNGS)}")
+        raise InvalidValue("rng", name, f"does not exist; there are {', '.join(RNGS)}")
     if not 0 <= seed < 1 << 63:
-        raise UsageError(f"--seed {seed}: seeds are 0 … 2^63 - 1")
+        raise InvalidValue("seed", seed, "seeds are 0 … 2^63 - 1")
     return RNGS[name](seed)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import InvalidValue
 
 f32 = np.float32
 
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 def parse(prompt: str) -> tuple[Piece, ...]:
     """The pieces of a prompt with their weights, neighbours of the same weight joined. Never empty.
 
-    Raises :class:`UsageError` for a weight that is no number: ``(word:.)``.
+    Raises :class:`InvalidValue` for a weight that is no number: ``(word:.)``.
     """
     texts: list[str] = []
     weights: list[f32] = []
@@ -83,7 +83,7 @@ def _number(weight: str, prompt: str) -> f32:
     """The number that ``weight`` begins with; what follows (a second point) is ignored, as there."""
     number = _NUMBER.match(weight)
     if number is None or not math.isfinite(value := float(number[0])) or value > float(np.finfo(f32).max):
-        raise UsageError(f"--prompt {prompt!r}: the weight {weight!r} is no number")
+        raise InvalidValue("prompt", prompt, f"the weight {weight!r} is no number")
     return f32(value)
 
 

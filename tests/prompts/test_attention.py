@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdrpc.diffusion.prompt import Piece, parse
-from sdrpc.errors import UsageError
+from sdrpc.errors import InvalidValue
+from sdrpc.prompts.attention import Piece, parse
 
 
 def test_prompts_are_read_as_by_sd_cpp(sdcpp: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def test_nothing_is_one_empty_piece() -> None:
 
 @pytest.mark.parametrize("weight", [".", "+.", "..5", "9" * 60])
 def test_weights_that_are_no_numbers(weight: str) -> None:
-    with pytest.raises(UsageError, match="weight"):
+    with pytest.raises(InvalidValue, match="weight"):
         parse(f"a (cat:{weight})")
 
 
@@ -37,7 +37,7 @@ def test_weights_that_are_no_numbers(weight: str) -> None:
 def test_any_text_is_read_or_refused(prompt: str) -> None:
     try:
         pieces = parse(prompt)
-    except UsageError:
+    except InvalidValue:
         return
     assert pieces
     text = "".join(piece.text for piece in pieces)

@@ -1,0 +1,108 @@
+"""A prompt's tokens, with the weights of its attention syntax, in the chunks that text encoders read.
+
+Chunks and weights are those of stable-diffusion.cpp (conditioner.hpp, tokenizer.cpp): a long prompt takes several
+chunks, which are encoded one by one and joined afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from ..errors import InvalidValue
+from .attention import Piece, parse
+from .tokenizers import END, START, T5_END, T5_PAD, clip_tokenizer, t5_tokenizer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Chunks of token numbers, int32 (chunks, length), and the weight of each, float32 of the same shape."""
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+def clip_chunks(
+    prompt: str,
+    *,
+    length: int = 77,
+    pad: int | None = None,
+    cut: bool = False,
+    breaks: bool = True,
+    tokenizer: Tokenizer | None = None,
+) -> Tokens:
+    """A prompt's tokens for a CLIP text encoder: start token, up to ``length`` - 2 tokens, end token, ``pad``.
+
+    ``pad`` is the end token itself unless told otherwise; OpenCLIP's encoders were trained with 0: those of SD 2 and
+    the second one of SDXL. BREAK fills up its chunk with end tokens.
+
+    ``cut`` replaces by ``pad`` whatever follows a chunk's first end token, also where BREAK or the prompt's own text
+    put that token there; stable-diffusion.cpp does so for SDXL's second encoder, not for SD 2. Without ``breaks``,
+    BREAK is a word like others (with weight -1), as stable-diffusion.cpp reads it for FLUX and SD 3.
+
+    Raises :class:`InvalidValue` for a prompt that can't be read, or a tokenizer without CLIP's start and end tokens.
+    """
+    tokenizer = tokenizer or clip_tokenizer()
+    start, end = (_number(tokenizer, token) for token in (START, END))
+    pad = end if pad is None else pad
+    ids, weights = _weighted(tokenizer, parse(prompt), room=length - 2, fill=end if breaks else None)
+    tokens = _chunked(ids, weights, length, (start,), (end,), pad)
+    if cut:
+        behind = np.cumsum(tokens.ids == end, axis=1) - (tokens.ids == end) > 0
+        tokens.ids[behind] = pad
+    return tokens
+
+
+def t5_chunks(prompt: str, *, length: int = 256, tokenizer: Tokenizer | None = None) -> Tokens:
+    """A prompt's tokens for T5: up to ``length`` - 1 tokens, the end token ``</s>``, then ``<pad>``.
+
+    Each piece of the attention syntax is tokenized by itself. BREAK is a word like others, with weight -1, as in
+    stable-diffusion.cpp. Raises :class:`InvalidValue` for a prompt that can't be read, or a tokenizer without T5's end
+    and padding tokens.
+    """
+    tokenizer = tokenizer or t5_tokenizer()
+    end, pad = (_number(tokenizer, token) for token in (T5_END, T5_PAD))
+    ids, weights = _weighted(tokenizer, parse(prompt), room=length - 1, fill=None)
+    return _chunked(ids, weights, length, (), (end,), pad)
+
+
+def _number(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise InvalidValue("tokenizer", token, "the tokenizer has no such token; it belongs to another text encoder")
+    return int(number)
+
+
+def _weighted(
+    tokenizer: Tokenizer, pieces: tuple[Piece, ...], room: int, fill: int | None
+) -> tuple[list[int], list[float]]:
+    """Tokens and weights of all pieces. A BREAK fills its chunk of ``room`` tokens with ``fill``, if there is one."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for piece in pieces:
+        if piece.is_break and fill is not None:
+            new, weight = [fill] * (-len(ids) % room), 1.0
+        else:
+            new, weight = tokenizer.encode(piece.text, add_special_tokens=False).ids, piece.weight
+        ids += new
+        weights += [weight] * len(new)
+    return ids, weights
+
+
+def _chunked(
+    ids: list[int], weights: list[float], length: int, before: tuple[int, ...], after: tuple[int, ...], pad: int
+) -> Tokens:
+    """Chunks of ``length``: ``before``, tokens, ``after``, then ``pad``. All but the tokens weigh 1. At least one."""
+    room = length - len(before) - len(after)
+    chunks = max(1, -(-len(ids) // room))
+    all_ids = np.full((chunks, length), pad, np.int32)
+    all_weights = np.ones((chunks, length), np.float32)
+    for chunk in range(chunks):
+        part = slice(chunk * room, (chunk + 1) * room)
+        whole = (*before, *ids[part], *after)
+        all_ids[chunk, : len(whole)] = whole
+        all_weights[chunk, len(before) : len(whole) - len(after)] = weights[part]
+    return Tokens(all_ids, all_weights)
