@@ -1,0 +1,1 @@
+"""Tools for working on sdrpc. They are no part of the package."""

@@ -1,0 +1,368 @@
+"""Families: their components as diffusers' and transformers' classes, in several sizes, and where files have them.
+
+``full`` has the published models' sizes, ``tiny`` the same structure with the real vocabularies (a picture on a CPU
+takes seconds), and ``reduced`` (FLUX.1 alone) the real widths with few blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from . import names
+from .names import Naming, Shape, prefixed
+
+# diffusers' classes have no annotations
+AutoencoderKL: Any = diffusers.AutoencoderKL
+EulerDiscreteScheduler: Any = diffusers.EulerDiscreteScheduler
+FlowMatchEulerDiscreteScheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler
+FluxTransformer2DModel: Any = diffusers.FluxTransformer2DModel
+UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
+
+CLIP_WORDS, CLIP_LENGTH, T5_WORDS = 49408, 77, 32128
+HEAD = 64
+"""Width of an attention head in all text encoders, and in the UNets of SD 2.x and SDXL."""
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """A part of a model: the class with its configuration, and its names in files.
+
+    ``name`` is the option of sd-cli that takes it alone, ``folder`` where a diffusers directory has it, ``whole`` its
+    naming in a file with all components, ``alone`` that in a file of its own. ``unused`` are tensors which files have
+    though the class has no use for them, by names like those of the class.
+    """
+
+    name: str
+    folder: str
+    build: Callable[[], Any]
+    whole: Naming
+    alone: Naming
+    unused: Mapping[str, Shape] = field(default_factory=dict)
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the class's tensors and the unused ones, by :func:`tensor_name`."""
+        with torch.device("meta"):
+            module = self.build()
+        own = {tensor_name(name): tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        return {**own, **self.unused}
+
+
+def tensor_name(parameter: str) -> str:
+    """A parameter's name without what transformers put around the text model in some versions and classes."""
+    return parameter.removeprefix("text_model.")
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A family of models. ``components`` by size; ``architecture`` is what GGUF files of diffusion models alone say;
+    ``extras`` tensors that whole files have besides; ``scheduler`` as the published directory has it."""
+
+    name: str
+    pipeline: type
+    components: Mapping[str, tuple[Component, ...]]
+    scheduler: Callable[[], Any]
+    architecture: str | None = None
+    extras: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+    def of_size(self, size: str) -> tuple[Component, ...]:
+        """The components in ``size``. Raises :class:`ValueError` where the family has no such size."""
+        if size not in self.components:
+            raise ValueError(f"size {size}: {self.name} has {', '.join(self.components)}")
+        return self.components[size]
+
+
+def _clip_config(width: int, layers: int, activation: str, projection: int) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
+        vocab_size=CLIP_WORDS,
+        max_position_embeddings=CLIP_LENGTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD,
+        hidden_act=activation,
+        projection_dim=projection,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def _clip_l(whole: str, width: int, layers: int) -> Component:
+    """OpenAI's CLIP ViT-L/14."""
+    return Component(
+        "clip_l",
+        "text_encoder",
+        lambda: transformers.CLIPTextModel(_clip_config(width, layers, "quick_gelu", width)),
+        prefixed(whole, names.clip),
+        names.clip,
+    )
+
+
+def _clip_h(width: int, layers: int) -> Component:
+    """OpenCLIP ViT-H/14. Files have one layer more than is used."""
+    config = _clip_config(width, layers, "gelu", width)
+    block = f"encoder.layers.{layers}"
+    unused: dict[str, Shape] = {"text_projection.weight": (width, width)}
+    for inner in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        unused |= {f"{block}.self_attn.{inner}.weight": (width, width), f"{block}.self_attn.{inner}.bias": (width,)}
+    for norm in ("layer_norm1", "layer_norm2"):
+        unused |= {f"{block}.{norm}.weight": (width,), f"{block}.{norm}.bias": (width,)}
+    unused |= {f"{block}.mlp.fc1.weight": (4 * width, width), f"{block}.mlp.fc1.bias": (4 * width,)}
+    unused |= {f"{block}.mlp.fc2.weight": (width, 4 * width), f"{block}.mlp.fc2.bias": (width,)}
+    return Component(
+        "clip_l",
+        "text_encoder",
+        lambda: transformers.CLIPTextModel(config),
+        prefixed("cond_stage_model.model.", names.open_clip),
+        names.clip,
+        unused,
+    )
+
+
+def _clip_g(width: int, layers: int) -> Component:
+    """OpenCLIP ViT-bigG/14 with its projection."""
+    return Component(
+        "clip_g",
+        "text_encoder_2",
+        lambda: transformers.CLIPTextModelWithProjection(_clip_config(width, layers, "gelu", width)),
+        prefixed("conditioner.embedders.1.model.", names.open_clip),
+        names.clip,
+    )
+
+
+def _t5(width: int, inner: int, heads: int, layers: int) -> Component:
+    """The encoder of T5 1.1. ``inner`` is the width of the feed-forward layers."""
+    config = transformers.T5Config(
+        vocab_size=T5_WORDS,
+        d_model=width,
+        d_kv=HEAD,
+        d_ff=inner,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+    )
+    return Component(
+        "t5xxl",
+        "text_encoder_2",
+        lambda: transformers.T5EncoderModel(config),
+        prefixed("text_encoders.t5xxl.transformer.", names.unchanged),
+        names.unchanged,
+    )
+
+
+def _unet(widths: tuple[int, ...], attends: tuple[bool, ...], text: int, **options: Any) -> Component:
+    """``attends``: whether each level, from the finest, attends to a text of width ``text``."""
+    down = tuple("CrossAttnDownBlock2D" if level else "DownBlock2D" for level in attends)
+    up = tuple("CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends))
+    return Component(
+        "diffusion",
+        "unet",
+        lambda: UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=widths,
+            down_block_types=down,
+            up_block_types=up,
+            cross_attention_dim=text,
+            **options,
+        ),
+        prefixed("model.diffusion_model.", names.ldm_unet),
+        names.ldm_unet,
+    )
+
+
+def _sdxl_unet(widths: tuple[int, ...], depths: tuple[int, ...], text: int, pooled: int) -> Component:
+    """``depths``: transformer blocks in a layer of each level; the finest level has none in fact."""
+    return _unet(
+        widths,
+        (False, *(True for _ in widths[1:])),
+        text,
+        transformer_layers_per_block=depths,
+        attention_head_dim=tuple(width // HEAD for width in widths),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=pooled + 6 * 256,
+    )
+
+
+def _vae(whole: str, widths: tuple[int, ...], layers: int, channels: int = 4, **options: Any) -> Component:
+    return Component(
+        "vae",
+        "vae",
+        lambda: AutoencoderKL(
+            latent_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=layers,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            sample_size=512,
+            **options,
+        ),
+        prefixed(whole, names.ldm_vae),
+        names.ldm_vae,
+    )
+
+
+def _flux(heads: int, blocks: int, single_blocks: int, text: int, pooled: int, guidance: bool) -> Component:
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: FluxTransformer2DModel(
+            num_attention_heads=heads,
+            num_layers=blocks,
+            num_single_layers=single_blocks,
+            joint_attention_dim=text,
+            pooled_projection_dim=pooled,
+            guidance_embeds=guidance,
+        ),
+        prefixed("model.diffusion_model.", names.flux),
+        names.flux,
+    )
+
+
+FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
+
+
+_FLUX_LATENTS: dict[str, Any] = {
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+def _flux_components(guidance: bool) -> dict[str, tuple[Component, ...]]:
+    def components(
+        vae: tuple[tuple[int, ...], int],
+        clip: tuple[int, int],
+        t5: tuple[int, int, int, int],
+        dit: tuple[int, int, int],
+    ) -> tuple[Component, ...]:
+        return (
+            _flux(*dit, text=t5[0], pooled=clip[0], guidance=guidance),
+            _vae("vae.", *vae, channels=16, **_FLUX_LATENTS),
+            _clip_l("text_encoders.clip_l.transformer.", *clip),
+            _t5(*t5),
+        )
+
+    return {
+        "full": components(FULL_VAE, (768, 12), (4096, 10240, 64, 24), (24, 19, 38)),
+        "reduced": components(FULL_VAE, (768, 12), (4096, 10240, 64, 2), (24, 2, 4)),
+        "tiny": components(TINY_VAE, (64, 2), (64, 160, 2, 2), (2, 2, 2)),
+    }
+
+
+def _betas(prediction: str) -> Callable[[], Any]:
+    return lambda: EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def _positions() -> torch.Tensor:
+    return torch.arange(CLIP_LENGTH).unsqueeze(0)
+
+
+def _logit_scale() -> torch.Tensor:
+    return torch.tensor(4.6052)
+
+
+SD1 = Family(
+    "sd1",
+    diffusers.StableDiffusionPipeline,
+    {
+        "full": (
+            _unet((320, 640, 1280, 1280), (True, True, True, False), 768, attention_head_dim=8),
+            _vae("first_stage_model.", *FULL_VAE),
+            _clip_l("cond_stage_model.transformer.", 768, 12),
+        ),
+        "tiny": (
+            _unet((32, 64, 64), (True, True, False), 64, attention_head_dim=8, layers_per_block=1),
+            _vae("first_stage_model.", *TINY_VAE),
+            _clip_l("cond_stage_model.transformer.", 64, 2),
+        ),
+    },
+    _betas("epsilon"),
+    "sd1",
+    {"cond_stage_model.transformer.text_model.embeddings.position_ids": _positions},
+)
+
+_SD2 = {
+    "full": (
+        _unet(
+            (320, 640, 1280, 1280), (True, True, True, False), 1024,
+            attention_head_dim=(5, 10, 20, 20), use_linear_projection=True,
+        ),
+        _vae("first_stage_model.", *FULL_VAE),
+        _clip_h(1024, 23),
+    ),
+    "tiny": (
+        _unet(
+            (64, 128, 128), (True, True, False), 128,
+            attention_head_dim=(1, 2, 2), use_linear_projection=True, layers_per_block=1,
+        ),
+        _vae("first_stage_model.", *TINY_VAE),
+        _clip_h(128, 2),
+    ),
+}  # fmt: skip
+
+_SD2_EXTRAS = {"cond_stage_model.model.logit_scale": _logit_scale}
+SD2 = Family("sd2", diffusers.StableDiffusionPipeline, _SD2, _betas("v_prediction"), extras=_SD2_EXTRAS)
+"""SD 2.0 and 2.1 for 768 × 768, which predict velocities."""
+SD2_BASE = Family("sd2-base", diffusers.StableDiffusionPipeline, _SD2, _betas("epsilon"), extras=_SD2_EXTRAS)
+"""Those for 512 × 512, which predict noise. Their tensors have the same names and shapes."""
+
+SDXL = Family(
+    "sdxl",
+    diffusers.StableDiffusionXLPipeline,
+    {
+        "full": (
+            _sdxl_unet((320, 640, 1280), (1, 2, 10), 768 + 1280, 1280),
+            _vae("first_stage_model.", *FULL_VAE, scaling_factor=0.13025, force_upcast=True),
+            _clip_l("conditioner.embedders.0.transformer.", 768, 12),
+            _clip_g(1280, 32),
+        ),
+        "tiny": (
+            _sdxl_unet((64, 128, 128), (1, 1, 2), 64 + 128, 128),
+            _vae("first_stage_model.", *TINY_VAE, scaling_factor=0.13025, force_upcast=True),
+            _clip_l("conditioner.embedders.0.transformer.", 64, 3),
+            _clip_g(128, 3),
+        ),
+    },
+    _betas("epsilon"),
+    "sdxl",
+    {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": _positions,
+        "conditioner.embedders.1.model.logit_scale": _logit_scale,
+    },
+)
+
+FLUX1_DEV = Family(
+    "flux1-dev",
+    diffusers.FluxPipeline,
+    _flux_components(guidance=True),
+    lambda: FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+        base_image_seq_len=256, max_image_seq_len=4096,
+    ),
+    "flux",
+)  # fmt: skip
+FLUX1_SCHNELL = Family(
+    "flux1-schnell",
+    diffusers.FluxPipeline,
+    _flux_components(guidance=False),
+    lambda: FlowMatchEulerDiscreteScheduler(shift=1.0),
+    "flux",
+)
+
+FAMILIES = {family.name: family for family in (SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL)}

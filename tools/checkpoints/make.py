@@ -1,0 +1,301 @@
+"""A family's checkpoint in one of the forms that models are shared in, and a pipeline with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import names
+from .families import FAMILIES, Component, Family, tensor_name
+from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
+from .names import Entry, Naming, Shape
+from .numbers import Stored, decoded, encoded, random_weight, stored_type
+from .tokenizers import clip_tokenizer
+
+SEED = 0
+
+
+def _as_it_is(_shape: Shape) -> Shape | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A component as one form of file has it: which names, which format, which shapes differ, whether with the tensors
+    that the class does not use."""
+
+    component: Component
+    naming: Naming
+    type: str
+    seed: int
+    reshaped: Callable[[Shape], Shape | None] = field(default=_as_it_is)
+    unused: bool = False
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of the tensors by the class's names."""
+        shapes = self.component.shapes()
+        return shapes if self.unused else {name: s for name, s in shapes.items() if name not in self.component.unused}
+
+    def planned(self) -> list[Planned]:
+        """The file's tensors."""
+        shapes = self.shapes()
+        return [
+            Planned(entry.name, kind, shape, partial(self._stored, entry, shape, kind, shapes))
+            for entry, shape, kind in self._entries(shapes)
+        ]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The class's tensors with the numbers that the file holds, float32."""
+        shapes = self.shapes()
+        for entry, shape, kind in self._entries(shapes):
+            numbers = decoded(self._stored(entry, shape, kind, shapes)).reshape(entry.shape(shapes))
+            parts = entry.layout.split(numbers, [shapes[source] for source in entry.sources])
+            yield from zip(entry.sources, parts, strict=True)
+
+    def original_shapes(self) -> dict[str, Shape]:
+        """Of the tensors that the file has with another shape."""
+        shapes = self.shapes()
+        found = {entry.name: (entry.shape(shapes), shape) for entry, shape, _ in self._entries(shapes)}
+        return {name: original for name, (original, shape) in found.items() if original != shape}
+
+    def _entries(self, shapes: Mapping[str, Shape]) -> Iterator[tuple[Entry, Shape, str]]:
+        """Each tensor with the shape and the format that the file has it in."""
+        for entry in self.naming(shapes):
+            shape = entry.shape(shapes)
+            shape = self.reshaped(shape) or shape
+            yield entry, shape, stored_type(self.type, shape)
+
+    def _stored(self, entry: Entry, shape: Shape, kind: str, shapes: Mapping[str, Shape]) -> Stored:
+        name = self.component.name
+        sources = [random_weight(f"{name}.{source}", shapes[source], self.seed) for source in entry.sources]
+        return encoded(entry.layout.join(sources).reshape(shape), kind, f"{self.seed} {name}.{entry.name}")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint that was written.
+
+    ``files``: its file or directory as ``model``, or a file for each component by the component's name.
+    """
+
+    family: Family
+    size: str
+    form: str
+    type: str
+    files: dict[str, Path]
+    filed: tuple[Filed, ...]
+
+    def component(self, name: str) -> Any:
+        """A component's module with the numbers that the files hold, float32, ready to be called."""
+        filed = next(filed for filed in self.filed if filed.component.name == name)
+        return _module(filed)
+
+    def pipeline(self, t5_tokenizer: Any = None) -> Any:
+        """Diffusers' pipeline with the numbers that the files hold, float32.
+
+        FLUX.1 needs ``t5_tokenizer``, transformers' tokenizer of T5 (or one with as many words).
+        """
+        modules = {filed.component.folder: _module(filed) for filed in self.filed}
+        return self.family.pipeline(**modules, **_tokenizers(self.family, t5_tokenizer), **_rest(self.family))
+
+
+def _module(filed: Filed) -> Any:
+    module = filed.component.build().float()
+    parameters = {tensor_name(name): parameter for name, parameter in module.named_parameters()}
+    with torch.no_grad():
+        for name, numbers in filed.weights():
+            if name in parameters:
+                parameters.pop(name).copy_(numbers)
+    if parameters:
+        raise AssertionError(f"{filed.component.name}: nothing made {', '.join(parameters)}")
+    return module.eval().requires_grad_(False)
+
+
+def _tokenizers(family: Family, t5_tokenizer: Any) -> dict[str, Any]:
+    if family.name.startswith("flux1"):
+        if t5_tokenizer is None:
+            raise ValueError("FLUX.1's pipeline needs t5_tokenizer")
+        return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer}
+    if family.name == "sdxl":
+        return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    return {"tokenizer": clip_tokenizer("!" if family.name.startswith("sd2") else "<|endoftext|>")}
+
+
+def _rest(family: Family) -> dict[str, Any]:
+    """A pipeline's arguments beside modules and tokenizers."""
+    scheduler = family.scheduler()
+    if family.pipeline.__name__ == "StableDiffusionPipeline":
+        nothing = {"safety_checker": None, "feature_extractor": None}
+        return {"scheduler": scheduler, **nothing, "requires_safety_checker": False}
+    return {"scheduler": scheduler, **({"add_watermarker": False} if family.name == "sdxl" else {})}
+
+
+def make(
+    family: str,
+    folder: Path,
+    *,
+    form: str = "safetensors",
+    type: str = "F16",
+    size: str = "tiny",
+    seed: int = SEED,
+    types: Mapping[str, str] | None = None,
+    t5_tokenizer: Any = None,
+) -> Made:
+    """Write a checkpoint of ``family`` into ``folder`` (made if missing).
+
+    ``type`` is the number format of its matrices; ``types`` overrides it for components by name. In safetensors files
+    it is one of F32, F16, BF16, F8_E4M3, F8_E5M2; in GGUF files not F8, but any that the gguf library can write, and
+    Q2_K … Q6_K, IQ4_NL and IQ4_XS. Raises :class:`ValueError` for what does not exist.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family}: there are {', '.join(FAMILIES)}")
+    if form not in FORMS:
+        raise ValueError(f"form {form}: there are {', '.join(FORMS)}")
+    chosen = FAMILIES[family]
+    folder.mkdir(parents=True, exist_ok=True)
+    given = types or {}
+    components = {c: given.get(c.name, type) for c in chosen.of_size(size)}
+    files, filed = FORMS[form](chosen, folder, components, seed, t5_tokenizer)
+    return Made(chosen, size, form, type, files, filed)
+
+
+Written = tuple[dict[str, Path], tuple[Filed, ...]]
+Components = Mapping[Component, str]
+"""Components with their number format."""
+
+
+def _extras(family: Family) -> list[Planned]:
+    """The tensors of whole files that belong to no class."""
+    planned = []
+    for name, value in family.extras.items():
+        tensor = value()
+        stored = encoded(tensor, "I64" if tensor.dtype == torch.int64 else "F32", name)
+        planned.append(Planned(name, stored.type, stored.shape, partial(_same, stored)))
+    return planned
+
+
+def _same(stored: Stored) -> Stored:
+    return stored
+
+
+def _whole(components: Components, seed: int) -> tuple[Filed, ...]:
+    return tuple(Filed(c, c.whole, kind, seed, unused=True) for c, kind in components.items())
+
+
+def _alone(components: Components, seed: int) -> tuple[Filed, ...]:
+    return tuple(Filed(c, c.alone, kind, seed) for c, kind in components.items())
+
+
+def _write_single(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+    filed = _whole(components, seed)
+    path = folder / f"{family.name}.safetensors"
+    write_safetensors(path, [*_planned(filed), *_extras(family)])
+    return {"model": path}, filed
+
+
+def _write_gguf(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+    filed = _whole(components, seed)
+    path = folder / f"{family.name}.gguf"
+    write_gguf(path, _planned(filed), architecture=None)
+    return {"model": path}, filed
+
+
+def _write_parts(_family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+    filed = _alone(components, seed)
+    files = {one.component.name: folder / f"{one.component.name}.safetensors" for one in filed}
+    for one in filed:
+        write_safetensors(files[one.component.name], one.planned())
+    return files, filed
+
+
+def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+    """Kernels of UNets are stored in rows of 256. CLIP and the VAE are F16: nobody shares them in blocks."""
+    if family.architecture is None:
+        raise ValueError(f"form gguf-parts: ComfyUI's converter does not know {family.name}")
+    files, filed = {}, []
+    for component, kind in components.items():
+        name = component.name
+        blocks = name in ("diffusion", "t5xxl")
+        files[name] = path = folder / f"{name}.{'gguf' if blocks else 'safetensors'}"
+        if name == "diffusion":
+            reshaped = as_rows_of_256 if component.folder == "unet" else _as_it_is
+            one = Filed(component, component.alone, kind, seed, reshaped)
+            write_gguf(path, one.planned(), family.architecture, one.original_shapes())
+        elif name == "t5xxl":
+            one = Filed(component, names.llama_cpp_t5, kind, seed)
+            write_gguf(path, one.planned(), "t5encoder", numbers=_t5_numbers(component))
+        else:
+            one = Filed(component, component.alone, kind if kind in ("F32", "F16", "BF16") else "F16", seed)
+            write_safetensors(path, one.planned())
+        filed.append(one)
+    return files, tuple(filed)
+
+
+def _t5_numbers(component: Component) -> dict[str, int]:
+    """What llama.cpp's converter says of the model besides its tensors."""
+    with torch.device("meta"):
+        config = component.build().config
+    return {
+        "t5encoder.block_count": config.num_layers,
+        "t5encoder.embedding_length": config.d_model,
+        "t5encoder.feed_forward_length": config.d_ff,
+        "t5encoder.attention.head_count": config.num_heads,
+        "t5encoder.attention.key_length": config.d_kv,
+        "t5encoder.attention.value_length": config.d_kv,
+        "t5encoder.attention.relative_buckets_count": config.relative_attention_num_buckets,
+    }
+
+
+def _write_directory(
+    family: Family, folder: Path, components: Components, seed: int, t5_tokenizer: Any, shards: int = 1
+) -> Written:
+    filed = tuple(Filed(c, _directory_names(c), kind, seed) for c, kind in components.items())
+    index: dict[str, Any] = {"_class_name": family.pipeline.__name__, "_diffusers_version": "0.35.0"}
+    for one in filed:
+        component = one.component
+        target = folder / component.folder
+        target.mkdir(exist_ok=True)
+        with torch.device("meta"):
+            module = component.build()
+        of_diffusers = type(module).__module__.startswith("diffusers.")
+        index[component.folder] = ["diffusers" if of_diffusers else "transformers", type(module).__name__]
+        if of_diffusers:
+            module.save_config(target)
+        else:
+            module.config.architectures = [type(module).__name__]
+            module.config.save_pretrained(target)
+        write_shards(target, "diffusion_pytorch_model" if of_diffusers else "model", one.planned(), shards)
+    scheduler = family.scheduler()
+    scheduler.save_config(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    if t5_tokenizer is not None or not family.name.startswith("flux1"):
+        for name, tokenizer in _tokenizers(family, t5_tokenizer).items():
+            tokenizer.save_pretrained(folder / name)
+            index[name] = ["transformers", type(tokenizer).__name__]
+    write_json(folder / "model_index.json", index)
+    return {"model": folder}, filed
+
+
+def _directory_names(component: Component) -> Naming:
+    """The class's own names; published directories have CLIP's as those of a file that stands alone."""
+    return component.alone if component.alone is names.clip else names.unchanged
+
+
+def _planned(filed: Sequence[Filed]) -> list[Planned]:
+    return [tensor for one in filed for tensor in one.planned()]
+
+
+FORMS: dict[str, Callable[[Family, Path, Components, int, Any], Written]] = {
+    "safetensors": _write_single,
+    "gguf": _write_gguf,
+    "parts": _write_parts,
+    "gguf-parts": _write_gguf_parts,
+    "diffusers": _write_directory,
+    "sharded": partial(_write_directory, shards=2),
+}

@@ -1,0 +1,259 @@
+"""From the names of diffusers' and transformers' modules to those of original checkpoints.
+
+This is written against the models' published files and diffusers' own single-file converters
+(``diffusers.loaders.single_file_utils``, which go the other way), and knows nothing of sdrpc's key maps: it is what
+those are tested with. A naming is a function from the shapes of a module's tensors to :class:`Entry` values, each a
+tensor of the original file: its name and how it is put together from the module's tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+
+class Layout(NamedTuple):
+    """How a tensor of the file is made of tensors of the module (``join``), and those of it again (``split``)."""
+
+    join: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor, Sequence[Shape]], Sequence[Tensor]]
+
+
+def _halves_swapped(tensor: Tensor) -> Tensor:
+    first, second = tensor.chunk(2)
+    return torch.cat((second, first))
+
+
+SAME = Layout(lambda parts: parts[0], lambda whole, _: [whole])
+ROWS = Layout(
+    lambda parts: torch.cat(list(parts)), lambda whole, shapes: torch.split(whole, [shape[0] for shape in shapes])
+)
+"""Below each other: queries, keys and values in one matrix."""
+TRANSPOSED = Layout(lambda parts: parts[0].T, lambda whole, _: [whole.T])
+SWAPPED = Layout(lambda parts: _halves_swapped(parts[0]), lambda whole, _: [_halves_swapped(whole)])
+"""Scale above shift in the module, shift above scale in the file."""
+ONE_TAP = Layout(lambda parts: parts[0][:, :, None, None], lambda whole, _: [whole[:, :, 0, 0]])
+"""A matrix in the module, a convolution of 1 by 1 in the file."""
+
+
+class Entry(NamedTuple):
+    """A tensor of the original file: its name there and the module's tensors (by name) that it is made of."""
+
+    name: str
+    sources: tuple[str, ...]
+    layout: Layout = SAME
+
+    def shape(self, shapes: Shapes) -> Shape:
+        """Its shape in the file."""
+        return tuple(self.layout.join([torch.empty(shapes[name], device="meta") for name in self.sources]).shape)
+
+
+Naming = Callable[[Shapes], Iterator[Entry]]
+Rules = Sequence[tuple[str, str]]
+"""Regular expressions of whole names with their replacement; the first that matches counts."""
+
+
+def prefixed(prefix: str, naming: Naming) -> Naming:
+    """The same names below ``prefix``."""
+
+    def named(shapes: Shapes) -> Iterator[Entry]:
+        return (entry._replace(name=prefix + entry.name) for entry in naming(shapes))
+
+    return named
+
+
+def _renamed(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    raise ValueError(f"no rule for the tensor {name}")
+
+
+def unchanged(shapes: Shapes) -> Iterator[Entry]:
+    """The module's own names: T5 in safetensors."""
+    return (Entry(name, (name,)) for name in shapes)
+
+
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def ldm_unet(shapes: Shapes) -> Iterator[Entry]:
+    """Latent diffusion's UNet: SD 1.x, SD 2.x and SDXL.
+
+    Its blocks are counted through all levels: on the way down a level has its layers and a block that halves the
+    size, on the way up one layer more, the last of which also doubles the size.
+    """
+    layers = 1 + max(int(name.split(".")[3]) for name in shapes if name.startswith("down_blocks.0.resnets."))
+    for name in shapes:
+        yield Entry(_ldm_unet_name(name, layers, shapes), (name,))
+
+
+def _ldm_unet_name(name: str, layers: int, shapes: Shapes) -> str:
+    stem, _, leaf = name.rpartition(".")
+    if stem in _UNET_ENDS:
+        return f"{_UNET_ENDS[stem]}.{leaf}"
+    way, *words = name.split(".")
+    if way == "mid_block":
+        kind, number, *rest = words
+        place = f"middle_block.{2 * int(number) if kind == 'resnets' else 1}"
+        return f"{place}.{_within(kind, rest)}"
+    level, kind, number, *rest = words
+    first = int(level) * (layers + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers + 1}.0.op.{leaf}"
+    if kind == "upsamplers":
+        behind = 1 + (f"up_blocks.{level}.attentions.0.norm.weight" in shapes)
+        return f"output_blocks.{first + layers}.{behind}.conv.{leaf}"
+    block = first + int(number)
+    place = f"input_blocks.{block + 1}" if way == "down_blocks" else f"output_blocks.{block}"
+    return f"{place}.{0 if kind == 'resnets' else 1}.{_within(kind, rest)}"
+
+
+def _within(kind: str, words: Sequence[str]) -> str:
+    return ".".join((_UNET_RESNET[words[0]], *words[1:]) if kind == "resnets" else words)
+
+
+def ldm_vae(shapes: Shapes) -> Iterator[Entry]:
+    """Latent diffusion's autoencoder, of every family here. The decoder's levels are counted from the finest."""
+    last = max(int(name.split(".")[2]) for name in shapes if name.startswith("decoder.up_blocks."))
+    for name in shapes:
+        original = _renamed(name, _VAE_RULES).replace("conv_shortcut", "nin_shortcut")
+        original = re.sub(r"^decoder\.up\.(\d+)", lambda found: f"decoder.up.{last - int(found[1])}", original)
+        attends = ".attentions.0." in name and len(shapes[name]) == 2
+        yield Entry(original, (name,), ONE_TAP if attends else SAME)
+
+
+_VAE_RULES: Rules = (
+    (r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.(.*)", r"\1.\3.\2.\3sample.\4"),
+    (r"encoder\.down_blocks\.(\d+)\.resnets\.(.*)", r"encoder.down.\1.block.\2"),
+    (r"decoder\.up_blocks\.(\d+)\.resnets\.(.*)", r"decoder.up.\1.block.\2"),
+    (r"(.*)\.mid_block\.resnets\.0\.(.*)", r"\1.mid.block_1.\2"),
+    (r"(.*)\.mid_block\.resnets\.1\.(.*)", r"\1.mid.block_2.\2"),
+    (r"(.*)\.mid_block\.attentions\.0\.group_norm\.(.*)", r"\1.mid.attn_1.norm.\2"),
+    (r"(.*)\.mid_block\.attentions\.0\.to_out\.0\.(.*)", r"\1.mid.attn_1.proj_out.\2"),
+    (r"(.*)\.mid_block\.attentions\.0\.to_([qkv])\.(.*)", r"\1.mid.attn_1.\2.\3"),
+    (r"(.*)\.conv_norm_out\.(.*)", r"\1.norm_out.\2"),
+    (r"(encoder|decoder)\.conv_(in|out)\.(.*)|(post_)?quant_conv\.(.*)", r"\g<0>"),
+)
+
+
+def clip(shapes: Shapes) -> Iterator[Entry]:
+    """CLIP's text encoder as transformers names it; the projection stands beside the text model."""
+    for name in shapes:
+        yield Entry(name if name.startswith("text_projection") else f"text_model.{name}", (name,))
+
+
+def open_clip(shapes: Shapes) -> Iterator[Entry]:
+    """OpenCLIP's text encoder: queries, keys and values in one matrix, the projection transposed."""
+    for name in shapes:
+        if name == "text_projection.weight":
+            yield Entry("text_projection", (name,), TRANSPOSED)
+        elif ".q_proj." in name:
+            sources = tuple(name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv")
+            yield Entry(_renamed(name, _OPEN_CLIP_RULES), sources, ROWS)
+        elif not re.search(r"\.[kv]_proj\.", name):
+            yield Entry(_renamed(name, _OPEN_CLIP_RULES), (name,))
+
+
+_OPEN_CLIP_BLOCK = r"encoder\.layers\.(\d+)"
+_OPEN_CLIP_RULES: Rules = (
+    (r"embeddings\.token_embedding\.weight", "token_embedding.weight"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"final_layer_norm\.(.*)", r"ln_final.\1"),
+    (_OPEN_CLIP_BLOCK + r"\.self_attn\.q_proj\.(.*)", r"transformer.resblocks.\1.attn.in_proj_\2"),
+    (_OPEN_CLIP_BLOCK + r"\.self_attn\.out_proj\.(.*)", r"transformer.resblocks.\1.attn.out_proj.\2"),
+    (_OPEN_CLIP_BLOCK + r"\.layer_norm([12])\.(.*)", r"transformer.resblocks.\1.ln_\2.\3"),
+    (_OPEN_CLIP_BLOCK + r"\.mlp\.fc1\.(.*)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
+    (_OPEN_CLIP_BLOCK + r"\.mlp\.fc2\.(.*)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
+)
+
+
+def llama_cpp_t5(shapes: Shapes) -> Iterator[Entry]:
+    """T5's encoder as llama.cpp's converter names it in GGUF files, by the gguf library's own table."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    blocks = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block."))
+    names = get_tensor_name_map(MODEL_ARCH.T5ENCODER, blocks)
+    for name in shapes:
+        original = names.get_name(name, try_suffixes=(".weight",))
+        if original is None:
+            raise ValueError(f"the gguf library has no name for {name}")
+        yield Entry(original, (name,))
+
+
+_FLUX_RULES: Rules = (
+    (r"x_embedder\.(.*)", r"img_in.\1"),
+    (r"context_embedder\.(.*)", r"txt_in.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_1\.(.*)", r"time_in.in_layer.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_2\.(.*)", r"time_in.out_layer.\1"),
+    (r"time_text_embed\.guidance_embedder\.linear_1\.(.*)", r"guidance_in.in_layer.\1"),
+    (r"time_text_embed\.guidance_embedder\.linear_2\.(.*)", r"guidance_in.out_layer.\1"),
+    (r"time_text_embed\.text_embedder\.linear_1\.(.*)", r"vector_in.in_layer.\1"),
+    (r"time_text_embed\.text_embedder\.linear_2\.(.*)", r"vector_in.out_layer.\1"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear\.(.*)", r"double_blocks.\1.img_mod.lin.\2"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear\.(.*)", r"double_blocks.\1.txt_mod.lin.\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_q\.(.*)", r"double_blocks.\1.img_attn.qkv.\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_q_proj\.(.*)", r"double_blocks.\1.txt_attn.qkv.\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"double_blocks.\1.img_attn.norm.query_norm.scale"),
+    (r"transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"double_blocks.\1.img_attn.norm.key_norm.scale"),
+    (r"transformer_blocks\.(\d+)\.attn\.norm_added_q\.weight", r"double_blocks.\1.txt_attn.norm.query_norm.scale"),
+    (r"transformer_blocks\.(\d+)\.attn\.norm_added_k\.weight", r"double_blocks.\1.txt_attn.norm.key_norm.scale"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0\.(.*)", r"double_blocks.\1.img_attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out\.(.*)", r"double_blocks.\1.txt_attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.(.*)", r"double_blocks.\1.img_mlp.0.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2\.(.*)", r"double_blocks.\1.img_mlp.2.\2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj\.(.*)", r"double_blocks.\1.txt_mlp.0.\2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2\.(.*)", r"double_blocks.\1.txt_mlp.2.\2"),
+    (r"single_transformer_blocks\.(\d+)\.norm\.linear\.(.*)", r"single_blocks.\1.modulation.lin.\2"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_q\.(.*)", r"single_blocks.\1.linear1.\2"),
+    (r"single_transformer_blocks\.(\d+)\.proj_out\.(.*)", r"single_blocks.\1.linear2.\2"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"single_blocks.\1.norm.query_norm.scale"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"single_blocks.\1.norm.key_norm.scale"),
+    (r"norm_out\.linear\.(.*)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"proj_out\.(.*)", r"final_layer.linear.\1"),
+)
+_FLUX_FUSED = r"\.(to_k|to_v|add_k_proj|add_v_proj|proj_mlp)\."
+
+
+def flux(shapes: Shapes) -> Iterator[Entry]:
+    """FLUX.1's transformer: queries, keys and values in one matrix, in single blocks the first of the feed-forward
+    layers as well."""
+    for name in shapes:
+        if re.search(_FLUX_FUSED, name):
+            continue
+        original = _renamed(name, _FLUX_RULES)
+        if name.startswith("norm_out."):
+            yield Entry(original, (name,), SWAPPED)
+        elif ".to_q." in name:
+            sources = [name.replace("to_q", other) for other in ("to_q", "to_k", "to_v")]
+            if name.startswith("single_"):
+                sources.append(name.replace("attn.to_q", "proj_mlp"))
+            yield Entry(original, tuple(sources), ROWS)
+        elif ".add_q_proj." in name:
+            sources = [name.replace("add_q", f"add_{letter}") for letter in "qkv"]
+            yield Entry(original, tuple(sources), ROWS)
+        else:
+            yield Entry(original, (name,))
