@@ -127,11 +127,7 @@ class Found:
 
     def nbytes(self) -> int:
         """Bytes of the weights that every picture needs, as they are stored."""
-        return sum(
-            weight.type.row_bytes(int(np.prod(weight.shape, dtype=np.int64)))
-            for name, weight in self.tensors.items()
-            if not name.startswith(self.component.idle)
-        )
+        return sum(w.nbytes for name, w in self.tensors.items() if not name.startswith(self.component.idle))
 
     def _why_missing(self, name: str) -> str:
         for skipped, dtype in self.checkpoint.skipped.items():
@@ -261,8 +257,9 @@ class Family:
 
     ``components``: in the order in which they work, the diffusion model and the VAE last. ``recognizes``: whether a
     diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about a
-    prompt. ``settings``: the defaults of one model, from its tensors. ``probe``: what a diffusion model predicts, from
-    an evaluation and its configuration, where nothing else tells.
+    prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align
+    Your Steps' published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and
+    its configuration, where nothing else tells.
     """
 
     name: str
@@ -273,6 +270,7 @@ class Family:
     latents: Latents
     settings: Callable[[Mapping[str, Found]], Defaults]
     joints: tuple[Joint, ...] = ()
+    aligned: str | None = None
     probe: Callable[[Predict, Config], str] | None = None
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoints.expressions import split, transpose
 from ...errors import InvalidValue
 from ...ggml.weight import Weight
-from ...prompts.chunks import Tokens
+from ...prompts import Tokens
 from .. import configs
 from ..base import F32, Component, Config, Encode, Found, Naming
 from ..keys import prefixed, same, table
