@@ -22,9 +22,9 @@ MAY_IMPORT = {
     "engine": {"errors", "ggml", "device", "targets"},
     "client": {"errors", "ggml", "device", "content", "targets", "wire"},
     "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine"},
-    "runtime": {"errors", "ggml", "device"},
-    "lowering": {"errors", "ggml", "device", "targets", "runtime"},
     "checkpoints": {"errors", "ggml"},
+    "runtime": {"errors", "ggml", "device", "checkpoints"},
+    "lowering": {"errors", "ggml", "device", "targets", "runtime"},
     "families": {"errors", "ggml", "device", "checkpoints", "lowering", "runtime"},
     "diffusion": {"errors", "ggml", "device", "checkpoints", "families", "lowering", "runtime"},
 }
