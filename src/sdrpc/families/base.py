@@ -55,7 +55,7 @@ class Component:
     the shapes of its tensors and from what the file says of itself. ``build``: the module (parameters uninitialized, as
     the caller arranges it) and a function of its inputs; its arguments are a configuration as ``configure`` gives it.
     ``told_as``: how files that speak of their own configuration call the component; the folder of a diffusers
-    directory. ``idle``: beginnings of names of tensors that a picture may not need.
+    directory. ``idle``: beginnings of names of tensors that no picture needs; ``sometimes``: of those that some need.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Component:
     build: Callable[[Config], tuple[nn.Module, Call]]
     told_as: str
     idle: tuple[str, ...] = ()
+    sometimes: tuple[str, ...] = ()
 
     @property
     def option(self) -> str:
@@ -126,7 +127,7 @@ class Found:
         return taken
 
     def nbytes(self) -> int:
-        """Bytes of the weights that every picture needs, as they are stored."""
+        """Bytes of the weights that pictures need, as they are stored."""
         return sum(w.nbytes for name, w in self.tensors.items() if not name.startswith(self.component.idle))
 
     def _why_missing(self, name: str) -> str:

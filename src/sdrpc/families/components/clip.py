@@ -32,7 +32,7 @@ def component(name: str, title: str, prefixes: tuple[str, ...], told_as: str, ac
     def configure(found: Found, told: Config) -> dict[str, Any]:
         return _configure(found, told, activation)
 
-    return Component(name, title, prefixes, _NAMINGS, configure, build, told_as, idle=_IDLE)
+    return Component(name, title, prefixes, _NAMINGS, configure, build, told_as, idle=_IDLE, sometimes=_SOMETIMES)
 
 
 def _configure(found: Found, told: Config, activation: str) -> dict[str, Any]:
@@ -152,7 +152,9 @@ _NAMINGS = (
     Naming("transformer.resblocks.0.ln_1.weight", _OPENCLIP),
 )
 
-_IDLE = ("text_model.embeddings.position_ids", "text_projection.", "text_model.encoder.layers.", "logit_scale")
+_IDLE = ("text_model.embeddings.position_ids", "logit_scale")
+_SOMETIMES = ("text_projection.", "text_model.encoder.layers.")
+"""clip_skip leaves layers out; only some families project the text."""
 
 
 CLIP_L = component(
