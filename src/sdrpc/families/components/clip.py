@@ -128,6 +128,7 @@ _OPENCLIP = table(
         (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
         (r"text_projection", "text_projection.weight", _transposed),
         (r"text_projection\.weight", "text_projection.weight"),
+        (r"logit_scale", "logit_scale"),
         *(
             (
                 rf"transformer\.resblocks\.(\d+)\.attn\.in_proj_{kind}",
