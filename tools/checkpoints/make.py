@@ -16,7 +16,7 @@ from .families import FAMILIES, Component, Family, tensor_name
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
 from .numbers import Stored, decoded, encoded, random_weight, stored_type
-from .tokenizers import clip_tokenizer
+from .tokenizers import clip_tokenizer, t5_tokenizer
 
 SEED = 0
 
@@ -96,13 +96,10 @@ class Made:
         filed = next(filed for filed in self.filed if filed.component.name == name)
         return _module(filed)
 
-    def pipeline(self, t5_tokenizer: Any = None) -> Any:
-        """Diffusers' pipeline with the numbers that the files hold, float32.
-
-        FLUX.1 needs ``t5_tokenizer``, transformers' tokenizer of T5 (or one with as many words).
-        """
+    def pipeline(self) -> Any:
+        """Diffusers' pipeline with the numbers that the files hold, float32."""
         modules = {filed.component.folder: _module(filed) for filed in self.filed}
-        return self.family.pipeline(**modules, **_tokenizers(self.family, t5_tokenizer), **_rest(self.family))
+        return self.family.pipeline(**modules, **_tokenizers(self.family), **_rest(self.family))
 
 
 def _module(filed: Filed) -> Any:
@@ -117,11 +114,9 @@ def _module(filed: Filed) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _tokenizers(family: Family, t5_tokenizer: Any) -> dict[str, Any]:
+def _tokenizers(family: Family) -> dict[str, Any]:
     if family.name.startswith("flux1"):
-        if t5_tokenizer is None:
-            raise ValueError("FLUX.1's pipeline needs t5_tokenizer")
-        return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer}
+        return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     return {"tokenizer": clip_tokenizer("!" if family.name.startswith("sd2") else "<|endoftext|>")}
@@ -145,7 +140,6 @@ def make(
     size: str = "tiny",
     seed: int = SEED,
     types: Mapping[str, str] | None = None,
-    t5_tokenizer: Any = None,
 ) -> Made:
     """Write a checkpoint of ``family`` into ``folder`` (made if missing).
 
@@ -161,7 +155,7 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     given = types or {}
     components = {c: given.get(c.name, type) for c in chosen.of_size(size)}
-    files, filed = FORMS[form](chosen, folder, components, seed, t5_tokenizer)
+    files, filed = FORMS[form](chosen, folder, components, seed)
     return Made(chosen, size, form, type, files, filed)
 
 
@@ -192,21 +186,21 @@ def _alone(components: Components, seed: int) -> tuple[Filed, ...]:
     return tuple(Filed(c, c.alone, kind, seed) for c, kind in components.items())
 
 
-def _write_single(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_single(family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _whole(components, seed)
     path = folder / f"{family.name}.safetensors"
     write_safetensors(path, [*_planned(filed), *_extras(family)])
     return {"model": path}, filed
 
 
-def _write_gguf(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_gguf(family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _whole(components, seed)
     path = folder / f"{family.name}.gguf"
     write_gguf(path, _planned(filed), architecture=None)
     return {"model": path}, filed
 
 
-def _write_parts(_family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_parts(_family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _alone(components, seed)
     files = {one.component.name: folder / f"{one.component.name}.safetensors" for one in filed}
     for one in filed:
@@ -214,7 +208,7 @@ def _write_parts(_family: Family, folder: Path, components: Components, seed: in
     return files, filed
 
 
-def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int) -> Written:
     """Kernels of UNets are stored in rows of 256. CLIP and the VAE are F16: nobody shares them in blocks."""
     if family.architecture is None:
         raise ValueError(f"form gguf-parts: ComfyUI's converter does not know {family.name}")
@@ -252,9 +246,7 @@ def _t5_numbers(component: Component) -> dict[str, int]:
     }
 
 
-def _write_directory(
-    family: Family, folder: Path, components: Components, seed: int, t5_tokenizer: Any, shards: int = 1
-) -> Written:
+def _write_directory(family: Family, folder: Path, components: Components, seed: int, shards: int = 1) -> Written:
     filed = tuple(Filed(c, _directory_names(c), kind, seed) for c, kind in components.items())
     index: dict[str, Any] = {"_class_name": family.pipeline.__name__, "_diffusers_version": "0.35.0"}
     for one in filed:
@@ -274,10 +266,9 @@ def _write_directory(
     scheduler = family.scheduler()
     scheduler.save_config(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if t5_tokenizer is not None or not family.name.startswith("flux1"):
-        for name, tokenizer in _tokenizers(family, t5_tokenizer).items():
-            tokenizer.save_pretrained(folder / name)
-            index[name] = ["transformers", type(tokenizer).__name__]
+    for name, tokenizer in _tokenizers(family).items():
+        tokenizer.save_pretrained(folder / name)
+        index[name] = ["transformers", type(tokenizer).__name__]
     write_json(folder / "model_index.json", index)
     return {"model": folder}, filed
 
@@ -291,7 +282,7 @@ def _planned(filed: Sequence[Filed]) -> list[Planned]:
     return [tensor for one in filed for tensor in one.planned()]
 
 
-FORMS: dict[str, Callable[[Family, Path, Components, int, Any], Written]] = {
+FORMS: dict[str, Callable[[Family, Path, Components, int], Written]] = {
     "safetensors": _write_single,
     "gguf": _write_gguf,
     "parts": _write_parts,

@@ -1,0 +1,203 @@
+"""Pictures drawn by diffusers' own pipelines in this process, to compare ours with.
+
+Everything that two programs could choose differently is given or fixed here, and everything is float32, so that a
+picture of ours equals one of these but for rounding:
+
+- Noise is given, as the sampler would draw it: normal, shape (channels, height / 8, width / 8). What is sampled first
+  is noise · sigmas[0], also for flows (whose first sigma is 1 in most schedules).
+- Sigmas are given: those of the steps and the last one, 0. The sampler is Euler's method: x += (σ' − σ) · (x − x₀) / σ.
+- Timesteps that diffusion models are told: SD and SDXL get the (fractional) timestep of sigma among the 1000 that the
+  model was trained with, interpolated in the logarithm; FLUX.1 gets sigma itself.
+- Guidance: e = e_negative + cfg · (e_prompt − e_negative), from 1 on without the negative prompt. FLUX.1-dev is told
+  ``guidance`` besides.
+- CLIP's hidden states are counted as stable-diffusion.cpp counts them: ``clip_skip`` 1 is the last layer, 2 the one
+  before. Left at 0 it is 1 for SD 1.x and 2 for SD 2.x and SDXL. SD 1.x and 2.x put the final norm behind, SDXL does
+  not. SD 2.x's class has one layer less than its files, so that 2 is its last one. It counts for the negative prompt as
+  well (in diffusers' pipelines it doesn't). FLUX.1 takes CLIP's pooled vector, of the last layer behind its norm,
+  whatever clip_skip is.
+- Padding behind the prompt's end token: CLIP-L the end token, OpenCLIP (SD 2.x; SDXL's second) token 0, T5 token 0 up
+  to 256 tokens. Nothing masks the padding.
+- SDXL: the text is 77 × (768 + 1280), CLIP-L's first; the vector is OpenCLIP's projection of the last layer's normed
+  state at the end token, beside the sizes (height, width, 0, 0, height, width). An empty negative prompt has all zeros
+  for text, and its own vector: so does stable-diffusion.cpp. Diffusers' pipeline zeroes the vector as well when the
+  negative prompt is None, and neither when it is ""; that is ``zeros``.
+- FLUX.1: latents of 2 × 2 are packed into 64 numbers, channel first. Positions are (0, row, column) and zeros for text.
+- What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
+  FLUX.1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What to draw. ``prediction`` (``epsilon``, ``v_prediction``) is the pipeline's own unless given.
+
+    ``zeros``: what of an empty negative prompt is zero for SDXL: ``text``, ``both`` (with the vector) or ``nothing``.
+    """
+
+    prompt: str
+    noise: F32
+    sigmas: Sequence[float]
+    negative: str = ""
+    cfg: float = 7.0
+    guidance: float = 3.5
+    clip_skip: int = 0
+    prediction: str | None = None
+    zeros: str = "text"
+
+    @property
+    def height(self) -> int:
+        return 8 * self.noise.shape[-2]
+
+    @property
+    def width(self) -> int:
+        return 8 * self.noise.shape[-1]
+
+
+class Picture(NamedTuple):
+    """``pixels`` (height, width, 3) of 0 … 1, clipped, and the ``latents`` that they were decoded from, in the
+    sampler's scale, shape (channels, height / 8, width / 8)."""
+
+    pixels: F32
+    latents: F32
+
+
+def draw(pipeline: Any, drawing: Drawing) -> Picture:
+    """Draw with a StableDiffusionPipeline, StableDiffusionXLPipeline or FluxPipeline of float32 modules."""
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
+        latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
+        config = pipeline.vae.config
+        decoded = pipeline.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+    pixels = (decoded[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
+    return Picture(pixels.numpy(), latents[0].numpy())
+
+
+def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Peak signal to noise ratio in dB: of bytes where both are, else of numbers of 0 … 1 (bytes become such)."""
+    if one.shape != other.shape:
+        raise ValueError(f"pictures of {one.shape} and {other.shape}")
+    error = float(np.square(_unit(one) - _unit(other)).mean())
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
+
+
+def _unit(pixels: NDArray[Any]) -> NDArray[np.float64]:
+    return pixels.astype(np.float64) / (255 if pixels.dtype == np.uint8 else 1)
+
+
+def _discrete(pipeline: Any, drawing: Drawing) -> None:
+    """Euler's method over the betas of the pipeline's model. "linspace" makes the noise's factor sigmas[0]."""
+    changes = {"timestep_spacing": "linspace"}
+    if drawing.prediction is not None:
+        changes["prediction_type"] = drawing.prediction
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **changes)
+
+
+def _stable_diffusion(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    _discrete(pipeline, drawing)
+    skip = _hidden_layers_skipped(pipeline, drawing.clip_skip)
+
+    def encoded(prompt: str) -> torch.Tensor:
+        """As the pipeline's encode_prompt with clip_skip, which diffusers 0.42 breaks with transformers 5."""
+        encoder = pipeline.text_encoder
+        ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-1 - skip]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
+
+    return _sampled(
+        pipeline,
+        drawing,
+        prompt_embeds=encoded(drawing.prompt),
+        negative_prompt_embeds=encoded(drawing.negative),
+    )
+
+
+def _hidden_layers_skipped(pipeline: Any, clip_skip: int) -> int:
+    """SD 2.x is told by its encoder's activation: OpenCLIP's class lacks the last layer of its files."""
+    lacking = pipeline.text_encoder.config.hidden_act == "gelu"
+    skip = (clip_skip or (2 if lacking else 1)) - (2 if lacking else 1)
+    if skip < 0:
+        raise ValueError(f"clip_skip {clip_skip}: the class lacks that layer")
+    return skip
+
+
+def _stable_diffusion_xl(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    _discrete(pipeline, drawing)
+    skip = (drawing.clip_skip or 2) - 2
+
+    def encoded(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        text, _, vector, _ = pipeline.encode_prompt(
+            prompt, device="cpu", do_classifier_free_guidance=False, clip_skip=skip
+        )
+        return text, vector
+
+    text, vector = encoded(drawing.prompt)
+    negative_text, negative_vector = encoded(drawing.negative)
+    if not drawing.negative:
+        text_factor, vector_factor = {"text": (0, 1), "both": (0, 0), "nothing": (1, 1)}[drawing.zeros]
+        negative_text, negative_vector = negative_text * text_factor, negative_vector * vector_factor
+    return _sampled(
+        pipeline,
+        drawing,
+        prompt_embeds=text,
+        pooled_prompt_embeds=vector,
+        negative_prompt_embeds=negative_text,
+        negative_pooled_prompt_embeds=negative_vector,
+    )
+
+
+def _sampled(pipeline: Any, drawing: Drawing, **conditions: torch.Tensor) -> torch.Tensor:
+    """The scheduler multiplies the noise by its greatest sigma, and wants the last one, 0, among its sigmas."""
+    return pipeline(
+        **conditions,
+        height=drawing.height,
+        width=drawing.width,
+        latents=torch.from_numpy(drawing.noise)[None],
+        sigmas=[float(sigma) for sigma in drawing.sigmas],
+        guidance_scale=drawing.cfg,
+        output_type="latent",
+    ).images
+
+
+T5_LENGTH = 256
+
+
+def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    """The scheduler would shift the sigmas, but not with a shift of 1, and appends the last one, 0, itself."""
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    packed = pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        true_cfg_scale=drawing.cfg,
+        guidance_scale=drawing.guidance,
+        height=drawing.height,
+        width=drawing.width,
+        latents=pipeline._pack_latents(noise, *noise.shape),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        max_sequence_length=T5_LENGTH,
+        output_type="latent",
+    ).images
+    return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
+
+
+_FAMILIES = {
+    "StableDiffusionPipeline": _stable_diffusion,
+    "StableDiffusionXLPipeline": _stable_diffusion_xl,
+    "FluxPipeline": _flux,
+}
