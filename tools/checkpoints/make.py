@@ -15,10 +15,13 @@ from . import names
 from .families import FAMILIES, Component, Family, tensor_name
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
-from .numbers import Stored, decoded, encoded, random_weight, stored_type
+from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
 from .tokenizers import clip_tokenizer, t5_tokenizer
 
 SEED = 0
+
+_NEVER_IN_BLOCKS = "attn_rel_b.weight"
+"""What llama.cpp's converters leave in F16: T5's distances."""
 
 
 def _as_it_is(_shape: Shape) -> Shape | None:
@@ -69,7 +72,8 @@ class Filed:
         for entry in self.naming(shapes):
             shape = entry.shape(shapes)
             shape = self.reshaped(shape) or shape
-            yield entry, shape, stored_type(self.type, shape)
+            in_blocks = not entry.name.endswith(_NEVER_IN_BLOCKS)
+            yield entry, shape, stored_type(self.type if in_blocks or self.type in PLAIN else "F16", shape)
 
     def _stored(self, entry: Entry, shape: Shape, kind: str, shapes: Mapping[str, Shape]) -> Stored:
         name = self.component.name
@@ -140,12 +144,14 @@ def make(
     size: str = "tiny",
     seed: int = SEED,
     types: Mapping[str, str] | None = None,
+    sizes: Mapping[str, str] | None = None,
 ) -> Made:
     """Write a checkpoint of ``family`` into ``folder`` (made if missing).
 
-    ``type`` is the number format of its matrices; ``types`` overrides it for components by name. In safetensors files
-    it is one of F32, F16, BF16, F8_E4M3, F8_E5M2; in GGUF files not F8, but any that the gguf library can write, and
-    Q2_K … Q6_K, IQ4_NL and IQ4_XS. Raises :class:`ValueError` for what does not exist.
+    ``type`` is the number format of its matrices; ``types`` overrides it for components by name, as ``sizes`` does with
+    ``size`` (widths that components share have to be the same in both). In safetensors files the format is one of F32,
+    F16, BF16, F8_E4M3, F8_E5M2; in GGUF files not F8, but any that the gguf library can write, and Q2_K … Q6_K, IQ4_NL
+    and IQ4_XS. Raises :class:`ValueError` for what does not exist.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family}: there are {', '.join(FAMILIES)}")
@@ -153,10 +159,16 @@ def make(
         raise ValueError(f"form {form}: there are {', '.join(FORMS)}")
     chosen = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    given = types or {}
-    components = {c: given.get(c.name, type) for c in chosen.of_size(size)}
+    components = {c: (types or {}).get(c.name, type) for c in _components(chosen, size, sizes or {})}
     files, filed = FORMS[form](chosen, folder, components, seed)
     return Made(chosen, size, form, type, files, filed)
+
+
+def _components(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
+    return [
+        next(other for other in family.of_size(sizes.get(usual.name, size)) if other.name == usual.name)
+        for usual in family.of_size(size)
+    ]
 
 
 Written = tuple[dict[str, Path], tuple[Filed, ...]]
