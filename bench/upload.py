@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from sdrpc.diffusion.events import Event
 
 from .rows import Mark, Row

@@ -22,12 +22,23 @@ MAY_IMPORT = {
     "engine": {"errors", "ggml", "device", "targets"},
     "client": {"errors", "ggml", "device", "content", "targets", "wire"},
     "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine"},
-    "runtime": {"errors", "ggml", "device"},
-    "lowering": {"errors", "ggml", "device", "targets", "runtime"},
     "checkpoints": {"errors", "ggml"},
     "prompts": {"errors"},
     "families": {"errors", "ggml", "device", "checkpoints", "lowering", "prompts", "runtime"},
-    "diffusion": {"errors", "ggml", "device", "checkpoints", "families", "lowering", "prompts", "runtime"},
+    "diffusion": {
+        "errors",
+        "ggml",
+        "device",
+        "device_names",
+        "checkpoints",
+        "families",
+        "lowering",
+        "prompts",
+        "runtime",
+    },
+    "device_names": {"errors"},
+    "runtime": {"errors", "ggml", "device", "checkpoints"},
+    "lowering": {"errors", "ggml", "device", "targets", "runtime"},
 }
 """Layer → what it may import besides itself; ``cli`` and the package's own front may import everything."""
 

@@ -280,24 +280,23 @@ def write_diffusers(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """A diffusers directory: a folder for each part with its config.json and safetensors."""
     from safetensors.torch import save_file
 
-    from sdrpc.diffusion.model import ModelFiles, open_model
+    from sdrpc.families.model import ModelFiles, open_model
 
     folder.mkdir(parents=True, exist_ok=True)
     single = folder / "single.safetensors"
     write_safetensors(single, weights)
     model = open_model(ModelFiles(single))
-    for part in model.parts:
-        name = part.part.name
-        prefix = "text_model." if name == "text_encoder" else ""
+    for component in model.components.values():
+        name = component.found.component.told_as
         renamed = {
-            prefix + new: weights[weight.name].reshape(weight.shape).contiguous()
-            for new, weight in part.tensors.tensors.items()
+            new: weights[weight.name].reshape(weight.shape).contiguous()
+            for new, weight in component.found.tensors.items()
             if weights[weight.name].is_floating_point()
         }
         (folder / name).mkdir(exist_ok=True)
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
         save_file(renamed, folder / name / f"{stem}.safetensors")
-        (folder / name / "config.json").write_text(json.dumps(dict(part.config)))
+        (folder / name / "config.json").write_text(json.dumps(dict(component.config)))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     single.unlink()
 

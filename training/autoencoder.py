@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-
 from . import model, scenes
 from .loop import Plan, Run, train
 

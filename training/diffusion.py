@@ -117,5 +117,5 @@ def preview(text_encoder: nn.Module, unet: nn.Module, vae: nn.Module, prompts: S
         scaled = (x / (now**2 + 1) ** 0.5).repeat(2, 1, 1, 1)
         without, with_text = unet(scaled, timestep.to(device), text, return_dict=False)[0].chunk(2)
         x = x + (without + guidance * (with_text - without)) * (then - now)
-    pictures: Tensor = coder.decode(x / SCALING_FACTOR).sample
+    pictures: Tensor = coder.decode(x / model.SCALING_FACTOR).sample
     return (pictures / 2 + 0.5).clamp(0, 1)

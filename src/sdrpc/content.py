@@ -29,10 +29,18 @@ Fnv = Callable[[Bytes, int], int]
 """(data, state) → state: the hash of data in pieces begins with :data:`FNV_START` and ends with the last state."""
 
 
-def digest(data: Bytes) -> bytes:
-    """The digest of ``data``, computed in this thread (other threads run meanwhile)."""
-    view = memoryview(data).cast("B")
-    return joined(sha256(view[at : at + PIECE]).digest() for at, _ in pieces(len(view)))
+def digest(*data: Bytes) -> bytes:
+    """The digest of ``data``, one after the other, computed in this thread (other threads run meanwhile)."""
+    digests, hashing, room = [], sha256(), PIECE
+    for view in (memoryview(part).cast("B") for part in data):
+        while view:
+            hashing.update(view[:room])
+            taken = min(room, len(view))
+            view, room = view[taken:], room - taken
+            if not room:
+                digests.append(hashing.digest())
+                hashing, room = sha256(), PIECE
+    return joined(digests if room == PIECE else [*digests, hashing.digest()])
 
 
 def joined(digests: Iterable[bytes]) -> bytes:

@@ -6,13 +6,14 @@ sees this interface only; ``CPU``, ``CUDA0`` and ``RPC0`` are just names.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from .ggml.tensor import Graph
-from .ggml.weight import Origin
+from .ggml.weight import Origin, Pieces
 
 Bytes = bytes | bytearray | memoryview
 """Anything with a C-contiguous buffer of bytes; never copied on the way when it can be helped."""
@@ -51,12 +52,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Content:
-    """``size`` bytes for ``offset`` of a buffer. ``data`` gives them, or raises what is wrong with them; it is not
-    called where the device has them already. ``origin`` names them for good, where something does."""
+    """``size`` bytes for ``offset`` of a buffer. ``pieces`` give them, or raise what is wrong with them; they are not
+    asked for what the device has already. ``origin`` names them for good, where something does."""
 
     offset: int
     size: int
-    data: Callable[[], Bytes]
+    pieces: Pieces
     origin: Origin | None = None
 
 
@@ -75,6 +76,8 @@ class Device(ABC):
     """What users call it: ``CPU``, ``CUDA0``, ``RPC0``."""
     description: str
     """The hardware's name, or the endpoint and what it says of itself."""
+    max_size: int = sys.maxsize
+    """Bytes of the largest buffer that it gives, however much memory is free."""
 
     @property
     @abstractmethod
@@ -103,7 +106,10 @@ class Device(ABC):
         bytes that are done, now and then."""
         done = 0
         for content in contents:
-            self.write(buffer, content.offset, content.data())
+            at = content.offset
+            for piece in content.pieces():
+                self.write(buffer, at, piece)
+                at += len(piece)
             done += content.size
             progress(done)
 

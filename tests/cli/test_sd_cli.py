@@ -52,12 +52,12 @@ def psnr(a: Path, b: Path) -> float:
 PLACEMENTS = (
     (
         ("--rpc-servers", "--backend", "te=RPC1,diffusion=RPC0,vae=CPU"),
-        "text encoder on RPC1, diffusion model on RPC0, VAE on CPU",
+        "clip_l on RPC1, diffusion on RPC0, vae on CPU",
     ),
-    (("--rpc", "--main_backend_device", "rpc1"), "text encoder on RPC1, diffusion model on RPC1, VAE on RPC1"),
+    (("--rpc", "--main_backend_device", "rpc1"), "clip_l on RPC1, diffusion on RPC1, vae on RPC1"),
     (
         ("--rpc", "--clip-backend-device", "cpu", "--diffusion_backend_device", "RPC1", "--vae-backend-device", "RPC0"),
-        "text encoder on CPU, diffusion model on RPC1, VAE on RPC0",
+        "clip_l on CPU, diffusion on RPC1, vae on RPC0",
     ),
 )
 
@@ -96,7 +96,7 @@ def test_what_takes_long_says_so(
     monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "graphs"))
     arguments = ("--rpc", rpc(servers), "-m", checkpoint, *SMALL, "-o", tmp_path / "cat.png")
     first, second = sd(*arguments).err, sd(*arguments).err
-    for part in ("text encoder", "diffusion model", "VAE"):
+    for part in ("clip_l", "diffusion", "vae"):
         assert f"{part}: capturing its graph, once" in first
         assert re.search(rf"{part} .*MiB", second)
     assert "capturing" not in second
@@ -145,11 +145,15 @@ def test_nothing_is_captured_twice(sd: Sd, servers: Servers, checkpoint: Path, t
 BAD = [
     (("--rpc", "127.0.0.1:1", "--list-devices"), 1, r"127\.0\.0\.1:1: nobody answers"),
     (("--rpc", "nonsense:port", "--list-devices"), 2, r"nonsense:port"),
-    (("--vae", "{checkpoint}"), 2, r"no diffusion model: give a whole model with -m"),
+    (
+        ("--vae", "{checkpoint}"),
+        2,
+        r"no diffusion model; give it with --diffusion-model, or a whole",
+    ),
     (("-m", "absent.safetensors"), 1, r"absent\.safetensors: No such file"),
-    (("-m", "{checkpoint}", "--backend", "RPC0"), 2, r"'RPC0' does not exist"),
-    (("-m", "{checkpoint}", "--sampling-method", "lms"), 2, r"lms: not supported yet"),
-    (("-m", "{checkpoint}", "--scheduler", "sideways"), 2, r"sideways: does not exist"),
+    (("-m", "{checkpoint}", "--backend", "RPC0"), 2, r"--backend RPC0: there is no such device; there are CPU"),
+    (("-m", "{checkpoint}", "--sampling-method", "fast"), 2, r"--sampling-method fast: does not exist"),
+    (("-m", "{checkpoint}", "--scheduler", "sideways"), 2, r"--scheduler sideways: does not exist"),
     (("-m", "{checkpoint}", "--rng", "dice"), 2, r"dice"),
     (("-m", "{checkpoint}", "--steps", "0"), 2, r"--steps 0"),
     (("-m", "{checkpoint}", "-W", "1000000"), 2, r"--width 1000000"),

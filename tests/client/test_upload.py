@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdrpc.client import RemoteDevice, connect, names, remote, upload
 from sdrpc.client.names import Names
-from sdrpc.content import FNV_START, digest, fnv1a
+from sdrpc.content import FNV_START, PIECE, digest, fnv1a
 from sdrpc.device import Content
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.dialect import dialects
-from sdrpc.ggml.weight import Origin
+from sdrpc.ggml.weight import Origin, Pieces, Whole
 from sdrpc.server import Cache, Library, Server
 from sdrpc.wire import messages as m
 from sdrpc.wire.messages import Command
@@ -45,12 +49,12 @@ class Model:
             offset += -(-len(data) // 64) * 64
         self.size = offset
 
-    def _reader(self, data: bytes) -> Callable[[], bytes]:
+    def _reader(self, data: bytes) -> Pieces:
         def read() -> bytes:
             self.read += 1
             return data
 
-        return read
+        return Whole(read)
 
     def uploaded(self, device: RemoteDevice) -> None:
         """Upload, and see that all of it is there."""
@@ -119,6 +123,61 @@ def test_a_second_run_sends_nothing_and_reads_nothing(cpu: LocalDevice, tmp_path
         assert scene.run(Model("other", seed=1)).commands["SET_TENSOR"] == len(SIZES)
 
 
+class Pieced(Model):
+    """The same bytes in pieces, as of tensors that are made while they are sent. ``read``: bytes that were made."""
+
+    def _reader(self, data: bytes) -> Pieces:
+        def pieces(start: int = 0, stop: int | None = None, /) -> Iterator[memoryview]:
+            view = memoryview(data)[start:stop]
+            for at in range(0, len(view), 5_000_011):
+                self.read += len(view[at : at + 5_000_011])
+                yield view[at : at + 5_000_011]
+
+        return pieces
+
+
+def test_pieces_are_called_and_sent_as_if_they_were_one(cpu: LocalDevice, tmp_path: Path) -> None:
+    """What a server has from a model in one piece it need not be sent from one in pieces, and each byte is made once,
+    for its name and for sending."""
+    total = sum(LARGE)
+    with Scene(cpu, tmp_path / "weights") as scene:
+        first = Pieced(sizes=LARGE)
+        tap = scene.run(first)
+        assert total < tap.bytes["SET_TENSOR"] < 1.01 * total
+        assert tap.commands["SET_TENSOR"] == len(LARGE) + 1
+        assert first.read == total
+        again = Pieced(sizes=LARGE)
+        assert scene.run(again).commands["SET_TENSOR"] == 2
+        assert again.read == 10 + 1023  # what is too small to have a name
+        assert scene.run(Model("renamed", LARGE)).commands["SET_TENSOR"] == 2
+
+
+def test_only_the_part_that_the_server_lacks_is_made(cpu: LocalDevice, tmp_path: Path) -> None:
+    size = 3 * upload.PART
+    with Scene(cpu, tmp_path / "weights") as scene:
+        model = Pieced(sizes=(size,))
+        scene.run(model)
+        names = json.loads((path := next(Names().folder.iterdir())).read_text())
+        names = {part: bytes(32).hex() if f" {upload.PART}+" in part else name for part, name in names.items()}
+        path.write_text(json.dumps(names))
+        again = Pieced(sizes=(size,))
+        assert scene.run(again).commands["SET_TENSOR"] == 1
+        assert again.read == upload.PART
+
+
+@given(st.lists(st.integers(0, 9 << 20), max_size=4))
+@settings(max_examples=20)
+def test_names_do_not_depend_on_pieces(sizes: list[int]) -> None:
+    data = np.random.default_rng(0).bytes(sum(sizes))
+    ends = [0, *accumulate(sizes)]
+    views = [memoryview(data)[a:b] for a, b in pairwise(ends)]
+    expected = sha256(b"".join(sha256(data[at : at + PIECE]).digest() for at in range(0, len(data), PIECE))).digest()
+    assert digest(*views) == digest(data) == expected
+    scheme = upload.by_hash()
+    assert scheme is not None
+    assert scheme.name(views) == scheme.name([memoryview(data)])
+
+
 def test_a_server_without_a_cache_is_asked_nothing(cpu: LocalDevice) -> None:
     with Scene(cpu, None) as scene:
         for _ in range(2):
@@ -178,7 +237,7 @@ def test_what_can_not_be_read_is_the_caller_s_error(cpu: LocalDevice, tmp_path: 
         (device,) = connect([scene.server.endpoint])
         buffer = device.allocate(4096)
         with pytest.raises(CheckpointError, match="is gone"):
-            device.upload(buffer, [Content(0, 4096, broken)], lambda _: None)
+            device.upload(buffer, [Content(0, 4096, Whole(broken))], lambda _: None)
         device.write(buffer, 0, bytes(4096))
         assert bytes(device.read(buffer, 0, 4096)) == bytes(4096)
         device.close()

@@ -15,10 +15,10 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from sdrpc.diffusion.config import METADATA_KEY
 from sdrpc.diffusion.convert import CONVERTIBLE, type_named, type_of, write_gguf
-from sdrpc.diffusion.model import ModelFiles, open_model
 from sdrpc.errors import CheckpointError, UsageError
+from sdrpc.families.configs import METADATA_KEY
+from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.ggml.types import F32, TYPES
 from sdrpc.ggml.weight import View, Weight
 
@@ -64,10 +64,10 @@ def test_tensor_by_tensor(name: str, tiny: Path, tmp_path: Path) -> None:
 def test_a_model_is_the_same_one(tiny: Path, tmp_path: Path) -> None:
     write_gguf(open_checkpoint(tiny), tmp_path / "model.gguf")
     ours, theirs = open_model(ModelFiles(tmp_path / "model.gguf")), open_model(ModelFiles(tiny))
-    for part, expected in zip(ours.parts, theirs.parts, strict=True):
-        assert part.config == expected.config
-        for name, weight in expected.tensors.tensors.items():
-            assert bytes(part.tensors.tensors[name].data()) == bytes(weight.data())
+    for name, component in theirs.components.items():
+        assert ours[name].config == component.config
+        for key, weight in component.found.tensors.items():
+            assert bytes(ours[name].found.tensors[key].data()) == bytes(weight.data())
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_a_file_says_goes_along(tiny_weights: dict[str, Any], tmp_path: Pat
     write_gguf(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", TYPES["Q8_0"])
     assert json.loads(open_checkpoint(tmp_path / "a.gguf").metadata[METADATA_KEY]) == said
     model = open_model(ModelFiles(tmp_path / "a.gguf"))
-    assert (model.size, model.scaling_factor, model.unet.config["attention_head_dim"]) == ((128, 128), 0.5, 4)
+    assert (model.size, model.scale, model["diffusion"].config["attention_head_dim"]) == ((128, 128), 0.5, 4)
 
 
 def test_what_a_directory_says_goes_along(maker: ModuleType, tiny_weights: dict[str, Any], tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_what_a_directory_says_goes_along(maker: ModuleType, tiny_weights: dict[
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 32, "attention_head_dim": 2}))
     write_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "a.gguf", TYPES["F16"])
     ours, theirs = open_model(ModelFiles(tmp_path / "a.gguf")), open_model(ModelFiles(tmp_path / "model"))
-    assert [part.config for part in ours.parts] == [part.config for part in theirs.parts]
-    assert (ours.size, ours.scaling_factor) == ((256, 256), theirs.scaling_factor)
+    assert [c.config for c in ours.components.values()] == [c.config for c in theirs.components.values()]
+    assert (ours.size, ours.scale) == ((256, 256), theirs.scale)
 
 
 def test_only_what_belongs_to_the_model(tiny_weights: dict[str, Any], tmp_path: Path) -> None:
@@ -144,10 +144,9 @@ def changed(weights: dict[str, Any], value: float) -> dict[str, Any]:
         (lambda text: changed(text, float("nan")), "Q8_0", r"fc1\.weight.*from F32 into Q8_0"),
         (lambda text: changed(text, float("inf")), "Q4_0", r"fc1\.weight.*from F32 into Q4_0"),
         (lambda text: text | {"x": torch.zeros(4, dtype=torch.float8_e4m3fn)}, "F16", "'x'.*F8_E4M3"),
-        (lambda _: {"x": torch.zeros(4)}, "F16", "no part"),
-        (lambda text: text | {"lora_unet_a.lora_up.weight": torch.zeros(4)}, "F16", "LoRA"),
+        (lambda _: {"x": torch.zeros(4)}, "F16", "no component"),
     ],
-    ids=["large", "nan", "inf", "float8", "nothing", "family"],
+    ids=["large", "nan", "inf", "float8", "nothing"],
 )
 def test_what_cannot_be_converted(
     weights: Any, wanted: str, reason: str, tiny_weights: dict[str, Any], tmp_path: Path
@@ -167,7 +166,7 @@ def test_types_that_the_library_cannot_read(tmp_path: Path) -> None:
 
 def test_types_by_name() -> None:
     assert type_named("q8_0") == type_named("Q8_0") == TYPES["Q8_0"]
-    with pytest.raises(UsageError, match=r"--type q4_K.*q8_0"):
+    with pytest.raises(UsageError, match=r"type q4_K.*q8_0"):
         type_named("q4_K")
 
 

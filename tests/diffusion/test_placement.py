@@ -13,7 +13,12 @@ FLUX = ("clip_l", "t5xxl", "diffusion", "vae")
 
 
 def place(
-    backend: str, main: str, options: dict[str, str], devices: tuple[str, ...], default: str, model: tuple[str, ...] = SD1
+    backend: str,
+    main: str,
+    options: dict[str, str],
+    devices: tuple[str, ...],
+    default: str,
+    model: tuple[str, ...] = SD1,
 ) -> dict[str, str]:
     names = wanted(model, parse(backend), main, options)
     return {component: resolve(name, devices, default) for component, name in names.items()}

@@ -18,8 +18,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdrpc.checkpoints.checkpoint import Checkpoint
 from sdrpc.errors import CheckpointError, MissingComponent
 from sdrpc.families.base import find
-from sdrpc.families.components import clip
-from sdrpc.families.components.autoencoder import VAE as VAE_COMPONENT
 from sdrpc.families.configs import METADATA_KEY
 from sdrpc.families.model import Model, ModelComponent, ModelFiles, open_model
 from sdrpc.families.sd1 import SD1
@@ -61,8 +59,13 @@ def test_a_whole_model(tiny: Path) -> None:
     model = open_model(ModelFiles(tiny))
     fits(model)
     assert (model.family, model.defaults.prediction, model.scale) == (SD1, "eps", 0.18215)
-    assert model["diffusion"].config["block_out_channels"] == [32, 64, 128]
-    assert model["diffusion"].config["down_block_types"] == ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+    config = model["diffusion"].config
+    assert config["block_out_channels"] == [32, 64, 128]
+    assert config["down_block_types"] == [
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ]
     taken = [weight for component in model.components.values() for weight in component.found.tensors.values()]
     assert model.unused(taken) == {}
     everything = model.unused([])[tiny]
@@ -252,8 +255,8 @@ def test_parts_that_are_missing(tiny_weights: Weights, tmp_path: Path) -> None:
         open_model(ModelFiles(diffusion_model=path))
     with pytest.raises(MissingComponent, match=r"no diffusion model.*diffusion_model or model"):
         open_model(ModelFiles(vae=path))
+    text = saved(tmp_path / "text.safetensors", only(tiny_weights, TEXT))
     with pytest.raises(CheckpointError, match=r"has no VAE.*what it has: diffusion model"):
-        text = saved(tmp_path / "text.safetensors", only(tiny_weights, TEXT))
         open_model(ModelFiles(path, clip_l=text, vae=path))
 
 

@@ -13,7 +13,7 @@ from sdrpc.client import connect
 from sdrpc.device import Content
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
-from sdrpc.ggml.weight import Origin
+from sdrpc.ggml.weight import Origin, Whole
 from sdrpc.server import Cache, Library, Server
 from tests.interop.conftest import NativeClient, NativeServer
 from tests.interop.tap import Tap
@@ -64,7 +64,7 @@ def test_a_native_server_is_sent_weights_once(tmp_path: Path) -> None:
         read.append(1)
         return data
 
-    contents = [Content(0, SIZE, reading, Origin("model", "0")), Content(SIZE, 64, lambda: bytes(64))]
+    contents = [Content(0, SIZE, Whole(reading), Origin("model", "0")), Content(SIZE, 64, Whole(lambda: bytes(64)))]
     folder = tmp_path / "native"
     folder.mkdir()
     server = NativeServer(1, cache=folder)

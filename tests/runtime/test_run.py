@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdrpc.device import Target
-from sdrpc.errors import CaptureError, CheckpointError, UsageError
+from sdrpc.checkpoints.expressions import concat, rows
+from sdrpc.device import Buffer, Target
+from sdrpc.errors import CaptureError, CheckpointError, OutOfMemory, UsageError
 from sdrpc.ggml.types import TYPES, Type
 from sdrpc.ggml.weight import View, Weight, Whole
 from sdrpc.lowering.export import export, without_weights
@@ -145,6 +146,70 @@ def test_graphs_share_one_set_of_weights() -> None:
     assert sorted(asked) == sorted(weights(module))
     store.close()
     assert device.memory_of == {}
+
+
+@pytest.mark.parametrize("target", [SDRPC, PORTABLE], ids=lambda target: target.name)
+def test_weights_lie_in_several_buffers_where_one_can_not_hold_them(target: Target) -> None:
+    module, device = Small(), ReferenceDevice(target)
+    graph = lowered(module, target=target)
+    needed = WeightStore(device, weights(module)).needed(graph.weights)
+    largest = max(weight.leaf.nbytes for weight in graph.weights)
+    assert needed >= sum(weight.leaf.nbytes for weight in graph.weights)
+    device.max_size = largest
+    seen: list[int] = []
+    store = WeightStore(device, weights(module), lambda done, total: seen.append(done))
+    assert store.needed(graph.weights) <= needed + 32 * len(graph.weights)
+    places = store.places(graph.weights)
+    assert {buffer.key for buffer, _ in places.values()} == device.memory_of.keys()
+    assert 1 < len(device.memory_of) < len(graph.weights)
+    assert max(map(len, device.memory_of.values())) <= largest
+    assert store.needed(graph.weights) == 0
+    assert seen == sorted(seen)
+    with Executable(graph, device, store) as run, torch.no_grad():
+        np.testing.assert_allclose(run(**arrays(inputs()))[0], module(**inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_larger_than_any_buffer_is_refused_and_nothing_stays() -> None:
+    class Limited(ReferenceDevice):
+        def allocate(self, size: int) -> Buffer:
+            if size > self.max_size:
+                raise OutOfMemory(self.name, size)
+            return super().allocate(size)
+
+    device = Limited()
+    device.max_size = 5000
+    with pytest.raises(OutOfMemory):
+        Executable(lowered(Small()), device, weights(Small()))
+    assert device.memory_of == {}
+
+
+def test_weights_that_were_given_up_are_uploaded_again() -> None:
+    module, device = Small(), ReferenceDevice()
+    graph, store = lowered(module), WeightStore(device, weights(module))
+    needed = store.needed(graph.weights)
+    with Executable(graph, device, store) as run:
+        first = run(**arrays(inputs()))
+        store.release()
+        assert store.needed(graph.weights) == needed
+        held = len(device.memory_of)
+        np.testing.assert_array_equal(run(**arrays(inputs()))[0], first[0])
+        assert len(device.memory_of) == held + 1
+        device.written.clear()
+        run(**arrays(inputs()))
+        assert device.written == []
+    store.close()
+    assert device.memory_of == {}
+
+
+def test_a_weight_in_pieces_is_written_in_pieces() -> None:
+    module, device = Small(), ReferenceDevice()
+    stored = weights(module)
+    matrix = stored["matrix.weight"]
+    halves = concat([rows(matrix, 0, 100), rows(matrix, 100, 256)])
+    with Executable(lowered(module), device, stored | {"matrix.weight": halves}) as run, torch.no_grad():
+        assert {100 * 1024, 156 * 1024} <= set(device.written)
+        assert matrix.nbytes not in device.written
+        np.testing.assert_allclose(run(**arrays(inputs()))[0], module(**inputs()), rtol=1e-4, atol=1e-5)
 
 
 def test_everything_is_freed() -> None:

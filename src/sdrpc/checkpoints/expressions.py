@@ -265,8 +265,8 @@ class _Permuted:
         if self.order[0] == 0:
             return self._source(first, last)
         if isinstance(self.pieces, View):
-            whole: np.ndarray = self._source(0, self.shape[0])[first:last]
-            return whole
+            part: np.ndarray = self._source(0, self.shape[0])[first:last]
+            return part
         made = np.empty((last - first, *(self.shape[dim] for dim in self.order[1:])), self.dtype)
         there = np.moveaxis(made, self.order.index(0), 0)
         step = max(1, BUFFER // (prod(self.shape[1:]) * self.dtype.itemsize))
@@ -280,7 +280,8 @@ class _Permuted:
         """Rows ``start`` to ``stop``, their dimensions in the new order."""
         row = prod(self.shape[1:]) * self.dtype.itemsize
         units = _array(self.pieces, start * row, stop * row).view(self.dtype)
-        return units.reshape(stop - start, *self.shape[1:]).transpose(self.order)
+        moved: np.ndarray = units.reshape(stop - start, *self.shape[1:]).transpose(self.order)
+        return moved
 
 
 def _array(pieces: Pieces, start: int, stop: int) -> np.ndarray:

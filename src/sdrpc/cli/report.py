@@ -112,7 +112,8 @@ class Amount(ProgressColumn):
 
 
 class Meter:
-    """A line of progress for each thing that takes time: :meth:`bytes` says how far one is, :meth:`tell` takes a
+    """A line of progress for each thing that takes time: :meth:`bytes` and :meth:`steps` say how far
+    one is, :meth:`tell` takes a
     session's events."""
 
     def __init__(self, progress: Progress) -> None:
@@ -121,6 +122,9 @@ class Meter:
 
     def bytes(self, what: str, done: int, total: int) -> None:
         self._update(what, "bytes", done, total)
+
+    def steps(self, what: str, done: int, total: int) -> None:
+        self._update(what, "steps", done, total)
 
     def tell(self, event: Event) -> None:
         """Show what a session does."""

@@ -188,7 +188,7 @@ class RemoteDevice(Device):
         view = memoryview(data).cast("B")
         remote = self._range(buffer, offset, len(view))
         for start in range(0, len(view), PART):
-            self.send(remote, offset + start, view[start : start + PART])
+            self.send(remote, offset + start, [view[start : start + PART]])
 
     def upload(self, buffer: Buffer, contents: Sequence[Content], progress: Callable[[int], None]) -> None:
         """Only what the server does not have crosses the wire, where that can be found out."""
@@ -200,10 +200,11 @@ class RemoteDevice(Device):
             self._range(buffer, content.offset, content.size)
         upload(scheme, contents, _Sender(self, self._own(buffer)), self._server.names, progress)
 
-    def send(self, buffer: RemoteBuffer, offset: int, data: memoryview, keep: bool = False) -> None:
-        """A single SET_TENSOR; ``keep``: the server may keep the data for another time."""
-        record = self._bytes_at(buffer, offset, len(data))
-        self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {len(data):,} bytes")
+    def send(self, buffer: RemoteBuffer, offset: int, data: Sequence[memoryview], keep: bool = False) -> None:
+        """A single SET_TENSOR of views that are not joined; ``keep``: the server may keep the data for another time."""
+        size = sum(map(len, data))
+        record = self._bytes_at(buffer, offset, size)
+        self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {size:,} bytes")
 
     def offer(self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         """Ask for bytes by name: (offset, size, name) each. Those that the server has are in the buffer then."""
@@ -296,7 +297,7 @@ class _Sender:
     def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         return self.device.offer(self.buffer, scheme, offered)
 
-    def send(self, offset: int, data: memoryview, keep: bool) -> None:
+    def send(self, offset: int, data: Sequence[memoryview], keep: bool) -> None:
         self.device.send(self.buffer, offset, data, keep)
 
 

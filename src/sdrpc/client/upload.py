@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 from ..content import FNV_START, SMALLEST, digest, fnv1a
-from ..device import Bytes, Content
+from ..device import Content
 from ..ggml.weight import Origin
 from ..wire.messages import SetTensorDigest, SetTensorHash
 from ..wire.records import Record
@@ -27,8 +28,8 @@ GROUP_PARTS, GROUP_BYTES = 64, 64 << 20
 """What is asked for in one round trip at most. Its bytes may be in memory, and those of the next group."""
 NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
-BEHIND = 8
-"""Parts that are sent and whose names are not known yet."""
+BEHIND = 4
+"""Parts that are sent and whose names are not known yet. Their bytes may be in memory too."""
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -38,12 +39,14 @@ class Scheme(NamedTuple):
 
     kind: str
     smallest: int
-    name: Callable[[memoryview], bytes]
+    name: Callable[[Sequence[memoryview]], bytes]
     question: Callable[[Record, bytes], Any]
     first: bool
 
 
-BY_DIGEST = Scheme("sha256", SMALLEST, digest, lambda record, name: SetTensorDigest(record, 0, name), True)
+BY_DIGEST = Scheme(
+    "sha256", SMALLEST, lambda views: digest(*views), lambda record, name: SetTensorDigest(record, 0, name), True
+)
 """Between our own peers: the question costs less than the answer on any network."""
 
 
@@ -56,7 +59,7 @@ def by_hash() -> Scheme | None:
     return Scheme(
         "fnv1a",
         NATIVE_THRESHOLD + 1,
-        lambda data: fnv(data, FNV_START).to_bytes(8, "little"),
+        lambda views: reduce(lambda state, view: fnv(view, state), views, FNV_START).to_bytes(8, "little"),
         lambda record, name: SetTensorHash(record, 0, int.from_bytes(name, "little")),
         False,
     )
@@ -68,37 +71,37 @@ class Sender(Protocol):
     def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         """(offset, size, name) of bytes → whether the server had them, and has them there now."""
 
-    def send(self, offset: int, data: memoryview, keep: bool) -> None:
-        """Send bytes; ``keep``: the server may want to have them again."""
-
-
-class _Lazy:
-    """The bytes of a content, asked for once and only when somebody needs them."""
-
-    def __init__(self, data: Callable[[], Bytes]) -> None:
-        self._data, self._lock = data, threading.Lock()
-        self._view: memoryview | None = None
-
-    def __call__(self) -> memoryview:
-        with self._lock:
-            if self._view is None:
-                self._view = memoryview(self._data()).cast("B")
-            return self._view
+    def send(self, offset: int, data: Sequence[memoryview], keep: bool) -> None:
+        """Send bytes, one view after the other; ``keep``: the server may want to have them again."""
 
 
 @dataclass(eq=False)
 class _Part:
     """``size`` bytes of a content; ``name`` is what they are called, or will be."""
 
-    source: _Lazy
+    content: Content
     start: int
-    offset: int
     size: int
     origin: Origin | None
-    name: Future[bytes] | bytes | None = field(default=None)
+    name: Future[bytes] | bytes | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    views: tuple[memoryview, ...] | None = None
 
-    def data(self) -> memoryview:
-        return self.source()[self.start : self.start + self.size]
+    @property
+    def offset(self) -> int:
+        return self.content.offset + self.start
+
+    def data(self) -> tuple[memoryview, ...]:
+        """The bytes: views of what is in memory anyway, the rest made once for the name and for sending."""
+        with self.lock:
+            if self.views is None:
+                self.views = tuple(self.content.pieces(self.start, self.start + self.size))
+            return self.views
+
+    def forget(self) -> None:
+        """Let go of bytes that were made. Whoever reads them at the moment keeps them until then."""
+        with self.lock:
+            self.views = None
 
 
 def upload(
@@ -141,8 +144,9 @@ def upload(
                 if part not in had:
                     sender.send(part.offset, part.data(), part.size >= scheme.smallest)
                     if part.name is None and part.origin and part.size >= scheme.smallest:
-                        behind.append((part, pool.submit(named, part)))
+                        behind.append((part, pool.submit(scheme.name, part.data())))
                         finish(BEHIND)
+                part.forget()
                 done += part.size
                 progress(done)
         finish(0)
@@ -153,11 +157,10 @@ def upload(
 
 def _parts(scheme: Scheme, contents: Iterable[Content]) -> Iterator[_Part]:
     for content in contents:
-        source = _Lazy(content.data)
         for start in range(0, content.size, PART):
             size = min(PART, content.size - start)
             origin = content.origin and content.origin.made(f"{start}+{size} {scheme.kind}")
-            yield _Part(source, start, content.offset + start, size, origin)
+            yield _Part(content, start, size, origin)
 
 
 def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

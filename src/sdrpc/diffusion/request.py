@@ -73,9 +73,9 @@ class Request:
         sampler = find_sampler(method)
         scheduler = self.scheduler or defaults.scheduler or sampler.schedule
         if self.prediction is not None and self.prediction not in PREDICTIONS:
-            raise InvalidValue("prediction", self.prediction, f"there are {', '.join(PREDICTIONS)}")
+            raise InvalidValue("prediction", self.prediction, f"does not exist; there are {', '.join(PREDICTIONS)}")
         if scheduler not in SCHEDULES and scheduler not in ALIASES:
-            raise InvalidValue("scheduler", scheduler, f"there are {', '.join(SCHEDULES)}")
+            raise InvalidValue("scheduler", scheduler, f"does not exist; there are {', '.join(SCHEDULES)}")
         return Settings(
             self.prompt, self.negative_prompt, _up(width, multiple), _up(height, multiple), steps, cfg_scale, guidance,
             seed, self.batch_count, method, scheduler, self.clip_skip, self.rng,

@@ -624,7 +624,7 @@ SAMPLERS: dict[str, Sampler] = {
 def find_sampler(name: str) -> Sampler:
     """The sampler of that name. Raises :class:`InvalidValue` when there is none."""
     if name not in SAMPLERS:
-        raise InvalidValue("sampler", name, f"does not exist; there are {', '.join(SAMPLERS)}")
+        raise InvalidValue("sampling_method", name, f"does not exist; there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 

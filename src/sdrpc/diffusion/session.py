@@ -23,7 +23,7 @@ from .placement import assigned
 from .predictions import Prediction, flux_shift_by_size, prediction
 from .request import Request, Settings
 from .rng import make_rng
-from .samplers import counted_steps, denoiser, find_sampler
+from .samplers import Guess, denoiser, sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
 
@@ -166,33 +166,33 @@ class Session:
         conditions: list[Conditions],
         on_step: Callable[[int, int], None] = lambda *_: None,
     ) -> F32:
-        """Latents (1, c, h, w) without noise, of the noise of ``seed``. ``on_step`` is told the steps that are done, and
-        how many there are."""
+        """Latents (1, c, h, w) without noise, of the noise of ``seed``. ``on_step`` is told the steps that are done,
+        and how many there are."""
         model, predicts = self.model, self._prediction(settings)
-        sigmas = make_sigmas(settings.scheduler, settings.steps, predicts)
-        shape = (1, model.latent_channels, settings.height // model.pixels, settings.width // model.pixels)
+        height, width = settings.height // model.pixels, settings.width // model.pixels
+        sigmas = make_sigmas(
+            settings.scheduler, settings.steps, predicts, tokens=height * width, aligned=model.family.aligned
+        )
+        shape = (1, model.latent_channels, height, width)
         rng = make_rng(settings.rng, seed)
-
-        def noise() -> F32:
-            return rng.normal(int(np.prod(shape))).reshape(shape)
-
+        start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0])
         denoise = denoiser(self._guided(conditions, f32(settings.cfg_scale)), predicts)
-        start = predicts.start(noise(), sigmas[0])
-        run = find_sampler(settings.sampling_method).run
-        return run(denoise, start, counted_steps(sigmas, on_step), noise, settings.eta)
+        return sample(
+            settings.sampling_method, denoise, start, sigmas, rng, flow=predicts.flow, eta=settings.eta, on_step=on_step
+        )
 
-    def _guided(self, conditions: list[Conditions], cfg_scale: f32) -> Callable[[F32, f32], F32]:
+    def _guided(self, conditions: list[Conditions], cfg_scale: f32) -> Callable[[F32, f32], Guess]:
         """Classifier-free guidance: one evaluation of a batch of two, or two where the texts differ in length."""
         alike = len({tuple(array.shape for array in each.values()) for each in conditions}) == 1
         batches = [_joined(conditions)] if alike else conditions
 
-        def predict(x: F32, timestep: f32) -> F32:
+        def predict(x: F32, timestep: f32) -> Guess:
             results = [self.predict(*_batch(x, timestep, batch), batch) for batch in batches]
             predicted = finite(np.concatenate(results), f"the diffusion model's prediction at timestep {timestep:.3g}")
             if len(predicted) == 1:
-                return predicted
+                return Guess(predicted)
             negative, positive = predicted[:1], predicted[1:]
-            return negative + cfg_scale * (positive - negative)
+            return Guess(negative + cfg_scale * (positive - negative), negative)
 
         return predict
 

@@ -55,7 +55,7 @@ class Component:
     the shapes of its tensors and from what the file says of itself. ``build``: the module (parameters uninitialized, as
     the caller arranges it) and a function of its inputs; its arguments are a configuration as ``configure`` gives it.
     ``told_as``: how files that speak of their own configuration call the component; the folder of a diffusers
-    directory. ``idle``: beginnings of names of tensors that a picture may not need.
+    directory. ``idle``: beginnings of names of tensors that no picture needs; ``sometimes``: of those that some need.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Component:
     build: Callable[[Config], tuple[nn.Module, Call]]
     told_as: str
     idle: tuple[str, ...] = ()
+    sometimes: tuple[str, ...] = ()
 
     @property
     def option(self) -> str:
@@ -126,12 +127,8 @@ class Found:
         return taken
 
     def nbytes(self) -> int:
-        """Bytes of the weights that every picture needs, as they are stored."""
-        return sum(
-            weight.type.row_bytes(int(np.prod(weight.shape, dtype=np.int64)))
-            for name, weight in self.tensors.items()
-            if not name.startswith(self.component.idle)
-        )
+        """Bytes of the weights that pictures need, as they are stored."""
+        return sum(w.nbytes for name, w in self.tensors.items() if not name.startswith(self.component.idle))
 
     def _why_missing(self, name: str) -> str:
         for skipped, dtype in self.checkpoint.skipped.items():
@@ -261,8 +258,9 @@ class Family:
 
     ``components``: in the order in which they work, the diffusion model and the VAE last. ``recognizes``: whether a
     diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about a
-    prompt. ``settings``: the defaults of one model, from its tensors. ``probe``: what a diffusion model predicts, from
-    an evaluation and its configuration, where nothing else tells.
+    prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align
+    Your Steps' published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and
+    its configuration, where nothing else tells.
     """
 
     name: str
@@ -273,6 +271,7 @@ class Family:
     latents: Latents
     settings: Callable[[Mapping[str, Found]], Defaults]
     joints: tuple[Joint, ...] = ()
+    aligned: str | None = None
     probe: Callable[[Predict, Config], str] | None = None
 
     @property

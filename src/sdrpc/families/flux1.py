@@ -9,7 +9,7 @@ import numpy as np
 
 from ..checkpoints.expressions import split, swap_halves
 from ..ggml.weight import Weight
-from ..prompts.chunks import clip_chunks, t5_chunks
+from ..prompts import clip_chunks, t5_chunks
 from . import configs
 from .base import Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt, joined
 from .base import Weights as Tensors

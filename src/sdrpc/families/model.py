@@ -92,7 +92,8 @@ class Model:
         """Per file, the names of tensors that belong to no component, when ``taken`` are the weights in use."""
         ours = {weight.name for weight in taken}
         for component in self.components.values():
-            idle = component.found.component.idle
+            kind = component.found.component
+            idle = (*kind.idle, *kind.sometimes)
             ours.update(weight.name for name, weight in component.found.tensors.items() if name.startswith(idle))
         found = {file.path: sorted({*file.tensors, *file.skipped} - ours) for file in self.checkpoints}
         return {path: unused for path, unused in found.items() if unused}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..prompts.chunks import apply_weights, clip_chunks
+from ..prompts import apply_weights, clip_chunks
 from .base import Conditions, Defaults, Encode, Family, Found, Joint, Latents, Prompt, joined
 from .components import clip, unet
 from .components.autoencoder import VAE
@@ -53,4 +53,5 @@ SD1 = Family(
         ),
         *UNET_JOINTS,
     ),
+    aligned="sd1",
 )

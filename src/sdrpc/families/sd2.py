@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..prompts.chunks import apply_weights, clip_chunks
+from ..prompts import apply_weights, clip_chunks
 from .base import Conditions, Config, Defaults, Encode, Found, Predict, Prompt, joined
 from .components import clip, unet
 from .components.autoencoder import VAE

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..prompts.chunks import apply_weights, clip_chunks
+from ..prompts import apply_weights, clip_chunks
 from .base import Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Prompt, joined
 from .components import clip, unet
 from .components.autoencoder import VAE
@@ -65,4 +65,5 @@ SDXL = Family(
         ),
         *UNET_JOINTS,
     ),
+    aligned="sdxl",
 )  # fmt: skip

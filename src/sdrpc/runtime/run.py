@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Content, Device
+from ..checkpoints.expressions import cast
+from ..device import Buffer, Content, Device
 from ..errors import CheckpointError, UsageError
-from ..ggml.memory_planner import bind, lay_out, place
+from ..ggml.memory_planner import aligned, bind, lay_out, place
 from ..ggml.tensor import Tensor, rewrite
 from ..ggml.types import F32, NUMPY_DTYPES, Type
-from ..ggml.weight import Weight
+from ..ggml.weight import View, Weight
 from .lowered import Input, Lowered, Output, Parameter, result_dtype
 
 Progress = Callable[[int, int], None]
@@ -31,11 +33,31 @@ Place = tuple[Buffer, int]
 """A buffer and an offset into it, in bytes."""
 
 
+class _Placing(NamedTuple):
+    """A weight that is to be uploaded, in the type of its leaf."""
+
+    parameter: Parameter
+    weight: Weight
+
+
+@dataclass
+class _Chunk:
+    """What shares a buffer of ``size`` bytes: each weight with its offset and its bytes with padding."""
+
+    size: int = 0
+    members: list[tuple[_Placing, int, int]] = field(default_factory=list)
+
+    def add(self, placing: _Placing, room: int, alignment: int) -> None:
+        offset = aligned(self.size, alignment)
+        self.members.append((placing, offset, room))
+        self.size = offset + room
+
+
 class WeightStore:
     """The weights of one part of a model on a device, shared by all graphs that read them.
 
     ``source`` is what errors name: the model's file. ``weights`` are asked for their bytes once, when a graph first
-    needs them, and nothing of them is kept.
+    needs them, and nothing of them is kept. They lie in as many buffers as the device's limit on one makes necessary.
     """
 
     def __init__(
@@ -46,6 +68,8 @@ class WeightStore:
         source: object = "the model",
     ) -> None:
         self.device = device
+        self.releases = 0
+        """How often the weights were given up: what was bound to their places before is bound to nothing."""
         self._weights = weights
         self._progress = progress
         self._source = source
@@ -59,19 +83,37 @@ class WeightStore:
         is uploaded, and :class:`OutOfMemory`.
         """
         parameters = tuple(parameters)
-        new = {_key(p): (p, self._checked(p)) for p in parameters if _key(p) not in self._places}
+        new = self._new(parameters)
         if new:
-            self._upload(list(new.values()))
+            self._upload(new)
         return {parameter.leaf: self._places[_key(parameter)] for parameter in parameters}
 
-    def close(self) -> None:
-        """Free the weights' memory. Graphs that read them can't run any more."""
+    def needed(self, parameters: Iterable[Parameter]) -> int:
+        """Bytes of the device's memory that :meth:`places` would take for what is not there yet.
+
+        Raises :class:`CheckpointError` as that does.
+        """
+        return sum(chunk.size for chunk in self._chunks(self._new(parameters)))
+
+    def release(self) -> None:
+        """Free the weights' memory until :meth:`places` is called again: then they are uploaded once more."""
+        self.releases += 1
         for buffer in self._buffers:
             self.device.free(buffer)
         self._buffers.clear()
         self._places.clear()
 
+    def close(self) -> None:
+        """Free the weights' memory for good."""
+        self.release()
+
+    def _new(self, parameters: Iterable[Parameter]) -> list[_Placing]:
+        """What has no place yet."""
+        new = {_key(p): p for p in parameters if _key(p) not in self._places}
+        return [_Placing(parameter, self._checked(parameter)) for parameter in new.values()]
+
     def _checked(self, parameter: Parameter) -> Weight:
+        """The parameter's weight, in the type that the graph reads."""
         weight = self._weights.get(parameter.name)
         if weight is None:
             raise CheckpointError(self._source, "missing", parameter.name)
@@ -80,40 +122,65 @@ class WeightStore:
             raise CheckpointError(self._source, reason, parameter.name)
         if weight.type != parameter.leaf.type and parameter.leaf.type != F32:
             raise CheckpointError(self._source, f"is {weight.type}, not {parameter.leaf.type}", parameter.name)
-        return weight
+        return cast(weight, parameter.leaf.type)
 
-    def _upload(self, new: Sequence[tuple[Parameter, Weight]]) -> None:
-        leaves = [parameter.leaf for parameter, _ in new]
-        sizes = [leaf.nbytes + (0 if self.device.target.managed else _row_padding(leaf)) for leaf in leaves]
-        offsets, size = lay_out(sizes, self.device.alignment)
-        buffer = self.device.allocate(size)
-        self._buffers.append(buffer)
-        contents = []
-        for (parameter, weight), offset, room in zip(new, offsets, sizes, strict=True):
-            contents.append(self._content(parameter, weight, offset))
-            padding = room - parameter.leaf.nbytes
-            if padding:
-                contents.append(Content(offset + parameter.leaf.nbytes, padding, partial(bytes, padding)))
-        total = sum(content.size for content in contents)
+    def _chunks(self, new: Iterable[_Placing]) -> list[_Chunk]:
+        """What goes into one buffer each, in order."""
+        chunks: list[_Chunk] = []
+        for placing in new:
+            leaf = placing.parameter.leaf
+            room = leaf.nbytes + (0 if self.device.target.managed else _row_padding(leaf))
+            if not chunks or aligned(chunks[-1].size, self.device.alignment) + room > self.device.max_size:
+                chunks.append(_Chunk())
+            chunks[-1].add(placing, room, self.device.alignment)
+        return chunks
+
+    def _upload(self, new: Sequence[_Placing]) -> None:
+        chunks = self._chunks(new)
+        buffers: list[Buffer] = []
+        total = sum(room for chunk in chunks for _, _, room in chunk.members)
         report = self._progress or (lambda *_: None)
-        report(0, total)
-        self.device.upload(buffer, contents, lambda done: report(done, total))
-        self._places |= {_key(parameter): (buffer, at) for (parameter, _), at in zip(new, offsets, strict=True)}
+        done = 0
 
-    def _content(self, parameter: Parameter, weight: Weight, offset: int) -> Content:
-        wanted, size = parameter.leaf.type, parameter.leaf.nbytes
+        def sent(before: int, now: int) -> None:
+            report(before + now, total)
 
-        def data() -> Bytes:
-            made = _bytes_of(weight, wanted)
-            if memoryview(made).nbytes != size:
-                reason = f"has {memoryview(made).nbytes} bytes, not {size}"
-                raise CheckpointError(self._source, reason, parameter.name)
-            return made
+        try:
+            for chunk in chunks:
+                buffers.append(self.device.allocate(chunk.size))  # noqa: PERF401 (what was allocated is freed below)
+            report(0, total)
+            for chunk, buffer in zip(chunks, buffers, strict=True):
+                contents = list(self._contents(chunk))
+                self.device.upload(buffer, contents, partial(sent, done))
+                done += sum(content.size for content in contents)
+        except BaseException:
+            for buffer in buffers:
+                self.device.free(buffer)
+            raise
+        self._buffers += buffers
+        for chunk, buffer in zip(chunks, buffers, strict=True):
+            self._places |= {_key(p.parameter): (buffer, at) for p, at, _ in chunk.members}
 
-        origin = weight.origin
-        if origin and wanted != weight.type:
-            origin = origin.made(wanted.name)
-        return Content(offset, size, data, origin)
+    def _contents(self, chunk: _Chunk) -> Iterator[Content]:
+        for (parameter, weight), offset, room in chunk.members:
+            size = parameter.leaf.nbytes
+            yield Content(offset, size, partial(self._pieces, parameter.name, weight, size), weight.origin)
+            if room > size:
+                yield Content(offset + size, room - size, View(memoryview(bytes(room - size))))
+
+    def _pieces(
+        self, name: str, weight: Weight, size: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[memoryview]:
+        """The weight's bytes, and an error if they are not as many as they must be."""
+        wanted = (size if stop is None else stop) - start
+        given = 0
+        for piece in weight.pieces(start, stop):
+            given += len(piece)
+            if given <= wanted:
+                yield piece
+        if given != wanted:
+            reason = f"has {start + given} bytes, not {size}"
+            raise CheckpointError(self._source, reason, name)
 
 
 class Executable:
@@ -132,22 +199,26 @@ class Executable:
     ) -> None:
         self.lowered = lowered
         self.device = device
-        self._own = None if isinstance(weights, WeightStore) else WeightStore(device, weights, progress)
-        store = weights if isinstance(weights, WeightStore) else self._own
+        self._shared = isinstance(weights, WeightStore)
+        self._store = weights if isinstance(weights, WeightStore) else WeightStore(device, weights, progress)
         self._buffers: list[Buffer] = []
         self._sent: dict[Tensor, np.ndarray] = {}
         try:
-            self._bind(store.places(lowered.weights))  # type: ignore[union-attr]
+            self._bind()
         except BaseException:
             self.close()
             raise
 
     def __call__(self, **inputs: Any) -> tuple[np.ndarray, ...]:
-        """Run the graph. Only inputs that changed since the last call are sent.
+        """Run the graph. Only inputs that changed since the last call are sent. Weights that the store gave up since
+        then are uploaded again.
 
         Raises :class:`UsageError` for inputs that the graph does not have or of another shape, and what the device
         raises.
         """
+        if self._bound_at != self._store.releases:
+            self._free()
+            self._bind()
         for leaf, data in self._feeds(inputs):
             sent = self._sent.pop(leaf, None)  # a write that fails leaves us not knowing what is there
             if sent is None or not np.array_equal(sent, data):
@@ -160,11 +231,9 @@ class Executable:
 
     def close(self) -> None:
         """Free the graph's memory, and the weights unless they come from a store."""
-        for buffer in self._buffers:
-            self.device.free(buffer)
-        self._buffers.clear()
-        if self._own is not None:
-            self._own.close()
+        self._free()
+        if not self._shared:
+            self._store.close()
 
     def __enter__(self) -> Executable:
         return self
@@ -172,16 +241,24 @@ class Executable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _bind(self, weights: Mapping[Tensor, Place]) -> None:
+    def _free(self) -> None:
+        for buffer in self._buffers:
+            self.device.free(buffer)
+        self._buffers.clear()
+        self._sent.clear()
+
+    def _bind(self) -> None:
         """Give every leaf, output and, on devices that don't do it themselves, node its place; compile."""
         lowered, device = self.lowered, self.device
+        weights = self._store.places(lowered.weights)
+        self._bound_at = self._store.releases
         ours = {leaf: None for entry in lowered.inputs for leaf in entry.leaves}
         ours |= {constant.leaf: None for constant in lowered.constants}
         ours |= {output.source: None for output in lowered.outputs if isinstance(output.source, Tensor)}
         offsets, size = lay_out((tensor.nbytes for tensor in ours), device.alignment)
         self._offsets = dict(zip(ours, offsets, strict=True))
         self._io = self._allocate(size)
-        places = {tensor: (self._io, offset) for tensor, offset in self._offsets.items()} | dict(weights)
+        places = {tensor: (self._io, offset) for tensor, offset in self._offsets.items()} | weights
         buffers = {buffer.key: buffer for buffer, _ in places.values()}
         graph = bind(lowered.graph, {tensor: (buffer.key, offset) for tensor, (buffer, offset) in places.items()})
         if not device.target.managed:
@@ -244,18 +321,3 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 def _raw(array: np.ndarray) -> memoryview:
     return _bytes(array).data
-
-
-def _bytes_of(weight: Weight, type: Type) -> Bytes:
-    """The weight's bytes as they are, or as F32."""
-    data = weight.data()
-    if weight.type == type:
-        return data
-    if weight.type.name == "BF16":
-        return _raw((np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32))
-    if weight.type.plain:
-        return _raw(np.frombuffer(data, NUMPY_DTYPES[weight.type.name]).astype(np.float32))
-    import gguf
-
-    blocks = np.frombuffer(data, np.uint8).reshape(*weight.shape[:-1], -1)
-    return _raw(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[weight.type.name]))

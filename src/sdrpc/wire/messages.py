@@ -7,6 +7,7 @@ and has no length of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
 from struct import Struct
@@ -103,13 +104,16 @@ class BufferClear(NamedTuple):
 
 
 class SetTensor(NamedTuple):
-    """``offset`` is in bytes from the tensor's start. ``data`` of a message that was received is what of it had to be
-    read to find the name's length (mostly nothing): see :class:`sdrpc.wire.framing.Received`."""
+    """``offset`` is in bytes from the tensor's start. ``data`` to send may be several buffers, which are not joined.
+
+    ``data`` of a message that was received is what of it had to be read to find the name's length (mostly nothing):
+    see :class:`sdrpc.wire.framing.Received`.
+    """
 
     tensor: Record
     cache_flag: CacheFlag
     offset: U64
-    data: Bulk
+    data: Annotated[Bytes | Sequence[Bytes], "bulk"]
 
 
 class SetTensorHash(NamedTuple):
@@ -312,7 +316,7 @@ def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
     values = list(message)
     if isinstance(message, SetTensor) and not dialect.set_tensor_has_cache_flag:
         del values[SetTensor._fields.index("cache_flag")]
-    bulk = [values.pop()] if shape.bulk else []
+    bulk = _buffers(values.pop()) if shape.bulk else []
     parts: list[bytes] = []
     for run in shape.runs:
         if isinstance(run, Struct):
@@ -327,6 +331,10 @@ def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
             parts.append(encode_records(records, name_length))
     head = b"".join(parts)
     return [head, *bulk] if head else bulk
+
+
+def _buffers(data: Bytes | Sequence[Bytes]) -> list[Bytes]:
+    return [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
 
 
 def _packed(numbers: Struct, cls: type, values: list[Any]) -> bytes:

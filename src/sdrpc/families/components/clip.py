@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoints.expressions import split, transpose
 from ...errors import InvalidValue
 from ...ggml.weight import Weight
-from ...prompts.chunks import Tokens
+from ...prompts import Tokens
 from .. import configs
 from ..base import F32, Component, Config, Encode, Found, Naming
 from ..keys import prefixed, same, table
@@ -32,7 +32,7 @@ def component(name: str, title: str, prefixes: tuple[str, ...], told_as: str, ac
     def configure(found: Found, told: Config) -> dict[str, Any]:
         return _configure(found, told, activation)
 
-    return Component(name, title, prefixes, _NAMINGS, configure, build, told_as, idle=_IDLE)
+    return Component(name, title, prefixes, _NAMINGS, configure, build, told_as, idle=_IDLE, sometimes=_SOMETIMES)
 
 
 def _configure(found: Found, told: Config, activation: str) -> dict[str, Any]:
@@ -128,6 +128,7 @@ _OPENCLIP = table(
         (r"ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
         (r"text_projection", "text_projection.weight", _transposed),
         (r"text_projection\.weight", "text_projection.weight"),
+        (r"logit_scale", "logit_scale"),
         *(
             (
                 rf"transformer\.resblocks\.(\d+)\.attn\.in_proj_{kind}",
@@ -152,7 +153,9 @@ _NAMINGS = (
     Naming("transformer.resblocks.0.ln_1.weight", _OPENCLIP),
 )
 
-_IDLE = ("text_model.embeddings.position_ids", "text_projection.", "text_model.encoder.layers.", "logit_scale")
+_IDLE = ("text_model.embeddings.position_ids", "logit_scale")
+_SOMETIMES = ("text_projection.", "text_model.encoder.layers.")
+"""clip_skip leaves layers out; only some families project the text."""
 
 
 CLIP_L = component(

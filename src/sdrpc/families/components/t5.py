@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...ggml.weight import Weight
-from ...prompts.chunks import Tokens, apply_weights
+from ...prompts import Tokens, apply_weights
 from .. import configs
 from ..base import F32, Component, Config, Encode, Found, Naming, Weights
 from ..keys import table
