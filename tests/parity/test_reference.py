@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.support.process import ServerProcess
+from tests.support.references.draw import psnr
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(1800)]
 
@@ -106,9 +107,3 @@ def test_the_same_picture(
         found = psnr(np.asarray(ours), np.asarray(theirs))
     print(f"{reference.name}, {precision}: {found:.1f} dB")
     assert found >= getattr(reference, precision)
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal to noise ratio of pixels of 0 … 255, in dB."""
-    error = float(np.square(one.astype(float) - other.astype(float)).mean())
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -195,15 +195,19 @@ def test_the_libraries_open_their_directories(family: str, folder: str, source: 
     assert index[folder][1] == source.__name__
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev"])
 def test_whole_directories_open(family: str, tmp_path: Path) -> None:
     made = make(family, tmp_path, form="diffusers")
     opened = FAMILIES[family].pipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     mine = made.pipeline()
     prompt = "A lovely cat, 3 of them!"
-    assert opened.tokenizer(prompt).input_ids == mine.tokenizer(prompt).input_ids
+    for name in ("tokenizer", "tokenizer_2"):
+        if hasattr(mine, name):
+            both = [getattr(one, name)(prompt, padding="max_length", max_length=20) for one in (opened, mine)]
+            assert both[0].input_ids == both[1].input_ids
     assert type(opened.scheduler) is type(mine.scheduler)
-    assert opened.scheduler.config.prediction_type == mine.scheduler.config.prediction_type
+    for name, value in mine.scheduler.config.items():
+        assert name.startswith("_") or opened.scheduler.config[name] == value, name
 
 
 BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]

@@ -15,10 +15,13 @@ from . import names
 from .families import FAMILIES, Component, Family, tensor_name
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
-from .numbers import Stored, decoded, encoded, random_weight, stored_type
-from .tokenizers import clip_tokenizer
+from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
+from .tokenizers import clip_tokenizer, t5_tokenizer
 
 SEED = 0
+
+_NEVER_IN_BLOCKS = "attn_rel_b.weight"
+"""What llama.cpp's converters leave in F16: T5's distances."""
 
 
 def _as_it_is(_shape: Shape) -> Shape | None:
@@ -69,7 +72,8 @@ class Filed:
         for entry in self.naming(shapes):
             shape = entry.shape(shapes)
             shape = self.reshaped(shape) or shape
-            yield entry, shape, stored_type(self.type, shape)
+            in_blocks = not entry.name.endswith(_NEVER_IN_BLOCKS)
+            yield entry, shape, stored_type(self.type if in_blocks or self.type in PLAIN else "F16", shape)
 
     def _stored(self, entry: Entry, shape: Shape, kind: str, shapes: Mapping[str, Shape]) -> Stored:
         name = self.component.name
@@ -96,13 +100,10 @@ class Made:
         filed = next(filed for filed in self.filed if filed.component.name == name)
         return _module(filed)
 
-    def pipeline(self, t5_tokenizer: Any = None) -> Any:
-        """Diffusers' pipeline with the numbers that the files hold, float32.
-
-        FLUX.1 needs ``t5_tokenizer``, transformers' tokenizer of T5 (or one with as many words).
-        """
+    def pipeline(self) -> Any:
+        """Diffusers' pipeline with the numbers that the files hold, float32."""
         modules = {filed.component.folder: _module(filed) for filed in self.filed}
-        return self.family.pipeline(**modules, **_tokenizers(self.family, t5_tokenizer), **_rest(self.family))
+        return self.family.pipeline(**modules, **_tokenizers(self.family), **_rest(self.family))
 
 
 def _module(filed: Filed) -> Any:
@@ -117,11 +118,9 @@ def _module(filed: Filed) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _tokenizers(family: Family, t5_tokenizer: Any) -> dict[str, Any]:
+def _tokenizers(family: Family) -> dict[str, Any]:
     if family.name.startswith("flux1"):
-        if t5_tokenizer is None:
-            raise ValueError("FLUX.1's pipeline needs t5_tokenizer")
-        return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer}
+        return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     return {"tokenizer": clip_tokenizer("!" if family.name.startswith("sd2") else "<|endoftext|>")}
@@ -145,13 +144,14 @@ def make(
     size: str = "tiny",
     seed: int = SEED,
     types: Mapping[str, str] | None = None,
-    t5_tokenizer: Any = None,
+    sizes: Mapping[str, str] | None = None,
 ) -> Made:
     """Write a checkpoint of ``family`` into ``folder`` (made if missing).
 
-    ``type`` is the number format of its matrices; ``types`` overrides it for components by name. In safetensors files
-    it is one of F32, F16, BF16, F8_E4M3, F8_E5M2; in GGUF files not F8, but any that the gguf library can write, and
-    Q2_K … Q6_K, IQ4_NL and IQ4_XS. Raises :class:`ValueError` for what does not exist.
+    ``type`` is the number format of its matrices; ``types`` overrides it for components by name, as ``sizes`` does with
+    ``size`` (widths that components share have to be the same in both). In safetensors files the format is one of F32,
+    F16, BF16, F8_E4M3, F8_E5M2; in GGUF files not F8, but any that the gguf library can write, and Q2_K … Q6_K, IQ4_NL
+    and IQ4_XS. Raises :class:`ValueError` for what does not exist.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family}: there are {', '.join(FAMILIES)}")
@@ -159,10 +159,16 @@ def make(
         raise ValueError(f"form {form}: there are {', '.join(FORMS)}")
     chosen = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    given = types or {}
-    components = {c: given.get(c.name, type) for c in chosen.of_size(size)}
-    files, filed = FORMS[form](chosen, folder, components, seed, t5_tokenizer)
+    components = {c: (types or {}).get(c.name, type) for c in _components(chosen, size, sizes or {})}
+    files, filed = FORMS[form](chosen, folder, components, seed)
     return Made(chosen, size, form, type, files, filed)
+
+
+def _components(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
+    return [
+        next(other for other in family.of_size(sizes.get(usual.name, size)) if other.name == usual.name)
+        for usual in family.of_size(size)
+    ]
 
 
 Written = tuple[dict[str, Path], tuple[Filed, ...]]
@@ -192,21 +198,21 @@ def _alone(components: Components, seed: int) -> tuple[Filed, ...]:
     return tuple(Filed(c, c.alone, kind, seed) for c, kind in components.items())
 
 
-def _write_single(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_single(family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _whole(components, seed)
     path = folder / f"{family.name}.safetensors"
     write_safetensors(path, [*_planned(filed), *_extras(family)])
     return {"model": path}, filed
 
 
-def _write_gguf(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_gguf(family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _whole(components, seed)
     path = folder / f"{family.name}.gguf"
     write_gguf(path, _planned(filed), architecture=None)
     return {"model": path}, filed
 
 
-def _write_parts(_family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_parts(_family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _alone(components, seed)
     files = {one.component.name: folder / f"{one.component.name}.safetensors" for one in filed}
     for one in filed:
@@ -214,7 +220,7 @@ def _write_parts(_family: Family, folder: Path, components: Components, seed: in
     return files, filed
 
 
-def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int, _tokenizer: Any) -> Written:
+def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int) -> Written:
     """Kernels of UNets are stored in rows of 256. CLIP and the VAE are F16: nobody shares them in blocks."""
     if family.architecture is None:
         raise ValueError(f"form gguf-parts: ComfyUI's converter does not know {family.name}")
@@ -252,9 +258,7 @@ def _t5_numbers(component: Component) -> dict[str, int]:
     }
 
 
-def _write_directory(
-    family: Family, folder: Path, components: Components, seed: int, t5_tokenizer: Any, shards: int = 1
-) -> Written:
+def _write_directory(family: Family, folder: Path, components: Components, seed: int, shards: int = 1) -> Written:
     filed = tuple(Filed(c, _directory_names(c), kind, seed) for c, kind in components.items())
     index: dict[str, Any] = {"_class_name": family.pipeline.__name__, "_diffusers_version": "0.35.0"}
     for one in filed:
@@ -274,10 +278,9 @@ def _write_directory(
     scheduler = family.scheduler()
     scheduler.save_config(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if t5_tokenizer is not None or not family.name.startswith("flux1"):
-        for name, tokenizer in _tokenizers(family, t5_tokenizer).items():
-            tokenizer.save_pretrained(folder / name)
-            index[name] = ["transformers", type(tokenizer).__name__]
+    for name, tokenizer in _tokenizers(family).items():
+        tokenizer.save_pretrained(folder / name)
+        index[name] = ["transformers", type(tokenizer).__name__]
     write_json(folder / "model_index.json", index)
     return {"model": folder}, filed
 
@@ -291,7 +294,7 @@ def _planned(filed: Sequence[Filed]) -> list[Planned]:
     return [tensor for one in filed for tensor in one.planned()]
 
 
-FORMS: dict[str, Callable[[Family, Path, Components, int, Any], Written]] = {
+FORMS: dict[str, Callable[[Family, Path, Components, int], Written]] = {
     "safetensors": _write_single,
     "gguf": _write_gguf,
     "parts": _write_parts,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTokenizer
+import numpy as np
+from transformers import CLIPTokenizer, T5Tokenizer
 
 WORDS = 49408
+T5_VOCABULARY = Path(__file__).parents[2] / "src" / "sdrpc" / "prompts" / "data" / "t5.tar.xz"
 
 
 def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
@@ -23,6 +26,15 @@ def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=77)
+
+
+def t5_tokenizer() -> Any:
+    """T5's, from the vocabulary that sdrpc ships (its README says what the files are)."""
+    with tarfile.open(T5_VOCABULARY, "r:xz") as archive:
+        names = ("pieces.txt", "scores.f32", "charsmap.bin")
+        pieces, scores, charsmap = (file.read() for name in names if (file := archive.extractfile(name)) is not None)
+    vocabulary: Any = list(zip(pieces.decode().split("\n"), np.frombuffer(scores, "<f4").tolist(), strict=True))
+    return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, model_max_length=512)
 
 
 def _byte_letters() -> list[str]:

@@ -1,0 +1,90 @@
+"""The pictures of SDXL and FLUX.1 that stable-diffusion.cpp drew, and the checkpoints that it drew them from.
+
+The checkpoints are tools/checkpoints' with random weights, made once into ``$SDRPC_DEV_CACHE``: SDXL at its full size
+(7 GB), FLUX.1 at its full widths with 2 double and 4 single blocks (3 GB; stable-diffusion.cpp counts blocks), with the
+whole of T5 in 4-bit blocks (3 GB; its number of layers is fixed there).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.checkpoints import make
+
+ROOT = Path(__file__).parent.parent.parent
+PICTURES = ROOT / "tests" / "data" / "reference"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint: what tools/checkpoints is asked for."""
+
+    name: str
+    family: str
+    options: dict[str, Any]
+
+    def files(self) -> dict[str, Path]:
+        """Its files by component, made when they are not there yet."""
+        folder = Path(os.environ["SDRPC_DEV_CACHE"]) / f"parity-{self.name}"
+        if not folder.is_dir():
+            part = folder.with_suffix(".part")
+            make(self.family, part, **self.options)
+            part.rename(folder)
+        return {path.stem: path for path in sorted(folder.iterdir())}
+
+
+# Parts, since stable-diffusion.cpp does not transpose OpenCLIP's projection when it finds it in a whole file.
+SDXL = Model("sdxl", "sdxl", {"size": "full", "form": "parts", "type": "F16"})
+_REDUCED = {
+    "size": "reduced",
+    "sizes": {"t5xxl": "full"},
+    "form": "gguf-parts",
+    "type": "F16",
+    "types": {"t5xxl": "Q4_0"},
+}
+FLUX1_SCHNELL = Model("flux1-schnell", "flux1-schnell", _REDUCED)
+FLUX1_DEV = Model("flux1-dev", "flux1-dev", _REDUCED)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture: its name, the model, and the options of sd-cli beside the files (256 × 256, on a CPU, --rng cuda)."""
+
+    name: str
+    model: Model
+    prompt: str
+    steps: int
+    cfg: float
+    negative: str = ""
+    seed: int = 42
+    sampler: str = "euler"
+    scheduler: str = "discrete"
+    further: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def picture(self) -> Path:
+        return PICTURES / f"{self.name}.png"
+
+    def arguments(self) -> list[str]:
+        """sd-cli's, without files and devices."""
+        named: dict[str, Any] = {
+            "-p": self.prompt, "-n": self.negative, "-W": 256, "-H": 256, "-s": self.seed, "--steps": self.steps,
+            "--cfg-scale": self.cfg, "--sampling-method": self.sampler, "--scheduler": self.scheduler,
+            **{f"--{name.replace('_', '-')}": value for name, value in self.further.items()},
+        }  # fmt: skip
+        return [str(word) for pair in named.items() for word in pair]
+
+
+CAT = "a lovely cat"
+REFERENCES = (
+    Reference("sdxl-euler", SDXL, CAT, steps=3, cfg=5.0),
+    Reference(
+        "sdxl-dpmpp2m-karras-clipskip1", SDXL, "a (lovely:1.3) cat", negative="blurry", steps=3, cfg=4.0, seed=7,
+        sampler="dpm++2m", scheduler="karras", further={"clip_skip": 1},
+    ),
+    Reference("flux1-schnell-euler", FLUX1_SCHNELL, CAT, steps=4, cfg=1.0),
+    Reference("flux1-dev-euler", FLUX1_DEV, CAT, steps=3, cfg=1.0, seed=7, further={"guidance": 3.5}),
+)  # fmt: skip
