@@ -148,7 +148,7 @@ BAD = [
     (("--vae", "{checkpoint}"), 2, r"no diffusion model: give a whole model with -m"),
     (("-m", "absent.safetensors"), 1, r"absent\.safetensors: No such file"),
     (("-m", "{checkpoint}", "--backend", "RPC0"), 2, r"'RPC0' does not exist"),
-    (("-m", "{checkpoint}", "--sampling-method", "lms"), 2, r"lms: not supported yet"),
+    (("-m", "{checkpoint}", "--sampling-method", "fastest"), 2, r"fastest: does not exist"),
     (("-m", "{checkpoint}", "--scheduler", "sideways"), 2, r"sideways: does not exist"),
     (("-m", "{checkpoint}", "--rng", "dice"), 2, r"dice"),
     (("-m", "{checkpoint}", "--steps", "0"), 2, r"--steps 0"),

@@ -28,9 +28,8 @@ def clip_reference() -> CLIPTokenizer:
 @cache
 def t5_reference() -> T5Tokenizer:
     """transformers' tokenizer, made from the same pieces."""
-    state = json.loads(t5_tokenizer().to_str())
-    charsmap = module._t5_members()[2]
-    return T5Tokenizer(vocab=[tuple(piece) for piece in state["model"]["vocab"]], _spm_precompiled_charsmap=charsmap)
+    vocabulary, charsmap = module.t5_vocabulary()
+    return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap)
 
 
 def clip_ids(text: str) -> tuple[list[int], list[int]]:
@@ -64,6 +63,14 @@ def test_tokens_of_any_text_are_those_of_transformers(
 ) -> None:
     ours, theirs = ids(text)
     assert ours == theirs
+
+
+def test_t5s_tokens_are_those_of_sentencepiece() -> None:
+    """See tools/t5_reference.py."""
+    rows = json.loads((Path(__file__).parent.parent / "data" / "t5_tokens.json").read_text(encoding="utf-8"))
+    assert len(rows) > 100
+    for text, ids in rows:
+        assert t5_tokenizer().encode(text, add_special_tokens=False).ids == ids, text
 
 
 def test_known_tokens() -> None:
@@ -101,18 +108,13 @@ def test_a_directory_with_vocabulary_and_merges(tmp_path: Path) -> None:
 
 def test_a_tokenizer_json_counts_first_and_neither_cuts_nor_pads(tmp_path: Path) -> None:
     saved(tmp_path)
-    tokenizer = module._t5(*_t5_parts())
+    tokenizer = module._t5(*module.t5_vocabulary())
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=99)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         made = tokenizer_from(path)
         assert made.encode(TEXT).ids == t5_tokenizer().encode(TEXT).ids
-
-
-def _t5_parts() -> tuple[list[tuple[str, float]], bytes]:
-    pieces, scores, charsmap = module._t5_members()
-    return module._pieces(pieces, scores), charsmap
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,16 @@ def clip_tokenizer() -> Tokenizer:
 @cache
 def t5_tokenizer() -> Tokenizer:
     """T5's tokenizer: a unigram language model of 32100 pieces (sentencepiece). It adds no end token of its own."""
-    pieces, scores, charsmap = _t5_members()
-    return _t5(_pieces(pieces, scores), charsmap)
+    return _t5(*t5_vocabulary())
+
+
+def t5_vocabulary() -> tuple[list[tuple[str, float]], bytes]:
+    """T5's pieces with their scores, and sentencepiece's compiled map of characters; data/README.md says more."""
+    with tarfile.open(_T5_DATA, "r:xz") as archive:
+        files = [archive.extractfile(name) for name in ("pieces.txt", "scores.f32", "charsmap.bin")]
+        pieces, scores, charsmap = (file.read() for file in files if file is not None)
+    numbers: list[float] = np.frombuffer(scores, "<f4").tolist()
+    return list(zip(pieces.decode("utf-8").split("\n"), numbers, strict=True)), charsmap
 
 
 def tokenizer_from(path: Path) -> Tokenizer:
@@ -156,17 +164,6 @@ def _t5(vocabulary: Sequence[tuple[str, float]], charsmap: bytes) -> Tokenizer:
         [AddedToken(token, normalized=False, special=True) for token in (T5_PAD, T5_END, T5_UNKNOWN, *sentinels)]
     )
     return tokenizer
-
-
-def _t5_members() -> tuple[bytes, ...]:
-    """T5's pieces, their scores, and the map of characters; data/README.md says what each is."""
-    with tarfile.open(_T5_DATA, "r:xz") as archive:
-        files = [archive.extractfile(name) for name in ("pieces.txt", "scores.f32", "charsmap.bin")]
-        return tuple(file.read() for file in files if file is not None)
-
-
-def _pieces(pieces: bytes, scores: bytes) -> list[tuple[str, float]]:
-    return list(zip(pieces.decode("utf-8").split("\n"), np.frombuffer(scores, "<f4").tolist(), strict=True))
 
 
 def _merges() -> list[tuple[str, str]]:
