@@ -12,7 +12,8 @@ import gzip
 import importlib.util
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
-from ..errors import CheckpointError, SdrpcError
+from ..errors import CheckpointError, InvalidValue, SdrpcError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49406, 49407
@@ -85,15 +86,31 @@ def tokenizer_from(path: Path) -> Tokenizer:
     raise CheckpointError(path, "no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt")
 
 
+def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The text's tokens, without any that begin or end it. Raises :class:`InvalidValue` where the tokenizer fails."""
+    with _failures(lambda error: InvalidValue("prompt", text, f"the model's tokenizer fails: {error}")):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+@contextmanager
+def _failures(refusal: Callable[[BaseException], SdrpcError]) -> Iterator[None]:
+    """Whatever the tokenizers library raises, as an error of ours: plain exceptions, and panics of its Rust code."""
+    try:
+        yield
+    except SdrpcError:
+        raise
+    except BaseException as error:  # pyo3's PanicException is no Exception, and can't be imported
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise refusal(error) from error
+        raise
+
+
 def _read(path: Path, build: Callable[[str], Tokenizer]) -> Tokenizer:
     """What ``build`` makes of a file's text; whatever is wrong with that text is the file's fault."""
     text = _text(path)
-    try:
+    with _failures(lambda error: CheckpointError(path, f"no tokenizer that can be read: {error}")):
         return build(text)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain exceptions
-        raise CheckpointError(path, f"no tokenizer that can be read: {error}") from error
 
 
 def _text(path: Path) -> str:
