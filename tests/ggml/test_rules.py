@@ -14,8 +14,10 @@ from sdrpc.errors import GraphError, UnsupportedOperation
 from sdrpc.ggml import params as p
 from sdrpc.ggml.build import leaf, permute
 from sdrpc.ggml.dialect import dialects
-from sdrpc.ggml.params import NO_PARAMS, PARAMS
-from sdrpc.ggml.rules import GLU_OPS, RULES, UNARY_OPS, infer, injective
+from sdrpc.ggml.ops import OPS, infer, params_of
+from sdrpc.ggml.params import NO_PARAMS
+from sdrpc.ggml.rules.base import injective
+from sdrpc.ggml.rules.elementwise import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor, contiguous_strides, dims
 from sdrpc.ggml.types import BF16, F16, F32, I32, I64, TYPES
 from sdrpc.targets import PORTABLE, SDRPC
@@ -407,31 +409,31 @@ def test_every_case_fits_its_rule(name: str) -> None:
 def test_every_rule_has_a_case_that_must_not_match() -> None:
     free = {"DUP", "FILL", "SQR", "SQRT", "LOG", "SIN", "COS", "SUM", "SUM_ROWS", "MEAN", "CUMSUM", "UNARY"}
     same_rule = {"SUB", "MUL", "DIV", "LEAKY_RELU", "RMS_NORM", "L2_NORM", "DIAG_MASK_ZERO"}
-    assert {op for op, *_ in BAD} | free | same_rule | {"TRANSPOSE"} == set(RULES)
+    assert {op for op, *_ in BAD} | free | same_rule | {"TRANSPOSE"} == set(OPS)
 
 
-@pytest.mark.parametrize("op", sorted(RULES))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_every_rule_counts_its_sources(op: str) -> None:
-    params = PARAMS.get(op, p.NoParams)
+    params = params_of(op)
     some = {int: 1, float: 1.0, str: "GELU"}
     call = params(*(some[hint] for hint in get_type_hints(params).values()))
-    too_many = (t(4),) * (RULES[op].most + 1)
-    too_few = (None, *too_many[2 : RULES[op].least + 1])
-    for src in (too_many, too_few) if RULES[op].least else (too_many,):
+    too_many = (t(4),) * (OPS[op].most + 1)
+    too_few = (None, *too_many[2 : OPS[op].least + 1])
+    for src in (too_many, too_few) if OPS[op].least else (too_many,):
         with pytest.raises(GraphError, match="number of sources"):
             infer(op, call, src)
 
 
 def test_names_exist_in_the_newest_dialect() -> None:
     newest = list(dialects().values())[-1]
-    assert set(RULES) - set(newest.ops) == {"QUANTIZE_I8_CONVROT"}
+    assert set(OPS) - set(newest.ops) == {"QUANTIZE_I8_CONVROT"}
     assert "QUANTIZE_I8_CONVROT" in dialects()["5.0.1"].ops
     assert set(newest.unary_ops) == UNARY_OPS
     assert set(newest.glu_ops) == GLU_OPS
 
 
 def test_targets_use_operations_that_exist() -> None:
-    assert SDRPC.ops == set(RULES)
+    assert SDRPC.ops == set(OPS)
     assert SDRPC.ops > PORTABLE.ops
     oldest = next(iter(dialects().values()))
     assert set(oldest.ops) >= PORTABLE.ops
@@ -488,10 +490,10 @@ FIELDS = {int: WORDS, float: FLOATS, str: st.sampled_from(sorted(UNARY_OPS | GLU
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[str, Any, tuple[Tensor | None, ...]]:
-    op = draw(st.sampled_from(sorted(RULES)))
-    cls = PARAMS.get(op, p.NoParams)
+    op = draw(st.sampled_from(sorted(OPS)))
+    cls = params_of(op)
     values = [draw(FIELDS[hint]) for hint in get_type_hints(cls).values()]
-    sources = draw(st.lists(SHAPES | st.none(), min_size=RULES[op].least, max_size=RULES[op].most))
+    sources = draw(st.lists(SHAPES | st.none(), min_size=OPS[op].least, max_size=OPS[op].most))
     return op, cls(*values), tuple(sources)
 
 

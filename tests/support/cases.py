@@ -11,7 +11,7 @@ import numpy as np
 
 from sdrpc.ggml import params as p
 from sdrpc.ggml.build import cast, cont, cpy, inplace, mul_mat, node, permute, reshape, transpose, view
-from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
+from sdrpc.ggml.rules.elementwise import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import BF16, F16, I32, TYPES
 from tests.support import cases_attention, cases_integers, cases_recurrent

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
+from sdrpc.ggml.ops import ALIASES
+from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import NUMPY_DTYPES
 from tests.support import reference_attention, reference_integers, reference_recurrent
 

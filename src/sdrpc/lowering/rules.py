@@ -33,7 +33,7 @@ from ..ggml.params import (
     SoftMax,
     Upscale,
 )
-from ..ggml.rules import MEAN_POOL, NEAREST
+from ..ggml.rules.images import MEAN_POOL, NEAREST
 from ..ggml.types import F32
 from .emitter import Emitter, Kind, Shape, Value, dims_of
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.params import FlashAttn, Rope, SoftMax
 from sdrpc.ggml.rules.attention import ROPE_IMROPE, ROPE_MROPE, ROPE_NORMAL, ROPE_VISION
 
+from ..operations import Attention, EngineOp
 from ..values import Value
-from .base import Raise, repeat_to
+from .base import Autocast, Kernel, kernel, repeat_to
 
 SCORES = 1 << 24
 """Scores of queries and keys that are held at once, where it takes any: a long context has billions."""
@@ -24,9 +24,9 @@ RAMP = 0.001
 """The narrowest band, in pairs, over which YaRN blends (rope_yarn_ramp)."""
 
 
-def _rope(v: Value, x: Tensor, positions: Tensor, factors: Tensor | None = None) -> Tensor:
+def rope(v: Value[Rope], x: Tensor, positions: Tensor, factors: Tensor | None = None) -> Tensor:
     """Pairs of each row turned by angles that are their token's position times falling frequencies."""
-    p: Any = v.params
+    p = v.params
     pairs = p.n_dims if p.mode == ROPE_VISION else p.n_dims // 2
     cos, sin = _turns(p, pairs, positions.reshape(-1), factors)
     end = p.n_offset + 2 * pairs
@@ -39,7 +39,7 @@ def _rope(v: Value, x: Tensor, positions: Tensor, factors: Tensor | None = None)
     return rotated if rotated.shape == x.shape else torch.cat((x[..., : p.n_offset], rotated, x[..., end:]), -1)
 
 
-def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+def _turns(p: Rope, pairs: int, positions: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles of all pairs, times their magnitude: [tokens, 1, pairs]."""
     numbers = torch.arange(pairs, device=positions.device)
     powers, at = numbers, positions[:, None]
@@ -62,7 +62,7 @@ def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tup
     return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
 
 
-def _sections(p: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def _sections(p: Rope, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """The power of the frequency of each pair, and which of its token's four positions it takes."""
     first, second, third = p.section0, p.section1, p.section2
     sector = numbers % (first + second + third + p.section3)
@@ -82,7 +82,7 @@ def _sections(p: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return powers, which
 
 
-def _extrapolated(p: Any, numbers: Tensor) -> Tensor:
+def _extrapolated(p: Rope, numbers: Tensor) -> Tensor:
     """How much of each pair's angle YaRN takes unscaled: all of the fast ones, nothing of the slow ones."""
 
     def pair(turns: float) -> float:
@@ -119,8 +119,8 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
 
 
-def _soft_max(v: Value, x: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
-    p: Any = v.params
+def _soft_max(v: Value[SoftMax], x: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+    p = v.params
     scores = x * p.scale if p.scale != 1 else x
     return _weights(scores if mask is None else scores + _bias(x.shape, mask, p.max_bias), sinks)
 
@@ -131,7 +131,7 @@ def _spread(x: Tensor, heads: int) -> Tensor:
 
 
 def _attend(
-    p: Any,
+    p: Attention | FlashAttn,
     q: Tensor,
     k: Tensor,
     value: Tensor,
@@ -198,12 +198,12 @@ def _mixed_in_halves(scores: Tensor, value: Tensor, sinks: Tensor | None) -> Ten
     return torch.where(hidden[..., -1:], 0, total / size)
 
 
-def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _attention(v: Value[Attention], q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     return _attend(v.params, q, k, value, mask)
 
 
 def _flash_attn(
-    v: Value,
+    v: Value[FlashAttn],
     q: Tensor,
     k: Tensor,
     value: Tensor,
@@ -212,11 +212,25 @@ def _flash_attn(
     mix: Mix | None = None,
 ) -> Tensor:
     """As :func:`_attend`, with the heads of a query together: [n, queries, heads, head]."""
-    p: Any = v.params
+    p = v.params
     return _attend(p, q, k, value, mask, sinks, p.logit_softcap, mix).transpose(1, 2)
 
 
-RAISE: dict[str, Raise] = {
-    "ROPE": _rope, "SOFT_MAX": _soft_max, "ATTENTION": _attention, "FLASH_ATTN_EXT": _flash_attn,
-    "FLASH_ATTN_HALVES": partial(_flash_attn, mix=_mixed_in_halves),
-}  # fmt: skip
+def _flash_attn_f16_sums(
+    v: Value[FlashAttn],
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _flash_attn(v, q, k, value, mask, sinks, _mixed_in_halves)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    kernel("ROPE", Rope, rope),
+    kernel("SOFT_MAX", SoftMax, _soft_max, Autocast.FOLLOWS),
+    kernel(EngineOp.ATTENTION, Attention, _attention, Autocast.NARROW),
+    kernel("FLASH_ATTN_EXT", FlashAttn, _flash_attn, Autocast.NARROW, rounds=(1, 0)),
+    kernel(EngineOp.FLASH_ATTN_F16_SUMS, FlashAttn, _flash_attn_f16_sums),
+)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from math import prod
 
+from ..params import MulMat, NoParams, Rotation
 from ..tensor import Dims
 from ..types import F32, I8
-from .base import FLOATS, READABLE, Call, Result, Rule, declared, need, support, typed
+from .base import FLOATS, READABLE, Call, Op, Result, declared, need, op, support, typed
 
 MATRICES = 1 << 12
 """Matrices of which rows pick theirs. They are used one by one: models have hundreds, and millions would take hours."""
@@ -27,7 +28,7 @@ def _quantized(k: int, rows: int) -> Dims:
     return k, -(-(bytes_of_rows(k, rows) + 4 * rows) // k), 1, 1
 
 
-def _quantize_i8_convrot(call: Call) -> Result:
+def _quantize_i8_convrot(call: Call[Rotation]) -> Result:
     (x,), group = call.src, call.params.group
     typed(x, _F32)
     _rotates(x.ne[0], group)
@@ -39,7 +40,7 @@ def _rotates(k: int, group: int) -> None:
     need(not k % group, "can't rotate rows of {} by {}", k, group)
 
 
-def _mul_mat(call: Call) -> Result:
+def _mul_mat(call: Call[MulMat]) -> Result:
     a, b, scales, bias = call.src
     if a.type == I8 and scales is not None:
         return _mul_mat_i8(call)
@@ -51,7 +52,7 @@ def _mul_mat(call: Call) -> Result:
     return Result(F32, (x[1], y[1], y[2], y[3]))
 
 
-def _mul_mat_i8(call: Call) -> Result:
+def _mul_mat_i8(call: Call[MulMat]) -> Result:
     """A matrix [k, n], a scale and perhaps a bias for each of its rows, and rows of k numbers: in F32, or those that
     QUANTIZE_I8_CONVROT made of them. How many it made is known from the result alone."""
     a, b, scales, bias = call.src
@@ -72,7 +73,7 @@ def _mul_mat_i8(call: Call) -> Result:
     return Result(F32, (n, *ne[1:]))
 
 
-def _mul_mat_id(call: Call) -> Result:
+def _mul_mat_id(call: Call[MulMat]) -> Result:
     """Matrices [k, m, experts] and rows [k, 1 or used, tokens], by the numbers [used, tokens] of those to use."""
     a, b, ids = call.src
     typed(a, READABLE)
@@ -87,7 +88,7 @@ def _mul_mat_id(call: Call) -> Result:
     return Result(F32, (x[1], n[0], y[2], 1))
 
 
-def _add_id(call: Call) -> Result:
+def _add_id(call: Call[NoParams]) -> Result:
     a, b, ids = call.src
     typed(a, FLOATS)
     typed(b, FLOATS)
@@ -99,7 +100,7 @@ def _add_id(call: Call) -> Result:
     return Result(a.type, a.ne)
 
 
-def _out_prod(call: Call) -> Result:
+def _out_prod(call: Call[NoParams]) -> Result:
     a, b = call.src
     typed(a, READABLE)
     typed(b, FLOATS)
@@ -108,7 +109,10 @@ def _out_prod(call: Call) -> Result:
     return Result(F32, (x[0], y[0], y[2], y[3]))
 
 
-RULES: dict[str, Rule] = {
-    "MUL_MAT": Rule(2, 4, _mul_mat), "MUL_MAT_ID": Rule(3, 3, _mul_mat_id), "ADD_ID": Rule(3, 3, _add_id),
-    "OUT_PROD": Rule(2, 2, _out_prod), "QUANTIZE_I8_CONVROT": Rule(1, 1, _quantize_i8_convrot),
-}  # fmt: skip
+OPS: tuple[Op, ...] = (
+    op("MUL_MAT", MulMat, _mul_mat, 2, 4, portable=True),
+    op("MUL_MAT_ID", MulMat, _mul_mat_id, 3),
+    op("ADD_ID", NoParams, _add_id, 3),
+    op("OUT_PROD", NoParams, _out_prod, 2),
+    op("QUANTIZE_I8_CONVROT", Rotation, _quantize_i8_convrot, 1),
+)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import shape_of
-from ..values import Value
-from . import attention
-from .base import Raise, operand, within
+from sdrpc.ggml.params import Eps, Im2Col, NoParams, Pool2D, Rope, SoftMax
+
+from ...dtypes import shape_of
+from ...values import Value
+from .. import attention
+from ..base import Kernel, kernel, operand, within
 
 
 def _silu_back(_v: Value, gradient: Tensor, x: Tensor) -> Tensor:
@@ -20,22 +20,22 @@ def _silu_back(_v: Value, gradient: Tensor, x: Tensor) -> Tensor:
     return gradient * s * (1 + x * (1 - s))
 
 
-def _rms_norm_back(v: Value, gradient: Tensor, x: Tensor) -> Tensor:
+def _rms_norm_back(v: Value[Eps], gradient: Tensor, x: Tensor) -> Tensor:
     """(dz - x · mean(x dz) / (mean(x²) + eps)) / √(mean(x²) + eps)"""
-    p: Any = v.params
+    p = v.params
     mean: Tensor = x.square().mean(-1, keepdim=True) + p.eps
     return (gradient - x * ((x * gradient).mean(-1, keepdim=True) / mean)) * mean.rsqrt()
 
 
-def _soft_max_back(v: Value, gradient: Tensor, y: Tensor) -> Tensor:
+def _soft_max_back(v: Value[SoftMax], gradient: Tensor, y: Tensor) -> Tensor:
     """y · (dy - Σ y dy) · scale"""
-    p: Any = v.params
-    return (gradient - (y * gradient).sum(-1, keepdim=True)) * y * float(p.scale)
+    p = v.params
+    return (gradient - (y * gradient).sum(-1, keepdim=True)) * y * p.scale
 
 
-def _rope_back(v: Value, x: Tensor, positions: Tensor, *factors: Tensor) -> Tensor:
+def _rope_back(v: Value[Rope], x: Tensor, positions: Tensor, *factors: Tensor) -> Tensor:
     """The rotation backwards."""
-    return attention.RAISE["ROPE"](v, x, -positions, *factors)
+    return attention.rope(v, x, -positions, *factors)
 
 
 def _repeat_back(v: Value, x: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ def _sgd(_v: Value, weight: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
     return weight * (1 - rate * decay) - rate * gradient
 
 
-def _im2col_back(v: Value, columns: Tensor, _kernel: Tensor) -> Tensor:
+def _im2col_back(v: Value[Im2Col], columns: Tensor, _kernel: Tensor) -> Tensor:
     """Columns added where they were taken: [n, height, width, taps] → [n, channels, …]."""
-    p: Any = v.params
+    p = v.params
     k0, k1 = operand(v, 1).ne[:2]
     n3, n2, n1, n0 = shape_of(v.ne)
     if p.is_2d:
@@ -81,9 +81,9 @@ def _im2col_back(v: Value, columns: Tensor, _kernel: Tensor) -> Tensor:
     return F.fold(flat, (1, n0), (1, k0), (1, p.d0), (0, p.p0), (1, p.s0)).reshape(shape_of(v.ne))
 
 
-def _pool_2d_back(v: Value, gradient: Tensor, image: Tensor) -> Tensor:
+def _pool_2d_back(v: Value[Pool2D], gradient: Tensor, image: Tensor) -> Tensor:
     """Each window's gradient goes to its largest element, the first one, or to all its elements alike."""
-    p: Any = v.params
+    p = v.params
     # torch pads by half a window at most; the rest is written out
     out0, out1 = max(p.p0 - p.k0 // 2, 0), max(p.p1 - p.k1 // 2, 0)
     padded = F.pad(image, (out0, out0, out1, out1), value=0.0 if p.op else -torch.inf)
@@ -97,9 +97,16 @@ def _pool_2d_back(v: Value, gradient: Tensor, image: Tensor) -> Tensor:
     return inside[..., out1 : out1 + image.shape[2], out0 : out0 + image.shape[3]]
 
 
-RAISE: dict[str, Raise] = {
-    "SILU_BACK": _silu_back, "RMS_NORM_BACK": _rms_norm_back, "SOFT_MAX_BACK": _soft_max_back,
-    "ROPE_BACK": _rope_back, "REPEAT_BACK": _repeat_back, "GET_ROWS_BACK": _get_rows_back,
-    "CROSS_ENTROPY_LOSS": _cross_entropy_loss, "CROSS_ENTROPY_LOSS_BACK": _cross_entropy_loss_back,
-    "OPT_STEP_SGD": _sgd, "IM2COL_BACK": _im2col_back, "POOL_2D_BACK": _pool_2d_back,
-}  # fmt: skip
+KERNELS: tuple[Kernel, ...] = (
+    kernel("SILU_BACK", NoParams, _silu_back),
+    kernel("RMS_NORM_BACK", Eps, _rms_norm_back),
+    kernel("SOFT_MAX_BACK", SoftMax, _soft_max_back),
+    kernel("ROPE_BACK", Rope, _rope_back),
+    kernel("REPEAT_BACK", NoParams, _repeat_back),
+    kernel("GET_ROWS_BACK", NoParams, _get_rows_back),
+    kernel("CROSS_ENTROPY_LOSS", NoParams, _cross_entropy_loss),
+    kernel("CROSS_ENTROPY_LOSS_BACK", NoParams, _cross_entropy_loss_back),
+    kernel("OPT_STEP_SGD", NoParams, _sgd),
+    kernel("IM2COL_BACK", Im2Col, _im2col_back),
+    kernel("POOL_2D_BACK", Pool2D, _pool_2d_back),
+)
