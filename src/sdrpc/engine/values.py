@@ -131,8 +131,8 @@ class _Read:
 
 @dataclass
 class _Write:
-    """A node that computes: its operands and where its result belongs. ``stored``: it must be in memory, since somebody
-    reads it there."""
+    """A node that computes: its operands and where its result belongs. ``stored``: it must be in memory, since it
+    is read there."""
 
     node: Tensor
     at: int
@@ -184,7 +184,7 @@ class _Tracer:
     def walk(self) -> None:
         """Note for each node, in order, what it reads and what it writes.
 
-        Names for bytes are passed over, since whoever reads them follows their address; but one that is declared to
+        Names for bytes are passed over, since their readers follow their address; but one that is declared to
         lie elsewhere than its source (a graph may say so) is a copy. Leaves and tensors without elements do nothing.
         """
         for at, node in enumerate(self.graph.nodes):
@@ -294,7 +294,7 @@ class _Tracer:
         place = read.place
         if read.writer is not None:
             return view(made[read.writer], relative(self.writes[read.writer].place, place), at, label)
-        if place in self.snapshots:  # nobody has written there since
+        if place in self.snapshots:  # it has not been written since
             return self.snapshots[place]
         leaf = Value(EngineOp.LEAF, place.type, place.ne, at=at, place=place, node=label)
         if any(w.at >= at and w.place.overlaps(place) for w in stores.get(place.memory, ())):
@@ -346,7 +346,8 @@ def reshaped(base: Value, ne: Dims, at: int) -> Value:
 
 
 def trace(graph: Graph) -> Traced:
-    """The values of ``graph``, which has been checked. Raises :class:`GraphError` for a read of what nobody made."""
+    """The values of ``graph``, which has been checked. Raises :class:`GraphError` for a read of bytes that no node
+    made."""
     tracer = _Tracer(graph)
     tracer.walk()
     tracer.finish()

@@ -103,7 +103,8 @@ class Weights:
             return self._kept.get(source.buffer, {}).get(source)
 
     def has_room(self, size: int, claimed: bool = True) -> bool:
-        """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that nobody used for long leave."""
+        """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that were not used for long
+        leave."""
         with self._lock:
             if claimed and self.used + size > self.budget and self.patience is not None:
                 self._make_room(size, self.runs - self.patience)

@@ -1,7 +1,7 @@
 """Operation parameters as typed values.
 
 On the wire a tensor carries sixteen 32-bit words, ``op_params``, whose meaning depends on the operation (ggml.c, the
-``ggml_set_op_params`` calls of each constructor). They are decoded once, here, and nobody indexes raw words after that.
+``ggml_set_op_params`` calls of each constructor). They are decoded once, here; raw words are not used after that.
 A field's annotation says how its word is read: ``int`` as i32, ``float`` as f32. Numbers that differ between protocol
 versions (unary and GLU operations, precisions) become names through the dialect.
 """

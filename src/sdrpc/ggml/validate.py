@@ -1,6 +1,6 @@
 """Validates untrusted graphs, in full, before any of their bytes is touched.
 
-:func:`check` takes a graph that anybody may have sent. When it returns, every tensor lies inside its buffer, aligned to
+:func:`check` takes a graph from any peer. When it returns, every tensor lies inside its buffer, aligned to
 its elements; nodes read what exists before them; operands, parameters and results fit the table of operations; output
 strides don't overlap; names for bytes agree with the bytes that they name. The contents of tensors (row indices, for
 one) are not checked here: kernels check them when they read them.
@@ -21,7 +21,7 @@ from .tensor import Dims, Graph, Tensor, extent, root
 
 KNOWN_OPS = frozenset(OPS)
 MAX_BYTES = 1 << 40
-"""Default bound of what a graph's own values may take at one time: as good as none, for trusted graphs."""
+"""Default bound of what a graph's own values may take at one time: practically none, for trusted graphs."""
 
 Place = tuple[object, int]
 """Where a tensor's bytes begin: a buffer's key, or the node that owns managed memory, and an offset."""

@@ -49,6 +49,8 @@ def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, in
 
 
 def _im2col(v: Value[Im2Col], _kernel: Tensor, x: Tensor) -> Tensor:
+    """Image [n, channels, h, w] → the patches under the kernel's window, [n, down, across, channels · kh · kw]. Of one
+    dimension: [1, n, channels, w] → [1, n, across, channels · kw]."""
     p = v.params
     k0, k1 = operand(v, 0).ne[:2]
     x = x.to(v.dtype)
@@ -61,6 +63,9 @@ def _im2col(v: Value[Im2Col], _kernel: Tensor, x: Tensor) -> Tensor:
 
 
 def _conv_2d(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Kernel [outputs, channels, kh, kw], image [n, channels, h, w] and bias of ``outputs`` elements → [n, outputs,
+    down, across]. Computed in the kernel's dtype, by torch's convolution or, where that is slower on a CPU
+    (:data:`MUCH`), as a matrix product."""
     p = v.params
     x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype).reshape(-1)
     together = kernel.is_contiguous(memory_format=torch.channels_last)
@@ -81,7 +86,8 @@ def _has_one_tap(v: Value[Conv2D], kernel: Tensor) -> bool:
 
 
 def _conv_2d_as_product(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as a product of the kernel, as it lies, and all patches of the images."""
+    """The same as a product of the kernel as a matrix [outputs, taps], in the order in which it lies, and all patches
+    of the images as columns [taps, n · down · across]."""
     p = v.params
     taps = kernel.shape[2], kernel.shape[3]
     window = taps, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0)
@@ -131,6 +137,7 @@ def _taps(have: int, n: int, k: int, window: tuple[int, int, int], device: torch
 
 
 def _im2col_3d(v: Value[Window3D], _kernel: Tensor, x: Tensor) -> Tensor:
+    """[n · channels, d, h, w] → [n · deep, down, across, channels · kd · kh · kw]."""
     p = v.params
     k0, k1, k2 = operand(v, 0).ne[:3]
     batch, (_, deep, high, wide) = x.shape[0] // p.channels, x.shape
@@ -145,7 +152,7 @@ def _im2col_3d(v: Value[Window3D], _kernel: Tensor, x: Tensor) -> Tensor:
 
 
 def _conv_3d(v: Value[Window3D], kernel: Tensor, x: Tensor) -> Tensor:
-    """Channels lie in the slowest dimension, with the images or with the kernels of one output."""
+    """Kernel [outputs · channels, kd, kh, kw] and image [n · channels, d, h, w] → [n · outputs, deep, down, across]."""
     p = v.params
     images = x.reshape(p.batch, p.channels, *x.shape[1:])
     kernels = kernel.reshape(p.outputs, p.channels, *kernel.shape[1:])
@@ -180,6 +187,8 @@ def _pooled(x: Tensor, op: int, k: tuple[int, int], s: tuple[int, int], p: tuple
 
 
 def _upscale(v: Value[Upscale], x: Tensor) -> Tensor:
+    """[n, c, h, w] → the value's shape, which may be larger or smaller in each dimension: height and width by the mode
+    of interpolation, one after the other, batch and channels by picking the nearest."""
     p = v.params
     shape = shape_of(v.ne)
     if (
