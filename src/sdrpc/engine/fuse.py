@@ -113,7 +113,7 @@ def _unrolled(columns: Value, kernel: Dims, image: Dims) -> _Unrolled | None:
         window = Conv2D(*p[:6])
         return _Unrolled("CONV_2D", outer, lambda n: (k0, k1, k2, n), lambda n: (across, down, n, outer),
                          lambda _: window)  # fmt: skip
-    if isinstance(p, Window3D) and columns.op == "IM2COL_3D":
+    if isinstance(p, Window3D) and columns.op == "IM2COL_3D" and image[3] % p.channels == 0:
         volume, channels, batch = p, p.channels, image[3] // p.channels
         deep = outer // batch
         return _Unrolled("CONV_3D", batch, lambda n: (k0, k1, k2, channels * n),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Generic, NamedTuple
 
 import torch
@@ -135,6 +136,8 @@ class _Write:
     is read there."""
 
     node: Tensor
+    op: OpName
+    params: Params
     at: int
     place: Place
     reads: list[_Read | None] = field(default_factory=list)
@@ -196,12 +199,17 @@ class _Tracer:
                 if below is None or self._same_bytes(place, node, below):
                     continue
                 source = self._seen_from(node, below)
-                self._write(_Write(node, at, place, [self._read(source)]))
+                self._write(_Write(node, "CONT", NO_PARAMS, at, place, [self._read(source)]))
                 continue
-            operands = node.src[: OPS[node.op].reads]
-            write = _Write(node, at, place)
-            write.reads = [None if s is None else self._read(self.place(s)) for s in operands]
-            self._write(write)
+            for op, i in UPDATES.get(node.op, ()):
+                state, gradient, params = (_there(node.src[j]) for j in (i, 1, 4))
+                reads = self._reads((state, gradient, params))
+                self._write(_Write(node, op, NO_PARAMS, at, self.place(state), reads))
+            reads = self._reads(node.src[: OPS[node.op].reads])
+            self._write(_Write(node, _operation(node), node.params, at, place, reads))
+
+    def _reads(self, operands: Iterable[Tensor | None]) -> list[_Read | None]:
+        return [None if s is None else self._read(self.place(s)) for s in operands]
 
     def _same_bytes(self, place: Place, node: Tensor, below: Tensor) -> bool:
         return place[:2] == self._seen_from(node, below)[:2]
@@ -216,6 +224,10 @@ class _Tracer:
     def _read(self, place: Place) -> _Read:
         """Who made the bytes of ``place``: one earlier node, whose result it is a view of, or memory. In the second
         case all earlier nodes that wrote part of it are stored before."""
+        if not prod(place.ne):  # nobody writes nothing
+            if place.memory < 0:
+                self._need_scratch(place)
+            return _Read(place, None)
         writers = self._map(place.memory).writers(place.offset, place.end)
         if len(writers) == 1 and writers[0] is not None and _viewable(self.writes[writers[0]].place, place):
             return _Read(place, writers[0])
@@ -238,7 +250,8 @@ class _Tracer:
         self.scratch[place.memory] = max(self.scratch.get(place.memory, 0), place.end)
 
     def _write(self, write: _Write) -> None:
-        self.writes[write.at] = write
+        number = len(self.writes)
+        self.writes[number] = write
         place = write.place
         ranges = self._map(place.memory)
         write.in_place = OPS[write.node.op].partial
@@ -251,7 +264,7 @@ class _Tracer:
                 self._need_scratch(place)
             ranges.assign(place.offset, place.end, None)
         else:
-            ranges.assign(place.offset, place.end, write.at)
+            ranges.assign(place.offset, place.end, number)
 
     def finish(self) -> None:
         """Store what can be read when the graph has run."""
@@ -269,8 +282,8 @@ class _Tracer:
                 stores.setdefault(write.place.memory, []).append(write)
         made: dict[int, Value] = {}
         roots = []
-        for at, write in self.writes.items():
-            node = write.node
+        for number, write in self.writes.items():
+            node, at = write.node, write.at
             label = where(at, node)
             src = tuple(None if r is None else self._operand(r, at, label, made, stores) for r in write.reads)
             if write.in_place:
@@ -279,13 +292,12 @@ class _Tracer:
                     node.op, node.type, node.ne, (target, *src), node.params, at, place=write.place, node=label
                 )
             else:
-                op, params = _operation(node)
-                value = Value(op, node.type, node.ne, src, params, at, node=label,
+                value = Value(write.op, node.type, node.ne, src, write.params, at, node=label,
                               store=write.place if write.stored else None)  # fmt: skip
             if write.stored:
                 roots.append(value)
                 self.snapshots = {place: s for place, s in self.snapshots.items() if not place.overlaps(write.place)}
-            made[at] = value
+            made[number] = value
         return Traced(tuple(roots), tuple(self.buffers), dict(self.scratch))
 
     def _operand(
@@ -303,13 +315,24 @@ class _Tracer:
         return leaf
 
 
-def _operation(node: Tensor) -> tuple[OpName, Params]:
-    """Operation and parameters of the value that ``node`` makes. A name for bytes of several places copies them.
-    Products of integers are not MUL_MAT, which may be computed in any dtype."""
-    if node.op in ALIASES:
-        return "CONT", NO_PARAMS
+UPDATES: dict[str, tuple[tuple[EngineOp, int], ...]] = {
+    "OPT_STEP_ADAMW": ((EngineOp.ADAMW_MEAN, 2), (EngineOp.ADAMW_SQUARE, 3)),
+}
+"""Operations that also change memory of sources: what is computed of each, and which source it is. These are values of
+their own, written before the operation reads them; their operands are that source, the gradient and the parameters."""
+
+
+def _there(source: Tensor | None) -> Tensor:
+    if source is None:
+        raise GraphError("a source is missing")  # validation has counted them
+    return source
+
+
+def _operation(node: Tensor) -> OpName:
+    """The operation of the value that ``node`` makes. Products of integers are not MUL_MAT, which may be computed in
+    any dtype."""
     weight = node.src[0] if node.op == "MUL_MAT" else None
-    return EngineOp.MUL_MAT_I8 if weight is not None and weight.type is I8 else node.op, node.params
+    return EngineOp.MUL_MAT_I8 if weight is not None and weight.type is I8 else node.op
 
 
 def _viewable(writer: Place, reader: Place) -> bool:

@@ -128,15 +128,16 @@ def _check_memory(node: Tensor, sizes: Mapping[int, int], managed: bool, max_byt
 def _check_layout(tensor: Tensor) -> None:
     """Shape and strides by themselves."""
     block, size, ne, nb = tensor.type.block, tensor.type.size, tensor.ne, tensor.nb
-    if ne[0] < 1 or ne[1] < 1 or ne[2] < 1 or ne[3] < 1:
+    if ne[0] < 0 or ne[1] < 0 or ne[2] < 0 or ne[3] < 0:
         raise GraphError(f"shape {list(ne)}")
     if ne[0] % block:
         raise GraphError(f"rows of {ne[0]} elements are no whole number of {tensor.type}'s blocks of {block}")
     if block != 1 and nb[0] != size:
         raise GraphError(f"blocks of {size} bytes at a stride of {nb[0]}")
+    least = size if ne[0] and ne[1] and ne[2] and ne[3] else 0  # where there are no elements, their distance may be 0
     for n, stride in zip(ne, nb, strict=True):
         # the stride of a dimension of one element is never used
-        if n > 1 and (stride < size or stride % size):
+        if n > 1 and (stride < least or stride % size):
             raise GraphError(f"strides {list(nb)} of elements of {size} bytes")
 
 
@@ -195,6 +196,10 @@ def _same_strides(ne: Dims, nb: Dims, other: Dims) -> bool:
 def _check_written(node: Tensor) -> None:
     if not injective(node.type, node.ne, node.nb):
         raise GraphError(f"writes {list(node.ne)} with strides {list(node.nb)} that overlap")
+    for i in OPS[node.op].updates:
+        state = node.src[i]
+        if state is not None and not injective(state.type, state.ne, state.nb):
+            raise GraphError(f"changes {state!r}, whose strides {list(state.nb)} overlap")
     into = destination(node)
     if into is not None and (place(node) != place(into) or not _same_strides(node.ne, node.nb, into.nb)):
         raise GraphError(f"is not where its destination {into!r} is")

@@ -14,7 +14,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .bits import Blocks, as_bytes, as_half, constants, half, pack_planes, planes, shaped, table, unpack, words
+from .bits import (
+    Blocks,
+    as_bytes,
+    as_half,
+    constants,
+    half,
+    pack_planes,
+    planes,
+    reinterpret,
+    shaped,
+    table,
+    unpack,
+    words,
+)
 from .search import LEAST, best, in_order, inverse, nearest, peak
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -62,7 +75,7 @@ def _signed(name: str, scales: Tensor, index: Tensor, minus: Tensor) -> Tensor:
 
 def _dwords(x: Tensor) -> Tensor:
     """[…, 4 k] bytes → […, k] int32"""
-    return x.contiguous().view(torch.int32)
+    return reinterpret(x, torch.int32)
 
 
 SIGNS_OF_WORD = (0, 7, 14, 21)

@@ -23,6 +23,7 @@ from .bits import (
     pack_planes,
     planes,
     power,
+    reinterpret,
     shaped,
     table,
     unpack,
@@ -90,7 +91,7 @@ def read_q8_1(b: Blocks) -> Tensor:
 
 def read_q8_k(b: Blocks) -> Tensor:
     """d f32 | 256 of int8 | the sums of each 16 of them, int16: d q."""
-    return b[:, :4].contiguous().view(torch.float32) * b[:, 4:260].view(torch.int8).float()
+    return reinterpret(b[:, :4], torch.float32) * b[:, 4:260].view(torch.int8).float()
 
 
 def _centred(x: Tensor, top: int) -> tuple[Tensor, Tensor]:

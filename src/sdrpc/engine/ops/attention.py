@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +48,8 @@ def _turns(p: Rope, pairs: int, positions: Tensor, factors: Tensor | None) -> tu
         powers, which = _sections(p, numbers)
         at = positions.reshape(4, -1)[which].T
     # the step between frequencies is rounded as ggml rounds it: what that makes of high powers is seen in the result
-    step = float(torch.tensor(p.freq_base ** (-2 / p.n_dims), dtype=torch.float32))
+    with np.errstate(all="ignore"):
+        step = float(np.float32(np.float64(p.freq_base) ** (-2 / p.n_dims)))
     angles = at.float() * torch.pow(step, powers.float())
     if factors is not None:
         angles = angles / factors.reshape(-1)[:pairs].float()
@@ -55,7 +57,8 @@ def _turns(p: Rope, pairs: int, positions: Tensor, factors: Tensor | None) -> tu
     if p.ext_factor:
         share = _extrapolated(p, numbers)
         angles = angles * (p.freq_scale * (1 - share) + share)
-        magnitude *= 1 + 0.1 * math.log(1 / p.freq_scale)
+        with np.errstate(all="ignore"):
+            magnitude *= float(1 + 0.1 * np.log(1 / np.float64(p.freq_scale)))
     elif p.freq_scale != 1:
         angles = angles * p.freq_scale
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -83,16 +86,33 @@ def _sections(p: Rope, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _extrapolated(p: Rope, numbers: Tensor) -> Tensor:
-    """How much of each pair's angle YaRN takes unscaled: all of the fast ones, nothing of the slow ones."""
+    """How much of each pair's angle YaRN takes unscaled: all of the fast ones, nothing of the slow ones.
+
+    Computed in ggml's precision and with C's comparisons, so that parameters that make no sense (a context of no
+    tokens, whose logarithm is -inf) give what they give in ggml (ggml_rope_yarn_corr_dims, rope_yarn_ramp).
+    """
 
     def pair(turns: float) -> float:
         """The pair that turns so often within the context that the model was trained with."""
-        return float(p.n_dims * math.log(p.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(p.freq_base)))
+        context = np.float32(p.n_ctx_orig) / (np.float32(turns) * 2 * np.float32(np.pi))
+        return float(np.float32(p.n_dims) * np.log(context) / (2 * np.log(np.float32(p.freq_base))))
 
-    low, high = max(0, math.floor(pair(p.beta_fast))), min(p.n_dims - 1, math.ceil(pair(p.beta_slow)))
-    slow = ((numbers - low) / max(RAMP, high - low)).clamp(0, 1)
-    share: Tensor = (1 - slow) * float(p.ext_factor)
+    with np.errstate(all="ignore"):
+        start, end = float(np.floor(pair(p.beta_fast))), float(np.ceil(pair(p.beta_slow)))
+    low, high = _larger(0, start), _smaller(p.n_dims - 1, end)
+    slow = ((numbers - low) / _larger(RAMP, high - low)).clamp(0, 1)
+    share: Tensor = (1 - slow) * p.ext_factor
     return share
+
+
+def _larger(a: float, b: float) -> float:
+    """C's MAX: ``b`` where one of them is no number."""
+    return a if a > b else b
+
+
+def _smaller(a: float, b: float) -> float:
+    """C's MIN: ``b`` where one of them is no number."""
+    return a if a < b else b
 
 
 def alibi(heads: int, max_bias: float, device: torch.device) -> Tensor:

@@ -83,7 +83,7 @@ def repeat_to(x: Tensor, ne: Dims) -> Tensor:
     shape = shape_of(ne)
     if all(have in (1, want) for have, want in zip(x.shape, shape, strict=True)):
         return x.expand(shape)
-    return x.repeat([want // have for have, want in zip(x.shape, shape, strict=True)])
+    return x.repeat([want // max(have, 1) for have, want in zip(x.shape, shape, strict=True)])
 
 
 def within(numbers: Tensor, n: int) -> Tensor:

@@ -82,7 +82,8 @@ GLU: dict[str, Callable[[Glu, Tensor, Tensor], Tensor]] = {
 def _glu(v: Value[Glu], a: Tensor, b: Tensor | None = None) -> Tensor:
     p = v.params
     if b is None:
-        a, b = a.chunk(2, dim=-1)
+        n = v.ne[0]
+        a, b = a[..., :n], a[..., n : 2 * n]
         if p.swapped:
             a, b = b, a
     return GLU[p.op](p, a, b)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -48,17 +49,63 @@ def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, in
     return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
 
+def _patches_outside(
+    x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int], outputs: tuple[int, int]
+) -> Tensor:
+    """As :func:`_patches`, for ``outputs`` windows of which some lie outside of the padded image."""
+    down, across = (taps_at(x.shape[2 + i], outputs[i], k[i], (s[i], p[i], d[i]), x.device) for i in (0, 1))
+    picked = F.pad(x, (0, 1, 0, 1))[:, :, down[:, None, :, None], across[None, :, None, :]]
+    return picked.permute(0, 2, 3, 4, 5, 1).flatten(3, 4)
+
+
+def reaches(n: int, k: int, padding: int, dilation: int) -> bool:
+    """Whether a window of ``k`` taps lies within its padded input of ``n``."""
+    return n + 2 * padding > dilation * (k - 1)
+
+
+def _within_image(
+    kernel: Tensor, x: Tensor, windows: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+    """The same convolution for torch, which refuses a window that is larger than its padded image: the kernel, the
+    image, and its paddings. ``windows`` are padding and dilation of each dimension, width first, as are the paddings.
+
+    ggml has such windows: by C's division there is one output, at the window's first place. Along such a dimension only
+    the taps that lie in the image are left of the kernel, and only what they see of the image. None where nothing is
+    left in some dimension, or there was nothing: the sum is zero.
+    """
+    if not (kernel.numel() and x.numel()):
+        return None
+    paddings = []
+    for axis, (padding, dilation) in zip((3, 2, 1), windows, strict=False):
+        taps, n = kernel.shape[axis], x.shape[axis]
+        if reaches(n, taps, padding, dilation):
+            paddings.append(padding)
+            continue
+        first, last = -(-padding // dilation), min(taps - 1, (n - 1 + padding) // dilation)
+        if last < first:
+            return None
+        kernel = kernel.narrow(axis, first, last - first + 1)
+        x = x.narrow(axis, first * dilation - padding, (last - first) * dilation + 1)
+        paddings.append(0)
+    return kernel, x, tuple(paddings)
+
+
 def _im2col(v: Value[Im2Col], _kernel: Tensor, x: Tensor) -> Tensor:
     """Image [n, channels, h, w] → the patches under the kernel's window, [n, down, across, channels · kh · kw]. Of one
     dimension: [1, n, channels, w] → [1, n, across, channels · kw]."""
     p = v.params
     k0, k1 = operand(v, 0).ne[:2]
     x = x.to(v.dtype)
-    if p.is_2d:
-        patches = _patches(x, (k1, k0), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    # of one dimension, [1, n, channels, width]: each row of the batch is an image one pixel high
+    x, k, s, pad, d = (
+        (x, (k1, k0), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+        if p.is_2d
+        else (x[0].unsqueeze(2), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
+    )
+    if all(map(reaches, x.shape[2:], k, pad, d)):
+        patches = _patches(x, k, s, pad, d)
     else:
-        # [1, n, channels, width]: each row of the batch is an image one pixel high
-        patches = _patches(x[0].unsqueeze(2), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
+        patches = _patches_outside(x, k, s, pad, d, (v.ne[2] if p.is_2d else 1, v.ne[1]))
     return patches.mT.reshape(shape_of(v.ne))
 
 
@@ -66,8 +113,16 @@ def _conv_2d(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None = 
     """Kernel [outputs, channels, kh, kw], image [n, channels, h, w] and bias of ``outputs`` elements → [n, outputs,
     down, across]. Computed in the kernel's dtype, by torch's convolution or, where that is slower on a CPU
     (:data:`MUCH`), as a matrix product."""
-    p = v.params
     x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype).reshape(-1)
+    p = v.params
+    found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1)))
+    if found is None:
+        zeros = kernel.new_zeros(shape_of(v.ne))
+        return zeros if bias is None else zeros + bias[:, None, None]
+    kernel, x, paddings = found
+    if paddings != (p.p0, p.p1):
+        p = p._replace(p0=paddings[0], p1=paddings[1])
+        v = replace(v, params=p)
     together = kernel.is_contiguous(memory_format=torch.channels_last)
     few_places = v.ne[0] * v.ne[1] * v.ne[3] * (1 if together else MUCH) <= v.ne[2]
     if x.is_cpu and (few_places or _has_one_tap(v, kernel)):
@@ -108,7 +163,11 @@ def _conv_2d_as_product(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tenso
 
 def _conv_2d_dw(v: Value[Conv2D], kernel: Tensor, x: Tensor) -> Tensor:
     p = v.params
-    return F.conv2d(x, kernel, None, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0), groups=x.shape[1])
+    found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1)))
+    if found is None:
+        return x.new_zeros(shape_of(v.ne))
+    kernel, x, paddings = found
+    return F.conv2d(x, kernel, None, (p.s1, p.s0), paddings[::-1], (p.d1, p.d0), groups=x.shape[1])
 
 
 def _conv_transpose_2d(v: Value[ConvTranspose2D], kernel: Tensor, x: Tensor) -> Tensor:
@@ -128,7 +187,7 @@ def _col2im_1d(v: Value[Col2Im1D], columns: Tensor) -> Tensor:
     return F.fold(columns[0].mT, (1, v.ne[0]), (1, taps), 1, (0, p.padding), (1, p.stride)).reshape(shape_of(v.ne))
 
 
-def _taps(have: int, n: int, k: int, window: tuple[int, int, int], device: torch.device) -> Tensor:
+def taps_at(have: int, n: int, k: int, window: tuple[int, int, int], device: torch.device) -> Tensor:
     """Windows (stride, padding, dilation) over ``have`` elements: where the ``k`` taps of each of ``n`` lie, [n, k].
     Those outside are one place behind the last."""
     s, p, d = window
@@ -141,9 +200,10 @@ def _im2col_3d(v: Value[Window3D], _kernel: Tensor, x: Tensor) -> Tensor:
     p = v.params
     k0, k1, k2 = operand(v, 0).ne[:3]
     batch, (_, deep, high, wide) = x.shape[0] // p.channels, x.shape
-    w = _taps(wide, v.ne[1], k0, (p.s0, p.p0, p.d0), x.device)
-    h = _taps(high, v.ne[2], k1, (p.s1, p.p1, p.d1), x.device)
-    d = _taps(deep, v.ne[3] // batch, k2, (p.s2, p.p2, p.d2), x.device)
+    x = x[: batch * p.channels]
+    w = taps_at(wide, v.ne[1], k0, (p.s0, p.p0, p.d0), x.device)
+    h = taps_at(high, v.ne[2], k1, (p.s1, p.p1, p.d1), x.device)
+    d = taps_at(deep, v.ne[3] // batch, k2, (p.s2, p.p2, p.d2), x.device)
     # picked at once: nothing between is larger than the result
     padded = F.pad(x, (0, 1) * 3)
     picked = padded[:, d[:, None, None, :, None, None], h[:, None, None, :, None], w[:, None, None, :]]
@@ -154,9 +214,13 @@ def _im2col_3d(v: Value[Window3D], _kernel: Tensor, x: Tensor) -> Tensor:
 def _conv_3d(v: Value[Window3D], kernel: Tensor, x: Tensor) -> Tensor:
     """Kernel [outputs · channels, kd, kh, kw] and image [n · channels, d, h, w] → [n · outputs, deep, down, across]."""
     p = v.params
+    found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1), (p.p2, p.d2)))
+    if found is None:
+        return x.new_zeros(shape_of(v.ne))
+    kernel, x, paddings = found
     images = x.reshape(p.batch, p.channels, *x.shape[1:])
     kernels = kernel.reshape(p.outputs, p.channels, *kernel.shape[1:])
-    y = F.conv3d(images, kernels, None, (p.s2, p.s1, p.s0), (p.p2, p.p1, p.p0), (p.d2, p.d1, p.d0))
+    y = F.conv3d(images, kernels, None, (p.s2, p.s1, p.s0), paddings[::-1], (p.d2, p.d1, p.d0))
     return y.reshape(shape_of(v.ne))
 
 

@@ -15,10 +15,14 @@ from .base import Autocast, Kernel, kernel
 
 
 def _sum(v: Value, x: Tensor) -> Tensor:
-    return x.sum().reshape(shape_of(v.ne))
+    """Added up in float64, as ggml does it, where the device has that."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.sum(dtype=wide).to(torch.float32).reshape(shape_of(v.ne))
 
 
 def _argmax(v: Value, x: Tensor) -> Tensor:
+    if not x.shape[-1]:  # of nothing it is 0
+        return x.new_zeros(shape_of(v.ne), dtype=torch.int32)
     return x.argmax(-1).reshape(shape_of(v.ne)).int()
 
 

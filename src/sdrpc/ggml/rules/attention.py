@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..params import FlashAttn, Rope, SoftMax
 from ..tensor import Tensor
 from ..types import F32
-from .base import FLOATS, READABLE, Call, Op, Result, need, op, support, typed
+from .base import FLOATS, READABLE, Call, Op, Result, fits, need, op, support, typed
 
 ROPE_NORMAL, ROPE_NEOX, ROPE_MROPE, ROPE_VISION, ROPE_IMROPE = 0, 2, 8, 24, 40
 """ggml.h: GGML_ROPE_TYPE_*. Bit 3 says that a token has four positions, of which each serves a section of the pairs."""
@@ -24,7 +24,7 @@ def _mask(
         typed(mask, FLOATS, "mask")
         m = mask.ne
         need(
-            m[0] == keys and m[1] >= queries and not heads % m[2] and not batch % m[3],
+            m[0] == keys and m[1] >= queries and fits(m[2], heads) and fits(m[3], batch),
             "mask {} for {} keys, {} queries, {} heads, batch {}", m, keys, queries, heads, batch,
         )  # fmt: skip
 
@@ -51,7 +51,7 @@ def _flash_attn(call: Call[FlashAttn]) -> Result:
     typed(value, READABLE, "value")
     q, k, v = query.ne, key.ne, value.ne
     need(
-        q[0] == k[0] and k[1] == v[1] and not q[2] % k[2] and not q[2] % v[2] and q[3] == k[3] == v[3],
+        q[0] == k[0] and k[1] == v[1] and fits(k[2], q[2]) and fits(v[2], q[2]) and q[3] == k[3] == v[3],
         "query {}, key {} and value {}", q, k, v,
     )  # fmt: skip
     _mask(call, mask, k[1], *q[1:])
@@ -77,12 +77,6 @@ def rope(call: Call[Rope]) -> Result:
     need(positions.ne == (a.ne[2] * (4 if several else 1), 1, 1, 1), "positions {} for {}", positions.ne, a.ne)
     if several:
         _sections(p, width)
-    need(p.freq_base > 0, "freq_base {}", p.freq_base)
-    if p.ext_factor != 0:
-        need(
-            p.n_ctx_orig > 0 and p.freq_base != 1 and min(p.freq_scale, p.beta_fast, p.beta_slow) > 0,
-            "no YaRN of {}", tuple(p),
-        )  # fmt: skip
     if factors is not None:
         typed(factors, _F32, "frequency factors")
         pairs = p.n_dims if vision else p.n_dims // 2

@@ -67,6 +67,8 @@ class Op:
     None where the result has memory of its own, or the node's place alone says where it is."""
     partial: bool = False
     """It changes only part of that memory: what else is there stays."""
+    updates: tuple[int, ...] = ()
+    """Other sources whose memory it changes."""
     finite: bool = True
     """Whether its parameters must be finite. NaN is never allowed."""
     portable: bool = False
@@ -89,6 +91,7 @@ def op(
     moves: bool = False,
     writes: int | None = None,
     partial: bool = False,
+    updates: tuple[int, ...] = (),
     finite: bool = True,
     portable: bool = False,
 ) -> Op:
@@ -96,7 +99,7 @@ def op(
     unless it is given."""
     return Op(
         name, cast("type[Params]", params), infer, least, least if most is None else most,
-        alias, moves, writes, partial, finite, portable,
+        alias, moves, writes, partial, updates, finite, portable,
     )  # fmt: skip
 
 
@@ -129,9 +132,14 @@ def typed(tensor: Tensor, allowed: frozenset[str], what: str = "source") -> None
         raise UnsupportedOperation(f"{what} of type {tensor.type}")
 
 
+def fits(n: int, whole: int) -> bool:
+    """Whether ``whole`` is a multiple of ``n``; of zero only zero is one."""
+    return whole % n == 0 if n else whole == 0
+
+
 def repeats(small: Dims, large: Dims) -> bool:
     """Whether ``small`` fits a whole number of times into ``large``, in every dimension (ggml_can_repeat)."""
-    return not (large[0] % small[0] or large[1] % small[1] or large[2] % small[2] or large[3] % small[3])
+    return all(map(fits, small, large))
 
 
 def declared(call: Call[object]) -> Dims:

@@ -20,6 +20,7 @@ from .base import (
     Op,
     Result,
     declared,
+    fits,
     float_like,
     injective,
     like,
@@ -155,7 +156,7 @@ def _set_rows(call: Call[NoParams]) -> Result:
     typed(into, WRITABLE | {"I32"}, "destination")
     v, r, d = values.ne, rows.ne, into.ne
     need(
-        v[0] == d[0] and v[2:] == d[2:] and v[1] == r[0] and not v[2] % r[1] and not v[3] % r[2] and r[3] == 1,
+        v[0] == d[0] and v[2:] == d[2:] and v[1] == r[0] and fits(r[1], v[2]) and fits(r[2], v[3]) and r[3] == 1,
         "rows {} at {} don't fit {}", v, r, d,
     )  # fmt: skip
     return Result(into.type, d)

@@ -26,11 +26,14 @@ MAX_POOL, MEAN_POOL = 0, 1
 
 
 def window(n: int, k: int, s: int, p: int, d: int) -> int:
-    """Outputs of a window of ``k`` taps sliding over ``n`` elements: (n + 2p - d(k - 1) - 1) / s + 1."""
+    """Outputs of a window of ``k`` taps sliding over ``n`` elements: (n + 2p - d(k - 1) - 1) / s + 1, where the
+    division is C's, which rounds towards zero: a window that is larger than its padded input, but by less than its
+    stride, has one output, whose taps partly see nothing."""
     need(s > 0 and d > 0 and p >= 0, "stride {}, dilation {}, padding {}", s, d, p)
     room = n + 2 * p - d * (k - 1) - 1
-    need(room >= 0, "a window of {} taps is larger than its input of {}", k, n)
-    return room // s + 1
+    outputs = room // s + 1 if room >= 0 else 1 - -room // s
+    need(outputs >= 0, "a window of {} taps is larger than its input of {}", k, n)
+    return outputs
 
 
 def _im2col(call: Call[Im2Col]) -> Result:
@@ -41,11 +44,13 @@ def _im2col(call: Call[Im2Col]) -> Result:
     k, x = kernel.ne, image.ne
     need(p.is_2d in (0, 1), "is_2d {}", p.is_2d)
     width = window(x[0], k[0], p.s0, p.p0, p.d0)
+    need(width > 0, "a kernel {} is larger than its input {}", k, x)
     if not p.is_2d:
         need(x[1] == k[1] and x[3] == 1, "kernel {} for input {}", k, x)
         return Result(to, (k[0] * k[1], width, x[2], 1))
     need(x[2] == k[2], "kernel {} for input {}", k, x)
     height = window(x[1], k[1], p.s1, p.p1, p.d1)
+    need(height > 0, "a kernel {} is larger than its input {}", k, x)
     return Result(to, (k[0] * k[1] * k[2], width, height, x[3]))
 
 
@@ -76,8 +81,10 @@ def _im2col_3d(call: Call[Window3D]) -> Result:
     typed(image, FLOATS)
     to = one_of(call, FLOATS, F32)
     k, x, channels = kernel.ne, image.ne, call.params.channels
-    need(channels > 0 and not k[3] % channels and not x[3] % channels, "{} channels in {} and {}", channels, k, x)
+    # images are counted by the input alone; what is left of its last dimension is not read, and of the kernel's nothing
+    need(channels > 0, "{} channels in {}", channels, x)
     width, height, depth = _volume(k, x, call.params)
+    need(min(width, height, depth) > 0, "a kernel {} is larger than its input {}", k, x)
     return Result(to, (k[0] * k[1] * k[2] * channels, width, height, depth * (x[3] // channels)))
 
 
@@ -145,7 +152,9 @@ def pooled(n: int, op: int, k: int, s: int, p: int) -> int:
     need(k > 0, "a window of {}", k)
     # what goes beyond half a window is written out, and is otherwise without bound
     support(p <= n + k // 2, "padding {} of {} elements", p, n)
-    return window(n, k, s, p, 1)
+    # pools divide in floating point: here a window that is too large has no output
+    need(s > 0 and p >= 0 and n + 2 * p - k >= -s, "a window of {} taps is larger than its input of {}", k, n)
+    return window(n, k, s, p, 1) if n + 2 * p >= k else 0
 
 
 def _upscale(call: Call[Upscale]) -> Result:
@@ -153,7 +162,9 @@ def _upscale(call: Call[Upscale]) -> Result:
     scale, flags = mode & 0xFF, mode & ~0xFF
     support(scale in (NEAREST, BILINEAR, BICUBIC) and not flags & ~(ALIGN_CORNERS | ANTIALIAS), "mode {}", mode)
     support(not flags & ANTIALIAS or scale == BILINEAR, "mode {}", mode)
-    return Result(float_like(call).type, declared(call))
+    like, ne = float_like(call), declared(call)
+    need(all(like.ne) or not all(ne), "makes {} of {}", ne, like.ne)
+    return Result(like.type, ne)
 
 
 def _win_part(call: Call[Windows]) -> Result:

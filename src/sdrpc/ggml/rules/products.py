@@ -7,7 +7,7 @@ from math import prod
 from ..params import MulMat, NoParams, Rotation
 from ..tensor import Dims
 from ..types import F32, I8
-from .base import FLOATS, READABLE, Call, Op, Result, declared, need, op, support, typed
+from .base import FLOATS, READABLE, Call, Op, Result, declared, fits, need, op, support, typed
 
 MATRICES = 1 << 12
 """Matrices of which rows pick theirs. They are used one by one: models have hundreds, and millions would take hours."""
@@ -37,7 +37,7 @@ def _quantize_i8_convrot(call: Call[Rotation]) -> Result:
 
 def _rotates(k: int, group: int) -> None:
     support(group in ROTATIONS, "rotation of {} numbers", group)
-    need(not k % group, "can't rotate rows of {} by {}", k, group)
+    need(k > 0 and k % group == 0, "can't rotate rows of {} by {}", k, group)
 
 
 def _mul_mat(call: Call[MulMat]) -> Result:
@@ -48,7 +48,7 @@ def _mul_mat(call: Call[MulMat]) -> Result:
     typed(b, READABLE)
     need(scales is None and bias is None, "scales or a bias for a matrix of type {}", a.type)
     x, y = a.ne, b.ne
-    need(x[0] == y[0] and not y[2] % x[2] and not y[3] % x[3], "can't multiply {} and {}", x, y)
+    need(x[0] == y[0] and fits(x[2], y[2]) and fits(x[3], y[3]), "can't multiply {} and {}", x, y)
     return Result(F32, (x[1], y[1], y[2], y[3]))
 
 
@@ -64,7 +64,7 @@ def _mul_mat_i8(call: Call[MulMat]) -> Result:
         if each is not None:
             typed(each, _F32, "scales or bias")
             need(prod(each.ne) == n, "{} scales or biases for {} rows", prod(each.ne), n)
-    need(a.ne[2:] == (1, 1) and b.ne[0] == k, "can't multiply {} and {}", a.ne, b.ne)
+    need(a.ne[2:] == (1, 1) and b.ne[0] == k > 0, "can't multiply {} and {}", a.ne, b.ne)
     if b.type != I8:
         typed(b, _F32)
         return Result(F32, (n, *b.ne[1:]))
@@ -81,7 +81,7 @@ def _mul_mat_id(call: Call[MulMat]) -> Result:
     typed(ids, _I32, "numbers of matrices")
     x, y, n = a.ne, b.ne, ids.ne
     need(
-        x[0] == y[0] and x[3] == y[3] == 1 and n[1:] == (y[2], 1, 1) and not n[0] % y[1],
+        x[0] == y[0] and x[3] == y[3] == 1 and n[1:] == (y[2], 1, 1) and fits(y[1], n[0]),
         "can't multiply {} and {} by {}", x, y, n,
     )  # fmt: skip
     support(x[2] <= MATRICES, "{} matrices", x[2])
@@ -105,7 +105,7 @@ def _out_prod(call: Call[NoParams]) -> Result:
     typed(a, READABLE)
     typed(b, FLOATS)
     x, y = a.ne, b.ne
-    need(x[1] == y[1] and not y[2] % x[2] and not y[3] % x[3], "can't multiply {} and {}", x, y)
+    need(x[1] == y[1] and fits(x[2], y[2]) and fits(x[3], y[3]), "can't multiply {} and {}", x, y)
     return Result(F32, (x[0], y[0], y[2], y[3]))
 
 

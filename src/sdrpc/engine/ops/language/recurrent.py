@@ -24,7 +24,8 @@ from ..base import Kernel, kernel, within
 def _joined(v: Value, outputs: list[Tensor], states: Iterable[Tensor]) -> Tensor:
     """``outputs`` of the tokens, [sequences, …] each, and then ``states``, as one dense value. States before the first
     token, which ggml leaves undefined, are zero."""
-    flat = torch.cat([part.reshape(-1) for part in (torch.stack(outputs, 1), *states)])
+    tokens = [torch.stack(outputs, 1)] if outputs else []
+    flat = torch.cat([part.reshape(-1) for part in (*tokens, *states)])
     return F.pad(flat, (0, prod(v.ne) - len(flat))).reshape(shape_of(v.ne))
 
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from sdrpc.ggml.params import Eps, Im2Col, NoParams, Pool2D, Rope, SoftMax
 
 from ...dtypes import shape_of
+from ...operations import EngineOp
 from ...values import Value
 from .. import attention
 from ..base import Kernel, kernel, operand, within
+from ..images import reaches, taps_at
 
 
 def _silu_back(_v: Value, gradient: Tensor, x: Tensor) -> Tensor:
@@ -49,7 +51,8 @@ def _get_rows_back(v: Value, rows: Tensor, numbers: Tensor) -> Tensor:
     """Rows added where they were picked."""
     _, _, n, width = shape_of(v.ne)
     into = torch.zeros(n, width, dtype=rows.dtype, device=rows.device)
-    return into.index_add(0, within(numbers.reshape(-1).long(), n), rows[0, 0]).reshape(shape_of(v.ne))
+    picked = within(numbers.reshape(-1).long(), n)
+    return into.index_add(0, picked, rows[0, 0, : len(picked)]).reshape(shape_of(v.ne))
 
 
 def _cross_entropy_loss(v: Value, logits: Tensor, wanted: Tensor) -> Tensor:
@@ -69,16 +72,49 @@ def _sgd(_v: Value, weight: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
     return weight * (1 - rate * decay) - rate * gradient
 
 
+# AdamW's parameters: rate, beta 1, beta 2, eps, weight decay, and what corrects the moments' bias, 1 / (1 - beta^step)
+
+
+def _adamw_mean(_v: Value, mean: Tensor, gradient: Tensor, params: Tensor) -> Tensor:
+    """m · beta 1 + g (1 - beta 1)"""
+    beta = params[..., 1:2]
+    return mean * beta + gradient * (1 - beta)
+
+
+def _adamw_square(_v: Value, square: Tensor, gradient: Tensor, params: Tensor) -> Tensor:
+    """s · beta 2 + g² (1 - beta 2)"""
+    beta = params[..., 2:3]
+    return square * beta + gradient * gradient * (1 - beta)
+
+
+def _adamw(_v: Value, weight: Tensor, _gradient: Tensor, mean: Tensor, square: Tensor, params: Tensor) -> Tensor:
+    """w (1 - rate · decay) - rate · m̂ / (√ŝ + eps), after both moments were updated (arXiv:1711.05101)."""
+    rate, _, _, eps, decay, mean_scale, square_scale = (params[..., i : i + 1] for i in range(7))
+    step: Tensor = mean * mean_scale / ((square * square_scale).sqrt() + eps)
+    return weight * (1 - rate * decay) - rate * step
+
+
 def _im2col_back(v: Value[Im2Col], columns: Tensor, _kernel: Tensor) -> Tensor:
-    """Columns added where they were taken: [n, height, width, taps] → [n, channels, …]."""
+    """Columns added where they were taken: [n, height, width, taps] → [n, channels, …]. Of one dimension, images are
+    one pixel high."""
     p = v.params
     k0, k1 = operand(v, 1).ne[:2]
     n3, n2, n1, n0 = shape_of(v.ne)
-    if p.is_2d:
-        flat = columns.reshape(n3, -1, columns.shape[3]).mT
-        return F.fold(flat, (n1, n0), (k1, k0), (p.d1, p.d0), (p.p1, p.p0), (p.s1, p.s0))
-    flat = columns.reshape(n2, -1, columns.shape[3]).mT
-    return F.fold(flat, (1, n0), (1, k0), (1, p.d0), (0, p.p0), (1, p.s0)).reshape(shape_of(v.ne))
+    images, channels, size, k, s, pad, d = (
+        (n3, n2, (n1, n0), (k1, k0), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+        if p.is_2d
+        else (n2, n1, (1, n0), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
+    )
+    if all(map(reaches, size, k, pad, d)):
+        flat = columns.reshape(images, -1, columns.shape[3]).mT
+        return F.fold(flat, size, k, d, pad, s).reshape(shape_of(v.ne))
+    outputs = columns.shape[1:3] if p.is_2d else (1, columns.shape[2])
+    down, across = (taps_at(size[i], outputs[i], k[i], (s[i], pad[i], d[i]), columns.device) for i in (0, 1))
+    places = down[:, None, :, None] * (size[1] + 1) + across[None, :, None, :]
+    gradients = columns.reshape(images, *outputs, channels, *k).permute(0, 3, 1, 2, 4, 5).flatten(2)
+    whole = columns.new_zeros(images, channels, (size[0] + 1) * (size[1] + 1))
+    whole = whole.index_add(2, places.flatten(), gradients).reshape(images, channels, size[0] + 1, size[1] + 1)
+    return whole[..., :-1, :-1].reshape(shape_of(v.ne))
 
 
 def _pool_2d_back(v: Value[Pool2D], gradient: Tensor, image: Tensor) -> Tensor:
@@ -107,6 +143,9 @@ KERNELS: tuple[Kernel, ...] = (
     kernel("CROSS_ENTROPY_LOSS", NoParams, _cross_entropy_loss),
     kernel("CROSS_ENTROPY_LOSS_BACK", NoParams, _cross_entropy_loss_back),
     kernel("OPT_STEP_SGD", NoParams, _sgd),
+    kernel("OPT_STEP_ADAMW", NoParams, _adamw),
+    kernel(EngineOp.ADAMW_MEAN, NoParams, _adamw_mean),
+    kernel(EngineOp.ADAMW_SQUARE, NoParams, _adamw_square),
     kernel("IM2COL_BACK", Im2Col, _im2col_back),
     kernel("POOL_2D_BACK", Pool2D, _pool_2d_back),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...params import Gather, Mixing, NoParams
 from ...types import F32
-from ..base import READABLE, Call, Op, Result, need, op, support, typed
+from ..base import READABLE, Call, Op, Result, fits, need, op, support, typed
 
 _F32 = frozenset({"F32"})
 
@@ -26,7 +26,7 @@ def _lightning_indexer(call: Call[NoParams]) -> Result:
     keys = key.ne[2]
     need(key.ne == (size, 1, keys, batch), "key {} for query {}", key.ne, query.ne)
     need(weights.ne == (heads, tokens, 1, batch), "weights {} for query {}", weights.ne, query.ne)
-    need(mask.ne[:3] == (keys, tokens, 1) and batch % mask.ne[3] == 0, "mask {} for key {}", mask.ne, key.ne)
+    need(mask.ne[:3] == (keys, tokens, 1) and fits(mask.ne[3], batch), "mask {} for key {}", mask.ne, key.ne)
     return Result(F32, (keys, tokens, 1, batch))
 
 

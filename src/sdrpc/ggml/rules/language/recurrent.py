@@ -10,7 +10,7 @@ from math import prod
 from ...params import LinearAttention, NoParams, States
 from ...tensor import Dims, Tensor, dims
 from ...types import F32
-from ..base import Call, Op, Result, need, op, support, typed
+from ..base import Call, Op, Result, fits, need, op, support, typed
 
 _F32 = frozenset({"F32"})
 _I32 = frozenset({"I32"})
@@ -60,7 +60,7 @@ def _ssm_scan(call: Call[States]) -> Result:
     need(dt.ne == (heads, tokens, sequences, 1), "steps {} for input {}", dt.ne, x.ne)
     need(a.ne in ((1, heads, 1, 1), (size, heads, 1, 1)), "decay {} for states {}", a.ne, state.ne)
     need(
-        b.ne == c.ne and b.ne[0] == size and b.ne[2:] == (tokens, sequences) and heads % b.ne[1] == 0,
+        b.ne == c.ne and b.ne[0] == size and b.ne[2:] == (tokens, sequences) and fits(b.ne[1], heads),
         "projections {} and {} for input {} and states {}", b.ne, c.ne, x.ne, state.ne,
     )  # fmt: skip
     need(rows.ne == (sequences, 1, 1, 1), "numbers of states {} for input {}", rows.ne, x.ne)
@@ -78,8 +78,8 @@ def _like_keys(call: Call[object], state: Tensor, *others: Tensor) -> Result:
     need(all(other.ne == keys for other in others) and keys[3] == 1, "keys {} and {}", keys, [o.ne for o in others])
     sequences = state.ne[1]
     need(prod(state.ne) == size * size * heads * sequences, "state {} for keys {}", state.ne, keys)
-    need(tokens % sequences == 0, "{} tokens in {} sequences", tokens, sequences)
-    _one_by_one(tokens // sequences)
+    need(fits(sequences, tokens), "{} tokens in {} sequences", tokens, sequences)
+    _one_by_one(tokens // max(sequences, 1))
     return Result(F32, (size * heads, tokens + size * sequences, 1, 1))
 
 
@@ -107,7 +107,7 @@ def _gated_delta_net(call: Call[States]) -> Result:
     for what, one in (("query", query), ("key", key)):
         n = one.ne
         need(
-            n[0] == size and heads % n[1] == 0 and n[2] == tokens and sequences % n[3] == 0,
+            n[0] == size and fits(n[1], heads) and n[2] == tokens and fits(n[3], sequences),
             "{} {} for value {}", what, n, v,
         )  # fmt: skip
     need(gate.ne[0] in (1, size) and gate.ne[1:] == v[1:], "gate {} for value {}", gate.ne, v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from ...params import Eps, Im2Col, NoParams, Pool2D, Rope, SoftMax
 from ...tensor import dims
@@ -46,7 +47,8 @@ def _get_rows_back(call: Call[NoParams]) -> Result:
     typed(rows, frozenset({"F32", "F16"}))
     typed(numbers, frozenset({"I32"}), "indices")
     ne = declared(call)
-    need(rows.ne[2:] == (1, 1) and numbers.ne == (rows.ne[1], 1, 1, 1), "indices {} for {}", numbers.ne, rows.ne)
+    n = numbers.ne  # the first so many rows are used: there may be more
+    need(rows.ne[2:] == (1, 1) and n[0] <= rows.ne[1] and n[1:] == (1, 1, 1), "indices {} for {}", n, rows.ne)
     need(ne[0] == rows.ne[0] and ne[2:] == (1, 1), "rows {} into {}", rows.ne, ne)
     return Result(F32, ne)
 
@@ -68,6 +70,16 @@ def _sgd(call: Call[NoParams]) -> Result:
     typed(rates, _F32, "rates")
     need(rates.ne == dims(2), "{} rates: there are two", rates.ne)
     return _alike(replace(call, src=tuple(both)))
+
+
+def _adamw(call: Call[NoParams]) -> Result:
+    *alike, params = call.src
+    for each in alike:
+        typed(each, _F32)
+        need(each.ne == alike[0].ne, "shapes {} and {}", alike[0].ne, each.ne)
+    typed(params, _F32, "parameters")
+    need(prod(params.ne) == 7, "{} parameters: there are seven", params.ne)
+    return Result(F32, alike[0].ne)
 
 
 def _im2col_back(call: Call[Im2Col]) -> Result:
@@ -106,6 +118,7 @@ OPS: tuple[Op, ...] = (
     op("CROSS_ENTROPY_LOSS", NoParams, _cross_entropy_loss, 2),
     op("CROSS_ENTROPY_LOSS_BACK", NoParams, _cross_entropy_loss_back, 3),
     op("OPT_STEP_SGD", NoParams, _sgd, 3),
+    op("OPT_STEP_ADAMW", NoParams, _adamw, 5, writes=0, updates=(2, 3)),
     op("IM2COL_BACK", Im2Col, _im2col_back, 2),
     op("POOL_2D_BACK", Pool2D, _pool_2d_back, 2),
 )
