@@ -15,7 +15,7 @@ from sdrpc.engine.blocks import READ, WRITE, dequantize, quantize
 from sdrpc.engine.precision import EXACT
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Im2Col
-from sdrpc.ggml.rules import FLOATS, READABLE, WRITABLE
+from sdrpc.ggml.rules.base import FLOATS, READABLE, WRITABLE
 from sdrpc.ggml.types import F16, TYPES
 from tests.engine.compare import Leaves, at, check, place, same
 from tests.support import reference

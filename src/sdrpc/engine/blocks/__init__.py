@@ -16,14 +16,14 @@ from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
 from ..dtypes import shape_of
-from . import codebook, plain, superblocks
+from . import i_quants, k_quants, legacy_quants
 
 __all__ = ["READ", "WRITE", "dequantize", "quantize"]
 
-READ: dict[str, Callable[[Tensor], Tensor]] = {**plain.READ, **superblocks.READ, **codebook.READ}
+READ: dict[str, Callable[[Tensor], Tensor]] = {**legacy_quants.READ, **k_quants.READ, **i_quants.READ}
 """The quantized types that can be read, by name: all."""
 
-WRITE: dict[str, Callable[[Tensor], Tensor]] = {**plain.WRITE, **superblocks.WRITE, **codebook.WRITE}
+WRITE: dict[str, Callable[[Tensor], Tensor]] = {**legacy_quants.WRITE, **k_quants.WRITE, **i_quants.WRITE}
 """Those that can be written: ggml's CPU backend can write no other (it has no ``from_float`` for them)."""
 
 CHUNK = 1 << 17
