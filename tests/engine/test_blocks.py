@@ -63,6 +63,19 @@ def test_every_type_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_may_begin_at_any_byte(name: str, rows: int) -> None:
+    held = TYPES[name]
+    ne = (held.block, rows, 1, 1)
+    raw = np.random.default_rng(rows).integers(0, 128, (1, 1, rows, held.size), dtype=np.uint8)
+    expected = dequantize(torch.from_numpy(raw).to(DEVICE), held, ne)
+    for offset in range(1, 9):
+        memory = torch.zeros(raw.size + 8, dtype=torch.uint8, device=DEVICE)
+        shifted = memory[offset : offset + raw.size].view(raw.shape).copy_(torch.from_numpy(raw))
+        assert torch.equal(dequantize(shifted, held, ne).nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("rows", [1, 7])
 def test_reading_is_as_in_gguf(name: str, rows: int) -> None:
     """Any bytes, also those that no writer makes."""

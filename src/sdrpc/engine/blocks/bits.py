@@ -26,7 +26,9 @@ def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[…, s k] bytes → […, k] numbers of s bytes. Blocks may begin at any byte of a buffer, and so may ``x``: torch
     wants it at a multiple of s."""
     x = x.contiguous()
-    return (x.clone() if x.storage_offset() % dtype.itemsize else x).view(dtype)
+    if any(n % dtype.itemsize for n in (x.storage_offset(), *x.stride()[:-1])):  # of one block the stride may be any
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(dtype)
 
 
 def half(x: Tensor) -> Tensor:
