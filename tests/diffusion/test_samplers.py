@@ -157,6 +157,11 @@ def test_options_of_other_samplers_are_refused(name: str, option: str) -> None:
     assert caught.value.field == option
 
 
+@pytest.mark.parametrize("name", ["euler_a", "dpm++2s_a", "res_multistep", "res_2s", "euler_ge"])
+def test_more_new_noise_than_all_counts_as_all_for_flow_models(name: str) -> None:
+    np.testing.assert_array_equal(drawn(name, 1.5, predicted="sd3_flow"), drawn(name, 1.0, predicted="sd3_flow"))
+
+
 def test_er_sde_survives_levels_that_it_cannot_tell_apart() -> None:
     """Shifted far, a flow model's first levels are all above what er_sde computes with."""
     assert np.isfinite(drawn("er_sde", steps=900, predicted="sd3_flow:12")).all()
