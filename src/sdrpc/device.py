@@ -41,13 +41,12 @@ class Target:
     """Which graphs a device takes: what lowering has to know about it.
 
     ``ops``: operations that may be used. ``managed``: nodes may live in no buffer (the device finds room for them), and
-    only what is flagged OUTPUT is stored. ``flash_head_sizes``: head sizes that FLASH_ATTN_EXT takes (None: all).
+    only what is flagged OUTPUT is stored.
     """
 
     name: str
     ops: frozenset[str]
     managed: bool
-    flash_head_sizes: frozenset[int] | None
 
 
 @dataclass(frozen=True)

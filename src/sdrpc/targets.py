@@ -5,7 +5,7 @@ from __future__ import annotations
 from .device import Target
 from .ggml.rules import RULES
 
-SDRPC = Target(name="sdrpc", ops=frozenset(RULES), managed=True, flash_head_sizes=None)
+SDRPC = Target(name="sdrpc", ops=frozenset(RULES), managed=True)
 """Our own devices, here or behind one of our own servers."""
 
 PORTABLE = Target(
@@ -17,7 +17,6 @@ PORTABLE = Target(
         "IM2COL", "UPSCALE",
     }),
     managed=False,
-    flash_head_sizes=frozenset(),
 )  # fmt: skip
 """A native server, which aborts on what its backend lacks: only what the CPU, CUDA, Metal, Vulkan and SYCL backends
 all have, and no FLASH_ATTN_EXT, whose head sizes differ between them."""

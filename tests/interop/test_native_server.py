@@ -17,7 +17,7 @@ import sdrpc
 from sdrpc.client import RemoteDevice, connect
 from sdrpc.errors import ConnectionFailed, ConnectionLost, OutOfMemory
 from sdrpc.ggml.weight import Weight
-from sdrpc.lowering.export import export
+from sdrpc.lowering.capture import capture
 from sdrpc.lowering.lower import lower
 from sdrpc.runtime.lowered import Lowered
 from sdrpc.runtime.run import Executable
@@ -61,7 +61,7 @@ def captured(part: str, kind: str, size: Size) -> Captured:
     types = {name: weight.type for name, weight in weights.items()}
     with torch.no_grad():
         expected = PARTS[part].call(module, *inputs.values())[0].numpy()
-    return Captured(lower(export(module, inputs, PARTS[part].call), PORTABLE, types), weights, inputs, expected)
+    return Captured(lower(capture(module, inputs, PARTS[part].call), PORTABLE, types), weights, inputs, expected)
 
 
 def arrays(inputs: Inputs) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ def check(part: str, kind: str, size: Size, device: RemoteDevice, slack: float =
     assert error <= slack * BOUNDS[kind], f"{part} with {kind} weights, {size}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.rules.split()[0])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.split()[0])
 def test_every_rule_of_lowering(case: Case, devices: list[RemoteDevice]) -> None:
     """What is lowered for any device, a native one computes: its backends abort on layouts that they don't take."""
 
@@ -93,9 +93,9 @@ def test_every_rule_of_lowering(case: Case, devices: list[RemoteDevice]) -> None
         return tuple(result) if isinstance(result, tuple | list) else (result,)
 
     inputs = {f"x{i}": tensor for i, tensor in enumerate(inputs_of(case))}
-    exported = export(torch.nn.Module(), inputs, call)
-    found = errors(exported, torch.nn.Module(), inputs, call, devices[0])
-    assert max(found) <= TABLED.get(case.rules, BOUNDS["F32"])
+    graph = capture(torch.nn.Module(), inputs, call)
+    found = errors(graph, torch.nn.Module(), inputs, call, devices[0])
+    assert max(found) <= TABLED.get(case.name, BOUNDS["F32"])
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdrpc.device import Device, Target
-from sdrpc.lowering.export import Exported, export
+from sdrpc.lowering.capture import Captured, capture
 from sdrpc.lowering.lower import lower
 from sdrpc.lowering.offload import weights_of
 from sdrpc.runtime.run import Executable
@@ -33,13 +33,13 @@ def numbers(tensor: torch.Tensor) -> np.ndarray:
 
 
 def errors(
-    exported: Exported, module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, device: Device
+    graph: Captured, module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, device: Device
 ) -> list[float]:
     """The relative error of each output on ``device``; shapes and dtypes must be torch's."""
     with torch.no_grad():
         wanted = call(module, *inputs.values())
     weights = {weight.name: weight for weight in weights_of(module)}
-    lowered = lower(exported, device.target, {name: weight.type for name, weight in weights.items()})
+    lowered = lower(graph, device.target, {name: weight.type for name, weight in weights.items()})
     with Executable(lowered, device, weights) as run:
         got = run(**{name: numbers(tensor) for name, tensor in inputs.items()})
     assert [(o.dtype, o.shape) for o in lowered.outputs] == [
@@ -48,18 +48,25 @@ def errors(
     return [error(g, numbers(w)) for g, w in zip(got, wanted, strict=True)]
 
 
-def check(
-    function: Callable[..., object], *tensors: torch.Tensor, targets: Iterable[Target] = (SDRPC, PORTABLE)
-) -> Exported:
-    """``function(*tensors)``, lowered for each target, gives what torch gives."""
+def captured(
+    function: Callable[..., object], *tensors: torch.Tensor
+) -> tuple[Captured, Mapping[str, torch.Tensor], Call]:
+    """``function(*tensors)`` as a graph, its inputs by name, and the call that was captured."""
 
     def call(_: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = function(*inputs)
         return tuple(result) if isinstance(result, tuple | list) else (result,)  # type: ignore[return-value]
 
     inputs = {f"x{i}": tensor for i, tensor in enumerate(tensors)}
-    exported = export(nn.Module(), inputs, call)
+    return capture(nn.Module(), inputs, call), inputs, call
+
+
+def check(
+    function: Callable[..., object], *tensors: torch.Tensor, targets: Iterable[Target] = (SDRPC, PORTABLE)
+) -> Captured:
+    """``function(*tensors)``, lowered for each target, gives what torch gives."""
+    graph, inputs, call = captured(function, *tensors)
     for target in targets:
-        found = errors(exported, nn.Module(), inputs, call, ReferenceDevice(target))
+        found = errors(graph, nn.Module(), inputs, call, ReferenceDevice(target))
         assert max(found) <= TOLERANCE["operation"], (target.name, found)
-    return exported
+    return graph

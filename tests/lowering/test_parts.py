@@ -11,7 +11,7 @@ from torch import nn
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine import devices as local_devices
-from sdrpc.lowering.export import export
+from sdrpc.lowering.capture import capture
 from sdrpc.targets import PORTABLE, SDRPC
 from tests.lowering import models
 from tests.lowering.compare import TOLERANCE, Call, errors
@@ -80,12 +80,12 @@ def test_a_part_equals_the_module_in_process(name: str, engines: dict[str, Local
     part = PARTS[name]
     module = part.module()
     inputs = {key: example(key, shape) for key, shape in part.inputs.items()}
-    exported = export(module, inputs, part.call)
+    graph = capture(module, inputs, part.call)
     for device, precision in (
         (ReferenceDevice(SDRPC), "exact"), (ReferenceDevice(PORTABLE), "exact"),
         (engines["exact"], "exact"), (engines["fast"], "fast"),
     ):  # fmt: skip
-        found = errors(exported, module, inputs, part.call, device)
+        found = errors(graph, module, inputs, part.call, device)
         assert max(found) <= TOLERANCE[precision], (device.name, device.target.name, precision, found)
 
 
@@ -96,11 +96,11 @@ def test_narrow_weights_stay_narrow_and_values_do_not(dtype: torch.dtype, engine
     narrow: nn.Module = part.module().to(dtype)
     wide: nn.Module = part.module().to(dtype).float()
     inputs = {key: example(key, shape) for key, shape in part.inputs.items()}
-    exported = export(narrow, {key: value.to(dtype) for key, value in inputs.items()}, part.call)
+    graph = capture(narrow, {key: value.to(dtype) for key, value in inputs.items()}, part.call)
 
     def call(_: nn.Module, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(result.to(dtype) for result in part.call(wide, z))
 
     for device in (ReferenceDevice(SDRPC), ReferenceDevice(PORTABLE), engines["exact"]):
-        found = errors(exported, narrow, inputs, call, device)
+        found = errors(graph, narrow, inputs, call, device)
         assert max(found) <= torch.finfo(dtype).eps, (device.name, found)

@@ -11,7 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 import sdrpc
 from sdrpc.device import Device
-from sdrpc.lowering.export import export
+from sdrpc.lowering.capture import capture
 from tests.lowering import models
 from tests.lowering.compare import TOLERANCE, error, errors, numbers
 from tests.lowering.test_parts import PARTS, example
@@ -39,7 +39,7 @@ def test_a_part_equals_the_module_in_process(name: str, precision: str, remote: 
     part = PARTS[name]
     module = part.module()
     inputs = {key: example(key, shape) for key, shape in part.inputs.items()}
-    found = errors(export(module, inputs, part.call), module, inputs, part.call, remote[precision])
+    found = errors(capture(module, inputs, part.call), module, inputs, part.call, remote[precision])
     assert max(found) <= TOLERANCE[precision]
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sdrpc.errors import GraphError
-from sdrpc.lowering.export import export
+from sdrpc.lowering.capture import capture
 from sdrpc.lowering.lower import lower
 from sdrpc.runtime.cache import SUFFIX, Cache, default_folder, key
 from sdrpc.runtime.lowered import DIGEST_BYTES, MAGIC, Lowered, from_bytes, to_bytes
@@ -35,7 +35,7 @@ def constants() -> Lowered:
         rows = x[torch.tensor([2, 0])] * torch.tensor([[1.5, 2.5]])
         return rows, torch.tensor([True, False]), torch.arange(2)
 
-    return lower(export(nn.Module(), {"x": torch.ones(3, 2), "unread": torch.ones(1)}, call), SDRPC, {})
+    return lower(capture(nn.Module(), {"x": torch.ones(3, 2), "unread": torch.ones(1)}, call), SDRPC, {})
 
 
 def test_a_module_from_bytes_gives_the_same_results() -> None:

@@ -132,7 +132,7 @@ def captured(
     """The module's graph for inputs of these shapes and dtypes. Nothing is computed and no weight exists."""
     import torch
 
-    from ..lowering.export import export, without_weights
+    from ..lowering.capture import capture, without_weights
     from ..lowering.lower import lower
 
     with without_weights():
@@ -141,7 +141,7 @@ def captured(
         name: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device="meta")
         for name, array in inputs.items()
     }
-    return lower(export(built.eval(), examples, call), device.target, types)
+    return lower(capture(built.eval(), examples, call), device.target, types)
 
 
 class DeviceModel:

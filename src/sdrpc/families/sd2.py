@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,30 @@ def recognizes(diffusion: Found) -> bool:
     return not unet.has_size_conditions(diffusion) and unet.projects_by_matrix(diffusion)
 
 
+LAYERS = 24
+"""Of OpenCLIP-H. transformers' form of SD 2.x's text encoder has one less, because nothing uses the last one."""
+
+
+def lacks_last_layer(found: Found) -> bool:
+    """Whether it is transformers' form: by its depth, and for models of other sizes by its names."""
+    layers = found.count("text_model.encoder.layers.")
+    original = any(".resblocks." in weight.name for weight in found.tensors.values())
+    return layers == LAYERS - 1 or (layers != LAYERS and not original)
+
+
+def _configure(found: Found, told: Config) -> dict[str, Any]:
+    config = clip.OPENCLIP_H.configure(found, told)
+    return config | {"missing_layers": 1 if lacks_last_layer(found) else 0}
+
+
+TEXT_ENCODER = replace(clip.OPENCLIP_H, configure=_configure)
+
+
 def conditions(encode: Encode, prompt: Prompt) -> Conditions:
-    """As SD 1.x's, of the last layer but one, of which diffusers directories have no last one."""
-    length = encode.config("clip_l")["max_position_embeddings"]
-    tokens = clip_chunks(prompt.text, length=length, pad=PAD)
-    skip = prompt.clip_skip if prompt.clip_skip >= 1 else 2
+    """As SD 1.x's, but of the last layer but one."""
+    config = encode.config("clip_l")
+    tokens = clip_chunks(prompt.text, length=config["max_position_embeddings"], pad=PAD)
+    skip = (prompt.clip_skip if prompt.clip_skip >= 1 else 2) - config["missing_layers"]
     hidden = clip.hidden_states(encode, "clip_l", tokens, skip=skip, final_norm=True)
     weighted = [apply_weights(h[0], w)[None] for h, w in zip(hidden, tokens.weights, strict=True)]
     return {"context": joined(weighted)}
@@ -49,7 +69,7 @@ SD2 = replace(
     SD1,
     name="sd2",
     title="Stable Diffusion 2.x",
-    components=(clip.OPENCLIP_H, unet.unet(unet.heads_of_64, 64), VAE),
+    components=(TEXT_ENCODER, unet.unet(unet.heads_of_64, 64), VAE),
     recognizes=recognizes,
     conditions=conditions,
     settings=settings,

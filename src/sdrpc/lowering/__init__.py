@@ -1,1 +1,1 @@
-"""torch modules as ggml graphs: capture, lowering rules by topic, and modules offloaded to a device."""
+"""torch modules as ggml graphs: capture, lowering rules by topic, and modules that compute on a device."""

@@ -25,6 +25,9 @@ Shape = tuple[int, ...]
 MOVES = frozenset({"RESHAPE", "PERMUTE", "VIEW", "CONT", "REPEAT"})
 """Operations that move elements of any type."""
 
+REPEATED_FROM = 256
+"""Constants of so many elements that are all the same are one element, repeated by the device."""
+
 Kind = str
 """What the numbers of a value are: ``f`` floats, ``i`` integers, ``b`` truth values."""
 
@@ -40,8 +43,27 @@ class Value:
 
     @property
     def scalar(self) -> float | None:
-        """The number of a known value of one element."""
-        return float(self.array.reshape(())) if self.array is not None and self.array.size == 1 else None
+        """The number of a known value that is the same everywhere."""
+        return float(self.array.flat[0]) if self.array is not None and is_uniform(self.array) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Complex:
+    """A tensor of complex numbers while it is lowered: its parts, of one shape."""
+
+    real: Value
+    imaginary: Value
+
+    @property
+    def shape(self) -> Shape:
+        return self.real.shape
+
+
+def is_uniform(array: np.ndarray) -> bool:
+    """Whether an array is one number, or one number in all places without memory for each (``np.broadcast_to``)."""
+    return array.size == 1 or (
+        array.size > 0 and all(n == 1 or step == 0 for n, step in zip(array.shape, array.strides, strict=True))
+    )
 
 
 def dims_of(shape: Shape) -> Dims:
@@ -51,7 +73,7 @@ def dims_of(shape: Shape) -> Dims:
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The common shape of ``shapes`` by torch's rules (the exporter has made sure that there is one)."""
+    """The common shape of ``shapes`` by torch's rules (torch has made sure that there is one)."""
     return tuple(np.broadcast_shapes(*shapes))
 
 
@@ -89,6 +111,9 @@ class Emitter:
         """A leaf that holds ``array``: F32, or I32 for integers, unless ``type`` says otherwise."""
         kind = kind or {"b": "b", "i": "i", "u": "i"}.get(array.dtype.kind, "f")
         stored = type or (I32 if kind == "i" else F32)
+        if array.size >= REPEATED_FROM and stored == F32 and is_uniform(array):
+            one = self.constant(array.reshape(-1)[:1].reshape((1,) * array.ndim), kind, stored)
+            return replace(self.expand(one, tuple(array.shape)), array=array)
         numbers = _narrow(array, stored)
         key = (stored.name, array.shape, numbers.tobytes())
         leaf = self._constants.get(key)
@@ -110,7 +135,7 @@ class Emitter:
     def _as_float(self, tensor: Tensor) -> Tensor:
         """The tensor's numbers as F32. What only moves an input's integers is applied to the input's floats."""
         source = tensor.src[0] if tensor.op in MOVES else None
-        if tensor in self.floats or source is None:
+        if tensor in self.floats or source is None or tensor.type.size != F32.size:  # strides count bytes
             return self.floats.get(tensor) or self.node("CPY", tensor, type=F32)
         floats = self._as_float(source)
         view_src = tensor.view_src and root(floats)[0]

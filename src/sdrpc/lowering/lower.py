@@ -1,4 +1,4 @@
-"""From exported ATen operations to a ggml graph, for one target."""
+"""From captured ATen operations to a ggml graph, for one target."""
 
 from __future__ import annotations
 
@@ -16,35 +16,40 @@ from ..ggml import build
 from ..ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, rewrite, sources
 from ..ggml.types import F32, I32, Type
 from ..runtime.lowered import Constant, Input, Lowered, Output, Parameter
-from .emitter import Emitter, Kind, Value, dims_of
-from .export import Exported, Node, operation, place
+from .capture import Captured, Node, operation, place
+from .emitter import Complex, Emitter, Kind, Value, dims_of
 from .rules import RULES, Out
+from .rules.complex_numbers import COMPLEX_RULES, complex_rule, has_complex
 
 IGNORED = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blocking", "copy"})
 """Keyword arguments about where and how numbers are stored: here that is ggml's business."""
 
 
-def lower(exported: Exported, target: Target, types: Mapping[str, Type]) -> Lowered:
-    """The graph of an exported module. ``types`` are the stored types of weights by name (F32 where none is given).
+VOCABULARY = RULES.keys() | COMPLEX_RULES.keys() | {"getitem"}
+"""Operations that can be lowered."""
+
+
+def lower(captured: Captured, target: Target, types: Mapping[str, Type]) -> Lowered:
+    """The graph of an captured module. ``types`` are the stored types of weights by name (F32 where none is given).
 
     Weights of one dimension are F32 whatever their stored type, as everything is that no matrix product reads. Raises
     :class:`CaptureError` with all operations that have no rule, or with the place of one that can't be expressed.
     """
-    _check_vocabulary(exported)
+    _check_vocabulary(captured)
     emitter = Emitter(target)
-    inputs = {node: _input(emitter, node) for node in exported.inputs}
-    weights = {node: _weight(node, types.get(name, F32)) for node, name in exported.weights.items()}
+    inputs = {node: _input(emitter, node) for node in captured.inputs}
+    weights = {node: _weight(node, types.get(name, F32)) for node, name in captured.weights.items()}
     values: dict[Node, Any] = {**inputs, **weights}
-    for node in exported.nodes:
-        if node not in values and node not in exported.known:
-            values[node] = _apply(emitter, node, values, exported.known)
-    results = [_output(emitter, node, values, exported.known) for node in exported.outputs]
-    return _lowered(exported, emitter, inputs, weights, results)
+    for node in captured.nodes:
+        if node not in values and node not in captured.known:
+            values[node] = _apply(emitter, node, values, captured.known)
+    results = [_output(emitter, node, values, captured.known) for node in captured.outputs]
+    return _lowered(captured, emitter, inputs, weights, results)
 
 
-def _check_vocabulary(exported: Exported) -> None:
-    calls = [node for node in exported.nodes if node.op == "call_function" and node not in exported.known]
-    foreign = [node for node in calls if rule_name(node) not in RULES and rule_name(node) != "getitem"]
+def _check_vocabulary(captured: Captured) -> None:
+    calls = [node for node in captured.nodes if node.op == "call_function" and node not in captured.known]
+    foreign = [node for node in calls if rule_name(node) not in VOCABULARY]
     if foreign:
         counts = Counter(operation(node) for node in foreign)
         first = {operation(node): place(node) for node in reversed(foreign)}
@@ -62,10 +67,8 @@ def rule_name(node: Node) -> str:
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
-    """What numbers of a dtype are. Raises :class:`CaptureError` for complex ones."""
-    if dtype.is_complex:
-        raise CaptureError(f"numbers of {dtype}")
-    return "f" if dtype.is_floating_point else "b" if dtype == torch.bool else "i"
+    """What numbers of a dtype are; a complex number is two floats."""
+    return "f" if dtype.is_floating_point or dtype.is_complex else "b" if dtype == torch.bool else "i"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -73,7 +76,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _meta(node: Node) -> torch.Tensor:
-    """What the exporter knows of a node's (first) result."""
+    """The shape and dtype of a node's (first) result, as a meta tensor."""
     value = node.meta["val"]
     first: torch.Tensor = value[0] if isinstance(value, tuple | list) else value
     return first
@@ -81,6 +84,8 @@ def _meta(node: Node) -> torch.Tensor:
 
 def _input(emitter: Emitter, node: Node) -> Value:
     meta = _meta(node)
+    if meta.dtype.is_complex:
+        raise CaptureError(f"an input of {dtype_name(meta.dtype)}")
     shape, kind = tuple(meta.shape), kind_of(meta.dtype)
     leaf = build.leaf(I32 if kind == "i" else F32, *dims_of(shape))
     if kind == "i":
@@ -98,25 +103,40 @@ def _weight(node: Node, type: Type) -> Value:
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+    """A known tensor's numbers; where all are the same, an array without memory for each of them."""
+    tensor = tensor.detach().cpu().resolve_conj()
+    array = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+    if array.size > 1 and (array == array.flat[0]).all():
+        return np.broadcast_to(array.flat[0], array.shape)
+    return array
 
 
-def _apply(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapping[Node, Any]) -> Any:
+def _constant(emitter: Emitter, tensor: torch.Tensor) -> Value | Complex:
+    numbers = _numbers(tensor)
+    if tensor.is_complex():
+        parts = [np.ascontiguousarray(part, np.float32) for part in (numbers.real, numbers.imag)]
+        return Complex(*map(emitter.constant, parts))
+    return emitter.constant(numbers, kind_of(tensor.dtype))
+
+
+def _apply(emitter: Emitter, node: Node, values: dict[Node, Any], known: Mapping[Node, torch.Tensor]) -> Any:
     def operand(source: Node) -> Any:
-        if source in values:
-            return values[source]
-        return emitter.constant(_numbers(known[source]), kind_of(known[source].dtype))
+        if source not in values:
+            values[source] = _constant(emitter, known[source])
+        return values[source]
 
-    if rule_name(node) == "getitem":
+    name = rule_name(node)
+    if name == "getitem":
         source, position = node.args
         return values[source][position]  # type: ignore[index]
     given = {key: value for key, value in node.kwargs.items() if key not in IGNORED}
-    args, kwargs = fx.node.map_aggregate((node.args, given), lambda x: _argument(x, operand))
+    arguments: Any = fx.node.map_aggregate((node.args, given), lambda x: _argument(x, operand))
+    args, kwargs = arguments
     meta = _meta(node)
     try:
         out = Out(tuple(meta.shape), kind_of(meta.dtype))
-        result = RULES[rule_name(node)](emitter, out, *args, **kwargs)
+        make = complex_rule(name) if has_complex((args, kwargs)) else RULES[name]
+        result = make(emitter, out, *args, **kwargs)
     except (CaptureError, GraphError, TypeError, ValueError) as error:  # the last two: arguments that no rule expects
         raise CaptureError(f"{place(node)}: {operation(node)}: {error}") from error
     return _as_declared(node, result)
@@ -129,23 +149,27 @@ def _argument(x: Any, operand: Any) -> Any:
 
 
 def _as_declared(node: Node, result: Any) -> Any:
-    """The result with the shapes and kinds that the exporter worked out, which a rule has to have met."""
+    """The result with the shapes and kinds that torch worked out, which a rule has to have met."""
     if isinstance(result, tuple):
         metas = node.meta["val"]
         return tuple(_declared(node, value, meta) for value, meta in zip(result, metas, strict=True))
     return _declared(node, result, _meta(node))
 
 
-def _declared(node: Node, value: Value, meta: torch.Tensor) -> Value:
+def _declared(node: Node, value: Value | Complex, meta: torch.Tensor) -> Value | Complex:
     if value.shape != tuple(meta.shape):
         raise CaptureError(f"{place(node)}: {operation(node)}: lowered to {value.shape}, not {tuple(meta.shape)}")
+    if isinstance(value, Complex):
+        return value
     return Value(value.tensor, value.shape, kind_of(meta.dtype), value.array)
 
 
-def _output(emitter: Emitter, node: Any, values: Mapping[Node, Any], known: Mapping[Node, Any]) -> Output:
+def _output(emitter: Emitter, node: Node, values: Mapping[Node, Any], known: Mapping[Node, torch.Tensor]) -> Output:
     if node in known:
         return Output(dtype_name(known[node].dtype), tuple(known[node].shape), _numbers(known[node]))
-    value: Value = values[node]
+    value = values[node]
+    if isinstance(value, Complex):
+        raise CaptureError(f"{place(node)}: a result of complex numbers")
     tensor = value.tensor
     while tensor.op == "RESHAPE" and tensor.src[0] is not None:
         tensor = tensor.src[0]
@@ -155,7 +179,7 @@ def _output(emitter: Emitter, node: Any, values: Mapping[Node, Any], known: Mapp
 
 
 def _lowered(
-    exported: Exported,
+    captured: Captured,
     emitter: Emitter,
     inputs: Mapping[Node, Value],
     weights: Mapping[Node, Value],
@@ -170,11 +194,11 @@ def _lowered(
         graph,
         tuple(
             Input(name, dtype_name(_meta(node).dtype), inputs[node].shape, _present(new, emitter, inputs[node].tensor))
-            for node, name in exported.inputs.items()
+            for node, name in captured.inputs.items()
         ),
         tuple(
             Parameter(name, weights[node].shape, new[weights[node].tensor])
-            for node, name in exported.weights.items()
+            for node, name in captured.weights.items()
             if weights[node].tensor in new
         ),
         tuple(Constant(new[leaf], array) for leaf, array in emitter.arrays.items() if leaf in new),

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..ggml.types import BF16, F16, F32
 from ..ggml.weight import Weight, Whole
 from ..runtime.run import Executable, WeightStore
-from .export import export, rehearse
+from .capture import capture
 from .lower import lower
 
 ENTRY_POINTS = ("forward", "encode", "decode")
@@ -127,13 +127,7 @@ class _Remote:
 
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         inputs = {_name(i): tensor for i, tensor in enumerate(tensors)}
-        try:
-            rehearse(self.module, inputs, flat)
-        except Exception:  # inputs that the module refuses: with numbers, it says so in its own words
-            with torch.no_grad():
-                flat(self.module, *tensors)
-        results.clear()
-        exported = export(self.module, inputs, flat)
+        exported = capture(self.module, inputs, flat)
         types = {name: weight.type for name, weight in self.weights.items()}
         lowered = lower(exported, self.device.target, types)
         return _Bound(Executable(lowered, self.device, self.store), results[0])

@@ -41,8 +41,7 @@ def default_folder() -> Path:
 def key(target: Target, **facts: Any) -> str:
     """A digest of ``facts`` (of JSON's types), of the target and of the versions of the packages that capture."""
     versions = {name: _version(name) for name in PACKAGES}
-    limits = None if target.flash_head_sizes is None else sorted(target.flash_head_sizes)
-    about = [target.name, sorted(target.ops), target.managed, limits]
+    about = [target.name, sorted(target.ops), target.managed]
     text = json.dumps([versions, about, facts], sort_keys=True)
     return blake2b(text.encode(), digest_size=20).hexdigest()
 

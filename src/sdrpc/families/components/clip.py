@@ -64,6 +64,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
 
     arguments = dict(config)
     outputs, skip, final_norm = (arguments.pop(key) for key in ("outputs", "skip", "final_norm"))
+    arguments.pop("missing_layers", None)  # what is not there does not decide the module
 
     def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         text = module.text_model(input_ids=ids, output_hidden_states=True)
@@ -107,8 +108,10 @@ def pooled(encode: Encode, name: str, tokens: Tokens) -> F32:
 
 def _check_skip(encode: Encode, name: str, skip: int) -> None:
     layers = encode.config(name)["num_hidden_layers"]
-    if skip > layers:
-        raise InvalidValue("clip_skip", skip, f"{name} has {layers} layers")
+    missing = encode.config(name).get("missing_layers", 0)
+    if not 1 <= skip <= layers:
+        reason = f"{name} has {layers + missing} layers" + (", without the last one in this file" if missing else "")
+        raise InvalidValue("clip_skip", skip + missing, reason)
 
 
 def _thirds(weight: Weight) -> tuple[Weight, ...]:

@@ -1,0 +1,49 @@
+"""Every family from every form of file, through real rpc-servers with its components on two of them, is the picture of
+diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import sdrpc
+from sdrpc.device import Device
+from tests.support.pictures import BOUNDS, CASES, Case, Checkpoints, distance
+from tests.support.process import ServerProcess
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' scheduler with numpy 2
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def devices() -> Iterator[dict[str, list[Device]]]:
+    """By precision, the devices of two servers."""
+    with ExitStack() as stack:
+        found: dict[str, list[Device]] = {}
+        for precision in ("exact", "fast"):
+            servers = [stack.enter_context(ServerProcess("--precision", precision, "--device", "CPU")) for _ in "ab"]
+            opened = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}" for server in servers])
+            for device in opened.values():
+                stack.callback(device.close)
+            found[precision] = [opened["RPC0"], opened["RPC1"]]
+        yield found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_picture_is_that_of_diffusers(
+    case: Case, checkpoints: Checkpoints, devices: dict[str, list[Device]], graphs: Path
+) -> None:
+    for precision in ("exact", "fast"):
+        assert distance(checkpoints, case, devices[precision], graphs) >= BOUNDS[precision], precision

@@ -1,0 +1,157 @@
+"""Pictures of every family in every form of file: ours through servers, and diffusers' own pipeline in this process.
+
+The checkpoints are small and random, in the original names (:mod:`tools.checkpoints`). Each is drawn once by diffusers'
+pipeline with the same weights, noise, levels of noise and Euler's method; ours has its components on several devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdrpc.device import Device
+from sdrpc.diffusion.predictions import prediction
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.rng import make_rng
+from sdrpc.diffusion.schedules import make_sigmas
+from sdrpc.diffusion.session import Session
+from sdrpc.families.model import ModelFiles
+from sdrpc.runtime.cache import Cache
+from tests.support.references.draw import Drawing, draw, psnr
+from tools.checkpoints import Made, make
+
+WIDTH, HEIGHT, STEPS, SEED = 128, 64, 3, 42
+PIXELS = 8
+"""Of a latent's side."""
+
+BOUNDS = {"exact": 45.0, "fast": 28.0, "native": 30.0}
+"""dB that our picture has to be from diffusers' one, by what computes it.
+
+``exact`` is float32 throughout, so that only the order of sums differs; ``fast`` multiplies in bfloat16; ggml's CPU
+backend (``native``) rounds what it multiplies with F16 weights to F16 and with blocks to 8 bits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint: family, form of file and number format of its matrices, as :func:`tools.checkpoints.make` has
+    them."""
+
+    family: str
+    form: str
+    type: str = "F16"
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.form}-{self.type}"
+
+
+FAMILIES = {
+    "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x (v)", "sd2-base": "Stable Diffusion 2.x (eps)",
+    "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
+}  # fmt: skip
+
+FORMS = {
+    "safetensors": "one .safetensors", "gguf": "one .gguf", "parts": "a .safetensors for each component",
+    "gguf-parts": "GGUF of the diffusion model and of T5", "diffusers": "diffusers directory",
+    "sharded": "diffusers directory, sharded",
+}  # fmt: skip
+
+CASES = (
+    *(Case(family, form) for family in FAMILIES for form in ("safetensors", "gguf", "parts", "diffusers", "sharded")),
+    *(Case(family, "gguf", kind) for family in ("sd1", "sdxl", "flux1-dev") for kind in ("Q8_0", "Q4_K")),
+    *(Case(family, "gguf-parts", kind) for family in ("sdxl", "flux1-dev") for kind in ("Q5_1", "Q6_K")),
+    *(Case(family, "parts", kind) for family in ("sdxl", "flux1-schnell") for kind in ("BF16", "F8_E4M3", "F8_E5M2")),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The cases' files in ``folder``, each made when it is first asked for."""
+
+    folder: Path
+
+    def made(self, case: Case) -> Made:
+        return _made(self.folder, case)
+
+    def files(self, case: Case) -> ModelFiles:
+        paths = dict(self.made(case).files)
+        if "diffusion" in paths:
+            paths["diffusion_model"] = paths.pop("diffusion")
+        return ModelFiles(**paths)
+
+    def wanted(self, case: Case) -> np.ndarray:
+        """What diffusers' pipeline draws: (height, width, 3) of 0 … 1."""
+        return _wanted(self.folder, case)
+
+
+@cache
+def _made(folder: Path, case: Case) -> Made:
+    return make(case.family, folder / str(case), form=case.form, type=case.type, t5_tokenizer=t5_tokenizer())
+
+
+@cache
+def _wanted(folder: Path, case: Case) -> np.ndarray:
+    return draw(_made(folder, case).pipeline(t5_tokenizer()), drawing(case)).pixels
+
+
+@cache
+def t5_tokenizer() -> Any:
+    """T5's tokenizer as transformers' pipelines call it."""
+    from transformers import PreTrainedTokenizerFast
+
+    from sdrpc.prompts import t5_tokenizer
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t5_tokenizer(), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def request(case: Case) -> Request:
+    """Guidance by a negative prompt for all but FLUX.1."""
+    flux = case.family.startswith("flux1")
+    return Request(
+        "a lovely cat, in the style of nobody", "" if flux else "blurry, dark", WIDTH, HEIGHT, STEPS,
+        cfg_scale=1.0 if flux else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
+        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family),
+    )  # fmt: skip
+
+
+def drawing(case: Case) -> Drawing:
+    """The same for diffusers."""
+    asked = request(case)
+    flux = case.family.startswith("flux1")
+    predicts = (
+        prediction("flux_flow", shift=_shift(case)) if flux else prediction("v" if case.family == "sd2" else "eps")
+    )
+    shape = (16 if flux else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
+    noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
+    return Drawing(
+        asked.prompt, noise, make_sigmas("discrete", STEPS, predicts).tolist(), asked.negative_prompt,
+        asked.cfg_scale or 1.0, asked.guidance or 0.0,
+        prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family),
+    )  # fmt: skip
+
+
+def _shift(case: Case) -> float:
+    """FLUX.1 schnell's own; dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096."""
+    if case.family == "flux1-schnell":
+        return 1.0
+    tokens = (WIDTH // 16) * (HEIGHT // 16)
+    return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+
+
+def distance(checkpoints: Checkpoints, case: Case, devices: Sequence[Device], graphs: Path) -> float:
+    """dB between our picture, its components on ``devices`` in turn, and diffusers' one."""
+    files = checkpoints.files(case)
+    with Session.open(files, devices[0], Cache(graphs)) as probe:
+        names = list(probe.model.components)
+    placement: Mapping[str, Device] = {name: devices[i % len(devices)] for i, name in enumerate(names)}
+    with Session.open(files, placement, Cache(graphs)) as session:
+        (picture,) = session.generate(request(case))
+    wanted = checkpoints.wanted(case)
+    assert wanted.std() > 0.01, "something is to be seen"
+    return psnr(picture.image, wanted)
