@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,24 +89,12 @@ class Checkpoints:
 
 @cache
 def _made(folder: Path, case: Case) -> Made:
-    return make(case.family, folder / str(case), form=case.form, type=case.type, t5_tokenizer=t5_tokenizer())
+    return make(case.family, folder / str(case), form=case.form, type=case.type)
 
 
 @cache
 def _wanted(folder: Path, case: Case) -> np.ndarray:
-    return draw(_made(folder, case).pipeline(t5_tokenizer()), drawing(case)).pixels
-
-
-@cache
-def t5_tokenizer() -> Any:
-    """T5's tokenizer as transformers' pipelines call it."""
-    from transformers import PreTrainedTokenizerFast
-
-    from sdrpc.prompts import t5_tokenizer
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=t5_tokenizer(), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return draw(_made(folder, case).pipeline(), drawing(case)).pixels
 
 
 def request(case: Case) -> Request:
