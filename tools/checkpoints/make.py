@@ -159,12 +159,13 @@ def make(
         raise ValueError(f"form {form}: there are {', '.join(FORMS)}")
     chosen = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    components = {c: (types or {}).get(c.name, type) for c in _components(chosen, size, sizes or {})}
+    components = {c: (types or {}).get(c.name, type) for c in components_of(chosen, size, sizes or {})}
     files, filed = FORMS[form](chosen, folder, components, seed)
     return Made(chosen, size, form, type, files, filed)
 
 
-def _components(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
+def components_of(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
+    """Its components in ``size``, those named in ``sizes`` in another one."""
     return [
         next(other for other in family.of_size(sizes.get(usual.name, size)) if other.name == usual.name)
         for usual in family.of_size(size)
