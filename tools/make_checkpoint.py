@@ -6,13 +6,14 @@
 ``full`` has the shapes of SD 1.5 (860 million weights in the UNet); as f16 safetensors it is, with torch 2.13 on a CPU,
 the checkpoint that the parity tests' reference pictures were drawn from (sha256 07c0ce3d…6309e3). ``tiny`` has the same
 structure, CLIP's whole vocabulary, and is made in a second. ``--quant`` (for gguf) stores matrices in blocks where
-their rows are whole numbers of blocks, as converters do.
+their rows are whole numbers of blocks, as converters do. Other families and forms: tools/checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -276,29 +277,31 @@ def _random_q4_k(values: np.ndarray) -> np.ndarray:
     return made.reshape(*values.shape[:-1], -1)
 
 
-def write_diffusers(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A diffusers directory: a folder for each part with its config.json and safetensors."""
+def write_diffusers(folder: Path, weights: dict[str, torch.Tensor], size: str = "tiny") -> None:
+    """A diffusers directory of tensors in ``size``: a folder for each part with its config.json and safetensors."""
     from safetensors.torch import save_file
 
-    from sdrpc.families.model import ModelFiles, open_model
+    from tools.checkpoints.families import sd1_components
+    from tools.checkpoints.make import directory_names, write_configuration
 
-    folder.mkdir(parents=True, exist_ok=True)
-    single = folder / "single.safetensors"
-    write_safetensors(single, weights)
-    model = open_model(ModelFiles(single))
-    for component in model.components.values():
-        name = component.found.component.told_as
-        renamed = {
-            new: weights[weight.name].reshape(weight.shape).contiguous()
-            for new, weight in component.found.tensors.items()
-            if weights[weight.name].is_floating_point()
-        }
-        (folder / name).mkdir(exist_ok=True)
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        save_file(renamed, folder / name / f"{stem}.safetensors")
-        (folder / name / "config.json").write_text(json.dumps(dict(component.config)))
+    sizes = SIZES[size]
+    components = sd1_components(
+        tuple(sizes.unet * factor for factor in sizes.unet_levels),
+        sizes.attends,
+        sizes.unet_layers,
+        (tuple(sizes.vae * factor for factor in sizes.vae_levels), sizes.vae_layers),
+        (sizes.text, sizes.text_layers),
+    )
+    for component in components:
+        shapes = component.shapes()
+        found: dict[str, torch.Tensor] = {}
+        for entry in component.whole(shapes):
+            parts = entry.layout.split(weights[entry.name], [shapes[source] for source in entry.sources])
+            found |= zip(entry.sources, parts, strict=True)
+        renamed = {entry.name: found[entry.sources[0]].contiguous() for entry in directory_names(component)(shapes)}
+        _, _, stem = write_configuration(component, folder / component.folder)
+        save_file(renamed, folder / component.folder / f"{stem}.safetensors")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    single.unlink()
 
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -318,7 +321,7 @@ def main() -> None:
     if options.format == "gguf":
         write_gguf(options.path, weights, options.quant)
     elif options.format == "diffusers":
-        write_diffusers(options.path, weights)
+        write_diffusers(options.path, weights, options.size)
     else:
         write_safetensors(options.path, weights)
     print(
@@ -327,4 +330,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parent.parent))  # where tools.checkpoints is
     main()

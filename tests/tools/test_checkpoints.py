@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tools.checkpoints import FAMILIES, make
 from tools.checkpoints.families import Component, tensor_name
+from tools.checkpoints.make import components_of
 from tools.checkpoints.names import Shape, flux
 from tools.checkpoints.numbers import decoded, encoded, stored_size, stored_type
 
@@ -225,6 +226,25 @@ def test_numbers_in_every_format(type: str) -> None:
     assert float(numbers.std()) == pytest.approx(0.05, rel=0.15)
     assert abs(float(numbers.mean())) < 0.01
     assert np.array_equal(encoded(values, type, "a").data, stored.data)
+
+
+def test_components_of_their_own_size() -> None:
+    counts = {
+        c.name: len(list(c.whole(c.shapes())))
+        for c in components_of(FAMILIES["flux1-dev"], "reduced", {"t5xxl": "full"})
+    }
+    assert counts["t5xxl"] == TENSORS["flux1-dev"]["t5xxl"]
+    assert counts["clip_l"] == TENSORS["flux1-dev"]["clip_l"]
+    assert counts["diffusion"] < 120
+
+
+def test_components_of_their_own_type(tmp_path: Path) -> None:
+    made = make("flux1-schnell", tmp_path, form="gguf-parts", types={"t5xxl": "Q4_0"})
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(made.files["t5xxl"]).tensors}
+    assert types["enc.blk.0.attn_q.weight"] == "Q4_0"
+    assert types["enc.blk.0.attn_rel_b.weight"] == "F16"
+    assert types["enc.blk.0.attn_norm.weight"] == "F32"
+    assert {tensor.tensor_type.name for tensor in GGUFReader(made.files["diffusion"]).tensors} == {"F16"}
 
 
 def test_what_does_not_exist_is_said(tmp_path: Path) -> None:

@@ -277,20 +277,27 @@ def _logit_scale() -> torch.Tensor:
     return torch.tensor(4.6052)
 
 
+def sd1_components(
+    widths: tuple[int, ...], attends: int, layers: int, vae: tuple[tuple[int, ...], int], text: tuple[int, int]
+) -> tuple[Component, ...]:
+    """SD 1.x of any size: the UNet's ``widths`` from the finest level on, of which ``attends`` attend to text, and its
+    ``layers`` in each; the VAE's widths and layers; the text encoder's width and layers."""
+    return (
+        _unet(
+            widths, tuple(level < attends for level in range(len(widths))), text[0],
+            attention_head_dim=8, layers_per_block=layers,
+        ),
+        _vae("first_stage_model.", *vae),
+        _clip_l("cond_stage_model.transformer.", *text),
+    )  # fmt: skip
+
+
 SD1 = Family(
     "sd1",
     diffusers.StableDiffusionPipeline,
     {
-        "full": (
-            _unet((320, 640, 1280, 1280), (True, True, True, False), 768, attention_head_dim=8),
-            _vae("first_stage_model.", *FULL_VAE),
-            _clip_l("cond_stage_model.transformer.", 768, 12),
-        ),
-        "tiny": (
-            _unet((32, 64, 64), (True, True, False), 64, attention_head_dim=8, layers_per_block=1),
-            _vae("first_stage_model.", *TINY_VAE),
-            _clip_l("cond_stage_model.transformer.", 64, 2),
-        ),
+        "full": sd1_components((320, 640, 1280, 1280), 3, 2, FULL_VAE, (768, 12)),
+        "tiny": sd1_components((32, 64, 64), 2, 1, TINY_VAE, (64, 2)),
     },
     _betas("epsilon"),
     "sd1",

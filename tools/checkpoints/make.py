@@ -159,12 +159,13 @@ def make(
         raise ValueError(f"form {form}: there are {', '.join(FORMS)}")
     chosen = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    components = {c: (types or {}).get(c.name, type) for c in _components(chosen, size, sizes or {})}
+    components = {c: (types or {}).get(c.name, type) for c in components_of(chosen, size, sizes or {})}
     files, filed = FORMS[form](chosen, folder, components, seed)
     return Made(chosen, size, form, type, files, filed)
 
 
-def _components(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
+def components_of(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
+    """Its components in ``size``, those named in ``sizes`` in another one."""
     return [
         next(other for other in family.of_size(sizes.get(usual.name, size)) if other.name == usual.name)
         for usual in family.of_size(size)
@@ -259,22 +260,13 @@ def _t5_numbers(component: Component) -> dict[str, int]:
 
 
 def _write_directory(family: Family, folder: Path, components: Components, seed: int, shards: int = 1) -> Written:
-    filed = tuple(Filed(c, _directory_names(c), kind, seed) for c, kind in components.items())
+    filed = tuple(Filed(c, directory_names(c), kind, seed) for c, kind in components.items())
     index: dict[str, Any] = {"_class_name": family.pipeline.__name__, "_diffusers_version": "0.35.0"}
     for one in filed:
-        component = one.component
-        target = folder / component.folder
-        target.mkdir(exist_ok=True)
-        with torch.device("meta"):
-            module = component.build()
-        of_diffusers = type(module).__module__.startswith("diffusers.")
-        index[component.folder] = ["diffusers" if of_diffusers else "transformers", type(module).__name__]
-        if of_diffusers:
-            module.save_config(target)
-        else:
-            module.config.architectures = [type(module).__name__]
-            module.config.save_pretrained(target)
-        write_shards(target, "diffusion_pytorch_model" if of_diffusers else "model", one.planned(), shards)
+        target = folder / one.component.folder
+        library, name, stem = write_configuration(one.component, target)
+        index[one.component.folder] = [library, name]
+        write_shards(target, stem, one.planned(), shards)
     scheduler = family.scheduler()
     scheduler.save_config(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -285,7 +277,21 @@ def _write_directory(family: Family, folder: Path, components: Components, seed:
     return {"model": folder}, filed
 
 
-def _directory_names(component: Component) -> Naming:
+def write_configuration(component: Component, folder: Path) -> tuple[str, str, str]:
+    """A component's config.json into its ``folder``; gives its library, its class and the stem of its files' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        module = component.build()
+    name = type(module).__name__
+    if type(module).__module__.startswith("diffusers."):
+        module.save_config(folder)
+        return "diffusers", name, "diffusion_pytorch_model"
+    module.config.architectures = [name]
+    module.config.save_pretrained(folder)
+    return "transformers", name, "model"
+
+
+def directory_names(component: Component) -> Naming:
     """The class's own names; published directories have CLIP's as those of a file that stands alone."""
     return component.alone if component.alone is names.clip else names.unchanged
 
