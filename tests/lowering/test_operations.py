@@ -187,6 +187,7 @@ CASES = [
     Case("var", lambda x: (x.var(-1), x.var((1, 2), correction=0, keepdim=True)), (X,)),
     Case("argmax", lambda x: (x.argmax(), x.argmax(1), x.argmax(-1, keepdim=True)), (X,)),
     Case("argmax", lambda i: i.argmax(-1), (integers(2, 3),)),
+    Case("argmax", lambda i: ((i == 1).int().argmax(-1), (i < 9).int().argmax(0)), (integers(4, 7),)),
     Case("softmax", lambda x: (x.softmax(-1), x.softmax(1)), (X,)),
     Case("_softmax", lambda x: aten._softmax(x, -1, False), (X,)),
     # norms
