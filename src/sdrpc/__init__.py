@@ -10,7 +10,7 @@ from .device import Device
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Device", "__version__", "devices", "offload"]
+__all__ = ["Device", "Devices", "__version__", "devices", "offload"]
 
 __version__ = "0.1.0"
 
@@ -26,9 +26,17 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
     return offload(module, device)
 
 
-def devices(rpc: Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> dict[str, Device]:
-    """The devices of this process and of the servers at ``rpc`` (``host:port``), by name: CUDA0, CPU, RPC0, RPC1 …
+class Devices(dict[str, Device]):
+    """Devices by name. A name that is not there is an error that says which are."""
 
+    def __missing__(self, name: str) -> Device:
+        raise KeyError(f"no device {name}: there are {', '.join(sorted(self))}")
+
+
+def devices(rpc: str | Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> Devices:
+    """The devices of this process and of the servers at ``rpc``, by name: CUDA0, CPU, RPC0, RPC1 …
+
+    ``rpc``: one or several endpoints, ``host:port``.
     ``precision``: exact, fast, ggml or auto, of the local ones (a server chooses its own); ``threads``: of the CPU.
     Close those that you have used. Raises :class:`sdrpc.errors.UsageError`, and for a server that can't be used
     :class:`~sdrpc.errors.ConnectionFailed`, :class:`~sdrpc.errors.ConnectionLost`,
@@ -37,5 +45,5 @@ def devices(rpc: Sequence[str] = (), *, precision: str = "auto", threads: int | 
     from .client import connect
     from .engine import devices as local_devices
 
-    remote = connect(rpc) if rpc else []
-    return {device.name: device for device in [*local_devices(precision, threads), *remote]}
+    remote = connect([rpc] if isinstance(rpc, str) else rpc) if rpc else []
+    return Devices({device.name: device for device in [*local_devices(precision, threads), *remote]})

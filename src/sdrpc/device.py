@@ -109,6 +109,9 @@ class Device(ABC):
     description: str
     """The hardware's name, or the endpoint and what it says of itself."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.description}>"
+
     @property
     def turns(self) -> Turns:
         """For programs that use the device from several threads; devices of one connection have the same."""
