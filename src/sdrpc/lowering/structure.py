@@ -146,8 +146,11 @@ class Walk:
 
 
 def build(description: Description, tensors: Sequence[torch.Tensor]) -> Any:
-    """The value that ``description`` is of, with these tensors."""
+    """The value that ``description`` is of, with these tensors. A note of the meta device, which is what a module saw
+    while it was captured, becomes one of the tensors' device."""
     kind, *rest = description
+    if tuple(description) == ("device", "meta") and tensors:
+        return tensors[0].device
     if kind in SCALARS:
         return SCALARS[kind](rest[0])
     return _BUILDERS[kind](rest, tensors)
