@@ -112,6 +112,9 @@ class Device(ABC):
     max_size: int = sys.maxsize
     """Bytes of the largest buffer that it gives, however much memory is free."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.description}>"
+
     @property
     def turns(self) -> Turns:
         """For programs that use the device from several threads; devices of one connection have the same."""

@@ -26,7 +26,7 @@ BUDGET = 256 * 2**20
 """Bytes that the files may take in all; the ones used longest ago go first."""
 SUFFIX = ".lowered"
 NOTE_SUFFIX = ".json"
-PACKAGES = ("sdrpc", "torch", "diffusers", "transformers")
+PACKAGES = ("sdrpc", "torch", "diffusers", "transformers", "huggingface_hub")
 """Whose code decides what a graph looks like."""
 
 
