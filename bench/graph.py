@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ import torch
 
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.device import LocalProgram
-from sdrpc.engine.ops import RAISE
+from sdrpc.engine.operations import EngineOp
+from sdrpc.engine.ops import KERNELS
 from sdrpc.engine.system import keep_freed_memory
 from sdrpc.engine.values import Value, ordered
 from tests.engine.recorded import contents, load
@@ -89,7 +91,7 @@ def _measured(setup: Setup, part: str, precision: str) -> tuple[Timed, Floor]:
                 seconds = time.perf_counter() - start
                 rest = {REST: seconds - sum(spent.values())} if spent else {}
                 runs.append(Timed(seconds, dict(spent) | rest))
-            values = ordered(program.bound.compiled.effects)
+            values = ordered(program.bound.compiled.roots)
     finally:
         for each in found.values():
             each.close()
@@ -122,12 +124,12 @@ def _watched(spent: defaultdict[str, float]) -> Iterator[None]:
 
         return call
 
-    plain = dict(RAISE)
-    RAISE.update({op: watched(op, function) for op, function in plain.items()})
+    plain = dict(KERNELS)
+    KERNELS.update({op: replace(each, function=watched(str(op), each.function)) for op, each in plain.items()})
     try:
         yield
     finally:
-        RAISE.update(plain)
+        KERNELS.update(plain)
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def _floor(values: list[Value], device: torch.device) -> Floor:
     bandwidth = _bandwidth(device)
     floor: defaultdict[str, float] = defaultdict(float)
     for value in values:
-        if value.op in ("LEAF", "VIEW", "WEIGHT"):
+        if value.op in (EngineOp.LEAF, EngineOp.VIEW, EngineOp.WEIGHT):
             continue
         seconds = _moved(value) / bandwidth
         if operations := _operations(value):
@@ -148,7 +150,7 @@ def _floor(values: list[Value], device: torch.device) -> Floor:
             if dtype not in rates:
                 rates[dtype] = _rate(device, dtype)
             seconds = max(seconds, operations / rates[dtype])
-        floor[value.op] += seconds
+        floor[str(value.op)] += seconds
     return Floor(floor)
 
 
@@ -168,11 +170,11 @@ def _operations(value: Value) -> int:
     first = value.src[0] if value.src else None
     if first is None:
         return 0
-    if value.op in ("MUL_MAT", "LINEAR"):
+    if value.op in ("MUL_MAT", EngineOp.LINEAR):
         return 2 * prod(value.ne) * first.ne[0]
     if value.op == "CONV_2D":
         return 2 * prod(value.ne) * prod(first.ne[:3])
-    if value.op in ("ATTENTION", "FLASH_ATTN_EXT"):
+    if value.op in (EngineOp.ATTENTION, "FLASH_ATTN_EXT"):
         keys = value.src[1]
         return 4 * prod(first.ne) * keys.ne[1] if keys is not None else 0
     return 0

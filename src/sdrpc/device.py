@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 from .ggml.tensor import Graph
@@ -68,8 +70,40 @@ class Program(ABC):
         """Compute all nodes; when it returns, outputs can be read. Raises :class:`sdrpc.errors.ComputeError`."""
 
 
+class Turns:
+    """Who uses a device that several threads share: one at a time. ``with turns:`` waits for one's turn."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._later: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self._catch_up()
+
+    def later(self, action: Callable[[], None]) -> None:
+        """Do ``action`` between two turns: now, if it is nobody's. A garbage collector may call this at any time, also
+        in the middle of the same thread's turn."""
+        self._later.append(action)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._later and self._lock.acquire(blocking=False):
+            try:
+                while self._later:
+                    self._later.popleft()()
+            finally:
+                self._lock.release()
+
+
+_MAKING_TURNS = Lock()
+
+
 class Device(ABC):
-    """A place that holds bytes and runs graphs. Not thread-safe unless a subclass says so."""
+    """A place that holds bytes and runs graphs. Not thread-safe unless a subclass says so: see :attr:`turns`."""
 
     name: str
     """What users call it: ``CPU``, ``CUDA0``, ``RPC0``."""
@@ -77,6 +111,13 @@ class Device(ABC):
     """The hardware's name, or the endpoint and what it says of itself."""
     max_size: int = sys.maxsize
     """Bytes of the largest buffer that it gives, however much memory is free."""
+
+    @property
+    def turns(self) -> Turns:
+        """For programs that use the device from several threads; devices of one connection have the same."""
+        with _MAKING_TURNS:
+            found: Turns = self.__dict__.setdefault("_turns", Turns())
+            return found
 
     @property
     @abstractmethod

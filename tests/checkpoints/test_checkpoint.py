@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdrpc.checkpoints import checkpoint, gguf_header
+from sdrpc.checkpoints import gguf_header, mapped
 from sdrpc.checkpoints.checkpoint import open_checkpoint
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.weight import Origin
@@ -42,7 +42,7 @@ def test_an_origin_is_one_state_of_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, path)
     assert set(origins().values()) == {None}  # so young that another change might not show
-    monkeypatch.setattr(checkpoint, "YOUNG", 0)
+    monkeypatch.setattr(mapped, "YOUNG", 0)
     first = origins()
     assert first == origins()
     assert len({*first.values(), None}) == 3
@@ -67,9 +67,9 @@ def test_safetensors_types(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_types_that_ggml_lacks_are_set_aside(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(4, dtype=torch.float8_e4m3fn), "b": torch.zeros(4)}, tmp_path / "a.safetensors")
+    save_file({"a": torch.zeros(4, dtype=torch.uint8), "b": torch.zeros(4)}, tmp_path / "a.safetensors")
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")
-    assert checkpoint.skipped == {"a": "F8_E4M3"}
+    assert checkpoint.skipped == {"a": "U8"}
     assert list(checkpoint.tensors) == ["b"]
 
 
@@ -152,17 +152,27 @@ def test_sharded_diffusers_directory(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265380512\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("none.safetensors", None, "No such file"),
-        ("a.ckpt", b"\x80\x02}", "pickled"),
-        ("a.pt", b"PK", "pickled"),
+        ("a.ckpt", b"\x80\x02}", "old form"),
+        ("a.pt", b"PK\x03\x04", "damaged or incomplete"),
+        ("lfs.safetensors", LFS, r"a Git LFS pointer to a file of 4\.3 GB, .* git lfs pull"),
+        ("page.safetensors", b"\n<!DOCTYPE html><html>Sign in</html>", "a web page, not a model: .*DOCTYPE"),
+        ("error.gguf", b'{"error": "Access to this model is restricted"}', "JSON text, not a model: .*Access"),
+        ("zeros.ckpt", bytes(4096), "zeros: the download is not finished"),
+        ("terminal.gguf", b"\x1b[2J\x00", r"begins with '\\x1b\[2J"),
         ("a.txt", b"hello, this is text", "neither"),
-        ("empty.safetensors", b"", "damaged"),
+        ("empty.safetensors", b"", "is empty"),
         ("short.safetensors", b"\x10\0\0\0\0\0\0\0{}", "damaged"),
-        ("huge.safetensors", struct.pack("<Q", 1 << 63) + b"{}", "damaged"),
-        ("text.safetensors", struct.pack("<Q", 8) + b"not json", "damaged"),
+        ("huge.safetensors", struct.pack("<Q", 1 << 63) + b"{}", "neither"),
+        ("large.safetensors", struct.pack("<Q", 1 << 39) + b"{}", "incomplete: it has 10 of at least 549,755,813,896"),
+        ("text.safetensors", struct.pack("<Q", 8) + b"{ot json", "damaged"),
+        ("list.safetensors", struct.pack("<Q", 16) + b'{"a": [1, 2, 3]}', "damaged"),
         ("magic.gguf", b"GGUF", "damaged"),
         ("version.gguf", b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99"),
         ("tensors.gguf", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "do not fit"),

@@ -79,7 +79,7 @@ def weights(draw: st.DrawFn, least: int = 1, kinds: Sequence[str] = (*PLAIN, *BL
 def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same results when everything is made in several pieces."""
     if request.param == "small buffers":
-        for name, size in (("BUFFER", 64), ("NUMBERS", 512), ("DIRECT", 100)):
+        for name, size in (("BUFFER", 2000), ("NUMBERS", 512), ("DIRECT", 300)):
             monkeypatch.setattr(e, name, size)
 
 

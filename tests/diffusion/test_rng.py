@@ -11,7 +11,7 @@ import torch
 
 from sdrpc.diffusion import libm
 from sdrpc.diffusion.rng import RNGS, make_rng
-from sdrpc.errors import UsageError
+from sdrpc.errors import InvalidValue
 
 
 def test_noise_has_the_bits_of_sd_cpp(sdcpp: dict[str, Any]) -> None:
@@ -51,7 +51,10 @@ def test_no_noise_and_normal_noise(name: str) -> None:
     assert abs(values.std() - 1) < 0.02
 
 
-@pytest.mark.parametrize(("name", "seed"), [("philox", 1), ("cuda", -1), ("cpu", 1 << 63)])
-def test_names_and_seeds_that_do_not_exist(name: str, seed: int) -> None:
-    with pytest.raises(UsageError):
+@pytest.mark.parametrize(
+    ("name", "seed", "field"), [("philox", 1, "rng"), ("cuda", -1, "seed"), ("cpu", 1 << 63, "seed")]
+)
+def test_names_and_seeds_that_do_not_exist(name: str, seed: int, field: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
         make_rng(name, seed)
+    assert caught.value.field == field

@@ -15,7 +15,7 @@ from sdrpc.engine.blocks import READ, WRITE, dequantize, quantize
 from sdrpc.engine.precision import EXACT
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Im2Col
-from sdrpc.ggml.rules import FLOATS, READABLE, WRITABLE
+from sdrpc.ggml.rules.base import FLOATS, READABLE, WRITABLE
 from sdrpc.ggml.types import F16, TYPES
 from tests.engine.compare import Leaves, at, check, place, same
 from tests.support import reference
@@ -60,6 +60,19 @@ def test_every_type_is_there() -> None:
     assert set(READ) == kinds == READABLE - FLOATS
     assert set(WRITE) == WRITABLE - FLOATS == set(LOSS)
     assert kinds >= {kind.name for kind in gguf.GGMLQuantizationType} - {t.name for t in TYPES.values() if t.plain}
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_may_begin_at_any_byte(name: str, rows: int) -> None:
+    held = TYPES[name]
+    ne = (held.block, rows, 1, 1)
+    raw = np.random.default_rng(rows).integers(0, 128, (1, 1, rows, held.size), dtype=np.uint8)
+    expected = dequantize(torch.from_numpy(raw).to(DEVICE), held, ne)
+    for offset in range(1, 9):
+        memory = torch.zeros(raw.size + 8, dtype=torch.uint8, device=DEVICE)
+        shifted = memory[offset : offset + raw.size].view(raw.shape).copy_(torch.from_numpy(raw))
+        assert torch.equal(dequantize(shifted, held, ne).nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("name", READ)

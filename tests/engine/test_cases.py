@@ -10,12 +10,13 @@ import torch
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.memory import LocalBuffer
-from sdrpc.engine.ops import RAISE
+from sdrpc.engine.operations import EngineOp
+from sdrpc.engine.ops import KERNELS
 from sdrpc.engine.precision import EXACT, Precision
 from sdrpc.engine.program import Bound, compile_graph
 from sdrpc.engine.weights import Weights
-from sdrpc.ggml.rules import RULES
-from sdrpc.ggml.tensor import ALIASES, OUTPUT, Tensor, rewrite
+from sdrpc.ggml.ops import ALIASES, OPS
+from sdrpc.ggml.tensor import OUTPUT, Tensor, rewrite
 from tests.engine.compare import same
 from tests.support import reference
 from tests.support.cases import CASES
@@ -67,6 +68,18 @@ def test_no_case_asks_a_device_for_numbers(precision: Precision) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    computed = set(RULES) - ALIASES
+    computed = set(OPS) - ALIASES
     assert computed == {name.split("-")[0] for name in CASES} - ALIASES
-    assert computed <= set(RAISE)
+    assert computed <= set(KERNELS)
+
+
+def test_both_tables_say_the_same_of_parameters() -> None:
+    """Kernels read their parameters by the class that their row names; values have those of ggml's row."""
+    assert {op: kernel.params for op, kernel in KERNELS.items() if isinstance(op, str)} == {
+        name: op.params for name, op in OPS.items() if not op.alias
+    }
+
+
+def test_every_operation_of_the_engine_has_a_kernel() -> None:
+    elsewhere = {EngineOp.LEAF, EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT}
+    assert {op for op in KERNELS if isinstance(op, EngineOp)} == set(EngineOp) - elsewhere

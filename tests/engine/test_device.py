@@ -222,5 +222,5 @@ def test_values_are_not_stored_without_need(exact: LocalDevice) -> None:
     x = b.leaf(F32, 8, buffer=buffer.key)
     inner: Tensor = b.node("SIN", x)
     program = exact.compile(Graph((inner, at(b.node("SQR", inner), buffer.key, 1024))), {buffer.key: buffer})
-    assert len(program.bound.compiled.effects) == 1
+    assert len(program.bound.compiled.roots) == 1
     exact.free(buffer)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from sdrpc.engine import LocalDevice
 from sdrpc.ggml import build as b
+from sdrpc.ggml.ops import ALIASES
 from sdrpc.ggml.params import ArgSort, Concat, Scale
-from sdrpc.ggml.rules import injective
-from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
+from sdrpc.ggml.rules.base import injective
+from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32
 from tests.engine.compare import at
 from tests.support import reference

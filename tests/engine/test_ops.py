@@ -35,7 +35,7 @@ from sdrpc.ggml.params import (
     Unary,
     Upscale,
 )  # fmt: skip
-from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
+from sdrpc.ggml.rules.elementwise import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import F16, F32, TYPES
 from tests.engine.compare import Leaves, check

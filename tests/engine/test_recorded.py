@@ -69,4 +69,4 @@ def test_recorded_graph(run: Run, precision: str, request: pytest.FixtureRequest
 @pytest.mark.parametrize(("part", "survivors"), [("clip", 4), ("unet", 11), ("vae-decoder", 8)])
 def test_only_what_can_still_be_read_is_stored(part: str, survivors: int) -> None:
     graph, _ = recorded.load(part)
-    assert len(trace(graph).effects) == survivors
+    assert len(trace(graph).roots) == survivors

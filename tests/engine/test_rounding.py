@@ -14,6 +14,7 @@ import torch
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.blocks import READ, WRITE, dequantize, quantize
 from sdrpc.engine.dtypes import DTYPES
+from sdrpc.engine.operations import EngineOp, OpName
 from sdrpc.engine.precision import EXACT, GGML, Precision
 from sdrpc.engine.program import compile_graph
 from sdrpc.engine.rounding import MADE, PARTS, TILE
@@ -64,10 +65,10 @@ def weight(leaves: Leaves, type: Type, *ne: int) -> Tensor:
     return leaves.raw(type, ne, leaves.rng.integers(0, 64, size, np.uint8).tobytes())
 
 
-def ops(precision: Precision, *nodes: Tensor) -> Counter[str]:
+def ops(precision: Precision, *nodes: Tensor) -> Counter[OpName]:
     """The steps of ``nodes``, whose leaves are in buffer 1."""
     compiled = compile_graph(Graph((*nodes[:-1], at(nodes[-1], 1, 1 << 24))), precision, {1: 0})
-    return Counter(value.op for value in ordered(compiled.effects))
+    return Counter(value.op for value in ordered(compiled.roots))
 
 
 def test_every_type_that_is_multiplied_is_there() -> None:
@@ -119,13 +120,13 @@ def test_an_operand_of_several_products_is_rounded_once() -> None:
     x = b.node("UNARY", b.leaf(F32, 256, 3, buffer=1), params=Unary("SILU"))
     products = [b.mul_mat(b.leaf(TYPES["Q4_K"], 256, 4, buffer=1, offset=i << 16), x) for i in (1, 2)]
     nodes = x, *products, b.node("ADD", *products)
-    assert ops(GGML, *nodes) - ops(EXACT, *nodes) == {"CPY": 1, "DEQUANTIZE": 1}
+    assert ops(GGML, *nodes) - ops(EXACT, *nodes) == {"CPY": 1, EngineOp.DEQUANTIZE: 1}
 
 
 def test_exact_precision_rounds_nothing() -> None:
     product = b.mul_mat(b.leaf(TYPES["Q4_0"], 32, 4, buffer=1), b.leaf(F32, 32, 3, buffer=1, offset=1 << 16))
-    assert ops(EXACT, product) == {"LEAF": 2, "WEIGHT": 1, "MUL_MAT": 1}
-    assert ops(GGML, product) == {"LEAF": 2, "WEIGHT": 1, "CPY": 1, "DEQUANTIZE": 1, "MUL_MAT": 1}
+    assert ops(EXACT, product) == {EngineOp.LEAF: 2, EngineOp.WEIGHT: 1, "MUL_MAT": 1}
+    assert ops(GGML, product) == {EngineOp.LEAF: 2, EngineOp.WEIGHT: 1, "CPY": 1, EngineOp.DEQUANTIZE: 1, "MUL_MAT": 1}
 
 
 def test_a_convolution_is_still_one() -> None:
@@ -142,8 +143,8 @@ def test_a_convolution_is_still_one() -> None:
 @pytest.mark.parametrize(
     ("queries", "keys", "k", "v", "op"),
     [
-        (3, 40, F16, F16, "FLASH_ATTN_HALVES"), (TILE, 40, F16, F16, "FLASH_ATTN_EXT"),
-        (TILE, 40, BF16, F16, "FLASH_ATTN_HALVES"), (3, 40, F16, F32, "FLASH_ATTN_EXT"),
+        (3, 40, F16, F16, EngineOp.FLASH_ATTN_F16_SUMS), (TILE, 40, F16, F16, "FLASH_ATTN_EXT"),
+        (TILE, 40, BF16, F16, EngineOp.FLASH_ATTN_F16_SUMS), (3, 40, F16, F32, "FLASH_ATTN_EXT"),
         (1, PARTS, F16, F16, "FLASH_ATTN_EXT"),
     ],
 )  # fmt: skip

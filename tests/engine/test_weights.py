@@ -7,7 +7,7 @@ import torch
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import Precision
-from sdrpc.engine.weights import PIECE, Form, Kept, Source, Weights, convert
+from sdrpc.engine.weights import PIECE, CachedWeight, Source, WeightFormat, Weights, convert
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.types import F16
@@ -18,7 +18,7 @@ def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
     columns = 3 * PIECE // 100 * torch.get_num_threads()  # three pieces and a bit
     numbers = torch.randn(101, columns, generator=torch.Generator().manual_seed(0)).half()
     for x in (numbers, numbers[:, ::3], numbers.mT, numbers[:1, :1], numbers[:0]):
-        found = convert(x, F16, (1, 1, 1, 1), Form(torch.bfloat16))
+        found = convert(x, F16, (1, 1, 1, 1), WeightFormat(torch.bfloat16))
         assert found.is_contiguous()
         torch.testing.assert_close(found, x.to(torch.bfloat16), rtol=0, atol=0)
 
@@ -26,7 +26,7 @@ def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
 def source(number: int, elements: int = 10, buffer: int = 1) -> Source:
     start = 100 * number
     ne, nb = (elements, 1, 1, 1), (2, 2 * elements, 2 * elements, 2 * elements)
-    return Source(buffer, start, start + 2 * elements, F16, ne, nb, Form(torch.float32))
+    return Source(buffer, start, start + 2 * elements, F16, ne, nb, WeightFormat(torch.float32))
 
 
 def kept(weights: Weights, *numbers: int) -> list[bool]:
@@ -35,7 +35,7 @@ def kept(weights: Weights, *numbers: int) -> list[bool]:
     return [weights.find(source(number)) is not None for number in numbers]
 
 
-def keep(weights: Weights, number: int, elements: int = 10) -> Kept:
+def keep(weights: Weights, number: int, elements: int = 10) -> CachedWeight:
     made = source(number, elements)
     assert weights.has_room(made.nbytes)
     return weights.keep(made, torch.zeros(elements))
@@ -92,7 +92,7 @@ def test_few_rows_are_right_with_weights_that_are_kept_and_as_they_are(
     made: list[tuple[int, torch.dtype]] = []
     keep = Weights.keep
 
-    def noticed(weights: Weights, source: Source, tensor: torch.Tensor) -> Kept:
+    def noticed(weights: Weights, source: Source, tensor: torch.Tensor) -> CachedWeight:
         made.append((tensor.numel(), tensor.dtype))
         return keep(weights, source, tensor)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sdrpc.ggml.build import inplace, leaf, node, reshape, view
 from sdrpc.ggml.memory_planner import aligned, bind, lay_out, place
-from sdrpc.ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, root
+from sdrpc.ggml.ops import ALIASES
+from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, root
 from sdrpc.ggml.types import F32
 from sdrpc.ggml.validate import check
 from tests.support import reference

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from sdrpc.ggml.build import cast, inplace, leaf, mul_mat, node, reshape, transpose, view
+from sdrpc.ggml.ops import ALIASES, OPS
 from sdrpc.ggml.params import Im2Col
-from sdrpc.ggml.rules import RULES
-from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
+from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import BF16, F16, F32
 from tests.support import reference
 from tests.support.cases import CASES
@@ -22,8 +22,8 @@ T = torch.Tensor
 
 
 def test_every_operation_has_a_case() -> None:
-    assert {name.split("-")[0] for name in CASES} == set(RULES) - {"NONE"}
-    assert set(reference.OPS) == set(RULES) - ALIASES
+    assert {name.split("-")[0] for name in CASES} == set(OPS) - {"NONE"}
+    assert set(reference.OPS) == set(OPS) - ALIASES
 
 
 def _heads(x: T, like: T) -> T:

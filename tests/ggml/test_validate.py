@@ -48,7 +48,7 @@ def test_nothing_is_a_graph() -> None:
 LEAVES: dict[str, tuple[dict[str, Any], str]] = {
     "in no buffer": ({"buffer": 0}, "lives in no buffer"),
     "in a buffer that is not there": ({"buffer": 7}, "buffer 7 does not exist"),
-    "no elements": ({"ne": (0, 4, 1, 1)}, r"shape \[0, 4, 1, 1\]"),
+    "fewer than none": ({"ne": (-1, 4, 1, 1)}, r"shape \[-1, 4, 1, 1\]"),
     "negative": ({"ne": (6, -4, 1, 1)}, "shape"),
     "before its buffer": ({"offset": -4}, "bytes -4 to 92 of a buffer of 1024"),
     "past its buffer": ({"offset": 1000}, "bytes 1000 to 1096"),
@@ -121,6 +121,10 @@ NODES: dict[str, tuple[Callable[[], Tensor], str]] = {
         "its destination",
     ),
     "set in place elsewhere": (lambda: node("SET", X, ROW, params=p.SetView(24, 96, 96, 0, 1)), "its destination"),
+    "moments whose rows overlap": (
+        lambda: inplace("OPT_STEP_ADAMW", X, X, replace(X, nb=(4, 4, 16, 16)), X, leaf(F32, 7, buffer=1)),
+        "overlap",
+    ),
     "rows of other shapes": (
         lambda: replace(node("GET_ROWS", X, leaf(I32, 2, buffer=1)), src=(X, leaf(I32, 2, 2, buffer=1))),
         "don't fit",

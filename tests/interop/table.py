@@ -16,7 +16,7 @@ import torch
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.ggml.dialect import dialects, newest
-from sdrpc.ggml.rules import RULES
+from sdrpc.ggml.ops import OPS
 from sdrpc.ggml.types import TYPES
 from sdrpc.server import Server
 from tests.interop.cases import BOUNDS, CASES, OPERATIONS
@@ -57,7 +57,7 @@ Cases that passed by the type of a source; after an arrow, of the result.
 
 def of_others() -> list[str]:
     """Operations that we compute and that the newest protocol does not have."""
-    return sorted(set(RULES) - set(newest().ops) - {"NONE"})
+    return sorted(set(OPS) - set(newest().ops) - {"NONE"})
 
 
 def passed(name: str, outcome: Outcome) -> bool:
@@ -96,7 +96,7 @@ def document(outcomes: Mapping[str, Outcome]) -> str:
         total=f"{sum(passed(name, outcome) for name, outcome in outcomes.items()):,}",
         operations=len(operations),
         bounds=", ".join(f"{bound:g} ({name})" for name, bound in BOUNDS.items()),
-        refused=", ".join(sorted(known - set(RULES))),
+        refused=", ".join(sorted(known - set(OPS))),
         others=", ".join(of_others()),
     )
     return "\n".join((

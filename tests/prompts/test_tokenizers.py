@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from sdrpc.errors import CheckpointError
-from sdrpc.prompts import clip_tokenizer, t5_tokenizer, tokenizer_from
+from sdrpc.errors import CheckpointError, InvalidValue, SdrpcError
+from sdrpc.prompts import clip_tokenizer, t5_chunks, t5_tokenizer, tokenizer_from
 from sdrpc.prompts import tokenizers as module
 
 
@@ -28,9 +30,8 @@ def clip_reference() -> CLIPTokenizer:
 @cache
 def t5_reference() -> T5Tokenizer:
     """transformers' tokenizer, made from the same pieces."""
-    state = json.loads(t5_tokenizer().to_str())
-    charsmap = module._t5_members()[2]
-    return T5Tokenizer(vocab=[tuple(piece) for piece in state["model"]["vocab"]], _spm_precompiled_charsmap=charsmap)
+    vocabulary, charsmap = module.t5_vocabulary()
+    return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap)
 
 
 def clip_ids(text: str) -> tuple[list[int], list[int]]:
@@ -64,6 +65,14 @@ def test_tokens_of_any_text_are_those_of_transformers(
 ) -> None:
     ours, theirs = ids(text)
     assert ours == theirs
+
+
+def test_t5s_tokens_are_those_of_sentencepiece() -> None:
+    """See tools/t5_reference.py."""
+    rows = json.loads((Path(__file__).parent.parent / "data" / "t5_tokens.json").read_text(encoding="utf-8"))
+    assert len(rows) > 100
+    for text, ids in rows:
+        assert t5_tokenizer().encode(text, add_special_tokens=False).ids == ids, text
 
 
 def test_known_tokens() -> None:
@@ -101,18 +110,13 @@ def test_a_directory_with_vocabulary_and_merges(tmp_path: Path) -> None:
 
 def test_a_tokenizer_json_counts_first_and_neither_cuts_nor_pads(tmp_path: Path) -> None:
     saved(tmp_path)
-    tokenizer = module._t5(*_t5_parts())
+    tokenizer = module._t5(*module.t5_vocabulary())
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=99)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         made = tokenizer_from(path)
         assert made.encode(TEXT).ids == t5_tokenizer().encode(TEXT).ids
-
-
-def _t5_parts() -> tuple[list[tuple[str, float]], bytes]:
-    pieces, scores, charsmap = module._t5_members()
-    return module._pieces(pieces, scores), charsmap
 
 
 @pytest.mark.parametrize(
@@ -146,3 +150,44 @@ def test_a_file_that_is_too_large_is_not_read_whole(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(CheckpointError, match="more than 64 MiB"):
         tokenizer_from(tmp_path)
+
+
+def test_a_hostile_file_gives_no_other_error(tmp_path: Path) -> None:
+    """Random damage to a tokenizer.json; the tokenizers library panics at some of it, while loading or later."""
+    vocabulary, charsmap = module.t5_vocabulary()
+    whole = json.loads(module._t5(vocabulary[:40] + vocabulary[-100:], charsmap).to_str())
+    places = [place for place in _places(whole) if place]
+    generator = random.Random(1)
+    outcomes = set()
+    for _ in range(600):
+        damaged = json.loads(json.dumps(whole))
+        *way, last = generator.choice(places)
+        reduce(lambda value, key: value[key], way, damaged)[last] = generator.choice(DAMAGE)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(damaged), encoding="utf-8")
+        try:
+            t5_chunks("a cat (é:1.2)</s>", tokenizer=tokenizer_from(tmp_path))
+            outcomes.add(None)
+        except SdrpcError as error:
+            outcomes.add(type(error))
+    assert outcomes >= {None, CheckpointError}
+
+
+def test_a_tokenizer_that_fails_at_a_prompt(tmp_path: Path) -> None:
+    vocabulary, charsmap = module.t5_vocabulary()
+    whole = json.loads(module._t5(vocabulary[:40] + vocabulary[-100:], charsmap).to_str())
+    whole["model"]["unk_id"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(InvalidValue, match="tokenizer fails") as caught:
+        t5_chunks("日本", tokenizer=tokenizer_from(tmp_path))
+    assert caught.value.field == "prompt"
+
+
+DAMAGE = (None, 0, -1, 7, 10**9, 1e300, "", "x", [], {}, "AAAA", [["a", 1]], True, 1 << 40)
+
+
+def _places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to everything in a JSON value, of long lists to the first five."""
+    yield way
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:5]) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from _places(item, (*way, key))

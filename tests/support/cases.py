@@ -11,7 +11,7 @@ import numpy as np
 
 from sdrpc.ggml import params as p
 from sdrpc.ggml.build import cast, cont, cpy, inplace, mul_mat, node, permute, reshape, transpose, view
-from sdrpc.ggml.rules import GLU_OPS, UNARY_OPS
+from sdrpc.ggml.rules.elementwise import GLU_OPS, UNARY_OPS
 from sdrpc.ggml.tensor import Tensor
 from sdrpc.ggml.types import BF16, F16, I32, TYPES
 from tests.support import cases_attention, cases_integers, cases_recurrent
@@ -37,6 +37,11 @@ def _pad(*amounts: int, circular: int = 0) -> p.Pad:
 
 def _rope(n_dims: int, mode: int, freq_scale: float = 1.0, attn: float = 1.0) -> p.Rope:
     return p.Rope(0, n_dims, mode, 0, 0, 10000.0, freq_scale, 0.0, attn, 32.0, 1.0)
+
+
+def _yarn(mode: int, context: int) -> p.Rope:
+    sections = (1, 1, 1, 1) if mode & 8 else (0, 0, 0, 0)
+    return p.Rope(0, 4 if mode == 24 else 8, mode, 0, context, 10000.0, 0.9, 0.7465, 1.1, 32.0, 1.0, *sections)
 
 
 def _causal(rows: int, columns: int) -> np.ndarray:
@@ -86,6 +91,7 @@ CASES: dict[str, Case] = {
     "SET_ROWS-quantized": lambda f: cast(
         inplace("SET_ROWS", f(64, 2), f.of([3, 0], I32), f(64, 5, type=TYPES["Q4_0"]), into=2), TYPES["F32"]
     ),
+    "SET_ROWS-none": lambda f: inplace("SET_ROWS", f(6, 0), f.of(np.zeros(0), I32), f(6, 5), into=2),
     "ARANGE": lambda f: node("ARANGE", params=p.Arange(1.0, 5.5, 0.5)),
     "FILL": lambda f: node("FILL", f(4, 3), params=p.Fill(2.5)),
     # element by element
@@ -111,6 +117,8 @@ CASES: dict[str, Case] = {
         f"GLU-{op}": lambda f, op=op: node("GLU", f(8, 3), params=p.Glu(op, alpha=1.7, limit=0.7))
         for op in sorted(GLU_OPS)
     },
+    "GLU-odd": lambda f: node("GLU", f(7, 3), params=p.Glu("SWIGLU")),
+    "GLU-odd-swapped": lambda f: node("GLU", f(7, 3), params=p.Glu("REGLU", swapped=1)),
     "GLU-swapped": lambda f: node("GLU", f(8, 3), params=p.Glu("GEGLU", swapped=1)),
     "GLU-split": lambda f: node("GLU", f(8, 3), f(8, 3), params=p.Glu("SWIGLU")),
     "DIAG_MASK_INF": lambda f: node("DIAG_MASK_INF", f(5, 4, 2), params=p.DiagMask(1)),
@@ -123,11 +131,25 @@ CASES: dict[str, Case] = {
     ),
     "ROPE": lambda f: node("ROPE", f(8, 3, 5, 2), f.of(_positions(5), I32), params=_rope(8, 0, 0.5)),
     "ROPE-neox": lambda f: node("ROPE", f(8, 3, 5, 2), f.of(_positions(5), I32), params=_rope(6, 2, 1.0, 1.5)),
+    **{
+        f"ROPE-yarn-{mode}-of-{context}": lambda f, mode=mode, context=context: node(
+            "ROPE", f(8, 3, 5, 2), f.of(np.resize(_positions(5), 20 if mode & 8 else 5), I32),
+            params=_yarn(mode, context),
+        )
+        for context in (0, 512)
+        for mode in (0, 2, 8, 24, 40)
+    },
     "ROPE-factors": lambda f: node(
         "ROPE", f(8, 3, 5), f.of(_positions(5), I32), f.of([1.0, 2.0, 4.0, 8.0]), params=_rope(8, 0)
     ),
     # rows and reductions
     "SUM": lambda f: node("SUM", f(5, 4, 3)),
+    "SUM-permuted": lambda f: node("SUM", permute(f(33, 256), 1, 0, 2, 3)),
+    "SUM-none": lambda f: node("SUM", f(5, 0, 3)),
+    "SUM_ROWS-none": lambda f: node("SUM_ROWS", f(0, 3)),
+    "MUL_MAT-of-none": lambda f: mul_mat(f(0, 5), f(0, 3)),
+    "PAD-none": lambda f: node("PAD", f(4, 0), params=_pad(1, 0, 1, 1, 0, 0, 0, 0)),
+    "ACC-none": lambda f: node("ACC", f(6, 5), f(3, 0), params=p.SetView(24, 120, 120, 28, 0)),
     "SUM_ROWS": lambda f: node("SUM_ROWS", f(5, 4, 3)),
     "MEAN": lambda f: node("MEAN", permute(f(5, 4, 3), 1, 0, 2, 3)),
     "ARGMAX": lambda f: node("ARGMAX", f(5, 4)),
@@ -175,6 +197,34 @@ CASES: dict[str, Case] = {
     "IM2COL": lambda f: node("IM2COL", f(3, 2, 4, 5), f(9, 7, 4, 2), params=p.Im2Col(2, 1, 1, 2, 1, 2, 1), type=F16),
     "IM2COL-1d": lambda f: node("IM2COL", f(3, 4, 5), f(9, 4, 2), params=p.Im2Col(2, 0, 1, 0, 2, 0, 0)),
     "CONV_2D": lambda f: node("CONV_2D", f(3, 3, 4, 5, type=F16), f(9, 7, 4, 2), params=p.Conv2D(2, 1, 1, 2, 1, 2)),
+    # windows that are larger than their input: one output, by C's division
+    "CONV_2D-larger-than-its-image": lambda f: node(
+        "CONV_2D", f(3, 3, 4, 5), f(1, 7, 4, 2), params=p.Conv2D(3, 1, 0, 1, 1, 1)
+    ),
+    "CONV_2D-dilated-past-its-image": lambda f: node(
+        "CONV_2D", f(3, 2, 4, 5), f(6, 2, 4, 2), params=p.Conv2D(7, 9, 1, 2, 6, 7)
+    ),
+    "CONV_2D-beside-its-image": lambda f: node(
+        "CONV_2D", f(2, 1, 4, 5), f(2, 3, 4), params=p.Conv2D(9, 1, 1, 0, 7, 1)
+    ),
+    "CONV_2D_DW-larger-than-its-image": lambda f: node(
+        "CONV_2D_DW", f(3, 3, 1, 4), f(2, 1, 4, 2), params=p.Conv2D(2, 3, 0, 0, 1, 1)
+    ),
+    "CONV_3D-larger-than-its-image": lambda f: node(
+        "CONV_3D", f(3, 2, 3, 6), f(7, 1, 2, 4), params=p.Window3D(2, 2, 4, 1, 0, 0, 2, 1, 2, 2, 2, 3)
+    ),
+    "IM2COL-larger-than-its-image": lambda f: node(
+        "IM2COL", f(3, 4, 4, 5), f(1, 7, 4, 2), params=p.Im2Col(3, 1, 0, 1, 1, 1, 1)
+    ),
+    "IM2COL-1d-larger-than-its-image": lambda f: node(
+        "IM2COL", f(4, 3, 5), f(2, 3, 2), params=p.Im2Col(5, 0, 0, 0, 1, 0, 0)
+    ),
+    "IM2COL_3D-more-than-the-kernel-says": lambda f: node(
+        "IM2COL_3D", f(3, 3, 3, 1), f(5, 4, 6, 10), params=p.Window3D(1, 1, 1, 0, 0, 0, 1, 1, 1, 3)
+    ),
+    "IM2COL_3D-larger-than-its-image": lambda f: node(
+        "IM2COL_3D", f(3, 3, 3, 4), f(1, 4, 2, 4), params=p.Window3D(3, 1, 2, 0, 0, 0, 1, 1, 1, 2)
+    ),
     "CONV_2D_DW": lambda f: node("CONV_2D_DW", f(3, 3, 1, 4), f(9, 7, 4, 2), params=p.Conv2D(2, 1, 1, 2, 1, 2)),
     "CONV_2D_DW-channels-first": lambda f: node(
         "CONV_2D_DW", permute(f(4, 1, 3, 3), 3, 2, 0, 1), permute(f(4, 9, 7, 2), 2, 0, 1, 3),

@@ -106,6 +106,16 @@ CASES: dict[str, Case] = {
     "CROSS_ENTROPY_LOSS_BACK": lambda f: node(
         "CROSS_ENTROPY_LOSS_BACK", f(1), f(9, 4, 2), _softmax(f, 9, 4, 2)
     ),
+    "GET_ROWS_BACK-more-rows-than-indices": lambda f: node(
+        "GET_ROWS_BACK", f(6, 4), f.of([3, 3], I32), ne=(6, 5)
+    ),
+    "IM2COL_BACK-larger-than-its-image": lambda f: node(
+        "IM2COL_BACK", f(24, 1, 4, 2), f(3, 2, 4, 5), params=p.Im2Col(3, 1, 0, 0, 1, 1, 1), ne=(1, 5, 4, 2)
+    ),
+    "OPT_STEP_ADAMW": lambda f: inplace(
+        "OPT_STEP_ADAMW", f(5, 4, 3), f(5, 4, 3), f(5, 4, 3), node("SQR", f(5, 4, 3)),
+        f.of([0.1, 0.9, 0.99, 1e-6, 0.01, 1.5, 2.5]),
+    ),
     "OPT_STEP_SGD": lambda f: inplace("OPT_STEP_SGD", f(5, 4, 3), f(5, 4, 3), f.of([0.1, 0.01])),
     "IM2COL_BACK": lambda f: node(
         "IM2COL_BACK", f(3 * 2 * 4, 5, 6, 2), f(3, 2, 4, 5), ne=(9, 7, 4, 2), params=p.Im2Col(2, 1, 1, 1, 1, 3, 1)

@@ -118,7 +118,7 @@ OPERATIONS = {
     "dsv4_hc_comb": "tttfi", "dsv4_hc_pre": "tt", "dsv4_hc_pre_gated": "ttf", "dsv4_hc_post": "tttt",
     "silu_back": "tt", "rms_norm_back": "ttf", "soft_max_ext_back": "ttff", "rope_ext_back": "tttiiiffffff",
     "repeat_back": "tt", "get_rows_back": "ttt", "cross_entropy_loss": "tt", "cross_entropy_loss_back": "ttt",
-    "opt_step_sgd": "ttt", "im2col_back": "ttpiiiiiib", "pool_2d_back": "ttiiiiiff",
+    "opt_step_sgd": "ttt", "opt_step_adamw": "ttttt", "im2col_back": "ttpiiiiiib", "pool_2d_back": "ttiiiiiff",
 }  # fmt: skip
 """ggml_<name>(context, …) → tensor: the arguments after the context."""
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-from sdrpc.ggml.tensor import ALIASES, Graph, Tensor
+from sdrpc.ggml.ops import ALIASES
+from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import NUMPY_DTYPES
 from tests.support import reference_attention, reference_integers, reference_recurrent
 
@@ -42,6 +43,9 @@ def run(graph: Graph, memory: Memory, keep: Collection[Tensor] = (), dtype: type
             if not root(node).buffer and root(node) not in own:
                 own[root(node)] = np.full(root(node).nbytes, 0xFF, np.uint8)
             sources = [source and read(source, memory, own, dtype) for source in node.src]
+            for i, state in UPDATES.get(node.op, lambda *_: {})(*sources).items():
+                sources[i] = state
+                write(node.src[i], state, memory, own)
             write(node, OPS[node.op](node, *sources), memory, own)
         if node in wanted:
             kept[node] = read(node, memory, own, dtype)
@@ -239,7 +243,8 @@ GLU: dict[str, Callable[[Array, Array, Any], Array]] = {
 def _glu(node: Tensor, a: Array, b: Array | None = None) -> Array:
     if b is None:
         half = node.ne[0]
-        a, b = (a[..., half:], a[..., :half]) if node.params.swapped else (a[..., :half], a[..., half:])
+        first, second = a[..., :half], a[..., half : 2 * half]
+        a, b = (second, first) if node.params.swapped else (first, second)
     return GLU[node.params.op](a, b, node.params)
 
 
@@ -324,8 +329,10 @@ def _out_prod(_: Tensor, a: Array, b: Array) -> Array:
 
 def _windows(x: Array, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int]) -> Array:
     """(…, H, W) → (…, OH, OW, KH, KW); each pair is (height, width)."""
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(p[0], p[0]), (p[1], p[1])])
     reach = tuple(d[i] * (k[i] - 1) + 1 for i in (0, 1))
+    # a window that is larger than its input still has one place, by C's division
+    behind = [max(p[i], reach[i] - p[i] - x.shape[-2 + i]) for i in (0, 1)]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(p[0], behind[0]), (p[1], behind[1])])
     return sliding_window_view(padded, reach, axis=(-2, -1))[..., :: s[0], :: s[1], :: d[0], :: d[1]]
 
 
@@ -380,8 +387,10 @@ def _col2im_1d(node: Tensor, columns: Array) -> Array:
 def _volumes(node: Tensor, kernel: Array, x: Array) -> Array:
     """(N · C, D, H, W) → (N, C, OD, OH, OW, KD, KH, KW)"""
     s0, s1, s2, p0, p1, p2, d0, d1, d2, channels = node.params[:10]
-    padded = np.pad(x.reshape(-1, channels, *x.shape[1:]), [(0, 0), (0, 0), (p2, p2), (p1, p1), (p0, p0)])
+    images = x[: len(x) // channels * channels].reshape(-1, channels, *x.shape[1:])
     reach = [d * (k - 1) + 1 for d, k in zip((d2, d1, d0), kernel.shape[1:], strict=True)]
+    padding = [(p, max(p, r - p - n)) for p, r, n in zip((p2, p1, p0), reach, x.shape[1:], strict=True)]
+    padded = np.pad(images, [(0, 0), (0, 0), *padding])
     windows = sliding_window_view(padded, reach, axis=(2, 3, 4))
     return windows[:, :, ::s2, ::s1, ::s0, ::d2, ::d1, ::d0]
 
@@ -483,6 +492,9 @@ def _add_rel_pos(node: Tensor, scores: Array, across: Array, down: Array) -> Arr
     pairs = scores.reshape(*across.shape, n)
     return (pairs + down[..., :, None] + across[..., None, :]).reshape(scores.shape)
 
+
+UPDATES: dict[str, Callable[..., dict[int, Array]]] = {"OPT_STEP_ADAMW": reference_recurrent.adamw_moments}
+"""Operations that write over sources before they read them: function of the sources → the new ones, by number."""
 
 OPS: dict[str, Callable[..., Array]] = {
     "DUP": _copy, "CPY": _copy, "CONT": _copy, "REPEAT": _repeat, "CONCAT": _concat, "PAD": _pad, "SET": _set,

@@ -108,9 +108,10 @@ def _stretched(p: Any, j: int, angle: float) -> tuple[float, float]:
         return angle * p.freq_scale, p.attn_factor
 
     def turning(turns: float) -> float:
-        return p.n_dims * math.log(p.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(p.freq_base))
+        with np.errstate(all="ignore"):  # a context of no tokens is -inf
+            return float(p.n_dims * np.log(p.n_ctx_orig / np.float64(turns * 2 * math.pi)) / (2 * np.log(p.freq_base)))
 
-    low, high = max(0, math.floor(turning(p.beta_fast))), min(p.n_dims - 1, math.ceil(turning(p.beta_slow)))
+    low, high = max(0, np.floor(turning(p.beta_fast))), min(p.n_dims - 1, np.ceil(turning(p.beta_slow)))
     mix = (1 - min(1, max(0, (j - low) / max(0.001, high - low)))) * p.ext_factor
     stretched = angle * p.freq_scale * (1 - mix) + angle * mix
     return stretched, p.attn_factor * (1 + 0.1 * math.log(1 / p.freq_scale))

@@ -156,7 +156,7 @@ def _repeat_back(node: Tensor, x: Array) -> Array:
 
 def _get_rows_back(node: Tensor, rows: Array, numbers: Array) -> Array:
     result = np.zeros(node.ne[::-1])
-    np.add.at(result[0, 0], numbers.ravel(), rows[0, 0])
+    np.add.at(result[0, 0], numbers.ravel(), rows[0, 0, : numbers.size])
     return result
 
 
@@ -172,6 +172,17 @@ def _loss_back(node: Tensor, gradient: Array, logits: Array, wanted: Array) -> A
 def _sgd(node: Tensor, weight: Array, gradient: Array, rates: Array) -> Array:
     rate, decay = rates.ravel()
     return weight - rate * (gradient + decay * weight)
+
+
+def adamw_moments(weight: Array, gradient: Array, mean: Array, square: Array, params: Array) -> dict[int, Array]:
+    """The moments that OPT_STEP_ADAMW writes over its sources 2 and 3 before it uses them."""
+    _, first, second, *_ = params.ravel()
+    return {2: first * mean + (1 - first) * gradient, 3: second * square + (1 - second) * gradient**2}
+
+
+def _adamw(node: Tensor, weight: Array, gradient: Array, mean: Array, square: Array, params: Array) -> Array:
+    rate, _, _, eps, decay, mean_scale, square_scale = params.ravel()
+    return (1 - rate * decay) * weight - rate * (mean * mean_scale) / (np.sqrt(square * square_scale) + eps)
 
 
 def _im2col_back(node: Tensor, columns: Array, kernel: Array) -> Array:
@@ -210,6 +221,6 @@ OPS: dict[str, Callable[..., Array]] = {
     "LIGHTNING_INDEXER": _indexer, "DSV4_HC_COMB": _mixing, "DSV4_HC_PRE": _gather, "DSV4_HC_POST": _spread,
     "SILU_BACK": _silu_back, "RMS_NORM_BACK": _rms_norm_back, "SOFT_MAX_BACK": _soft_max_back,
     "REPEAT_BACK": _repeat_back, "GET_ROWS_BACK": _get_rows_back, "CROSS_ENTROPY_LOSS": _loss,
-    "CROSS_ENTROPY_LOSS_BACK": _loss_back, "OPT_STEP_SGD": _sgd, "IM2COL_BACK": _im2col_back,
+    "CROSS_ENTROPY_LOSS_BACK": _loss_back, "OPT_STEP_SGD": _sgd, "OPT_STEP_ADAMW": _adamw, "IM2COL_BACK": _im2col_back,
     "POOL_2D_BACK": _pool_2d_back,
 }  # fmt: skip

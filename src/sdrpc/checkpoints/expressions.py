@@ -109,7 +109,7 @@ def permute(w: Weight, order: Sequence[int]) -> Weight:
     make = _Permuted(w.pieces, units, order, _unit(w.type))
     origin = w.origin and w.origin.made(f"{list(w.shape)} permuted to {list(order)}")
     return replace(
-        w, shape=shape, pieces=_Made(w.nbytes, max(row, 1), max(1, BUFFER // max(row, 1)), make), origin=origin
+        w, shape=shape, pieces=Made(w.nbytes, max(row, 1), max(1, BUFFER // max(row, 1)), make), origin=origin
     )
 
 
@@ -143,9 +143,9 @@ def converted(source: Pieces, convert: Convert, read: int, made: int, numbers: i
     bytes."""
 
     def make(first: int, last: int) -> np.ndarray:
-        return convert(_array(source, first * read, last * read))
+        return convert(joined(source, first * read, last * read))
 
-    return _Made(total // numbers * made, made, max(1, NUMBERS // numbers), make)
+    return Made(total // numbers * made, made, max(1, NUMBERS // numbers), make)
 
 
 def unpermute_heads(w: Weight, heads: int) -> Weight:
@@ -209,7 +209,7 @@ class _Strips:
             for i in range(start // row, -(-stop // row)):
                 yield from self._direct(i, start - i * row, stop - i * row)
         else:
-            yield from _Made(self.count * row, row, max(1, BUFFER // max(largest, row)), self._gathered)(start, stop)
+            yield from Made(self.count * row, row, max(1, BUFFER // max(largest, row)), self._gathered)(start, stop)
 
     def _direct(self, i: int, start: int, stop: int) -> Iterator[memoryview]:
         """Bytes ``start`` to ``stop`` of row ``i``; the ends may lie outside of it."""
@@ -225,13 +225,13 @@ class _Strips:
     def _gathered(self, first: int, last: int) -> np.ndarray:
         parts = []
         for strip in self.strips:
-            source = _array(strip.pieces, first * strip.stride, last * strip.stride)
+            source = joined(strip.pieces, first * strip.stride, last * strip.stride)
             parts.append(source.reshape(last - first, strip.stride)[:, strip.low : strip.high])
         return parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class Made:
     """``size`` bytes in rows of ``row`` bytes. ``make(i, j)`` gives rows i to j; it is asked for at most ``step``."""
 
     size: int
@@ -279,12 +279,17 @@ class _Permuted:
     def _source(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop``, their dimensions in the new order."""
         row = prod(self.shape[1:]) * self.dtype.itemsize
-        units = _array(self.pieces, start * row, stop * row).view(self.dtype)
+        units = joined(self.pieces, start * row, stop * row).view(self.dtype)
         moved: np.ndarray = units.reshape(stop - start, *self.shape[1:]).transpose(self.order)
         return moved
 
 
-def _array(pieces: Pieces, start: int, stop: int) -> np.ndarray:
+def whole_array(w: Weight) -> np.ndarray:
+    """All bytes of a small tensor."""
+    return joined(w.pieces, 0, w.nbytes)
+
+
+def joined(pieces: Pieces, start: int, stop: int) -> np.ndarray:
     """Bytes ``start`` to ``stop`` as one array: a view where they are in one piece."""
     views = list(pieces(start, stop))
     return np.frombuffer(views[0] if len(views) == 1 else b"".join(views), np.uint8)

@@ -15,6 +15,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 
 MAGIC = b"GGUF"
 
+TOKENIZER = "tokenizer."
+"""How keys of a vocabulary begin."""
+
 MAX_DIMS = 4
 MAX_NAME = 4096
 MAX_METADATA = 64 << 20
@@ -44,11 +47,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says about itself. ``metadata``: entries that are text or a number, as text."""
+    """What a GGUF file says about itself. ``metadata``: entries that are text or a number, as text. ``arrays``: where
+    the tokenizer's are, for :func:`read_array`."""
 
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     tensors: tuple[TensorInfo, ...]
+    arrays: Mapping[str, int]
 
     def original_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
         """The shape before a converter flattened it to fit into blocks (``comfy.gguf.orig_shape.NAME``)."""
@@ -59,8 +64,8 @@ class Header:
 class _Cursor:
     """Reads little-endian values from the mapped file, never past its end."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, data: memoryview, at: int = 0) -> None:
+        self.data, self.at = data, at
 
     @property
     def left(self) -> int:
@@ -105,9 +110,12 @@ def parse(data: memoryview) -> Header:
     entry_count = cursor.count("Q", 8 + 4 + 1, "metadata entries")
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    arrays: dict[str, int] = {}
     for _ in range(entry_count):
         key, kind = cursor.text(MAX_NAME), cursor.kind()
         if kind is GGUFValueType.ARRAY:
+            if key.startswith(TOKENIZER):
+                arrays[key] = cursor.at
             shape = _array(cursor)
             if shape is not None:
                 shapes[key] = shape
@@ -120,7 +128,19 @@ def parse(data: memoryview) -> Header:
         raise ValueError(f"an alignment of {alignment}")
     infos = [_tensor(cursor) for _ in range(tensor_count)]
     start = -(-cursor.at // alignment) * alignment
-    return Header(metadata, shapes, tuple(_placed(*info, start, len(data)) for info in infos))
+    return Header(metadata, shapes, tuple(_placed(*info, start, len(data)) for info in infos), arrays)
+
+
+def read_array(data: memoryview, at: int) -> list[str | int | float]:
+    """The values of an array of :attr:`Header.arrays`. Bytes that are no UTF-8 become replacement characters: single
+    bytes of some vocabularies are stored so."""
+    cursor = _Cursor(data, at)
+    kind = cursor.kind()
+    count = cursor.count("Q", _SMALLEST[kind], "values of an array")
+    if kind is GGUFValueType.STRING:
+        sizes = (cursor.count("Q", 1, "bytes of text") for _ in range(count))
+        return [bytes(cursor.take(size)).decode("utf-8", "replace") for size in sizes]
+    return list(struct.unpack(f"<{count}{_SCALARS[kind]}", cursor.take(count * _SMALLEST[kind])))
 
 
 def _array(cursor: _Cursor) -> tuple[int, ...] | None:

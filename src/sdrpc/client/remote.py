@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Content, Device, Memory, Program, Target
+from ..device import Buffer, Bytes, Content, Device, Memory, Program, Target, Turns
 from ..errors import (
     ComputeError,
     ConnectionLost,
@@ -69,6 +69,7 @@ class Server:
     computing: str = ""
     names: Names = field(default_factory=Names)
     open_devices: int = 0
+    turns: Turns = field(default_factory=Turns)
 
     @property
     def ours(self) -> bool:
@@ -130,6 +131,10 @@ class RemoteDevice(Device):
             raise server.accuse("a largest buffer of 0 bytes")
         server.open_devices += 1
         self._open = True
+
+    @property
+    def turns(self) -> Turns:
+        return self._server.turns
 
     @property
     def target(self) -> Target:

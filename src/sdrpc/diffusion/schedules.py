@@ -188,7 +188,8 @@ def _beta_distribution(x: F64) -> F64:
 
 def kl_optimal(setting: Setting) -> F32:
     """Evenly spaced in the arctangent (Sabour et al. 2024)."""
-    low, high = np.arctan(max(setting.prediction.smallest, _LEAST)), np.arctan(setting.prediction.largest)
+    ends = max(setting.prediction.smallest, _LEAST), setting.prediction.largest
+    low, high = (f32(math.atan(end)) for end in ends)  # near π/2 the last bit matters
     t = np.arange(setting.steps, dtype=f32) / f32(setting.steps - 1)
     return _ending_in_zero(np.tan(t * low + (f32(1) - t) * high))
 

@@ -7,5 +7,6 @@ from torch import Tensor
 
 
 def quotient(x: Tensor, divisor: float) -> Tensor:
-    """``x / divisor`` to the last bit: by a number that is not in its memory, a GPU multiplies with the reciprocal."""
+    """``x / divisor``, correctly rounded. (Given the divisor as a number, torch multiplies with its reciprocal on a
+    GPU.)"""
     return x / torch.full((1,), divisor, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""What a graph says, whatever keys its buffers have: the name under which its program is kept."""
+"""Buffer-independent digest of a graph; the program cache's key."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def translated(device: str, doing: str, size: int = 0) -> Iterator[None]:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(device, size, f"while {doing}") from error
-    except (RuntimeError, IndexError, ValueError, TypeError, OSError, AssertionError) as error:
+    except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError, OSError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         if any(words in reason.lower() for words in _NO_MEMORY):
             raise OutOfMemory(device, size, f"while {doing}") from error

@@ -1,4 +1,4 @@
-"""A map from byte ranges to whoever wrote them last."""
+"""A map from byte ranges to their last writers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class Intervals:
-    """Disjoint half-open ranges, each with a writer; bytes that nobody wrote have none."""
+    """Disjoint half-open ranges, each with a writer; bytes that were not written have none."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -36,7 +36,8 @@ class Intervals:
         self._entries[first:last] = [(e, w) for _, e, w in new]
 
     def writers(self, start: int, end: int) -> list[int | None]:
-        """The last writers of the bytes ``[start, end)``, in order of address; None for each gap that nobody wrote."""
+        """The last writers of the bytes ``[start, end)``, in order of address; None for each gap that was not
+        written."""
         found: list[int | None] = []
         at = start
         i = max(bisect_right(self._starts, start) - 1, 0)

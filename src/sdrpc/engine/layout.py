@@ -1,7 +1,7 @@
 """A strided view of a dense array as reshape, slice and permute.
 
 ggml describes a view by byte strides into its source's memory. A torch value may lie in memory in any order (channels
-last, a permuted view), so strides of memory mean nothing for it; what a view means is said in logical steps.
+last, a permuted view), so a view can't be expressed by strides of memory for it; it is expressed by logical steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sdrpc.ggml.tensor import Dims
 from .dtypes import Shape, shape_of
 
 WAYS = 1 << 12
-"""Views whose steps are remembered: each run asks for them again."""
+"""Views whose steps are remembered, since each run of a program needs them again."""
 
 
 class Strided(NamedTuple):
@@ -121,8 +121,14 @@ def groups_of(view: Strided) -> tuple[tuple[Group, ...], int]:
 
 
 def compose(lies: tuple[Sequence[Group], int], outer: Strided) -> Strided | None:
-    """``outer``, a view of a dense array whose elements really lie as ``lies`` says, as one view of where they lie.
-    None where a dimension of ``outer`` would go from one group into another."""
+    """A view of a view as one view: ``outer`` is a view of a dense array, whose elements really lie elsewhere as
+    ``lies`` says (groups of consecutive elements, and where the first one lies); the result is a view of there.
+
+    Each dimension of ``outer`` steps over the dense array by its stride. If the stride is a multiple of a group's
+    ``step``, and all its steps stay within that group, it is a walk over the real places as well, by as many times the
+    group's ``stride``. ``start`` says where in each group the view begins, ``reach`` how far its dimensions get:
+    several may walk over one group. None where a dimension would go from one group into the next: no stride says that.
+    """
     groups = [group for group in lies[0] if group.size > 1]
     base = lies[1]
     strides = []
@@ -146,7 +152,7 @@ def compose(lies: tuple[Sequence[Group], int], outer: Strided) -> Strided | None
 
 
 def _filled(ne: Dims, strides: list[int]) -> Dims:
-    """Strides of dimensions of one element mean nothing: make them those of a dense array."""
+    """Strides with those of one-element dimensions, which are arbitrary, as in a dense array."""
     last = 1
     result = []
     for n, stride in zip(ne, strides, strict=True):

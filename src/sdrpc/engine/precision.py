@@ -20,9 +20,11 @@ from sdrpc.ggml.params import MulMat
 from sdrpc.ggml.types import F16, F32, Type
 
 from .dtypes import DTYPES
+from .operations import EngineOp
+from .ops import KERNELS, Autocast, moves_blocks
 from .system import processor_features
-from .values import Place, Value, moves_blocks, ordered
-from .weights import Form
+from .values import Place, Value, ordered
+from .weights import WeightFormat
 
 PREC_F32 = 10
 """ggml_prec: GGML_PREC_F32."""
@@ -33,40 +35,19 @@ FEW = 32
 BYTES = torch.uint8
 """How blocks are held: as they are in memory."""
 
-HEAVY = frozenset({
-    "MUL_MAT", "MUL_MAT_ID", "OUT_PROD", "CONV_2D", "CONV_2D_DW", "CONV_3D", "CONV_TRANSPOSE_1D", "CONV_TRANSPOSE_2D",
-    "FLASH_ATTN_EXT", "LINEAR", "ATTENTION",
-})  # fmt: skip
-"""What is worth a narrow dtype."""
-
-MOVES = frozenset({
-    "VIEW", "SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT", "REPEAT", "SET", "PAD", "PAD_REFLECT_1D", "ROLL", "TRI", "DIAG",
-    "WIN_PART", "WIN_UNPART", "GET_REL_POS", "IM2COL", "IM2COL_3D",
-})  # fmt: skip
-"""What moves numbers without computing: in any dtype."""
-
-FOLLOWS = frozenset({
-    "ADD", "ADD_ID", "SUB", "MUL", "DIV", "SCALE", "CLAMP", "LEAKY_RELU", "UNARY", "GLU", "NORM", "RMS_NORM",
-    "GROUP_NORM", "SOFT_MAX", "UPSCALE", "DIAG_MASK_INF", "DIAG_MASK_ZERO",
-    "NORM_AFFINE", "GROUP_NORM_AFFINE", "RMS_NORM_AFFINE",
-})  # fmt: skip
-"""What stays narrow when it is fed narrow values (torch computes these in float32 inside)."""
-
-RAW: dict[str, tuple[int, ...]] = {
-    "GET_ROWS": (0,), "MUL_MAT_ID": (0,), "SET_ROWS": (0, 1, 2), "IM2COL": (0,), "IM2COL_3D": (0,),
-}  # fmt: skip
-"""Operands that are taken as they are: rows and matrices are converted when they are picked, the destination of
-SET_ROWS is memory, and of its kernel IM2COL wants the shape only."""
-
 
 @dataclass(frozen=True)
 class Precision:
-    """``narrow`` is the dtype of heavy operations, None in exact precision. ``follows``: it is float16 for graphs whose
-    weights are mostly that, which then need no conversion. ``channels_last``: kernels of convolutions are kept with
-    their channels together, which cuDNN and oneDNN would otherwise arrange anew at each use (a fifth of a UNet's time).
+    """A way to compute. Fields:
+
+    ``narrow``: the dtype of matrix products, convolutions and attention, None in exact precision.
+    ``follows``: that dtype is float16 for graphs whose weights are mostly that, which then need no conversion.
+    ``channels_last``: kernels of convolutions are kept with their channels together, which cuDNN and oneDNN would
+    otherwise arrange anew at each use (a fifth of a UNet's time).
     ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it, where there is no room to keep
-    those in ``narrow``, and one row always: reading weights is most of the work then. ``rounds``: what is multiplied is
-    rounded as ggml's CPU backend does it."""
+    those in ``narrow``, and one row always: reading weights is most of the work then.
+    ``rounds``: what is multiplied is rounded as ggml's CPU backend does it.
+    """
 
     name: str
     narrow: torch.dtype | None = None
@@ -75,14 +56,15 @@ class Precision:
     halves: bool = False
     rounds: bool = False
 
-    def suited(self, effects: Sequence[Value]) -> Precision:
+    def suited(self, roots: Sequence[Value]) -> Precision:
         """This precision for the weights that the graph has."""
         if not self.follows:
             return self
         size: Counter[Type] = Counter()
-        for value in ordered(effects):
-            if value.op in HEAVY and value.src[0] is not None and value.src[0].op == "LEAF":
-                size[value.src[0].type] += prod(value.src[0].ne)
+        for value in ordered(roots):
+            weight = value.src[0] if value.op is not EngineOp.LEAF and _autocast(value) is Autocast.NARROW else None
+            if weight is not None and weight.op is EngineOp.LEAF:
+                size[weight.type] += prod(weight.ne)
         half = size[F16] > sum(size.values()) / 2
         return replace(self, narrow=torch.float16 if half else self.narrow, follows=False)
 
@@ -113,56 +95,61 @@ def _is_narrow_faster(device: torch.device) -> bool:
     return device.type != "cpu" or bool(processor_features() & {"amx_bf16", "avx512_bf16"})
 
 
-def assign(effects: Sequence[Value], precision: Precision) -> tuple[Value, ...]:
-    """``effects`` with a dtype for every value, and CAST and WEIGHT values where operands need another one; SPARED ones
-    are weights that come in that dtype only if they are kept in it, else as they are."""
-    return _Assigner(effects, precision).run()
+def assign(roots: Sequence[Value], precision: Precision) -> tuple[Value, ...]:
+    """``roots`` with a dtype for every value, and conversions where operands are needed in another one: CAST and
+    DEQUANTIZE of computed values, WEIGHT and OPPORTUNISTIC_WEIGHT of leaves, which can be kept."""
+    return _Assigner(roots, precision).run()
+
+
+def _autocast(value: Value) -> Autocast:
+    return KERNELS[value.op].autocast
 
 
 def _rows_of_halves(value: Value) -> int | None:
     """How many rows, or places of images, ``value`` multiplies with a weight in F16; None if it is no such product."""
-    weight = value.src[0] if value.op in ("MUL_MAT", "LINEAR", "CONV_2D") else None
-    if weight is None or weight.op != "LEAF" or weight.type is not F16:
+    weight = value.src[0] if value.op in ("MUL_MAT", EngineOp.LINEAR, "CONV_2D") else None
+    if weight is None or weight.op is not EngineOp.LEAF or weight.type is not F16:
         return None
     return prod(value.ne) // (value.ne[2] if value.op == "CONV_2D" else value.ne[0])
 
 
 class _Assigner:
-    def __init__(self, effects: Sequence[Value], precision: Precision) -> None:
-        self.effects, self.narrow, self.channels_last = effects, precision.narrow, precision.channels_last
+    def __init__(self, roots: Sequence[Value], precision: Precision) -> None:
+        self.roots, self.narrow, self.channels_last = roots, precision.narrow, precision.channels_last
         self.halves = precision.halves
         self.done: dict[Value, Value] = {}
         self.casts: dict[tuple[Value, torch.dtype], Value] = {}
-        self.weights: dict[tuple[str, Place, Form], Value] = {}
-        self.written = [v.store or v.place for v in effects]
+        self.weights: dict[tuple[EngineOp, Place, WeightFormat], Value] = {}
+        self.written = [v.store or v.place for v in roots]
 
     def run(self) -> tuple[Value, ...]:
-        for value in ordered(self.effects):
+        for value in ordered(self.roots):
             self.done[value] = self._assign(value)
-        return tuple(self.done[value] for value in self.effects)
+        return tuple(self.done[value] for value in self.roots)
 
     def _assign(self, value: Value) -> Value:
         own = DTYPES.get(value.type)
-        if value.op == "LEAF":
+        if value.op is EngineOp.LEAF:
             return replace(value, dtype=own or BYTES)
         src = [None if s is None else self.done[s] for s in value.src]
-        if value.op == "SNAPSHOT":
+        if value.op is EngineOp.SNAPSHOT:
             return replace(value, src=tuple(src), dtype=src[0].dtype if src[0] is not None else own)
-        raw: Sequence[int] = range(len(src)) if moves_blocks(value) else RAW.get(value.op, ())
+        raw: Sequence[int] = range(len(src)) if moves_blocks(value) else KERNELS[value.op].raw
         compute = self._compute(value, [s for s in src if s is not None])
         rows = _rows_of_halves(value) if self.halves and compute is self.narrow else None
         if rows == 1:
             raw = (0,)
-        spared = rows is not None and rows <= FEW
+        opportunistic = rows is not None and rows <= FEW
         operands = tuple(
-            s if s is None or i in raw else self._as(s, self._form(value, i, compute), spared and i == 0)
+            s if s is None or i in raw else self._as(s, self._format(value, i, compute), opportunistic and i == 0)
             for i, s in enumerate(src)
         )
         return replace(value, src=operands, dtype=self._held(value, own, compute))
 
     def _compute(self, value: Value, src: Sequence[Value]) -> torch.dtype:
         """The dtype that all floating operands get."""
-        if value.op in MOVES:
+        autocast = _autocast(value)
+        if autocast is Autocast.MOVES:
             floats = [s for s in src if s.dtype is not None and (s.dtype.is_floating_point or not s.type.plain)]
             dtypes = {s.dtype if s.type.plain and s.dtype is not None else torch.float32 for s in floats}
             if len(dtypes) == 1:
@@ -170,11 +157,11 @@ class _Assigner:
             return self.narrow if self.narrow in dtypes and self.narrow is not None else torch.float32
         if self.narrow is None:
             return torch.float32
-        if value.op in HEAVY:
+        if autocast is Autocast.NARROW:
             if isinstance(value.params, MulMat) and value.params.prec == PREC_F32:
                 return torch.float32
             return self.narrow
-        if value.op in FOLLOWS and any(s.dtype is self.narrow and s.op != "LEAF" for s in src):
+        if autocast is Autocast.FOLLOWS and any(s.dtype is self.narrow and s.op is not EngineOp.LEAF for s in src):
             return self.narrow
         return torch.float32
 
@@ -183,37 +170,43 @@ class _Assigner:
             return BYTES
         if not own.is_floating_point or self.narrow is None or compute is not self.narrow:
             return own
-        return self.narrow if value.op in HEAVY or value.op in FOLLOWS or value.op in MOVES else own
+        return own if _autocast(value) is Autocast.FLOAT32 else self.narrow
 
-    def _form(self, value: Value, i: int, compute: torch.dtype) -> Form:
-        """How ``value`` wants its operand ``i``."""
+    def _format(self, value: Value, i: int, compute: torch.dtype) -> WeightFormat:
+        """How ``value`` wants its operand ``i``, if that is a weight."""
         kernel = value.src[0] if value.op == "CONV_2D" and i == 0 else None
-        several_taps = kernel is not None and kernel.op == "LEAF" and kernel.ne[:2] != (1, 1)
-        return Form(compute, self.channels_last and several_taps)
+        several_taps = kernel is not None and kernel.op is EngineOp.LEAF and kernel.ne[:2] != (1, 1)
+        return WeightFormat(compute, self.channels_last and several_taps)
 
-    def _as(self, operand: Value, form: Form, spared: bool = False) -> Value:
-        """``operand`` in ``form``; integers stay as they are. ``spared``: a leaf that does as it is, too."""
-        own, compute = operand.dtype, form.dtype
+    def _as(self, operand: Value, format: WeightFormat, opportunistic: bool = False) -> Value:
+        """``operand`` in ``format``; integers stay as they are. ``opportunistic``: its reader takes a leaf in its own
+        dtype as well."""
+        own, compute = operand.dtype, format.dtype
         blocks = not operand.type.plain
-        fits = own is compute and not form.channels_last
+        fits = own is compute and not format.channels_last
         if fits or (own is not None and not own.is_floating_point and not blocks):
             return operand
-        if operand.op == "LEAF" and operand.place is not None:
+        if operand.op is EngineOp.LEAF and operand.place is not None:
             place = operand.place
             if not any(place.overlaps(w) for w in self.written if w is not None):
-                op = "SPARED" if spared else "WEIGHT"
-                made = self.weights.get((op, place, form))
+                op = EngineOp.OPPORTUNISTIC_WEIGHT if opportunistic else EngineOp.WEIGHT
+                made = self.weights.get((op, place, format))
                 if made is None:
-                    made = self.weights[op, place, form] = replace(
-                        operand, op=op, src=(operand,), params=form, place=place, dtype=None if spared else compute
+                    made = self.weights[op, place, format] = replace(
+                        operand,
+                        op=op,
+                        src=(operand,),
+                        params=format,
+                        place=place,
+                        dtype=None if opportunistic else compute,
                     )
                 return made
-            if spared:
+            if opportunistic:
                 return operand
         cast = self.casts.get((operand, compute))
         if cast is None:
             cast = self.casts[operand, compute] = Value(
-                "DEQUANTIZE" if blocks else "CAST",
+                EngineOp.DEQUANTIZE if blocks else EngineOp.CAST,
                 F32,
                 operand.ne,
                 (operand,),

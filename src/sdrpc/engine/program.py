@@ -18,37 +18,38 @@ from .deadline import Deadline
 from .errors import translated
 from .fuse import Report, fuse
 from .memory import LocalBuffer, typed
-from .ops import RAISE
+from .operations import EngineOp
+from .ops import KERNELS, moves_blocks
 from .precision import Precision, assign
 from .rounding import rounded
-from .values import WRITES_IN_PLACE, Value, moves_blocks, ordered, trace
-from .weights import Form, Source, Weight, Weights, convert
+from .values import Value, ordered, trace
+from .weights import Source, Weight, WeightFormat, Weights, convert
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a graph computes, whatever buffers it will run on: ``effects`` in order, the numbers of the buffers that
-    places count, sizes of scratch memories, which fusions fired."""
+    """What a graph computes, whatever buffers it will run on: the values that are stored (``roots``) in order, the
+    numbers of the buffers that places count, sizes of scratch memories, how often each fusion fired."""
 
-    effects: tuple[Value, ...]
+    roots: tuple[Value, ...]
     buffers: tuple[int, ...]
     scratch: Mapping[int, int]
     fusions: Report
 
 
 def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]) -> Compiled:
-    """Raise, fuse and type ``graph``, which has been checked; ``numbers`` count its buffers by key. Raises
-    :class:`UnsupportedOperation` that names the node for what torch can't do here."""
+    """Trace ``graph``, which has been validated, fuse it and give its values dtypes. ``numbers`` count its buffers by
+    key. Raises :class:`UnsupportedOperation` that names the node for what torch can't do here."""
     traced = trace(graph)
-    for value in ordered(traced.effects):
+    for value in ordered(traced.roots):
         _supported(value)
-    effects, report = fuse(rounded(traced.effects) if precision.rounds else traced.effects)
+    roots, report = fuse(rounded(traced.roots) if precision.rounds else traced.roots)
     buffers = tuple(numbers[key] for key in traced.buffers)
-    return Compiled(assign(effects, precision.suited(effects)), buffers, traced.scratch, report)
+    return Compiled(assign(roots, precision.suited(roots)), buffers, traced.scratch, report)
 
 
 def _supported(value: Value) -> None:
-    if value.op != "LEAF" and value.op not in RAISE:
+    if value.op is not EngineOp.LEAF and value.op not in KERNELS:
         raise UnsupportedOperation("operation not supported", value.node)
 
 
@@ -82,20 +83,18 @@ class Bound:
         self._fixed: list[Tensor | None] = []
         self._steps: list[Step] = []
         self._build()
-        self._stores = sorted(
-            {(p.memory, p.offset, p.end) for v in compiled.effects for p in [v.store or v.place] if p}
-        )
+        self._stores = sorted({(p.memory, p.offset, p.end) for v in compiled.roots for p in [v.store or v.place] if p})
 
     def _build(self) -> None:
-        values = ordered(self.compiled.effects)
+        values = ordered(self.compiled.roots)
         last = {source: i for i, value in enumerate(values) for source in value.src if source is not None}
         number = {value: i for i, value in enumerate(values)}
         dying: dict[int, list[int]] = {}
         for source, i in last.items():
-            if source.op != "LEAF":
+            if source.op is not EngineOp.LEAF:
                 dying.setdefault(i, []).append(number[source])
         for i, value in enumerate(values):
-            if value.op == "LEAF":
+            if value.op is EngineOp.LEAF:
                 assert value.place is not None  # noqa: S101
                 self._fixed.append(typed(self._memory[value.place.memory], value.place))
                 continue
@@ -108,22 +107,21 @@ class Bound:
         self._fixed.append(None)  # what a missing operand reads
 
     def _function(self, value: Value) -> Callable[..., Tensor]:
-        if value.op in ("WEIGHT", "SPARED"):
+        if value.op in (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT):
             return self._weight(value)
-        if value.op == "ARANGE":
-            return partial(RAISE["ARANGE"], value, self._device)
-        run = partial(RAISE[value.op], value)
-        if value.type.plain or moves_blocks(value) or value.op in WRITES_IN_PLACE:
+        kernel = KERNELS[value.op]
+        run = partial(kernel.function, value, *((self._device,) if kernel.takes_device else ()))
+        if value.type.plain or moves_blocks(value) or kernel.in_place:
             return run
         return lambda *operands: quantize(run(*operands), value.type)
 
     def _weight(self, value: Value) -> Callable[[Tensor], Tensor]:
-        place, form = value.place, cast(Form, value.params)
+        place, wanted = value.place, cast(WeightFormat, value.params)
         assert place is not None  # noqa: S101
         if place.memory < 0:
-            return partial(convert, type=value.type, ne=value.ne, form=form)
-        source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, form)
-        self._converted.append(Weight(self._weights, source, value.op == "SPARED"))
+            return partial(convert, type=value.type, ne=value.ne, format=wanted)
+        source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, wanted)
+        self._converted.append(Weight(self._weights, source, value.op is EngineOp.OPPORTUNISTIC_WEIGHT))
         return self._converted[-1]
 
     def refresh(self) -> bool:

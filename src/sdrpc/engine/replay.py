@@ -2,7 +2,7 @@
 
 A program reads its inputs from buffers and writes its outputs to buffers, whose addresses stay: so the launches of one
 run are those of the next one, and the second run of a program is recorded. Converted weights are baked into a recording
-by address; where one has been dropped since (somebody wrote to its bytes), the recording is made anew.
+by address; where one has been dropped since (its bytes were written), the recording is made anew.
 """
 
 from __future__ import annotations

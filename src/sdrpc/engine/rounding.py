@@ -13,6 +13,8 @@ from dataclasses import replace
 
 from sdrpc.ggml.types import F16, F32, TYPES, Type
 
+from .operations import EngineOp
+from .ops import KERNELS
 from .values import Value, ordered
 
 _MADE_FOR = {
@@ -30,7 +32,7 @@ MADE: dict[Type, Type] = {TYPES[name]: TYPES[made] for made, names in _MADE_FOR.
 
 CONVOLUTIONS = ("CONV_2D", "CONV_3D", "CONV_TRANSPOSE_1D", "CONV_TRANSPOSE_2D")
 """Those that are one operation in ggml: it has them with kernels in F32 and F16 alone."""
-PRODUCTS = {"MUL_MAT": (0, 1), "MUL_MAT_ID": (0, 1), "FLASH_ATTN_EXT": (1, 0), **dict.fromkeys(CONVOLUTIONS, (0, 1))}
+PRODUCTS = {op: kernel.rounds for op, kernel in KERNELS.items() if kernel.rounds is not None}
 """Which operand's type decides, and which operand is rounded: of attention the keys and the queries."""
 
 TILE = 64
@@ -39,8 +41,8 @@ PARTS = 512
 """From so many keys on ggml adds up for a single query in as many parts as it has threads, which only it knows."""
 
 
-def rounded(effects: Sequence[Value]) -> tuple[Value, ...]:
-    """``effects``, not yet fused, with a CPY of each operand that ggml's CPU backend rounds; one for several products.
+def rounded(roots: Sequence[Value]) -> tuple[Value, ...]:
+    """``roots``, not yet fused, with a CPY of each operand that ggml's CPU backend rounds; one for several products.
 
     Attention over values in F16 adds up in F16 there, which costs it some 1e-8 of normalized mean square error a key.
     Blocks of the next weights make 1e-4 of that: what they round to 8 bits goes another way wherever it lies between
@@ -48,7 +50,7 @@ def rounded(effects: Sequence[Value]) -> tuple[Value, ...]:
     """
     new: dict[Value, Value] = {}
     copies: dict[tuple[Value, Type], Value] = {}
-    for value in ordered(effects):
+    for value in ordered(roots):
         src = [None if s is None else new[s] for s in value.src]
         if found := _operand_to_round(value):
             i, made = found
@@ -57,9 +59,9 @@ def rounded(effects: Sequence[Value]) -> tuple[Value, ...]:
             if (operand, made) not in copies:
                 copies[operand, made] = Value("CPY", made, operand.ne, (operand,), at=operand.at, node=operand.node)
             src[i] = copies[operand, made]
-        op = "FLASH_ATTN_HALVES" if _in_halves(value) else value.op
+        op = EngineOp.FLASH_ATTN_F16_SUMS if _adds_up_in_f16(value) else value.op
         new[value] = replace(value, op=op, src=tuple(src))
-    return tuple(new[value] for value in effects)
+    return tuple(new[value] for value in roots)
 
 
 def _operand_to_round(value: Value) -> tuple[int, Type] | None:
@@ -75,7 +77,7 @@ def _operand_to_round(value: Value) -> tuple[int, Type] | None:
     return i, MADE[weight.type]
 
 
-def _in_halves(value: Value) -> bool:
+def _adds_up_in_f16(value: Value) -> bool:
     """Whether ``value`` is attention that adds up in F16, in an order that is known."""
     values = value.src[2] if value.op == "FLASH_ATTN_EXT" else None
     return values is not None and values.type is F16 and values.ne[1] < PARTS and not _in_tiles(value)

@@ -1,30 +1,40 @@
-"""A ggml graph as values: which node's result, or which bytes of memory, does each operand really read?
+"""A ggml graph in SSA form: which node's result, or which bytes of memory, does each operand really read?
 
-A graph's meaning is sequential: nodes run in order, each reads bytes and writes bytes, and the client chose every
-address. :func:`trace` follows the bytes, not the edges: for each range of memory it remembers who wrote it last, so
-that in-place operations, memory used twice, views of views and stale names all come out right by construction.
+A ggml graph is a sequence of writes to memory: nodes run in order, each reads bytes and writes bytes, and the client
+chose every address. :func:`trace` turns it into values that are assigned once. It follows the bytes, not the edges: for
+each range of memory it remembers which node wrote it last, so that in-place operations, memory used twice, views of
+views and tensors whose bytes were overwritten need no special case.
 
 - An operand whose bytes one node wrote is a view of that node's value; nothing need be in memory for that.
 - An operand whose bytes no node wrote is a leaf: a typed view of a buffer.
-- An operand whose bytes came from several places is read from memory, and they are stored there before.
+- An operand whose bytes several nodes wrote is read from memory, and their values are stored there before.
 - What the client can still read when the graph has run, bytes of its buffers that no later node overwrote, is stored.
+
+Values that are stored are the roots: everything else is computed only because a root needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from math import prod
+from typing import Generic, NamedTuple
 
 import torch
+from typing_extensions import TypeVar
 
 from sdrpc.errors import GraphError
+from sdrpc.ggml.ops import ALIASES, OPS
 from sdrpc.ggml.params import NO_PARAMS, Params
-from sdrpc.ggml.tensor import ALIASES, Dims, Graph, Tensor, contiguous_strides, extent, is_contiguous
+from sdrpc.ggml.tensor import Dims, Graph, Tensor, contiguous_strides, extent, is_contiguous
 from sdrpc.ggml.types import I8, Type
+from sdrpc.ggml.validate import where
 
 from .intervals import Intervals
 from .layout import Strided
+from .operations import EngineOp, OpName
+
+P_co = TypeVar("P_co", covariant=True, default=object)
 
 
 class Place(NamedTuple):
@@ -45,19 +55,20 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Value:
-    """The result of one step: an operation of ggml, one that fusion made, or LEAF, VIEW or SNAPSHOT.
+class Value(Generic[P_co]):
+    """An SSA value: the result of one operation, of ggml's or of the engine's own, with parameters of class ``P_co``
+    (``Value`` alone: whatever they are).
 
     ``at`` is its position in the graph; steps run in that order. ``place`` is where a leaf is read; ``store`` is
-    where the result is written when it is computed, if it is. ``node`` says which node is to blame for an error.
+    where the result is written when it is computed, if it is. ``node`` names the node that errors are reported for.
     ``dtype`` is the one that it is held in, once :mod:`sdrpc.engine.precision` has decided.
     """
 
-    op: str
+    op: OpName
     type: Type
     ne: Dims
     src: tuple[Value | None, ...] = ()
-    params: Params = NO_PARAMS
+    params: P_co = NO_PARAMS  # type: ignore[assignment]  # where it is left out there are none
     at: int = 0
     place: Place | None = None
     store: Place | None = None
@@ -70,31 +81,31 @@ class Value:
 
 @dataclass(frozen=True)
 class Traced:
-    """The values that have to be computed for their effect on memory, in order, the keys of the buffers that places
-    count, and the sizes of scratch memories."""
+    """``roots``: the values that are stored in memory, in order. ``buffers``: the keys of the buffers, in the order in
+    which places number them. ``scratch``: sizes of the program's own memories, by their (negative) numbers."""
 
-    effects: tuple[Value, ...]
+    roots: tuple[Value, ...]
     buffers: tuple[int, ...]
     scratch: Mapping[int, int]
 
     @property
     def values(self) -> list[Value]:
-        """All values that the effects need, each after its sources, in the order of execution."""
-        return ordered(self.effects)
+        """All values that the roots need, each after its sources, in the order of execution."""
+        return ordered(self.roots)
 
 
-def ordered(effects: Iterable[Value]) -> list[Value]:
-    """Everything that ``effects`` reach, each after its sources and by position in the graph."""
+def ordered(roots: Iterable[Value]) -> list[Value]:
+    """All values that ``roots`` need, each after its sources and by position in the graph."""
     reached: dict[Value, None] = {}
-    stack = list(effects)
+    stack = list(roots)
     while stack:
         value = stack.pop()
         if value not in reached:
             reached[value] = None
             stack.extend(s for s in value.src if s is not None)
     done: dict[Value, None] = {}
-    for root in sorted(reached, key=lambda v: v.at):
-        todo = [root]
+    for value in sorted(reached, key=lambda v: v.at):
+        todo = [value]
         while todo:
             value = todo[-1]
             waiting = [s for s in value.src if s is not None and s not in done]
@@ -106,25 +117,9 @@ def ordered(effects: Iterable[Value]) -> list[Value]:
     return list(done)
 
 
-def moves_blocks(value: Value) -> bool:
-    """Whether ``value`` is blocks of its operands as they are, so that nothing is read out of them or made anew."""
-    return (
-        value.op in MOVES_BYTES and not value.type.plain and all(s is None or s.type is value.type for s in value.src)
-    )
-
-
-def node_label(at: int, node: Tensor) -> str:
-    return f"node {at} ({node.op}{f' {node.name!r}' if node.name else ''})"
-
-
-OPERANDS = {"CPY": 1, "CONT": 1, "DUP": 1, "SET_ROWS": 2}
-"""How many sources an operation reads, where the others only say where to write."""
-
-MOVES_BYTES = frozenset({"SNAPSHOT", "CPY", "CONT", "DUP", "CONCAT"})
-"""Operations that give what they got, where the types are the same."""
-
-WRITES_IN_PLACE = frozenset({"SET_ROWS"})
-"""Operations that change part of what is in their destination: that memory is state, not a value."""
+def same_blocks(value: Value) -> bool:
+    """Whether ``value`` is in quantized blocks, and all its operands are in blocks of the same type."""
+    return not value.type.plain and all(s is None or s.type is value.type for s in value.src)
 
 
 @dataclass
@@ -137,9 +132,12 @@ class _Read:
 
 @dataclass
 class _Write:
-    """A node that computes: its operands and where its result belongs."""
+    """A node that computes: its operands and where its result belongs. ``stored``: it must be in memory, since it
+    is read there."""
 
     node: Tensor
+    op: OpName
+    params: Params
     at: int
     place: Place
     reads: list[_Read | None] = field(default_factory=list)
@@ -148,6 +146,10 @@ class _Write:
 
 
 class _Tracer:
+    """Goes over the graph twice. The first pass (:meth:`walk`, :meth:`finish`) finds out which node wrote the bytes
+    that each operand reads, and which results must be in memory. The second one (:meth:`values`) makes the values: only
+    then is it known which memory is overwritten before all have read it, so that a snapshot is needed."""
+
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.writes: dict[int, _Write] = {}
@@ -164,6 +166,12 @@ class _Tracer:
         return Place(memory, offset, tensor.type, tensor.ne, tensor.nb)
 
     def _address(self, tensor: Tensor) -> tuple[int, int]:
+        """The number of the memory that ``tensor`` lies in, and how many bytes into it.
+
+        A tensor in a buffer says so itself. One in no buffer shares the bytes of another tensor (its ``view_src``; of
+        a name for bytes that has none, its first source), whose address is asked in turn; the tensor at the end of
+        that chain owns its bytes, and becomes a memory of its own with a negative number.
+        """
         offset = 0
         while True:
             if tensor.buffer:
@@ -177,6 +185,11 @@ class _Tracer:
     # first pass: who reads what
 
     def walk(self) -> None:
+        """Note for each node, in order, what it reads and what it writes.
+
+        Names for bytes are passed over, since their readers follow their address; but one that is declared to
+        lie elsewhere than its source (a graph may say so) is a copy. Leaves and tensors without elements do nothing.
+        """
         for at, node in enumerate(self.graph.nodes):
             if node.op == "NONE" or not node.elements:
                 continue
@@ -186,12 +199,17 @@ class _Tracer:
                 if below is None or self._same_bytes(place, node, below):
                     continue
                 source = self._seen_from(node, below)
-                self._write(_Write(node, at, place, [self._read(source)]))
+                self._write(_Write(node, "CONT", NO_PARAMS, at, place, [self._read(source)]))
                 continue
-            operands = node.src[: OPERANDS.get(node.op)]
-            write = _Write(node, at, place)
-            write.reads = [None if s is None else self._read(self.place(s)) for s in operands]
-            self._write(write)
+            for op, i in UPDATES.get(node.op, ()):
+                state, gradient, params = (_there(node.src[j]) for j in (i, 1, 4))
+                reads = self._reads((state, gradient, params))
+                self._write(_Write(node, op, NO_PARAMS, at, self.place(state), reads))
+            reads = self._reads(node.src[: OPS[node.op].reads])
+            self._write(_Write(node, _operation(node), node.params, at, place, reads))
+
+    def _reads(self, operands: Iterable[Tensor | None]) -> list[_Read | None]:
+        return [None if s is None else self._read(self.place(s)) for s in operands]
 
     def _same_bytes(self, place: Place, node: Tensor, below: Tensor) -> bool:
         return place[:2] == self._seen_from(node, below)[:2]
@@ -204,6 +222,12 @@ class _Tracer:
         return self.maps.setdefault(memory, Intervals())
 
     def _read(self, place: Place) -> _Read:
+        """Who made the bytes of ``place``: one earlier node, whose result it is a view of, or memory. In the second
+        case all earlier nodes that wrote part of it are stored before."""
+        if not prod(place.ne):  # nobody writes nothing
+            if place.memory < 0:
+                self._need_scratch(place)
+            return _Read(place, None)
         writers = self._map(place.memory).writers(place.offset, place.end)
         if len(writers) == 1 and writers[0] is not None and _viewable(self.writes[writers[0]].place, place):
             return _Read(place, writers[0])
@@ -226,10 +250,11 @@ class _Tracer:
         self.scratch[place.memory] = max(self.scratch.get(place.memory, 0), place.end)
 
     def _write(self, write: _Write) -> None:
-        self.writes[write.at] = write
+        number = len(self.writes)
+        self.writes[number] = write
         place = write.place
         ranges = self._map(place.memory)
-        write.in_place = write.node.op in WRITES_IN_PLACE
+        write.in_place = OPS[write.node.op].partial
         if write.in_place or not place.type.plain or not is_contiguous(place.type, place.ne, place.nb):
             for writer in ranges.writers(place.offset, place.end):
                 if writer is not None:
@@ -239,7 +264,7 @@ class _Tracer:
                 self._need_scratch(place)
             ranges.assign(place.offset, place.end, None)
         else:
-            ranges.assign(place.offset, place.end, write.at)
+            ranges.assign(place.offset, place.end, number)
 
     def finish(self) -> None:
         """Store what can be read when the graph has run."""
@@ -256,24 +281,24 @@ class _Tracer:
             if write.stored:
                 stores.setdefault(write.place.memory, []).append(write)
         made: dict[int, Value] = {}
-        effects = []
-        for at, write in self.writes.items():
-            node = write.node
-            label = node_label(at, node)
+        roots = []
+        for number, write in self.writes.items():
+            node, at = write.node, write.at
+            label = where(at, node)
             src = tuple(None if r is None else self._operand(r, at, label, made, stores) for r in write.reads)
             if write.in_place:
-                target = Value("LEAF", node.type, node.ne, at=at, place=write.place, node=label)
+                target = Value(EngineOp.LEAF, node.type, node.ne, at=at, place=write.place, node=label)
                 value = Value(
                     node.op, node.type, node.ne, (target, *src), node.params, at, place=write.place, node=label
                 )
             else:
-                value = Value(_operation(node), node.type, node.ne, src, node.params, at, node=label,
+                value = Value(write.op, node.type, node.ne, src, write.params, at, node=label,
                               store=write.place if write.stored else None)  # fmt: skip
             if write.stored:
-                effects.append(value)
+                roots.append(value)
                 self.snapshots = {place: s for place, s in self.snapshots.items() if not place.overlaps(write.place)}
-            made[at] = value
-        return Traced(tuple(effects), tuple(self.buffers), dict(self.scratch))
+            made[number] = value
+        return Traced(tuple(roots), tuple(self.buffers), dict(self.scratch))
 
     def _operand(
         self, read: _Read, at: int, label: str, made: Mapping[int, Value], stores: Mapping[int, Sequence[_Write]]
@@ -281,22 +306,33 @@ class _Tracer:
         place = read.place
         if read.writer is not None:
             return view(made[read.writer], relative(self.writes[read.writer].place, place), at, label)
-        if place in self.snapshots:  # nobody has written there since
+        if place in self.snapshots:  # it has not been written since
             return self.snapshots[place]
-        leaf = Value("LEAF", place.type, place.ne, at=at, place=place, node=label)
+        leaf = Value(EngineOp.LEAF, place.type, place.ne, at=at, place=place, node=label)
         if any(w.at >= at and w.place.overlaps(place) for w in stores.get(place.memory, ())):
-            self.snapshots[place] = Value("SNAPSHOT", place.type, place.ne, (leaf,), at=at, node=label)
+            self.snapshots[place] = Value(EngineOp.SNAPSHOT, place.type, place.ne, (leaf,), at=at, node=label)
             return self.snapshots[place]
         return leaf
 
 
-def _operation(node: Tensor) -> str:
-    """What the value of ``node`` is called. Names for bytes copy those of several places; products of integers are not
-    MUL_MAT, which may be computed in any dtype."""
-    if node.op in ALIASES:
-        return "CONT"
+UPDATES: dict[str, tuple[tuple[EngineOp, int], ...]] = {
+    "OPT_STEP_ADAMW": ((EngineOp.ADAMW_MEAN, 2), (EngineOp.ADAMW_SQUARE, 3)),
+}
+"""Operations that also change memory of sources: what is computed of each, and which source it is. These are values of
+their own, written before the operation reads them; their operands are that source, the gradient and the parameters."""
+
+
+def _there(source: Tensor | None) -> Tensor:
+    if source is None:
+        raise GraphError("a source is missing")  # validation has counted them
+    return source
+
+
+def _operation(node: Tensor) -> OpName:
+    """The operation of the value that ``node`` makes. Products of integers are not MUL_MAT, which may be computed in
+    any dtype."""
     weight = node.src[0] if node.op == "MUL_MAT" else None
-    return "MUL_MAT_I8" if weight is not None and weight.type is I8 else node.op
+    return EngineOp.MUL_MAT_I8 if weight is not None and weight.type is I8 else node.op
 
 
 def _viewable(writer: Place, reader: Place) -> bool:
@@ -322,7 +358,7 @@ def view(base: Value, strided: Strided, at: int, label: str = "") -> Value:
     """``strided`` elements of ``base``; ``base`` itself where that is all of it in its own shape."""
     if strided.dense and strided.ne == base.ne:
         return base
-    return Value("VIEW", base.type, strided.ne, (base,), strided, at, node=label or base.node)
+    return Value(EngineOp.VIEW, base.type, strided.ne, (base,), strided, at, node=label or base.node)
 
 
 def reshaped(base: Value, ne: Dims, at: int) -> Value:
@@ -333,7 +369,8 @@ def reshaped(base: Value, ne: Dims, at: int) -> Value:
 
 
 def trace(graph: Graph) -> Traced:
-    """The values of ``graph``, which has been checked. Raises :class:`GraphError` for a read of what nobody made."""
+    """The values of ``graph``, which has been checked. Raises :class:`GraphError` for a read of bytes that no node
+    made."""
     tracer = _Tracer(graph)
     tracer.walk()
     tracer.finish()

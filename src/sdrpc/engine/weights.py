@@ -1,4 +1,4 @@
-"""Weights in the form that a program computes with, made once and kept while memory allows."""
+"""Weights in the format that a program computes with, made once and kept while memory allows."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ PIECE = 1 << 16
 """Elements that a core converts at a time."""
 
 
-class Form(NamedTuple):
+class WeightFormat(NamedTuple):
     """How a weight is wanted: its dtype, and whether its channels lie together (kernels of convolutions)."""
 
     dtype: torch.dtype
     channels_last: bool = False
 
 
-def convert(raw: Tensor, type: Type, ne: tuple[int, int, int, int], form: Form) -> Tensor:
-    """``raw``, a typed view of memory, in ``form``; always a copy unless it has that form already."""
-    x = raw if type.plain else dequantize(raw, type, ne, form.dtype)
-    if (x.dtype, form.dtype, x.device.type) == (torch.float16, torch.bfloat16, "cpu"):
+def convert(raw: Tensor, type: Type, ne: tuple[int, int, int, int], format: WeightFormat) -> Tensor:
+    """``raw``, a typed view of memory, in ``format``; always a copy unless it has that format already."""
+    x = raw if type.plain else dequantize(raw, type, ne, format.dtype)
+    if (x.dtype, format.dtype, x.device.type) == (torch.float16, torch.bfloat16, "cpu"):
         x = _bfloat16(x)
-    if form.channels_last:
-        return x.to(form.dtype, memory_format=torch.channels_last)
-    return x.to(form.dtype)
+    if format.channels_last:
+        return x.to(format.dtype, memory_format=torch.channels_last)
+    return x.to(format.dtype)
 
 
 def _bfloat16(x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 class Source(NamedTuple):
     """What a weight is made of: bytes ``[start, end)`` of a buffer, read as a tensor of that type and shape, in a
-    form."""
+    format."""
 
     buffer: int
     start: int
@@ -57,16 +57,16 @@ class Source(NamedTuple):
     type: Type
     ne: Dims
     nb: Dims
-    form: Form
+    format: WeightFormat
 
     @property
     def nbytes(self) -> int:
-        """What the weight takes in its form."""
-        return prod(self.ne) * self.form.dtype.itemsize
+        """What the weight takes in its format."""
+        return prod(self.ne) * self.format.dtype.itemsize
 
 
 @dataclass(eq=False, slots=True)
-class Kept:
+class CachedWeight:
     """A converted weight. ``tensor`` is gone when its bytes were ``written``, or when it had to make room."""
 
     tensor: Tensor | None
@@ -77,7 +77,7 @@ class Kept:
 
 
 class Weights:
-    """Converted weights by place and form. One lives until its bytes are written or its buffer is freed.
+    """Converted weights by place and format. One lives until its bytes are written or its buffer is freed.
 
     Once ``budget`` bytes are full, further weights are converted at each use: none is thrown out for others of the same
     program, which uses all of them in turn and would find none of them again. But one that no program used for
@@ -90,28 +90,29 @@ class Weights:
         self.runs = 0
         self.dropped = 0
         """Counts weights whose bytes were written: as long as it stays, every tensor handed out is still right."""
-        self._kept: dict[int, dict[Source, Kept]] = {}
+        self._kept: dict[int, dict[Source, CachedWeight]] = {}
         self._lock = Lock()
 
     def begin(self) -> None:
         """Another run of some program."""
         self.runs += 1
 
-    def find(self, source: Source) -> Kept | None:
+    def find(self, source: Source) -> CachedWeight | None:
         """The weight that was made of ``source``, if it is kept."""
         with self._lock:
             return self._kept.get(source.buffer, {}).get(source)
 
     def has_room(self, size: int, claimed: bool = True) -> bool:
-        """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that nobody used for long leave."""
+        """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that were not used for long
+        leave."""
         with self._lock:
             if claimed and self.used + size > self.budget and self.patience is not None:
                 self._make_room(size, self.runs - self.patience)
             return self.used + size <= self.budget
 
-    def keep(self, source: Source, tensor: Tensor) -> Kept:
+    def keep(self, source: Source, tensor: Tensor) -> CachedWeight:
         """``tensor`` was made of ``source``, and there is room for it."""
-        kept = Kept(tensor, tensor.nbytes, self.runs)
+        kept = CachedWeight(tensor, tensor.nbytes, self.runs)
         with self._lock:
             self._kept.setdefault(source.buffer, {})[source] = kept
             self.used += kept.size
@@ -139,7 +140,7 @@ class Weights:
             if self.used + size <= self.budget:
                 return
 
-    def _forget(self, source: Source) -> Kept:
+    def _forget(self, source: Source) -> CachedWeight:
         kept = self._kept[source.buffer].pop(source)
         self.used -= kept.size
         kept.tensor = None
@@ -147,19 +148,19 @@ class Weights:
 
 
 class Weight:
-    """A weight as one program uses it: out of those that are kept, or converted. One that is ``spared`` is converted to
-    be kept only, and is given as it is otherwise; it is kept if there is room when the program has run once, since
-    weights that have to be converted come first.
+    """A weight as one program uses it: out of those that are kept, or converted.
 
-    What is written between two runs is no weight but an input, and not kept again. While ``may_keep`` is false nothing
-    is (a recording: what is made in it is there in its replays only).
+    One that is ``opportunistic`` is converted only to be kept, if there is room for it when the program has run once
+    (weights that must be converted come first); otherwise it is given as it is. Bytes that are written between two runs
+    are an input, not a weight, and what is made of them is not kept again. While ``may_keep`` is false nothing is kept:
+    what is made while a CUDA graph is recorded exists in its replays only.
     """
 
-    def __init__(self, weights: Weights, source: Source, spared: bool) -> None:
+    def __init__(self, weights: Weights, source: Source, opportunistic: bool) -> None:
         self.may_keep = True
-        self._weights, self._source, self._spared = weights, source, spared
-        self._waits = spared
-        self._kept: Kept | None = None
+        self._weights, self._source, self._opportunistic = weights, source, opportunistic
+        self._waits = opportunistic
+        self._kept: CachedWeight | None = None
         self._is_input = False
 
     def __call__(self, raw: Tensor) -> Tensor:
@@ -172,12 +173,12 @@ class Weight:
             kept.used = self._weights.runs
             return tensor
         if self._may_be_kept():
-            tensor = self._converted(raw, self._source.form)
+            tensor = self._converted(raw, self._source.format)
             self._kept = self._weights.keep(self._source, tensor)
             return tensor
-        if self._spared:
+        if self._opportunistic:
             return raw
-        return self._converted(raw, self._source.form._replace(channels_last=False))  # not worth it for a single use
+        return self._converted(raw, self._source.format._replace(channels_last=False))  # not worth it for a single use
 
     def has_become_an_input(self) -> bool:
         """Whether the bytes of what the last run used were written since."""
@@ -192,7 +193,7 @@ class Weight:
         if self._waits:
             self._waits = False
             return False
-        return self._weights.has_room(self._source.nbytes, claimed=not self._spared)
+        return self._weights.has_room(self._source.nbytes, claimed=not self._opportunistic)
 
-    def _converted(self, raw: Tensor, form: Form) -> Tensor:
-        return convert(raw, self._source.type, self._source.ne, form)
+    def _converted(self, raw: Tensor, format: WeightFormat) -> Tensor:
+        return convert(raw, self._source.type, self._source.ne, format)

@@ -128,7 +128,9 @@ class Found:
 
     def nbytes(self) -> int:
         """Bytes of the weights that pictures need, as they are stored."""
-        return sum(w.nbytes for name, w in self.tensors.items() if not name.startswith(self.component.idle))
+        idle = self.component.idle
+        once = {id(weight): weight for name, weight in self.tensors.items() if not name.startswith(idle)}
+        return sum(weight.nbytes for weight in once.values())  # some have two names
 
     def _why_missing(self, name: str) -> str:
         for skipped, dtype in self.checkpoint.skipped.items():

@@ -1,4 +1,4 @@
-"""Making tensors: leaves, nodes whose result the rules infer, and the operations that only rename bytes.
+"""Making tensors: leaves, nodes whose result the shape rules infer, and the operations that only rename bytes.
 
 ggml's conventions: ``ne`` counts from the fastest dimension; ``mul_mat(a, b)`` of a [K, M] and b [K, N] is [M, N].
 Nodes get no memory here: :mod:`sdrpc.ggml.memory_planner` does that for devices that want it. Everything raises
@@ -7,8 +7,9 @@ Nodes get no memory here: :mod:`sdrpc.ggml.memory_planner` does that for devices
 
 from __future__ import annotations
 
+from .ops import infer
 from .params import NO_PARAMS, MulMat, Params, Permute, View
-from .rules import infer, permuted
+from .rules.copies import permuted
 from .tensor import Dims, Tensor, contiguous_strides, dims
 from .types import Type
 

@@ -1,7 +1,7 @@
 """Operation parameters as typed values.
 
 On the wire a tensor carries sixteen 32-bit words, ``op_params``, whose meaning depends on the operation (ggml.c, the
-``ggml_set_op_params`` calls of each constructor). They are decoded once, here, and nobody indexes raw words after that.
+``ggml_set_op_params`` calls of each constructor). They are decoded once, here; raw words are not used after that.
 A field's annotation says how its word is read: ``int`` as i32, ``float`` as f32. Numbers that differ between protocol
 versions (unary and GLU operations, precisions) become names through the dialect.
 """
@@ -9,7 +9,7 @@ versions (unary and GLU operations, precisions) become names through the dialect
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple, Union, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from .dialect import Dialect
@@ -328,24 +328,13 @@ class Glu(NamedTuple):
 
 NO_PARAMS = NoParams()
 
-Params = Any
-"""One of the classes above; which one follows from the operation (:data:`PARAMS`)."""
-
-PARAMS: dict[str, type] = {
-    "NORM": Eps, "RMS_NORM": Eps, "L2_NORM": Eps, "GROUP_NORM": GroupNorm, "SCALE": Scale, "CLAMP": Clamp,
-    "LEAKY_RELU": LeakyRelu, "CONCAT": Concat, "MUL_MAT": MulMat, "PERMUTE": Permute, "VIEW": View, "IM2COL": Im2Col,
-    "CONV_2D": Conv2D, "CONV_2D_DW": Conv2D, "CONV_TRANSPOSE_2D": ConvTranspose2D, "POOL_2D": Pool2D,
-    "UPSCALE": Upscale, "PAD": Pad, "TIMESTEP_EMBEDDING": TimestepEmbedding, "ARANGE": Arange, "SOFT_MAX": SoftMax,
-    "FLASH_ATTN_EXT": FlashAttn, "ROPE": Rope, "DIAG_MASK_INF": DiagMask, "DIAG_MASK_ZERO": DiagMask,
-    "ARGSORT": ArgSort, "ACC": SetView, "SET": SetView, "FILL": Fill, "UNARY": Unary, "GLU": Glu,
-    "CONV_TRANSPOSE_1D": ConvTranspose1D, "COL2IM_1D": Col2Im1D, "IM2COL_3D": Window3D, "CONV_3D": Window3D,
-    "POOL_1D": Pool1D, "PAD_REFLECT_1D": PadReflect, "ROLL": Roll, "WIN_PART": Windows, "WIN_UNPART": Unwindow,
-    "ADD_REL_POS": InPlace, "TRI": Tri,
-    "SSM_SCAN": States, "GATED_DELTA_NET": States, "GATED_LINEAR_ATTN": LinearAttention, "DSV4_HC_COMB": Mixing,
-    "DSV4_HC_PRE": Gather, "MUL_MAT_ID": MulMat, "QUANTIZE_I8_CONVROT": Rotation,
-    "RMS_NORM_BACK": Eps, "SOFT_MAX_BACK": SoftMax, "ROPE_BACK": Rope, "IM2COL_BACK": Im2Col, "POOL_2D_BACK": Pool2D,
-}  # fmt: skip
-"""What each operation's words mean; an operation that is not here is decoded as :class:`NoParams`."""
+Params = Union[  # noqa: UP007 (sixty classes joined by | would stand one to a line)
+    NoParams, Eps, GroupNorm, Scale, Clamp, LeakyRelu, Concat, MulMat, Rotation, Permute, View, Im2Col, Conv2D,
+    Window3D, ConvTranspose1D, ConvTranspose2D, Col2Im1D, Pool1D, Pool2D, Upscale, Pad, PadReflect, Roll, Windows,
+    Unwindow, InPlace, Tri, TimestepEmbedding, Arange, SoftMax, FlashAttn, Rope, DiagMask, ArgSort, SetView, Fill,
+    States, LinearAttention, Mixing, Gather, Unary, Glu,
+]  # fmt: skip
+"""Any of the classes above; which one belongs to an operation, :data:`sdrpc.ggml.ops.OPS` says."""
 
 
 class Layout(NamedTuple):
@@ -355,37 +344,36 @@ class Layout(NamedTuple):
     named: str  # which numbering of the dialect the first word uses ("" for none)
 
 
-def _layout(cls: type) -> Layout:
+def _layout(cls: type[Params]) -> Layout:
     hints = get_type_hints(cls)
     codes = {int: "i", float: "f", str: "i"}
     named = {Unary: "unary_ops", Glu: "glu_ops"}.get(cls, "")
-    return Layout(struct.Struct("<" + "".join(codes[hints[name]] for name in cls._fields)), named)  # type: ignore[attr-defined]
+    return Layout(struct.Struct("<" + "".join(codes[hints[name]] for name in cls._fields)), named)
 
 
-_LAYOUTS: dict[type, Layout] = {cls: _layout(cls) for cls in {*PARAMS.values(), NoParams}}
+CLASSES: tuple[type[Params], ...] = get_args(Params)
+_LAYOUTS: dict[type[Params], Layout] = {cls: _layout(cls) for cls in CLASSES}
 
 
-def decode(op: str, words: bytes, dialect: Dialect) -> Params:
-    """The parameters of ``op`` from the 64 bytes of ``op_params``.
+def decode(cls: type[Params], words: bytes, dialect: Dialect) -> Params:
+    """The 64 bytes of ``op_params`` as parameters of the class ``cls``.
 
     Raises :class:`ValueError` when a numbered name (a unary or GLU operation) does not exist in the dialect.
     """
-    cls = PARAMS.get(op, NoParams)
     packer, named = _LAYOUTS[cls]
     values = packer.unpack_from(words)
     if named:
         names = getattr(dialect, named)
         if not 0 <= values[0] < len(names):
-            raise ValueError(f"{op} number {values[0]} does not exist in protocol {dialect.version}")
+            raise ValueError(f"{cls.__name__.upper()} number {values[0]} does not exist in protocol {dialect.version}")
         values = (names[values[0]], *values[1:])
-    result: Params = cls(*values)
-    return result
+    return cls(*values)
 
 
 def encode(params: Params, dialect: Dialect) -> bytes:
     """The 64 bytes of ``op_params``. Raises :class:`ValueError` for a name that the dialect does not have."""
     packer, named = _LAYOUTS[type(params)]
-    values = tuple(params)
+    values: tuple[int | float | str, ...] = tuple(params)
     if named:
         names = getattr(dialect, named)
         if values[0] not in names:

@@ -15,7 +15,8 @@ from hashlib import blake2b
 from typing import Any, get_type_hints
 
 from ..errors import GraphError
-from .params import NO_PARAMS, PARAMS, NoParams, Params
+from .ops import params_of
+from .params import CLASSES, Params
 from .tensor import MAX_DIMS, MAX_SRC, Dims, Graph, Tensor
 from .types import TYPES
 
@@ -132,14 +133,13 @@ _CHECKS: dict[type, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str) and len(value) <= MAX_NAME,
 }
 _FIELDS: dict[type, tuple[Callable[[Any], bool], ...]] = {
-    cls: tuple(_CHECKS[hint] for hint in get_type_hints(cls).values()) for cls in {*PARAMS.values(), NoParams}
+    cls: tuple(_CHECKS[hint] for hint in get_type_hints(cls).values()) for cls in CLASSES
 }
 
 
 def _params(op: str, values: Any) -> Params:
-    cls = PARAMS.get(op, NoParams)
+    cls = params_of(op)
     checks = _FIELDS[cls]
     _need(isinstance(values, list) and len(values) == len(checks), "parameter")
     _need(all(check(value) for check, value in zip(checks, values, strict=True)), "parameter")
-    result: Params = cls(*values) if values else NO_PARAMS
-    return result
+    return cls(*values)

@@ -23,9 +23,6 @@ OUTPUT = 2
 
 Dims = tuple[int, int, int, int]
 
-ALIASES = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
-"""Operations that compute nothing: their tensor is another name for bytes that exist."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:

@@ -1,9 +1,9 @@
-"""Whether a graph means something: checked in full before any of its bytes is touched.
+"""Validates untrusted graphs, in full, before any of their bytes is touched.
 
-:func:`check` takes a graph that anybody may have sent. When it returns, every tensor lies inside its buffer, aligned to
-its elements; nodes read what exists before them; operands, parameters and results fit the rules; what is written has no
-two elements in one place; names for bytes agree with the bytes that they name. Values (row indices in tensor data, for
-one) are not looked at: whoever reads them checks them.
+:func:`check` takes a graph from any peer. When it returns, every tensor lies inside its buffer, aligned to
+its elements; nodes read what exists before them; operands, parameters and results fit the table of operations; output
+strides don't overlap; names for bytes agree with the bytes that they name. The contents of tensors (row indices, for
+one) are not checked here: kernels check them when they read them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import cast
 
 from ..errors import GraphError, UnsupportedOperation
 from .memory_planner import last_uses
-from .params import Permute, SetView, View
-from .rules import RULES, infer, injective, permuted
-from .tensor import ALIASES, Dims, Graph, Tensor, extent, root
+from .ops import ALIASES, OPS, destination, infer
+from .params import Permute, View
+from .rules.base import injective
+from .rules.copies import permuted
+from .tensor import Dims, Graph, Tensor, extent, root
 
-KNOWN_OPS = frozenset(RULES)
+KNOWN_OPS = frozenset(OPS)
 MAX_BYTES = 1 << 40
-"""Default bound of what a graph's own values may take at one time: as good as none, for trusted graphs."""
+"""Default bound of what a graph's own values may take at one time: practically none, for trusted graphs."""
 
 Place = tuple[object, int]
 """Where a tensor's bytes begin: a buffer's key, or the node that owns managed memory, and an offset."""
@@ -36,8 +38,8 @@ def check(
     """Check ``graph``, whose buffers have these ``sizes`` in bytes by key.
 
     ``managed``: nodes may live in no buffer; what they need at one time may not exceed ``max_bytes``. ``ops`` are the
-    operations that are allowed. Raises :class:`GraphError` for the first thing that means nothing, and
-    :class:`UnsupportedOperation`, naming all of them, if some nodes mean something that can't be computed.
+    operations that are allowed. Raises :class:`GraphError` for the first thing that is invalid, and
+    :class:`UnsupportedOperation`, naming all of them, if some nodes are valid but can't be computed.
     """
     positions: dict[Tensor, int] = {}
     unsupported: dict[str, list[str]] = {}
@@ -126,15 +128,16 @@ def _check_memory(node: Tensor, sizes: Mapping[int, int], managed: bool, max_byt
 def _check_layout(tensor: Tensor) -> None:
     """Shape and strides by themselves."""
     block, size, ne, nb = tensor.type.block, tensor.type.size, tensor.ne, tensor.nb
-    if ne[0] < 1 or ne[1] < 1 or ne[2] < 1 or ne[3] < 1:
+    if ne[0] < 0 or ne[1] < 0 or ne[2] < 0 or ne[3] < 0:
         raise GraphError(f"shape {list(ne)}")
     if ne[0] % block:
         raise GraphError(f"rows of {ne[0]} elements are no whole number of {tensor.type}'s blocks of {block}")
     if block != 1 and nb[0] != size:
         raise GraphError(f"blocks of {size} bytes at a stride of {nb[0]}")
+    least = size if ne[0] and ne[1] and ne[2] and ne[3] else 0  # where there are no elements, their distance may be 0
     for n, stride in zip(ne, nb, strict=True):
         # the stride of a dimension of one element is never used
-        if n > 1 and (stride < size or stride % size):
+        if n > 1 and (stride < least or stride % size):
             raise GraphError(f"strides {list(nb)} of elements of {size} bytes")
 
 
@@ -152,7 +155,7 @@ def _check_inside(tensor: Tensor, sizes: Mapping[int, int]) -> None:
         raise GraphError(f"bytes {offset} to {end} of a buffer of {size}")
     if tensor.type.block == 1 and offset % tensor.type.size:
         raise GraphError(f"elements of {tensor.type.size} bytes at offset {offset}")
-    if _dense(tensor) > size:  # strides that overlap are no way to make much out of little
+    if _dense(tensor) > size:  # overlapping strides must not amplify memory
         raise GraphError(f"{list(tensor.ne)} elements in a buffer of {size} bytes")
 
 
@@ -182,7 +185,7 @@ def _permuted_strides(node: Tensor, source: Tensor) -> Dims:
 
 
 def _view_offset(node: Tensor) -> int:
-    low, high = cast(View, node.params)  # the rules saw to it
+    low, high = cast(View, node.params)  # infer has checked the class
     return (low & 0xFFFFFFFF) + (high << 32)
 
 
@@ -193,18 +196,13 @@ def _same_strides(ne: Dims, nb: Dims, other: Dims) -> bool:
 def _check_written(node: Tensor) -> None:
     if not injective(node.type, node.ne, node.nb):
         raise GraphError(f"writes {list(node.ne)} with strides {list(node.nb)} that overlap")
-    into = _destination(node)
+    for i in OPS[node.op].updates:
+        state = node.src[i]
+        if state is not None and not injective(state.type, state.ne, state.nb):
+            raise GraphError(f"changes {state!r}, whose strides {list(state.nb)} overlap")
+    into = destination(node)
     if into is not None and (place(node) != place(into) or not _same_strides(node.ne, node.nb, into.nb)):
         raise GraphError(f"is not where its destination {into!r} is")
-
-
-def _destination(node: Tensor) -> Tensor | None:
-    """The source that the operation itself says it writes to."""
-    if node.op == "CPY":
-        return node.src[1] if len(node.src) > 1 else None
-    if node.op == "SET_ROWS":
-        return node.src[2]
-    return node.src[0] if isinstance(node.params, SetView) and node.params.inplace else None
 
 
 def _check_peak(graph: Graph, max_bytes: int) -> None:

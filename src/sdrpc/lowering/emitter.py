@@ -17,12 +17,13 @@ import numpy as np
 from ..device import Target
 from ..errors import CaptureError
 from ..ggml import build
+from ..ggml.ops import OPS
 from ..ggml.params import NO_PARAMS, Concat, MulMat, Params, Permute, Scale, Unary
 from ..ggml.tensor import Dims, Tensor, root
 from ..ggml.types import F32, I32, NUMPY_DTYPES, Type
 
 Shape = tuple[int, ...]
-MOVES = frozenset({"RESHAPE", "PERMUTE", "VIEW", "CONT", "REPEAT"})
+MOVES = frozenset(op.name for op in OPS.values() if op.moves)
 """Operations that move elements of any type."""
 
 REPEATED_FROM = 256

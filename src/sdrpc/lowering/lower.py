@@ -13,7 +13,8 @@ from torch import fx
 from ..device import Target
 from ..errors import CaptureError, GraphError
 from ..ggml import build
-from ..ggml.tensor import ALIASES, OUTPUT, Graph, Tensor, rewrite, sources
+from ..ggml.ops import ALIASES
+from ..ggml.tensor import OUTPUT, Graph, Tensor, rewrite, sources
 from ..ggml.types import F32, I32, Type
 from ..runtime.lowered import Constant, Input, Lowered, Output, Parameter
 from .capture import Captured, Node, operation, place

@@ -5,32 +5,43 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
+import sys
+import threading
+import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..device import Device
-from ..errors import UsageError
+from ..errors import CaptureError, SdrpcError, UsageError
 from ..ggml.types import BF16, F16, F32
 from ..ggml.weight import Weight, Whole
+from ..runtime.cache import Cache
+from ..runtime.cache import key as cache_key
+from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
-from .capture import capture
+from .capture import capture, tensors_of
 from .lower import lower
+from .state import ModuleState
+from .structure import Description, Parts, build, from_json, take_apart, to_json
+from .tracer import DataDependent
+
+log = logging.getLogger(__name__)
 
 ENTRY_POINTS = ("forward", "encode", "decode")
 """Methods that run on the device, where the module's class has them: what diffusers' pipelines call."""
 
 GRAPHS = 16
 """Signatures of inputs (method, shapes, dtypes, flags) whose graphs a module keeps on its device."""
-
-PACKED = {"DiagonalGaussianDistribution": ("parameters", "deterministic")}
-"""Result classes that torch's pytrees don't know: the tensor that each is made of, and what else it is made with."""
 
 TYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 """Dtypes that weights keep; others are sent as F32."""
@@ -41,138 +52,345 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
 
     The result is a module of the same class: it has the same attributes, configuration, signatures, results and
     errors, and shares parameters with ``module``. Its ``forward`` (and ``encode`` and ``decode``, where the class has
-    them) is captured once for each signature of inputs; the weights are uploaded with the first. What is changed in
-    the module after that does not reach the device. ``close()`` frees everything on the device.
+    them; also where they were replaced on the instance) is captured once for each signature of inputs, or found in
+    the cache on disk; the weights are uploaded with the first.
+
+    It can be used as a module: from several threads (calls wait for each other), under ``torch.compile`` (a graph
+    break), copied (a copy has its own memory on the device). What is changed in it afterwards counts from the next
+    call on, weights too, within the limits that :mod:`sdrpc.lowering.state` states. It can't be pickled. What it has on
+    the device is freed by ``close()``, or when it is garbage.
 
     Calls raise :class:`sdrpc.errors.CaptureError` for what can't be turned into a graph, the module's own errors for
     inputs that it refuses, and what the device raises. There are no gradients.
     """
-    kind = type(module)
-    remote = _Remote(module, device)
-    methods = {
-        name: _entry(remote, getattr(kind, name)) for name in ENTRY_POINTS if callable(getattr(kind, name, None))
+    original = getattr(type(module), "_sdrpc_original", type(module))
+    remote = _Remote(original, device)
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    entries = {name: _Entry(name, remote) for name in ENTRY_POINTS if callable(getattr(original, name, None))}
+    behaviour = {
+        "_sdrpc_original": original,
+        "close": lambda _: remote.close(),
+        "__copy__": lambda self: offload(remote.plain(self), device),
+        "__deepcopy__": remote.deep_copy,
+        "__reduce_ex__": _refuse_to_pickle,
     }
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    result = copy.copy(module)
-    result.__class__ = type(kind.__name__, (kind,), {**names, **methods, "close": lambda _: remote.close()})
+    kind = type(original.__name__, (original,), {**names, **entries, **behaviour})
+    result = _sharing(kind, module)
+    weakref.finalize(result, device.turns.later, remote.memory.forget).atexit = False
     return result
 
 
-def _entry(remote: _Remote, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return remote.call(method, args, kwargs)
+def _sharing(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+    """An object of a class with the attributes of ``module``."""
+    made: nn.Module = object.__new__(kind)
+    made.__dict__.update(vars(module))
+    return made
 
-    return call
+
+def _refuse_to_pickle(self: nn.Module, _: object) -> Any:
+    name = type(self).__name__
+    raise UsageError(f"an offloaded {name} can't be pickled: save its state_dict(), and offload the module again")
+
+
+class _Entry:
+    """A method that runs on the device. It goes before what was set on the instance under the same name: that is
+    what is captured."""
+
+    def __init__(self, name: str, remote: _Remote) -> None:
+        self.name = name
+        method = getattr(remote.original, name)
+
+        @functools.wraps(method)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return remote.call(module, name, args, kwargs)
+
+        # torch.compile leaves it alone
+        self.function: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]  # torch's
+
+    def __get__(self, module: nn.Module | None, kind: type) -> Any:
+        return self.function if module is None else types.MethodType(self.function, module)
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        module.__dict__[self.name] = value
+
+    def __delete__(self, module: nn.Module) -> None:
+        if self.name not in module.__dict__:
+            raise AttributeError(self.name)
+        del module.__dict__[self.name]
+
+
+@dataclass(eq=False)
+class _Bound:
+    """A method for one signature of inputs: its graph, and how its results are put together."""
+
+    lowered: Lowered
+    result: Description
+
+
+class _Memory:
+    """What an offloaded module has on the device. It holds no reference to the module, which it survives shortly."""
+
+    def __init__(self, device: Device, source: str) -> None:
+        self.device = device
+        self.weights: dict[str, Weight] = {}
+        self._store = WeightStore(device, self.weights, source=source)
+        self._executables: dict[_Bound, Executable] = {}
+
+    def run(self, bound: _Bound, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        with self.device.turns:
+            if bound not in self._executables:
+                self._executables[bound] = Executable(bound.lowered, self.device, self._store)
+            return self._executables[bound](**arrays)
+
+    def drop(self, bound: _Bound) -> None:
+        """Free what a graph has; the weights stay."""
+        with self.device.turns:
+            executable = self._executables.pop(bound, None)
+            if executable is not None:
+                executable.close()
+
+    def close(self) -> None:
+        """Free everything; what runs next uploads again."""
+        with self.device.turns:
+            self._free()
+
+    def forget(self) -> None:
+        """Free everything, in the device's turn; what is lost with the device is no error."""
+        with suppress(SdrpcError):
+            self._free()
+
+    def _free(self) -> None:
+        while self._executables:
+            self._executables.popitem()[1].close()
+        self._store.close()
 
 
 @dataclass(frozen=True)
-class _Bound:
-    """A method for one signature of inputs: the program, and how its results are put together."""
+class _Request:
+    """One call: what decides its graph. ``state`` numbers the module's states."""
 
-    executable: Executable
-    restore: Callable[[Sequence[torch.Tensor]], Any]
+    method: str
+    arguments: Parts
+    state: int
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {f"input{i}": tensor for i, tensor in enumerate(self.arguments.tensors)}
+
+    @functools.cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """Without the state."""
+        facts = tuple((str(t.dtype), tuple(t.shape)) for t in self.arguments.tensors)
+        return self.method, self.arguments.description, facts
+
+    def numbers(self, known: Sequence[str]) -> tuple[str, ...]:
+        """Digests of the inputs named in ``known``."""
+        return tuple(blake2b(_array(self.inputs[name]).tobytes(), digest_size=16).hexdigest() for name in known)
 
 
 class _Remote:
     """The device's side of an offloaded module."""
 
-    def __init__(self, module: nn.Module, device: Device) -> None:
-        self.module = module
+    def __init__(self, original: type[nn.Module], device: Device) -> None:
+        self.original = original
         self.device = device
-        self.weights = {weight.name: weight for weight in weights_of(module)}
-        self.store = WeightStore(device, self.weights, source=type(module).__name__)
-        self.graphs: OrderedDict[Any, _Bound] = OrderedDict()
+        self.cache = Cache()
+        self.memory = _Memory(device, original.__name__)
+        self._lock = threading.RLock()
+        self._graphs: OrderedDict[Any, _Bound] = OrderedDict()
+        self._needed: dict[Any, tuple[str, ...]] = {}
+        """Signature → the inputs whose numbers decide what is computed."""
+        self._state: ModuleState | None = None
+        self._states: dict[Description, int] = {}
+        self._number = 0
+        """Of the module's state now, in ``_states``."""
+        self._tracing = threading.local()
 
-    def call(self, method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        try:
-            inputs = inspect.signature(method).bind(self.module, *args, **kwargs)
-        except TypeError:
-            return method(self.module, *args, **kwargs)  # raises its own
-        _numbers_as_tensors(inputs)
-        leaves, spec = pytree.tree_flatten((inputs.args[1:], inputs.kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise UsageError(
-                f"an offloaded {type(self.module).__name__} has no gradients: call it under torch.no_grad()"
-            )
-        key = (method.__name__, str(spec), tuple(map(_signature, leaves)))
-        bound = self.graphs.get(key)
+    # calls
+
+    def call(self, module: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if getattr(self._tracing, "on", False):  # something set on the instance calls what was there before
+            return getattr(self.original, method)(self._tracing.copy, *args, **kwargs)
+        args, kwargs = _with_numbers_as_tensors(self._function(module, method), args, kwargs)
+        arguments = take_apart((tuple(args), dict(kwargs)))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors):
+            raise UsageError(f"an offloaded {self.original.__name__} has no gradients: call it under torch.no_grad()")
+        with self._lock:
+            self._look(module)
+            request = _Request(method, arguments, self._number)
+            bound = self._bound(module, request)
+            arrays = self.memory.run(bound, {name: _array(tensor) for name, tensor in request.inputs.items()})
+        where = arguments.tensors[0].device if arguments.tensors else torch.device("cpu")
+        dtypes = [getattr(torch, output.dtype) for output in bound.lowered.outputs]
+        return build(bound.result, [torch.from_numpy(a).to(where, d) for a, d in zip(arrays, dtypes, strict=True)])
+
+    def _function(self, module: nn.Module, method: str) -> Callable[..., Any]:
+        """The method as it would run in this process: the instance's own, or the class's."""
+        own = vars(module).get(method)
+        function = getattr(self.original, method) if own is None else own
+        function = getattr(function, "_torchdynamo_orig_callable", function)  # torch.compile's wrapper is not needed
+        return types.MethodType(function, module) if own is None else function
+
+    # the module's changes
+
+    def _look(self, module: nn.Module) -> None:
+        """Notice changes; weights whose numbers changed are given up, to be uploaded again."""
+        if self._state is None:
+            self._state = ModuleState(module)
+        else:
+            changed, numbers_changed = self._state.look(module)
+            if not changed and not numbers_changed:
+                return
+            if numbers_changed:
+                self.memory.close()
+        self._number = self._states.setdefault(self._state.description, len(self._states))
+        self.memory.weights.update({weight.name: weight for weight in weights_of(module)})
+
+    # graphs
+
+    def _bound(self, module: nn.Module, request: _Request) -> _Bound:
+        signature = (request.state, *request.signature)
+        known = self._needed.get(signature, ())
+        bound = self._graphs.get((signature, request.numbers(known)))
         if bound is None:
-            bound = self.graphs[key] = self._capture(method, leaves, spec)
-        self.graphs.move_to_end(key)
-        while len(self.graphs) > GRAPHS:
-            self.graphs.popitem(last=False)[1].executable.close()
-        arrays = bound.executable(**{_name(i): _array(tensor) for i, tensor in enumerate(tensors)})
-        where = tensors[0].device if tensors else torch.device("cpu")
-        dtypes = [getattr(torch, output.dtype) for output in bound.executable.lowered.outputs]
-        return bound.restore([torch.from_numpy(a).to(where, d) for a, d in zip(arrays, dtypes, strict=True)])
+            known, bound = self._found(request) or self._captured(module, request)
+            self._needed[signature] = known
+        key = (signature, request.numbers(known))
+        self._graphs[key] = bound
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > GRAPHS:
+            self.memory.drop(self._graphs.popitem(last=False)[1])
+        return bound
+
+    def _captured(self, module: nn.Module, request: _Request) -> tuple[tuple[str, ...], _Bound]:
+        known: tuple[str, ...] = ()
+        while True:
+            try:
+                bound = self._capture(module, request, known)
+                break
+            except DataDependent as error:
+                more = tuple(name for name in error.inputs if name not in known)
+                if not more:
+                    raise
+                known += more
+        if known:
+            log.info("%s: captured for the numbers of %s", self.original.__name__, ", ".join(known))
+        self._keep(request, known, bound)
+        return known, bound
+
+    def _capture(self, module: nn.Module, request: _Request, known: Sequence[str]) -> _Bound:
+        results: list[Description] = []
+
+        def flat(copy: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = build(request.arguments.description, tensors)
+            with self._traced(copy):
+                result = take_apart(self._function(copy, request.method)(*given[0], **given[1]))
+            after = take_apart(given)
+            if after.description != request.arguments.description or any(
+                a is not b for a, b in zip(after.tensors, tensors, strict=True)
+            ):
+                raise CaptureError(
+                    f"{self.original.__name__}.{request.method} changes its arguments, such as a cache of earlier "
+                    "calls: a device can't do that for you; call it without (use_cache=False)"
+                )
+            results.append(result.description)
+            return result.tensors
+
+        self._tracing.plain = self.plain(module)
+        graph = capture(self._tracing.plain, request.inputs, flat, known)
+        del self._tracing.plain
+        types = {name: weight.type for name, weight in self.memory.weights.items()}
+        return _Bound(lower(graph, self.device.target, types), results[0])
+
+    @contextmanager
+    def _traced(self, module: nn.Module) -> Iterator[None]:
+        self._tracing.on, self._tracing.copy = True, module
+        try:
+            yield
+        finally:
+            self._tracing.on = False
+            del self._tracing.copy
+
+    # the cache on disk
+
+    def _key(self, request: _Request, known: Sequence[str]) -> str | None:
+        """The name under which other processes find a graph; None where they might mean another one by it."""
+        signature = to_json(request.signature)
+        state = None if self._state is None else self._state.data
+        if state is None or signature is None:
+            return None
+        return cache_key(
+            self.device.target,
+            python=sys.version_info[:2],
+            state=state,
+            call=signature,
+            known=list(zip(known, request.numbers(known), strict=True)),
+        )
+
+    def _found(self, request: _Request) -> tuple[tuple[str, ...], _Bound] | None:
+        """A graph that was captured before, perhaps by another process."""
+        key = self._key(request, ())
+        note: Any = None if key is None else self.cache.note(key)
+        try:
+            known = tuple(str(name) for name in note["known"])
+            full = str(self._key(request, known))
+            details: Any = self.cache.note(full) if known else note
+            result, lowered = from_json(details["result"]), self.cache.get(full)
+            if lowered is None:
+                return None
+            build(result, [torch.empty(0)] * len(lowered.outputs))
+        except (LookupError, TypeError, AttributeError, ValueError):  # none there, or damaged
+            return None
+        return known, _Bound(lowered, result)
+
+    def _keep(self, request: _Request, known: Sequence[str], bound: _Bound) -> None:
+        key, full = self._key(request, ()), self._key(request, known)
+        result = to_json(bound.result)
+        if key is None or full is None or result is None:
+            return
+        try:
+            self.cache.put(full, bound.lowered)
+            self.cache.put_note(full, {"known": list(known), "result": result})
+            if known:
+                self.cache.put_note(key, {"known": list(known)})
+        except OSError as error:
+            log.warning("%s: graphs are not kept: %s", self.cache.folder, error.strerror)
+
+    # copies and the end
+
+    def plain(self, module: nn.Module) -> nn.Module:
+        """``module`` as an object of its own class, sharing everything."""
+        return _sharing(self.original, module)
+
+    def deep_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        """A copy with its own memory. While the module is captured, what was set on it finds the copy that is traced
+        in its place."""
+        traced = memo.get(id(getattr(self._tracing, "plain", None)))
+        return offload(copy.deepcopy(self.plain(module), memo), self.device) if traced is None else traced
 
     def close(self) -> None:
-        for bound in self.graphs.values():
-            bound.executable.close()
-        self.graphs.clear()
-        self.store.close()
-
-    def _capture(self, method: Callable[..., Any], leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Bound:
-        results: list[Callable[[Sequence[torch.Tensor]], Any]] = []
-
-        def flat(module: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            left = iter(tensors)
-            filled = [next(left) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            args, kwargs = pytree.tree_unflatten(filled, spec)
-            numbers, restore = _flatten(method(module, *args, **kwargs))
-            results.append(restore)
-            return numbers
-
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        inputs = {_name(i): tensor for i, tensor in enumerate(tensors)}
-        exported = capture(self.module, inputs, flat)
-        types = {name: weight.type for name, weight in self.weights.items()}
-        lowered = lower(exported, self.device.target, types)
-        return _Bound(Executable(lowered, self.device, self.store), results[0])
+        """Free everything on the device; the next call uploads again."""
+        with self._lock:
+            self.memory.close()
 
 
-def _name(i: int) -> str:
-    return f"input{i}"
+def _with_numbers_as_tensors(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Numbers where tensors are welcome (UNet's ``timestep``) become tensors: a graph is not made for each number.
 
-
-def _numbers_as_tensors(inputs: inspect.BoundArguments) -> None:
-    """Numbers where tensors are welcome (UNet's ``timestep``) become tensors: a graph is not made for each number."""
+    Arguments that don't fit are left to the function, which raises its own error.
+    """
+    try:
+        inputs = inspect.signature(function).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return args, kwargs
     for name, value in inputs.arguments.items():
         annotation = inputs.signature.parameters[name].annotation
         takes_tensor = torch.Tensor in (annotation, *get_args(annotation)) or "Tensor" in str(annotation)
         if isinstance(value, int | float) and not isinstance(value, bool) and takes_tensor:
             inputs.arguments[name] = torch.tensor(value)
-
-
-def _signature(leaf: Any) -> Any:
-    """What of an input decides the graph. Objects that have no value of their own (generators) count by their class."""
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.dtype
-    return (type(leaf), leaf) if isinstance(leaf, int | float | str | None) else type(leaf)
-
-
-def _flatten(result: Any) -> tuple[tuple[torch.Tensor, ...], Callable[[Sequence[torch.Tensor]], Any]]:
-    """A result's tensors, and a function that puts a result together from such tensors."""
-    leaves, spec = pytree.tree_flatten(result)
-    pairs = [_unpack(leaf) for leaf in leaves]
-
-    def restore(tensors: Sequence[torch.Tensor]) -> Any:
-        left = iter(tensors)
-        return pytree.tree_unflatten([make(left) for _, make in pairs], spec)
-
-    return tuple(tensor for tensor, _ in pairs if tensor is not None), restore
-
-
-def _unpack(leaf: Any) -> tuple[torch.Tensor | None, Callable[[Iterator[torch.Tensor]], Any]]:
-    if isinstance(leaf, torch.Tensor):
-        return leaf, next
-    if type(leaf).__name__ in PACKED:
-        tensor, *rest = PACKED[type(leaf).__name__]
-        kind, options = type(leaf), {name: getattr(leaf, name) for name in rest}
-        return getattr(leaf, tensor), lambda left: kind(next(left), **options)
-    return None, lambda _: leaf
+    return inputs.args, inputs.kwargs
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -182,7 +400,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 def weights_of(module: nn.Module) -> Iterator[Weight]:
     """A module's parameters and buffers as weights; floats narrower or wider than F32, F16 and BF16 become F32."""
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+    for name, tensor in tensors_of(module).items():
         data = Whole(functools.partial(_data, name, tensor))
         yield Weight(name, TYPES.get(tensor.dtype, F32), tuple(tensor.shape), data)
 

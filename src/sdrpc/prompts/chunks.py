@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ..errors import InvalidValue
 from .attention import Piece, parse
-from .tokenizers import END, START, T5_END, T5_PAD, clip_tokenizer, t5_tokenizer
+from .tokenizers import END, START, T5_END, T5_PAD, clip_tokenizer, encoded, t5_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _weighted(
         if piece.is_break and fill is not None:
             new, weight = [fill] * (-len(ids) % room), 1.0
         else:
-            new, weight = tokenizer.encode(piece.text, add_special_tokens=False).ids, piece.weight
+            new, weight = encoded(tokenizer, piece.text), piece.weight
         ids += new
         weights += [weight] * len(new)
     return ids, weights

@@ -12,7 +12,8 @@ import gzip
 import importlib.util
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
-from ..errors import CheckpointError, SdrpcError
+from ..errors import CheckpointError, InvalidValue, SdrpcError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49406, 49407
@@ -51,8 +52,16 @@ def clip_tokenizer() -> Tokenizer:
 @cache
 def t5_tokenizer() -> Tokenizer:
     """T5's tokenizer: a unigram language model of 32100 pieces (sentencepiece). It adds no end token of its own."""
-    pieces, scores, charsmap = _t5_members()
-    return _t5(_pieces(pieces, scores), charsmap)
+    return _t5(*t5_vocabulary())
+
+
+def t5_vocabulary() -> tuple[list[tuple[str, float]], bytes]:
+    """T5's pieces with their scores, and sentencepiece's compiled map of characters; data/README.md says more."""
+    with tarfile.open(_T5_DATA, "r:xz") as archive:
+        files = [archive.extractfile(name) for name in ("pieces.txt", "scores.f32", "charsmap.bin")]
+        pieces, scores, charsmap = (file.read() for file in files if file is not None)
+    numbers: list[float] = np.frombuffer(scores, "<f4").tolist()
+    return list(zip(pieces.decode("utf-8").split("\n"), numbers, strict=True)), charsmap
 
 
 def tokenizer_from(path: Path) -> Tokenizer:
@@ -77,15 +86,31 @@ def tokenizer_from(path: Path) -> Tokenizer:
     raise CheckpointError(path, "no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt")
 
 
+def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The text's tokens, without any that begin or end it. Raises :class:`InvalidValue` where the tokenizer fails."""
+    with _failures(lambda error: InvalidValue("prompt", text, f"the model's tokenizer fails: {error}")):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+@contextmanager
+def _failures(refusal: Callable[[BaseException], SdrpcError]) -> Iterator[None]:
+    """Whatever the tokenizers library raises, as an error of ours: plain exceptions, and panics of its Rust code."""
+    try:
+        yield
+    except SdrpcError:
+        raise
+    except BaseException as error:  # pyo3's PanicException is no Exception, and can't be imported
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise refusal(error) from error
+        raise
+
+
 def _read(path: Path, build: Callable[[str], Tokenizer]) -> Tokenizer:
     """What ``build`` makes of a file's text; whatever is wrong with that text is the file's fault."""
     text = _text(path)
-    try:
+    with _failures(lambda error: CheckpointError(path, f"no tokenizer that can be read: {error}")):
         return build(text)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the tokenizers library raises plain exceptions
-        raise CheckpointError(path, f"no tokenizer that can be read: {error}") from error
 
 
 def _text(path: Path) -> str:
@@ -156,17 +181,6 @@ def _t5(vocabulary: Sequence[tuple[str, float]], charsmap: bytes) -> Tokenizer:
         [AddedToken(token, normalized=False, special=True) for token in (T5_PAD, T5_END, T5_UNKNOWN, *sentinels)]
     )
     return tokenizer
-
-
-def _t5_members() -> tuple[bytes, ...]:
-    """T5's pieces, their scores, and the map of characters; data/README.md says what each is."""
-    with tarfile.open(_T5_DATA, "r:xz") as archive:
-        files = [archive.extractfile(name) for name in ("pieces.txt", "scores.f32", "charsmap.bin")]
-        return tuple(file.read() for file in files if file is not None)
-
-
-def _pieces(pieces: bytes, scores: bytes) -> list[tuple[str, float]]:
-    return list(zip(pieces.decode("utf-8").split("\n"), np.frombuffer(scores, "<f4").tolist(), strict=True))
 
 
 def _merges() -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 BUDGET = 256 * 2**20
 """Bytes that the files may take in all; the ones used longest ago go first."""
 SUFFIX = ".lowered"
+NOTE_SUFFIX = ".json"
 PACKAGES = ("sdrpc", "torch", "diffusers", "transformers")
 """Whose code decides what a graph looks like."""
 
@@ -72,14 +74,31 @@ class Cache:
 
     def put(self, key: str, lowered: Lowered) -> None:
         """Keep ``lowered``: the file appears whole or not at all. Raises :class:`OSError` when the disk refuses."""
+        self._write(key + SUFFIX, to_bytes(lowered))
+
+    def note(self, key: str) -> Any:
+        """What :meth:`put_note` kept beside a module, JSON's types; None when there is none or its file is damaged."""
+        path = self.folder / (key + NOTE_SUFFIX)
+        try:
+            found = json.loads(path.read_bytes())
+            os.utime(path)
+        except (OSError, ValueError, RecursionError):
+            return None
+        return found
+
+    def put_note(self, key: str, note: Any) -> None:
+        """Keep a value of JSON's types. Raises :class:`OSError` when the disk refuses."""
+        self._write(key + NOTE_SUFFIX, json.dumps(note).encode())
+
+    def _write(self, name: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(to_bytes(lowered))
-            os.replace(name, self.folder / (key + SUFFIX))
+                file.write(data)
+            os.replace(part, self.folder / name)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            Path(part).unlink(missing_ok=True)
             raise
         self._shrink()
 
@@ -99,7 +118,7 @@ class Cache:
 
     def _shrink(self) -> None:
         files = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        for path in chain(self.folder.glob(f"*{SUFFIX}"), self.folder.glob(f"*{NOTE_SUFFIX}")):
             try:
                 facts = path.stat()
             except OSError:  # another process was faster

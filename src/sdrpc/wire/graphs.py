@@ -27,7 +27,8 @@ from ..device import Bytes
 from ..errors import LocalProtocolError, RemoteProtocolError, UnsupportedOperation
 from ..ggml import params
 from ..ggml.dialect import Dialect
-from ..ggml.tensor import ALIASES, MAX_SRC, Dims, Graph, Tensor, contiguous_strides
+from ..ggml.ops import ALIASES, params_of
+from ..ggml.tensor import MAX_SRC, Dims, Graph, Tensor, contiguous_strides
 from ..ggml.types import Type
 from .records import Columns, Record, columns, encode_records, is_name_length, record_bytes
 
@@ -259,7 +260,7 @@ def _build(
         key = op_of[row], words_of[row]
         if key not in known_params:
             try:
-                known_params[key] = params.decode(ops[key[0]], key[1], dialect)
+                known_params[key] = params.decode(params_of(ops[key[0]]), key[1], dialect)
             except ValueError as error:
                 raise _fail(table, row, str(error)) from error
         return known_params[key]

@@ -12,6 +12,7 @@ from tests.interop.cases import (
     attention,
     copies,
     deepseek,
+    edges,
     elementwise,
     graphs,
     images,
@@ -28,7 +29,7 @@ __all__ = ["BOUNDS", "CASES", "GRAPHS", "OPERATIONS", "REFUSED", "Builder", "Cas
 CASES: dict[str, Case] = {}
 OPERATIONS: defaultdict[str, list[str]] = defaultdict(list)
 """The names of the cases of each operation."""
-FAMILIES = (elementwise, rows, attention, copies, products, images, recurrent, deepseek, training, graphs)
+FAMILIES = (elementwise, rows, attention, copies, products, images, recurrent, deepseek, training, edges, graphs)
 for case in (case for family in FAMILIES for case in family.CASES):
     if case.name in CASES:
         raise ValueError(f"two cases are called {case.name}")

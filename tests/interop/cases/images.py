@@ -22,7 +22,7 @@ BOUND = {"F32": "f32", "F16": "f16"}
 """By type of the kernel: ggml's CPU rounds the image to it."""
 
 
-def _by_kernel(kernel: str, **_: Any) -> str:
+def by_kernel(kernel: str, **_: Any) -> str:
     return BOUND[kernel]
 
 
@@ -132,12 +132,12 @@ def _transposed_2d(b: Builder, k: tuple[int, int], s: int, kernel: str, view: st
 
 def _convolutions() -> Iterator[Case]:
     sizes = ((3, 3), (3, 2), (1, 1))
-    yield from sweep("CONV_2D", _conv_2d, _by_kernel, k=sizes, window=WINDOWS, kernel=KERNELS, view=ANY_VIEW, most=160)
+    yield from sweep("CONV_2D", _conv_2d, by_kernel, k=sizes, window=WINDOWS, kernel=KERNELS, view=ANY_VIEW, most=160)
     yield from sweep("CONV_2D_DW", _conv_2d_dw, k=sizes, window=WINDOWS, kernel=KERNELS, channels_first=(False, True))
     yield from sweep(
         "CONV_3D",
         _conv_3d,
-        _by_kernel,
+        by_kernel,
         k=((3, 3, 3), (3, 2, 1), (1, 1, 1)),
         window=VOLUMES,
         kernel=KERNELS,
@@ -148,14 +148,14 @@ def _convolutions() -> Iterator[Case]:
     yield from sweep(
         "CONV_TRANSPOSE_1D",
         _transposed_1d,
-        _by_kernel,
+        by_kernel,
         k=(1, 3, 4),
         s=(1, 2, 5),
         kernel=KERNELS,
         view=("dense", "offset", "part", "strided"),
     )
     yield from sweep(
-        "CONV_TRANSPOSE_2D", _transposed_2d, _by_kernel, k=sizes, s=(1, 2, 3), kernel=KERNELS, view=ROWS_DENSE, most=96
+        "CONV_TRANSPOSE_2D", _transposed_2d, by_kernel, k=sizes, s=(1, 2, 3), kernel=KERNELS, view=ROWS_DENSE, most=96
     )
     # what ggml says as windows and a product
     yield from sweep(

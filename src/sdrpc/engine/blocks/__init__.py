@@ -16,14 +16,14 @@ from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
 from ..dtypes import shape_of
-from . import codebook, plain, superblocks
+from . import i_quants, k_quants, legacy_quants
 
 __all__ = ["READ", "WRITE", "dequantize", "quantize"]
 
-READ: dict[str, Callable[[Tensor], Tensor]] = {**plain.READ, **superblocks.READ, **codebook.READ}
+READ: dict[str, Callable[[Tensor], Tensor]] = {**legacy_quants.READ, **k_quants.READ, **i_quants.READ}
 """The quantized types that can be read, by name: all."""
 
-WRITE: dict[str, Callable[[Tensor], Tensor]] = {**plain.WRITE, **superblocks.WRITE, **codebook.WRITE}
+WRITE: dict[str, Callable[[Tensor], Tensor]] = {**legacy_quants.WRITE, **k_quants.WRITE, **i_quants.WRITE}
 """Those that can be written: ggml's CPU backend can write no other (it has no ``from_float`` for them)."""
 
 CHUNK = 1 << 17
@@ -37,12 +37,16 @@ TRIALS = 16
 
 def dequantize(raw: Tensor, type: Type, ne: Dims, dtype: torch.dtype = torch.float32) -> Tensor:
     """``raw`` [n3, n2, n1, bytes of a row] of uint8 → ``dtype`` of shape ``ne``."""
+    if not raw.numel():
+        return raw.new_empty(shape_of(ne), dtype=dtype)
     blocks = raw.reshape(-1, type.size)
     return _in_chunks(READ[type.name], blocks, type.block, dtype, _chunk(raw) // type.block).reshape(shape_of(ne))
 
 
 def quantize(x: Tensor, type: Type) -> Tensor:
     """Floats [n3, n2, n1, n0] → [n3, n2, n1, bytes of a row] of uint8, for the types of :data:`WRITE`."""
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], type.row_bytes(x.shape[-1])), dtype=torch.uint8)
     chunk = _chunk(x) // type.block // (TRIALS if type.name in SEARCHED else 1)
     blocks = x.reshape(-1, type.block)
     return _in_chunks(_of_floats(WRITE[type.name]), blocks, type.size, torch.uint8, chunk).reshape(*x.shape[:-1], -1)

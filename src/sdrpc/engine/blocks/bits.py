@@ -22,14 +22,23 @@ def shaped(x: Tensor, *shape: int) -> Tensor:
     return x.reshape(*x.shape[:-1], *shape)
 
 
+def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[…, s k] bytes → […, k] numbers of s bytes. Blocks may begin at any byte of a buffer, and so may ``x``: torch
+    wants it at a multiple of s."""
+    x = x.contiguous()
+    if any(n % dtype.itemsize for n in (x.storage_offset(), *x.stride()[:-1])):  # of one block the stride may be any
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(dtype)
+
+
 def half(x: Tensor) -> Tensor:
     """[…, 2 k] bytes → […, k] float32, read as float16."""
-    return x.contiguous().view(torch.float16).float()
+    return reinterpret(x, torch.float16).float()
 
 
 def words(x: Tensor) -> Tensor:
     """[…, 2 k] bytes → […, k] int32, read as unsigned integers of 16 bits."""
-    return x.contiguous().view(torch.int16).int() & 0xFFFF
+    return reinterpret(x, torch.int16).int() & 0xFFFF
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.params import FlashAttn, Rope, SoftMax
 from sdrpc.ggml.rules.attention import ROPE_IMROPE, ROPE_MROPE, ROPE_NORMAL, ROPE_VISION
 
+from ..operations import Attention, EngineOp
 from ..values import Value
-from .base import Raise, repeat_to
+from .base import Autocast, Kernel, kernel, repeat_to
 
 SCORES = 1 << 24
 """Scores of queries and keys that are held at once, where it takes any: a long context has billions."""
@@ -24,9 +25,9 @@ RAMP = 0.001
 """The narrowest band, in pairs, over which YaRN blends (rope_yarn_ramp)."""
 
 
-def _rope(v: Value, x: Tensor, positions: Tensor, factors: Tensor | None = None) -> Tensor:
+def rope(v: Value[Rope], x: Tensor, positions: Tensor, factors: Tensor | None = None) -> Tensor:
     """Pairs of each row turned by angles that are their token's position times falling frequencies."""
-    p: Any = v.params
+    p = v.params
     pairs = p.n_dims if p.mode == ROPE_VISION else p.n_dims // 2
     cos, sin = _turns(p, pairs, positions.reshape(-1), factors)
     end = p.n_offset + 2 * pairs
@@ -39,7 +40,7 @@ def _rope(v: Value, x: Tensor, positions: Tensor, factors: Tensor | None = None)
     return rotated if rotated.shape == x.shape else torch.cat((x[..., : p.n_offset], rotated, x[..., end:]), -1)
 
 
-def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+def _turns(p: Rope, pairs: int, positions: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles of all pairs, times their magnitude: [tokens, 1, pairs]."""
     numbers = torch.arange(pairs, device=positions.device)
     powers, at = numbers, positions[:, None]
@@ -47,7 +48,8 @@ def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tup
         powers, which = _sections(p, numbers)
         at = positions.reshape(4, -1)[which].T
     # the step between frequencies is rounded as ggml rounds it: what that makes of high powers is seen in the result
-    step = float(torch.tensor(p.freq_base ** (-2 / p.n_dims), dtype=torch.float32))
+    with np.errstate(all="ignore"):
+        step = float(np.float32(np.float64(p.freq_base) ** (-2 / p.n_dims)))
     angles = at.float() * torch.pow(step, powers.float())
     if factors is not None:
         angles = angles / factors.reshape(-1)[:pairs].float()
@@ -55,14 +57,15 @@ def _turns(p: Any, pairs: int, positions: Tensor, factors: Tensor | None) -> tup
     if p.ext_factor:
         share = _extrapolated(p, numbers)
         angles = angles * (p.freq_scale * (1 - share) + share)
-        magnitude *= 1 + 0.1 * math.log(1 / p.freq_scale)
+        with np.errstate(all="ignore"):
+            magnitude *= float(1 + 0.1 * np.log(1 / np.float64(p.freq_scale)))
     elif p.freq_scale != 1:
         angles = angles * p.freq_scale
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return (cos, sin) if magnitude == 1 else (cos * magnitude, sin * magnitude)
 
 
-def _sections(p: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def _sections(p: Rope, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """The power of the frequency of each pair, and which of its token's four positions it takes."""
     first, second, third = p.section0, p.section1, p.section2
     sector = numbers % (first + second + third + p.section3)
@@ -82,17 +85,34 @@ def _sections(p: Any, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return powers, which
 
 
-def _extrapolated(p: Any, numbers: Tensor) -> Tensor:
-    """How much of each pair's angle YaRN takes unscaled: all of the fast ones, nothing of the slow ones."""
+def _extrapolated(p: Rope, numbers: Tensor) -> Tensor:
+    """How much of each pair's angle YaRN takes unscaled: all of the fast ones, nothing of the slow ones.
+
+    Computed in ggml's precision and with C's comparisons, so that parameters that make no sense (a context of no
+    tokens, whose logarithm is -inf) give what they give in ggml (ggml_rope_yarn_corr_dims, rope_yarn_ramp).
+    """
 
     def pair(turns: float) -> float:
         """The pair that turns so often within the context that the model was trained with."""
-        return float(p.n_dims * math.log(p.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(p.freq_base)))
+        context = np.float32(p.n_ctx_orig) / (np.float32(turns) * 2 * np.float32(np.pi))
+        return float(np.float32(p.n_dims) * np.log(context) / (2 * np.log(np.float32(p.freq_base))))
 
-    low, high = max(0, math.floor(pair(p.beta_fast))), min(p.n_dims - 1, math.ceil(pair(p.beta_slow)))
-    slow = ((numbers - low) / max(RAMP, high - low)).clamp(0, 1)
-    share: Tensor = (1 - slow) * float(p.ext_factor)
+    with np.errstate(all="ignore"):
+        start, end = float(np.floor(pair(p.beta_fast))), float(np.ceil(pair(p.beta_slow)))
+    low, high = _larger(0, start), _smaller(p.n_dims - 1, end)
+    slow = ((numbers - low) / _larger(RAMP, high - low)).clamp(0, 1)
+    share: Tensor = (1 - slow) * p.ext_factor
     return share
+
+
+def _larger(a: float, b: float) -> float:
+    """C's MAX: ``b`` where one of them is no number."""
+    return a if a > b else b
+
+
+def _smaller(a: float, b: float) -> float:
+    """C's MIN: ``b`` where one of them is no number."""
+    return a if a < b else b
 
 
 def alibi(heads: int, max_bias: float, device: torch.device) -> Tensor:
@@ -119,8 +139,8 @@ def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
 
 
-def _soft_max(v: Value, x: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
-    p: Any = v.params
+def _soft_max(v: Value[SoftMax], x: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+    p = v.params
     scores = x * p.scale if p.scale != 1 else x
     return _weights(scores if mask is None else scores + _bias(x.shape, mask, p.max_bias), sinks)
 
@@ -131,7 +151,7 @@ def _spread(x: Tensor, heads: int) -> Tensor:
 
 
 def _attend(
-    p: Any,
+    p: Attention | FlashAttn,
     q: Tensor,
     k: Tensor,
     value: Tensor,
@@ -198,12 +218,12 @@ def _mixed_in_halves(scores: Tensor, value: Tensor, sinks: Tensor | None) -> Ten
     return torch.where(hidden[..., -1:], 0, total / size)
 
 
-def _attention(v: Value, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _attention(v: Value[Attention], q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     return _attend(v.params, q, k, value, mask)
 
 
 def _flash_attn(
-    v: Value,
+    v: Value[FlashAttn],
     q: Tensor,
     k: Tensor,
     value: Tensor,
@@ -212,11 +232,25 @@ def _flash_attn(
     mix: Mix | None = None,
 ) -> Tensor:
     """As :func:`_attend`, with the heads of a query together: [n, queries, heads, head]."""
-    p: Any = v.params
+    p = v.params
     return _attend(p, q, k, value, mask, sinks, p.logit_softcap, mix).transpose(1, 2)
 
 
-RAISE: dict[str, Raise] = {
-    "ROPE": _rope, "SOFT_MAX": _soft_max, "ATTENTION": _attention, "FLASH_ATTN_EXT": _flash_attn,
-    "FLASH_ATTN_HALVES": partial(_flash_attn, mix=_mixed_in_halves),
-}  # fmt: skip
+def _flash_attn_f16_sums(
+    v: Value[FlashAttn],
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    return _flash_attn(v, q, k, value, mask, sinks, _mixed_in_halves)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    kernel("ROPE", Rope, rope),
+    kernel("SOFT_MAX", SoftMax, _soft_max, Autocast.FOLLOWS),
+    kernel(EngineOp.ATTENTION, Attention, _attention, Autocast.NARROW),
+    kernel("FLASH_ATTN_EXT", FlashAttn, _flash_attn, Autocast.NARROW, rounds=(1, 0)),
+    kernel(EngineOp.FLASH_ATTN_F16_SUMS, FlashAttn, _flash_attn_f16_sums),
+)

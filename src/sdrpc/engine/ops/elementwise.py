@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.params import Arange, Clamp, DiagMask, Fill, Glu, LeakyRelu, NoParams, Scale, TimestepEmbedding, Unary
+
 from ..dtypes import shape_of
 from ..values import Value
-from .base import Raise, repeat_to
+from .base import Autocast, Kernel, kernel, repeat_to
 
 GELU_QUICK = 1.702
 
 
-def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Raise:
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Value, Tensor, Tensor], Tensor]:
     def apply(v: Value, a: Tensor, b: Tensor) -> Tensor:
         return function(a, b if b.shape == a.shape else repeat_to(b, v.ne))
 
     return apply
 
 
-def _each(function: Callable[[Tensor], Tensor]) -> Raise:
+def _each(function: Callable[[Tensor], Tensor]) -> Callable[[Value, Tensor], Tensor]:
     return lambda _v, x: function(x)
 
 
@@ -51,24 +52,23 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _xielu(v: Value, x: Tensor) -> Tensor:
+def _xielu(p: Unary, x: Tensor) -> Tensor:
     """https://arxiv.org/abs/2411.13010; the alphas are those of its two halves, softplus and beta already in them."""
-    p: Any = v.params
     falling = (torch.expm1(x.clamp(max=p.eps)) - x) * p.alpha_n
-    return torch.where(x > 0, x * x * p.alpha_p, falling) + x * float(p.beta)
+    return torch.where(x > 0, x * x * p.alpha_p, falling) + x * p.beta
 
 
-def _unary(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
-    return _xielu(v, x) if p.op == "XIELU" else UNARY[p.op](x)
+def _unary(v: Value[Unary], x: Tensor) -> Tensor:
+    p = v.params
+    return _xielu(p, x) if p.op == "XIELU" else UNARY[p.op](x)
 
 
-def _swiglu_oai(p: Any, x: Tensor, gate: Tensor) -> Tensor:
+def _swiglu_oai(p: Glu, x: Tensor, gate: Tensor) -> Tensor:
     x = x.clamp(max=p.limit)
     return x * torch.sigmoid(p.alpha * x) * (gate.clamp(-p.limit, p.limit) + 1)
 
 
-GLU: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+GLU: dict[str, Callable[[Glu, Tensor, Tensor], Tensor]] = {
     "REGLU": lambda _p, x, gate: F.relu(x) * gate,
     "GEGLU": lambda _p, x, gate: gelu(x) * gate,
     "SWIGLU": lambda _p, x, gate: F.silu(x) * gate,
@@ -79,54 +79,55 @@ GLU: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
-def _glu(v: Value, a: Tensor, b: Tensor | None = None) -> Tensor:
-    p: Any = v.params
+def _glu(v: Value[Glu], a: Tensor, b: Tensor | None = None) -> Tensor:
+    p = v.params
     if b is None:
-        a, b = a.chunk(2, dim=-1)
+        n = v.ne[0]
+        a, b = a[..., :n], a[..., n : 2 * n]
         if p.swapped:
             a, b = b, a
     return GLU[p.op](p, a, b)
 
 
-def _scale(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
-    scaled = x * float(p.scale)
-    return scaled + float(p.bias) if p.bias else scaled
+def _scale(v: Value[Scale], x: Tensor) -> Tensor:
+    p = v.params
+    scaled = x * p.scale
+    return scaled + p.bias if p.bias else scaled
 
 
-def _clamp(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _clamp(v: Value[Clamp], x: Tensor) -> Tensor:
+    p = v.params
     return x.clamp(p.min, p.max)
 
 
-def _leaky_relu(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _leaky_relu(v: Value[LeakyRelu], x: Tensor) -> Tensor:
+    p = v.params
     return F.leaky_relu(x, p.slope)
 
 
-def _fill(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _fill(v: Value[Fill], x: Tensor) -> Tensor:
+    p = v.params
     return torch.full_like(x, p.value)
 
 
-def _arange(v: Value, device: torch.device) -> Tensor:
-    p: Any = v.params
+def _arange(v: Value[Arange], device: torch.device) -> Tensor:
+    p = v.params
     numbers = torch.arange(v.ne[0], device=device, dtype=torch.float32)
-    return (numbers * float(p.step) + float(p.start)).reshape(shape_of(v.ne))
+    return (numbers * p.step + p.start).reshape(shape_of(v.ne))
 
 
-def _diag_mask(fill: float) -> Raise:
-    def apply(v: Value, x: Tensor) -> Tensor:
-        p: Any = v.params
+def _diag_mask(fill: float) -> Callable[[Value[DiagMask], Tensor], Tensor]:
+    def apply(v: Value[DiagMask], x: Tensor) -> Tensor:
+        p = v.params
         above = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(p.n_past + 1)
         return x.masked_fill(above, fill)
 
     return apply
 
 
-def _timestep_embedding(v: Value, steps_: Tensor) -> Tensor:
+def _timestep_embedding(v: Value[TimestepEmbedding], steps_: Tensor) -> Tensor:
     """cos and sin of t · max_period^(-j / half)."""
-    p: Any = v.params
+    p = v.params
     half = p.dim // 2
     powers = torch.arange(half, device=steps_.device, dtype=torch.float32)
     frequencies = torch.exp(powers * (-math.log(p.max_period) / max(half, 1)))
@@ -135,12 +136,29 @@ def _timestep_embedding(v: Value, steps_: Tensor) -> Tensor:
     return F.pad(both, (0, v.ne[0] - 2 * half)).reshape(shape_of(v.ne))
 
 
-RAISE: dict[str, Raise] = {
-    "ADD": _binary(torch.add), "SUB": _binary(torch.sub), "MUL": _binary(torch.mul), "DIV": _binary(torch.div),
-    "ADD1": lambda _v, a, b: a + b,
-    "SQR": _each(torch.square), "SQRT": _each(torch.sqrt), "LOG": _each(torch.log), "SIN": _each(torch.sin),
-    "COS": _each(torch.cos), "SCALE": _scale, "CLAMP": _clamp, "LEAKY_RELU": _leaky_relu,
-    "UNARY": _unary, "GLU": _glu,
-    "DIAG_MASK_INF": _diag_mask(-math.inf), "DIAG_MASK_ZERO": _diag_mask(0.0),
-    "TIMESTEP_EMBEDDING": _timestep_embedding, "FILL": _fill, "ARANGE": _arange,
-}  # fmt: skip
+def _add1(_v: Value, a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+KERNELS: tuple[Kernel, ...] = (
+    kernel("ADD", NoParams, _binary(torch.add), Autocast.FOLLOWS),
+    kernel("SUB", NoParams, _binary(torch.sub), Autocast.FOLLOWS),
+    kernel("MUL", NoParams, _binary(torch.mul), Autocast.FOLLOWS),
+    kernel("DIV", NoParams, _binary(torch.div), Autocast.FOLLOWS),
+    kernel("ADD1", NoParams, _add1),
+    kernel("SQR", NoParams, _each(torch.square)),
+    kernel("SQRT", NoParams, _each(torch.sqrt)),
+    kernel("LOG", NoParams, _each(torch.log)),
+    kernel("SIN", NoParams, _each(torch.sin)),
+    kernel("COS", NoParams, _each(torch.cos)),
+    kernel("SCALE", Scale, _scale, Autocast.FOLLOWS),
+    kernel("CLAMP", Clamp, _clamp, Autocast.FOLLOWS),
+    kernel("LEAKY_RELU", LeakyRelu, _leaky_relu, Autocast.FOLLOWS),
+    kernel("UNARY", Unary, _unary, Autocast.FOLLOWS),
+    kernel("GLU", Glu, _glu, Autocast.FOLLOWS),
+    kernel("DIAG_MASK_INF", DiagMask, _diag_mask(-math.inf), Autocast.FOLLOWS),
+    kernel("DIAG_MASK_ZERO", DiagMask, _diag_mask(0.0), Autocast.FOLLOWS),
+    kernel("TIMESTEP_EMBEDDING", TimestepEmbedding, _timestep_embedding),
+    kernel("FILL", Fill, _fill),
+    kernel("ARANGE", Arange, _arange, takes_device=True),
+)

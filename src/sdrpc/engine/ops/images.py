@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.params import (
+    Col2Im1D,
+    Conv2D,
+    ConvTranspose1D,
+    ConvTranspose2D,
+    Im2Col,
+    InPlace,
+    NoParams,
+    Pool1D,
+    Pool2D,
+    Unwindow,
+    Upscale,
+    Window3D,
+    Windows,
+)
 from sdrpc.ggml.rules.images import ALIGN_CORNERS, ANTIALIAS, BICUBIC, BILINEAR, MAX_POOL, MEAN_POOL, NEAREST
 
 from ..arithmetic import quotient
 from ..dtypes import shape_of
 from ..values import Value
-from .base import Raise, operand
+from .base import Autocast, Kernel, kernel, operand
 
 CUBIC = -0.75
 """The parameter of bicubic interpolation."""
@@ -34,21 +49,80 @@ def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, in
     return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
 
-def _im2col(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _patches_outside(
+    x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int], outputs: tuple[int, int]
+) -> Tensor:
+    """As :func:`_patches`, for ``outputs`` windows of which some lie outside of the padded image."""
+    down, across = (taps_at(x.shape[2 + i], outputs[i], k[i], (s[i], p[i], d[i]), x.device) for i in (0, 1))
+    picked = F.pad(x, (0, 1, 0, 1))[:, :, down[:, None, :, None], across[None, :, None, :]]
+    return picked.permute(0, 2, 3, 4, 5, 1).flatten(3, 4)
+
+
+def reaches(n: int, k: int, padding: int, dilation: int) -> bool:
+    """Whether a window of ``k`` taps lies within its padded input of ``n``."""
+    return n + 2 * padding > dilation * (k - 1)
+
+
+def _within_image(
+    kernel: Tensor, x: Tensor, windows: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+    """The same convolution for torch, which refuses a window that is larger than its padded image: the kernel, the
+    image, and its paddings. ``windows`` are padding and dilation of each dimension, width first, as are the paddings.
+
+    ggml has such windows: by C's division there is one output, at the window's first place. Along such a dimension only
+    the taps that lie in the image are left of the kernel, and only what they see of the image. None where nothing is
+    left in some dimension, or there was nothing: the sum is zero.
+    """
+    if not (kernel.numel() and x.numel()):
+        return None
+    paddings = []
+    for axis, (padding, dilation) in zip((3, 2, 1), windows, strict=False):
+        taps, n = kernel.shape[axis], x.shape[axis]
+        if reaches(n, taps, padding, dilation):
+            paddings.append(padding)
+            continue
+        first, last = -(-padding // dilation), min(taps - 1, (n - 1 + padding) // dilation)
+        if last < first:
+            return None
+        kernel = kernel.narrow(axis, first, last - first + 1)
+        x = x.narrow(axis, first * dilation - padding, (last - first) * dilation + 1)
+        paddings.append(0)
+    return kernel, x, tuple(paddings)
+
+
+def _im2col(v: Value[Im2Col], _kernel: Tensor, x: Tensor) -> Tensor:
+    """Image [n, channels, h, w] → the patches under the kernel's window, [n, down, across, channels · kh · kw]. Of one
+    dimension: [1, n, channels, w] → [1, n, across, channels · kw]."""
+    p = v.params
     k0, k1 = operand(v, 0).ne[:2]
     x = x.to(v.dtype)
-    if p.is_2d:
-        patches = _patches(x, (k1, k0), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    # of one dimension, [1, n, channels, width]: each row of the batch is an image one pixel high
+    x, k, s, pad, d = (
+        (x, (k1, k0), (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+        if p.is_2d
+        else (x[0].unsqueeze(2), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
+    )
+    if all(map(reaches, x.shape[2:], k, pad, d)):
+        patches = _patches(x, k, s, pad, d)
     else:
-        # [1, n, channels, width]: each row of the batch is an image one pixel high
-        patches = _patches(x[0].unsqueeze(2), (1, k0), (1, p.s0), (0, p.p0), (1, p.d0))
+        patches = _patches_outside(x, k, s, pad, d, (v.ne[2] if p.is_2d else 1, v.ne[1]))
     return patches.mT.reshape(shape_of(v.ne))
 
 
-def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    p: Any = v.params
+def _conv_2d(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Kernel [outputs, channels, kh, kw], image [n, channels, h, w] and bias of ``outputs`` elements → [n, outputs,
+    down, across]. Computed in the kernel's dtype, by torch's convolution or, where that is slower on a CPU
+    (:data:`MUCH`), as a matrix product."""
     x, bias = x.to(kernel.dtype), None if bias is None else bias.to(kernel.dtype).reshape(-1)
+    p = v.params
+    found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1)))
+    if found is None:
+        zeros = kernel.new_zeros(shape_of(v.ne))
+        return zeros if bias is None else zeros + bias[:, None, None]
+    kernel, x, paddings = found
+    if paddings != (p.p0, p.p1):
+        p = p._replace(p0=paddings[0], p1=paddings[1])
+        v = replace(v, params=p)
     together = kernel.is_contiguous(memory_format=torch.channels_last)
     few_places = v.ne[0] * v.ne[1] * v.ne[3] * (1 if together else MUCH) <= v.ne[2]
     if x.is_cpu and (few_places or _has_one_tap(v, kernel)):
@@ -60,15 +134,16 @@ def _conv_2d(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None = None) ->
     return y.contiguous() if x.is_cpu else y  # norms on a CPU want a channel's places side by side
 
 
-def _has_one_tap(v: Value, kernel: Tensor) -> bool:
+def _has_one_tap(v: Value[Conv2D], kernel: Tensor) -> bool:
     """Whether each place becomes one place, by itself."""
-    p: Any = v.params
+    p = v.params
     return (*kernel.shape[2:], p.s0, p.s1, p.p0, p.p1) == (1, 1, 1, 1, 0, 0)
 
 
-def _conv_2d_as_product(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same as a product of the kernel, as it lies, and all patches of the images."""
-    p: Any = v.params
+def _conv_2d_as_product(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The same as a product of the kernel as a matrix [outputs, taps], in the order in which it lies, and all patches
+    of the images as columns [taps, n · down · across]."""
+    p = v.params
     taps = kernel.shape[2], kernel.shape[3]
     window = taps, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0)
     if _has_one_tap(v, kernel):
@@ -86,29 +161,33 @@ def _conv_2d_as_product(v: Value, kernel: Tensor, x: Tensor, bias: Tensor | None
     return y.reshape(len(matrix), x.shape[0], -1).transpose(0, 1).reshape(shape_of(v.ne))
 
 
-def _conv_2d_dw(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
-    p: Any = v.params
-    return F.conv2d(x, kernel, None, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0), groups=x.shape[1])
+def _conv_2d_dw(v: Value[Conv2D], kernel: Tensor, x: Tensor) -> Tensor:
+    p = v.params
+    found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1)))
+    if found is None:
+        return x.new_zeros(shape_of(v.ne))
+    kernel, x, paddings = found
+    return F.conv2d(x, kernel, None, (p.s1, p.s0), paddings[::-1], (p.d1, p.d0), groups=x.shape[1])
 
 
-def _conv_transpose_2d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _conv_transpose_2d(v: Value[ConvTranspose2D], kernel: Tensor, x: Tensor) -> Tensor:
+    p = v.params
     return F.conv_transpose2d(x, kernel, stride=p.stride)
 
 
-def _conv_transpose_1d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _conv_transpose_1d(v: Value[ConvTranspose1D], kernel: Tensor, x: Tensor) -> Tensor:
+    p = v.params
     return F.conv_transpose1d(x[0], kernel[0], stride=p.stride)[None]
 
 
-def _col2im_1d(v: Value, columns: Tensor) -> Tensor:
+def _col2im_1d(v: Value[Col2Im1D], columns: Tensor) -> Tensor:
     """Adds up what each step ([steps, channels · taps]) says of the places that it reaches."""
-    p: Any = v.params
+    p = v.params
     taps = columns.shape[3] // p.channels
     return F.fold(columns[0].mT, (1, v.ne[0]), (1, taps), 1, (0, p.padding), (1, p.stride)).reshape(shape_of(v.ne))
 
 
-def _taps(have: int, n: int, k: int, window: tuple[int, int, int], device: torch.device) -> Tensor:
+def taps_at(have: int, n: int, k: int, window: tuple[int, int, int], device: torch.device) -> Tensor:
     """Windows (stride, padding, dilation) over ``have`` elements: where the ``k`` taps of each of ``n`` lie, [n, k].
     Those outside are one place behind the last."""
     s, p, d = window
@@ -116,13 +195,15 @@ def _taps(have: int, n: int, k: int, window: tuple[int, int, int], device: torch
     return torch.where((at >= 0) & (at < have), at, have)
 
 
-def _im2col_3d(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _im2col_3d(v: Value[Window3D], _kernel: Tensor, x: Tensor) -> Tensor:
+    """[n · channels, d, h, w] → [n · deep, down, across, channels · kd · kh · kw]."""
+    p = v.params
     k0, k1, k2 = operand(v, 0).ne[:3]
     batch, (_, deep, high, wide) = x.shape[0] // p.channels, x.shape
-    w = _taps(wide, v.ne[1], k0, (p.s0, p.p0, p.d0), x.device)
-    h = _taps(high, v.ne[2], k1, (p.s1, p.p1, p.d1), x.device)
-    d = _taps(deep, v.ne[3] // batch, k2, (p.s2, p.p2, p.d2), x.device)
+    x = x[: batch * p.channels]
+    w = taps_at(wide, v.ne[1], k0, (p.s0, p.p0, p.d0), x.device)
+    h = taps_at(high, v.ne[2], k1, (p.s1, p.p1, p.d1), x.device)
+    d = taps_at(deep, v.ne[3] // batch, k2, (p.s2, p.p2, p.d2), x.device)
     # picked at once: nothing between is larger than the result
     padded = F.pad(x, (0, 1) * 3)
     picked = padded[:, d[:, None, None, :, None, None], h[:, None, None, :, None], w[:, None, None, :]]
@@ -130,18 +211,22 @@ def _im2col_3d(v: Value, _kernel: Tensor, x: Tensor) -> Tensor:
     return columns.reshape(shape_of(v.ne))
 
 
-def _conv_3d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
-    """Channels lie in the slowest dimension, with the images or with the kernels of one output."""
-    p: Any = v.params
+def _conv_3d(v: Value[Window3D], kernel: Tensor, x: Tensor) -> Tensor:
+    """Kernel [outputs · channels, kd, kh, kw] and image [n · channels, d, h, w] → [n · outputs, deep, down, across]."""
+    p = v.params
+    found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1), (p.p2, p.d2)))
+    if found is None:
+        return x.new_zeros(shape_of(v.ne))
+    kernel, x, paddings = found
     images = x.reshape(p.batch, p.channels, *x.shape[1:])
     kernels = kernel.reshape(p.outputs, p.channels, *kernel.shape[1:])
-    y = F.conv3d(images, kernels, None, (p.s2, p.s1, p.s0), (p.p2, p.p1, p.p0), (p.d2, p.d1, p.d0))
+    y = F.conv3d(images, kernels, None, (p.s2, p.s1, p.s0), paddings[::-1], (p.d2, p.d1, p.d0))
     return y.reshape(shape_of(v.ne))
 
 
-def _pool_1d(v: Value, x: Tensor) -> Tensor:
+def _pool_1d(v: Value[Pool1D], x: Tensor) -> Tensor:
     """A mean over what a window has of its row, 0 over nothing (POOL_2D's mean counts the padding)."""
-    p: Any = v.params
+    p = v.params
     y = _pooled(x, p.op, (1, p.k), (1, p.s), (0, p.p))
     if p.op == MAX_POOL:
         return y
@@ -151,8 +236,8 @@ def _pool_1d(v: Value, x: Tensor) -> Tensor:
     return scaled
 
 
-def _pool_2d(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _pool_2d(v: Value[Pool2D], x: Tensor) -> Tensor:
+    p = v.params
     return _pooled(x, p.op, (p.k1, p.k0), (p.s1, p.s0), (p.p1, p.p0))
 
 
@@ -165,8 +250,10 @@ def _pooled(x: Tensor, op: int, k: tuple[int, int], s: tuple[int, int], p: tuple
     return F.avg_pool2d(x, k, s, inner) if op == MEAN_POOL else F.max_pool2d(x, k, s, inner)
 
 
-def _upscale(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _upscale(v: Value[Upscale], x: Tensor) -> Tensor:
+    """[n, c, h, w] → the value's shape, which may be larger or smaller in each dimension: height and width by the mode
+    of interpolation, one after the other, batch and channels by picking the nearest."""
+    p = v.params
     shape = shape_of(v.ne)
     if (
         p.mode == NEAREST
@@ -252,17 +339,17 @@ _RESIZE: dict[int, Callable[[Tensor, int, int, float, float], Tensor]] = {
 }
 
 
-def _win_part(v: Value, x: Tensor) -> Tensor:
+def _win_part(v: Value[Windows], x: Tensor) -> Tensor:
     """[1, height, width, channels] → [windows, size, size, channels]"""
-    p: Any = v.params
+    p = v.params
     _, height, width, channels = x.shape
     padded = F.pad(x[0], (0, 0, 0, p.across * p.size - width, 0, p.down * p.size - height))
     windows = padded.reshape(p.down, p.size, p.across, p.size, channels).transpose(1, 2)
     return windows.reshape(shape_of(v.ne))
 
 
-def _win_unpart(v: Value, x: Tensor) -> Tensor:
-    p: Any = v.params
+def _win_unpart(v: Value[Unwindow], x: Tensor) -> Tensor:
+    p = v.params
     channels, width, height, _ = v.ne
     across = -(-width // p.size)
     rows = x.reshape(-1, across, p.size, p.size, channels).transpose(1, 2)
@@ -275,14 +362,25 @@ def _get_rel_pos(v: Value, table: Tensor) -> Tensor:
     return table[:, 0, v.ne[1] - 1 + at[:, None] - at]
 
 
-def _add_rel_pos(v: Value, scores: Tensor, across: Tensor, down: Tensor) -> Tensor:
+def _add_rel_pos(v: Value[InPlace], scores: Tensor, across: Tensor, down: Tensor) -> Tensor:
     k = across.shape[3]
     return (scores.reshape(*across.shape, k) + down[..., None] + across[..., None, :]).reshape(shape_of(v.ne))
 
 
-RAISE: dict[str, Raise] = {
-    "IM2COL": _im2col, "CONV_2D": _conv_2d, "CONV_2D_DW": _conv_2d_dw, "CONV_TRANSPOSE_2D": _conv_transpose_2d,
-    "POOL_2D": _pool_2d, "UPSCALE": _upscale, "IM2COL_3D": _im2col_3d, "CONV_3D": _conv_3d,
-    "CONV_TRANSPOSE_1D": _conv_transpose_1d, "COL2IM_1D": _col2im_1d, "POOL_1D": _pool_1d, "WIN_PART": _win_part,
-    "WIN_UNPART": _win_unpart, "GET_REL_POS": _get_rel_pos, "ADD_REL_POS": _add_rel_pos,
-}  # fmt: skip
+KERNELS: tuple[Kernel, ...] = (
+    kernel("IM2COL", Im2Col, _im2col, Autocast.MOVES, raw=(0,)),
+    kernel("CONV_2D", Conv2D, _conv_2d, Autocast.NARROW, rounds=(0, 1)),
+    kernel("CONV_2D_DW", Conv2D, _conv_2d_dw, Autocast.NARROW),
+    kernel("CONV_TRANSPOSE_2D", ConvTranspose2D, _conv_transpose_2d, Autocast.NARROW, rounds=(0, 1)),
+    kernel("POOL_2D", Pool2D, _pool_2d),
+    kernel("UPSCALE", Upscale, _upscale, Autocast.FOLLOWS),
+    kernel("IM2COL_3D", Window3D, _im2col_3d, Autocast.MOVES, raw=(0,)),
+    kernel("CONV_3D", Window3D, _conv_3d, Autocast.NARROW, rounds=(0, 1)),
+    kernel("CONV_TRANSPOSE_1D", ConvTranspose1D, _conv_transpose_1d, Autocast.NARROW, rounds=(0, 1)),
+    kernel("COL2IM_1D", Col2Im1D, _col2im_1d),
+    kernel("POOL_1D", Pool1D, _pool_1d),
+    kernel("WIN_PART", Windows, _win_part, Autocast.MOVES),
+    kernel("WIN_UNPART", Unwindow, _win_unpart, Autocast.MOVES),
+    kernel("GET_REL_POS", NoParams, _get_rel_pos, Autocast.MOVES),
+    kernel("ADD_REL_POS", InPlace, _add_rel_pos),
+)

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.params import MulMat, NoParams
+
 from ..blocks import dequantize
+from ..operations import EngineOp
 from ..values import Value
-from .base import Raise, operand, within
+from .base import Autocast, Kernel, kernel, operand, within
 
 
-def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
+def _mul_mat(_v: Value[MulMat], a: Tensor, b: Tensor) -> Tensor:
     """b · aᵀ; a's batches repeat, each for several consecutive ones of b."""
     b = b.to(a.dtype)
     if a.shape[0] == a.shape[1] == 1:
@@ -25,11 +28,11 @@ def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
     return (grouped @ a.mT).reshape(n3, n2, n, a.shape[2])
 
 
-def _linear_bias(_v: Value, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+def _linear_bias(_v: Value[MulMat], a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     return F.linear(b.to(a.dtype), a[0, 0], bias.reshape(-1).to(a.dtype))
 
 
-def _mul_mat_id(v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
+def _mul_mat_id(v: Value[MulMat], a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     """Each row of b times the matrix that its number picks of a: [1, tokens, 1 or used, k] → [1, tokens, used, m].
 
     Rows are put in the order of their matrices and padded to whole tiles of one matrix each. How many tiles there can
@@ -73,6 +76,10 @@ def _out_prod(_v: Value, a: Tensor, b: Tensor) -> Tensor:
     return b.mT @ a
 
 
-RAISE: dict[str, Raise] = {
-    "MUL_MAT": _mul_mat, "LINEAR": _linear_bias, "MUL_MAT_ID": _mul_mat_id, "ADD_ID": _add_id, "OUT_PROD": _out_prod,
-}  # fmt: skip
+KERNELS: tuple[Kernel, ...] = (
+    kernel("MUL_MAT", MulMat, _mul_mat, Autocast.NARROW, rounds=(0, 1)),
+    kernel(EngineOp.LINEAR, MulMat, _linear_bias, Autocast.NARROW),
+    kernel("MUL_MAT_ID", MulMat, _mul_mat_id, Autocast.NARROW, raw=(0,), rounds=(0, 1)),
+    kernel("ADD_ID", NoParams, _add_id, Autocast.FOLLOWS),
+    kernel("OUT_PROD", NoParams, _out_prod, Autocast.NARROW),
+)

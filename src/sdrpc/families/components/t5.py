@@ -75,8 +75,9 @@ _GGUF = table(
 
 def _with_shared_embedding(weights: Weights) -> dict[str, Weight]:
     """The token embedding has two names in the module; files have one of them or both."""
-    embedding = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
-    return dict(weights) | ({} if embedding is None else {"shared.weight": embedding})
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    found = [weights[name] for name in names if name in weights]
+    return dict(weights) | (dict.fromkeys(names, found[0]) if found else {})
 
 
 T5 = Component(
@@ -88,10 +89,9 @@ T5 = Component(
     ),
     (
         Naming("encoder.block.0.layer.0.SelfAttention.q.weight", _with_shared_embedding),
-        Naming("enc.blk.0.attn_q.weight", _GGUF),
+        Naming("enc.blk.0.attn_q.weight", lambda weights: _with_shared_embedding(_GGUF(weights))),
     ),
     _configure,
     build,
     "text_encoder_2",
-    idle=("encoder.embed_tokens.",),
 )  # fmt: skip

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from ..params import FlashAttn, Rope, SoftMax
 from ..tensor import Tensor
 from ..types import F32
-from .base import FLOATS, READABLE, Call, Result, Rule, need, support, typed
+from .base import FLOATS, READABLE, Call, Op, Result, fits, need, op, support, typed
 
 ROPE_NORMAL, ROPE_NEOX, ROPE_MROPE, ROPE_VISION, ROPE_IMROPE = 0, 2, 8, 24, 40
 """ggml.h: GGML_ROPE_TYPE_*. Bit 3 says that a token has four positions, of which each serves a section of the pairs."""
@@ -15,7 +14,9 @@ _F32 = frozenset({"F32"})
 _I32 = frozenset({"I32"})
 
 
-def _mask(call: Call, mask: Tensor | None, keys: int, queries: int, heads: int, batch: int) -> None:
+def _mask(
+    call: Call[SoftMax | FlashAttn], mask: Tensor | None, keys: int, queries: int, heads: int, batch: int
+) -> None:
     """A mask has a row for each query (or more, which are not read) and repeats over heads and batch."""
     max_bias: float = call.params.max_bias
     need(max_bias >= 0 and (mask is not None or max_bias == 0), "max_bias {} (needs a mask)", max_bias)
@@ -23,7 +24,7 @@ def _mask(call: Call, mask: Tensor | None, keys: int, queries: int, heads: int, 
         typed(mask, FLOATS, "mask")
         m = mask.ne
         need(
-            m[0] == keys and m[1] >= queries and not heads % m[2] and not batch % m[3],
+            m[0] == keys and m[1] >= queries and fits(m[2], heads) and fits(m[3], batch),
             "mask {} for {} keys, {} queries, {} heads, batch {}", m, keys, queries, heads, batch,
         )  # fmt: skip
 
@@ -35,7 +36,7 @@ def _sinks(sinks: Tensor | None, heads: int) -> None:
         need(sinks.ne == (heads, 1, 1, 1), "sinks {} for {} heads", sinks.ne, heads)
 
 
-def _soft_max(call: Call) -> Result:
+def _soft_max(call: Call[SoftMax]) -> Result:
     a, mask, sinks = call.src
     typed(a, FLOATS)
     _mask(call, mask, *a.ne)
@@ -43,14 +44,14 @@ def _soft_max(call: Call) -> Result:
     return Result(a.type, a.ne)
 
 
-def _flash_attn(call: Call) -> Result:
+def _flash_attn(call: Call[FlashAttn]) -> Result:
     query, key, value, mask, sinks = call.src
     typed(query, FLOATS, "query")
     typed(key, READABLE, "key")
     typed(value, READABLE, "value")
     q, k, v = query.ne, key.ne, value.ne
     need(
-        q[0] == k[0] and k[1] == v[1] and not q[2] % k[2] and not q[2] % v[2] and q[3] == k[3] == v[3],
+        q[0] == k[0] and k[1] == v[1] and fits(k[2], q[2]) and fits(v[2], q[2]) and q[3] == k[3] == v[3],
         "query {}, key {} and value {}", q, k, v,
     )  # fmt: skip
     _mask(call, mask, k[1], *q[1:])
@@ -59,7 +60,7 @@ def _flash_attn(call: Call) -> Result:
     return Result(F32, (v[0], q[2], q[1], q[3]))
 
 
-def _rope(call: Call) -> Result:
+def rope(call: Call[Rope]) -> Result:
     a, positions, factors = call.src
     p = call.params
     typed(a, FLOATS)
@@ -76,12 +77,6 @@ def _rope(call: Call) -> Result:
     need(positions.ne == (a.ne[2] * (4 if several else 1), 1, 1, 1), "positions {} for {}", positions.ne, a.ne)
     if several:
         _sections(p, width)
-    need(p.freq_base > 0, "freq_base {}", p.freq_base)
-    if p.ext_factor != 0:
-        need(
-            p.n_ctx_orig > 0 and p.freq_base != 1 and min(p.freq_scale, p.beta_fast, p.beta_slow) > 0,
-            "no YaRN of {}", tuple(p),
-        )  # fmt: skip
     if factors is not None:
         typed(factors, _F32, "frequency factors")
         pairs = p.n_dims if vision else p.n_dims // 2
@@ -89,11 +84,13 @@ def _rope(call: Call) -> Result:
     return Result(a.type, a.ne)
 
 
-def _sections(p: Any, width: int) -> None:
+def _sections(p: Rope, width: int) -> None:
     sections = (p.section0, p.section1, p.section2, p.section3)
     need(min(sections) >= 0 and any(sections[:3]) and sum(sections) <= width, "sections {} of {}", sections, width)
 
 
-RULES: dict[str, Rule] = {
-    "ROPE": Rule(2, 3, _rope), "SOFT_MAX": Rule(1, 3, _soft_max), "FLASH_ATTN_EXT": Rule(3, 5, _flash_attn),
-}  # fmt: skip
+OPS: tuple[Op, ...] = (
+    op("ROPE", Rope, rope, 2, 3),
+    op("SOFT_MAX", SoftMax, _soft_max, 1, 3, portable=True),
+    op("FLASH_ATTN_EXT", FlashAttn, _flash_attn, 3, 5),
+)

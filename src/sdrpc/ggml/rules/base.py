@@ -1,11 +1,13 @@
-"""What rules are made of, and the types that they speak of."""
+"""What the table of operations is made of: its rows, and what shape rules share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from ...errors import GraphError, UnsupportedOperation
+from ..params import Params
 from ..tensor import Dims, Tensor
 from ..types import TYPES, Type
 
@@ -18,6 +20,8 @@ READABLE = FLOATS | (ALL - PLAIN)
 WRITABLE = READABLE - {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
 """Types that can be made of floats; those that are left out ggml makes in files only, with weights of importance."""
 INDICES = frozenset({"I32", "I64"})
+P = TypeVar("P", bound=Params)
+P_co = TypeVar("P_co", covariant=True)
 Sources = tuple[Tensor | None, ...]
 
 
@@ -28,24 +32,75 @@ class Result(NamedTuple):
     ne: Dims
 
 
-class Call(NamedTuple):
-    """An operation as written down. ``type`` and ``ne`` are what the node declares, None where they are asked for."""
+@dataclass(frozen=True, slots=True)
+class Call(Generic[P_co]):
+    """One use of an operation, with parameters of the class ``P_co``. ``type`` and ``ne`` are what the node declares,
+    None where they are asked for."""
 
-    op: str
-    params: Any  # the op's class of PARAMS: checked before a rule sees it
-    src: tuple[Any, ...]  # tensors; None only where the rule allows it
+    params: P_co
+    src: tuple[Any, ...]  # tensors; None only where the operation allows it
     type: Type | None
     ne: Dims | None
 
 
-class Rule(NamedTuple):
-    """``infer`` gets a call whose number of sources and class of parameters are right. The first ``least`` sources are
-    needed, those up to ``most`` may be missing."""
+@dataclass(frozen=True, slots=True)
+class Op:
+    """What there is to know about one of ggml's operations; made by :func:`op`."""
 
+    name: str
+    params: type[Params]
+    """What its ``op_params`` mean."""
+    infer: Callable[[Call[Any]], Result]
+    """Its shape rule: type and shape of the result. It raises :class:`GraphError` for an invalid call and
+    :class:`UnsupportedOperation` for a valid one that sdrpc does not compute. When it is called, the number of sources
+    and the class of the parameters have been checked."""
     least: int
+    """So many sources must be there."""
     most: int
-    infer: Callable[[Call], Result]
-    finite: bool = True  # whether parameters must be finite; NaN is never allowed
+    """So many may be."""
+    alias: bool = False
+    """It computes nothing: its tensor is another name for bytes that exist."""
+    moves: bool = False
+    """Its result holds elements of its only source, of any type, in another shape or order."""
+    writes: int | None = None
+    """The source whose memory the result is written to (of SET and ACC only if their parameter ``inplace`` is set);
+    None where the result has memory of its own, or the node's place alone says where it is."""
+    partial: bool = False
+    """It changes only part of that memory: what else is there stays."""
+    updates: tuple[int, ...] = ()
+    """Other sources whose memory it changes."""
+    finite: bool = True
+    """Whether its parameters must be finite. NaN is never allowed."""
+    portable: bool = False
+    """Whether ggml's CPU, CUDA, Metal, Vulkan and SYCL backends all have it."""
+
+    @property
+    def reads(self) -> int:
+        """It reads the values of so many sources at most; a source behind them only says where to write."""
+        return self.writes or self.most
+
+
+def op(
+    name: str,
+    params: type[P],
+    infer: Callable[[Call[P]], Result],
+    least: int,
+    most: int | None = None,
+    *,
+    alias: bool = False,
+    moves: bool = False,
+    writes: int | None = None,
+    partial: bool = False,
+    updates: tuple[int, ...] = (),
+    finite: bool = True,
+    portable: bool = False,
+) -> Op:
+    """A row of the table, whose shape rule takes parameters of the class that the row names. ``most`` is ``least``
+    unless it is given."""
+    return Op(
+        name, cast("type[Params]", params), infer, least, least if most is None else most,
+        alias, moves, writes, partial, updates, finite, portable,
+    )  # fmt: skip
 
 
 def injective(type: Type, ne: Dims, nb: Dims) -> bool:
@@ -77,28 +132,33 @@ def typed(tensor: Tensor, allowed: frozenset[str], what: str = "source") -> None
         raise UnsupportedOperation(f"{what} of type {tensor.type}")
 
 
+def fits(n: int, whole: int) -> bool:
+    """Whether ``whole`` is a multiple of ``n``; of zero only zero is one."""
+    return whole % n == 0 if n else whole == 0
+
+
 def repeats(small: Dims, large: Dims) -> bool:
     """Whether ``small`` fits a whole number of times into ``large``, in every dimension (ggml_can_repeat)."""
-    return not (large[0] % small[0] or large[1] % small[1] or large[2] % small[2] or large[3] % small[3])
+    return all(map(fits, small, large))
 
 
-def declared(call: Call) -> Dims:
+def declared(call: Call[object]) -> Dims:
     if call.ne is None:
         raise GraphError("the shape of the result must be given")
     return call.ne
 
 
-def one_of(call: Call, allowed: frozenset[str], default: Type) -> Type:
+def one_of(call: Call[object], allowed: frozenset[str], default: Type) -> Type:
     """The declared result type, which the operation leaves free within ``allowed``."""
     result = call.type or default
     support(result.name in allowed, "result of type {}", result)
     return result
 
 
-def like(allowed: frozenset[str]) -> Callable[[Call], Result]:
+def like(allowed: frozenset[str]) -> Callable[[Call[object]], Result]:
     """Element by element, or row by row: the result is as the first source."""
 
-    def rule(call: Call) -> Result:
+    def rule(call: Call[object]) -> Result:
         source = call.src[0]
         typed(source, allowed)
         return Result(source.type, source.ne)

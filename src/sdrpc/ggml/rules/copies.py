@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from ...errors import GraphError
+from ..params import Concat, NoParams, Pad, PadReflect, Permute, Roll, SetView, View
 from ..tensor import Dims, extent
 from ..types import F32, I32, Type
 from .base import (
@@ -16,26 +17,28 @@ from .base import (
     READABLE,
     WRITABLE,
     Call,
+    Op,
     Result,
-    Rule,
     declared,
+    fits,
     float_like,
     injective,
     like,
     need,
+    op,
     repeats,
     support,
     typed,
 )
 
 
-def _leaf(call: Call) -> Result:
+def _leaf(call: Call[NoParams]) -> Result:
     if call.type is None:
         raise GraphError("the type of a leaf must be given")
     return Result(call.type, declared(call))
 
 
-def _repeat(call: Call) -> Result:
+def _repeat(call: Call[NoParams]) -> Result:
     source = call.src[0]
     typed(source, PLAIN)
     ne = declared(call)
@@ -43,7 +46,7 @@ def _repeat(call: Call) -> Result:
     return Result(source.type, ne)
 
 
-def _concat(call: Call) -> Result:
+def _concat(call: Call[Concat]) -> Result:
     a, b = call.src
     dim = call.params.dim
     need(0 <= dim < 4, "dimension {}", dim)
@@ -57,10 +60,10 @@ def _with(ne: Dims, dim: int, n: int) -> Dims:
     return w, x, y, z
 
 
-def _set_into(allowed: frozenset[str]) -> Callable[[Call], Result]:
+def _set_into(allowed: frozenset[str]) -> Callable[[Call[SetView]], Result]:
     """SET and ACC: ``b`` goes into a copy of ``a`` at strides and an offset that are parameters."""
 
-    def rule(call: Call) -> Result:
+    def rule(call: Call[SetView]) -> Result:
         a, b = call.src
         nb1, nb2, nb3, offset, inplace = call.params
         typed(a, allowed)
@@ -79,7 +82,7 @@ def _set_into(allowed: frozenset[str]) -> Callable[[Call], Result]:
     return rule
 
 
-def _copy(call: Call) -> Result:
+def _copy(call: Call[NoParams]) -> Result:
     a, b = call.src
     # without a destination it is ggml_cast: the result is a tensor of its own
     result = Result(call.type or a.type, call.ne or a.ne) if b is None else Result(b.type, b.ne)
@@ -97,14 +100,14 @@ def _convertible(source: Type, result: Type) -> bool:
     )
 
 
-def _cont(call: Call) -> Result:
+def _cont(call: Call[NoParams]) -> Result:
     source = call.src[0]
     ne = call.ne or source.ne
     need(source.elements == math.prod(ne), "makes {} of {}", ne, source.ne)
     return Result(source.type, ne)
 
 
-def _reshape(call: Call) -> Result:
+def _reshape(call: Call[NoParams]) -> Result:
     source = call.src[0]
     ne = declared(call)
     need(source.elements == math.prod(ne), "makes {} of {}", ne, source.ne)
@@ -112,11 +115,11 @@ def _reshape(call: Call) -> Result:
     return Result(source.type, ne)
 
 
-def _view(call: Call) -> Result:
+def _view(call: Call[View]) -> Result:
     return Result(call.src[0].type, declared(call))
 
 
-def _permute(call: Call) -> Result:
+def _permute(call: Call[Permute]) -> Result:
     axes = tuple(call.params)
     need(sorted(axes) == [0, 1, 2, 3], "axes {}", axes)
     return Result(call.src[0].type, permuted(call.src[0].ne, axes))
@@ -130,12 +133,12 @@ def permuted(dims: Dims, axes: tuple[int, ...]) -> Dims:
     return result[0], result[1], result[2], result[3]
 
 
-def _transpose(call: Call) -> Result:
+def _transpose(call: Call[NoParams]) -> Result:
     ne = call.src[0].ne
     return Result(call.src[0].type, (ne[1], ne[0], ne[2], ne[3]))
 
 
-def _get_rows(call: Call) -> Result:
+def _get_rows(call: Call[NoParams]) -> Result:
     a, rows = call.src
     typed(a, READABLE | {"I32"})
     typed(rows, INDICES, "indices")
@@ -146,20 +149,20 @@ def _get_rows(call: Call) -> Result:
     return Result(I32 if a.type == I32 else F32, (a.ne[0], rows.ne[0], rows.ne[1], rows.ne[2]))
 
 
-def _set_rows(call: Call) -> Result:
+def _set_rows(call: Call[NoParams]) -> Result:
     values, rows, into = call.src
     typed(values, frozenset({"F32", "F16"}))
     typed(rows, INDICES, "indices")
     typed(into, WRITABLE | {"I32"}, "destination")
     v, r, d = values.ne, rows.ne, into.ne
     need(
-        v[0] == d[0] and v[2:] == d[2:] and v[1] == r[0] and not v[2] % r[1] and not v[3] % r[2] and r[3] == 1,
+        v[0] == d[0] and v[2:] == d[2:] and v[1] == r[0] and fits(r[1], v[2]) and fits(r[2], v[3]) and r[3] == 1,
         "rows {} at {} don't fit {}", v, r, d,
     )  # fmt: skip
     return Result(into.type, d)
 
 
-def _pad(call: Call) -> Result:
+def _pad(call: Call[Pad]) -> Result:
     *amounts, circular = call.params
     typed(call.src[0], FLOATS)
     need(min(amounts) >= 0 and circular in (0, 1), "pads by {}", tuple(call.params))
@@ -167,28 +170,36 @@ def _pad(call: Call) -> Result:
     return Result(call.src[0].type, (w, x, y, z))
 
 
-def _pad_reflect(call: Call) -> Result:
+def _pad_reflect(call: Call[PadReflect]) -> Result:
     like, (left, right) = float_like(call), call.params
     n = like.ne[0]
     need(0 <= left < n and 0 <= right < n, "mirrors {} and {} of {} elements", left, right, n)
     return Result(like.type, (left + n + right, *like.ne[1:]))
 
 
-def _roll(call: Call) -> Result:
+def _roll(call: Call[Roll]) -> Result:
     like = float_like(call)
     for shift, n in zip(call.params, like.ne, strict=True):
         need(-n < shift < n, "moves {} by {}", like.ne, tuple(call.params))
     return like
 
 
-RULES: dict[str, Rule] = {
-    # names for bytes
-    "NONE": Rule(0, 0, _leaf), "VIEW": Rule(1, 1, _view), "RESHAPE": Rule(1, 1, _reshape),
-    "PERMUTE": Rule(1, 1, _permute), "TRANSPOSE": Rule(1, 1, _transpose),
-    # copies
-    "DUP": Rule(1, 1, like(ALL)), "CPY": Rule(1, 2, _copy), "CONT": Rule(1, 1, _cont),
-    "REPEAT": Rule(1, 1, _repeat), "CONCAT": Rule(2, 2, _concat), "PAD": Rule(1, 1, _pad),
-    "PAD_REFLECT_1D": Rule(1, 1, _pad_reflect), "ROLL": Rule(1, 1, _roll),
-    "SET": Rule(2, 2, _set_into(frozenset({"F32", "I32"}))), "ACC": Rule(2, 2, _set_into(frozenset({"F32"}))),
-    "GET_ROWS": Rule(2, 2, _get_rows), "SET_ROWS": Rule(3, 3, _set_rows),
-}  # fmt: skip
+OPS: tuple[Op, ...] = (
+    op("NONE", NoParams, _leaf, 0, alias=True, portable=True),
+    op("VIEW", View, _view, 1, alias=True, moves=True, portable=True),
+    op("RESHAPE", NoParams, _reshape, 1, alias=True, moves=True, portable=True),
+    op("PERMUTE", Permute, _permute, 1, alias=True, moves=True, portable=True),
+    op("TRANSPOSE", NoParams, _transpose, 1, alias=True, moves=True, portable=True),
+    op("DUP", NoParams, like(ALL), 1),
+    op("CPY", NoParams, _copy, 1, 2, writes=1, portable=True),
+    op("CONT", NoParams, _cont, 1, moves=True, portable=True),
+    op("REPEAT", NoParams, _repeat, 1, moves=True, portable=True),
+    op("CONCAT", Concat, _concat, 2, portable=True),
+    op("PAD", Pad, _pad, 1, portable=True),
+    op("PAD_REFLECT_1D", PadReflect, _pad_reflect, 1),
+    op("ROLL", Roll, _roll, 1),
+    op("SET", SetView, _set_into(frozenset({"F32", "I32"})), 2, writes=0),
+    op("ACC", SetView, _set_into(frozenset({"F32"})), 2, writes=0),
+    op("GET_ROWS", NoParams, _get_rows, 2, portable=True),
+    op("SET_ROWS", NoParams, _set_rows, 3, writes=2, partial=True),
+)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import CaptureError
 from ...ggml.params import Pool2D, Upscale
-from ...ggml.rules import MEAN_POOL, NEAREST
+from ...ggml.rules.images import MEAN_POOL, NEAREST
 from ..emitter import Emitter, Value, dims_of
 from .base import Out, pair, rule
 from .convolutions import shaped

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdrpc.ggml.params import MulMat, Rotation
 from sdrpc.ggml.rules.products import bytes_of_rows
 
 from ..arithmetic import quotient
 from ..dtypes import shape_of
+from ..operations import EngineOp
 from ..values import Value
-from .base import Raise
+from .base import Kernel, kernel
 
 EXACT_SUM = 1 << 10
 """So many products of two numbers of 8 bits sum up to 2²⁴ at most: exact in float32, in any order, which every device
@@ -45,7 +47,7 @@ def _quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return numbers.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def _quantize_i8_convrot(v: Value, x: Tensor) -> Tensor:
+def _quantize_i8_convrot(v: Value[Rotation], x: Tensor) -> Tensor:
     """Rows and scales as bytes; those that fill up are zero."""
     numbers, scale = _quantized(x, v.params.group)
     rows, k = numbers.shape
@@ -88,7 +90,7 @@ def _in_integers(x: Tensor, w: Tensor) -> bool:
     )
 
 
-def _mul_mat_i8(v: Value, a: Tensor, b: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def _mul_mat_i8(v: Value[MulMat], a: Tensor, b: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """b · aᵀ as integers, times the scales of b's rows and of a's, plus a bias."""
     weight = a[0, 0]
     if b.dtype is torch.int8:
@@ -99,4 +101,7 @@ def _mul_mat_i8(v: Value, a: Tensor, b: Tensor, scales: Tensor, bias: Tensor | N
     return (y if bias is None else y + bias.reshape(-1)).reshape(shape_of(v.ne))
 
 
-RAISE: dict[str, Raise] = {"QUANTIZE_I8_CONVROT": _quantize_i8_convrot, "MUL_MAT_I8": _mul_mat_i8}
+KERNELS: tuple[Kernel, ...] = (
+    kernel("QUANTIZE_I8_CONVROT", Rotation, _quantize_i8_convrot),
+    kernel(EngineOp.MUL_MAT_I8, MulMat, _mul_mat_i8),
+)

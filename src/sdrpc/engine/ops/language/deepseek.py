@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import shape_of
-from ..values import Value
-from .base import Raise, repeat_to
+from sdrpc.ggml.params import Gather, Mixing, NoParams
+
+from ...dtypes import shape_of
+from ...values import Value
+from ..base import Kernel, kernel, repeat_to
 
 SCORES = 1 << 24
 """Scores of heads that are held at one time."""
@@ -28,9 +28,9 @@ def _lightning_indexer(v: Value, query: Tensor, key: Tensor, weights: Tensor, ma
     return total.reshape(shape_of(v.ne))
 
 
-def _mixing(v: Value, mixes: Tensor, scale: Tensor, base: Tensor) -> Tensor:
+def _mixing(v: Value[Mixing], mixes: Tensor, scale: Tensor, base: Tensor) -> Tensor:
     """A matrix [from, to] for each token whose rows and columns sum to one: a softmax, then Sinkhorn's iteration."""
-    p: Any = v.params
+    p = v.params
     streams = v.ne[0]
     logits = mixes[0, 0, :, 2 * streams :] * scale[0, 0, 0, 2] + base[0, 0, 0, 2 * streams :]
     matrix: Tensor = torch.softmax(logits.reshape(-1, streams, streams), -1) + p.eps
@@ -41,13 +41,13 @@ def _mixing(v: Value, mixes: Tensor, scale: Tensor, base: Tensor) -> Tensor:
     return matrix.reshape(shape_of(v.ne))
 
 
-def _gather(v: Value, x: Tensor, weights: Tensor) -> Tensor:
+def _gather(v: Value[Gather], x: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of a token's streams. Weights are one number a stream, or gates of all its elements, which go
     through a sigmoid and are scaled. (Without gates the scale is always one; protocols before 7.0 don't send it.)"""
-    p: Any = v.params
+    p = v.params
     if not p.gated:
         return (weights[0, 0, :, None] @ x[0]).reshape(shape_of(v.ne))
-    return ((x * torch.sigmoid(weights)).sum(2) * float(p.scale)).reshape(shape_of(v.ne))
+    return ((x * torch.sigmoid(weights)).sum(2) * p.scale).reshape(shape_of(v.ne))
 
 
 def _spread(v: Value, x: Tensor, residual: Tensor, post: Tensor, mixing: Tensor | None = None) -> Tensor:
@@ -57,6 +57,9 @@ def _spread(v: Value, x: Tensor, residual: Tensor, post: Tensor, mixing: Tensor 
     return (shared + mixed).reshape(shape_of(v.ne))
 
 
-RAISE: dict[str, Raise] = {
-    "LIGHTNING_INDEXER": _lightning_indexer, "DSV4_HC_COMB": _mixing, "DSV4_HC_PRE": _gather, "DSV4_HC_POST": _spread,
-}  # fmt: skip
+KERNELS: tuple[Kernel, ...] = (
+    kernel("LIGHTNING_INDEXER", NoParams, _lightning_indexer),
+    kernel("DSV4_HC_COMB", Mixing, _mixing),
+    kernel("DSV4_HC_PRE", Gather, _gather),
+    kernel("DSV4_HC_POST", NoParams, _spread),
+)

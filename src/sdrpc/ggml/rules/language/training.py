@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from ..tensor import dims
-from ..types import F32
-from . import attention
-from .base import Call, Result, Rule, declared, need, repeats, support, typed
-from .images import pooled, window
+from dataclasses import replace
+from math import prod
+
+from ...params import Eps, Im2Col, NoParams, Pool2D, Rope, SoftMax
+from ...tensor import dims
+from ...types import F32
+from .. import attention
+from ..base import Call, Op, Result, declared, need, op, repeats, support, typed
+from ..images import pooled, window
 
 _F32 = frozenset({"F32"})
 
 
-def _alike(call: Call) -> Result:
+def _alike(call: Call[object]) -> Result:
     """A gradient and what the operation was given (or gave), of one shape."""
     a, b = call.src
     typed(a, _F32)
@@ -20,17 +24,17 @@ def _alike(call: Call) -> Result:
     return Result(F32, a.ne)
 
 
-def _rms_norm_back(call: Call) -> Result:
+def _rms_norm_back(call: Call[Eps]) -> Result:
     need(call.params.eps >= 0, "eps {}", call.params.eps)
     return _alike(call)
 
 
-def _soft_max_back(call: Call) -> Result:
+def _soft_max_back(call: Call[SoftMax]) -> Result:
     support(call.params.max_bias == 0, "max_bias {}", call.params.max_bias)
     return _alike(call)
 
 
-def _repeat_back(call: Call) -> Result:
+def _repeat_back(call: Call[NoParams]) -> Result:
     source = call.src[0]
     typed(source, _F32)
     ne = declared(call)
@@ -38,36 +42,47 @@ def _repeat_back(call: Call) -> Result:
     return Result(F32, ne)
 
 
-def _get_rows_back(call: Call) -> Result:
+def _get_rows_back(call: Call[NoParams]) -> Result:
     rows, numbers = call.src
     typed(rows, frozenset({"F32", "F16"}))
     typed(numbers, frozenset({"I32"}), "indices")
     ne = declared(call)
-    need(rows.ne[2:] == (1, 1) and numbers.ne == (rows.ne[1], 1, 1, 1), "indices {} for {}", numbers.ne, rows.ne)
+    n = numbers.ne  # the first so many rows are used: there may be more
+    need(rows.ne[2:] == (1, 1) and n[0] <= rows.ne[1] and n[1:] == (1, 1, 1), "indices {} for {}", n, rows.ne)
     need(ne[0] == rows.ne[0] and ne[2:] == (1, 1), "rows {} into {}", rows.ne, ne)
     return Result(F32, ne)
 
 
-def _cross_entropy_loss(call: Call) -> Result:
+def _cross_entropy_loss(call: Call[NoParams]) -> Result:
     _alike(call)
     return Result(F32, dims(1))
 
 
-def _cross_entropy_loss_back(call: Call) -> Result:
+def _cross_entropy_loss_back(call: Call[NoParams]) -> Result:
     gradient, *both = call.src
     typed(gradient, _F32, "gradient")
     need(gradient.ne == dims(1), "gradient {} of one number", gradient.ne)
-    return _alike(call._replace(src=tuple(both)))
+    return _alike(replace(call, src=tuple(both)))
 
 
-def _sgd(call: Call) -> Result:
+def _sgd(call: Call[NoParams]) -> Result:
     *both, rates = call.src
     typed(rates, _F32, "rates")
     need(rates.ne == dims(2), "{} rates: there are two", rates.ne)
-    return _alike(call._replace(src=tuple(both)))
+    return _alike(replace(call, src=tuple(both)))
 
 
-def _im2col_back(call: Call) -> Result:
+def _adamw(call: Call[NoParams]) -> Result:
+    *alike, params = call.src
+    for each in alike:
+        typed(each, _F32)
+        need(each.ne == alike[0].ne, "shapes {} and {}", alike[0].ne, each.ne)
+    typed(params, _F32, "parameters")
+    need(prod(params.ne) == 7, "{} parameters: there are seven", params.ne)
+    return Result(F32, alike[0].ne)
+
+
+def _im2col_back(call: Call[Im2Col]) -> Result:
     gradient, kernel = call.src
     typed(gradient, _F32)
     p, ne, k = call.params, declared(call), kernel.ne
@@ -83,7 +98,7 @@ def _im2col_back(call: Call) -> Result:
     return Result(F32, ne)
 
 
-def _pool_2d_back(call: Call) -> Result:
+def _pool_2d_back(call: Call[Pool2D]) -> Result:
     gradient, image = call.src
     p, x = call.params, image.ne
     typed(gradient, _F32)
@@ -93,11 +108,17 @@ def _pool_2d_back(call: Call) -> Result:
     return Result(F32, x)
 
 
-RULES: dict[str, Rule] = {
-    "SILU_BACK": Rule(2, 2, _alike), "RMS_NORM_BACK": Rule(2, 2, _rms_norm_back),
-    "SOFT_MAX_BACK": Rule(2, 2, _soft_max_back), "ROPE_BACK": attention.RULES["ROPE"],
-    "REPEAT_BACK": Rule(1, 1, _repeat_back), "GET_ROWS_BACK": Rule(2, 2, _get_rows_back),
-    "CROSS_ENTROPY_LOSS": Rule(2, 2, _cross_entropy_loss),
-    "CROSS_ENTROPY_LOSS_BACK": Rule(3, 3, _cross_entropy_loss_back), "OPT_STEP_SGD": Rule(3, 3, _sgd),
-    "IM2COL_BACK": Rule(2, 2, _im2col_back), "POOL_2D_BACK": Rule(2, 2, _pool_2d_back),
-}  # fmt: skip
+OPS: tuple[Op, ...] = (
+    op("SILU_BACK", NoParams, _alike, 2),
+    op("RMS_NORM_BACK", Eps, _rms_norm_back, 2),
+    op("SOFT_MAX_BACK", SoftMax, _soft_max_back, 2),
+    op("ROPE_BACK", Rope, attention.rope, 2, 3),
+    op("REPEAT_BACK", NoParams, _repeat_back, 1),
+    op("GET_ROWS_BACK", NoParams, _get_rows_back, 2),
+    op("CROSS_ENTROPY_LOSS", NoParams, _cross_entropy_loss, 2),
+    op("CROSS_ENTROPY_LOSS_BACK", NoParams, _cross_entropy_loss_back, 3),
+    op("OPT_STEP_SGD", NoParams, _sgd, 3),
+    op("OPT_STEP_ADAMW", NoParams, _adamw, 5, writes=0, updates=(2, 3)),
+    op("IM2COL_BACK", Im2Col, _im2col_back, 2),
+    op("POOL_2D_BACK", Pool2D, _pool_2d_back, 2),
+)

@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import shape_of
-from ..values import Value
-from .base import Raise, within
+from sdrpc.ggml.params import LinearAttention, NoParams, States
+
+from ...dtypes import shape_of
+from ...values import Value
+from ..base import Kernel, kernel, within
 
 
 def _joined(v: Value, outputs: list[Tensor], states: Iterable[Tensor]) -> Tensor:
     """``outputs`` of the tokens, [sequences, …] each, and then ``states``, as one dense value. States before the first
     token, which ggml leaves undefined, are zero."""
-    flat = torch.cat([part.reshape(-1) for part in (torch.stack(outputs, 1), *states)])
+    tokens = [torch.stack(outputs, 1)] if outputs else []
+    flat = torch.cat([part.reshape(-1) for part in (*tokens, *states)])
     return F.pad(flat, (0, prod(v.ne) - len(flat))).reshape(shape_of(v.ne))
 
 
@@ -38,14 +40,16 @@ def _ssm_conv(v: Value, x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv1d(x[0], kernel.reshape(channels, 1, taps), groups=channels).mT.reshape(shape_of(v.ne))
 
 
-def _ssm_scan(v: Value, states: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, rows: Tensor) -> Tensor:
+def _ssm_scan(
+    v: Value[States], states: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, rows: Tensor
+) -> Tensor:
     """Mamba's selective scan: h ← h · exp(dt A) + dt x Bᵀ, y = h C, where dt has gone through softplus.
 
     ``x`` [sequences, tokens, heads, width], ``dt`` [1, sequences, tokens, heads], ``b`` and ``c`` [sequences, tokens,
     groups, size] of which each serves several heads, ``a`` [1, 1, heads, size] (Mamba-1) or [1, 1, heads, 1] (Mamba-2).
     Sequence i starts from ``states[rows[i]]`` [heads, width, size].
     """
-    p: Any = v.params
+    p = v.params
     sequences, tokens, heads, width = x.shape
     _, _, groups, size = b.shape
     grouped = (sequences, groups, heads // groups)
@@ -96,10 +100,12 @@ def _wkv7(
     return _joined(v, outputs, [h])
 
 
-def _gated_linear_attn(v: Value, key: Tensor, value: Tensor, query: Tensor, gate: Tensor, state: Tensor) -> Tensor:
+def _gated_linear_attn(
+    v: Value[LinearAttention], key: Tensor, value: Tensor, query: Tensor, gate: Tensor, state: Tensor
+) -> Tensor:
     """S ← gate · S + kᵀv, y = scale · q S: rows of S go with keys, columns with values."""
-    p: Any = v.params
-    h, key, value, query, gate = _sequences(state, key, value, query * float(p.scale), gate)
+    p = v.params
+    h, key, value, query, gate = _sequences(state, key, value, query * p.scale, gate)
     outputs = []
     for t in range(key.shape[1]):
         h = torch.addcmul(key[:, t, :, :, None] * value[:, t, :, None], gate[:, t, :, :, None], h)
@@ -108,14 +114,14 @@ def _gated_linear_attn(v: Value, key: Tensor, value: Tensor, query: Tensor, gate
 
 
 def _gated_delta_net(
-    v: Value, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor, state: Tensor
+    v: Value[States], query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor, state: Tensor
 ) -> Tensor:
     """S ← exp(gate) · S, then S ← S + beta (v - S k)ᵀk, y = S q / √size: rows of S go with values, columns with keys.
 
     All but ``state`` are [sequences, tokens, heads, size]; queries and keys of fewer heads or sequences repeat (heads
     in turn, sequences several times each). The gate is one number a head, or one for each column.
     """
-    p: Any = v.params
+    p = v.params
     sequences, tokens, heads, size = value.shape
     query, key = (
         one.repeat_interleave(sequences // one.shape[0], 0).repeat(1, 1, heads // one.shape[2], 1)[..., None]
@@ -139,7 +145,12 @@ def _solve_tri(_v: Value, a: Tensor, b: Tensor) -> Tensor:
     return solution
 
 
-RAISE: dict[str, Raise] = {
-    "SSM_CONV": _ssm_conv, "SSM_SCAN": _ssm_scan, "RWKV_WKV6": _wkv6, "RWKV_WKV7": _wkv7,
-    "GATED_LINEAR_ATTN": _gated_linear_attn, "GATED_DELTA_NET": _gated_delta_net, "SOLVE_TRI": _solve_tri,
-}  # fmt: skip
+KERNELS: tuple[Kernel, ...] = (
+    kernel("SSM_CONV", NoParams, _ssm_conv),
+    kernel("SSM_SCAN", States, _ssm_scan),
+    kernel("RWKV_WKV6", NoParams, _wkv6),
+    kernel("RWKV_WKV7", NoParams, _wkv7),
+    kernel("GATED_LINEAR_ATTN", LinearAttention, _gated_linear_attn),
+    kernel("GATED_DELTA_NET", States, _gated_delta_net),
+    kernel("SOLVE_TRI", NoParams, _solve_tri),
+)

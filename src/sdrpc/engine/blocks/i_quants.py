@@ -1,6 +1,9 @@
-"""Blocks whose levels are entries of a table: IQ4 with sixteen numbers, IQ1 to IQ3 with grids of four or eight at once.
+"""I-quants: blocks whose codes are entries of a table. IQ4 has sixteen numbers; IQ1 to IQ3 have grids, of which an
+entry gives four or eight elements at once, and signs.
 
-The grids are the gguf library's: ``gguf.quants.IQ2_XXS.grid`` and so on.
+The grids are the gguf library's: ``gguf.quants.IQ2_XXS.grid`` and so on. The docstring of each reader gives the bytes
+of a block, in order; ``d`` is the block's scale. Seven signs stand for eight: the last makes the number of minus signs
+even.
 """
 
 from __future__ import annotations
@@ -11,7 +14,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .bits import Blocks, as_bytes, as_half, constants, half, pack_planes, planes, shaped, table, unpack, words
+from .bits import (
+    Blocks,
+    as_bytes,
+    as_half,
+    constants,
+    half,
+    pack_planes,
+    planes,
+    reinterpret,
+    shaped,
+    table,
+    unpack,
+    words,
+)
 from .search import LEAST, best, in_order, inverse, nearest, peak
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -59,7 +75,7 @@ def _signed(name: str, scales: Tensor, index: Tensor, minus: Tensor) -> Tensor:
 
 def _dwords(x: Tensor) -> Tensor:
     """[…, 4 k] bytes → […, k] int32"""
-    return x.contiguous().view(torch.int32)
+    return reinterpret(x, torch.int32)
 
 
 SIGNS_OF_WORD = (0, 7, 14, 21)
@@ -67,6 +83,8 @@ SIGNS_OF_WORD = (0, 7, 14, 21)
 
 
 def read_iq2_xxs(b: Blocks) -> Tensor:
+    """d f16 | for each 32 elements: 4 bytes, entries of the grid, of 8 elements each | 32 bits: four times seven signs,
+    and a scale of four bits: d (scale + 1/2) / 4 times the entry."""
     groups = shaped(b[:, 2:], 8, 8)
     word = _dwords(groups[..., 4:])[..., 0]
     scales = half(b[:, :2]) * (0.5 + (word >> 28 & 15)) * 0.25
@@ -74,24 +92,32 @@ def read_iq2_xxs(b: Blocks) -> Tensor:
 
 
 def read_iq3_xxs(b: Blocks) -> Tensor:
+    """d f16 | 64 bytes, entries of the grid, of 4 elements each | for each 32 elements 32 bits of signs and scale, as
+    in IQ2_XXS: d (scale + 1/2) / 2 times the entry."""
     word = _dwords(b[:, 66:])
     scales = half(b[:, :2]) * (0.5 + (word >> 28 & 15)) * 0.5
     return _signed("IQ3_XXS", scales, b[:, 2:66], _even(_fields(word, SIGNS_OF_WORD, 127)))
 
 
 def read_iq2_xs(b: Blocks) -> Tensor:
+    """d f16 | 32 words of 16 bits, for 8 elements each: entry of the grid (9 bits), signs (7) | 8 bytes: a scale of
+    four bits for each 16 elements."""
     word = words(b[:, 2:66])
     scales = half(b[:, :2]) * (0.5 + unpack(b[:, 66:], 4).flatten(1)) * 0.25
     return _signed("IQ2_XS", scales, word & 511, _even(word >> 9))
 
 
 def read_iq2_s(b: Blocks) -> Tensor:
+    """d f16 | 32 bytes: low bits of the entries, of 8 elements each | 32 bytes of signs | 8 bytes: two bits more of
+    each entry | 8 bytes: a scale of four bits for each 16 elements."""
     index = b[:, 2:34].int() | unpack(b[:, 66:74], 2).flatten(1).int() << 8
     scales = half(b[:, :2]) * (0.5 + unpack(b[:, 74:], 4).flatten(1)) * 0.25
     return _signed("IQ2_S", scales, index, b[:, 34:66])
 
 
 def read_iq3_s(b: Blocks) -> Tensor:
+    """d f16 | 64 bytes: low bits of the entries, of 4 elements each | 8 bytes: a ninth bit of each | 32 bytes of signs
+    | 4 bytes: a scale of four bits for each 32 elements: d (2 scale + 1) times the entry."""
     index = b[:, 2:66].int() | unpack(b[:, 66:74], 1).flatten(1).int() << 8
     scales = half(b[:, :2]) * (1 + 2 * unpack(b[:, 106:], 4).flatten(1))
     return _signed("IQ3_S", scales, index, b[:, 74:106])
@@ -104,6 +130,8 @@ def _shifted(name: str, scales: Tensor, index: Tensor, down: Tensor) -> Tensor:
 
 
 def read_iq1_s(b: Blocks) -> Tensor:
+    """d f16 | 32 bytes: low bits of the entries, of 8 elements each | for each 32 elements a word of 16 bits: three
+    bits more of four entries, scale (3 bits), direction of the shift: d (2 scale + 1) (entry ± 1/8)."""
     word = words(b[:, 34:])
     index = b[:, 2:34].int() | _fields(word, (0, 3, 6, 9), 7).flatten(1) << 8
     scales = half(b[:, :2]) * (2 * (word >> 12 & 7) + 1)
@@ -111,6 +139,9 @@ def read_iq1_s(b: Blocks) -> Tensor:
 
 
 def read_iq1_m(b: Blocks) -> Tensor:
+    """32 bytes: low bits of the entries, of 8 elements each | 16 bytes: for each entry three bits more and the
+    direction of its shift | four words of 16 bits: four scales of three bits (of 16 elements each), and four bits of d,
+    a float16."""
     word, high = words(b[:, 48:]), unpack(b[:, 32:48], 4).flatten(1).int()
     d = (word >> 12 << constants((0, 4, 8, 12), b.device).int()).sum(1, keepdim=True, dtype=torch.int32)
     scales = half(as_bytes(d.to(torch.int16))) * (2 * _fields(word, (0, 3, 6, 9), 7).flatten(1) + 1)
@@ -118,10 +149,13 @@ def read_iq1_m(b: Blocks) -> Tensor:
 
 
 def read_iq4_nl(b: Blocks) -> Tensor:
+    """d f16 | 16 bytes, halves as in Q4_0: d times an entry of :data:`IQ4`."""
     return half(b[:, :2]) * table(IQ4, planes(b[:, 2:], 4).flatten(1))
 
 
 def read_iq4_xs(b: Blocks) -> Tensor:
+    """d f16 | 16 bits: two bits above of each scale | 4 bytes: low four bits of the 8 scales, of 32 elements each | for
+    each 32 elements 16 bytes as in IQ4_NL: d (scale - 32) times an entry of :data:`IQ4`."""
     high = _fields(words(b[:, 2:4])[:, 0], tuple(range(0, 16, 2)), 3)
     low = unpack(b[:, 4:8], 4).flatten(1).int()
     scales = half(b[:, :2]) * ((low | (high << 4)) - 32).float()

@@ -1,4 +1,8 @@
-"""Super-blocks: 256 elements in groups of 16 or 32 whose scales are numbers of few bits themselves."""
+"""K-quants: super-blocks of 256 elements in groups of 16 or 32, whose scales are numbers of few bits themselves.
+
+The docstring of each reader gives the bytes of a block, in order, and what an element is: ``d`` is the block's scale,
+``q`` the element's code.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,9 @@ def _requantized(x: Tensor, scales: Tensor, leasts: Tensor | None, bounds: tuple
 
 
 def read_q2_k(b: Blocks) -> Tensor:
+    """16 bytes: scale (low half) and least m (high half) of each 16 elements | 64 bytes of two bits an element | d f16
+    | dm f16: d · scale · q - dm · m. Of each 32 bytes the lowest two bits are 32 elements, the next two the next 32
+    …"""
     levels = planes(shaped(b[:, 16:80], 2, 32), 2).reshape(-1, 16, 16)
     return _read(levels, half(b[:, 80:82]) * (b[:, :16] & 15).float(), half(b[:, 82:84]) * (b[:, :16] >> 4).float())
 
@@ -58,6 +65,8 @@ def _positive(scales: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 def read_q3_k(b: Blocks) -> Tensor:
+    """32 bytes: bit j of byte i is the third bit of element 32 j + i | 64 bytes of two bits, as in Q2_K | 12 bytes: 16
+    scales of six bits, first their low halves, then the two bits above | d f16: d (scale - 32) (q - 4)."""
     low, high = planes(b[:, 96:104], 4).flatten(1), planes(b[:, 104:108], 2).flatten(1)
     scales = half(b[:, 108:]) * ((low | (high << 4)).float() - 32)
     levels = planes(shaped(b[:, 32:96], 2, 32), 2).flatten(1, 2) | planes(b[:, :32], 1) << 2
@@ -93,12 +102,16 @@ def _pack_six_bits(scales: Tensor, leasts: Tensor) -> Tensor:
 
 
 def read_q4_k(b: Blocks) -> Tensor:
+    """d f16 | dm f16 | 12 bytes: scale and least m of each 32 elements (:func:`_six_bits`) | 128 bytes: d · scale · q -
+    dm · m. Of each 32 bytes the low halves are 32 elements, the high halves the next 32."""
     scales, leasts = _six_bits(b[:, 4:16])
     levels = planes(shaped(b[:, 16:], 4, 32), 4).flatten(1, 2)
     return _read(levels, half(b[:, :2]) * scales, half(b[:, 2:4]) * leasts)
 
 
 def read_q5_k(b: Blocks) -> Tensor:
+    """d f16 | dm f16 | 12 bytes of scales and leasts, as in Q4_K | 32 bytes: bit j of byte i is the fifth bit of
+    element 32 j + i | 128 bytes as in Q4_K."""
     scales, leasts = _six_bits(b[:, 4:16])
     levels = planes(shaped(b[:, 48:], 4, 32), 4).flatten(1, 2) | planes(b[:, 16:48], 1) << 4
     return _read(levels, half(b[:, :2]) * scales, half(b[:, 2:4]) * leasts)
@@ -130,6 +143,9 @@ def write_q5_k(x: Tensor) -> Blocks:
 
 
 def read_q6_k(b: Blocks) -> Tensor:
+    """128 bytes: low four bits | 64 bytes: two bits above | 16 scales, int8, each of 16 elements | d f16: d · scale ·
+    (q - 32). For each 128 elements there are 64 bytes of low bits, whose low halves come first, and 32 bytes of high
+    bits: the lowest two are those of the first 32 elements, and so on."""
     low = planes(shaped(b[:, :128], 2, 64), 4).reshape(-1, 8, 32)
     high = planes(shaped(b[:, 128:192], 2, 32), 2).flatten(1, 2)
     scales = half(b[:, 208:]) * b[:, 192:208].view(torch.int8).float()

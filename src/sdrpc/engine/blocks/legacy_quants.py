@@ -1,4 +1,9 @@
-"""Blocks with one scale: Q4_0 to Q8_K, the ternary and the binary ones, and those of float4."""
+"""Quantized types whose blocks have one scale: the legacy quants Q4_0 to Q8_1, Q8_K (which is what K-quants are
+multiplied with), binary and ternary types, and float4 types.
+
+The docstring of each reader gives the bytes of a block, in order, and what an element is: ``d`` is the block's scale,
+``q`` the element's code.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from .bits import (
     pack_planes,
     planes,
     power,
+    reinterpret,
     shaped,
     table,
     unpack,
@@ -54,31 +60,38 @@ def _pack_bits(x: Tensor) -> Tensor:
 
 
 def read_q4_0(b: Blocks) -> Tensor:
+    """d f16 | 16 bytes: d (q - 8). Element i is the low half of byte i, element 16 + i its high half."""
     return half(b[:, :2]) * (_halves(b[:, 2:]).float() - 8)
 
 
 def read_q4_1(b: Blocks) -> Tensor:
+    """d f16 | m f16 | 16 bytes, halves as in Q4_0: d q + m."""
     return half(b[:, :2]) * _halves(b[:, 4:]).float() + half(b[:, 2:4])
 
 
 def read_q5_0(b: Blocks) -> Tensor:
+    """d f16 | 4 bytes: bit i is the fifth bit of element i | 16 bytes, halves as in Q4_0: d (q - 16)."""
     return half(b[:, :2]) * ((_halves(b[:, 6:]) | (_bits(b[:, 2:6]) << 4)).float() - 16)
 
 
 def read_q5_1(b: Blocks) -> Tensor:
+    """d f16 | m f16 | 4 bytes of fifth bits | 16 bytes, halves as in Q4_0: d q + m."""
     return half(b[:, :2]) * (_halves(b[:, 8:]) | (_bits(b[:, 4:8]) << 4)).float() + half(b[:, 2:4])
 
 
 def read_q8_0(b: Blocks) -> Tensor:
+    """d f16 | 32 of int8: d q."""
     return half(b[:, :2]) * b[:, 2:].view(torch.int8).float()
 
 
 def read_q8_1(b: Blocks) -> Tensor:
+    """d f16 | d times the sum of all q, f16 | 32 of int8: d q."""
     return half(b[:, :2]) * b[:, 4:].view(torch.int8).float()
 
 
 def read_q8_k(b: Blocks) -> Tensor:
-    return b[:, :4].contiguous().view(torch.float32) * b[:, 4:260].view(torch.int8).float()
+    """d f32 | 256 of int8 | the sums of each 16 of them, int16: d q."""
+    return reinterpret(b[:, :4], torch.float32) * b[:, 4:260].view(torch.int8).float()
 
 
 def _centred(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -143,14 +156,17 @@ def write_q8_k(x: Tensor) -> Blocks:
 
 
 def read_q1_0(b: Blocks) -> Tensor:
+    """d f16 | 128 bits: d or -d."""
     return half(b[:, :2]) * (_bits(b[:, 2:]).float() * 2 - 1)
 
 
 def read_q2_0(b: Blocks) -> Tensor:
+    """d f16 | 16 bytes of four elements, the lowest bits first: d (q - 1)."""
     return half(b[:, :2]) * (unpack(b[:, 2:], 2).flatten(1).float() - 1)
 
 
 def read_tq2_0(b: Blocks) -> Tensor:
+    """64 bytes | d f16: d (q - 1). Of each 32 bytes the lowest two bits are 32 elements, the next two the next 32 …"""
     return half(b[:, 64:]) * (planes(shaped(b[:, :64], 2, 32), 2).flatten(1).float() - 1)
 
 
@@ -170,6 +186,8 @@ def _pack_digits(x: Tensor, k: int) -> Tensor:
 
 
 def read_tq1_0(b: Blocks) -> Tensor:
+    """48 bytes of five digits to base 3 | 4 bytes of four | d f16: d (digit - 1). The first digits of 32 bytes are 32
+    elements, their second digits the next 32 …; then the same of 16 bytes, and of the last 4."""
     digits = torch.cat((_digits(b[:, :32], 5), _digits(b[:, 32:48], 5), _digits(b[:, 48:52], 4)), 1)
     return half(b[:, 52:]) * (digits.float() - 1)
 
@@ -206,10 +224,12 @@ def write_tq1_0(x: Tensor) -> Blocks:
 
 
 def read_mxfp4(b: Blocks) -> Tensor:
+    """exponent, 1 byte | 16 bytes of float4 (e2m1), halves as in Q4_0: 2^(exponent - 127) times that."""
     return power(b[:, :1]) * table(FLOAT4, _halves(b[:, 1:]))
 
 
 def read_nvfp4(b: Blocks) -> Tensor:
+    """4 scales (e4m3 without sign), each of 16 elements | for each 8 bytes of float4, halves as in Q4_0."""
     values = table(FLOAT4, _halves(shaped(b[:, 4:], 4, 8)))
     return (table(UE4M3, b[:, :4])[..., None] * values).flatten(1)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from math import prod
 
-from ..tensor import Dims, Tensor, dims
-from ..types import F32
-from .base import Call, Result, Rule, need, support, typed
+from ...params import LinearAttention, NoParams, States
+from ...tensor import Dims, Tensor, dims
+from ...types import F32
+from ..base import Call, Op, Result, fits, need, op, support, typed
 
 _F32 = frozenset({"F32"})
 _I32 = frozenset({"I32"})
@@ -19,13 +20,13 @@ MOST_TOKENS = 1 << 16
 clients put into a graph."""
 
 
-def _all_f32(call: Call) -> None:
+def _all_f32(call: Call[object]) -> None:
     for source in call.src:
         if source is not None:
             typed(source, _F32)
 
 
-def _snapshots(call: Call) -> int:
+def _snapshots(call: Call[States]) -> int:
     """States that the result holds per sequence, those after the last tokens, the last one first. Protocols before 7.0
     have no such parameter, which reads as zero: they hold the last one."""
     states: int = call.params.states
@@ -37,7 +38,7 @@ def _one_by_one(tokens: int) -> None:
     support(tokens <= MOST_TOKENS, "{} tokens at once", tokens)
 
 
-def _ssm_conv(call: Call) -> Result:
+def _ssm_conv(call: Call[NoParams]) -> Result:
     """A kernel [taps, channels] over [taps - 1 + tokens, channels, sequences] → [channels, tokens, sequences]."""
     _all_f32(call)
     x, kernel = (source.ne for source in call.src)
@@ -48,7 +49,7 @@ def _ssm_conv(call: Call) -> Result:
     return Result(F32, (x[1], x[0] - kernel[0] + 1, x[2], 1))
 
 
-def _ssm_scan(call: Call) -> Result:
+def _ssm_scan(call: Call[States]) -> Result:
     state, x, dt, a, b, c, rows = call.src
     for source in call.src[:6]:
         typed(source, _F32)
@@ -59,7 +60,7 @@ def _ssm_scan(call: Call) -> Result:
     need(dt.ne == (heads, tokens, sequences, 1), "steps {} for input {}", dt.ne, x.ne)
     need(a.ne in ((1, heads, 1, 1), (size, heads, 1, 1)), "decay {} for states {}", a.ne, state.ne)
     need(
-        b.ne == c.ne and b.ne[0] == size and b.ne[2:] == (tokens, sequences) and heads % b.ne[1] == 0,
+        b.ne == c.ne and b.ne[0] == size and b.ne[2:] == (tokens, sequences) and fits(b.ne[1], heads),
         "projections {} and {} for input {} and states {}", b.ne, c.ne, x.ne, state.ne,
     )  # fmt: skip
     need(rows.ne == (sequences, 1, 1, 1), "numbers of states {} for input {}", rows.ne, x.ne)
@@ -69,7 +70,7 @@ def _ssm_scan(call: Call) -> Result:
     return Result(F32, dims(prod(x.ne) + kept * size * width * heads * sequences))
 
 
-def _like_keys(call: Call, state: Tensor, *others: Tensor) -> Result:
+def _like_keys(call: Call[object], state: Tensor, *others: Tensor) -> Result:
     """Keys [size, heads, tokens] of one sequence after the other, others of the same shape, and a matrix of state for
     each head of each sequence."""
     _all_f32(call)
@@ -77,36 +78,36 @@ def _like_keys(call: Call, state: Tensor, *others: Tensor) -> Result:
     need(all(other.ne == keys for other in others) and keys[3] == 1, "keys {} and {}", keys, [o.ne for o in others])
     sequences = state.ne[1]
     need(prod(state.ne) == size * size * heads * sequences, "state {} for keys {}", state.ne, keys)
-    need(tokens % sequences == 0, "{} tokens in {} sequences", tokens, sequences)
-    _one_by_one(tokens // sequences)
+    need(fits(sequences, tokens), "{} tokens in {} sequences", tokens, sequences)
+    _one_by_one(tokens // max(sequences, 1))
     return Result(F32, (size * heads, tokens + size * sequences, 1, 1))
 
 
-def _wkv6(call: Call) -> Result:
+def _wkv6(call: Call[NoParams]) -> Result:
     _, value, receptance, first, decay, state = call.src
     keys: Dims = call.src[0].ne
     need(prod(first.ne) == keys[0] * keys[1], "bonus {} for keys {}", first.ne, keys)
     return _like_keys(call, state, value, receptance, decay)
 
 
-def _wkv7(call: Call) -> Result:
+def _wkv7(call: Call[NoParams]) -> Result:
     *others, state = call.src
     return _like_keys(call, state, *others[1:])
 
 
-def _gated_linear_attn(call: Call) -> Result:
+def _gated_linear_attn(call: Call[LinearAttention]) -> Result:
     *others, state = call.src
     return _like_keys(call, state, *others[1:])
 
 
-def _gated_delta_net(call: Call) -> Result:
+def _gated_delta_net(call: Call[States]) -> Result:
     query, key, value, gate, beta, state = call.src
     _all_f32(call)
     size, heads, tokens, sequences = v = value.ne
     for what, one in (("query", query), ("key", key)):
         n = one.ne
         need(
-            n[0] == size and heads % n[1] == 0 and n[2] == tokens and sequences % n[3] == 0,
+            n[0] == size and fits(n[1], heads) and n[2] == tokens and fits(n[3], sequences),
             "{} {} for value {}", what, n, v,
         )  # fmt: skip
     need(gate.ne[0] in (1, size) and gate.ne[1:] == v[1:], "gate {} for value {}", gate.ne, v)
@@ -117,15 +118,19 @@ def _gated_delta_net(call: Call) -> Result:
     return Result(F32, (size * heads, tokens * sequences + kept * size * sequences, 1, 1))
 
 
-def _solve_tri(call: Call) -> Result:
+def _solve_tri(call: Call[NoParams]) -> Result:
     _all_f32(call)
     a, b = (source.ne for source in call.src)
     need(a[0] == a[1] == b[1] and a[2:] == b[2:], "matrix {} and right hand side {}", a, b)
     return Result(F32, b)
 
 
-RULES: dict[str, Rule] = {
-    "SSM_CONV": Rule(2, 2, _ssm_conv), "SSM_SCAN": Rule(7, 7, _ssm_scan), "RWKV_WKV6": Rule(6, 6, _wkv6),
-    "RWKV_WKV7": Rule(7, 7, _wkv7), "GATED_LINEAR_ATTN": Rule(5, 5, _gated_linear_attn),
-    "GATED_DELTA_NET": Rule(6, 6, _gated_delta_net), "SOLVE_TRI": Rule(2, 2, _solve_tri),
-}  # fmt: skip
+OPS: tuple[Op, ...] = (
+    op("SSM_CONV", NoParams, _ssm_conv, 2),
+    op("SSM_SCAN", States, _ssm_scan, 7),
+    op("RWKV_WKV6", NoParams, _wkv6, 6),
+    op("RWKV_WKV7", NoParams, _wkv7, 7),
+    op("GATED_LINEAR_ATTN", LinearAttention, _gated_linear_attn, 5),
+    op("GATED_DELTA_NET", States, _gated_delta_net, 6),
+    op("SOLVE_TRI", NoParams, _solve_tri, 2),
+)

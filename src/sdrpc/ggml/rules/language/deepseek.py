@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..types import F32
-from .base import READABLE, Call, Result, Rule, need, support, typed
+from ...params import Gather, Mixing, NoParams
+from ...types import F32
+from ..base import READABLE, Call, Op, Result, fits, need, op, support, typed
 
 _F32 = frozenset({"F32"})
 
@@ -13,7 +14,7 @@ MOST_ROUNDS = 1024
 """Of normalizing rows and columns in turn; models take twenty."""
 
 
-def _lightning_indexer(call: Call) -> Result:
+def _lightning_indexer(call: Call[NoParams]) -> Result:
     """Query [size, heads, tokens, batch], key [size, 1, keys, batch], weights [heads, tokens, 1, batch] and a mask
     [keys, tokens, 1, some of the batch] → [keys, tokens, 1, batch]."""
     query, key, weights, mask = call.src
@@ -25,11 +26,11 @@ def _lightning_indexer(call: Call) -> Result:
     keys = key.ne[2]
     need(key.ne == (size, 1, keys, batch), "key {} for query {}", key.ne, query.ne)
     need(weights.ne == (heads, tokens, 1, batch), "weights {} for query {}", weights.ne, query.ne)
-    need(mask.ne[:3] == (keys, tokens, 1) and batch % mask.ne[3] == 0, "mask {} for key {}", mask.ne, key.ne)
+    need(mask.ne[:3] == (keys, tokens, 1) and fits(mask.ne[3], batch), "mask {} for key {}", mask.ne, key.ne)
     return Result(F32, (keys, tokens, 1, batch))
 
 
-def _mixing(call: Call) -> Result:
+def _mixing(call: Call[Mixing]) -> Result:
     mixes, scale, base = call.src
     p = call.params
     for source in call.src:
@@ -44,7 +45,7 @@ def _mixing(call: Call) -> Result:
     return Result(F32, (STREAMS, STREAMS, mixes.ne[1], 1))
 
 
-def _gather(call: Call) -> Result:
+def _gather(call: Call[Gather]) -> Result:
     """Streams [width, streams, tokens] → [width, tokens]."""
     x, weights = call.src
     typed(x, _F32)
@@ -56,7 +57,7 @@ def _gather(call: Call) -> Result:
     return Result(F32, (width, tokens, 1, 1))
 
 
-def _spread(call: Call) -> Result:
+def _spread(call: Call[NoParams]) -> Result:
     """A layer's result [width, tokens] into streams [width, streams, tokens]."""
     x, residual, post, mixing = call.src
     for source in call.src:
@@ -70,7 +71,9 @@ def _spread(call: Call) -> Result:
     return Result(F32, residual.ne)
 
 
-RULES: dict[str, Rule] = {
-    "LIGHTNING_INDEXER": Rule(4, 4, _lightning_indexer), "DSV4_HC_COMB": Rule(3, 3, _mixing),
-    "DSV4_HC_PRE": Rule(2, 2, _gather), "DSV4_HC_POST": Rule(3, 4, _spread),
-}  # fmt: skip
+OPS: tuple[Op, ...] = (
+    op("LIGHTNING_INDEXER", NoParams, _lightning_indexer, 4),
+    op("DSV4_HC_COMB", Mixing, _mixing, 3),
+    op("DSV4_HC_PRE", Gather, _gather, 2),
+    op("DSV4_HC_POST", NoParams, _spread, 3, 4),
+)
