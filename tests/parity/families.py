@@ -38,15 +38,17 @@ class Model:
 
 # Parts, since stable-diffusion.cpp does not transpose OpenCLIP's projection when it finds it in a whole file.
 SDXL = Model("sdxl", "sdxl", {"size": "full", "form": "parts", "type": "F16"})
-_REDUCED = {
-    "size": "reduced",
-    "sizes": {"t5xxl": "full"},
-    "form": "gguf-parts",
-    "type": "F16",
-    "types": {"t5xxl": "Q4_0"},
-}
-FLUX1_SCHNELL = Model("flux1-schnell", "flux1-schnell", _REDUCED)
-FLUX1_DEV = Model("flux1-dev", "flux1-dev", _REDUCED)
+FLUX1_SCHNELL = Model(
+    "flux1-schnell",
+    "flux1-schnell",
+    {
+        "size": "reduced",
+        "sizes": {"t5xxl": "full"},
+        "form": "gguf-parts",
+        "type": "F16",
+        "types": {"t5xxl": "Q4_0"},
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -86,5 +88,4 @@ REFERENCES = (
         sampler="dpm++2m", scheduler="karras", further={"clip_skip": 1},
     ),
     Reference("flux1-schnell-euler", FLUX1_SCHNELL, CAT, steps=4, cfg=1.0),
-    Reference("flux1-dev-euler", FLUX1_DEV, CAT, steps=3, cfg=1.0, seed=7, further={"guidance": 3.5}),
 )  # fmt: skip

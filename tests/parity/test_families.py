@@ -1,6 +1,6 @@
 """`make parity`: sd-cli through an rpc-server draws what stable-diffusion.cpp drew of SDXL and FLUX.1.
 
-The checkpoints take 14 GB of ``$SDRPC_DEV_CACHE``, the largest 7 GB of memory.
+The checkpoints take 13 GB of ``$SDRPC_DEV_CACHE``, the largest 7 GB of memory.
 """
 
 from __future__ import annotations
