@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sdrpc import __version__
 from sdrpc.engine.system import host_memory, processor
 
 from . import families
@@ -26,7 +27,7 @@ from .registry import BENCHMARKS
 from .rows import Row
 from .setup import FamilyOptions, Setup, Variant
 
-PACKAGES = ("sdrpc", "torch", "diffusers", "numpy")
+PACKAGES = ("torch", "diffusers", "numpy")
 BY_DEFAULT = {"CPU": (Variant("f32", "exact"), Variant("bf16", "fast"))}
 ON_ACCELERATORS = (Variant("f16", "fast"),)
 SIZE, STEPS = 256, 4
@@ -80,7 +81,9 @@ def main(
         for benchmark in (known[name] for name in names or usual):
             log.print(f"{benchmark.name}: {benchmark.about} …")
             start = time.perf_counter()
-            rows.extend((benchmark.name, row) for row in benchmark.run(setup))
+            for row in benchmark.run(setup):
+                rows.append((benchmark.name, row))
+                log.print(f"  {row.what}: {_short(row.ours)} {row.unit}{_beside(row)}")
             log.print(f"{benchmark.name}: {time.perf_counter() - start:.0f} s")
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(_table([row for _, row in rows]))
     facts = _facts(device) | {"options": setup_options(setup)}
@@ -121,7 +124,7 @@ def _facts(device: str) -> dict[str, Any]:
         import torch
 
         machine["accelerator"] = torch.cuda.get_device_name(int(device.removeprefix("CUDA")))
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), "sdrpc": __version__} | {name: version(name) for name in PACKAGES}
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine, "versions": versions}
 
 
@@ -142,6 +145,10 @@ def _table(rows: list[Row]) -> Table:
             row.note,
         )
     return table
+
+
+def _beside(row: Row) -> str:
+    return "" if row.theirs is None else f", {row.against}: {_short(row.theirs)} {row.unit}"
 
 
 def _short(number: float) -> str:
