@@ -16,9 +16,11 @@ from sdrpc.ggml.tensor import Graph
 from .blocks import quantize
 from .deadline import Deadline
 from .errors import translated
+from .footprint import check_work, peak_bytes
 from .fuse import Report, fuse
 from .memory import LocalBuffer, typed
 from .ops import RAISE
+from .pieces import stoppable
 from .precision import Precision, assign
 from .rounding import rounded
 from .values import WRITES_IN_PLACE, Value, moves_blocks, ordered, trace
@@ -28,12 +30,14 @@ from .weights import Form, Source, Weight, Weights, convert
 @dataclass(frozen=True)
 class Compiled:
     """What a graph computes, whatever buffers it will run on: ``effects`` in order, the numbers of the buffers that
-    places count, sizes of scratch memories, which fusions fired."""
+    places count, sizes of scratch memories, which fusions fired, and the bytes that a run takes at most besides its
+    buffers."""
 
     effects: tuple[Value, ...]
     buffers: tuple[int, ...]
     scratch: Mapping[int, int]
     fusions: Report
+    peak: int
 
 
 def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]) -> Compiled:
@@ -44,7 +48,10 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
         _supported(value)
     effects, report = fuse(rounded(traced.effects) if precision.rounds else traced.effects)
     buffers = tuple(numbers[key] for key in traced.buffers)
-    return Compiled(assign(effects, precision.suited(effects)), buffers, traced.scratch, report)
+    typed_effects = assign(effects, precision.suited(effects))
+    check_work(typed_effects)
+    peak = peak_bytes(typed_effects) + sum(traced.scratch.values())
+    return Compiled(typed_effects, buffers, traced.scratch, report, peak)
 
 
 def _supported(value: Value) -> None:
@@ -112,7 +119,7 @@ class Bound:
             return self._weight(value)
         if value.op == "ARANGE":
             return partial(RAISE["ARANGE"], value, self._device)
-        run = partial(RAISE[value.op], value)
+        run = stoppable(RAISE[value.op], value, self._device)
         if value.type.plain or moves_blocks(value) or value.op in WRITES_IN_PLACE:
             return run
         return lambda *operands: quantize(run(*operands), value.type)
@@ -144,7 +151,7 @@ class Bound:
         self.steps(deadline)
 
     def steps(self, deadline: Deadline | None = None) -> None:
-        """Run all steps. Raises :class:`ComputeError` when ``deadline`` passes in between."""
+        """Run all steps. Raises :class:`ComputeError` when ``deadline`` passes meanwhile."""
         try:
             self._steps_in_order(deadline)
         finally:
@@ -170,6 +177,8 @@ class Bound:
         registers = list(self._fixed)
         for run, args, out, dtype, store, free, node in self._steps:
             operands = [registers[i] for i in args]
+            if deadline is not None:
+                deadline.node = node
             try:
                 result = run(*operands)
                 if result.dtype is not dtype and dtype is not None:
@@ -183,7 +192,7 @@ class Bound:
             for i in free:
                 registers[i] = None
             if deadline is not None:
-                deadline.check(self._device, node)
+                deadline.check()
 
 
 def _trimmed(src: tuple[Value | None, ...]) -> tuple[Value | None, ...]:

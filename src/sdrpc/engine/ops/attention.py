@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdrpc.ggml.rules.attention import ROPE_IMROPE, ROPE_MROPE, ROPE_NORMAL, ROPE_VISION
 
+from ..deadline import checkpoint
 from ..values import Value
 from .base import Raise, repeat_to
 
@@ -152,6 +153,7 @@ def _attend(
     some = max(1, SCORES // (batch * heads * k.shape[2]))
     parts = []
     for start in range(0, queries, some):
+        checkpoint()
         part = q[:, :, start : start + some]
         bias = None
         if mask is not None:
@@ -190,6 +192,7 @@ def _mixed_in_halves(scores: Tensor, value: Tensor, sinks: Tensor | None) -> Ten
     shares = torch.exp(scores - largest).masked_fill(hidden, 0)
     total = torch.zeros(1, device=value.device)
     for x, factor, share in zip(value.unbind(2), smaller.unbind(-1), shares.unbind(-1), strict=True):
+        checkpoint()
         total = (total * factor[..., None]).half().float()
         total = torch.addcmul(total, share[..., None], x[:, :, None]).half().float()
     size = torch.exp(scores - largest[..., -1:]).sum(-1, keepdim=True)

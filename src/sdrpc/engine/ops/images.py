@@ -93,12 +93,29 @@ def _conv_2d_dw(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
 
 def _conv_transpose_2d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
     p: Any = v.params
-    return F.conv_transpose2d(x, kernel, stride=p.stride)
+    down, across = min(p.stride, kernel.shape[2]), min(p.stride, kernel.shape[3])
+    y = F.conv_transpose2d(x, kernel, stride=(down, across))
+    return _apart(_apart(y, 3, across, p.stride, v.ne[0]), 2, down, p.stride, v.ne[1])
 
 
 def _conv_transpose_1d(v: Value, kernel: Tensor, x: Tensor) -> Tensor:
     p: Any = v.params
-    return F.conv_transpose1d(x[0], kernel[0], stride=p.stride)[None]
+    stride = min(p.stride, kernel.shape[3])
+    return _apart(F.conv_transpose1d(x[0], kernel[0], stride=stride)[None], 3, stride, p.stride, v.ne[0])
+
+
+def _apart(x: Tensor, dim: int, step: int, stride: int, size: int) -> Tensor:
+    """``x`` whose groups of ``step`` elements along ``dim`` begin every ``stride`` elements of the result, zeros in
+    between: what a transposed convolution gives whose stride is larger than its kernel, so that no two taps meet. (With
+    large strides torch's kernels take time with the stride, and from 16384 on crash.)"""
+    if step == stride:
+        return x
+    shape = [*x.shape]
+    shape[dim] = size
+    groups = x.reshape(*x.shape[:dim], -1, step, *x.shape[dim + 1 :])
+    result = x.new_zeros(shape)
+    result.unfold(dim, step, stride).copy_(groups.movedim(dim + 1, -1))
+    return result
 
 
 def _col2im_1d(v: Value, columns: Tensor) -> Tensor:

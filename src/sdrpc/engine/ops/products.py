@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import dequantize
+from ..deadline import checkpoint
 from ..values import Value
 from .base import Raise, operand, within
 
@@ -18,11 +19,12 @@ def _mul_mat(_v: Value, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(b, a[0, 0])
     if a.shape[:2] == b.shape[:2]:
         return b @ a.mT
-    if a.shape[0] != b.shape[0]:
-        a = a.repeat_interleave(b.shape[0] // a.shape[0], 0)
-    n3, n2, n, k = b.shape
-    grouped = b.reshape(n3, a.shape[1], n2 // a.shape[1] * n, k)
-    return (grouped @ a.mT).reshape(n3, n2, n, a.shape[2])
+    # all rows of b that one matrix of a multiplies come together: a is never repeated in memory
+    (a3, a2, m, k), (b3, b2, n, _) = a.shape, b.shape
+    r3, r2 = b3 // a3, b2 // a2
+    rows = b.reshape(a3, r3, a2, r2 * n, k).transpose(1, 2).reshape(a3, a2, r3 * r2 * n, k)
+    product = (rows @ a.mT).reshape(a3, a2, r3, r2 * n, m)
+    return product.transpose(1, 2).reshape(b3, b2, n, m)
 
 
 def _linear_bias(_v: Value, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
@@ -56,6 +58,7 @@ def _mul_mat_id(v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     held = operand(v, 0).type
 
     def matrix(number: Tensor) -> Tensor:
+        checkpoint()
         one = a.index_select(1, number)
         return (one if held.plain else dequantize(one, held, (k, m, 1, 1), b.dtype)).to(b.dtype)[0, 0]
 

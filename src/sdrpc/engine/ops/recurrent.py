@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..deadline import checkpoint
 from ..dtypes import shape_of
 from ..values import Value
 from .base import Raise, within
@@ -54,6 +55,7 @@ def _ssm_scan(v: Value, states: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Ten
     inputs, a = x * step[..., None], a[0, 0]
     outputs, history = [], _history(p.states)
     for t in range(tokens):
+        checkpoint()
         decay = torch.exp(step[:, t, :, None] * a).reshape(*grouped, 1, -1)
         state = state * decay + inputs[:, t].reshape(*grouped, width, 1) * b[:, t, :, None, None]
         outputs.append((state @ c[:, t, :, None, :, None])[..., 0])
@@ -77,6 +79,7 @@ def _wkv6(
     bonus = first.reshape(*key.shape[2:], 1)
     outputs = []
     for t in range(key.shape[1]):
+        checkpoint()
         new = key[:, t, :, :, None] * value[:, t, :, None]
         outputs.append((receptance[:, t, :, None] @ torch.addcmul(h, bonus, new))[:, :, 0])
         h = torch.addcmul(new, decay[:, t, :, :, None], h)
@@ -90,6 +93,7 @@ def _wkv7(
     h, receptance, decay, key, value, a, b = _sequences(state, receptance, decay, key, value, a, b)
     outputs = []
     for t in range(key.shape[1]):
+        checkpoint()
         removed = h @ a[:, t, :, :, None]
         h = h * decay[:, t, :, None] + value[:, t, :, :, None] * key[:, t, :, None] + removed * b[:, t, :, None]
         outputs.append((h @ receptance[:, t, :, :, None])[..., 0])
@@ -102,6 +106,7 @@ def _gated_linear_attn(v: Value, key: Tensor, value: Tensor, query: Tensor, gate
     h, key, value, query, gate = _sequences(state, key, value, query * float(p.scale), gate)
     outputs = []
     for t in range(key.shape[1]):
+        checkpoint()
         h = torch.addcmul(key[:, t, :, :, None] * value[:, t, :, None], gate[:, t, :, :, None], h)
         outputs.append((query[:, t, :, None] @ h)[:, :, 0])
     return _joined(v, outputs, [h])
@@ -125,6 +130,7 @@ def _gated_delta_net(
     h = state.reshape(sequences, heads, size, size)
     outputs, history = [], _history(p.states)
     for t in range(tokens):
+        checkpoint()
         h = h * decay[:, t]
         error = (value[:, t, ..., None] - h @ key[:, t]) * beta[:, t, ..., None]
         h = torch.addcmul(h, error, key[:, t].mT)
