@@ -178,7 +178,10 @@ def _weight_files(folder: Path) -> list[Path]:
         for variant in ("", ".fp16"):
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.is_file():
-                names = {str(name) for name in _json(index).get("weight_map", {}).values()}
+                weight_map = _json(index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise CheckpointError(index, "its weight_map is no object that says which tensor is in which file")
+                names = {str(name) for name in weight_map.values()}
                 if any(Path(name).name != name for name in names):
                     raise CheckpointError(index, "names files outside of its folder")
                 return [folder / name for name in sorted(names)]

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import SdrpcError, UsageError
+from ..text import printable
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -25,7 +26,9 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 log = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress, warnings and errors go here."""
 
-results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+results = Console(
+    highlight=False, soft_wrap=True, width=None if sys.stdout is not None and sys.stdout.isatty() else 160
+)
 """Standard output; a table in a file or a pipe is as wide as it needs."""
 
 
@@ -34,7 +37,7 @@ def guarded(command: Callable[[], None]) -> int:
     try:
         command()
     except SdrpcError as error:
-        log.print(Text.assemble(("error: ", "red"), str(error)))
+        log.print(Text.assemble(("error: ", "red"), printable(str(error))))
         return USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
         log.print("interrupted")
@@ -43,15 +46,26 @@ def guarded(command: Callable[[], None]) -> int:
         sys.stderr.close()  # nobody reads our output any more
         return FAILURE
     except OSError as error:  # a disk that filled up meanwhile, say
-        log.print(Text.assemble(("error: ", "red"), f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")))
+        reason = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+        log.print(Text.assemble(("error: ", "red"), printable(reason)))
         return FAILURE
     return 0
 
 
 def logging_to_console(verbose: bool) -> None:
     """Send sdrpc's log to standard error: warnings, or with ``verbose`` everything."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("sdrpc").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+class Printable(logging.Formatter):
+    """Messages stay in their line and change nothing else of the terminal, whoever wrote what they quote."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def device_table(devices: Iterable[Device]) -> Table:
@@ -70,9 +84,10 @@ def device_table(devices: Iterable[Device]) -> Table:
 def unused_tensors(unused: Mapping[str, Sequence[str]], verbose: bool) -> None:
     """Per file, tensors that belong to no part of the model: how many, and with ``verbose`` which."""
     for path, names in unused.items():
-        log.print(f"{path}: {len(names)} tensors are not used by the model" + ("" if verbose else " (-v: which)"))
+        more = "" if verbose else " (-v: which)"
+        log.print(Text(f"{printable(path)}: {len(names)} tensors are not used by the model{more}"))
         if verbose:
-            log.print(*(f"  {name}" for name in names), sep="\n")
+            log.print(*(Text(f"  {printable(name)}") for name in names), sep="\n")
 
 
 def mebibytes(size: int) -> str:

@@ -20,6 +20,7 @@ from ..device import Bytes
 from ..errors import ConnectionFailed, ConnectionLost, RemoteError, RemoteProtocolError, VersionMismatch
 from ..ggml import dialect as dialects
 from ..ggml.dialect import Dialect
+from ..text import printable
 from ..wire import framing, hello, messages
 from ..wire.hello import NATIVE, Capability, HelloReply
 from ..wire.messages import COMMANDS, Command
@@ -113,7 +114,7 @@ class Connection:
         return reply
 
     def _refusal(self, reply: framing.ErrorReply) -> RemoteError:
-        return RemoteError(str(self.endpoint), reply.reason)
+        return RemoteError(str(self.endpoint), printable(reply.reason))
 
     def _receive(self, size: int) -> Bytes:
         return _receive(self._socket, size)

@@ -15,6 +15,7 @@ import torch
 
 from sdrpc.errors import UnsupportedOperation
 
+from .ops.images import PADDED
 from .values import Value, ordered
 
 FLOAT = 4
@@ -71,7 +72,7 @@ def _window(value: Value) -> int:
     """A padded image, once more with its channels together, and all patches where they are made real."""
     p: Any = value.params
     kernel, x = _source(value, 0), _source(value, 1)
-    padded: int = (x.ne[0] + 2 * p.p0) * (x.ne[1] + 2 * getattr(p, "p1", 0)) * x.ne[2] * x.ne[3]
+    padded: int = min((x.ne[0] + 2 * p.p0) * (x.ne[1] + 2 * p.p1), PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
     places = prod(value.ne) // value.ne[2] if value.op == "CONV_2D" else 0
     patches = places * prod(kernel.ne[:3])
     # patches are made real where there are few places (images.MUCH), or where oneDNN has no direct kernel
@@ -85,7 +86,7 @@ def _im2col(value: Value) -> int:
     p: Any = value.params
     x = _source(value, 1)
     across, down = (p.p0, p.p1) if p.is_2d else (p.p0, 0)
-    padded: int = (x.ne[0] + 2 * across) * (x.ne[1] + 2 * down) * x.ne[2] * x.ne[3]
+    padded: int = min((x.ne[0] + 2 * across) * (x.ne[1] + 2 * down), PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
     return FLOAT * (2 * padded + 2 * elements(value) + elements(x))
 
 
@@ -134,11 +135,13 @@ def _out_prod(value: Value) -> int:
 
 
 def _mul_mat_id(value: Value) -> int:
-    """Rows spread over the matrices that they are multiplied with, in order and padded to tiles; products likewise."""
+    """The rows of one tile, a matrix, and the products of all tiles."""
     a, ids = _source(value, 0), _source(value, 2)
     k, m, n = a.ne[0], a.ne[1], elements(ids)
     tiled = 2 * n + a.ne[2]  # rows in whole tiles: at most twice as many, and one tile of each matrix
-    return FLOAT * (2 * n * k + tiled * k + 2 * tiled * m + n * m + 2 * k * m) + 8 * INDEX * (n + tiled + a.ne[2])
+    tile = max(1, n // a.ne[2])
+    rows = elements(_source(value, 1)) + tile * (k + m)
+    return FLOAT * (rows + 2 * tiled * m + n * m + 2 * k * m) + 8 * INDEX * (n + tiled + a.ne[2])
 
 
 def _attention(value: Value) -> int:
@@ -146,6 +149,8 @@ def _attention(value: Value) -> int:
     q, k, v = (_source(value, i) for i in range(3))
     heads, batch = q.ne[2], q.ne[3]
     spread = (k.ne[0] + v.ne[0]) * k.ne[1] * heads * batch if heads != k.ne[2] else elements(k) + elements(v)
+    if value.params.max_bias == 0 and all(s is None for s in value.src[4:]):
+        spread = min(spread, max(1 << 24, (k.ne[0] + v.ne[0]) * k.ne[1] * batch))  # attention.SPREAD
     every = heads * batch * q.ne[1] * k.ne[1]
     held = min(every, max(1 << 24, heads * batch * k.ne[1]))  # attention.SCORES
     masks = 0 if len(value.src) < 4 or value.src[3] is None else every
@@ -156,7 +161,7 @@ def _indexer(value: Value) -> int:
     query, key = _source(value, 0), _source(value, 1)
     size, heads, tokens, batch = query.ne
     keys = elements(key) // size // max(key.ne[3], 1)
-    held = min(heads * tokens * batch * keys, max(1 << 24, tokens * batch * keys))  # deepseek.SCORES
+    held = min(heads * tokens * batch * keys, max(1 << 22, tokens * batch * keys))  # deepseek.SCORES
     return FLOAT * (3 * held + 3 * elements(value) + elements(query) + elements(key))
 
 

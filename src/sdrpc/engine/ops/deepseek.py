@@ -13,7 +13,7 @@ from ..dtypes import shape_of
 from ..values import Value
 from .base import Raise, repeat_to
 
-SCORES = 1 << 24
+SCORES = 1 << 22
 """Scores of heads that are held at one time."""
 
 

@@ -90,8 +90,8 @@ def _glu(v: Value, a: Tensor, b: Tensor | None = None) -> Tensor:
 
 def _scale(v: Value, x: Tensor) -> Tensor:
     p: Any = v.params
-    scaled = x * float(p.scale)
-    return scaled + float(p.bias) if p.bias else scaled
+    scaled: Tensor = x * float(p.scale)
+    return scaled.add_(float(p.bias)) if p.bias else scaled
 
 
 def _clamp(v: Value, x: Tensor) -> Tensor:

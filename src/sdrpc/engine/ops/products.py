@@ -41,7 +41,9 @@ def _mul_mat_id(v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     tokens, used = ids.shape[2:]
     matrices, m, n = a.shape[1], a.shape[2], tokens * used
     k = b.shape[3]
-    rows = b[0].repeat(1, used // b.shape[2], 1).reshape(n, k)
+    rows = b[0].reshape(-1, k)
+    places = torch.arange(n, device=b.device)
+    source = places // used * b.shape[2] + places % used % b.shape[2]  # the row of b that each product reads
     picked = within(ids.reshape(-1).long(), matrices)
     tile = 1 << max(0, (n // matrices).bit_length() - 1)
     tiles = n if tile == 1 else n // tile + matrices
@@ -51,18 +53,23 @@ def _mul_mat_id(v: Value, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     whole = (count + tile - 1).div(tile, rounding_mode="floor")
     ends = whole.cumsum(0)
     shift = (ends - whole) * tile - (count.cumsum(0) - count)  # of each matrix's rows, from their order to their tiles
-    slots = torch.arange(n, device=picked.device) + shift[picked[order]]
-    padded = rows.new_zeros(tiles * tile, k).index_copy(0, slots, rows[order]).reshape(tiles, tile, k)
+    slots = places + shift[picked[order]]
+    # rows are gathered tile by tile; what fills a tile up is any row, whose product nobody reads
+    gathered = order.new_zeros(tiles * tile).index_copy(0, slots, source[order]).reshape(tiles, tile)
     owners = torch.searchsorted(ends, torch.arange(tiles, device=picked.device), right=True).clamp(max=matrices - 1)
 
     held = operand(v, 0).type
 
-    def matrix(number: Tensor) -> Tensor:
+    def matrix(number: Tensor | int) -> Tensor:
         checkpoint()
-        one = a.index_select(1, number)
+        one = a.narrow(1, number, 1) if isinstance(number, int) else a.index_select(1, number)
         return (one if held.plain else dequantize(one, held, (k, m, 1, 1), b.dtype)).to(b.dtype)[0, 0]
 
-    products = torch.cat([F.linear(x, matrix(owners[i : i + 1])) for i, x in enumerate(padded)])
+    # into one tensor: single results in between would keep the heap from using the same memory for the next tile
+    products, some = b.new_empty(tiles * tile, m), b.new_empty(tile, k)
+    for i, number in enumerate(owners.tolist() if a.is_cpu else torch.split(owners, 1)):
+        torch.index_select(rows, 0, gathered[i], out=some)
+        products[i * tile : (i + 1) * tile] = F.linear(some, matrix(number))
     return torch.empty_like(products[:n]).index_copy(0, order, products[slots]).reshape(1, tokens, used, m)
 
 
