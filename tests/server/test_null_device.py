@@ -51,6 +51,7 @@ def test_a_client_gets_its_share_of_a_device_and_no_more() -> None:
         with pytest.raises(OutOfMemory):
             second.allocate(201 << 20)
         first.free(kept)
+        assert first.memory().free == 750 << 20
         second.free(second.allocate(700 << 20))
         first.close()
         second.close()

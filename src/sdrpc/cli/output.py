@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError
+from ..storage import write_whole
 
 _NUMBER = re.compile(r"%%|%(\d{0,3}d)")
 """printf's %d, %3d, %03d; ``%%`` is a percent sign."""
@@ -51,15 +52,7 @@ def check_writable(paths: list[Path]) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write all of ``data`` or nothing: an old file stays until the new one is whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, data, 0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import __version__
-from ..content import fnv1a, folder
+from ..content import fnv1a
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, Library, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
+from ..storage import cache_folder
 from . import placement, report
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def rpc_server(
     versions = protocol_of(protocol)
     limits = limited(max_clients, max_memory, max_memory_per_client)
     converted = None if dequant_cache is None else size(dequant_cache)
-    kept = Cache(folder("weights"), size(cache_size, "--cache-size")) if cache else None
+    kept = Cache(cache_folder("weights"), size(cache_size, "--cache-size")) if cache else None
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
     from ..engine.system import keep_freed_memory

@@ -75,10 +75,8 @@ def _window(value: Value) -> int:
     padded: int = min((x.ne[0] + 2 * p.p0) * (x.ne[1] + 2 * p.p1), PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
     places = prod(value.ne) // value.ne[2] if value.op == "CONV_2D" else 0
     patches = places * prod(kernel.ne[:3])
-    # patches are made real where there are few places (images.MUCH), or where oneDNN has no direct kernel
-    unfolded = (
-        patches if value.op == "CONV_2D" and (places <= 8 * value.ne[2] or min(kernel.ne[2:]) < FEW_CHANNELS) else 0
-    )
+    # patches are made real where there are few places (images.MUCH); oneDNN unfolds some at a time
+    unfolded = patches if places <= 8 * value.ne[2] else min(patches, UNFOLDED)
     return FLOAT * (2 * padded + 2 * unfolded + 2 * elements(value) + 2 * elements(kernel))
 
 
@@ -188,6 +186,8 @@ def _recurrent(value: Value) -> int:
     return FLOAT * (6 * states + 4 * elements(value)) + FLOAT * 2 * sum(elements(s) for s in value.src if s is not None)
 
 
+UNFOLDED = 1 << 25
+"""Elements of patches that oneDNN's kernels hold at one time."""
 QUANTIZING = 1 << 26
 """Bytes that one chunk of blocks takes while it is read or written (blocks.CHUNK and its trials)."""
 

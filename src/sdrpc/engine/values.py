@@ -214,12 +214,9 @@ class _Tracer:
 
     def _read(self, place: Place) -> _Read:
         writers = self._map(place.memory).writers(place.offset, place.end)
-        if (
-            len(writers) == 1
-            and writers[0] not in (None, IN_MEMORY)
-            and _viewable(self.writes[writers[0]].place, place)
-        ):
-            return _Read(place, writers[0])
+        only = writers[0] if len(writers) == 1 and writers[0] != IN_MEMORY else None
+        if only is not None and _viewable(self.writes[only].place, place):
+            return _Read(place, only)
         for writer in writers:
             if writer is not None and writer != IN_MEMORY:
                 self._store(writer)

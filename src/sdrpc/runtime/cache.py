@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +15,7 @@ from typing import Any
 
 from ..device import Target
 from ..errors import GraphError
+from ..storage import cache_folder, mark_used, read_own, shrink, write_whole
 from .lowered import Lowered, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
@@ -29,13 +28,8 @@ PACKAGES = ("sdrpc", "torch", "diffusers", "transformers")
 
 
 def default_folder() -> Path:
-    """``$SDRPC_CACHE``, or the user's cache directory."""
-    chosen = os.environ.get("SDRPC_CACHE")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
-
-    return platformdirs.user_cache_path("sdrpc") / "graphs"
+    """Where graphs are kept for this user."""
+    return cache_folder("graphs")
 
 
 def key(target: Target, **facts: Any) -> str:
@@ -65,24 +59,18 @@ class Cache:
         """The module under ``key``; None when there is none or its file is damaged."""
         path = self.folder / (key + SUFFIX)
         try:
-            found = from_bytes(path.read_bytes())
-            os.utime(path)
-        except (OSError, GraphError):
+            data = read_own(path, self.budget)
+            found = None if data is None else from_bytes(data)
+        except GraphError:
             return None
+        if found is not None:
+            mark_used(path)
         return found
 
     def put(self, key: str, lowered: Lowered) -> None:
         """Keep ``lowered``: the file appears whole or not at all. Raises :class:`OSError` when the disk refuses."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(to_bytes(lowered))
-            os.replace(name, self.folder / (key + SUFFIX))
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        self._shrink()
+        write_whole(self.folder / (key + SUFFIX), to_bytes(lowered))
+        shrink(self.folder, SUFFIX, self.budget)
 
     def load(self, key: str, make: Callable[[], Lowered]) -> Lowered:
         """The module under ``key``, made and kept if it is not there. A disk that refuses costs the next run time, not
@@ -97,17 +85,3 @@ class Cache:
                     "%s: graphs are not kept, the next run captures them again: %s", self.folder, error.strerror
                 )
         return found
-
-    def _shrink(self) -> None:
-        files = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            try:
-                facts = path.stat()
-            except OSError:  # another process was faster
-                continue
-            files.append((facts.st_mtime_ns, facts.st_size, path))
-        total = 0
-        for _, size, path in sorted(files, reverse=True):
-            total += size
-            if total > self.budget:
-                path.unlink(missing_ok=True)

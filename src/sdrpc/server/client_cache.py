@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from ..content import FNV_START, PIECE, SMALLEST, fnv1a, joined, pieces
 from ..device import Bytes
-from .cache import Cache, remove
+from ..storage import remove
+from .cache import Cache
 
 WAITING = 16
 """Pieces that are held in memory until they are hashed and written: a disk that is slower slows uploads down."""
