@@ -18,7 +18,7 @@ from .. import __version__
 from ..content import fnv1a
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, dialects
-from ..server import Cache, Library, Limits, Server
+from ..server import Cache, CacheService, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
 from . import placement, report
@@ -127,7 +127,7 @@ def rpc_server(
     if list_devices:
         print(*map(described, found), sep="\n")
         return
-    with library(kept) as shared:
+    with cache_service(kept) as shared:
         server = Server(offered(found, device), versions, host, port, limits, shared)
         announce(server)
         serve(server)
@@ -184,8 +184,8 @@ def described(device: ServedDevice) -> str:
 
 
 @contextmanager
-def library(cache: Cache | None) -> Iterator[Library | None]:
-    """``cache`` at work until the end; a warning when native clients will have nothing of it."""
+def cache_service(cache: Cache | None) -> Iterator[CacheService | None]:
+    """``cache`` at work until the end; a warning when native clients can't use it."""
     if cache is None:
         yield None
         return
@@ -194,7 +194,7 @@ def library(cache: Cache | None) -> Iterator[Library | None]:
             "[yellow]warning:[/] llama.cpp and stable-diffusion.cpp can't use the cache: they ask for weights by a "
             "hash that is too slow without numba (pip install 'sdrpc\\[cache]'). Clients of sdrpc can."
         )
-    opened = Library(cache)
+    opened = CacheService(cache)
     try:
         yield opened
     finally:
@@ -205,7 +205,7 @@ def announce(server: Server) -> None:
     """Print what is offered where, and warn when other machines can reach it."""
     print(f"Starting RPC server {server.protocol}")
     print("Devices:", *map(described, server.devices), sep="\n")
-    cache = server.library and server.library.cache
+    cache = server.cache_service and server.cache_service.cache
     print(f"  local cache    : {f'{cache.folder} (at most {cache.budget >> 20} MiB)' if cache else 'n/a'}")
     print(f"  endpoint       : {server.endpoint}", flush=True)
     if server.exposed:

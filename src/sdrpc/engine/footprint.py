@@ -195,7 +195,7 @@ WORKING: dict[str, Callable[[Value], int]] = {
     "LEAF": _nothing, "VIEW": _nothing, "ARANGE": _copies(2), "SNAPSHOT": _nothing,
     "CAST": _nothing, "WEIGHT": lambda v: FLOAT * elements(v) + QUANTIZING, "SPARED": lambda v: FLOAT * elements(v),
     "DEQUANTIZE": lambda v: FLOAT * elements(v) + QUANTIZING,
-    "UNARY": _copies(5), "GLU": _copies(4), "XIELU": _copies(5), "SCALE": _copies(1), "TIMESTEP_EMBEDDING": _copies(4),
+    "UNARY": _copies(5), "GLU": _copies(4), "XIELU": _copies(5), "SCALE": _nothing, "TIMESTEP_EMBEDDING": _copies(4),
     "DIAG_MASK_INF": _copies(1), "DIAG_MASK_ZERO": _copies(1),
     "CONV_2D": _window, "CONV_2D_DW": _window, "IM2COL": _im2col, "IM2COL_3D": _window_3d, "CONV_3D": _window_3d,
     "CONV_TRANSPOSE_1D": _transposed, "CONV_TRANSPOSE_2D": _transposed, "COL2IM_1D": _copies(2),
@@ -221,8 +221,8 @@ def working_bytes(value: Value) -> int:
     scratch = WORKING.get(value.op, _copies(1))(value)
     if value.op not in ("LEAF", "SET_ROWS") and not value.type.plain:  # computed as floats, then made blocks
         scratch += FLOAT * elements(value) + QUANTIZING
-    # most results are made in the dtype that is computed in, then converted to the one that they are held in
-    return scratch + (0 if value.op in ("LEAF", "VIEW") else FLOAT * elements(value))
+    # what is not held in float32 may be made in it first
+    return scratch + (0 if value.op in ("LEAF", "VIEW") or value.dtype is torch.float32 else FLOAT * elements(value))
 
 
 def peak_bytes(effects: Sequence[Value]) -> int:

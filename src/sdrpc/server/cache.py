@@ -70,10 +70,10 @@ class Cache:
         storage.remove(self._path(digest))
 
     def create(self) -> tuple[BinaryIO, Path]:
-        """A new file, for :meth:`adopt` when it is complete. Raises :class:`OSError`."""
+        """A new file, for :meth:`commit` when it is complete. Raises :class:`OSError`."""
         return storage.create(self.folder)
 
-    def adopt(self, part: Path, digest: bytes, size: int) -> None:
+    def commit(self, part: Path, digest: bytes, size: int) -> None:
         """Let a complete file appear under its digest, in the place of any other. Raises :class:`OSError`."""
         storage.commit(part, self._path(digest))
         self._complained = False
@@ -81,11 +81,11 @@ class Cache:
         if self._room < 0:
             self.shrink()
 
-    def meant(self, name: int, size: int, owner: str) -> bytes | None:
+    def lookup(self, name: int, size: int, owner: str) -> bytes | None:
         """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for, if it is known and one only."""
         return _read_name(self._name_path(name, size, owner)) or None
 
-    def call(self, digest: bytes, name: int, size: int, owner: str) -> None:
+    def add_alias(self, digest: bytes, name: int, size: int, owner: str) -> None:
         """Note that ``owner`` calls that content ``name``. Raises :class:`OSError`."""
         path = self._name_path(name, size, owner)
         known = _read_name(path)

@@ -62,7 +62,7 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     stream.deadline = None
     offer = protocol.offer(stream.address, hello)
     session.versions = offer.versions
-    agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.shelf is None else Capability.CACHE))
+    agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE))
     stream.write([encode_hello_reply(offer.told, agreed)])
     kind = "a client of ggml's protocol" if hello.capabilities == NATIVE else "a client of sdrpc"
     log.info("%s: came, %s, is offered protocol %s", stream.peer, kind, offer.name)
@@ -132,7 +132,7 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
     device = session.devices[region.device]
     stream.expect(total)
     window = device.window(region.buffer, start, total)
-    with session.keeping(place) or nullcontext() as keeping:
+    with session.writer(place) or nullcontext() as writer:
         for offset, size in pieces(total):
             piece = stream.staging(size) if window is None else window[offset : offset + size]
             piece[: len(head)] = head
@@ -140,8 +140,8 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
             head = head[:0]
             if window is None:
                 device.write(region.buffer, start + offset, piece)
-            if keeping is not None:
-                keeping.feed(piece)
+            if writer is not None:
+                writer.feed(piece)
 
 
 def _tell(stream: Stream, session: Session, agreed: Capability, reason: str) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..device import ServedDevice
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
-from .client_cache import Library
+from .client_cache import CacheService
 from .handler import converse
 from .limits import Limits
 from .negotiation import Fixed, Protocol
@@ -43,10 +43,10 @@ class Client(NamedTuple):
 class Server:
     """Offers ``devices`` (numbered in that order) at ``host``:``port`` (0: a free one) to whoever connects and speaks
     ``protocol``: one version (default: the newest), or what is learnt about each client.
-    Tensors that clients may send again are kept in ``library``, if there is one.
+    Tensors that clients may send again are kept in ``cache_service``, if there is one.
 
     As a context manager it serves in a thread of its own; :meth:`serve` does so in the caller's. The devices and
-    the library stay the caller's to close. Raises :class:`UsageError` when it can't listen there.
+    the cache service stay the caller's to close. Raises :class:`UsageError` when it can't listen there.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Server:
         host: str = "127.0.0.1",
         port: int = 0,
         limits: Limits | None = None,
-        library: Library | None = None,
+        cache_service: CacheService | None = None,
     ) -> None:
-        self.devices, self.limits, self.library = tuple(devices), limits or Limits(), library
+        self.devices, self.limits, self.cache_service = tuple(devices), limits or Limits(), cache_service
         self.protocol = protocol if isinstance(protocol, Protocol) else Fixed(protocol or newest())
         self._listening = _listen(host, port, self.limits.backlog)
         self.host, self.port = host, self._listening.getsockname()[1]
@@ -176,8 +176,8 @@ class Server:
         return True
 
     def _start(self, stream: Stream) -> None:
-        shelf = self.library.shelf(stream.address) if self.library else None
-        session = Session(self.devices, self.limits, lambda: _why_stop(stream), shelf, self._buffers)
+        cache = self.cache_service.client_cache(stream.address) if self.cache_service else None
+        session = Session(self.devices, self.limits, lambda: _why_stop(stream), cache, self._buffers)
         client = Client(stream, session)
         thread = threading.Thread(target=self._talk, args=(client,), name=f"sdrpc client {stream.peer}", daemon=True)
         with self._lock:

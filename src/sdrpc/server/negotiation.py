@@ -16,7 +16,7 @@ from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect, dialects, newest
 from ..storage import read_own, state_folder, write_whole
 from ..wire.hello import NATIVE, Hello
-from .version_memory import Learnt, Offer, accepting
+from .version_memory import Offer, VersionMemory, accepting
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Learning(Protocol):
     def __init__(self, path: Path | None = None) -> None:
         self.dialect = newest()
         self._path, self._lock = path, Lock()
-        self._learnt = self._read() or Learnt()
+        self._learnt = self._read() or VersionMemory()
 
     def __str__(self) -> str:
         versions = [*dialects()]
@@ -98,7 +98,7 @@ class Learning(Protocol):
             "client again (--protocol with its version saves the search)"
         )
 
-    def _change(self, event: Callable[[Learnt], bool]) -> bool:
+    def _change(self, event: Callable[[VersionMemory], bool]) -> bool:
         """Let ``event`` happen, here and in the file; whether it changed anything."""
         with self._lock:
             if not event(self._learnt):
@@ -109,16 +109,16 @@ class Learning(Protocol):
             self._write()
             return True
 
-    def _read(self) -> Learnt | None:
+    def _read(self) -> VersionMemory | None:
         """What the file says; None when it can't be used."""
         if self._path is None:
             return None
         try:
             if not self._path.exists():
-                return Learnt()
+                return VersionMemory()
             if (data := read_own(self._path, MAX_BYTES)) is None:
                 raise ValueError(f"not a file of this user's of at most {MAX_BYTES} bytes")
-            return Learnt.parse(data.decode())
+            return VersionMemory.parse(data.decode())
         except (OSError, ValueError) as error:
             log.warning("%s: not used, what it knew about clients is learnt again: %s", self._path, error)
             return None

@@ -23,7 +23,7 @@ from ..ggml.types import Type
 from ..wire import graphs, messages
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
-from .client_cache import Keeping, Shelf
+from .client_cache import CacheWriter, ClientCache
 from .limits import Limits
 from .quotas import Buffers
 from .version_memory import Versions
@@ -60,7 +60,7 @@ class Ready(NamedTuple):
 
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
-    computed for it. ``shelf``: tensors that it need not send, if the server keeps any. ``buffers`` counts those of all
+    computed for it. ``cache``: tensors that it need not send, if the server keeps any. ``buffers`` counts those of all
     clients. ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running graph
     took."""
 
@@ -69,10 +69,10 @@ class Session:
         devices: Sequence[ServedDevice],
         limits: Limits,
         watch: Watch,
-        shelf: Shelf | None = None,
+        cache: ClientCache | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        self.devices, self.limits, self.shelf = devices, limits, shelf
+        self.devices, self.limits, self.cache = devices, limits, cache
         self.requests = self.most_held = 0
         self._buffers = buffers or Buffers(limits)
         self.versions: Versions = ()
@@ -102,13 +102,13 @@ class Session:
         """Where the ``size`` bytes of data of a SET_TENSOR belong."""
         return self._place(message.tensor, message.offset, size)
 
-    def keeping(self, place: Place) -> Keeping | None:
+    def writer(self, place: Place) -> CacheWriter | None:
         """For the data that comes to ``place``: kept for the next time if the client asked for it by its name before,
         as clients do with what they may send again."""
         key = (place.region.handle, place.offset, place.size)
-        if self.shelf is None or key not in self._missed:
+        if self.cache is None or key not in self._missed:
             return None
-        return self.shelf.keeping(place.size, self._missed.pop(key))
+        return self.cache.writer(place.size, self._missed.pop(key))
 
     def close(self) -> None:
         """Free everything."""
@@ -237,7 +237,7 @@ class Session:
 
     def _set_tensor_hash(self, asked: messages.SetTensorHash) -> messages.SetTensorHashReply:
         place = self._rest(asked.tensor, asked.offset)
-        digest = None if self.shelf is None else self.shelf.meant(asked.hash, place.size)
+        digest = None if self.cache is None else self.cache.lookup(asked.hash, place.size)
         return self._restored(place, digest, asked.hash)
 
     def _set_tensor_digest(self, asked: messages.SetTensorDigest) -> messages.SetTensorHashReply:
@@ -252,7 +252,7 @@ class Session:
     def _restored(self, place: Place, digest: bytes | None, name: int | None) -> messages.SetTensorHashReply:
         """Whether ``place`` now has the bytes of ``digest``. If not, they are expected there next, and are kept then;
         ``name`` is what the client calls them, where it does not know the digest."""
-        if self.shelf is None:
+        if self.cache is None:
             return messages.SetTensorHashReply(0)
         region, offset, size = place
         device = self.devices[region.device]
@@ -260,7 +260,7 @@ class Session:
         def write(at: int, piece: Bytes) -> None:
             device.write(region.buffer, offset + at, piece)
 
-        if digest and self.shelf.restore(digest, size, device.window(region.buffer, offset, size), write):
+        if digest and self.cache.restore(digest, size, device.window(region.buffer, offset, size), write):
             return messages.SetTensorHashReply(1)
         if len(self._missed) < self.limits.tensors:
             self._missed[region.handle, offset, size] = name
