@@ -13,6 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "sdrpc"
 
 MAY_IMPORT = {
     "errors": set(),
+    "text": set(),
+    "storage": {"errors"},
     "models": set(),
     "ggml": {"errors"},
     "device": {"errors", "ggml"},
@@ -20,9 +22,9 @@ MAY_IMPORT = {
     "targets": {"device", "errors", "ggml"},
     "wire": {"errors", "ggml", "device"},
     "engine": {"errors", "ggml", "device", "targets"},
-    "client": {"errors", "ggml", "device", "content", "targets", "wire"},
-    "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine"},
-    "runtime": {"errors", "ggml", "device"},
+    "client": {"errors", "text", "storage", "ggml", "device", "content", "targets", "wire"},
+    "server": {"errors", "text", "storage", "ggml", "device", "content", "targets", "wire"},
+    "runtime": {"errors", "storage", "ggml", "device"},
     "lowering": {"errors", "ggml", "device", "targets", "runtime"},
     "checkpoints": {"errors", "ggml"},
     "families": {"errors", "ggml", "device", "checkpoints", "lowering", "runtime"},

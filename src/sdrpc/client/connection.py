@@ -38,11 +38,11 @@ MAX_BUFFERS_PER_SEND = 64
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds. ``connect``: until the connection stands and HELLO is answered. ``answer``: without a byte from the
-    server, or without room for one; a native server is silent while it computes. A server whose machine is gone is
-    noticed by TCP keepalive after ``dead``."""
+    server, or without room for one; servers are silent while they compute, ours for 600 seconds at most. A server whose
+    machine is gone is noticed by TCP keepalive after ``dead``."""
 
     connect: float = 10.0
-    answer: float = 600.0
+    answer: float = 660.0
     dead: int = 30
 
 

@@ -336,12 +336,13 @@ class Session:
         """The graph in ``payload``, which has this ``digest``, as the likeliest version has it in which it makes sense;
         those in which it does not are none of this client's. When it makes sense in none, raises what is wrong with it
         in the likeliest: the first that has all its numbers, if one has."""
-        meanings = graphs.meanings(payload, self.versions)
+        parts = graphs.split(payload)
+        meanings = graphs.meanings(parts, self.versions)
         reads: list[Read] = []
         faults: list[tuple[Versions, SdrpcError]] = []
         for versions in meanings:
             try:
-                read = self._read(payload, versions)
+                read = self._read(parts, versions)
                 if len(meanings) > 1:  # else compiling checks it
                     self._check(read)
                 reads.append(read)
@@ -373,8 +374,7 @@ class Session:
             for key in [key for key, ready in table.items() if self.dialect not in ready.versions]:
                 del table[key]  # type: ignore[arg-type]
 
-    def _read(self, payload: Bytes, versions: Versions) -> Read:
-        parts = graphs.split(payload)
+    def _read(self, parts: graphs.Parts, versions: Versions) -> Read:
         self._device(parts.device)
         count = len(parts.tensors) // record_bytes(parts.name_length) if parts.name_length else 0
         if count > self.limits.tensors or len(parts.node_ids) > self.limits.tensors:
@@ -389,7 +389,7 @@ class Session:
                 )
             return region.buffer.key, region.offset(address, 0)
 
-        graph = graphs.decode_graph(payload, versions[0], resolve).graph
+        graph = graphs.decode_graph(parts, versions[0], resolve).graph
         return Read(parts.device, graph, used, versions)
 
 
