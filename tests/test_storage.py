@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrpc import storage
+from sdrpc import content, storage
 from sdrpc.client.names import Names
 from sdrpc.errors import UsageError
 from sdrpc.ggml.weight import Origin
@@ -159,3 +159,19 @@ def test_names_survive_a_folder_that_is_a_file(tmp_path: Path) -> None:
 )
 def test_text_of_others_stays_in_its_line(text: str, wanted: str) -> None:
     assert printable(text) == wanted
+
+
+def test_hashing_is_compiled_in_memory_where_machine_code_can_not_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba's words where neither the package's folder nor the home can be written to, as in a container."""
+    numba = pytest.importorskip("numba")
+    njit = numba.njit
+
+    def read_only(*args: object, cache: bool = False, **named: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function 'chain': no locator available for file 'content.py'")
+        return njit(*args, **named)
+
+    monkeypatch.setattr(numba, "njit", read_only)
+    fnv = content.fnv1a.__wrapped__()
+    assert fnv is not None
+    assert fnv(b"a", content.FNV_START) == 0xAF63DC4C8601EC8C  # the FNV authors' test vector

@@ -103,7 +103,7 @@ class Scene:
             model.uploaded(device)
             device.close()
         if self.cache_service:
-            self.cache_service.settle()
+            self.cache_service.flush()
         return tap
 
 
@@ -214,7 +214,7 @@ def test_a_disk_that_refuses_names(
     monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "file"))
     with Scene(cpu, tmp_path / "weights") as scene:
         scene.run(Model())
-        assert "what weights are called is not kept" in caplog.text
+        assert "digests of weights are not kept" in caplog.text
         assert scene.run(Model()).commands["SET_TENSOR"] == 2
 
 

@@ -10,9 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from sdrpc.engine import LocalDevice, footprint, pieces
 from sdrpc.engine.deadline import Deadline
+from sdrpc.engine.operations import EngineOp
+from sdrpc.engine.ops import KERNELS
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import ComputeError, Stopped, UnsupportedOperation
 from sdrpc.ggml import params
+from sdrpc.ggml.ops import destination
 from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor, rewrite
 from sdrpc.ggml.types import TYPES
 from tests.engine.compare import TOLERANCE, Leaves, error
@@ -36,7 +39,11 @@ def peak_of(device: LocalDevice, steps: Graph, memory: dict[int, bytes]) -> tupl
     def placed(tensor: Tensor) -> dict[str, object]:
         if tensor.buffer:
             return {"buffer": buffers[tensor.buffer].key}
-        return {"buffer": keep.key, "flags": OUTPUT} if tensor is steps.nodes[-1] else {}
+        if tensor is not steps.nodes[-1]:
+            return {}
+        if into := destination(tensor):
+            return {"buffer": buffers[into.buffer].key, "offset": into.offset, "flags": OUTPUT}
+        return {"buffer": keep.key, "flags": OUTPUT}
 
     for key, data in memory.items():
         device.write(buffers[key], 0, data)
@@ -111,6 +118,10 @@ LARGE = {
         x, "ROPE", (128, 32, 100), [x.normal(128, 32, 100), x.integers(0, 50, 100)],
         params.Rope(0, 128, 0, 0, 0, 1e4, 1.0, 0.0, 1.0, 32.0, 1.0),
     ),
+    "OPT_STEP_ADAMW": lambda x: _node(
+        x, "OPT_STEP_ADAMW", (1000, 1000), [*(x.normal(1000, 1000) for _ in range(2)),
+        *(x.array(np.ones((1000, 1000), "f4")) for _ in range(2)), x.normal(7)],
+    ),
     "GROUP_NORM": lambda x: _node(x, "GROUP_NORM", (300, 300, 32), [x.normal(300, 300, 32)], params.GroupNorm(8, 1e-6)),
 }  # fmt: skip
 
@@ -125,6 +136,12 @@ def test_no_large_operation_takes_more_than_is_said(cpu: LocalDevice, name: str)
     assert taken <= said + SLACK
     assert taken > 0, "the profiler saw nothing"
     assert said <= 30 * taken + (1 << 28), "a bound that says nothing"
+
+
+def test_the_tables_know_the_engines_operations() -> None:
+    ours = {EngineOp.LEAF, EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT}  # those without a kernel
+    for table in (footprint.WORKING, footprint.WORK, footprint.ALIASES, pieces.SPLITTERS, pieces.LOOPS):
+        assert {*table} <= {*KERNELS} | ours
 
 
 PIECES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import signal
 import socket
@@ -287,3 +288,27 @@ def test_a_device_without_memory_that_we_can_touch(device: CountingDevice, monke
         client.set(tensor, data)
         assert client.get(tensor, len(data)) == data
         client.ask(messages.GetAllocSize(0, tensor, (Record(),) * 10))
+
+
+def test_a_client_whose_machine_is_gone_is_noticed_by_the_system(device: CountingDevice) -> None:
+    with Server([device], limits=Limits(dead_seconds=42)) as server, RawClient(server.port) as client:
+        Adder(client)()
+        (connected,) = server._clients.values()
+        sock = connected.stream._socket
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 21
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
+
+
+def test_who_came_and_what_it_took_is_logged(device: CountingDevice, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sdrpc")
+    with Server([device]) as server:
+        with RawClient(server.port) as client:
+            add = Adder(client, elements=1 << 18)
+            add()
+        assert eventually(lambda: any("left after" in line for line in caplog.messages))
+    mine = [line.partition(": ")[2] for line in caplog.messages if line.startswith(f"{client.name}:")]
+    assert mine[0] == "came, a client of ggml's protocol, is offered protocol 7.0"
+    assert re.fullmatch(
+        r"left after 6 requests in .* s, 2\.0 MiB in, 1\.0 MiB out, [345]\.\d MiB held at most", mine[-1]
+    )

@@ -1,6 +1,6 @@
-"""What bytes of files are called, remembered from one run to the next: then a second start reads nothing to say so.
+"""Persistent cache of tensor digests: a second start need not read a model's file to say what is in it.
 
-A file per state of a model's file, of the kind that caches keep: what is damaged or gone is computed again.
+There is a file for each state of each model's file. One that is damaged or gone is computed again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Names:
             if self._changed:
                 shrink(self.folder, _SUFFIX, FILES * MAX_BYTES, FILES)
         except OSError as error:
-            log.warning("%s: what weights are called is not kept: %s", self.folder, error.strerror)
+            log.warning("%s: digests of weights are not kept: %s", self.folder, error.strerror)
         self._changed.clear()
 
     def _of(self, file: str) -> dict[str, str]:

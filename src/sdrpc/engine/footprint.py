@@ -198,7 +198,7 @@ WORKING: dict[OpName, Callable[[Value], int]] = {
     EngineOp.LEAF: _nothing, EngineOp.VIEW: _nothing, "ARANGE": _copies(2), EngineOp.SNAPSHOT: _nothing,
     EngineOp.CAST: _nothing, EngineOp.OPPORTUNISTIC_WEIGHT: lambda v: FLOAT * elements(v),
     **dict.fromkeys((EngineOp.WEIGHT, EngineOp.DEQUANTIZE), lambda v: FLOAT * elements(v) + QUANTIZING),
-    "UNARY": _copies(5), "GLU": _copies(4), "XIELU": _copies(5), "SCALE": _nothing, "TIMESTEP_EMBEDDING": _copies(4),
+    "UNARY": _copies(5), "GLU": _copies(4), "SCALE": _nothing, "TIMESTEP_EMBEDDING": _copies(4),
     "DIAG_MASK_INF": _copies(1), "DIAG_MASK_ZERO": _copies(1),
     "CONV_2D": _window, "CONV_2D_DW": _window, "IM2COL": _im2col, "IM2COL_3D": _window_3d, "CONV_3D": _window_3d,
     "CONV_TRANSPOSE_1D": _transposed, "CONV_TRANSPOSE_2D": _transposed, "COL2IM_1D": _copies(2),
@@ -215,7 +215,8 @@ WORKING: dict[OpName, Callable[[Value], int]] = {
     "SOLVE_TRI": _copies(3), "CROSS_ENTROPY_LOSS": _copies(3), "CROSS_ENTROPY_LOSS_BACK": _copies(3),
     "GROUP_NORM": _copies(2), EngineOp.GROUP_NORM_AFFINE: _copies(3), "RMS_NORM": _copies(3),
     EngineOp.RMS_NORM_AFFINE: _copies(3), "RMS_NORM_BACK": _copies(5), "SILU_BACK": _copies(5),
-    "SOFT_MAX_BACK": _copies(4), "OPT_STEP_SGD": _copies(4),
+    "SOFT_MAX_BACK": _copies(4), "OPT_STEP_SGD": _copies(4), "OPT_STEP_ADAMW": _copies(4),
+    EngineOp.ADAMW_MEAN: _copies(3), EngineOp.ADAMW_SQUARE: _copies(3),
     "L2_NORM": _copies(2), "PAD_REFLECT_1D": _copies(4), "ROLL": _copies(2), "ADD_REL_POS": _copies(3),
     "ADD_ID": _copies(2), "GET_REL_POS": _copies(4), "PAD": _copies(2), "CUMSUM": _copies(1), "TRI": _copies(1),
 }  # fmt: skip

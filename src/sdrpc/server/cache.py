@@ -82,11 +82,11 @@ class Cache:
             self.shrink()
 
     def lookup(self, name: int, size: int, owner: str) -> bytes | None:
-        """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for, if it is known and one only."""
+        """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for; None if unknown or ambiguous."""
         return _read_name(self._name_path(name, size, owner)) or None
 
     def add_alias(self, digest: bytes, name: int, size: int, owner: str) -> None:
-        """Note that ``owner`` calls that content ``name``. Raises :class:`OSError`."""
+        """Note that ``owner`` calls that content ``name``, too. Raises :class:`OSError`."""
         path = self._name_path(name, size, owner)
         known = _read_name(path)
         if known == digest or known == b"":
