@@ -127,7 +127,8 @@ class Session:
     # --- the model as functions
 
     def predict(self, latents: F32, timestep: F32, conditions: Conditions) -> F32:
-        """The diffusion model: latents (1, c, h, w), timestep (1,), conditions of b prompts → its prediction (b, c, h, w)."""
+        """What the diffusion model predicts, (b, c, h, w), of latents (1, c, h, w) at a timestep (1,) for the conditions
+        of b prompts."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
         (predicted,) = self._devices.run("diffusion", {}, inputs)
         return predicted
