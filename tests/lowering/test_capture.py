@@ -78,6 +78,22 @@ def test_zeros_are_one_element() -> None:
                 np.testing.assert_array_equal(mine, theirs.numpy())
 
 
+def test_undefined_tensors_take_no_memory() -> None:
+    """Where there is only room for what is small, as rotary embeddings of a film are written into a large one."""
+
+    def filled(x: Tensor) -> Tensor:
+        made = torch.empty(1 << 20, 1 << 20, dtype=torch.bfloat16, device=x.device)
+        made[:2, :3] = x
+        return made[:3, :4].float()
+
+    graph, inputs, _ = captured(filled, numbers(2, 3))
+    lowered = lower(graph, SDRPC, {})
+    assert sum(constant.array.nbytes for constant in lowered.constants) <= 16
+    small, inputs, _ = captured(lambda x: torch.empty_like(x).copy_(x) + torch.empty_like(x) * 0, numbers(2, 3))
+    with Executable(lower(small, SDRPC, {}), ReferenceDevice(), {}) as run:
+        np.testing.assert_array_equal(run(x0=inputs["x0"].numpy())[0], inputs["x0"].numpy())
+
+
 @pytest.mark.parametrize("masked", ["no", "known", "input", "blind"])
 @pytest.mark.parametrize("steps", [1, 7, 12])
 def test_attention_in_chunks(masked: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
