@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint interop interop-all operations parity demo bench clean
+.PHONY: setup test lint interop interop-all operations families parity demo bench clean
 
 setup: .venv/.ready
 
@@ -34,6 +34,10 @@ interop-all: setup
 operations: setup
 	$(BIN)/python tools/ggml_wheel.py
 	$(BIN)/python -m tests.interop.table
+
+families: setup
+	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/python -m tests.interop.families_table
 
 parity: setup
 	$(BIN)/pytest -m parity tests/parity

@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,47 +19,85 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sdrpc import __version__
 from sdrpc.engine.system import host_memory, processor
 
+from . import families
 from .registry import BENCHMARKS
 from .rows import Row
-from .setup import Setup, Variant
+from .setup import FamilyOptions, Setup, Variant
 
-PACKAGES = ("sdrpc", "torch", "diffusers", "numpy")
+PACKAGES = ("torch", "diffusers", "numpy")
 BY_DEFAULT = {"CPU": (Variant("f32", "exact"), Variant("bf16", "fast"))}
 ON_ACCELERATORS = (Variant("f16", "fast"),)
+SIZE, STEPS = 256, 4
+"""Of SD 1.5's picture."""
 
 log = Console(stderr=True, highlight=False)
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME…]", help="Benchmarks. [default: all]")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME…]", help="Benchmarks. [default: all but families]")
+    ] = None,
     device: Annotated[str, typer.Option(help="The server's device, and diffusers': CPU, CUDA0 …")] = "CPU",
-    size: Annotated[int, typer.Option(help="Width and height of the picture in pixels.")] = 256,
-    steps: Annotated[int, typer.Option(min=2, help="Sampling steps; the first is not counted.")] = 4,
-    checkpoint_size: Annotated[str, typer.Option(metavar="full|tiny", help="SD 1.5's shapes, or small ones.")] = "full",
+    size: Annotated[
+        int | None, typer.Option(help="Width and height in pixels.", show_default="256; families: 1024, tiny: 128")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Sampling steps; the first is not counted.", show_default="4; families: 20, tiny: 4"),
+    ] = None,
+    checkpoint_size: Annotated[
+        str,
+        typer.Option(metavar="full|reduced|tiny", help="The models' shapes, small ones, or FLUX.1 with few blocks."),
+    ] = "full",
     precision: Annotated[str | None, typer.Option(metavar="exact|fast", show_default="both on a CPU")] = None,
-    type: Annotated[str | None, typer.Option(metavar="f32|bf16|f16", help="Of the weights.")] = None,
+    type: Annotated[
+        str | None, typer.Option(metavar="f32|bf16|f16|q8_0", help="Of the weights; q8_0 for families alone.")
+    ] = None,
+    family: Annotated[str, typer.Option(metavar="NAME,…", help="Of families: which ones.")] = ",".join(families.KINDS),
+    only: Annotated[str, typer.Option(metavar="PART,…", help="Of families: what to measure.")] = ",".join(
+        families.PARTS
+    ),
+    text_encoders: Annotated[
+        str, typer.Option(metavar="full|reduced", help="Of families: reduced has a T5 of two layers, which saves 9 GB.")
+    ] = "full",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure sdrpc beside diffusers, and beside what the machine can do."""
     known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    usual = [benchmark.name for benchmark in BENCHMARKS if benchmark.usual]
     if unknown := set(names or ()) - set(known):
         raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(known)}")
     variants = _variants(device, type, precision)
+    options = FamilyOptions(
+        _listed(family, families.KINDS, "--family"), _listed(only, families.PARTS, "--only"), type, text_encoders, size,
+        steps,
+    )  # fmt: skip
     rows: list[tuple[str, Row]] = []
     with tempfile.TemporaryDirectory(prefix="sdrpc-bench-") as folder:
-        setup = Setup(device, size, steps, checkpoint_size, variants, Path(folder))
-        for benchmark in (known[name] for name in names or known):
+        setup = Setup(device, size or SIZE, steps or STEPS, checkpoint_size, variants, Path(folder), options)
+        for benchmark in (known[name] for name in names or usual):
             log.print(f"{benchmark.name}: {benchmark.about} …")
             start = time.perf_counter()
-            rows.extend((benchmark.name, row) for row in benchmark.run(setup))
+            for row in benchmark.run(setup):
+                rows.append((benchmark.name, row))
+                log.print(f"  {row.what}: {_short(row.ours)} {row.unit}{_beside(row)}")
             log.print(f"{benchmark.name}: {time.perf_counter() - start:.0f} s")
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(_table([row for _, row in rows]))
     facts = _facts(device) | {"options": setup_options(setup)}
     if json_file is not None:
         found = [{"benchmark": name} | row.facts() for name, row in rows]
         json_file.write_text(json.dumps(facts | {"rows": found}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _listed(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
+    """Names with commas between them; raises :class:`typer.BadParameter` for one that is not ``known``."""
+    names = tuple(name for name in text.split(",") if name)
+    if unknown := set(names) - set(known):
+        raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(known)}", param_hint=option)
+    return names
 
 
 def _variants(device: str, type: str | None, precision: str | None) -> tuple[Variant, ...]:
@@ -72,7 +111,7 @@ def _variants(device: str, type: str | None, precision: str | None) -> tuple[Var
 def setup_options(setup: Setup) -> dict[str, Any]:
     return {
         "device": setup.device, "size": setup.size, "steps": setup.steps, "checkpoint": setup.checkpoint_size,
-        "variants": [str(variant) for variant in setup.variants],
+        "variants": [str(variant) for variant in setup.variants], "families": setup.families._asdict(),
     }  # fmt: skip
 
 
@@ -85,7 +124,7 @@ def _facts(device: str) -> dict[str, Any]:
         import torch
 
         machine["accelerator"] = torch.cuda.get_device_name(int(device.removeprefix("CUDA")))
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), "sdrpc": __version__} | {name: version(name) for name in PACKAGES}
     return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": machine, "versions": versions}
 
 
@@ -106,6 +145,10 @@ def _table(rows: list[Row]) -> Table:
             row.note,
         )
     return table
+
+
+def _beside(row: Row) -> str:
+    return "" if row.theirs is None else f", {row.against}: {_short(row.theirs)} {row.unit}"
 
 
 def _short(number: float) -> str:

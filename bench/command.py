@@ -20,12 +20,16 @@ class Ended(NamedTuple):
 
 
 class SdCli:
-    """sd-cli drawing ``request`` from ``checkpoint`` with further ``options``. ``graphs`` is its cache folder."""
+    """sd-cli drawing ``request`` from ``files`` (by the fields of ModelFiles) with further ``options``. ``graphs`` is
+    its cache folder."""
 
-    def __init__(self, request: Request, checkpoint: Path, graphs: Path, *options: str) -> None:
+    def __init__(self, request: Request, files: Mapping[str, Path], graphs: Path, *options: str) -> None:
+        named = [
+            text for name, path in files.items() for text in (f"--{name.replace('diffusion_', 'diffusion-')}", path)
+        ]
         self.process = subprocess.Popen(
             [
-                sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", "-m", str(checkpoint),
+                sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", *named,
                 "-p", request.prompt, "-W", str(request.width), "-H", str(request.height),
                 "--steps", str(request.steps), "--cfg-scale", str(request.cfg_scale),
                 "--sampling-method", str(request.sampling_method), "-o", str(graphs.parent / "bench.png"), *options,

@@ -24,11 +24,12 @@ ALIGNMENT = 64
 
 class Watched:
     """The largest amount of its own memory that a process had: private pages and the anonymous shared ones that a
-    server keeps tensors in, without mapped files."""
+    server keeps tensors in, without mapped files. ``anonymous`` is the largest amount of private pages alone: files
+    below /dev/shm count as shared ones where they are mapped."""
 
     def __init__(self, pid: int) -> None:
         self._status = Path(f"/proc/{pid}/status")
-        self.peak = 0
+        self.peak = self.anonymous = 0
 
     def look(self) -> None:
         try:
@@ -36,8 +37,8 @@ class Watched:
         except (FileNotFoundError, ProcessLookupError):
             return
         if "RssAnon" in lines:  # a process that has just ended has no memory to tell of
-            used = sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
-            self.peak = max(self.peak, used)
+            anonymous, shared = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+            self.peak, self.anonymous = max(self.peak, anonymous + shared), max(self.anonymous, anonymous)
 
 
 class WatchedDevice:
@@ -76,7 +77,7 @@ def run(setup: Setup) -> Iterator[Row]:
     checkpoint = setup.checkpoint(setup.variant.type)
     on_device = None if setup.on_cpu else WatchedDevice()
     with setup.server(setup.variant) as server:
-        client = SdCli(setup.request(), checkpoint, graphs, "--rpc", f"127.0.0.1:{server.port}")
+        client = SdCli(setup.request(), {"model": checkpoint}, graphs, "--rpc", f"127.0.0.1:{server.port}")
         watched_client, watched_server = Watched(client.process.pid), Watched(server.process.pid)
         with watching(watched_client, watched_server, *([on_device] if on_device else [])):
             client.wait()

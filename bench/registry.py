@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cache, graph, language, memory, operations, start, step, upload, wire
+from . import cache, families, graph, language, memory, operations, start, step, upload, wire
 from .rows import Benchmark
 
 BENCHMARKS = (
@@ -14,5 +14,6 @@ BENCHMARKS = (
     Benchmark("graph", "sd-cli's recorded UNet graph: fast over exact, per operation", graph.run),
     Benchmark("operations", "operations of SD 1.5 and a whole UNet graph, over ggml's own server", operations.run),
     Benchmark("language", "llama.cpp's client: tokens per second with our server, over ggml's own", language.run),
+    Benchmark("families", "SDXL and FLUX.1 at full size: step, memory, bytes, capture, start", families.run, False),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )

@@ -53,8 +53,9 @@ class Row:
 
 
 class Benchmark(NamedTuple):
-    """``run`` measures and yields what it finds, row by row."""
+    """``run`` measures and yields what it finds, row by row. ``usual``: whether it runs when none is named."""
 
     name: str
     about: str
     run: Callable[[Setup], Iterator[Row]]
+    usual: bool = True

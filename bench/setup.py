@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from sdrpc.client import connect
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
@@ -31,6 +33,19 @@ class Variant(NamedTuple):
         return f"{self.type} {self.precision}"
 
 
+class FamilyOptions(NamedTuple):
+    """The options of ``families`` alone: families and parts of the benchmark by name; ``type`` of the diffusion
+    model's weights, None: the family's usual one; size of text encoders beside a full diffusion model; side of the
+    picture in pixels and steps, None: what belongs to the checkpoint's size."""
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    type: str | None
+    text_encoders: str
+    size: int | None
+    steps: int | None
+
+
 @dataclass(frozen=True)
 class Setup:
     """The options of a run. ``folder`` is its scratch space; ``variants`` are measured one after the other by the
@@ -42,6 +57,7 @@ class Setup:
     checkpoint_size: str
     variants: tuple[Variant, ...]
     folder: Path
+    families: FamilyOptions
 
     @property
     def variant(self) -> Variant:
@@ -50,6 +66,10 @@ class Setup:
     @property
     def on_cpu(self) -> bool:
         return self.device == "CPU"
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device.lower().replace("cuda", "cuda:"))
 
     @property
     def cache(self) -> Cache:
@@ -65,7 +85,7 @@ class Setup:
 
     def checkpoint(self, type: str) -> Path:
         """A checkpoint with random weights, made when it is not there yet; its pages are in the system's cache."""
-        home = Path(os.environ.get("SDRPC_DEV_CACHE") or Path.home() / ".cache" / "sdrpc-dev")
+        home = development_cache()
         path = home / f"bench-{self.checkpoint_size}-{type}.safetensors"
         if not path.exists():
             home.mkdir(parents=True, exist_ok=True)
@@ -73,7 +93,7 @@ class Setup:
             maker = [sys.executable, "tools/make_checkpoint.py", "--size", self.checkpoint_size, "--type", type]
             subprocess.run([*maker, part], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             part.rename(path)
-        _read(path)
+        read(path)
         return path
 
     @contextmanager
@@ -93,7 +113,13 @@ class Setup:
             yield stack.enter_context(Session.open(self.checkpoint(variant.type), device, self.cache))
 
 
-def _read(path: Path) -> None:
+def development_cache() -> Path:
+    """Where checkpoints are kept from run to run."""
+    return Path(os.environ.get("SDRPC_DEV_CACHE") or Path.home() / ".cache" / "sdrpc-dev")
+
+
+def read(path: Path) -> None:
+    """Bring the file's pages into the system's cache."""
     buffer = bytearray(1 << 24)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):

@@ -39,5 +39,5 @@ def _seconds(setup: Setup, checkpoint: Path, graphs: Path, *options: str) -> flo
     """From the start of the process to its end, less uploads and the VAE: with one step that leaves the interpreter,
     opening the file, the graphs (captured or from the cache), the encoded prompts and the first step."""
     start = time.perf_counter()
-    stages = SdCli(setup.request(steps=1, size=SIZE), checkpoint, graphs, *options).wait().stages
+    stages = SdCli(setup.request(steps=1, size=SIZE), {"model": checkpoint}, graphs, *options).wait().stages
     return time.perf_counter() - start - stages["upload"] - stages["decode"]

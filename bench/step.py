@@ -31,7 +31,7 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
         conditions = session.conditions(settings)
         text = np.concatenate([each["context"] for each in conditions])
         mine = [sample(session, request, conditions)]  # uploads
-        theirs = InProcess(session.model, torch.device(setup.device.lower().replace("cuda", "cuda:")), _dtype(variant))
+        theirs = InProcess(session.model, setup.torch_device, _dtype(variant))
         eager = [theirs.sample(settings, text)]
         for _ in range(1, ROUNDS):
             mine.append(sample(session, request, conditions))

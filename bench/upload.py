@@ -20,16 +20,16 @@ SMALL = 8
 
 
 def run(setup: Setup) -> Iterator[Row]:
-    ours, through_socket, copied = [], [], []
+    ours, plainly, copied = [], [], []
     size = 0
     path = setup.checkpoint(setup.variant.type)
     for _ in range(ROUNDS):
         with setup.server(setup.variant) as server:
             seconds, size = uploaded(setup, server.port)
         ours.append(seconds)
-        through_socket.append(_through_socket(path, size))
+        plainly.append(through_socket(path, size))
         copied.append(_copied(path, size))
-    speed, plain, memory = (size / min(seconds) / 1e9 for seconds in (ours, through_socket, copied))
+    speed, plain, memory = (size / min(seconds) / 1e9 for seconds in (ours, plainly, copied))
     note = f"{size / 1e9:.2f} GB, best of {ROUNDS}"
     yield Row("upload", speed, "GB/s", plain, "plain loopback socket", Mark(1.0, "ours", at_least=True), note)
     yield Row("upload", speed, "GB/s", memory, "memcpy to new memory", None, note)
@@ -59,7 +59,7 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _through_socket(path: Path, size: int) -> float:
+def through_socket(path: Path, size: int) -> float:
     """Seconds for as many bytes of the mapped file through a socket into memory that was never touched."""
     target = memoryview(mmap.mmap(-1, size))
     with socket.create_server(("127.0.0.1", 0)) as listener:

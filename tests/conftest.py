@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("sdrpc")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_graphs_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Offloaded modules find graphs of this session only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDRPC_CACHE", str(tmp_path_factory.mktemp("graphs")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,16 @@ SOURCE = Path(__file__).parent.parent / "src" / "sdrpc"
 MAY_IMPORT = {
     "errors": set(),
     "models": set(),
+    "places": set(),
+    "text": set(),
     "ggml": {"errors"},
     "device": {"errors", "ggml"},
-    "content": {"device"},
+    "content": {"device", "places"},
     "targets": {"device", "errors", "ggml"},
     "wire": {"errors", "ggml", "device"},
     "engine": {"errors", "ggml", "device", "targets"},
     "client": {"errors", "ggml", "device", "content", "targets", "wire"},
-    "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine"},
+    "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine", "places"},
     "checkpoints": {"errors", "ggml"},
     "prompts": {"errors"},
     "families": {"errors", "ggml", "device", "checkpoints", "lowering", "prompts", "runtime"},
@@ -37,7 +39,7 @@ MAY_IMPORT = {
         "runtime",
     },
     "device_names": {"errors"},
-    "runtime": {"errors", "ggml", "device", "checkpoints"},
+    "runtime": {"errors", "ggml", "device", "checkpoints", "places"},
     "lowering": {"errors", "ggml", "device", "targets", "runtime"},
 }
 """Layer → what it may import besides itself; ``cli`` and the package's own front may import everything."""

@@ -26,6 +26,7 @@ from rich.table import Table
 from sdrpc import models
 from sdrpc.cli import report
 from sdrpc.cli.devices import placed_devices
+from sdrpc.cli.progress import Meter
 from sdrpc.diffusion.events import Event, OnEvent
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
@@ -184,23 +185,23 @@ def main(
     asked = asked if prompts is None else spread(asked, prompts)
     scores: list[list[Score]] = []
     negatives: list[NegativeScore] = []
-    with report.metered() as meter:
-        for setting in settings:
-            chosen = asked if setting.pictures is None else spread(asked, setting.pictures)
-            with opened(setting.model, device, precision, meter) as artist:
-                scores.append(_scores(artist, setting, chosen, meter))
-                if setting is first and grid_file is not None:
-                    pictures = [artist.draw(setting, prompt, seed) for seed, prompt in enumerate(grid.PROMPTS)]
-                    grid.arranged(pictures, grid.PROMPTS).save(grid_file)
-                if setting is first and not only:
-                    negatives = [_negative(artist, setting, negative, meter) for negative in NEGATIVES]
+    meter = report.meter()
+    for setting in settings:
+        chosen = asked if setting.pictures is None else spread(asked, setting.pictures)
+        with opened(setting.model, device, precision, meter) as artist:
+            scores.append(_scores(artist, setting, chosen, meter))
+            if setting is first and grid_file is not None:
+                pictures = [artist.draw(setting, prompt, seed) for seed, prompt in enumerate(grid.PROMPTS)]
+                grid.arranged(pictures, grid.PROMPTS).save(grid_file)
+            if setting is first and not only:
+                negatives = [_negative(artist, setting, negative, meter) for negative in NEGATIVES]
     psnr = vae_psnr(open_model(ModelFiles(model)))
-    report.results.print(_table(settings, scores))
+    report.table(_table(settings, scores))
     if negatives:
-        report.results.print(_negative_table(negatives))
+        report.table(_negative_table(negatives))
     passed = psnr >= LEAST_PSNR and all(_passed(settings, scores))
-    report.results.print(f"VAE: {psnr:.2f} dB over {PSNR_SCENES} scenes, {LEAST_PSNR:.0f} asked for")
-    report.results.print("every mark is reached" if passed else "[red]not every mark is reached[/red]")
+    print(f"VAE: {psnr:.2f} dB over {PSNR_SCENES} scenes, {LEAST_PSNR:.0f} asked for")
+    print("every mark is reached" if passed else "not every mark is reached")
     if json_file is not None:
         json_file.write_text(json.dumps(_facts(settings, scores, negatives, psnr, passed), indent=2) + "\n")
     raise typer.Exit(0 if passed else 1)
@@ -227,7 +228,7 @@ class Artist:
 
 
 @contextmanager
-def opened(model: Path, device: str, precision: str, meter: report.Meter) -> Iterator[Artist]:
+def opened(model: Path, device: str, precision: str, meter: Meter) -> Iterator[Artist]:
     """The model in a file, all of it on one device of this machine."""
 
     def tell(event: Event) -> None:
@@ -238,7 +239,7 @@ def opened(model: Path, device: str, precision: str, meter: report.Meter) -> Ite
         yield Artist(session, tell)
 
 
-def _scores(artist: Artist, setting: Setting, prompts: Sequence[Prompt], meter: report.Meter) -> list[Score]:
+def _scores(artist: Artist, setting: Setting, prompts: Sequence[Prompt], meter: Meter) -> list[Score]:
     verdicts: dict[str, list[Verdict]] = {ONE: [], MORE: []}
     for done, prompt in enumerate(prompts, 1):
         sight = detect(artist.draw(setting, prompt.text, prompt.seed))
@@ -252,7 +253,7 @@ def _score(values: Iterator[bool | None]) -> Score:
     return Score(sum(said), len(said))
 
 
-def _negative(artist: Artist, setting: Setting, negative: Negative, meter: report.Meter) -> NegativeScore:
+def _negative(artist: Artist, setting: Setting, negative: Negative, meter: Meter) -> NegativeScore:
     """Without a negative prompt, each word's share of the same pictures; with one, the share of the word in it."""
     free, held = [], []
     for seed in range(NEGATIVE_SEEDS):

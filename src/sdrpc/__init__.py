@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .families.model import ModelFiles as ModelFiles
 
 __all__ = [
-    "Device", "Event", "ModelFiles", "Picture", "Request", "Session", "__version__", "devices", "offload",
+    "Device", "Devices", "Event", "ModelFiles", "Picture", "Request", "Session", "__version__", "devices", "offload",
 ]  # fmt: skip
 
 _LAZY = {
@@ -47,9 +47,17 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
     return offload(module, device)
 
 
-def devices(rpc: Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> dict[str, Device]:
-    """The devices of this process and of the servers at ``rpc`` (``host:port``), by name: CUDA0, CPU, RPC0, RPC1 …
+class Devices(dict[str, Device]):
+    """Devices by name. A name that is not there is an error that says which are."""
 
+    def __missing__(self, name: str) -> Device:
+        raise KeyError(f"no device {name}: there are {', '.join(sorted(self))}")
+
+
+def devices(rpc: str | Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> Devices:
+    """The devices of this process and of the servers at ``rpc``, by name: CUDA0, CPU, RPC0, RPC1 …
+
+    ``rpc``: one or several endpoints, ``host:port``.
     ``precision``: exact, fast, ggml or auto, of the local ones (a server chooses its own); ``threads``: of the CPU.
     Close those that you have used. Raises :class:`sdrpc.errors.UsageError`, and for a server that can't be used
     :class:`~sdrpc.errors.ConnectionFailed`, :class:`~sdrpc.errors.ConnectionLost`,
@@ -58,5 +66,5 @@ def devices(rpc: Sequence[str] = (), *, precision: str = "auto", threads: int | 
     from .client import connect
     from .engine import devices as local_devices
 
-    remote = connect(rpc) if rpc else []
-    return {device.name: device for device in [*local_devices(precision, threads), *remote]}
+    remote = connect([rpc] if isinstance(rpc, str) else rpc) if rpc else []
+    return Devices({device.name: device for device in [*local_devices(precision, threads), *remote]})

@@ -1,6 +1,6 @@
 """``python -m sdrpc``."""
 
-from .cli.main import main
+from .cli.entry import sdrpc
 
 if __name__ == "__main__":
-    main()
+    sdrpc()

@@ -7,7 +7,6 @@ that these are they. Between our own peers it is a digest that nobody can forge:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from hashlib import sha256
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .device import Bytes
+from .places import cache_folder
 
 PIECE = 4 << 20
 DIGEST_BYTES = 32
@@ -78,9 +78,4 @@ def fnv1a() -> Fnv | None:
 
 def folder(kind: str) -> Path:
     """Where the user's cache keeps ``kind``: below ``$SDRPC_CACHE``, or in the system's place for caches."""
-    chosen = os.environ.get("SDRPC_CACHE")
-    if chosen:
-        return Path(chosen) / kind
-    import platformdirs
-
-    return platformdirs.user_cache_path("sdrpc") / kind
+    return cache_folder(kind)

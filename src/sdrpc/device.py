@@ -111,6 +111,11 @@ class Device(ABC):
     """The hardware's name, or the endpoint and what it says of itself."""
     max_size: int = sys.maxsize
     """Bytes of the largest buffer that it gives, however much memory is free."""
+    sent: int | None = None
+    """Bytes of tensors that were sent to it over a network; None where there is none."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: {self.description}>"
 
     @property
     def turns(self) -> Turns:

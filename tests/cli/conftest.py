@@ -55,18 +55,11 @@ class Outcome:
 
 
 @pytest.fixture
-def sd(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+def sd(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """sd-cli in this process."""
 
     def run(*arguments: object) -> Outcome:
-        def command() -> None:
-            try:
-                sd_cli.run([str(word) for word in arguments])
-            except SystemExit as end:
-                ended.append(int(end.code or 0))
-
-        ended: list[int] = []
-        status = report.guarded(command)
-        return Outcome(status or (ended[0] if ended else 0), *capfd.readouterr())
+        status = report.guarded(lambda: sd_cli.run([str(word) for word in arguments]), sd_cli.COMMAND.fields)
+        return Outcome(status, *capfd.readouterr())
 
     return run

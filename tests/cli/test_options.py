@@ -1,13 +1,31 @@
-"""Spellings of options, and native options that sdrpc does not have."""
+"""The options of sd-cli: their names, what they set, and that none of stable-diffusion.cpp's is passed over."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
-from sdrpc.cli.options import NOT_HERE_YET, canonical
-from sdrpc.errors import UsageError
+from sdrpc.cli import report
+from sdrpc.cli.options import ALWAYS_SO, OPTIONS, REFUSED
+from sdrpc.cli.sd_cli import COMMAND
+from sdrpc.diffusion.request import Request
+from sdrpc.errors import InvalidValue, MissingComponent, UsageError
+from sdrpc.families.model import ModelFiles
+from tests.cli.conftest import Outcome
 
-KNOWN = ("--vae-backend-device", "--clip_l", "--rpc", "--vae")
+Sd = Callable[..., Outcome]
+
+NATIVE = json.loads((Path(__file__).parent.parent / "data" / "sd-cli-options.json").read_text())
+"""The options of stable-diffusion.cpp's sd-cli, with where they come from."""
+
+FIELDS = [entry.name for kind in (Request, ModelFiles) for entry in fields(kind)]
+OTHER_FIELDS = ["backend", "output", "mode", "type", "precision", "completion"]
+"""Fields of errors that are no field of a request or of a model's files."""
 
 
 @pytest.mark.parametrize(
@@ -15,19 +33,104 @@ KNOWN = ("--vae-backend-device", "--clip_l", "--rpc", "--vae")
     [
         (["--vae_backend_device", "RPC0"], ["--vae-backend-device", "RPC0"]),
         (["--clip-l=a_b.safetensors"], ["--clip_l=a_b.safetensors"]),
+        (["--CLIP-L", "x"], ["--clip_l", "x"]),
         (["-p", "a_b --c"], ["-p", "a_b --c"]),
+        (["-p", "-in the dark-"], ["-p", "-in the dark-"]),
+        (["-p", "--fa"], ["-p", "--fa"]),
+        (["--prompt", "-i"], ["--prompt", "-i"]),
         (["--unknown_one"], ["--unknown_one"]),
+        (["-v", "--", "--fa"], ["-v", "--", "--fa"]),
+        (["--color", "--mmap", "-v"], ["-v"]),
     ],
 )
-def test_dashes_and_underscores_mean_the_same(typed: list[str], meant: list[str]) -> None:
-    assert canonical(typed, KNOWN) == meant
+def test_other_spellings_mean_the_same_and_values_stay(typed: list[str], meant: list[str]) -> None:
+    assert COMMAND.canonical(typed) == meant
 
 
-@pytest.mark.parametrize("option", [option for options in NOT_HERE_YET.values() for option in options])
-def test_native_options_that_are_not_here_are_refused_by_name(option: str) -> None:
-    with pytest.raises(UsageError, match=option):
-        canonical(["-p", "x", option], KNOWN)
+@pytest.mark.parametrize("option", REFUSED)
+@pytest.mark.parametrize("value", [(), ("x",), ("-0.5",)], ids=["alone", "word", "number"])
+def test_native_options_that_are_not_here_are_refused_by_name(option: str, value: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=rf"^{option}: .* that sdrpc lacks"):
+        COMMAND.run(["-p", "x", option, *value])
+    with pytest.raises(UsageError, match=rf"^{option}: "):
+        COMMAND.run(["-p", "x", option.replace("_", "-"), *value])
 
 
-def test_a_prompt_may_look_like_a_short_option() -> None:
-    assert canonical(["-p", "-in the dark-"], KNOWN) == ["-p", "-in the dark-"]
+@pytest.mark.parametrize("version", NATIVE)
+def test_c4_every_option_of_stable_diffusion_cpp_is_honoured_or_refused(version: str) -> None:
+    ours = [name for option in OPTIONS for name in option.opts]
+    known = {name.replace("_", "-") for name in (*ours, "-h", "--help", *REFUSED, *ALWAYS_SO)}
+    unknown = [name for name in NATIVE[version]["options"] if name.replace("_", "-") not in known]
+    assert not unknown
+    assert NATIVE[version]["options"]
+
+
+def test_no_option_is_both_here_and_refused() -> None:
+    ours = [name for option in OPTIONS for name in option.opts]
+    assert len(ours) == len(set(ours))
+    assert not set(ours) & (REFUSED.keys() | ALWAYS_SO)
+
+
+@pytest.mark.parametrize("field", [*FIELDS, *OTHER_FIELDS])
+def test_errors_name_the_option_of_every_field(field: str) -> None:
+    option = COMMAND.fields[field]
+    assert option.startswith("--")
+    assert report.said(InvalidValue(field, "x", "no"), COMMAND.fields) == f"{option} x: no"
+    assert report.said(MissingComponent(field, "none"), COMMAND.fields) == f"none; give it with {option}"
+
+
+BAD_VALUES = [
+    (("--precision", "foo"), r"--precision foo: does not exist; there are auto, exact"),
+    (("--rng", "dice"), r"--rng dice: does not exist"),
+    (("--sampler-rng", "dice"), r"--sampler-rng dice: does not exist"),
+    (("--prediction", "w"), r"--prediction w: does not exist; there are eps"),
+    (("--sampling-method", "fast"), r"--sampling-method fast: does not exist"),
+    (("--scheduler", "sideways"), r"--scheduler sideways: does not exist"),
+    (("--mode", "daydream"), r"--mode daydream: does not exist"),
+    (("--completion", "tcsh"), r"--completion tcsh: does not exist"),
+    (("--steps", "many"), r"--steps.*many"),
+    (("--output-begin-idx", "-1"), r"--output-begin-idx"),
+    (("--frobnicate",), r"--frobnicate"),
+    (("a", "cat"), r"unexpected extra argument"),
+    (("-p",), r"-p.*argument"),
+    (("--prompt", "<lora:x:1>"), r"--prompt <lora:x:1>"),
+    (("-n", "x (nose:.)"), r"--negative-prompt 'x \(nose:\.\)': the weight '\.' is no number"),
+    (("-o", ""), r"--output ''"),
+    (("-o", "picture.gif"), r"--output picture\.gif: pictures are written as \.png"),
+    (("--rpc", "http://box:1", "--list-devices"), r"without http://"),
+    (("--rpc", "box:1;b:2", "--list-devices"), r"commas"),
+    (("--rpc", "box:1,box:1", "--list-devices"), r"box:1 is given twice"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD_VALUES, ids=[" ".join(case[0]) for case in BAD_VALUES])
+def test_c14_bad_values_are_refused_in_one_line(sd: Sd, arguments: tuple[str, ...], says: str) -> None:
+    outcome = sd(*arguments)
+    assert outcome.status == report.USAGE
+    assert re.search(says, outcome.error), outcome.error
+    assert not outcome.out
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_c9_help_is_complete_and_grouped(sd: Sd, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    outcome = sd("--help")
+    assert outcome.status == 0
+    text = " ".join(outcome.out.split())
+    for option in OPTIONS:
+        for name in option.opts:
+            assert re.search(rf"(^| ){re.escape(name)}\b", text), name
+    for group in dict.fromkeys(option.group for option in OPTIONS):
+        assert f"\n{group}:\n" in outcome.out
+    for shown in ("[default: 42]", "[default: ./output.png]", "[default: what the model is made for]"):
+        assert shown in text
+    for noise in ("<bool>", "Sentinel", "None", "…", "\x1b"):
+        assert noise not in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= int(columns)
+    outcome.out.encode("ascii")
+
+
+def test_without_arguments_there_is_help(sd: Sd) -> None:
+    outcome = sd()
+    assert outcome.status == report.USAGE
+    assert "Usage: sd-cli" in outcome.out

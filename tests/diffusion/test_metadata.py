@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdrpc.diffusion.metadata import Parameters, encode_png
+from sdrpc.diffusion.metadata import MAX_COMMENT, Parameters, encode
 
 PARAMETERS = Parameters(
     prompt="a (lovely:1.3) cat", negative_prompt="blurry", width=128, height=192, steps=6, cfg_scale=5.0, seed=7,
@@ -63,7 +64,7 @@ def test_names_of_parts_and_eta_appear() -> None:
 def test_png_carries_the_parameters(prompt: str, chunk: bytes) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
     parameters = replace(PARAMETERS, prompt=prompt)
-    data = encode_png(image, parameters)
+    data = encode(image, ".png", parameters)
     assert chunk + b"parameters\0" in data
     with Image.open(BytesIO(data)) as read:
         assert read.info["parameters"] == parameters.text()
@@ -71,5 +72,46 @@ def test_png_carries_the_parameters(prompt: str, chunk: bytes) -> None:
 
 
 def test_png_without_parameters() -> None:
-    data = encode_png(np.zeros((8, 8, 3), np.uint8), None)
+    data = encode(np.zeros((8, 8, 3), np.uint8), ".png", None)
     assert b"parameters" not in data
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "café <b> & 猫 🐱", "two\nlines"])
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_other_formats_keep_the_parameters_where_sd_cli_does(suffix: str, prompt: str) -> None:
+    """JPEG: a comment that begins with the keyword and a zero. WebP: an element of the XMP."""
+    ramp = np.linspace(0, 255, 64 * 48, dtype=np.float64).reshape(64, 48, 1)
+    image = np.repeat(ramp, 3, axis=2).astype(np.uint8)
+    parameters = replace(PARAMETERS, prompt=prompt)
+    with Image.open(BytesIO(encode(image, suffix, parameters))) as read:
+        read.load()
+        if suffix == ".webp":
+            name = "{https://github.com/leejet/stable-diffusion.cpp/ns/1.0/}parameters"
+            element = ElementTree.fromstring(read.info["xmp"].decode()).find(f".//{name}")
+            assert element is not None
+            text = element.text
+        else:
+            keyword, _, comment = read.info["comment"].partition(b"\0")
+            assert keyword == b"parameters"
+            text = comment.decode()
+        assert text == parameters.text()
+        assert np.abs(np.asarray(read).astype(int) - image).mean() < 4  # levels of 255: smooth pictures survive
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_other_formats_without_parameters(suffix: str) -> None:
+    assert b"parameters" not in encode(np.zeros((8, 8, 3), np.uint8), suffix, None)
+
+
+def test_a_jpeg_has_no_room_for_a_long_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    """The picture is written all the same, and it is said."""
+    data = encode(np.zeros((8, 8, 3), np.uint8), ".jpg", replace(PARAMETERS, prompt="x" * MAX_COMMENT))
+    assert data[:2] == b"\xff\xd8"
+    assert b"parameters" not in data
+    assert "no room" in caplog.text
+
+
+def test_names_of_files_that_are_no_text_are_written_all_the_same() -> None:
+    parameters = replace(PARAMETERS, models={"model": "caf\udce9.safetensors"})
+    for suffix in (".png", ".jpg", ".webp"):
+        assert "caf\ufffd.safetensors".encode() in encode(np.zeros((8, 8, 3), np.uint8), suffix, parameters)

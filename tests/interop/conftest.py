@@ -28,7 +28,7 @@ OLDER = [protocol for protocol in ggml.FOLDERS if protocol != ggml.NEWEST and gg
 collect_ignore = [] if OLDER else ["test_versions.py"]
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
-START_SECONDS = 20.0
+START_SECONDS = 120.0
 BATCH = 64
 """Cases in one graph: enough that what a connection costs does not count, and no large loss when one of them fails."""
 LOST = 5

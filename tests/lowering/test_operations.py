@@ -187,6 +187,7 @@ CASES = [
     Case("var", lambda x: (x.var(-1), x.var((1, 2), correction=0, keepdim=True)), (X,)),
     Case("argmax", lambda x: (x.argmax(), x.argmax(1), x.argmax(-1, keepdim=True)), (X,)),
     Case("argmax", lambda i: i.argmax(-1), (integers(2, 3),)),
+    Case("argmax", lambda i: ((i == 1).int().argmax(-1), (i < 9).int().argmax(0)), (integers(4, 7),)),
     Case("softmax", lambda x: (x.softmax(-1), x.softmax(1)), (X,)),
     Case("_softmax", lambda x: aten._softmax(x, -1, False), (X,)),
     # norms
@@ -236,6 +237,18 @@ CASES = [
 MORE = [
     # other ways to the same rules
     Case("concat", lambda x, y: torch.concat((x, y), -1), (X, X)),
+    Case(
+        "roll and Fourier transforms",
+        lambda x: (
+            x.roll((1, -2), (0, 3)),
+            x.roll(7),
+            torch.fft.ifftn(
+                torch.fft.ifftshift(torch.fft.fftshift(torch.fft.fftn(x, dim=(-2, -1))), (0,)), dim=(1,)
+            ).real,
+            torch.view_as_real(torch.fft.fft(torch.complex(x, x), dim=2, norm="ortho")),
+        ),
+        (X,),
+    ),
     Case("flip", lambda x: x.flip(0, -1), (X,)),
     Case(
         "outer einsum", lambda x, y: (torch.outer(x[0, 0, 0], y[0]), torch.einsum("abcd,ed->abce", x, y)), (X, (6, 5))

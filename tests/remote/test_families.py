@@ -11,7 +11,7 @@ import pytest
 
 import sdrpc
 from sdrpc.device import Device
-from tests.support.pictures import BOUNDS, CASES, Case, Checkpoints, distance
+from tests.support.pictures import BOUNDS, CASES, FAMILIES, FORMS, Case, Checkpoints, distance
 from tests.support.process import ServerProcess
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' scheduler with numpy 2
@@ -39,6 +39,13 @@ def devices() -> Iterator[dict[str, list[Device]]]:
                 stack.callback(device.close)
             found[precision] = [opened["RPC0"], opened["RPC1"]]
         yield found
+
+
+def test_the_page_has_every_case() -> None:
+    """docs/families.md is what was measured of these cases."""
+    lines = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ")[:3] for line in lines if line.startswith("| ") and "dB" not in line][1:]
+    assert rows == [[f"| {FAMILIES[case.family]}", FORMS[case.form], case.type] for case in CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

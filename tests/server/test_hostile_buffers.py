@@ -171,7 +171,6 @@ TENSORS = {
     "T17-type-5": Tensor({"type": 5}, "type 5 does not exist"),
     "T17-type-count": Tensor({"type": 43}, "type 43 does not exist"),
     "T17-type-2^31": Tensor({"type": 2**31}, "type 2147483648 does not exist"),
-    "T18-ne-0": Tensor({"ne": (4, 0)}, "is no shape for F32"),
     "T18-ne-overflow": Tensor({"ne": (2**31, 2**31, 2**31, 2**31), "nb": (4, 16, 16, 16)}, "are too many"),
     "T18-ne-overflow-to-0": Tensor({"ne": (2**16, 2**16, 2**16, 2**16), "nb": (4, 16, 16, 16)}, "are too many"),
     "T18-half-a-block": Tensor({"type": "Q8_0", "ne": (33,), "nb": (34, 34, 34, 34)}, "is no shape for Q8_0"),

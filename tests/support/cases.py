@@ -107,6 +107,7 @@ CASES: dict[str, Case] = {
     "COS": lambda f: node("COS", f(5, 4)),
     "SCALE": lambda f: node("SCALE", f(5, 4), params=p.Scale(0.5, 2.0)),
     "CLAMP": lambda f: node("CLAMP", f(5, 4), params=p.Clamp(-0.5, float("inf"))),
+    "CLAMP-crossed": lambda f: node("CLAMP", f(5, 4), params=p.Clamp(0.5, -0.5)),
     "LEAKY_RELU": lambda f: node("LEAKY_RELU", f(5, 4), params=p.LeakyRelu(0.1)),
     **{
         f"UNARY-{op}": lambda f, op=op: node("UNARY", f(7, 4), params=p.Unary(op, 1.5, 0.75, 0.5, -0.125))

@@ -66,6 +66,12 @@ CASES = (
     *(Case(family, "parts", kind) for family in ("sdxl", "flux1-schnell") for kind in ("BF16", "F8_E4M3", "F8_E5M2")),
 )
 
+NATIVE_CASES = (
+    *(Case(family, "safetensors") for family in FAMILIES),
+    *(Case(family, "gguf", "Q8_0") for family in ("sd1", "sdxl", "flux1-dev")),
+)
+"""What is drawn through ggml's own server as well: its graphs depend on the family and on types, not on forms."""
+
 
 @dataclass(frozen=True)
 class Checkpoints:

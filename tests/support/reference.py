@@ -506,7 +506,7 @@ OPS: dict[str, Callable[..., Array]] = {
     "DIV": _binary(np.divide), "ADD1": lambda _, a, b: a + b,
     "SQR": _each(np.square), "SQRT": _each(np.sqrt), "LOG": _each(np.log),
     "SIN": _each(np.sin), "COS": _each(np.cos), "SCALE": lambda node, x: x * node.params.scale + node.params.bias,
-    "CLAMP": lambda node, x: np.clip(x, node.params.min, node.params.max),
+    "CLAMP": lambda node, x: np.maximum(np.minimum(x, node.params.max), node.params.min),
     "LEAKY_RELU": lambda node, x: np.where(x > 0, x, x * node.params.slope), "UNARY": _unary, "GLU": _glu,
     "DIAG_MASK_INF": _diag_mask(-np.inf), "DIAG_MASK_ZERO": _diag_mask(0.0),
     "TIMESTEP_EMBEDDING": _timestep_embedding,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import InvalidValue, UsageError
 from . import report
 from .output import DEFAULT_OUTPUT, check_writable
 
@@ -25,13 +27,19 @@ def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) ->
         raise UsageError("--mode convert: takes one file with -m, and no others")
     path = Path("output.gguf" if output == DEFAULT_OUTPUT else output)
     if path.suffix.lower() != ".gguf" or path.is_dir():
-        raise UsageError(f"--output {output}: a converted model is a .gguf file")
+        raise InvalidValue("output", output, "a converted model is a .gguf file")
     wanted = type_named(type) if type else None
     check_writable([path])
-    with report.metered() as meter:
+    meter = report.meter()
+    checkpoint = open_checkpoint(files.model)
+    try:
         unused = write_gguf(
-            open_checkpoint(files.model), path, wanted, lambda done, total: meter.bytes(path.name, done, total)
+            checkpoint, Path(os.path.realpath(path)), wanted, lambda done, total: meter.bytes(path.name, done, total)
         )
-    report.results.print(path)
+    except OSError as error:
+        # numpy, which writes the tensors, says only how much the disk took of them
+        number = errno.ENOSPC if error.errno is None else error.errno
+        raise OSError(number, os.strerror(number), str(path)) from error
+    report.result(path)
     if unused:
         report.unused_tensors({str(files.model): unused}, verbose)

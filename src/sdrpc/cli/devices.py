@@ -4,17 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
-from ..client import connect
+from ..client import connect, parse_endpoint
 from ..device import Device
 from ..device_names import only_remote, resolve
+from ..errors import SdrpcError, UsageError
+
+
+class Found(NamedTuple):
+    """Devices that are there, and for each server that is not what is wrong with it."""
+
+    devices: list[Device]
+    failures: list[SdrpcError]
 
 
 @contextmanager
-def every_device(rpc: Sequence[str], precision: str, threads: int | None) -> Iterator[list[Device]]:
-    """This machine's devices, then RPC0, RPC1 … of the servers at ``rpc``."""
-    with _opened(list(connect(rpc))) as remote, _opened(_local(precision, threads)) as local:
-        yield [*local, *remote]
+def every_device(rpc: Sequence[str], precision: str, threads: int | None) -> Iterator[Found]:
+    """This machine's devices, then RPC0, RPC1 … of those servers at ``rpc`` that answer.
+
+    Raises :class:`UsageError` for what is no server's address, or is given twice.
+    """
+    endpoints = [parse_endpoint(text) for text in rpc]
+    for position, endpoint in enumerate(endpoints):
+        if endpoint in endpoints[:position]:
+            raise UsageError(f"{endpoint} is given twice")
+    remote: list[Device] = []
+    failures: list[SdrpcError] = []
+    with _opened(remote):
+        for endpoint in endpoints:
+            try:
+                found = connect([str(endpoint)])
+            except SdrpcError as error:
+                failures.append(error)
+                continue
+            for device in found:
+                device.name = f"RPC{len(remote)}"
+                remote.append(device)
+        with _opened(_local(precision, threads)) as local:
+            yield Found([*local, *remote], failures)
 
 
 @contextmanager

@@ -1,29 +1,125 @@
-"""The names of sd-cli's options: spellings that users type, and native options that are not here yet.
+"""sd-cli's options as a table, and those of stable-diffusion.cpp's sd-cli that it does not have.
 
-Users write dashes or underscores (``--vae_backend_device``); both mean the option that exists. An option of
-stable-diffusion.cpp's sd-cli that sdrpc does not have is refused by name, never ignored.
+Options that set a field of :class:`sdrpc.diffusion.request.Request` or :class:`sdrpc.families.model.ModelFiles` have
+its name. An option of stable-diffusion.cpp's sd-cli that sdrpc does not have is refused by name, never ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import click
 
-from ..errors import UsageError
+from ..diffusion.predictions import PREDICTIONS
+from ..diffusion.rng import RNGS
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedules import ALIASES, SCHEDULES
+from .command import SHELLS, OneOf, Option
+from .output import DEFAULT_OUTPUT
 
-NOT_HERE_YET: dict[str, tuple[str, ...]] = {
+MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
+"""The modes of stable-diffusion.cpp's sd-cli."""
+
+HERE = ("img_gen", "convert")
+"""Those that sdrpc has."""
+
+PRECISIONS = ("auto", "exact", "fast", "ggml")
+
+MODEL, PICTURE, SAMPLING = "Model", "Picture", "Sampling"
+DEVICES, OUTPUT, ABOUT = "Devices", "Output", "About"
+
+FILE = click.Path()
+
+OPTIONS = (
+    Option(MODEL, "-m", "--model", type=FILE, metavar="PATH", shown="demo, which ships with sdrpc",
+           help="Whole model: .safetensors, .gguf, a diffusers directory, or a name: demo."),
+    Option(MODEL, "--diffusion-model", type=FILE, metavar="PATH",
+           help="Diffusion model (UNet, DiT) from a file of its own."),
+    Option(MODEL, "--vae", type=FILE, metavar="PATH", help="VAE from a file of its own."),
+    Option(MODEL, "--clip_l", type=FILE, metavar="PATH", help="CLIP-L (SD 2: OpenCLIP-H) from a file of its own."),
+    Option(MODEL, "--clip_g", type=FILE, metavar="PATH", help="OpenCLIP-G from a file of its own."),
+    Option(MODEL, "--t5xxl", type=FILE, metavar="PATH", help="T5-XXL from a file of its own."),
+
+    Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
+    Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
+    Option(PICTURE, "-W", "--width", type=int, metavar="PIXELS", shown="what the model is made for", help="Width."),
+    Option(PICTURE, "-H", "--height", type=int, metavar="PIXELS", shown="what the model is made for", help="Height."),
+    Option(PICTURE, "-s", "--seed", type=int, metavar="NUMBER", default=42,
+           help="Seed of the noise; below 0: a random one."),
+    Option(PICTURE, "-b", "--batch-count", type=int, metavar="NUMBER", default=1,
+           help="Pictures, with seeds counting up."),
+
+    Option(SAMPLING, "--steps", type=int, metavar="NUMBER", shown="20; FLUX.1 schnell: 4", help="Sampling steps."),
+    Option(SAMPLING, "--cfg-scale", type=float, metavar="FACTOR", shown="7; FLUX.1: 1",
+           help="How strongly to follow the prompt; 1: no negative prompt."),
+    Option(SAMPLING, "--guidance", type=float, metavar="FACTOR", shown="3.5",
+           help="Guidance of models distilled with it: FLUX.1 dev."),
+    Option(SAMPLING, "--sampling-method", type=OneOf(*SAMPLERS), metavar="NAME", shown="euler_a; FLUX.1: euler",
+           help=f"One of {', '.join(SAMPLERS)}."),
+    Option(SAMPLING, "--scheduler", type=OneOf(*SCHEDULES, *ALIASES), metavar="NAME", shown="the sampler's own",
+           help=f"Levels of noise: one of {', '.join(SCHEDULES)}."),
+    Option(SAMPLING, "--prediction", type=OneOf(*PREDICTIONS), metavar="NAME",
+           shown="what its tensors or its file tell", help=f"What the model predicts: {', '.join(PREDICTIONS)}."),
+    Option(SAMPLING, "--flow-shift", type=float, metavar="FACTOR", shown="the model's own; FLUX.1 dev: by size",
+           help="Shift of a flow model's noise levels."),
+    Option(SAMPLING, "--eta", type=float, metavar="FACTOR", shown="the sampler's own",
+           help="How much new noise a sampler adds."),
+    Option(SAMPLING, "--clip-skip", type=int, metavar="NUMBER", default=-1,
+           help="2 leaves out CLIP's last layer; below 1: as the model wants it."),
+    Option(SAMPLING, "--rng", type=OneOf(*RNGS), metavar="|".join(RNGS), default="cuda",
+           help="Where noise comes from."),
+    Option(SAMPLING, "--sampler-rng", type=OneOf(*RNGS), metavar="|".join(RNGS), shown="as --rng",
+           help="Where the noise comes from that samplers add."),
+
+    Option(DEVICES, "--rpc", "--rpc-servers", multiple=True, metavar="HOST:PORT,...",
+           help="Servers whose devices are RPC0, RPC1 ... in the order given."),
+    Option(DEVICES, "--list-devices", is_flag=True, help="Print all devices and exit."),
+    Option(DEVICES, "--backend", default="", metavar="COMPONENT=DEVICE,...",
+           shown="RPC0 with --rpc, else this machine's first",
+           help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl."),
+    Option(DEVICES, "--main-backend-device", default="", metavar="DEVICE",
+           help="Device of components that have none of their own."),
+    Option(DEVICES, "--diffusion-backend-device", default="", metavar="DEVICE", help="Device of the diffusion model."),
+    Option(DEVICES, "--clip-backend-device", default="", metavar="DEVICE", help="Device of the text encoders."),
+    Option(DEVICES, "--vae-backend-device", default="", metavar="DEVICE", help="Device of the VAE."),
+    Option(DEVICES, "--clip-on-cpu", is_flag=True, help="Same as --clip-backend-device CPU."),
+    Option(DEVICES, "--vae-on-cpu", is_flag=True, help="Same as --vae-backend-device CPU."),
+    Option(DEVICES, "-t", "--threads", type=int, metavar="NUMBER", default=-1,
+           help="Threads of this machine's CPU; below 1: all."),
+    Option(DEVICES, "--precision", type=OneOf(*PRECISIONS), metavar="|".join(PRECISIONS), default="auto",
+           help="How this machine's devices compute; auto: fast where the hardware is made for it."),
+
+    Option(OUTPUT, "-o", "--output", type=FILE, metavar="PATH", default=DEFAULT_OUTPUT,
+           help="Picture: .png, .jpg or .webp; %d or %03d numbers several. With convert: a .gguf file."),
+    Option(OUTPUT, "--output-begin-idx", type=click.IntRange(min=0), metavar="NUMBER", default=0,
+           help="Number of the first picture."),
+    Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
+    Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(HERE), default="img_gen",
+           help="Draw, or write the model as .gguf."),
+    Option(OUTPUT, "--type", default="", metavar="NAME", shown="as they are",
+           help="With convert: type of the weights, such as q8_0."),
+
+    Option(ABOUT, "-v", "--verbose", is_flag=True,
+           help="Say more: what is drawn and how, versions, unused tensors, the log."),
+    Option(ABOUT, "--completion", type=OneOf(*SHELLS), metavar="|".join(SHELLS),
+           help='Print a script that completes options in a shell: eval "$(sd-cli --completion bash)".'),
+    Option(ABOUT, "--version", is_flag=True, help="Print the version and exit."),
+)  # fmt: skip
+
+_LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
-        "--clip_vision", "--llm", "--llm_vision", "--qwen2vl", "--qwen2vl_vision",
-        "--high-noise-diffusion-model", "--timestep-shift", "--slg-scale",
-        "--skip-layers", "--skip-layer-start", "--skip-layer-end", "--chroma-disable-dit-mask",
-        "--chroma-enable-t5-mask", "--chroma-t5-mask-pad", "--qwen-image-zero-cond-t", "--qwen-image-layers",
-        "--force-sdxl-vae-conv-scale", "--model-args", "--uncond-diffusion-model",
+        "--clip_vision", "--llm", "--llm_vision", "--qwen2vl", "--qwen2vl_vision", "--tokenizer",
+        "--high-noise-diffusion-model", "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
+        "--audio-encoder", "--motion-module", "--timestep-shift", "--slg-scale", "--skip-layers", "--skip-layer-start",
+        "--skip-layer-end", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask", "--chroma-t5-mask-pad",
+        "--qwen-image-zero-cond-t", "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
+        "--model-args", "--linear-scale", "--attn-scale",
     ),
     "images as input": (
-        "--init-img", "-i", "--strength", "--mask", "--ref-image", "-r", "--increase-ref-index",
-        "--disable-auto-resize-ref-image", "--img-cfg-scale", "--control-net", "--control-image",
-        "--control-strength", "--canny", "--control-net-cpu", "--control-net-backend-device", "--photo-maker",
-        "--pm-id-images-dir", "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device",
-        "--vision-backend-device", "--image",
+        "-i", "--init-img", "--strength", "--mask", "-r", "--ref-image", "--increase-ref-index", "--ref-image-args",
+        "--disable-auto-resize-ref-image", "--img-cfg-scale", "--control-net", "--control-image", "--control-strength",
+        "--canny", "--control-net-cpu", "--control-net-backend-device", "--photo-maker", "--pm-id-images-dir",
+        "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device", "--vision-backend-device",
+        "--ip-adapter", "--ip-adapter-strength", "--ip-adapter-image", "--pulid-weights", "--pulid-id-weight",
+        "--pulid-id-embedding",
     ),
     "LoRA and embeddings": ("--lora-model-dir", "--lora-apply-mode", "--embd-dir"),
     "previews and small autoencoders": (
@@ -32,11 +128,12 @@ NOT_HERE_YET: dict[str, tuple[str, ...]] = {
     ),
     "upscaling and tiling": (
         "--upscale-model", "--upscale-repeats", "--upscale-tile-size", "--upscaler-backend-device", "--hires",
-        "--hires-width", "--hires-height", "--hires-scale", "--hires-steps", "--hires-upscaler",
+        "--hires-width", "--hires-height", "--hires-scale", "--hires-steps", "--hires-sigmas", "--hires-upscaler",
         "--hires-upscalers-dir", "--hires-denoising-strength", "--hires-upscale-tile-size", "--vae-tiling",
-        "--vae-tile-size", "--vae-relative-tile-size", "--vae-tile-overlap", "--circular", "--circularx",
-        "--circulary",
+        "--vae-tile-size", "--vae-relative-tile-size", "--vae-tile-overlap", "--temporal-tiling", "--extra-tiling-args",
+        "--circular", "--circularx", "--circulary",
     ),
+    "details drawn again": ("--ad-model", "--ad-prompt", "--ad-negative-prompt", "--extra-ad-args"),
     "video": (
         "--video-frames", "--fps", "--end-img", "--control-video", "--high-noise-steps", "--high-noise-cfg-scale",
         "--high-noise-img-cfg-scale", "--high-noise-guidance", "--high-noise-slg-scale", "--high-noise-eta",
@@ -44,43 +141,28 @@ NOT_HERE_YET: dict[str, tuple[str, ...]] = {
         "--high-noise-skip-layer-end", "--moe-boundary", "--vace-strength",
     ),
     "weights in another type or another place": (
-        "--tensor-type-rules", "--params-backend", "--offload-to-cpu", "--max-vram", "--auto-fit",
-        "--split-mode", "--stream-layers", "--eager-load", "--convert-name", "--imat-in", "--imat-out",
+        "--tensor-type-rules", "--params-backend", "--offload-to-cpu", "--max-vram", "--auto-fit", "--split-mode",
+        "--stream-layers", "--eager-load", "--disable-prefetch", "--disable-segmented-compute", "--convert-name",
+        "--imat-in", "--imat-out",
     ),
-    "kernels chosen by hand (sdrpc's devices choose their own)": (
+    "kernels chosen by hand; sdrpc's devices choose their own": (
         "--fa", "--diffusion-fa", "--diffusion-conv-direct", "--vae-conv-direct",
     ),
-    "skipping and custom steps": ("--cache-mode", "--cache-option", "--scm-mask", "--scm-policy", "--sigmas"),
-    "reading metadata": ("--metadata-format", "--metadata-raw", "--metadata-brief", "--metadata-all"),
+    "skipping and custom steps": (
+        "--cache-mode", "--cache-option", "--cache-preset", "--scm-mask", "--scm-policy", "--sigmas",
+        "--extra-sample-args",
+    ),
+    "reading metadata": ("--image", "--metadata-format", "--metadata-raw", "--metadata-brief", "--metadata-all"),
     "prompts from a file": ("--prompt-file",),
+    "levels of the log; there is --verbose": ("--log-level",),
 }  # fmt: skip
 """Options of stable-diffusion.cpp's sd-cli that sdrpc refuses, grouped by what they belong to."""
 
-ALWAYS_SO = frozenset({"--mmap"})
-"""Native switches for what sdrpc does anyway (files are always mapped): taken, and nothing to be done about them."""
+REFUSED = {
+    option: f"an option of stable-diffusion.cpp's sd-cli that sdrpc lacks ({subject})"
+    for subject, options in _LACKING.items()
+    for option in options
+}
 
-_REASONS = {option: reason for reason, options in NOT_HERE_YET.items() for option in options}
-
-
-def canonical(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
-    """``arguments`` with every known option in the spelling that the command declares.
-
-    ``known`` are the declared long options. Raises :class:`UsageError` for a native option that is not here yet.
-    """
-    options = (*_REASONS, *ALWAYS_SO, *known)
-    spellings = {_folded(option): option for option in options if option.startswith("--")}
-    result = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        option = spellings.get(_folded(name), name) if name.startswith("--") else name
-        if option in _REASONS:
-            raise UsageError(
-                f"{option}: an option of stable-diffusion.cpp's sd-cli that sdrpc lacks ({_REASONS[option]})"
-            )
-        if option not in ALWAYS_SO:
-            result.append(option + equals + value)
-    return result
-
-
-def _folded(option: str) -> str:
-    return option.lower().replace("_", "-")
+ALWAYS_SO = frozenset({"--mmap", "--color"})
+"""Switches of stable-diffusion.cpp's sd-cli for what sdrpc does anyway: files are mapped, terminals get colours."""

@@ -1,31 +1,39 @@
-"""Where pictures go: sd-cli's file names, and files that are whole or not there."""
+"""Where pictures go: sd-cli's file names, and files that are whole or not there. A picture that is drawn is never lost:
+where its file can't be written, it goes elsewhere."""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from ..errors import UsageError
+from ..errors import InvalidValue
 
 _NUMBER = re.compile(r"%%|%(\d{0,3}d)")
 """printf's %d, %3d, %03d; ``%%`` is a percent sign."""
 
 DEFAULT_OUTPUT = "./output.png"
-FORMATS = (".png", "")
+DEFAULT_SUFFIX = ".png"
+
+MAX_SIDES = {".png": 1 << 31, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+"""Suffix of a picture's file → pixels that a side of such a file can have (libjpeg's and WebP's limits)."""
 
 
 def output_paths(pattern: str, count: int, first: int = 0) -> list[Path]:
     """The files of ``count`` pictures: numbered where ``pattern`` has a %d (``out_%03d.png``), else with ``_0``, ``_1``
-    … before the suffix when there are several. Raises :class:`UsageError` for a format that is not PNG."""
+    … before the suffix when there are several. Raises :class:`InvalidValue` for a format that can't be written."""
     path = Path(pattern)
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--output {pattern}: pictures are written as .png; {path.suffix} is not supported yet")
+    if path.suffix and path.suffix.lower() not in MAX_SIDES:
+        known = ", ".join(MAX_SIDES)
+        raise InvalidValue("output", pattern, f"pictures are written as {known}; {path.suffix} is not supported")
     if not path.name or path.is_dir():
-        raise UsageError(f"--output {pattern}: names a directory, not a file")
-    pattern, numbers = pattern if path.suffix else f"{pattern}.png", range(first, first + count)
+        raise InvalidValue("output", pattern, "names a directory, not a file")
+    pattern, numbers = pattern if path.suffix else pattern + DEFAULT_SUFFIX, range(first, first + count)
     if any(_NUMBER.findall(pattern)):
         return [Path(_NUMBER.sub(partial(_formatted, number), pattern)) for number in numbers]
     if count == 1:
@@ -38,28 +46,100 @@ def _formatted(number: int, match: re.Match[str]) -> str:
     return f"{number:{match[1]}}" if match[1] else "%"
 
 
-def check_writable(paths: list[Path]) -> None:
-    """Make the directories; raise :class:`UsageError` when nothing can be written there, before any work is done."""
-    for directory in {path.parent for path in paths}:
+def check_writable(paths: Sequence[Path]) -> None:
+    """Make the directories; raise :class:`InvalidValue` when something can't be written, before any work is done."""
+    writable = {directory: _why_not(directory) for directory in {path.parent for path in paths}}
+    for path in paths:
+        refusal = writable[path.parent]
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            raise UsageError(f"--output: can't write to {directory}: {error.strerror}") from error
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a name that is too long, say
+            refusal = error.strerror or str(error)
+        else:
+            if stat.S_ISDIR(mode):
+                raise InvalidValue("output", path, "is a directory")
+            if os.access(path, os.W_OK):  # a file that was mounted into a container is no more than that
+                refusal = ""
+        if refusal:
+            raise InvalidValue("output", path, f"can't write there: {refusal}")
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write all of ``data`` or nothing: an old file stays until the new one is whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _why_not(directory: Path) -> str:
+    """Why no file can be made in a directory, which is made where it is not there; "" if one can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_sides(path: Path, width: int, height: int) -> None:
+    """Raises :class:`InvalidValue` when a picture has too many pixels on a side for its format."""
+    most = MAX_SIDES[path.suffix.lower()]
+    for field, side in (("width", width), ("height", height)):
+        if side > most:
+            raise InvalidValue(field, side, f"{path.suffix} files have at most {most} pixels on a side; write a .png")
+
+
+class Saved(NamedTuple):
+    """Where a picture is, and ``why`` it is not where it should be; "" if it is."""
+
+    path: Path
+    why: str
+
+
+def save(path: Path, data: bytes) -> Saved:
+    """Write ``data`` to a file, or else to another one beside it or in the system's folder for temporary files.
+
+    An old file stays until the new one is whole; a link stays one, and what it points to is written. Raises
+    :class:`OSError` when there is no place at all.
+    """
+    try:
+        _write(Path(os.path.realpath(path)), data)
+        return Saved(path, "")
+    except OSError as error:
+        refusal = error
+    for folder in (path.parent, Path(tempfile.gettempdir())):
+        try:
+            return Saved(_written(folder, "sdrpc-", path.suffix, data), refusal.strerror or str(refusal))
+        except OSError:
+            continue
+    raise OSError(refusal.errno, refusal.strerror, str(path)) from refusal
+
+
+def _write(target: Path, data: bytes) -> None:
+    """Replace ``target``, or where that can't be (a pipe, a file that was mounted), write into it."""
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)
+        return
+    try:
+        temporary = _written(target.parent, ".sdrpc-", "", data)
+    except PermissionError:  # a folder that takes no new files
+        if not target.exists():
+            raise
+        target.write_bytes(data)
+        return
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        os.unlink(temporary)
+        target.write_bytes(data)
+
+
+def _written(folder: Path, prefix: str, suffix: str, data: bytes) -> Path:
+    """A new file with ``data``, whose name is short whatever the wanted one is. It is whole or not there."""
+    handle, name = tempfile.mkstemp(dir=folder, prefix=prefix, suffix=suffix)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.chmod(name, 0o666 & ~_umask())
     except BaseException:
-        os.unlink(temporary)
+        os.unlink(name)
         raise
+    return Path(name)
 
 
 def _umask() -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 
@@ -47,7 +47,11 @@ def rpc_server(
     device: Annotated[
         str,
         typer.Option(
-            "--device", "-d", metavar="NAME,…", help="Devices to offer. [default: all accelerators, else CPU]"
+            "--device",
+            "-d",
+            metavar="NAME,…",
+            help="Devices to offer.",
+            show_default="all accelerators, else CPU",
         ),
     ] = "",
     threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads of the CPU; 0: one per core.")] = 0,
@@ -160,9 +164,9 @@ def library(cache: Cache | None) -> Iterator[Library | None]:
         yield None
         return
     if fnv1a() is None:
-        report.log.print(
-            "[yellow]warning:[/] llama.cpp and stable-diffusion.cpp can't use the cache: they ask for weights by a "
-            "hash that is too slow without numba (pip install 'sdrpc\\[cache]'). Clients of sdrpc can."
+        report.warn(
+            "llama.cpp and stable-diffusion.cpp can't use the cache: they ask for weights by a hash that is too slow "
+            "without numba (pip install 'sdrpc[cache]'). Clients of sdrpc can."
         )
     opened = Library(cache)
     try:
@@ -179,8 +183,8 @@ def announce(server: Server) -> None:
     print(f"  local cache    : {f'{cache.folder} (at most {cache.budget >> 20} MiB)' if cache else 'n/a'}")
     print(f"  endpoint       : {server.endpoint}", flush=True)
     if server.exposed:
-        report.log.print(
-            f"[yellow]warning:[/] whoever can reach {server.endpoint} can use these devices and their memory: the "
+        report.warn(
+            f"whoever can reach {server.endpoint} can use these devices and their memory: the "
             "protocol has neither passwords nor encryption. Listen on 127.0.0.1 or in a trusted network only."
         )
 

@@ -2,337 +2,159 @@
 
 from __future__ import annotations
 
+import logging
+import platform
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, models
 from ..diffusion import placement
-from ..diffusion.predictions import PREDICTIONS
-from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedules import SCHEDULES
 from ..errors import InvalidValue
 from . import report
+from .command import Command
 from .convert import convert
 from .devices import every_device, placed_devices
-from .options import canonical
-from .output import DEFAULT_OUTPUT, check_writable, output_paths, write_file
+from .options import ALWAYS_SO, HERE, OPTIONS, REFUSED
+from .output import check_sides, check_writable, output_paths, save
+from .progress import mebibytes
 
 if TYPE_CHECKING:
+    from ..device import Device
     from ..diffusion.metadata import Parameters
     from ..diffusion.pictures import Picture
     from ..diffusion.request import Request, Settings
-    from ..families.model import ModelFiles
+    from ..families.model import Model, ModelFiles
 
-MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
-"""The modes of stable-diffusion.cpp's sd-cli."""
+log = logging.getLogger(__name__)
 
-HERE = ("img_gen", "convert")
-"""Those that sdrpc has."""
-
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
-)
+Chosen = Mapping[str, Any]
+"""The options' values, by the options' names in Python."""
 
 
 def main() -> None:
     """The console script; exit status 0 for pictures, 2 for an option that can't be honoured, else 1."""
-    sys.exit(report.guarded(lambda: run(sys.argv[1:])))
+    sys.exit(report.guarded(lambda: run(sys.argv[1:]), COMMAND.fields))
 
 
-def run(arguments: list[str]) -> None:
-    """The command with ``arguments``, in whatever spelling its options are."""
-    command = typer.main.get_command(app)
-    known = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-    command.main(canonical(arguments, known), prog_name="sd-cli")
+def run(arguments: list[str]) -> int:
+    """The command with ``arguments``, in whatever spelling its options are; its exit status."""
+    return COMMAND.run(arguments)
 
 
-MODEL, PICTURE, SAMPLING, DEVICES, OUTPUT = "Model", "Picture", "Sampling", "Devices", "Output"
-
-
-@app.command(no_args_is_help=True)
-def sd_cli(
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model",
-            "-m",
-            parser=models.named,
-            metavar="PATH",
-            rich_help_panel=MODEL,
-            help="Whole model: .safetensors, .gguf, a diffusers directory, or a name: demo.",
-            show_default="demo, which ships with sdrpc",
-        ),
-    ] = None,
-    diffusion_model: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", rich_help_panel=MODEL, help="Diffusion model (UNet, DiT) from a file of its own."),
-    ] = None,
-    vae: Annotated[
-        Path | None, typer.Option(metavar="PATH", rich_help_panel=MODEL, help="VAE from a file of its own.")
-    ] = None,
-    clip_l: Annotated[
-        Path | None,
-        typer.Option(
-            "--clip_l", metavar="PATH", rich_help_panel=MODEL, help="CLIP-L (SD 2: OpenCLIP-H) from a file of its own."
-        ),
-    ] = None,
-    clip_g: Annotated[
-        Path | None,
-        typer.Option("--clip_g", metavar="PATH", rich_help_panel=MODEL, help="OpenCLIP-G from a file of its own."),
-    ] = None,
-    t5xxl: Annotated[
-        Path | None,
-        typer.Option("--t5xxl", metavar="PATH", rich_help_panel=MODEL, help="T5-XXL from a file of its own."),
-    ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", rich_help_panel=PICTURE, help="What to draw.")] = "",
-    negative_prompt: Annotated[
-        str, typer.Option("--negative-prompt", "-n", rich_help_panel=PICTURE, help="What not to draw.")
-    ] = "",
-    width: Annotated[
-        int | None,
-        typer.Option(
-            "--width", "-W", rich_help_panel=PICTURE, help="Width in pixels.", show_default="what the model is made for"
-        ),
-    ] = None,
-    height: Annotated[
-        int | None,
-        typer.Option(
-            "--height",
-            "-H",
-            rich_help_panel=PICTURE,
-            help="Height in pixels.",
-            show_default="what the model is made for",
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", "-s", rich_help_panel=PICTURE, help="Seed of the noise; below 0: a random one.")
-    ] = 42,
-    batch_count: Annotated[
-        int, typer.Option("--batch-count", "-b", rich_help_panel=PICTURE, help="Pictures, with seeds counting up.")
-    ] = 1,
-    steps: Annotated[
-        int | None,
-        typer.Option(rich_help_panel=SAMPLING, help="Sampling steps.", show_default="20; FLUX.1 schnell: 4"),
-    ] = None,
-    cfg_scale: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            help="How strongly to follow the prompt; 1: no negative prompt.",
-            show_default="7; FLUX.1: 1",
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING, help="Guidance of models distilled with it: FLUX.1 dev.", show_default="3.5"
-        ),
-    ] = None,
-    sampling_method: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=SAMPLING,
-            help=f"One of {', '.join(SAMPLERS)}.",
-            show_default="euler_a; FLUX.1: euler",
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=SAMPLING,
-            help=f"One of {', '.join(SCHEDULES)}.",
-            show_default="the sampler's own",
-        ),
-    ] = None,
-    prediction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(PREDICTIONS),
-            rich_help_panel=SAMPLING,
-            help="What the model predicts.",
-            show_default="what its tensors or its file tell",
-        ),
-    ] = None,
-    flow_shift: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING,
-            help="Shift of a flow model's noise levels.",
-            show_default="the model's own; FLUX.1 dev: by size",
-        ),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=SAMPLING, help="How much new noise a sampler adds.", show_default="the sampler's own"
-        ),
-    ] = None,
-    clip_skip: Annotated[
-        int,
-        typer.Option(rich_help_panel=SAMPLING, help="2 leaves out CLIP's last layer; below 1: as the model wants it."),
-    ] = -1,
-    rng: Annotated[
-        str, typer.Option(metavar="cuda|cpu|std_default", rich_help_panel=SAMPLING, help="Where noise comes from.")
-    ] = "cuda",
-    rpc: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rpc",
-            "--rpc-servers",
-            metavar="HOST:PORT,…",
-            rich_help_panel=DEVICES,
-            help="Servers whose devices are RPC0, RPC1 … in the order given.",
-        ),
-    ] = None,
-    list_devices: Annotated[
-        bool, typer.Option("--list-devices", rich_help_panel=DEVICES, help="Print all devices and exit.")
-    ] = False,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="MODULE=DEVICE,…",
-            rich_help_panel=DEVICES,
-            help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl.",
-            show_default="RPC0 with --rpc, else this machine's first",
-        ),
-    ] = "",
-    main_backend_device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE", rich_help_panel=DEVICES, help="Device of components that have none of their own."
-        ),
-    ] = "",
-    diffusion_backend_device: Annotated[
-        str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the diffusion model.")
-    ] = "",
-    clip_backend_device: Annotated[
-        str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the text encoders.")
-    ] = "",
-    vae_backend_device: Annotated[
-        str, typer.Option(metavar="DEVICE", rich_help_panel=DEVICES, help="Device of the VAE.")
-    ] = "",
-    clip_on_cpu: Annotated[
-        bool, typer.Option("--clip-on-cpu", rich_help_panel=DEVICES, help="Same as --clip-backend-device CPU.")
-    ] = False,
-    vae_on_cpu: Annotated[
-        bool, typer.Option("--vae-on-cpu", rich_help_panel=DEVICES, help="Same as --vae-backend-device CPU.")
-    ] = False,
-    threads: Annotated[
-        int, typer.Option("--threads", "-t", rich_help_panel=DEVICES, help="Threads of this machine's CPU; -1: all.")
-    ] = -1,
-    precision: Annotated[
-        str,
-        typer.Option(
-            metavar="exact|fast|ggml|auto",
-            rich_help_panel=DEVICES,
-            help="How this machine's devices compute; auto: fast where the hardware is made for it.",
-        ),
-    ] = "auto",
-    output: Annotated[
-        str, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="The PNG; %d or %03d numbers several.")
-    ] = DEFAULT_OUTPUT,
-    output_begin_idx: Annotated[
-        int, typer.Option(min=0, rich_help_panel=OUTPUT, help="Number of the first picture.")
-    ] = 0,
-    disable_image_metadata: Annotated[
-        bool, typer.Option("--disable-image-metadata", rich_help_panel=OUTPUT, help="Don't write the parameters.")
-    ] = False,
-    mode: Annotated[
-        str,
-        typer.Option(
-            "--mode", "-M", metavar="img_gen|convert", rich_help_panel=OUTPUT, help="Draw, or write the model as .gguf."
-        ),
-    ] = "img_gen",
-    type: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=OUTPUT,
-            help="With convert: type of the weights, such as q8_0.",
-            show_default="as they are",
-        ),
-    ] = "",
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", rich_help_panel=OUTPUT, help="Log more, and name unused tensors.")
-    ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
+def sd_cli(**chosen: Any) -> int:
     """Draw a picture with Stable Diffusion on the devices of this machine and of rpc-servers."""
-    report.logging_to_console(verbose)
-    if version:
+    report.logging_to_console(chosen["verbose"])
+    if chosen["version"]:
         print(f"sd-cli {__version__}")
-        return
-    servers = [endpoint for text in rpc or () for endpoint in text.split(",") if endpoint]
-    if list_devices:
-        with every_device(servers, precision, _threads(threads)) as devices:
-            report.results.print(report.device_table(devices))
-        return
-    _check_mode(mode, type)
-    files = _files(model, diffusion_model, vae, clip_l, clip_g, t5xxl)
-    if mode == "convert":
-        convert(files, type, output, verbose)
-        return
-    options = {
-        "te": clip_backend_device or ("CPU" if clip_on_cpu else ""),
-        "diffusion": diffusion_backend_device,
-        "vae": vae_backend_device or ("CPU" if vae_on_cpu else ""),
-    }
-    placed = placement.parse(backend)
-    paths = output_paths(output, batch_count, output_begin_idx)
+        return 0
+    if chosen["completion"]:
+        print(COMMAND.completion(chosen["completion"]))
+        return 0
+    log.debug("sdrpc %s, Python %s, %s", __version__, platform.python_version(), platform.platform())
+    if chosen["list_devices"]:
+        return _list_devices(chosen)
+    _check_mode(chosen["mode"], chosen["type"])
+    if chosen["mode"] == "convert":
+        convert(_files(chosen), chosen["type"], chosen["output"], chosen["verbose"])
+        return 0
+    return _draw(chosen)
 
-    from ..diffusion.metadata import encode_png
+
+COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, help=sd_cli.__doc__)
+
+
+def _list_devices(chosen: Chosen) -> int:
+    """Devices that answer on standard output, servers that don't on standard error; then the exit status is 1."""
+    with every_device(_servers(chosen), chosen["precision"], _threads(chosen)) as found:
+        report.table(report.device_table(found.devices))
+        for failure in found.failures:
+            report.complain(str(failure))
+        return report.FAILURE if found.failures else 0
+
+
+def _draw(chosen: Chosen) -> int:
+    """Draw what was asked for; its exit status."""
+    paths = output_paths(chosen["output"], chosen["batch_count"], chosen["output_begin_idx"])
+    placed = placement.parse(chosen["backend"])
+
     from ..diffusion.request import Request
     from ..diffusion.session import Session
     from ..diffusion.stage_timer import STAGES, StageTimer
     from ..families.model import open_model
 
+    request = Request(**{entry.name: chosen[entry.name] for entry in fields(Request)} | {"prompt": _prompt(chosen)})
+    files = _files(chosen)
     timer = StageTimer()
     with timer("load"):
         opened = open_model(files)
-    request = Request(
-        prompt, negative_prompt, width, height, steps, cfg_scale, guidance, seed, batch_count, sampling_method,
-        scheduler, clip_skip, rng, eta, prediction, flow_shift,
-    )  # fmt: skip
-    wanted = placement.wanted(list(opened.components), placed, main_backend_device, options)
+    wanted = placement.wanted(list(opened.components), placed, chosen["main_backend_device"], _by_option(chosen))
     settings = request.resolved(opened.defaults, opened.size, opened.family.latents.multiple)
     _note_size(request, settings)
+    check_sides(paths[0], settings.width, settings.height)
     check_writable(paths)
-    with placed_devices(wanted, servers, precision, _threads(threads)) as devices, report.metered() as meter:
-        where = ", ".join(f"{component} on {device.name}" for component, device in devices.items())
-        report.log.print(f"{opened.family.title}: {where}")
+    with placed_devices(wanted, _servers(chosen), chosen["precision"], _threads(chosen)) as devices:
+        _note_placement(opened, devices, settings)
         with Session(opened, devices, timer=timer) as session:
             # resolved once, so that a random seed and what is written about the picture are one
-            pictures = session.draw(settings, meter.tell)
+            pictures = session.draw(settings, report.meter().tell)
+            elsewhere = 0
             for path, picture in zip(paths, pictures, strict=True):
-                parameters = None if disable_image_metadata else _parameters(settings, eta, picture, files)
-                write_file(path, encode_png(picture.image, parameters))
-                report.results.print(path)
+                parameters = _parameters(settings, picture, files, chosen)
+                elsewhere += _keep(path, picture, None if chosen["disable_image_metadata"] else parameters)
             unused = session.unused()
-    report.unused_tensors(unused, verbose)
-    report.log.print(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
+    report.unused_tensors(unused, chosen["verbose"])
+    report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
+    return report.FAILURE if elsewhere else 0
 
 
-def _files(
-    model: Path | None,
-    diffusion_model: Path | None,
-    vae: Path | None,
-    clip_l: Path | None,
-    clip_g: Path | None,
-    t5xxl: Path | None,
-) -> ModelFiles:
+def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
+    """Save a picture and print its name; whether it had to go elsewhere than to ``path``."""
+    from ..diffusion.metadata import encode
+
+    saved = save(path, encode(picture.image, path.suffix, parameters))
+    if saved.why:
+        report.warn(f"{path}: {saved.why}; the picture is in {saved.path}")
+    report.result(saved.path)
+    return bool(saved.why)
+
+
+def _prompt(chosen: Chosen) -> str:
+    if chosen["prompt"] is None:
+        report.say("no prompt is given with -p: drawing without one")
+        return ""
+    return str(chosen["prompt"])
+
+
+def _files(chosen: Chosen) -> ModelFiles:
     """The files that the user named, or the model that ships with sdrpc when there are none."""
     from ..families.model import ModelFiles
 
-    files = ModelFiles(model, diffusion_model, vae, clip_l, clip_g, t5xxl)
-    if not files.named:
-        report.log.print(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
+    named = {entry.name: chosen[entry.name] for entry in fields(ModelFiles) if chosen[entry.name] is not None}
+    if not named:
+        report.say(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
         return ModelFiles(models.named(models.DEFAULT))
-    return files
+    paths = {field: Path(path) for field, path in named.items()}
+    return ModelFiles(**paths | ({"model": models.named(named["model"])} if "model" in named else {}))
+
+
+def _servers(chosen: Chosen) -> list[str]:
+    return [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
+
+
+def _by_option(chosen: Chosen) -> dict[str, str]:
+    """The devices that have an option of their own, by the names of :func:`sdrpc.diffusion.placement.wanted`."""
+    return {
+        "te": chosen["clip_backend_device"] or ("CPU" if chosen["clip_on_cpu"] else ""),
+        "diffusion": chosen["diffusion_backend_device"],
+        "vae": chosen["vae_backend_device"] or ("CPU" if chosen["vae_on_cpu"] else ""),
+    }
+
+
+def _threads(chosen: Chosen) -> int | None:
+    return chosen["threads"] if chosen["threads"] > 0 else None
 
 
 def _note_size(request: Request, settings: Settings) -> None:
@@ -340,11 +162,26 @@ def _note_size(request: Request, settings: Settings) -> None:
     asked = (request.width or settings.width, request.height or settings.height)
     if asked != (settings.width, settings.height):
         given = f"{settings.width}×{settings.height}"
-        report.log.print(f"{asked[0]}×{asked[1]} is rounded up to {given}, the next size that the model can draw")
+        report.say(f"{asked[0]}×{asked[1]} is rounded up to {given}, the next size that the model can draw")
 
 
-def _parameters(settings: Settings, eta: float | None, picture: Picture, files: ModelFiles) -> Parameters:
-    """What the PNG says about how it came about."""
+def _note_placement(model: Model, devices: Mapping[str, Device], settings: Settings) -> None:
+    """Say what draws where, and with -v also how."""
+    where = ", ".join(f"{component} on {device.name}" for component, device in devices.items())
+    report.say(f"{model.family.title}: {where}")
+    for device in dict.fromkeys(devices.values()):
+        memory = device.memory()
+        room = f"{mebibytes(memory.free)} of {mebibytes(memory.total)} free"
+        log.debug("%s is %s, %s", device.name, device.description, room)
+    for component, device in devices.items():
+        found = model[component].found
+        size = mebibytes(found.nbytes())
+        log.debug("%s on %s: %s in %s", component, device.name, size, found.checkpoint.path)
+    log.debug("settings: %s", ", ".join(f"{name} {value!r}" for name, value in asdict(settings).items()))
+
+
+def _parameters(settings: Settings, picture: Picture, files: ModelFiles, chosen: Chosen) -> Parameters:
+    """What the picture's file says about how it came about."""
     from ..diffusion.metadata import Parameters
 
     height, width, _ = picture.image.shape
@@ -360,9 +197,10 @@ def _parameters(settings: Settings, eta: float | None, picture: Picture, files: 
         sampler=settings.sampling_method,
         scheduler=settings.scheduler,
         rng=settings.rng,
+        sampler_rng=chosen["sampler_rng"],
         version=__version__,
         clip_skip=settings.clip_skip,
-        eta=eta,
+        eta=chosen["eta"],
         flow_shift=settings.flow_shift,
         models={name: path.name for name, path in files.named.items()},
     )
@@ -370,12 +208,7 @@ def _parameters(settings: Settings, eta: float | None, picture: Picture, files: 
 
 def _check_mode(mode: str, type: str) -> None:
     if mode not in HERE:
-        reason = "sdrpc does not have it yet" if mode in MODES else "does not exist"
-        raise InvalidValue("mode", mode, f"{reason}; there are {' and '.join(HERE)}")
+        raise InvalidValue("mode", mode, f"sdrpc does not have it yet; there are {' and '.join(HERE)}")
     if type and mode != "convert":
         reason = "sdrpc draws with the types that a file has; write another with --mode convert"
         raise InvalidValue("type", type, reason)
-
-
-def _threads(option: int) -> int | None:
-    return option if option > 0 else None

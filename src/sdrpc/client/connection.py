@@ -233,7 +233,7 @@ def _connect(endpoint: Endpoint, timeouts: Timeouts) -> socket.socket:
     try:
         sock = socket.create_connection((endpoint.host, endpoint.port), timeouts.connect)
     except (OSError, UnicodeError) as error:
-        raise ConnectionFailed(str(endpoint), f"nobody answers ({_reason(error)})") from error
+        raise ConnectionFailed(str(endpoint), f"nobody answers ({_reason(error)}){_hint(endpoint, error)}") from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     keepalive = {"TCP_KEEPIDLE": timeouts.dead // 2, "TCP_KEEPINTVL": timeouts.dead // 6, "TCP_KEEPCNT": 3}
@@ -249,6 +249,18 @@ def _reason(error: Exception) -> str:
     if isinstance(error, HANGS_UP):
         return "the server hung up"
     return getattr(error, "strerror", None) or str(error)
+
+
+def _hint(endpoint: Endpoint, error: Exception) -> str:
+    """What may be the matter when a machine refuses the connection."""
+    if not isinstance(error, ConnectionRefusedError):
+        return ""
+    if endpoint.host == "localhost" or endpoint.host.startswith("127.") or endpoint.host == "::1":
+        return "; is rpc-server running, on this port?"
+    return (
+        "; rpc-server listens on its own machine only unless it is told another address: in a trusted network, "
+        "start it there with -H 0.0.0.0"
+    )
 
 
 def _send_all(sock: socket.socket, buffers: Sequence[Bytes]) -> None:

@@ -131,6 +131,7 @@ class RemoteDevice(Device):
             raise server.accuse("a largest buffer of 0 bytes")
         server.open_devices += 1
         self._open = True
+        self.sent: int = 0
 
     @property
     def turns(self) -> Turns:
@@ -210,6 +211,7 @@ class RemoteDevice(Device):
         size = sum(map(len, data))
         record = self._bytes_at(buffer, offset, size)
         self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {size:,} bytes")
+        self.sent += size
 
     def offer(self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         """Ask for bytes by name: (offset, size, name) each. Those that the server has are in the buffer then."""

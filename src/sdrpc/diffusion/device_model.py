@@ -53,7 +53,7 @@ class DeviceComponent:
         self.component, self.device = component, device
         self._cache, self._timer, self._telling = cache, timer, telling
         self._weights: dict[str, Weight] = {}
-        self._began = 0.0
+        self._began, self._sent_before = 0.0, 0
         self._store = WeightStore(device, self._weights, self._uploaded, component.found.checkpoint.path)
         self._programs: dict[tuple[str, tuple[tuple[int, ...], ...]], Executable] = {}
         self.last_used = 0
@@ -112,13 +112,14 @@ class DeviceComponent:
                 capture,
             )
         with self._timer("upload"):
-            self._began = time.perf_counter()
+            self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
             self._weights |= self.component.found.take({p.name: p.shape for p in lowered.weights})
             return Executable(lowered, self.device, self._store)
 
     def _uploaded(self, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._began
-        self._telling.on_event(Event("upload", self.name, done, total, seconds=seconds))
+        sent = None if self.device.sent is None else self.device.sent - self._sent_before
+        self._telling.on_event(Event("upload", self.name, done, total, sent, seconds=seconds))
         self._telling.check()
 
 

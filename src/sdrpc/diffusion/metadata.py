@@ -1,32 +1,54 @@
-"""Generation parameters in PNG files, as stable-diffusion.cpp and the web UIs write them.
+"""Pictures as files, with their generation parameters as stable-diffusion.cpp and the web UIs write them.
 
-The text under the keyword ``parameters`` is the prompt, a line for the negative prompt, and a line of ``Key: value``
-pairs whose last, ``SDCPP``, repeats everything as JSON (schema ``sdcpp.image.params/v1``).
+The text called ``parameters`` is the prompt, a line for the negative prompt, and a line of ``Key: value`` pairs whose
+last, ``SDCPP``, repeats everything as JSON (schema ``sdcpp.image.params/v1``). It is a text chunk of PNG files, a
+comment of JPEG files, and an entry in the XMP of WebP files.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+log = logging.getLogger(__name__)
+
 KEYWORD = "parameters"
 GENERATOR = "sdrpc"
+QUALITY = 90
+"""Of JPEG and WebP, as stable-diffusion.cpp writes them."""
+MAX_COMMENT = 65533
+"""Bytes of a JPEG comment: its length is 16 bits, which count themselves."""
+
+_XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+    <rdf:Description xmlns:sdcpp="https://github.com/leejet/stable-diffusion.cpp/ns/1.0/">
+      <sdcpp:parameters>{}</sdcpp:parameters>
+    </rdf:Description>
+  </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="w"?>"""
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+"""Characters that XML does not have."""
 
 
 @dataclass(frozen=True)
 class Parameters:
     """How a picture came about. ``eta`` is None when the sampler's own was used; ``guidance``: of distilled models, but
     always written; ``models``: base names of files by the JSON's keys (``model``, ``clip_l``, ``clip_g``, ``t5xxl``,
-    ``diffusion_model``, ``vae``)."""
+    ``diffusion_model``, ``vae``); ``sampler_rng`` is None where it is ``rng``."""
 
     prompt: str
     negative_prompt: str
@@ -43,6 +65,7 @@ class Parameters:
     eta: float | None = None
     guidance: float = 3.5
     flow_shift: float | None = None
+    sampler_rng: str | None = None
     models: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
@@ -62,13 +85,16 @@ class Parameters:
             f"Size: {self.width}x{self.height}",
             f"Model: {self.models.get('model', '')}",
             f"RNG: {self.rng}",
+            *([f"Sampler RNG: {self.sampler_rng}"] if self.sampler_rng else []),
             f"Sampler: {self.sampler} {self.scheduler}",
             *(f"{title}: {self.models[key]}" for title, key in files if key in self.models),
             *([f"Clip skip: {self.clip_skip}"] if self.clip_skip != -1 else []),
             f"Version: {GENERATOR}",
             f"SDCPP: {json.dumps(self._json(), sort_keys=True, separators=(',', ':'), ensure_ascii=False)}",
         ]
-        return "\n".join([*lines, ", ".join(pairs)])
+        text = "\n".join([*lines, ", ".join(pairs)])
+        # names of files may be bytes that are no text
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     def _json(self) -> dict[str, Any]:
         return {
@@ -96,6 +122,7 @@ class Parameters:
             "increase_ref_index": False,
             "ip_adapter_strength": 1.0,
             "rng": self.rng,
+            **({"sampler_rng": self.sampler_rng} if self.sampler_rng else {}),
         }  # fmt: skip
 
 
@@ -104,20 +131,43 @@ def _single(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(np.float32(value))
 
 
-def encode_png(image: NDArray[np.uint8], parameters: Parameters | None) -> bytes:
-    """A PNG file of uint8 pixels (height, width, 3), with its parameters if they are given.
+Pixels = NDArray[np.uint8]
 
-    PNG's tEXt chunk is Latin-1; texts in other scripts go into iTXt, which the web UIs read as well.
-    """
+
+def encode(image: Pixels, suffix: str, parameters: Parameters | None) -> bytes:
+    """A file of uint8 pixels (height, width, 3) in the format that ``suffix`` means (.png, .jpg, .jpeg, .webp), with
+    its parameters if they are given."""
+    buffer = BytesIO()
+    _ENCODERS[suffix.lower()](Image.fromarray(image), buffer, None if parameters is None else parameters.text())
+    return buffer.getvalue()
+
+
+def _png(picture: Image.Image, file: BytesIO, text: str | None) -> None:
+    """PNG's tEXt chunk is Latin-1; texts in other scripts go into iTXt, which the web UIs read as well."""
     info = PngInfo()
-    if parameters is not None:
-        text = parameters.text()
+    if text is not None:
         try:
             text.encode("latin-1")
         except UnicodeEncodeError:
             info.add_itxt(KEYWORD, text)
         else:
             info.add_text(KEYWORD, text)
-    buffer = BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+    picture.save(file, "PNG", pnginfo=info)
+
+
+def _jpeg(picture: Image.Image, file: BytesIO, text: str | None) -> None:
+    comment = b"" if text is None else f"{KEYWORD}\0{text}".encode()
+    if len(comment) > MAX_COMMENT:
+        log.warning("a JPEG file has no room for its parameters, %d bytes: they are not in it", len(comment))
+        comment = b""
+    picture.save(file, "JPEG", quality=QUALITY, **({"comment": comment} if comment else {}))
+
+
+def _webp(picture: Image.Image, file: BytesIO, text: str | None) -> None:
+    xmp = b"" if text is None else _XMP.format(escape(_NO_XML.sub("\ufffd", text))).encode()
+    picture.save(file, "WEBP", quality=QUALITY, xmp=xmp)
+
+
+_ENCODERS: dict[str, Callable[[Image.Image, BytesIO, str | None], None]] = {
+    ".png": _png, ".jpg": _jpeg, ".jpeg": _jpeg, ".webp": _webp
+}  # fmt: skip

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ..errors import InvalidValue
 from ..families.base import Defaults
+from ..prompts.text import check
 from .predictions import PREDICTIONS
-from .rng import make_rng
+from .rng import RNGS, make_rng
 from .samplers import find_sampler
 from .schedules import ALIASES, SCHEDULES
 
@@ -25,7 +26,7 @@ class Request:
 
     ``seed`` below 0: a random one. ``clip_skip`` below 1: the family's own. ``cfg_scale`` 1: no guidance by a negative
     prompt; ``guidance``: of models that were distilled with it (FLUX.1 dev). ``eta``: how much new noise a sampler
-    adds.
+    adds; ``sampler_rng``: where that comes from, if not from ``rng`` like the noise that a picture begins as.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Request:
     scheduler: str | None = None
     clip_skip: int = -1
     rng: str = "cuda"
+    sampler_rng: str | None = None
     eta: float | None = None
     prediction: str | None = None
     flow_shift: float | None = None
@@ -51,6 +53,8 @@ class Request:
 
         Raises :class:`InvalidValue` for what can't be drawn, so that nothing is loaded in vain.
         """
+        check("prompt", self.prompt)
+        check("negative_prompt", self.negative_prompt)
         width = size[0] if self.width is None else self.width
         height = size[1] if self.height is None else self.height
         steps = defaults.steps if self.steps is None else self.steps
@@ -69,6 +73,8 @@ class Request:
                 raise InvalidValue(field, number, f"not a number below {MAX_FACTOR:.0e}")
         seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
         make_rng(self.rng, seed + self.batch_count - 1)
+        if self.sampler_rng is not None and self.sampler_rng not in RNGS:
+            raise InvalidValue("sampler_rng", self.sampler_rng, f"does not exist; there are {', '.join(RNGS)}")
         method = self.sampling_method or defaults.sampler
         sampler = find_sampler(method)
         scheduler = self.scheduler or defaults.scheduler or sampler.schedule
@@ -78,7 +84,7 @@ class Request:
             raise InvalidValue("scheduler", scheduler, f"does not exist; there are {', '.join(SCHEDULES)}")
         return Settings(
             self.prompt, self.negative_prompt, _up(width, multiple), _up(height, multiple), steps, cfg_scale, guidance,
-            seed, self.batch_count, method, scheduler, self.clip_skip, self.rng,
+            seed, self.batch_count, method, scheduler, self.clip_skip, self.rng, self.sampler_rng or self.rng,
             sampler.eta if self.eta is None else self.eta, self.prediction or defaults.prediction,
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
         )  # fmt: skip
@@ -106,6 +112,7 @@ class Settings:
     scheduler: str
     clip_skip: int
     rng: str
+    sampler_rng: str
     eta: float
     prediction: str | None
     flow_shift: float | None

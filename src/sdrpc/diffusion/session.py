@@ -102,7 +102,7 @@ class Session:
 
             def on_step(done: int, total: int, number: int = number, began: float = began) -> None:
                 seconds = time.perf_counter() - began
-                on_event(Event("sample", "diffusion", done, total, number + 1, settings.batch_count, seconds))
+                on_event(Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds))
 
             with self.timer("sample"):
                 latents = self.sample(settings, seed, conditions, on_step)
@@ -176,9 +176,18 @@ class Session:
         shape = (1, model.latent_channels, height, width)
         rng = make_rng(settings.rng, seed)
         start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0])
+        # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
+        noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
         denoise = denoiser(self._guided(conditions, f32(settings.cfg_scale)), predicts)
         return sample(
-            settings.sampling_method, denoise, start, sigmas, rng, flow=predicts.flow, eta=settings.eta, on_step=on_step
+            settings.sampling_method,
+            denoise,
+            start,
+            sigmas,
+            noise,
+            flow=predicts.flow,
+            eta=settings.eta,
+            on_step=on_step,
         )
 
     def _guided(self, conditions: list[Conditions], cfg_scale: f32) -> Callable[[F32, f32], Guess]:

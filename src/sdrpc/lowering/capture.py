@@ -9,6 +9,7 @@ The recorded graph is functional: in-place operations appear as their results (:
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ def capture(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, k
         weights = _weight_leaves(recorder, clone, real)
         leaves, examples = _input_leaves(recorder, inputs, known)
         try:
-            with _located(recorder, clone), _exporting(), FunctionMode(recorder), OperationMode(recorder):
+            with _located(recorder, clone), _exporting(), _eager(), FunctionMode(recorder), OperationMode(recorder):
                 results = call(clone, *examples)
         except RuntimeError as error:
             if "meta" not in str(error):
@@ -215,6 +216,16 @@ def _exporting() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_exporting_flag = before
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """What is compiled by torch.compile runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is; and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _result(

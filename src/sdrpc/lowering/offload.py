@@ -71,7 +71,7 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
         "_sdrpc_original": original,
         "close": lambda _: remote.close(),
         "__copy__": lambda self: offload(remote.plain(self), device),
-        "__deepcopy__": remote.deep_copy,
+        "__deepcopy__": lambda self, memo: remote.deep_copy(self, memo),
         "__reduce_ex__": _refuse_to_pickle,
     }
     kind = type(original.__name__, (original,), {**names, **entries, **behaviour})
@@ -228,7 +228,6 @@ class _Remote:
         """The method as it would run in this process: the instance's own, or the class's."""
         own = vars(module).get(method)
         function = getattr(self.original, method) if own is None else own
-        function = getattr(function, "_torchdynamo_orig_callable", function)  # torch.compile's wrapper is not needed
         return types.MethodType(function, module) if own is None else function
 
     # the module's changes

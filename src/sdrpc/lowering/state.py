@@ -32,6 +32,9 @@ _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
 class _StateWalk(Walk):
     """Describes the state of modules: tensors, which become constants of the graph, by their numbers."""
 
+    ignored = frozenset({"_use_default_values", "_name_or_path", "_diffusers_version"})
+    """What diffusers notes of a configuration's origin: a path, and a list whose order changes from run to run."""
+
     def tensor(self, value: torch.Tensor) -> Description:
         super().tensor(value)
         about = "numbers", str(value.dtype), tuple(value.shape)

@@ -23,7 +23,7 @@ import torch
 Description = tuple[Any, ...]
 T = TypeVar("T")
 
-PACKAGES = frozenset({"torch", "diffusers", "transformers"}) | sys.stdlib_module_names
+PACKAGES = frozenset({"torch", "diffusers", "transformers", "huggingface_hub"}) | sys.stdlib_module_names
 """Whose classes and functions may be named in a description that leaves the process: their versions are known."""
 
 SCALARS: dict[str, Callable[[str], Any]] = {
@@ -66,6 +66,9 @@ def take_apart(value: Any) -> Parts:
 
 class Walk:
     """Describes values. ``tensors`` are those that were met, ``containers`` the objects that may change in place."""
+
+    ignored: frozenset[str] = frozenset()
+    """Keys and attributes that are left out."""
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
@@ -132,16 +135,22 @@ class Walk:
         items: Description = ()
         if mapping:
             self.containers.append(value)
-            items = tuple((self.describe(k), self.describe(v)) for k, v in dict.items(value))
-        if state:
+            items = tuple((self.describe(k), self.describe(v)) for k, v in dict.items(value) if not self._ignores(k))
+        if state is not None:
             self.containers.append(state)
-        attributes = tuple((name, self.describe(v)) for name, v in (state or {}).items())
+        attributes = tuple((name, self.describe(v)) for name, v in (state or {}).items() if name not in self.ignored)
         return "object", kind, mapping, items, attributes
+
+    def _ignores(self, key: Any) -> bool:
+        return isinstance(key, str) and key in self.ignored
 
 
 def build(description: Description, tensors: Sequence[torch.Tensor]) -> Any:
-    """The value that ``description`` is of, with these tensors."""
+    """The value that ``description`` is of, with these tensors. A note of the meta device, which is what a module saw
+    while it was captured, becomes one of the tensors' device."""
     kind, *rest = description
+    if tuple(description) == ("device", "meta") and tensors:
+        return tensors[0].device
     if kind in SCALARS:
         return SCALARS[kind](rest[0])
     return _BUILDERS[kind](rest, tensors)

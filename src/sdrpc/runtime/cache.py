@@ -18,6 +18,7 @@ from typing import Any
 
 from ..device import Target
 from ..errors import GraphError
+from ..places import cache_folder
 from .lowered import Lowered, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
@@ -26,18 +27,14 @@ BUDGET = 256 * 2**20
 """Bytes that the files may take in all; the ones used longest ago go first."""
 SUFFIX = ".lowered"
 NOTE_SUFFIX = ".json"
-PACKAGES = ("sdrpc", "torch", "diffusers", "transformers")
+PACKAGES = ("sdrpc", "torch", "diffusers", "transformers", "huggingface_hub")
 """Whose code decides what a graph looks like."""
 
 
 def default_folder() -> Path:
-    """``$SDRPC_CACHE``, or the user's cache directory."""
+    """``$SDRPC_CACHE``, or a folder in the user's cache directory."""
     chosen = os.environ.get("SDRPC_CACHE")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
-
-    return platformdirs.user_cache_path("sdrpc") / "graphs"
+    return Path(chosen) if chosen else cache_folder("graphs")
 
 
 def key(target: Target, **facts: Any) -> str:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sdrpc.cli.rpc_server import main
+from sdrpc.cli.entry import rpc_server
 
-main()
+rpc_server()

@@ -17,6 +17,7 @@ from threading import Lock
 
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect, dialects, newest
+from ..places import state_folder
 from ..wire.hello import NATIVE, Hello
 from .version_memory import Learnt, Offer, accepting
 
@@ -136,11 +137,7 @@ class Learning(Protocol):
 
 def default_path() -> Path:
     """In ``$SDRPC_STATE``, or the user's state directory."""
-    if chosen := os.environ.get("SDRPC_STATE"):
-        return Path(chosen) / "clients.json"
-    import platformdirs
-
-    return platformdirs.user_state_path("sdrpc") / "clients.json"
+    return state_folder() / "clients.json"
 
 
 def _unlike(offer: Offer) -> str:

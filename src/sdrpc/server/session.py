@@ -185,7 +185,7 @@ class Session:
     def _nbytes(self, tensor: Record) -> int:
         """Bytes from the first to behind the last element of a tensor whose numbers make sense."""
         kind = self._type(tensor)
-        if not all(tensor.ne) or tensor.ne[0] % kind.block:
+        if tensor.ne[0] % kind.block:
             raise RemoteProtocolError(f"{_named(tensor)}: {list(tensor.ne)} is no shape for {kind}")
         if prod(tensor.ne) * kind.size > _LARGEST:
             raise RemoteProtocolError(f"{_named(tensor)}: {list(tensor.ne)} elements are too many")

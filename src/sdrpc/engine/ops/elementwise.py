@@ -97,6 +97,8 @@ def _scale(v: Value[Scale], x: Tensor) -> Tensor:
 
 def _clamp(v: Value[Clamp], x: Tensor) -> Tensor:
     p = v.params
+    if p.min > p.max:  # everything becomes the lower bound, as in ggml
+        return torch.full_like(x, p.min)
     return x.clamp(p.min, p.max)
 
 

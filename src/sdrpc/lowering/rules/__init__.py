@@ -7,6 +7,7 @@ from . import (  # noqa: F401  each module enters its rules in the table
     complex_numbers,
     convolutions,
     elementwise,
+    fourier,
     images,
     indexing,
     joins,

@@ -12,11 +12,12 @@ from torch import fx
 from ...errors import CaptureError
 from ..emitter import Complex, Emitter, Value
 from .base import RULES, Out, Rule, filled, rule, value
+from .fourier import fft
 
 BY_PARTS = frozenset({
     "alias", "detach", "lift_fresh_copy", "clone", "_to_copy", "copy", "view", "_unsafe_view", "unsqueeze", "squeeze",
     "permute", "transpose", "t", "expand", "repeat", "slice", "select", "split", "split_with_sizes", "unbind", "cat",
-    "stack", "slice_scatter", "select_scatter", "index", "index_select", "neg",
+    "stack", "slice_scatter", "select_scatter", "index", "index_select", "neg", "roll",
 })  # fmt: skip
 """Operations that treat the real and the imaginary parts alike and apart."""
 
@@ -90,6 +91,7 @@ def _sum(name: str) -> Rule:
 
 COMPLEX_RULES: dict[str, Rule] = {
     "add": _sum("add"), "sub": _sum("sub"), "mul": _product, "view_as_real": _as_real,
+    "_fft_c2c": fft,
 }  # fmt: skip
 """Rules of operations on complex operands, beside :data:`BY_PARTS`."""
 

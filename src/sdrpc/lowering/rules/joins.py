@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,18 @@ def stacked(e: Emitter, out: Out, tensors: Sequence[Value], dim: int = 0) -> Val
     dim = positive(dim, len(out.shape))
     shape = (*out.shape[:dim], 1, *out.shape[dim + 1 :])
     return e.concat([e.reshape(x, shape) for x in tensors], dim)
+
+
+@rule("roll")
+def rolled(e: Emitter, out: Out, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
+    """Without ``dims`` all elements in one row."""
+    if not dims:
+        flat = e.reshape(x, (prod(x.shape),))
+        return e.reshape(rolled(e, out, flat, shifts, [0]), x.shape)
+    for shift, dim in zip(shifts, (positive(d, len(x.shape)) for d in dims), strict=True):
+        cut = -shift % x.shape[dim]
+        x = e.concat([e.slice(x, dim, cut, x.shape[dim] - cut), e.slice(x, dim, 0, cut)], dim)
+    return x
 
 
 @rule("slice_scatter")

@@ -62,7 +62,13 @@ def vector_norm(
 
 @rule("argmax")
 def argmax(e: Emitter, out: Out, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    """The first of equal numbers, as torch's. ggml's CPU backend gives the last one, others any: integers and truth
+    values, which are often equal, are set apart by their place (exact while number times length is below 2^24)."""
     rows = _last(e, x, dims(dim, len(x.shape)))
+    if x.kind != "f":
+        length = rows.shape[1]
+        later = e.constant(np.arange(length, dtype=np.float32))
+        rows = e.binary("SUB", e.scale(e.f32(rows), length), later)
     return e.reshape(Value(e.node("ARGMAX", rows.tensor), (rows.shape[0],), "i"), out.shape)
 
 

@@ -1,0 +1,322 @@
+"""Models of several files at full size: a step beside diffusers in process, memory, bytes, capture, second start."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from sdrpc.client import connect
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import Session
+from sdrpc.families.base import Conditions, Config
+from sdrpc.families.components.unet import pooled_width
+from sdrpc.families.flux1 import T5_TOKENS
+from sdrpc.families.model import Model, ModelFiles, open_model
+from sdrpc.ggml.memory_planner import place
+from sdrpc.runtime.cache import SUFFIX, Cache
+from sdrpc.runtime.lowered import from_bytes
+
+from .capturing import Shapes, in_new_process
+from .checkpoints import checkpoint
+from .command import SdCli
+from .inprocess import Drawing, InProcess, drawing
+from .memory import ALIGNMENT, GB, Watched, WatchedDevice, watching
+from .proxy import CountingProxy
+from .rows import Mark, Row
+from .sampling import DTYPES, Sampled, difference, sample, step_seconds
+from .setup import PROMPT, Setup, Variant, development_cache, read
+from .upload import through_socket
+
+log = Console(stderr=True, highlight=False)
+
+ROUNDS = 2
+"""Each side draws as often, in turn."""
+
+SAME_WORK = 0.15
+"""How far (relative, L2) the latents of both sides may be from each other: rounding in narrow types takes a few per
+cent, other work takes far more. A row says it: times of different work mean nothing."""
+
+WIRE_STEPS = 3
+SOCKET_BYTES = 4 << 30
+"""Of the model's file that are sent through a plain socket at most."""
+
+
+class Kind(NamedTuple):
+    """A family's usual type of weights and guidance; what its diffusion model is told of a prompt, as shapes without
+    the batch, from the configurations of its components; and what its first capture may take."""
+
+    plain: str
+    cfg_scale: float
+    told: Callable[[Config], Shapes]
+    capture_seconds: float | None = None
+    capture_gb: float | None = None
+
+
+def _told_sdxl(config: Config) -> Shapes:
+    return {"context": (77, config["cross_attention_dim"]), "pooled": (pooled_width(config),), "sizes": (6,)}
+
+
+def _told_flux1(config: Config) -> Shapes:
+    width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
+    return {"context": (T5_TOKENS, width), "pooled": (pooled,), "guidance": ()}
+
+
+KINDS = {"sdxl": Kind("f16", 7.0, _told_sdxl), "flux1-dev": Kind("bf16", 1.0, _told_flux1, 8.0, 1.0)}
+"""Families by the names of tools/checkpoints."""
+
+SIDES = {"tiny": (128, 4), "reduced": (1024, 20), "full": (1024, 20)}
+"""Width and height of the picture, and steps, unless they are given, by the checkpoint's size."""
+
+CLIENT_GB, START_SECONDS, STEP_RATIO, WIRE_RATIO = 2.0, 3.0, 1.05, 1.2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family with its files, ready to be measured. ``folder``: scratch space of the case alone."""
+
+    setup: Setup
+    kind: Kind
+    variant: Variant
+    files: ModelFiles
+    request: Request
+    folder: Path
+    full: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.folder.name}, {self.variant}"
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(self.folder / "graphs")
+
+    def mark(self, mark: Mark | None) -> Mark | None:
+        """Marks are for models of full size."""
+        return mark if self.full else None
+
+    def short(self, steps: int) -> Request:
+        """The same picture in fewer steps."""
+        return replace(self.request, steps=steps)
+
+    def connected(self, stack: ExitStack, port: int) -> Session:
+        """A session with everything on the first device of the server at ``port``."""
+        device, *others = connect([f"127.0.0.1:{port}"])
+        for opened in (device, *others):
+            stack.callback(opened.close)
+        return stack.enter_context(Session.open(self.files, device, self.cache))
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    for family in setup.families.names:
+        case = _case(setup, family)
+        for part in setup.families.parts:
+            yield from PARTS[part](case)
+
+
+def _case(setup: Setup, family: str) -> Case:
+    options = setup.families
+    kind = KINDS[family]
+    weights = options.type or kind.plain
+    size = setup.checkpoint_size
+    home = development_cache() / f"{family}-{size}"
+    text = size if size == "tiny" else options.text_encoders
+    plain = (kind.plain if weights == "q8_0" else weights).upper()
+    start = time.perf_counter()
+    files = checkpoint(home, family, size, text, weights.upper(), plain)
+    for path in files.named.values():
+        read(path)
+    log.print(f"{family}: files ready after {time.perf_counter() - start:.0f} s")
+    side, steps = SIDES[size]
+    request = Request(
+        PROMPT, width=options.size or side, height=options.size or side, steps=options.steps or steps,
+        cfg_scale=kind.cfg_scale, sampling_method="euler", scheduler="discrete",
+    )  # fmt: skip
+    folder = setup.folder / f"{family} {size}"
+    folder.mkdir()
+    return Case(setup, kind, Variant(weights, setup.variant.precision), files, request, folder, size == "full")
+
+
+# A step ---------------------------------------------------------------------------------------------------------------
+
+
+def _step(case: Case) -> Iterator[Row]:
+    """Both sides draw in turn; the weights of both are on the device at the same time."""
+    with ExitStack() as stack:
+        server = stack.enter_context(case.setup.server(case.variant))
+        session = case.connected(stack, server.port)
+        settings = session.settings(case.request)
+        conditions = session.conditions(settings)
+        drawn = drawing(session.model, settings, conditions)
+        before = session.timer.seconds.get("upload", 0.0)
+        mine = [sample(session, case.request, conditions)]
+        yield _upload(case, session.model["diffusion"].found.nbytes(), session.timer.seconds["upload"] - before)
+        theirs = InProcess(session.model, case.setup.torch_device, _dtype(case))
+        stack.callback(theirs.close)
+        layout = f", {theirs.choose_layout(drawn)}" if theirs.convolves else ""
+        eager, graph = [], []
+        for number in range(ROUNDS):
+            if number:
+                mine.append(sample(session, case.request, conditions))
+            eager.append(theirs.sample(drawn))
+            if not case.setup.on_cpu:
+                graph.append(theirs.sample(drawn, graph=True))
+    apart = difference(mine[-1].latents, eager[-1].latents)
+    yield Row(
+        f"same work, {case.title}", 100 * apart, "%", None, "", Mark(100 * SAME_WORK, "ours"),
+        "distance (relative, L2) of the latents of both sides",
+    )  # fmt: skip
+    yield from _steps(case, drawn, mine, {f"diffusers{layout}": eager, f"diffusers, CUDA graph{layout}": graph})
+
+
+def _steps(case: Case, drawn: Drawing, mine: list[Sampled], theirs: Mapping[str, list[Sampled]]) -> Iterator[Row]:
+    """A row for each way to run diffusers; the mark is beside the better one."""
+    ours = step_seconds(*mine)
+    seconds = {name: step_seconds(*runs) for name, runs in theirs.items() if runs}
+    best = min(seconds.values())
+    narrow = str(_dtype(case)).removeprefix("torch.")
+    dequantized = f"; diffusers' weights in {narrow}" if case.variant.type == "q8_0" else ""
+    batch = len(drawn.conditions)
+    for name, their in seconds.items():
+        yield Row(
+            f"step, {case.title}", ours * 1e3, "ms", their * 1e3, name,
+            case.mark(Mark(STEP_RATIO)) if their == best else None,
+            f"{drawn.settings.width}×{drawn.settings.height}, {drawn.settings.steps} steps, batch of {batch}; "
+            f"{1 / ours:.2f} against {1 / their:.2f} steps/s{dequantized}",
+        )  # fmt: skip
+
+
+def _upload(case: Case, size: int, seconds: float) -> Row:
+    path = case.files.named["diffusion_model"]
+    count = min(size, SOCKET_BYTES)
+    plain = count / through_socket(path, count) / GB
+    note = f"the diffusion model, {size / GB:.2f} GB in {seconds:.1f} s"
+    return Row(f"upload, {case.title}", size / seconds / GB, "GB/s", plain, "plain loopback socket", None, note)
+
+
+def _dtype(case: Case) -> torch.dtype:
+    """What diffusers computes in: exact is float32 whatever the file holds; in place of blocks the family's type."""
+    if case.variant.precision == "exact":
+        return torch.float32
+    return DTYPES[case.kind.plain if case.variant.type == "q8_0" else case.variant.type]
+
+
+# sd-cli ---------------------------------------------------------------------------------------------------------------
+
+
+def _command(case: Case) -> Iterator[Row]:
+    """A real sd-cli draws with a real server, captures everything, and then once more a single step."""
+    graphs = case.folder / "command" / "graphs"
+    graphs.mkdir(parents=True)
+    on_device = None if case.setup.on_cpu else WatchedDevice()
+    with case.setup.server(case.variant) as server:
+        options = ("--rpc", f"127.0.0.1:{server.port}", "--scheduler", "discrete")
+        start = time.perf_counter()
+        client = SdCli(case.request, case.files.named, graphs, *options)
+        watched_client, watched_server = Watched(client.process.pid), Watched(server.process.pid)
+        with watching(watched_client, watched_server, *([on_device] if on_device else [])):
+            stages = client.wait().stages
+        first = time.perf_counter() - start - stages["upload"] - stages["decode"] - stages["sample"]
+        lowered = [from_bytes(path.read_bytes()) for path in graphs.glob(f"*{SUFFIX}")]
+        start = time.perf_counter()
+        short = SdCli(case.short(1), case.files.named, graphs, *options)
+        stages = short.wait().stages
+        again = time.perf_counter() - start - stages["upload"] - stages["decode"]
+    shutil.rmtree(graphs.parent)
+    weights = sum({(w.name, w.shape): w.leaf.nbytes for low in lowered for w in low.weights}.values())
+    activations = max(place(low.graph, ALIGNMENT, 1).size for low in lowered)
+    files = sum(path.stat().st_size for path in case.files.named.values())
+    yield Row(
+        f"memory, client, {case.title}", watched_client.anonymous / GB, "GB", None, "",
+        case.mark(Mark(CLIENT_GB, "ours")),
+        f"anonymous, peak of a whole sd-cli that captures; {files / GB:.1f} GB of files",
+    )  # fmt: skip
+    where, seen = ("server", watched_server) if on_device is None else ("server's device", on_device)
+    holds = f"weights {weights / GB:.2f} + activations {activations / GB:.2f}"
+    yield Row(
+        f"memory, {where}, {case.title}", seen.peak / GB, "GB", (weights + activations) / GB, holds, None,
+        "all components on one device",
+    )  # fmt: skip
+    if on_device is not None:
+        yield Row(f"memory, server, {case.title}", watched_server.peak / GB, "GB", None, "", None, "host memory")
+    told = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items())
+    yield Row(
+        f"start, {case.title}", again, "s", first, "first run, which captures, up to its first step",
+        case.mark(Mark(START_SECONDS, "ours")),
+        f"second run, process start to the end of the first step, without upload and VAE; its stages: {told}",
+    )  # fmt: skip
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def _wire(case: Case) -> Iterator[Row]:
+    counts: list[tuple[int, int]] = []
+    with ExitStack() as stack:
+        server = stack.enter_context(case.setup.server(case.variant))
+        proxy = stack.enter_context(CountingProxy(server.port))
+        session = case.connected(stack, proxy.port)
+        request = case.short(WIRE_STEPS)
+        told = _told(case, session.model)
+        conditions: list[Conditions] = [
+            {name: np.zeros((1, *shape[1:]), np.float32) for name, shape in told.items()}
+        ] * _batch(case)
+        noted = sample(session, request, conditions, lambda _: counts.append((proxy.sent, proxy.received)))
+    # the first step uploads and sends the graph; counts[0] is before it
+    sent, received = (
+        (after - before) / (WIRE_STEPS - 1) for before, after in zip(counts[1], counts[-1], strict=True)
+    )  # fmt: skip
+    batch = len(conditions) * noted.latents.nbytes
+    needed = 2 * batch + 4 * len(conditions)  # latents and timesteps out, the prediction back
+    yield Row(
+        f"bytes per step, {case.title}", sent + received, "B", needed, "latents + timesteps, prediction",
+        case.mark(Mark(WIRE_RATIO)), f"{sent:,.0f} out, {received:,.0f} back",
+    )  # fmt: skip
+
+
+# Capture --------------------------------------------------------------------------------------------------------------
+
+
+def _capture(case: Case) -> Iterator[Row]:
+    kind, model, request = case.kind, open_model(case.files), case.request
+    settings = request.resolved(model.defaults, model.size, model.family.latents.multiple)
+    side = settings.height // model.pixels, settings.width // model.pixels
+    latents = (_batch(case), model.latent_channels, *side)
+    took = in_new_process(case.files, {"latents": latents, "timestep": (_batch(case),), **_told(case, model)})
+    yield Row(
+        f"capture, {case.title}", took.cpu, "s", None, "",
+        case.mark(Mark(kind.capture_seconds, "ours")) if kind.capture_seconds else None,
+        f"CPU of the diffusion model's first capture without imports, {took.operations:,} tensors; "
+        f"{took.wall:.1f} s of the clock; {took.process_cpu:.1f} s of CPU with imports",
+    )  # fmt: skip
+    yield Row(
+        f"memory, capture, {case.title}", took.peak / GB, "GB", took.peak_before / GB, "after imports, before capture",
+        case.mark(Mark(kind.capture_gb, "ours")) if kind.capture_gb else None, "resident, libraries included",
+    )  # fmt: skip
+
+
+def _batch(case: Case) -> int:
+    """With guidance the model evaluates the negative prompt as well."""
+    return 1 if case.request.cfg_scale == 1 else 2
+
+
+def _told(case: Case, model: Model) -> Shapes:
+    """Shapes of the diffusion model's inputs that follow from the prompt."""
+    return {name: (_batch(case), *shape) for name, shape in case.kind.told(model["diffusion"].config).items()}
+
+
+PARTS: dict[str, Callable[[Case], Iterator[Row]]] = {
+    "capture": _capture,
+    "step": _step,
+    "command": _command,
+    "wire": _wire,
+}
+"""What can be measured alone (``--only``), in the order in which it is."""

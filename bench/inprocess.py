@@ -1,0 +1,263 @@
+"""Sampling loops of diffusers in this process: its models with a checkpoint's weights, its schedulers, its kernels."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sdrpc.diffusion.predictions import flux_shift_by_size, prediction
+from sdrpc.diffusion.request import Settings
+from sdrpc.diffusion.rng import make_rng
+from sdrpc.diffusion.schedules import make_sigmas
+from sdrpc.families.base import Conditions
+from sdrpc.families.model import Model
+from sdrpc.ggml.weight import Weight
+
+from .sampling import DTYPES, Sampled
+
+F32 = NDArray[np.float32]
+
+Q8_0_BLOCK = 34
+"""Bytes: a float16 factor and 32 small numbers."""
+
+LAYOUT_STEPS = 4
+WARMING = 3
+PATCH = 2
+"""Latents on a side of which FLUX.1 makes one token."""
+
+
+class Drawing(NamedTuple):
+    """One picture that both sides draw. ``noise`` (1, c, h, w) is standard normal, ``sigmas`` the levels of noise of
+    the steps and the last one, 0; ``conditions`` as :meth:`sdrpc.diffusion.session.Session.conditions` has them."""
+
+    settings: Settings
+    noise: F32
+    sigmas: F32
+    conditions: Sequence[Conditions]
+
+
+def drawing(model: Model, settings: Settings, conditions: Sequence[Conditions]) -> Drawing:
+    """What :meth:`Session.sample` draws with these arguments."""
+    height, width = settings.height // model.pixels, settings.width // model.pixels
+    shape = (1, model.latent_channels, height, width)
+    shift = settings.flow_shift
+    if shift is None and settings.prediction == "flux_flow":
+        shift = flux_shift_by_size(height // PATCH * (width // PATCH))
+    predicts = prediction(settings.prediction or "eps", shift=shift)
+    sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=height * width)
+    noise = make_rng(settings.rng, settings.seed).normal(int(np.prod(shape))).reshape(shape)
+    return Drawing(settings, noise, sigmas, conditions)
+
+
+class Loop(NamedTuple):
+    """A family's sampling loop as its pipeline in diffusers runs it.
+
+    ``latents``: as the scheduler has them at first. ``enter``: latents and timestep → what the model is given that
+    changes from step to step. ``model``: evaluates it. ``leave``: its answer → what the scheduler takes. ``result``:
+    latents (1, c, h, w).
+    """
+
+    scheduler: Any
+    latents: Tensor
+    enter: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    model: Callable[[Tensor, Tensor], Tensor]
+    leave: Callable[[Tensor], Tensor]
+    result: Callable[[Tensor], Tensor]
+
+
+class InProcess:
+    """diffusers' model with the weights of ``model``'s diffusion model in ``dtype``. Blocks become plain numbers."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        component = model["diffusion"]
+        with torch.device("meta"):
+            module: Any = component.module().build()[0]
+        weights = {name: _loaded(weight, device, dtype) for name, weight in component.found.tensors.items()}
+        missing = module.load_state_dict(weights, strict=False, assign=True).missing_keys
+        if missing:
+            raise SystemExit(f"diffusers' model lacks {', '.join(missing[:3])}")
+        self.module = module.eval()
+        self._loop = LOOPS[model.family.name]
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    @property
+    def convolves(self) -> bool:
+        return any(isinstance(part, nn.Conv2d) for part in self.module.modules())
+
+    def choose_layout(self, drawn: Drawing) -> str:
+        """Keep the kernels of convolutions in the layout in which steps take less time, and name it."""
+        layouts = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+        seconds = {}
+        few = drawn._replace(sigmas=np.append(drawn.sigmas[:LAYOUT_STEPS], np.float32(0)))
+        for name, layout in layouts.items():
+            self.module.to(memory_format=layout)
+            seconds[name] = median(self.sample(few).warm)
+        best = min(seconds, key=lambda name: seconds[name])
+        self.module.to(memory_format=layouts[best])
+        return best
+
+    @torch.inference_mode()
+    def sample(self, drawn: Drawing, *, graph: bool = False) -> Sampled:
+        """The picture up to its latents. ``graph``: with the model as a CUDA graph, recorded before the clock runs."""
+        loop = self._loop(self, drawn)
+        scheduler, latents = loop.scheduler, loop.latents
+        model = self._recorded(loop) if graph else loop.model
+        times = [self._now()]
+        for timestep in scheduler.timesteps:
+            predicted = loop.leave(model(*loop.enter(latents, timestep)))
+            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+            times.append(self._now())
+        return Sampled(loop.result(latents).float().cpu().numpy(), tuple(np.diff(times).tolist()))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._graphs.clear()
+        del self.module
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def tensor(self, array: F32) -> Tensor:
+        return torch.from_numpy(array).to(self.device, self.dtype)
+
+    def _recorded(self, loop: Loop) -> Callable[[Tensor, Tensor], Tensor]:
+        given = tuple(each.clone() for each in loop.enter(loop.latents, loop.scheduler.timesteps[0]))
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(side):  # kernels are chosen and memory is found before anything is recorded
+            for _ in range(WARMING):
+                loop.model(*given)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graphs.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = loop.model(*given)
+        self._graphs.append(graph)
+
+        def replay(*changed: Tensor) -> Tensor:
+            for mine, new in zip(given, changed, strict=True):
+                mine.copy_(new)
+            graph.replay()
+            return result
+
+        return replay
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _loaded(weight: Weight, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A weight on the device, plain or in blocks of Q8_0."""
+    stored = torch.frombuffer(bytearray(weight.data()), dtype=torch.uint8).to(device)
+    if weight.type.name == "Q8_0":
+        blocks = stored.reshape(-1, Q8_0_BLOCK)
+        factors, small = blocks[:, :2].contiguous().view(torch.float16), blocks[:, 2:].contiguous().view(torch.int8)
+        return (factors.float() * small).to(dtype).reshape(weight.shape)
+    return stored.view(DTYPES[weight.type.name.lower()]).to(dtype).reshape(weight.shape)
+
+
+# Families -------------------------------------------------------------------------------------------------------------
+
+
+def _sdxl(side: InProcess, drawn: Drawing) -> Loop:
+    """StableDiffusionXLPipeline: Euler's method over the betas, a batch of the negative prompt and the prompt."""
+    from diffusers import EulerDiscreteScheduler
+
+    make: Any = EulerDiscreteScheduler  # untyped
+    scheduler = make(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace")
+    scheduler.set_timesteps(sigmas=drawn.sigmas.tolist(), device=side.device)
+    told = _joined(drawn.conditions)
+    text = side.tensor(told["context"])
+    added = {"text_embeds": side.tensor(told["pooled"]), "time_ids": torch.from_numpy(told["sizes"]).to(side.device)}
+    batch, scale = len(text), drawn.settings.cfg_scale
+
+    def enter(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return scheduler.scale_model_input(torch.cat([latents] * batch), timestep), timestep
+
+    def model(latents: Tensor, timestep: Tensor) -> Tensor:
+        predicted: Tensor = side.module(latents, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
+        return predicted
+
+    def leave(predicted: Tensor) -> Tensor:
+        if batch == 1:
+            return predicted
+        negative, positive = predicted.chunk(2)
+        return negative + scale * (positive - negative)
+
+    return Loop(scheduler, side.tensor(drawn.noise) * scheduler.init_noise_sigma, enter, model, leave, _same)
+
+
+class _ExactTimes(nn.Module):
+    """Stands before FLUX.1's embedding of timestep and guidance, and gives it both in float32.
+
+    diffusers hands them over in the model's dtype; in bfloat16 a timestep of 953 is 952, which is another point of the
+    schedule than ours. It takes no more time this way.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.exact: tuple[Tensor, ...] = ()
+
+    def forward(self, *rounded: Tensor) -> Tensor:
+        embedded: Tensor = self.embedding(*self.exact, rounded[-1])
+        return embedded
+
+
+def _flux1(side: InProcess, drawn: Drawing) -> Loop:
+    """FluxPipeline: latents packed into tokens, no negative prompt."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    make: Any = FlowMatchEulerDiscreteScheduler  # untyped
+    pipeline: Any = FluxPipeline
+    scheduler = make(shift=1.0)
+    scheduler.set_timesteps(sigmas=drawn.sigmas[:-1].tolist(), device=side.device)
+    (told,) = drawn.conditions
+    text, pooled = side.tensor(told["context"]), side.tensor(told["pooled"])
+    guidance = torch.from_numpy(told["guidance"]).to(side.device) if "guidance" in told else None
+    shape = drawn.noise.shape
+    noise = side.tensor(drawn.noise) * float(drawn.sigmas[0])
+    places = pipeline._prepare_latent_image_ids(1, shape[2] // PATCH, shape[3] // PATCH, side.device, side.dtype)
+    no_places = torch.zeros(text.shape[1], 3, device=side.device, dtype=side.dtype)
+    if not isinstance(side.module.time_text_embed, _ExactTimes):
+        side.module.time_text_embed = _ExactTimes(side.module.time_text_embed)
+    times = side.module.time_text_embed
+
+    def enter(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return latents, timestep.expand(len(latents)) / 1000
+
+    def model(latents: Tensor, timestep: Tensor) -> Tensor:
+        times.exact = (timestep * 1000,) if guidance is None else (timestep * 1000, guidance * 1000)
+        predicted: Tensor = side.module(
+            hidden_states=latents, timestep=timestep, guidance=guidance, pooled_projections=pooled,
+            encoder_hidden_states=text, img_ids=places, txt_ids=no_places, return_dict=False,
+        )[0]  # fmt: skip
+        return predicted
+
+    def result(latents: Tensor) -> Tensor:
+        unpacked: Tensor = pipeline._unpack_latents(latents, drawn.settings.height, drawn.settings.width, 8)
+        return unpacked
+
+    return Loop(scheduler, pipeline._pack_latents(noise, *shape), enter, model, _same, result)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _joined(conditions: Sequence[Conditions]) -> Mapping[str, F32]:
+    return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}
+
+
+LOOPS: dict[str, Callable[[InProcess, Drawing], Loop]] = {"sdxl": _sdxl, "flux1": _flux1}
+"""By sdrpc's names of families."""

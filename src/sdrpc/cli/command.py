@@ -1,0 +1,152 @@
+"""A command as a table of options, from which parsing, --help and completion follow.
+
+Built on click; what differs: options are grouped in --help, names of other spelling mean the same (``--clip-l``,
+``--vae_backend_device``), and what is wrong is one of sdrpc's own errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class, shell_complete
+
+from ..errors import InvalidValue, UsageError
+from .report import USAGE
+
+SHELLS = ("bash", "zsh", "fish")
+HELP_COLUMNS = 100
+"""Width of --help on a terminal that is as wide."""
+HELP_COLUMN = 32
+"""Where what options mean begins, at the latest."""
+
+
+class Option(click.Option):
+    """An option below the heading ``group``. ``shown``: what stands as its default, where that is no value."""
+
+    def __init__(self, group: str, *names: str, shown: str = "", **facts: Any) -> None:
+        super().__init__(names, **facts)
+        self.group, self.shown = group, shown
+
+    @property
+    def takes_value(self) -> bool:
+        return not self.is_flag
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        names = ", ".join(sorted(self.opts, key=lambda name: name.startswith("--")))
+        metavar = "" if self.is_flag else f" {self.make_metavar(ctx)}"
+        default = self.shown or (str(self.default) if isinstance(self.default, str | int) and not self.is_flag else "")
+        return names + metavar, f"{self.help}{f' [default: {default}]' if default else ''}"
+
+
+class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no click before 8.4 can be told
+    """A value that has a name: other ones are refused at once, and shells complete these."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+        self.name = "|".join(choices)
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> str:
+        if value not in self.choices and param is not None:
+            raise InvalidValue(str(param.name), value, f"does not exist; there are {', '.join(self.choices)}")
+        return str(value)
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(choice) for choice in self.choices if choice.startswith(incomplete)]
+
+
+class Command(click.Command):
+    """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
+    reason why this one does not take it; ``ignored``: those that ask for what is done anyway."""
+
+    def __init__(
+        self,
+        name: str,
+        options: Sequence[Option],
+        callback: Callable[..., int | None],
+        refused: Mapping[str, str] | None = None,
+        ignored: Iterable[str] = (),
+        **facts: Any,
+    ) -> None:
+        context = {"help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS}
+        super().__init__(name, params=list(options), callback=callback, context_settings=context, **facts)
+        self.options, self.refused, self.ignored = options, refused or {}, frozenset(ignored)
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The option that sets each parameter, in its longest form."""
+        return {str(option.name): max(option.opts, key=len) for option in self.options}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.options:
+            groups.setdefault(option.group, []).append(option.get_help_record(ctx))
+        list(groups.values())[-1].append(("-h, --help", "Print this and exit."))
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records, col_max=HELP_COLUMN)
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Its exit status. Raises :class:`UsageError` for arguments that mean nothing, and what the callback raises."""
+        if completed := self._completion():
+            return completed - 1
+        if not arguments:
+            click.echo(self.get_help(self.make_context(self.name, [], resilient_parsing=True)))
+            return USAGE
+        try:
+            with self.make_context(self.name, self.canonical(arguments)) as ctx:
+                ended: int | None = self.invoke(ctx)
+        except click.exceptions.Exit as error:
+            return error.exit_code
+        except click.ClickException as error:
+            raise UsageError(error.format_message()) from error
+        return ended or 0
+
+    def canonical(self, arguments: Sequence[str]) -> list[str]:
+        """``arguments`` with every option in the spelling of the table. Values stay as they are.
+
+        Raises :class:`UsageError` for a refused option.
+        """
+        ours = {name: option for option in self.options for name in option.opts}
+        spellings = {_folded(name): name for name in (*self.refused, *self.ignored, "--help", *ours)}
+        result: list[str] = []
+        rest = list(arguments)
+        while rest:
+            argument = rest.pop(0)
+            if argument == "--":
+                return [*result, argument, *rest]
+            name, equals, value = argument.partition("=")
+            name = spellings.get(_folded(name), name)
+            if name in self.refused:
+                raise UsageError(f"{name}: {self.refused[name]}")
+            if name in self.ignored:
+                continue
+            result.append(name + equals + value)
+            if name in ours and ours[name].takes_value and not equals and rest:
+                result.append(rest.pop(0))
+        return result
+
+    def _completion(self) -> int:
+        """Answer a shell that asks to complete a line: its exit status and 1; 0 where none asks."""
+        variable = f"_{self.name}_COMPLETE".replace("-", "_").upper()
+        asked = os.environ.get(variable, "")
+        if not asked:
+            return 0
+        shell, _, what = asked.rpartition("_")
+        if what in SHELLS:  # the order that typer has
+            asked = f"{what}_{shell}"
+        return 1 + shell_complete(self, {}, str(self.name), variable, asked)
+
+    def completion(self, shell: str) -> str:
+        """The script that teaches ``shell`` to complete the command's lines."""
+        kind = get_completion_class(shell)
+        if kind is None:
+            raise InvalidValue("completion", shell, f"there are {', '.join(SHELLS)}")
+        name = str(self.name)
+        return kind(self, {}, name, f"_{name}_COMPLETE".replace("-", "_").upper()).source()
+
+
+def _folded(option: str) -> str:
+    return option.lower().replace("_", "-") if option.startswith("--") else option

@@ -1,0 +1,104 @@
+"""docs/families.md: which families are drawn from which forms of file, and how near to diffusers' own pipeline.
+
+    make families      # draws all of it (some minutes) and writes the page
+
+Each number is a picture that was drawn: components on two real servers, compared with diffusers in process. The same
+cases are tests: tests/remote/test_families.py, tests/interop/test_families.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import sdrpc
+from sdrpc.device import Device
+from tests.support.pictures import (
+    BOUNDS,
+    CASES,
+    FAMILIES,
+    FORMS,
+    HEIGHT,
+    NATIVE_CASES,
+    STEPS,
+    WIDTH,
+    Case,
+    Checkpoints,
+    distance,
+)
+from tests.support.process import ServerProcess
+
+PATH = Path(__file__).parents[2] / "docs" / "families.md"
+
+COLUMNS = {"exact": "exact", "fast": "fast", "native": "ggml's rpc-server"}
+
+HEAD = """\
+# Families
+
+Which families sdrpc draws with, from which files, and how far its pictures are from those of diffusers' own pipelines:
+peak signal to noise ratio in dB, the higher the nearer. Every number is a picture that `make families` drew: a small
+random checkpoint in the original names, written from diffusers' own classes, drawn with its components on two devices
+of real servers, and by diffusers in one process with the same weights, noise and Euler's method ({width}×{height},
+{steps} steps). The same cases are tests (`make test`, `make interop`), which ask for at least {bounds}.
+
+*exact* and *fast* are the precisions of sdrpc's own server on a CPU; the last column is llama.cpp's server, whose CPU
+backend rounds what it multiplies with. More than 70 dB is less than a quarter of the step between two grey levels.
+"""
+
+Distances = Mapping[tuple[Case, str], float]
+
+
+def document(distances: Distances) -> str:
+    """The page for the measured distances."""
+    bounds = ", ".join(f"{BOUNDS[name]:g} dB ({label})" for name, label in COLUMNS.items())
+    lines = [HEAD.format(width=WIDTH, height=HEIGHT, steps=STEPS, bounds=bounds)]
+    lines += [f"| family | form | matrices | {' | '.join(COLUMNS.values())} |", "|---|---|---|---:|---:|---:|"]
+    for case in CASES:
+        cells = (distances.get((case, name)) for name in COLUMNS)
+        shown = " | ".join("" if cell is None else f"{cell:.0f}" for cell in cells)
+        lines.append(f"| {FAMILIES[case.family]} | {FORMS[case.form]} | {case.type} | {shown} |")
+    return "\n".join([*lines, ""])
+
+
+def measured(folder: Path) -> Distances:
+    """All cases, drawn; says how far it is."""
+    from tests.interop.conftest import NativeServer  # pytest's own import of it comes first where pytest runs
+
+    checkpoints, found = Checkpoints(folder), {}
+    with ExitStack() as stack:
+        devices: dict[str, list[Device]] = {}
+        for precision in ("exact", "fast"):
+            servers = [stack.enter_context(ServerProcess("--precision", precision, "--device", "CPU")) for _ in "ab"]
+            devices[precision] = _opened(stack, [f"127.0.0.1:{server.port}" for server in servers])
+        native = NativeServer(devices=2)
+        stack.callback(native.kill)
+        devices["native"] = _opened(stack, [native.endpoint])
+        for case in CASES:
+            for name in COLUMNS:
+                if name != "native" or case in NATIVE_CASES:
+                    found[case, name] = distance(checkpoints, case, devices[name], folder / "graphs")
+                    print(f"{case}, {name}: {found[case, name]:.1f} dB", file=sys.stderr, flush=True)
+    return found
+
+
+def _opened(stack: ExitStack, endpoints: list[str]) -> list[Device]:
+    opened = sdrpc.devices(rpc=endpoints)
+    for device in opened.values():
+        stack.callback(device.close)
+    return [opened["RPC0"], opened["RPC1"]]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        distances = measured(Path(folder))
+    PATH.write_text(document(distances), encoding="utf-8")
+    short = [f"{case} ({name})" for (case, name), distance in distances.items() if distance < BOUNDS[name]]
+    if short:
+        sys.exit(f"too far from diffusers: {', '.join(short)}")
+
+
+if __name__ == "__main__":
+    main()
