@@ -1,4 +1,4 @@
-"""The options of sd-cli: what they are called, what they set, and that none of stable-diffusion.cpp's is passed over."""
+"""The options of sd-cli: their names, what they set, and that none of stable-diffusion.cpp's is passed over."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _draw(chosen: Chosen) -> int:
                 elsewhere += _keep(path, picture, None if chosen["disable_image_metadata"] else parameters)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
-    report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
+    report.say(" ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
     return report.FAILURE if elsewhere else 0
 
 
