@@ -31,9 +31,10 @@ LASTING = (
     r"(clip_l|diffusion|vae): captured its graph, once, in [\d.]+ s",
     r"(clip_l|diffusion|vae): [\d.]+ MiB of weights sent, in [\d.]+ s, [\d,.]+ MiB/s",
     r"picture \d of 2: 2 steps in [\d.]+ s, [\d.]+ (it/s|s/it)",
-    r"load \d.* decode [\d.]+s",
+    r"load \d.*",
+    r"[\d.]*s?",
 )
-"""Lines that stay on the screen, besides names of files."""
+"""Lines that stay on the screen, besides names of files; the last one may be just too long for a line of 80."""
 
 
 def shell(script: str, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
