@@ -121,9 +121,7 @@ def said(error: SdrpcError, options: Mapping[str, str]) -> str:
 
 def logging_to_console(verbose: bool) -> None:
     """Send sdrpc's log to standard error: warnings, or with ``verbose`` everything."""
-    handler = _Handler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler])
+    logging.getLogger().addHandler(_HANDLER)
     logging.getLogger("sdrpc").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
@@ -135,6 +133,10 @@ class _Handler(logging.Handler):
             say(self.format(record))
         except Exception:  # as every handler does: what can't be logged must not end the work
             self.handleError(record)
+
+
+_HANDLER = _Handler()
+_HANDLER.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
 
 
 def device_table(devices: Iterable[Device]) -> Table:

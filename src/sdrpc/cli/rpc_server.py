@@ -19,6 +19,7 @@ from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, Library, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from . import report
+from .entry import ready
 
 if TYPE_CHECKING:
     from ..engine.device import LocalDevice
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
+    ready()
     sys.exit(report.guarded(lambda: run(sys.argv[1:])))
 
 
