@@ -127,7 +127,7 @@ class Session:
     # --- the model as functions
 
     def predict(self, latents: F32, timestep: F32, conditions: Conditions) -> F32:
-        """What the diffusion model predicts, (b, c, h, w), of latents (1, c, h, w) at a timestep (1,) for the conditions
+        """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
         of b prompts."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
         (predicted,) = self._devices.run("diffusion", {}, inputs)
