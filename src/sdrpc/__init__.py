@@ -46,7 +46,7 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
     return offload(module, device)
 
 
-class Devices(dict[str, Device]):
+class Devices(dict[str, "Device"]):
     """Devices by name. A name that is not there is an error that says which are."""
 
     def __missing__(self, name: str) -> Device:
