@@ -36,7 +36,7 @@ MARGIN = 1 << 20
 
 
 class Numbers:
-    """``count`` standard normal numbers, as float32 and as blocks of Q8_0.
+    """``count`` standard normal numbers, in plain types and as blocks of Q8_0.
 
     A tensor is a run of them that begins somewhere. Within it no number comes twice; that two tensors share numbers
     in different places does not matter to how a model behaves, nor to how long it takes.
@@ -45,10 +45,13 @@ class Numbers:
     def __init__(self, count: int) -> None:
         count += -count % BLOCK
         self._plain = torch.randn(count, generator=torch.Generator().manual_seed(SEED))
+        self._narrow: dict[torch.dtype, torch.Tensor] = {}
         self._blocks: NDArray[np.uint8] | None = None
 
-    def plain(self, start: int, count: int) -> torch.Tensor:
-        return self._plain[start : start + count]
+    def plain(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._narrow:
+            self._narrow[dtype] = self._plain.to(dtype)
+        return self._narrow[dtype][start : start + count]
 
     def blocks(self, start: int, count: int) -> NDArray[np.uint8]:
         """Of ``count`` numbers from ``start``: shape (blocks, 34)."""
@@ -87,7 +90,9 @@ def _stored(numbers: Numbers, seed: str, type: str, shape: Shape, spread: Spread
         factors = blocks[:, :FACTOR_BYTES].copy().view("<f2") * np.float32(spread.factor)
         blocks[:, :FACTOR_BYTES] = factors.astype("<f2").view(np.uint8)
         return Stored(type, shape, blocks.reshape(*shape[:-1], -1))
-    values = numbers.plain(start, count).mul(spread.factor).add_(spread.offset).to(PLAIN[type])
+    values = numbers.plain(start, count, PLAIN[type]).mul(spread.factor)
+    if spread.offset:
+        values += spread.offset
     return Stored(type, shape, values.view(torch.uint8).numpy())
 
 

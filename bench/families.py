@@ -274,10 +274,10 @@ def _wire(case: Case) -> Iterator[Row]:
     sent, received = (
         (after - before) / (WIRE_STEPS - 1) for before, after in zip(counts[1], counts[-1], strict=True)
     )  # fmt: skip
-    batch = len(conditions) * noted.latents.nbytes
-    needed = 2 * batch + 4 * len(conditions)  # latents and timesteps out, the prediction back
+    one = noted.latents.nbytes
+    needed = one + 4 + len(conditions) * one  # latents and the timestep out, the prediction of the batch back
     yield Row(
-        f"bytes per step, {case.title}", sent + received, "B", needed, "latents + timesteps, prediction",
+        f"bytes per step, {case.title}", sent + received, "B", needed, "latents + timestep, prediction",
         case.mark(Mark(WIRE_RATIO)), f"{sent:,.0f} out, {received:,.0f} back",
     )  # fmt: skip
 
@@ -298,8 +298,9 @@ def _capture(case: Case) -> Iterator[Row]:
         f"{took.wall:.1f} s of the clock; {took.process_cpu:.1f} s of CPU with imports",
     )  # fmt: skip
     yield Row(
-        f"memory, capture, {case.title}", took.peak / GB, "GB", took.peak_before / GB, "after imports, before capture",
-        case.mark(Mark(kind.capture_gb, "ours")) if kind.capture_gb else None, "resident, libraries included",
+        f"memory, capture, {case.title}", (took.peak - took.peak_before) / GB, "GB", None, "",
+        case.mark(Mark(kind.capture_gb, "ours")) if kind.capture_gb else None,
+        f"beyond the {took.peak_before / GB:.2f} GB that were resident after imports",
     )  # fmt: skip
 
 

@@ -25,10 +25,10 @@ def run(setup: Setup) -> Iterator[Row]:
     # the first step uploads and sends the graph; what each later one costs is the difference of two runs' bytes
     (sent_before, received_before), (sent_after, received_after) = counts[1], counts[-1]
     sent, received = (sent_after - sent_before) / (STEPS - 1), (received_after - received_before) / (STEPS - 1)
-    pair = 2 * noted.latents.nbytes
-    needed_out, needed_back = pair + 2 * 4, pair  # the batch of two and its timesteps; the prediction
+    one = noted.latents.nbytes
+    needed_out, needed_back = one + 4, 2 * one  # latents and the timestep; the prediction of a batch of two
     yield Row(
         "bytes per step, both ways", sent + received, "B", needed_out + needed_back,
-        "latents + timesteps, prediction", Mark(1.2),
+        "latents + timestep, prediction", Mark(1.2),
         f"{setup.size}×{setup.size}; {sent:,.0f} out, {received:,.0f} back",
     )  # fmt: skip

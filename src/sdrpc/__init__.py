@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .device import Device
-
 if TYPE_CHECKING:
     from torch import nn
 
+    from .device import Device as Device
     from .diffusion.events import Event as Event
     from .diffusion.pictures import Picture as Picture
     from .diffusion.request import Request as Request
@@ -22,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LAZY = {
-    "Event": "diffusion.events", "ModelFiles": "families.model", "Picture": "diffusion.pictures",
+    "Device": "device", "Event": "diffusion.events", "ModelFiles": "families.model", "Picture": "diffusion.pictures",
     "Request": "diffusion.request", "Session": "diffusion.session",
 }  # fmt: skip
 """What is imported when it is first asked for: commands that draw nothing shall start at once."""
@@ -47,7 +46,7 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
     return offload(module, device)
 
 
-class Devices(dict[str, Device]):
+class Devices(dict[str, "Device"]):
     """Devices by name. A name that is not there is an error that says which are."""
 
     def __missing__(self, name: str) -> Device:

@@ -6,9 +6,11 @@ filled the folder for us. Several processes may share a folder; any of them, or 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +25,8 @@ log = logging.getLogger(__name__)
 PART = ".part"
 """What the names of unfinished files end with."""
 NOWHERE = Path(os.devnull)
-"""Stands for a user's folders where there are none. Nothing below it can be made: whoever keeps something there is told
-so by the system, as by a disk that refuses."""
+"""Stands for a user's folders where there can be none. Nothing below it can be made: whoever keeps something there is
+told so by the system, as by a disk that refuses."""
 
 _SAFELY = os.O_RDONLY
 for _flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no links, no waiting for pipes; where there are
@@ -46,23 +48,31 @@ def state_folder() -> Path:
 
 def _folder(variable: str, kind: str) -> Path:
     chosen = os.environ.get(variable)
-    return Path(chosen) if chosen else _of_system(variable, kind)
-
-
-def _of_system(variable: str, kind: str) -> Path:
+    if chosen:
+        return Path(chosen)
     import platformdirs
 
     try:
         path: Path = getattr(platformdirs, kind)("sdrpc")
     except RuntimeError:  # HOME is not set, and the system does not know this user
-        _warn_of_no_home(variable)
-        return NOWHERE
+        return _for_this_run()
     return path
 
 
 @cache
-def _warn_of_no_home(variable: str) -> None:
-    log.warning("this user has no home directory, so nothing is kept there; set %s to a folder, or HOME", variable)
+def _for_this_run() -> Path:
+    """A folder that is deleted when the process ends, for a user without a home, such as an unknown one in a container;
+    :data:`NOWHERE` if there is no place for it."""
+    log.warning(
+        "nothing is kept for the next run, because this user has no home directory: "
+        "set HOME, or SDRPC_CACHE and SDRPC_STATE"
+    )
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="sdrpc-"))
+    except OSError:
+        return NOWHERE
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def make_own(folder: Path) -> None:

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
-from sdrpc.cli.report import Meter
+from sdrpc.cli.progress import Meter, StatusLine
 from training.evaluate import MORE, ONE, ROWS, Row, Score, Setting, _passed, _reached, _scores, _table
 from training.grid import COLUMNS, PROMPTS, arranged
 from training.prompts import Prompt, held_out_prompts
 from training.scenes import MOST, NAMES, SHAPES, SHRINK, SIZES, Scenes, draw
 
 SETTING = Setting("euler, 20", Path("demo.safetensors"), "euler", 20, 4.0)
-METER = Meter(Progress(console=Console(file=io.StringIO())))
+METER = Meter(StatusLine(Console(file=io.StringIO())), print)
 FREE = ((0.25, 0.25), (0.75, 0.75), (0.25, 0.75))
 THIRDS = {-1: 0.25, 0: 0.5, 1: 0.75}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) ->
     if files.model is None or len(files.named) > 1:
         raise UsageError("--mode convert: takes one file with -m, and no others")
     path = Path("output.gguf" if output == DEFAULT_OUTPUT else output)
-    if path.suffix.lower() != ".gguf" or path.is_dir():
+    if path.suffix.lower() != ".gguf" or os.path.isdir(path):
         raise InvalidValue("output", output, "a converted model is a .gguf file")
     wanted = type_named(type) if type else None
     check_writable([path])
@@ -37,9 +36,7 @@ def convert(files: ModelFiles, type: str, output: str, verbose: bool = False) ->
             checkpoint, Path(os.path.realpath(path)), wanted, lambda done, total: meter.bytes(path.name, done, total)
         )
     except OSError as error:
-        # numpy, which writes the tensors, says only how much the disk took of them
-        number = errno.ENOSPC if error.errno is None else error.errno
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error  # whatever name it had until it is whole
     report.result(path)
     if unused:
         report.unused_tensors({str(files.model): unused}, verbose)

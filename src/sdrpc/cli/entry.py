@@ -30,9 +30,14 @@ def sdrpc() -> None:
     _run("main")
 
 
-def _run(module: str) -> None:
+def ready() -> None:
+    """What every command needs before it imports torch or prints. To do it again changes nothing."""
     prepare()
     threads_sleep()
+
+
+def _run(module: str) -> None:
+    ready()
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else whoever started us wants Ctrl-C ignored
         signal.signal(signal.SIGINT, _leave)

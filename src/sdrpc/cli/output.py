@@ -31,7 +31,7 @@ def output_paths(pattern: str, count: int, first: int = 0) -> list[Path]:
     if path.suffix and path.suffix.lower() not in MAX_SIDES:
         known = ", ".join(MAX_SIDES)
         raise InvalidValue("output", pattern, f"pictures are written as {known}; {path.suffix} is not supported")
-    if not path.name or path.is_dir():
+    if not path.name or os.path.isdir(path):
         raise InvalidValue("output", pattern, "names a directory, not a file")
     pattern, numbers = pattern if path.suffix else pattern + DEFAULT_SUFFIX, range(first, first + count)
     if any(_NUMBER.findall(pattern)):

@@ -16,6 +16,8 @@ from ..diffusion.events import Event
 
 Say = Callable[[str], None]
 REDRAW_SECONDS = 0.1
+LITTLE = 0.01
+"""A share of an upload that is not worth a word: small tensors are always sent, equal ones once."""
 BAR = 20
 """Columns of a bar, without its ends."""
 LEAST_LABEL = 12
@@ -145,10 +147,11 @@ def uploaded(event: Event) -> str:
     size = mebibytes(event.total)
     if event.sent is None:
         return f"{size} of weights loaded in {event.seconds:.1f} s"
-    if event.sent * 100 < event.total:
+    if event.sent < event.total * LITTLE:
         return f"nothing had to be sent, its server has the {size} of weights"
     speed = f", {mebibytes(event.sent / event.seconds)}/s" if event.seconds else ""
-    rest = "" if event.sent >= event.total else f" of {size}, the server has the rest"
+    whole = event.sent > event.total * (1 - LITTLE)
+    rest = "" if whole else f" of {size}, the server has the rest"
     return f"{mebibytes(event.sent)} of weights sent{rest}, in {event.seconds:.1f} s{speed}"
 
 

@@ -121,9 +121,7 @@ def said(error: SdrpcError, options: Mapping[str, str]) -> str:
 
 def logging_to_console(verbose: bool) -> None:
     """Send sdrpc's log to standard error: warnings, or with ``verbose`` everything."""
-    handler = _Handler()
-    handler.setFormatter(Printable("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler])
+    logging.getLogger().addHandler(_HANDLER)
     logging.getLogger("sdrpc").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
@@ -143,6 +141,10 @@ class _Handler(logging.Handler):
             _message(Text(self.format(record)))
         except Exception:  # as every handler does: what can't be logged must not end the work
             self.handleError(record)
+
+
+_HANDLER = _Handler()
+_HANDLER.setFormatter(Printable("%(levelname)s %(name)s: %(message)s"))
 
 
 def device_table(devices: Iterable[Device]) -> Table:

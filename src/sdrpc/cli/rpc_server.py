@@ -23,6 +23,7 @@ from ..server import Cache, CacheService, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
 from . import report
+from .entry import ready
 
 if TYPE_CHECKING:
     from ..device import ServedDevice
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
+    ready()
     sys.exit(report.guarded(lambda: run(sys.argv[1:])))
 
 

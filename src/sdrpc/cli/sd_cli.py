@@ -17,6 +17,7 @@ from . import report
 from .command import Command
 from .convert import convert
 from .devices import every_device, placed_devices
+from .entry import ready
 from .options import ALWAYS_SO, HERE, OPTIONS, REFUSED
 from .output import check_sides, check_writable, output_paths, save
 from .progress import mebibytes
@@ -36,6 +37,7 @@ Chosen = Mapping[str, Any]
 
 def main() -> None:
     """The console script; exit status 0 for pictures, 2 for an option that can't be honoured, else 1."""
+    ready()
     sys.exit(report.guarded(lambda: run(sys.argv[1:]), COMMAND.fields))
 
 

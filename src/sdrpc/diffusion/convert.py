@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
@@ -134,6 +135,13 @@ def _said(checkpoint: Checkpoint, family: Family) -> str:
     return json.dumps({**known, **components}) if components else ""
 
 
+class _Written(np.ndarray):
+    """An array that writes itself as files do: numpy's own way does not say why a disk takes no more."""
+
+    def tofile(self, fid: Any, *_: Any) -> None:
+        fid.write(self.data)
+
+
 def _write_tensors(
     writer: GGUFWriter, weights: Sequence[Weight], types: Mapping[str, Type], source: Path, progress: Progress
 ) -> None:
@@ -147,7 +155,7 @@ def _write_tensors(
     done = 0
     for weight, size in zip(weights, sizes, strict=True):
         try:
-            writer.write_tensor_data(encoded(weight, types[weight.name]))
+            writer.write_tensor_data(encoded(weight, types[weight.name]).view(_Written))
         except ValueError as error:
             raise CheckpointError(source, str(error), weight.name) from error
         done += size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,13 @@ from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
 from .events import Cancel, Event, OnEvent, Stage
 from .stage_timer import StageTimer
+
+GRAPHS = 16
+"""Graphs (sizes of pictures, lengths of texts) that a component keeps on its device."""
+
+
+WORKING_ROOM = 1 << 30
+"""Bytes that should stay free beside a component's weights, for what it computes with."""
 
 
 class Telling:
@@ -55,7 +63,7 @@ class DeviceComponent:
         self._weights: dict[str, Weight] = {}
         self._began, self._sent_before = 0.0, 0
         self._store = WeightStore(device, self._weights, self._uploaded, component.found.checkpoint.path)
-        self._programs: dict[tuple[str, tuple[tuple[int, ...], ...]], Executable] = {}
+        self._programs: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], Executable] = OrderedDict()
         self.last_used = 0
         """Rises with each use of any component: which one was used longest ago."""
 
@@ -78,14 +86,14 @@ class DeviceComponent:
         """Bytes of its weights on the device, as they are stored."""
         return self.component.found.nbytes()
 
-    def ready(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> bool:
-        return _name(module, inputs) in self._programs
-
     def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
         """The module's outputs, float32. Raises :class:`CheckpointError` and what the device raises."""
         name = _name(module, inputs)
         if name not in self._programs:
             self._programs[name] = self._prepared(module, inputs)
+        self._programs.move_to_end(name)
+        while len(self._programs) > GRAPHS:
+            self._programs.popitem(last=False)[1].close()
         return tuple(output.astype(np.float32, copy=False) for output in self._programs[name](**inputs))
 
     def release(self) -> None:
@@ -166,7 +174,8 @@ class DeviceModel:
         for component in self.components.values():
             device = component.device
             held = sum(c.nbytes for c in self._on(device) if c.resident)
-            room = device.memory().free + held
+            with device.turns:
+                room = device.memory().free + held
             if not component.resident and component.nbytes > room:
                 raise DoesNotFit(device.name, component.name, component.nbytes, room)
 
@@ -175,11 +184,12 @@ class DeviceModel:
         self.telling.check()
         component = self.components[name]
         module = component.component.module(**options)
-        if not component.resident:
-            self._make_room(component)
-        self._uses += 1
-        component.last_used = self._uses
-        return component.run(module, inputs)
+        with component.device.turns:
+            if not component.resident:
+                self._make_room(component)
+            self._uses += 1
+            component.last_used = self._uses
+            return component.run(module, inputs)
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
@@ -189,7 +199,8 @@ class DeviceModel:
     def close(self) -> None:
         """Free everything on the devices."""
         for component in self.components.values():
-            component.release()
+            with component.device.turns:
+                component.release()
 
     def _on(self, device: Device) -> list[DeviceComponent]:
         return [component for component in self.components.values() if component.device is device]
@@ -202,7 +213,3 @@ class DeviceModel:
             other = others.pop(0)
             other.release()
             self.telling.on_event(Event("release", other.name, other.nbytes, other.nbytes))
-
-
-WORKING_ROOM = 1 << 30
-"""Bytes that should stay free beside a component's weights, for what it computes with."""

@@ -127,7 +127,8 @@ class Session:
     # --- the model as functions
 
     def predict(self, latents: F32, timestep: F32, conditions: Conditions) -> F32:
-        """The diffusion model: latents (b, c, h, w), timesteps (b,), conditions of b prompts → its prediction."""
+        """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
+        of b prompts."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
         (predicted,) = self._devices.run("diffusion", {}, inputs)
         return predicted
@@ -196,7 +197,7 @@ class Session:
         batches = [_joined(conditions)] if alike else conditions
 
         def predict(x: F32, timestep: f32) -> Guess:
-            results = [self.predict(*_batch(x, timestep, batch), batch) for batch in batches]
+            results = [self.predict(x, np.array([timestep], f32), batch) for batch in batches]
             predicted = finite(np.concatenate(results), f"the diffusion model's prediction at timestep {timestep:.3g}")
             if len(predicted) == 1:
                 return Guess(predicted)
@@ -228,8 +229,3 @@ class _Encode:
 
 def _joined(conditions: list[Conditions]) -> Conditions:
     return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}
-
-
-def _batch(x: F32, timestep: f32, conditions: Conditions) -> tuple[F32, F32]:
-    size = len(next(iter(conditions.values())))
-    return np.repeat(x, size, axis=0), np.full(size, timestep, f32)

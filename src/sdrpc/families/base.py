@@ -212,7 +212,7 @@ Conditions = Mapping[str, F32]
 """The diffusion model's inputs besides latents and timestep, each with a first dimension of 1 (the batch)."""
 
 Predict = Callable[[F32, F32, Conditions], F32]
-"""A diffusion model: latents (b, c, h, w), timesteps (b,), conditions → the prediction, shaped as the latents."""
+"""A diffusion model: latents (1, c, h, w), timestep (1,), conditions of b prompts → the prediction (b, c, h, w)."""
 
 
 @dataclass(frozen=True)

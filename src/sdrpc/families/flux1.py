@@ -65,8 +65,9 @@ def _axes(head: int) -> list[int]:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Inputs: latents (batch, channels, height, width), timestep (batch,) of 0 … 1, context (batch, tokens, 4096),
-    pooled (batch, 768), and for models with guidance guidance (batch,). Output: the velocity, shaped as the latents.
+    """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,) of 0 … 1, context (batch, tokens,
+    4096), pooled (batch, 768), and for models with guidance guidance (batch,). Output: the velocity (batch, channels,
+    height, width).
 
     2×2 latents are a token; text has position (0, 0, 0), a token of the picture (0, row, column).
     """
@@ -81,7 +82,9 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         pooled: torch.Tensor,
         guidance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        batch, channels, height, width = latents.shape
+        _, channels, height, width = latents.shape
+        batch = context.shape[0]
+        latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
         rows, columns = height // PATCH, width // PATCH
         tokens = latents.reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
         places = torch.zeros(rows, columns, 3)

@@ -55,7 +55,7 @@ def capture(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, k
     that it refuses, :class:`sdrpc.lowering.tracer.DataDependent` (a :class:`CaptureError`) where numbers of other
     inputs decide what is computed, and :class:`CaptureError` for what can't be recorded.
     """
-    with _CAPTURING, torch.inference_mode(False), torch.no_grad():
+    with _CAPTURING, _one_thread(), torch.inference_mode(False), torch.no_grad():
         recorder = Recorder()
         clone, real = _without_numbers(module)
         weights = _weight_leaves(recorder, clone, real)
@@ -68,6 +68,17 @@ def capture(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, k
                 raise  # the module's own
             raise CaptureError(f"{recorder.place()}: can't run without numbers: {_first_line(error)}") from error
         return _result(recorder, leaves, weights, results)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is known already is small: torch's threads would cost more CPU waiting for each other than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -106,6 +106,9 @@ def _weight(node: Node, type: Type) -> Value:
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
     """A known tensor's numbers; where all are the same, an array without memory for each of them."""
     tensor = tensor.detach().cpu().resolve_conj()
+    shape = tuple(tensor.shape)
+    if tensor.numel() > 1 and all(step == 0 for n, step in zip(shape, tensor.stride(), strict=True) if n > 1):
+        return np.broadcast_to(_numbers(tensor[(0,) * len(shape)]), shape)
     array = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
     if array.size > 1 and (array == array.flat[0]).all():
         return np.broadcast_to(array.flat[0], array.shape)

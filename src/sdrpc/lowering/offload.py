@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
 import sys
 import threading
@@ -42,6 +43,9 @@ ENTRY_POINTS = ("forward", "encode", "decode")
 
 GRAPHS = 16
 """Signatures of inputs (method, shapes, dtypes, flags) whose graphs a module keeps on its device."""
+
+REMEMBERED = 64
+"""Signatures, and states of a module, of which something is remembered without their graphs."""
 
 TYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 """Dtypes that weights keep; others are sent as F32."""
@@ -202,6 +206,7 @@ class _Remote:
         """Signature → the inputs whose numbers decide what is computed."""
         self._state: ModuleState | None = None
         self._states: dict[Description, int] = {}
+        self._counter = itertools.count()
         self._number = 0
         """Of the module's state now, in ``_states``."""
         self._tracing = threading.local()
@@ -242,7 +247,10 @@ class _Remote:
                 return
             if numbers_changed:
                 self.memory.close()
-        self._number = self._states.setdefault(self._state.description, len(self._states))
+        if self._state.description not in self._states:
+            self._states[self._state.description] = next(self._counter)
+            _forget_oldest(self._states)
+        self._number = self._states[self._state.description]
         self.memory.weights.update({weight.name: weight for weight in weights_of(module)})
 
     # graphs
@@ -254,6 +262,7 @@ class _Remote:
         if bound is None:
             known, bound = self._found(request) or self._captured(module, request)
             self._needed[signature] = known
+            _forget_oldest(self._needed)
         key = (signature, request.numbers(known))
         self._graphs[key] = bound
         self._graphs.move_to_end(key)
@@ -371,6 +380,11 @@ class _Remote:
         """Free everything on the device; the next call uploads again."""
         with self._lock:
             self.memory.close()
+
+
+def _forget_oldest(remembered: dict[Any, Any]) -> None:
+    while len(remembered) > REMEMBERED:
+        del remembered[next(iter(remembered))]
 
 
 def _with_numbers_as_tensors(

@@ -80,6 +80,13 @@ MADE = frozenset({
 UNDEFINED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 """Operations whose results are undefined: here they are zeros, so that a graph is the same each time."""
 
+LARGE = 1 << 20
+"""Elements from which on an undefined tensor has no memory here: it is made to be filled with results."""
+
+
+RETRIED = 1 << 26
+"""Elements of the operands of an operation that fails on the meta device and is tried on the CPU for its message."""
+
 
 class Recorder:
     """A graph while it is recorded.
@@ -153,6 +160,13 @@ class Recorder:
             self._kept.append(tensor)
             self._constants[id(tensor)] = self._constant(numbers)
         return self._constants[id(tensor)]
+
+    def zeros(self, shape: Tensor) -> Tensor:
+        """Zeros in the shape of a meta tensor, which stands for them, without memory."""
+        numbers = torch.zeros((), dtype=shape.dtype).expand(shape.shape)
+        self._kept.append(numbers)
+        self.track(shape, self._constant(numbers))
+        return shape
 
     def _constant(self, numbers: Tensor) -> Node:
         node = self.leaf(f"known{len(self.known)}", self.shape_of(numbers))
@@ -262,7 +276,7 @@ class Recorder:
             return paths[id(part)]
 
         owner, _ = origin(tensor)
-        node = self._constant(owner.detach().clone())
+        node = self._constant(owner.detach())  # nothing is written to it any more
         memory = Memory(node)
         self._kept.append(owner)
         self._views[id(owner)] = View(memory, (), node, 0)
@@ -355,16 +369,24 @@ class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         """Nothing is unknown: the result has numbers."""
         if any(tensor.device.type != "cpu" for tensor in tensors):
             args, kwargs = tree_map(lambda v: v.to(CPU) if isinstance(v, Tensor) else v, (args, kwargs))
+        if func.overloadpacket.__name__ in UNDEFINED:
+            return self._make(func, args, kwargs)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": CPU}
         self.recorder.about_to_write(func, args)
         out = func(*args, **kwargs)
         self.recorder.computed(func, args, kwargs, out)
-        return out.zero_() if func.overloadpacket.__name__ in UNDEFINED else out
+        return out
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = func(*_shapes(self.recorder, args), **{**kwargs, "device": CPU})
-        return out.zero_() if func.overloadpacket.__name__ in UNDEFINED else out
+        """A tensor that only has the shape of another: zeros where it is undefined."""
+        args = _shapes(self.recorder, args)
+        if func.overloadpacket.__name__ not in UNDEFINED:
+            return func(*args, **{**kwargs, "device": CPU})
+        shape = func(*args, **{**kwargs, "device": META})
+        if shape.numel() >= LARGE:
+            return self.recorder.zeros(shape)
+        return torch.zeros_like(shape, device=CPU)
 
     def _positions(self, func: Any, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Indices without truth values: a known mask is as good as the positions of what is true."""
@@ -385,6 +407,8 @@ def _result_shape(recorder: Recorder, operation: Any, args: Any, kwargs: Any) ->
     try:
         return operation(*args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError):
+        if sum(tensor.numel() for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)) > RETRIED:
+            raise
         undefined = tree_map(lambda v: torch.empty_like(v, device=CPU) if isinstance(v, Tensor) else v, (args, kwargs))
         options = {**undefined[1], "device": CPU} if undefined[1].get("device") is not None else undefined[1]
         operation(*undefined[0], **options)

@@ -221,7 +221,7 @@ class Executable:
             self._bind()
         for leaf, data in self._feeds(inputs):
             sent = self._sent.pop(leaf, None)  # a write that fails leaves us not knowing what is there
-            if sent is None or not np.array_equal(sent, data):
+            if sent is None or not _equal(sent, data):
                 self.device.write(self._io, self._offsets[leaf], data.data)
                 sent = data.copy()
             self._sent[leaf] = sent
@@ -304,6 +304,13 @@ def _encoded(entry: Input, array: np.ndarray, type: Type) -> np.ndarray:
         if array.dtype.kind not in "iub" or array.min() < limits.min or array.max() > limits.max:
             raise UsageError(f"input {entry.name} must be integers of 32 bits, not {array.dtype}")
     return _bytes(array.astype(dtype, copy=False))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of bytes are equal, eight at a time where that is possible."""
+    if a.size == b.size and a.size % 8 == 0:
+        a, b = a.view(np.uint64), b.view(np.uint64)
+    return np.array_equal(a, b)
 
 
 def _key(parameter: Parameter) -> tuple[str, Type]:

@@ -135,8 +135,9 @@ def pooled_width(config: Config) -> int:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Inputs: latents (batch, channels, height, width), timestep (batch,), context (batch, length, width); for XL also
-    pooled (batch, width) and sizes (batch, 6), pixels. Output: the prediction, shaped as the latents."""
+    """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,), context (batch, length, width);
+    for XL also pooled (batch, width) and sizes (batch, 6), pixels. Output: the prediction (batch, channels, height,
+    width)."""
     import diffusers
 
     def call(
@@ -147,6 +148,8 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         pooled: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
+        batch = context.shape[0]
+        latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
         return (module(latents, timestep, context, added_cond_kwargs=added, return_dict=False)[0],)
 

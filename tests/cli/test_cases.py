@@ -1,0 +1,388 @@
+"""What users met (one test or more for each case, by its name), and what should happen."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from sdrpc import storage
+from sdrpc.cli import output, report
+from sdrpc.cli.output import MAX_SIDES, check_sides, check_writable, save
+from sdrpc.client.connection import open_connection
+from sdrpc.client.endpoint import Endpoint
+from sdrpc.diffusion.request import Request
+from sdrpc.errors import ConnectionFailed, InvalidValue
+from sdrpc.families.base import Defaults
+from tests.cli.conftest import Outcome
+from tests.cli.test_sd_cli import SMALL, Servers, entries, pixels, rpc
+from tests.support.process import ServerProcess
+
+Sd = Callable[..., Outcome]
+
+
+@pytest.fixture
+def draw(sd: Sd, servers: Servers, checkpoint: Path) -> Sd:
+    """A small picture of one step on a server."""
+
+    def run(*words: object) -> Outcome:
+        return sd("--rpc", rpc(servers), "-m", checkpoint, *SMALL, "--steps", "1", *words)
+
+    return run
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<lora:some_style:0.8>", "<lora:|high_noise|style:1>", "<LoRA:x>", "<hypernet:y:1>", "<lora:unfinished",
+        "<sd_cpp_extra_args>{}</sd_cpp_extra_args>",
+    ],
+)  # fmt: skip
+def test_prompt_lora_tag(draw: Sd, tmp_path: Path, tag: str) -> None:
+    for option in ("-p", "-n"):
+        outcome = draw(option, f"a cat {tag}", "-o", tmp_path / "x.png")
+        assert outcome.status == report.USAGE
+        name = {"-p": "--prompt", "-n": "--negative-prompt"}[option]
+        assert re.match(rf"error: {name} '?<\w+.*leave it out", outcome.error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["I <3 cats", "a < b > c", "<cat>", "(a:1.2) <-> b", "lora:x:1"])
+def test_prompts_with_angles_are_prompts(prompt: str) -> None:
+    assert Request(prompt).resolved(Defaults(64), (64, 64), 64).prompt == prompt
+
+
+@pytest.mark.parametrize(("option", "name"), [("-p", "--prompt"), ("-n", "--negative-prompt")])
+def test_not_utf8_prompt(servers: Servers, checkpoint: Path, tmp_path: Path, option: str, name: str) -> None:
+    words = ["--rpc", rpc(servers), "-m", checkpoint, *SMALL, "-o", tmp_path / "a.png", option]
+    command = [sys.executable, "-m", "sdrpc", "sd-cli", *map(str, words)]
+    done = subprocess.run([*map(os.fsencode, command), b"caf\xe9 noir"], capture_output=True, text=True, check=False)
+    assert done.returncode == report.USAGE
+    assert re.fullmatch(
+        rf"error: {name} 'caf\\udce9 noir': is no UTF-8 text: the byte 0xe9 after 3 characters; .*\n", done.stderr
+    )
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_c10_no_prompt(draw: Sd, sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
+    """As stable-diffusion.cpp does: a picture; but it is said. An empty prompt is one."""
+    said = "no prompt is given with -p"
+    words = ("--rpc", rpc(servers), "-m", checkpoint, *SMALL[2:], "-o", tmp_path / "x.png", "-n", "x")
+    outcome = sd(*words)
+    assert outcome.status == 0
+    assert said in outcome.err
+    assert said not in sd(*words, "-p", "").err
+
+
+# Pictures that are drawn are there ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [200, 246, 255])
+def test_picture_lost_at_the_end_long_names(draw: Sd, tmp_path: Path, length: int) -> None:
+    name = "n" * (length - 4) + ".png"
+    assert draw("-o", tmp_path / name).status == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("made", ["a name of 256 bytes", "a directory", "one of several"])
+def test_picture_lost_at_the_end_is_refused_before_it_is_drawn(draw: Sd, tmp_path: Path, made: str) -> None:
+    if made == "a name of 256 bytes":
+        outcome, says = draw("-o", tmp_path / ("n" * 252 + ".png")), "name too long"
+    elif made == "a directory":
+        (tmp_path / "out.png").mkdir()
+        outcome, says = draw("-o", tmp_path / "out.png"), "directory"
+    else:
+        (tmp_path / "out_1.png").mkdir()
+        outcome, says = draw("-b", "2", "-o", tmp_path / "out.png"), r"out_1\.png: is a directory"
+    assert outcome.status == report.USAGE
+    assert re.search(says, outcome.error, re.IGNORECASE)
+    assert "step" not in outcome.err
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_picture_lost_at_the_end_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is mounted can't be replaced, but it can be written."""
+    target = tmp_path / "out.png"
+    target.write_bytes(b"old and longer than the new one")
+    monkeypatch.setattr(os, "replace", _busy)
+    assert save(target, b"new") == (target, "")
+    assert target.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def _busy(_from: object, to: object) -> None:
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), to)
+
+
+def test_picture_lost_at_the_end_is_kept_elsewhere(draw: Sd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could be written when the work began can't any more: the pictures are beside, and both are drawn."""
+
+    def refuse(_from: object, to: object) -> None:
+        os.mkdir(os.fspath(to))  # type: ignore[call-overload]
+        _busy(_from, to)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    outcome = draw("-b", "2", "-o", tmp_path / "out.png", "--disable-image-metadata")
+    assert outcome.status == report.FAILURE
+    kept = [Path(line) for line in outcome.out.splitlines()]
+    assert len(kept) == 2
+    for number, path in enumerate(kept):
+        assert f"warning: {tmp_path / f'out_{number}.png'}: Is a directory; the picture is in {path}\n" in outcome.err
+        assert path.parent == tmp_path
+        assert pixels(path).shape == (64, 64, 3)
+
+
+def test_picture_lost_at_the_end_goes_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is gone by then."""
+    monkeypatch.setattr(output.tempfile, "gettempdir", lambda: str(tmp_path))
+    saved = save(tmp_path / "gone" / "out.png", b"picture")
+    assert saved.why == "No such file or directory"
+    assert saved.path.parent == tmp_path
+    assert saved.path.read_bytes() == b"picture"
+    assert saved.path.suffix == ".png"
+
+
+def test_output_onto_a_link(draw: Sd, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "latest.png", tmp_path / "real" / "one.png"
+    link.symlink_to(target)  # which is not there yet
+    for seed in ("1", "2"):
+        outcome = draw("-o", link, "-s", seed)
+        assert outcome.out.split() == [str(link)]
+        assert link.is_symlink()
+        assert f"Seed: {seed}," in entries(target)["parameters"]
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["one.png"]
+
+
+def test_output_into_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    check_writable([pipe])
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        assert save(pipe, b"picture") == (pipe, "")
+        assert reader.communicate()[0] == b"picture"
+    assert pipe.is_fifo()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "out.png"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(os, "chmod", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp", ".PNG"])
+def test_other_formats(draw: Sd, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"cat{suffix}"
+    outcome = draw("-o", path, "-s", "7")
+    assert outcome.status == 0, outcome.err
+    with Image.open(path) as image:
+        image.load()
+        assert image.size == (64, 64)
+        assert image.format == {".png": "PNG", ".webp": "WEBP"}.get(suffix.lower(), "JPEG")
+        if suffix == ".webp":
+            text = "".join(ElementTree.fromstring(image.info["xmp"].decode()).itertext()).strip()
+        elif suffix == ".PNG":
+            text = image.info["parameters"]
+        else:
+            text = image.info["comment"].removeprefix(b"parameters\0").decode()
+    assert text.startswith("a lovely cat\nSteps: 1, CFG scale")
+    assert json.loads(text.partition("SDCPP: ")[2])["seed"] == 7
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".jpg"])
+def test_formats_with_a_largest_side(suffix: str) -> None:
+    check_sides(Path(f"x{suffix}"), MAX_SIDES[suffix], 64)
+    with pytest.raises(InvalidValue, match=rf"height \d+: {suffix} files have at most {MAX_SIDES[suffix]}"):
+        check_sides(Path(f"x{suffix}"), 64, MAX_SIDES[suffix] + 1)
+
+
+def test_size_changed_silently(draw: Sd, tmp_path: Path) -> None:
+    outcome = draw("-W", "100", "-H", "72", "-o", tmp_path / "o.png")
+    assert "100×72 is rounded up to 128×128, the next size that the model can draw" in outcome.err
+    assert pixels(tmp_path / "o.png").shape == (128, 128, 3)
+    assert "rounded" not in draw("-W", "128", "-o", tmp_path / "o.png").err
+
+
+def test_sampler_rng(draw: Sd, tmp_path: Path) -> None:
+    """Another source for the noise that samplers add; the file says so."""
+    words = ("--steps", "3", "--sampling-method", "euler_a")
+    drawn = {}
+    for name, options in {"same": (), "named": ("--sampler-rng", "cuda"), "other": ("--sampler-rng", "cpu")}.items():
+        assert draw(*words, *options, "-o", tmp_path / f"{name}.png").status == 0
+        drawn[name] = pixels(tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(drawn["same"], drawn["named"])
+    assert np.abs(drawn["same"] - drawn["other"]).mean() > 1
+    assert ", RNG: cuda, Sampler RNG: cpu, Sampler: euler_a" in entries(tmp_path / "other.png")["parameters"]
+    assert "Sampler RNG" not in entries(tmp_path / "same.png")["parameters"]
+
+
+def test_prediction_option(draw: Sd, tmp_path: Path) -> None:
+    for name in ("eps", "v"):
+        assert draw("--prediction", name, "-o", tmp_path / f"{name}.png").status == 0
+    assert np.abs(pixels(tmp_path / "eps.png") - pixels(tmp_path / "v.png")).mean() > 1
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folder", "shown"),
+    [
+        ("models [pruned]", "models [pruned]"),
+        ("odd[/b]", "odd[/b]"),
+        (":smile: [red]x[/red]", ":smile: [red]x[/red]"),
+        ("\x1b[31mred\x1b[2J", r"\x1b[31mred\x1b[2J"),
+        ("two\nlines", r"two\nlines"),
+        ("\u202egnp", r"\u202egnp"),
+    ],
+)
+def test_markup_in_paths(draw: Sd, checkpoint: Path, tmp_path: Path, folder: str, shown: str) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    path = tmp_path / folder / "m.safetensors"
+    tensors = load_file(checkpoint)
+    save_file(tensors | {"more [/b] \x1b[1m": np.zeros(1, np.float32)}, path)
+    outcome = draw("-m", path, "-v", "-o", tmp_path / folder / "x.png")
+    assert outcome.status == 0, outcome.err
+    assert f"{tmp_path}/{shown}/m.safetensors: 1 tensors are not used by the model\n" in outcome.err
+    assert "\n  more [/b] \\x1b[1m\n" in outcome.err
+    assert "\x1b" not in outcome.err
+    assert outcome.out == f"{tmp_path}/{folder}/x.png\n"
+    failed = draw("-m", tmp_path / folder / "absent.safetensors")
+    assert failed.error == f"error: {tmp_path}/{shown}/absent.safetensors: No such file or directory"
+
+
+def test_verbose_says_more(draw: Sd, servers: Servers, tmp_path: Path) -> None:
+    quiet, loud = (draw("-o", tmp_path / "x.png", *more).err for more in ((), ("-v",)))
+    for said in (
+        "sdrpc ", "Python ", f"RPC0 is 127.0.0.1:{servers[0].port}", "clip_l on RPC0: ", "sampling_method 'euler'",
+        "scheduler 'discrete'", "seed 42", "cfg_scale 7.0",
+    ):  # fmt: skip
+        assert said in loud
+        assert said not in quiet
+
+
+def test_list_devices_dead_server(sd: Sd, servers: Servers) -> None:
+    alive = f"127.0.0.1:{servers[0].port}"
+    for order in ((alive, "127.0.0.1:1"), ("127.0.0.1:1", alive)):
+        outcome = sd("--rpc", ",".join(order), "--list-devices")
+        assert outcome.status == report.FAILURE
+        assert re.search(rf"RPC0 +{alive}", outcome.out)
+        assert "CPU" in outcome.out
+        assert outcome.error.startswith("error: 127.0.0.1:1: nobody answers (Connection refused)")
+
+
+def test_list_devices_with_two_dead_servers(sd: Sd) -> None:
+    outcome = sd("--rpc", "127.0.0.1:1,127.0.0.1:2", "--list-devices")
+    assert outcome.status == report.FAILURE
+    assert re.findall(r"error: 127\.0\.0\.1:(\d): nobody answers", outcome.err) == ["1", "2"]
+    assert "CPU" in outcome.out
+
+
+@pytest.mark.parametrize("text", ["{0},", "{0}, ", " {0} ", ",{0}", "{0},,"])
+def test_endpoint_advice_commas(sd: Sd, servers: Servers, text: str) -> None:
+    outcome = sd("--rpc", text.format(f"127.0.0.1:{servers[0].port}"), "--list-devices")
+    assert outcome.status == 0, outcome.err
+    assert "RPC0" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("host", "hint"),
+    [("192.168.1.20", r"-H 0\.0\.0\.0"), ("desktop", r"-H 0\.0\.0\.0"), ("127.0.0.1", "is rpc-server running")],
+)
+def test_c15_a_refused_connection_says_where_servers_listen(
+    monkeypatch: pytest.MonkeyPatch, host: str, hint: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    with pytest.raises(ConnectionFailed, match=rf"^{host}:50052: nobody answers \(Connection refused\); .*{hint}"):
+        open_connection(Endpoint(host, 50052))
+
+
+def test_full_disk_words(checkpoint: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk without room."""
+    path = tmp_path / "out.gguf"
+    words = ["-M", "convert", "-m", str(checkpoint), "-o", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "sdrpc", "sd-cli", *words], capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )  # fmt: skip
+    assert done.returncode == report.FAILURE
+    assert done.stderr.splitlines()[-1] == f"error: {path}: File too large"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("type", ["q4_K", "q2_k", "q6_K", "iq4_xs", "nonsense"])
+def test_types_that_cannot_be_written(sd: Sd, checkpoint: Path, tmp_path: Path, type: str) -> None:
+    outcome = sd("-M", "convert", "-m", checkpoint, "--type", type, "-o", tmp_path / "x.gguf")
+    assert outcome.status == report.USAGE
+    assert f"--type {type}: there are f32, f16, bf16, q8_0" in outcome.error
+
+
+def test_no_home(draw: Sd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """HOME is not set, and the system does not know the user: pictures are drawn, servers serve, nothing is kept."""
+
+    def nobody(*_: object, **__: object) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("SDRPC_CACHE")
+    monkeypatch.delenv("SDRPC_STATE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_path", nobody)
+    monkeypatch.setattr("platformdirs.user_state_path", nobody)
+    storage._for_this_run.cache_clear()
+    try:
+        assert draw("-o", tmp_path / "x.png").status == 0
+        folder = storage.state_folder()
+        assert storage.cache_folder("graphs") == folder / "graphs"
+        assert list((folder / "graphs").iterdir())
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert caplog.text.count("set HOME, or SDRPC_CACHE and SDRPC_STATE") == 1
+    finally:
+        storage._for_this_run.cache_clear()
+
+
+def test_no_home_of_an_unknown_user() -> None:
+    """The real libraries, where neither the environment nor the system's list of users has a home."""
+    code = """
+import os, pwd
+def unknown(uid):
+    raise KeyError(uid)
+pwd.getpwuid = unknown
+from sdrpc.storage import cache_folder, state_folder
+print(cache_folder("weights").parent == state_folder(), state_folder())
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG", "SDRPC"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=kept)
+    same, folder = done.stdout.split()
+    assert same == "True"
+    assert done.stderr.count("set HOME, or SDRPC_CACHE and SDRPC_STATE") == 1
+    assert not Path(folder).exists()
+
+
+def test_a_server_serves_what_the_wrappers_start() -> None:
+    """python -m sdrpc rpc-server is the same command."""
+    with ServerProcess(python=(sys.executable, "-m", "sdrpc", "rpc-server")) as server:
+        assert server.port

@@ -1,0 +1,327 @@
+"""What people see: in terminals, in pipes, and when streams are closed, full, broken or of an odd encoding."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdrpc.cli.progress import BAR, fitted, pace, uploaded
+from sdrpc.diffusion.events import Event
+from tests.cli.conftest import Outcome
+from tests.cli.terminal import in_terminal
+from tests.cli.test_sd_cli import SMALL, Servers, rpc
+from tests.interop.tap import Tap
+from tests.server.conftest import eventually
+from tests.support.process import ServerProcess
+
+Sd = Callable[..., Outcome]
+
+COMMAND = [sys.executable, "-m", "sdrpc", "sd-cli"]
+
+LASTING = (
+    r"Stable Diffusion 1\.x: .*",
+    r"(clip_l|diffusion|vae): captured its graph, once, in [\d.]+ s",
+    r"(clip_l|diffusion|vae): [\d.]+ MiB of weights sent, in [\d.]+ s, [\d,.]+ MiB/s",
+    r"picture \d of 2: 2 steps in [\d.]+ s, [\d.]+ (it/s|s/it)",
+    r"load \d.*",
+    r"[\d.]*s?",
+)
+"""Lines that stay on the screen, besides names of files; the last one may be just too long for a line of 80."""
+
+
+def shell(script: str, *words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """``sd-cli`` in bash, as ``"$@"`` of a script."""
+    command = ["bash", "-c", script, "bash", *COMMAND, *map(str, words)]
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    return subprocess.run(command, capture_output=True, encoding=encoding, check=False, env=os.environ | env)
+
+
+def drawing(servers: Servers, checkpoint: Path, output: object, *words: object) -> list[object]:
+    return ["--rpc", rpc(servers), "-m", checkpoint, *SMALL, "--steps", "1", "-o", output, *words]
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_c1_what_was_drawn_stays_on_the_screen(
+    servers: Servers, checkpoint: Path, tmp_path: Path, columns: int
+) -> None:
+    """Also on the second of two lines that are as long as the terminal is wide."""
+    names = [str(tmp_path / f"a_{number}.png") for number in range(2)]
+    words = ["sd-cli", "--rpc", rpc(servers), "-m", checkpoint, *SMALL, "-b", "2", "-o", tmp_path / "a.png"]
+    ended = in_terminal(words, columns)
+    assert ended.status == 0, ended.lines
+    shown = "".join(line.ljust(columns) if len(line) == columns else line + "\n" for line in ended.lines)
+    for name in names:
+        assert name in shown
+    assert "[" not in shown, "a bar is left over"
+    assert "decoding" not in shown
+    if columns == 80:
+        others = [line for line in ended.lines if line and line not in "".join(names)]
+        strange = [line for line in others if not any(re.fullmatch(each, line) for each in LASTING)]
+        assert not strange
+        assert "[" in ended.written, "there was no bar at all"
+
+
+def test_c1_names_are_all_of_standard_output(servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
+    """Progress in a terminal, the names in a file, and the other way round."""
+    listed = tmp_path / "names"
+    words = ["sd-cli", *drawing(servers, checkpoint, tmp_path / "a.png", "-b", "2")]
+    with listed.open("w") as file:
+        ended = in_terminal(words, stdout=file.fileno())
+    assert ended.status == 0
+    names = [str(tmp_path / "a_0.png"), str(tmp_path / "a_1.png")]
+    assert listed.read_text().splitlines() == names
+    assert not any(name in line for name in names for line in ended.lines)
+    with (tmp_path / "log").open("w") as file:
+        ended = in_terminal(words, columns=200, stderr=file.fileno())
+    assert [line for line in ended.lines if line] == names
+    assert "\x1b" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("width", [10, 39, 79])
+@pytest.mark.parametrize("label", ["vae", "diffusion: capturing its graph, once", "猫" * 60, "x" * 200])
+def test_c1_a_status_line_is_never_wider_than_the_terminal(label: str, width: int) -> None:
+    from rich.cells import cell_len
+
+    for fraction in (None, 0.0, 0.5, 1.0):
+        line = fitted(label, fraction, "1,640 MiB of 1,640 MiB  1,234 MiB/s", width)
+        assert cell_len(line) <= width
+    assert fitted("vae", 0.5, "1 of 2", 79) == f"vae [{'=' * (BAR // 2)}{' ' * (BAR // 2)}] 1 of 2"
+
+
+def test_progress_counts_the_steps_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """What went into captures and uploads meanwhile is no time of the sampler."""
+    from sdrpc.cli import report
+
+    meter = report.meter()
+    for event in (
+        Event("encode", "", 0),
+        Event("upload", "clip_l", 5, 5, 5, seconds=50.0),
+        Event("encode", "", 1),
+        Event("sample", "diffusion", 0, 4, None, 1, 1),
+        Event("capture", "diffusion", 1, 1, seconds=5.0),
+        Event("upload", "diffusion", 7 << 20, 7 << 20, 7 << 20, seconds=3.0),
+        Event("sample", "diffusion", 4, 4, None, 1, 1, seconds=10.0),
+    ):
+        meter.tell(event)
+    assert "picture 1 of 1: 4 steps in 2.0 s, 2.00 it/s\n" in capfd.readouterr().err
+    assert pace(4, 10.0) == ", 2.50 s/it"
+    assert pace(0, 10.0) == pace(4, 0.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (None, "100 MiB of weights loaded in 2.0 s"),
+        (100 << 20, "100 MiB of weights sent, in 2.0 s, 50 MiB/s"),
+        (40 << 20, "40 MiB of weights sent of 100 MiB, the server has the rest, in 2.0 s, 20 MiB/s"),
+        (5000, "nothing had to be sent, its server has the 100 MiB of weights"),
+        (0, "nothing had to be sent, its server has the 100 MiB of weights"),
+    ],
+)
+def test_c8_what_an_upload_has_cost(sent: int | None, says: str) -> None:
+    assert uploaded(Event("upload", "vae", 100 << 20, 100 << 20, sent, seconds=2.0)) == says
+
+
+def test_c8_nothing_is_sent_to_a_server_that_has_it(sd: Sd, checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess("--precision", "exact", "--cache", "--cache-size", "1G") as server:
+        words = ("--rpc", f"127.0.0.1:{server.port}", "-m", checkpoint, *SMALL, "-o", tmp_path / "x.png")
+        first = sd(*words).err
+        assert len(re.findall(r"MiB of weights sent, in", first)) == 3, first
+
+        def second() -> bool:
+            return len(re.findall(r"nothing had to be sent, its server has the", sd(*words).err)) == 3
+
+        assert eventually(second)  # the server writes what it keeps while it answers
+
+
+def test_c6_ctrl_c_while_sampling(checkpoint: Path, tmp_path: Path) -> None:
+    with ServerProcess("--precision", "exact") as server, Tap(f"127.0.0.1:{server.port}") as tap:
+        words = ["--rpc", tap.endpoint, "-m", checkpoint, *SMALL, "--steps", "5000", "-o", tmp_path / "x.png"]
+        command = [*COMMAND, *map(str, words)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert eventually(lambda: tap.commands["GRAPH_RECOMPUTE"] >= 3, 120)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
+    assert err.count("interrupted") == 1
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["numpy", "click", "sdrpc.diffusion.samplers"])
+def test_ctrl_c_at_start(module: str) -> None:
+    """Ctrl-C while ``module`` is imported, which is before the command's own code runs."""
+    code = f"""
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["sd-cli", "--version"]
+from sdrpc.cli.entry import sd_cli
+sd_cli()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    """As in a script's background job."""
+    code = "import os, signal, sys; from sdrpc.cli.entry import sd_cli; sys.argv = ['sd-cli', '--version']\n"
+    script = f"trap '' INT; exec {sys.executable} -c \"$1\""
+    raised = code + "sys.meta_path.insert(0, type('I', (), {'find_spec': lambda *_: os.kill(os.getpid(), 2)})())\n"
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", raised + "sd_cli()"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sd-cli ")
+
+
+def test_stdout_closed(servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
+    done = shell('"$@" >&-', *drawing(servers, checkpoint, tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+def test_other_streams_closed(servers: Servers, checkpoint: Path, tmp_path: Path, closed: str) -> None:
+    done = shell(f'"$@" {closed}', *drawing(servers, checkpoint, tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").exists()
+
+
+def test_stdout_closed_at_a_server() -> None:
+    """It serves; where, it says nowhere, so the port is a fixed one that is free now."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"exec {sys.executable} -m sdrpc rpc-server -p {port} --device CPU >&-"
+    with subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE, text=True) as process:
+
+        def answers() -> bool:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", port)) == 0
+
+        try:
+            assert eventually(answers, 120)
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("broken", ['"$@" | true', '"$@" 2> >(true)', '"$@" 2>&1 | true'])
+def test_nobody_reads_the_output(servers: Servers, checkpoint: Path, tmp_path: Path, broken: str) -> None:
+    """Both pictures are drawn, although the first one's name can't be written."""
+    words = drawing(servers, checkpoint, tmp_path / "a.png", "-b", "2")
+    done = shell(f"{broken}; exit ${{PIPESTATUS[0]}}", *words)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("a_*.png"))) == 2
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_full_disk_below_standard_output(servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
+    done = shell('"$@" > /dev/full', *drawing(servers, checkpoint, tmp_path / "a.png", "-b", "2"))
+    assert len(list(tmp_path.glob("a_*.png"))) == 2
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "warning: standard output: No space left on device"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "utf-8"])
+def test_stdout_encoding(servers: Servers, checkpoint: Path, tmp_path: Path, encoding: str) -> None:
+    words = drawing(servers, checkpoint, tmp_path / "猫.png", "-b", "3", "-W", "60")
+    done = shell('"$@"', *words, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("猫_*.png"))) == 3
+    shown = "猫" if encoding == "utf-8" else r"\u732b"
+    assert done.stdout.splitlines() == [str(tmp_path / f"{shown}_{number}.png") for number in range(3)]
+    for command in (["--help"], ["--version"]):
+        assert shell('"$@"', *command, PYTHONIOENCODING=encoding).returncode == 0
+
+
+def test_names_that_are_no_text_are_printed_as_they_are(servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path / "caf") + b"\xe9.png"
+    words = [os.fsencode(str(word)) for word in (*COMMAND, *drawing(servers, checkpoint, ""))]
+    command = [*words[:-1], name]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == name + b"\n"
+    assert os.path.exists(name)
+
+
+def test_c2_threads_sleep_while_they_wait() -> None:
+    code = (
+        "import os, sys; from sdrpc.cli.entry import rpc_server; sys.argv = ['rpc-server', '--version']\n"
+        "try: rpc_server()\nexcept SystemExit: pass\n"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    for chosen, expected in ((None, "PASSIVE False"), ("ACTIVE", "ACTIVE False")):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        env |= {} if chosen is None else {"OMP_WAIT_POLICY": chosen}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+        assert done.stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("instruction", ["bash_source", "source_bash"])
+def test_c17_completion(tmp_path: Path, instruction: str) -> None:
+    """In a real shell, of options and of their values."""
+    program = tmp_path / "sd-cli"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
+    program.chmod(0o755)
+    script = """
+    eval "$(%s)"
+    complete -p sd-cli > /dev/null || exit 3
+    complete_words() {
+        COMPREPLY=(); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        _sd_cli_completion sd-cli
+        echo "${COMPREPLY[@]}"
+    }
+    complete_words sd-cli --sampl
+    complete_words sd-cli --rng c
+    complete_words sd-cli -p x --precision ""
+    """
+    for source in ("sd-cli --completion bash", f"_SD_CLI_COMPLETE={instruction} sd-cli"):
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", script % source], capture_output=True, text=True, check=False, env=env)
+        assert done.stdout.splitlines() == ["--sampling-method --sampler-rng", "cuda cpu", "auto exact fast ggml"]
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_c17_scripts_for_other_shells(sd: Sd, shell_name: str) -> None:
+    outcome = sd("--completion", shell_name)
+    assert outcome.status == 0
+    assert "_SD_CLI_COMPLETE" in outcome.out
+    assert "sd-cli" in outcome.out
+
+
+def test_a_users_module_does_not_shadow_one_of_pythons(tmp_path: Path) -> None:
+    for name in ("random", "numbers", "typing_extensions", "click"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+    source = Path(__file__).parent.parent.parent / "src"
+    env = os.environ | {"PYTHONPATH": str(source)}
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_logging_of_another_thread_leaves_the_terminal_in_order(capfd: pytest.CaptureFixture[str]) -> None:
+    from sdrpc.cli import report
+
+    threads = [threading.Thread(target=report.say, args=(f"line {number}",)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted(f"line {number}" for number in range(20))
