@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdrpc import models
-from sdrpc.diffusion.model import ModelFiles, open_model
+from sdrpc.families.model import ModelFiles, open_model
 
 LARGEST = 32 * 10**6
 
@@ -27,7 +27,7 @@ def test_they_are_here_and_small(name: str) -> None:
     assert path.stat().st_size <= LARGEST
     model = open_model(ModelFiles(path))
     assert model.size == (128, 128)
-    assert model.unused(weight for part in model.parts for weight in part.tensors.tensors.values()) == {}
+    assert model.unused(weight for part in model.components.values() for weight in part.found.tensors.values()) == {}
 
 
 def test_no_option_at_all_is_help() -> None:

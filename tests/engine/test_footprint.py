@@ -97,6 +97,10 @@ LARGE = {
     "CONV_2D of one channel": lambda x: _node(
         x, "CONV_2D", (81, 81), [x.normal(120, 120, 1, 1), x.normal(200, 200)], params.Conv2D(1, 1, 0, 0, 1, 1)
     ),
+    "CONV_2D past its image": lambda x: _node(  # by C's division it has one place across
+        x, "CONV_2D", (1, 198, 24), [x.normal(3, 3, 16, 24), x.normal(4, 200, 16)],
+        params.Conv2D((1 << 31) - 1, 1, 0, 0, 1 << 30, 1),
+    ),
     "CONV_TRANSPOSE_2D": lambda x: _node(
         x, "CONV_TRANSPOSE_2D", (401, 401, 8), [x.normal(3, 3, 8, 4), x.normal(200, 200, 4)], params.ConvTranspose2D(2)
     ),
@@ -145,8 +149,8 @@ def test_the_tables_know_the_engines_operations() -> None:
 
 
 PIECES = [
-    "MUL_MAT", "CONV_2D", "CONV_2D of few places", "CONV_2D of one channel", "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT",
-    "POOL_2D",
+    "MUL_MAT", "CONV_2D", "CONV_2D of few places", "CONV_2D of one channel", "CONV_2D past its image",
+    "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT", "POOL_2D",
 ]  # fmt: skip
 
 
