@@ -13,17 +13,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "sdrpc"
 
 MAY_IMPORT = {
     "errors": set(),
-    "models": set(),
-    "places": set(),
     "text": set(),
+    "storage": {"errors"},
+    "models": set(),
     "ggml": {"errors"},
     "device": {"errors", "ggml"},
-    "content": {"device", "places"},
+    "content": {"device"},
     "targets": {"device", "errors", "ggml"},
     "wire": {"errors", "ggml", "device"},
     "engine": {"errors", "ggml", "device", "targets"},
-    "client": {"errors", "ggml", "device", "content", "targets", "wire"},
-    "server": {"errors", "ggml", "device", "content", "targets", "wire", "engine", "places"},
+    "client": {"errors", "text", "storage", "ggml", "device", "content", "targets", "wire"},
+    "server": {"errors", "text", "storage", "ggml", "device", "content", "targets", "wire"},
     "checkpoints": {"errors", "ggml"},
     "prompts": {"errors"},
     "families": {"errors", "ggml", "device", "checkpoints", "lowering", "prompts", "runtime"},
@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "runtime",
     },
     "device_names": {"errors"},
-    "runtime": {"errors", "ggml", "device", "checkpoints", "places"},
+    "runtime": {"errors", "storage", "ggml", "device", "checkpoints"},
     "lowering": {"errors", "ggml", "device", "targets", "runtime"},
 }
 """Layer → what it may import besides itself; ``cli`` and the package's own front may import everything."""

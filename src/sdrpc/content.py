@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .device import Bytes
-from .places import cache_folder
 
 PIECE = 4 << 20
 DIGEST_BYTES = 32
@@ -67,15 +65,14 @@ def fnv1a() -> Fnv | None:
         return None
     array = numba.types.Array(numba.uint8, 1, "C", readonly=True)
 
-    @numba.njit(numba.uint64(array, numba.uint64), nogil=True, cache=True)
     def chain(data: Any, state: Any) -> Any:
         for byte in data:
             state = (state ^ byte) * np.uint64(FNV_PRIME)
         return state
 
-    return lambda data, state: int(chain(np.frombuffer(data, np.uint8), np.uint64(state)))
-
-
-def folder(kind: str) -> Path:
-    """Where the user's cache keeps ``kind``: below ``$SDRPC_CACHE``, or in the system's place for caches."""
-    return cache_folder(kind)
+    signature = numba.uint64(array, numba.uint64)
+    try:
+        compiled = numba.njit(signature, nogil=True, cache=True)(chain)
+    except (RuntimeError, OSError):  # there is no folder that numba can keep machine code in
+        compiled = numba.njit(signature, nogil=True)(chain)
+    return lambda data, state: int(compiled(np.frombuffer(data, np.uint8), np.uint64(state)))

@@ -1,7 +1,8 @@
 """The Device: where tensor bytes live and graphs run.
 
 Two implementations: in this process (:mod:`sdrpc.engine`) and behind a socket (:mod:`sdrpc.client`). Everything above
-sees this interface only; ``CPU``, ``CUDA0`` and ``RPC0`` are just names.
+sees this interface only; ``CPU``, ``CUDA0`` and ``RPC0`` are just names. A device that a server can offer to clients
+has some more methods (:class:`ServedDevice`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, Protocol
@@ -168,3 +169,53 @@ class Device(ABC):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+Watch = Callable[[], str]
+"""Returns a reason to stop what is being done, or an empty string."""
+
+
+class ServedProgram(Program):
+    """A program that may run for a client. ``peak``: bytes that a run takes at most at one time, besides buffers."""
+
+    peak: int = 0
+
+    @abstractmethod
+    def run(self, watch: Watch | None = None, client: Hashable = None) -> None:
+        """As :meth:`Program.run`. ``watch`` is asked now and then. Clients take turns: ``client`` is any value that
+        tells them apart. Raises :class:`sdrpc.errors.Stopped` for what ``watch`` says, and
+        :class:`sdrpc.errors.OutOfMemory`."""
+
+
+class ServedDevice(Device):
+    """A device as a server needs it: for several clients, from several threads at once."""
+
+    @abstractmethod
+    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
+        """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`write`."""
+
+    @abstractmethod
+    def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
+        """Set ``size`` bytes from ``offset`` on to ``value``."""
+
+    @abstractmethod
+    def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
+        """Copy ``size`` bytes, also within one buffer."""
+
+    @abstractmethod
+    def compile(
+        self,
+        graph: Graph,
+        buffers: Mapping[int, Buffer],
+        name: bytes | None = None,
+        watch: Watch | None = None,
+    ) -> ServedProgram:
+        """As :meth:`Device.compile`. ``name`` stands for the content of ``graph``, the sizes of ``buffers`` and the
+        order in which they are given, where the caller knows a digest of all that. ``watch`` may end it."""
+
+    def trim(self) -> None:
+        """A client that held much is gone: give back what was kept for it."""
+
+    @abstractmethod
+    def stop(self, seconds: float) -> bool:
+        """End what is being computed and close; whether that was possible within ``seconds``."""

@@ -9,6 +9,7 @@
     │   ├── OutOfMemory             it has too little memory left
     │   ├── DoesNotFit              a component's weights are more than it has room for
     │   └── ComputeError            a graph failed while it ran, or ran too long
+    │       └── Stopped               it was told to stop, since nobody waits for its result
     ├── ConnectionFailed          nobody answers at an endpoint
     ├── ConnectionLost            a server that answered before is gone
     ├── VersionMismatch           both sides speak, but no common protocol version
@@ -91,6 +92,14 @@ class DoesNotFit(DeviceError):
 
 class ComputeError(DeviceError):
     """A graph failed while it ran, or ran too long."""
+
+
+class Stopped(ComputeError):
+    """A computation was told to stop; ``reason`` is why."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class ConnectionFailed(SdrpcError):

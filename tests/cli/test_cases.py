@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sdrpc import places
+from sdrpc import storage
 from sdrpc.cli import output, report
 from sdrpc.cli.output import MAX_SIDES, check_sides, check_writable, save
 from sdrpc.client.connection import open_connection
@@ -352,16 +352,16 @@ def test_no_home(draw: Sd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.delenv("SDRPC_STATE", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", nobody)
     monkeypatch.setattr("platformdirs.user_state_path", nobody)
-    places._for_this_run.cache_clear()
+    storage._for_this_run.cache_clear()
     try:
         assert draw("-o", tmp_path / "x.png").status == 0
-        folder = places.state_folder()
-        assert places.cache_folder("graphs") == folder / "graphs"
+        folder = storage.state_folder()
+        assert storage.cache_folder("graphs") == folder / "graphs"
         assert list((folder / "graphs").iterdir())
         assert folder.stat().st_mode & 0o777 == 0o700
         assert caplog.text.count("set HOME, or SDRPC_CACHE and SDRPC_STATE") == 1
     finally:
-        places._for_this_run.cache_clear()
+        storage._for_this_run.cache_clear()
 
 
 def test_no_home_of_an_unknown_user() -> None:
@@ -371,7 +371,7 @@ import os, pwd
 def unknown(uid):
     raise KeyError(uid)
 pwd.getpwuid = unknown
-from sdrpc.places import cache_folder, state_folder
+from sdrpc.storage import cache_folder, state_folder
 print(cache_folder("weights").parent == state_folder(), state_folder())
 """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HOME", "XDG", "SDRPC"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sdrpc.content import folder
+from sdrpc.storage import cache_folder
 from tests.cli.conftest import Outcome
 from tests.interop.tap import Tap
 from tests.server.conftest import eventually
@@ -26,8 +26,8 @@ def test_weights_cross_the_wire_once(sd: Callable[..., Outcome], checkpoint: Pat
     with ServerProcess("--precision", "exact", "-d", "CPU", "--cache", "--cache-size", "1G") as server:
         first = sent("1.png")
         assert first > 0.9 * checkpoint.stat().st_size
-        assert f"local cache    : {folder('weights')} (at most 1024 MiB)" in server.output
-        assert eventually(lambda: not list(folder("weights").glob("*.part")))
+        assert f"local cache    : {cache_folder('weights')} (at most 1024 MiB)" in server.output
+        assert eventually(lambda: not list(cache_folder("weights").glob("*.part")))
         second = sent("2.png")
     with ServerProcess("--precision", "exact", "-d", "CPU", "-c") as server:
         third = sent("3.png")

@@ -402,3 +402,15 @@ def test_through_a_proxy() -> None:
         device.close()
     assert proxy.passed["up"] > 1 << 20
     assert server.capabilities == NATIVE
+
+
+def test_a_reason_changes_nothing_of_a_terminal_but_its_line() -> None:
+    reason = "x\x1b]0;owned\x07\x1b[2J\nerror: not ours\r\u202e"
+    server = Scripted(name_length=None, capabilities=OURS, answers={Command.GET_DEVICE_MEMORY: encode_error(reason)})
+    with server.listening():
+        (device,) = connect([server.endpoint])
+        with pytest.raises(RemoteError) as refused:
+            device.memory()
+        device.close()
+    assert str(refused.value).isprintable()
+    assert "error: not ours" in str(refused.value)

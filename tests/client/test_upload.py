@@ -23,7 +23,7 @@ from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.dialect import dialects
 from sdrpc.ggml.weight import Origin, Pieces, Whole
-from sdrpc.server import Cache, Library, Server
+from sdrpc.server import Cache, CacheService, Server
 from sdrpc.wire import messages as m
 from sdrpc.wire.messages import Command
 from tests.interop.tap import Tap
@@ -84,8 +84,8 @@ class Scene:
     """A server of ours with a cache; each run is a new client."""
 
     def __init__(self, cpu: LocalDevice, folder: Path | None) -> None:
-        self.library = None if folder is None else Library(Cache(folder, 1 << 30))
-        self.server = Server([cpu], library=self.library)
+        self.cache_service = None if folder is None else CacheService(Cache(folder, 1 << 30))
+        self.server = Server([cpu], cache_service=self.cache_service)
 
     def __enter__(self) -> Scene:
         self.server.__enter__()
@@ -93,8 +93,8 @@ class Scene:
 
     def __exit__(self, *_: object) -> None:
         self.server.__exit__(None, None, None)
-        if self.library:
-            self.library.close()
+        if self.cache_service:
+            self.cache_service.close()
 
     def run(self, model: Model) -> Tap:
         """Upload once; what the wire saw."""
@@ -102,8 +102,8 @@ class Scene:
             (device,) = connect([tap.endpoint])
             model.uploaded(device)
             device.close()
-        if self.library:
-            self.library.settle()
+        if self.cache_service:
+            self.cache_service.flush()
         return tap
 
 
@@ -214,7 +214,7 @@ def test_a_disk_that_refuses_names(
     monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "file"))
     with Scene(cpu, tmp_path / "weights") as scene:
         scene.run(Model())
-        assert "what weights are called is not kept" in caplog.text
+        assert "digests of weights are not kept" in caplog.text
         assert scene.run(Model()).commands["SET_TENSOR"] == 2
 
 

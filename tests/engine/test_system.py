@@ -5,7 +5,11 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+from sdrpc.engine import system
 from sdrpc.engine.system import host_memory, processor
 
 RESIDENT = """
@@ -42,3 +46,37 @@ def test_memory_and_processor() -> None:
     free, total = host_memory()
     assert 0 < free <= total
     assert processor()
+
+
+V1 = {
+    "memory.limit_in_bytes": "{limit}",
+    "memory.usage_in_bytes": "{used}",
+    "memory.stat": "total_inactive_file {cached}",
+}
+V2 = {"memory.max": "{limit}", "memory.current": "{used}", "memory.stat": "anon 5\ninactive_file {cached}"}
+
+
+@pytest.mark.parametrize(("files", "names"), [(V1, system._V1), (V2, system._V2)], ids=["v1", "v2"])
+def test_the_limit_of_a_container_is_the_machines_memory(
+    files: dict[str, str], names: system._Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this group and of one above it, whichever leaves less; pages of files that can be given up are free."""
+    inner, outer = tmp_path / "outer" / "inner", tmp_path / "outer"
+    inner.mkdir(parents=True)
+
+    def write(folder: Path, limit: object, used: int, cached: int = 0) -> None:
+        for name, text in files.items():
+            (folder / name).write_text(text.format(limit=limit, used=used, cached=cached) + "\n")
+
+    monkeypatch.setattr(system, "_groups", lambda: ((inner, names), (outer, names)))
+    unlimited = "max" if names is system._V2 else 2**63 - 4096
+    machine = host_memory().total
+    write(inner, unlimited, 1 << 20)
+    write(outer, unlimited, 1 << 20)
+    assert host_memory().total == machine > 1 << 30
+    write(inner, 64 << 20, 60 << 20, 20 << 20)
+    assert host_memory() == (24 << 20, 64 << 20)
+    write(outer, 32 << 20, 30 << 20, 8 << 20)
+    assert host_memory() == (10 << 20, 32 << 20)
+    write(outer, 32 << 20, 40 << 20)
+    assert host_memory().free == 0

@@ -14,7 +14,7 @@ from sdrpc.device import Content
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.ggml.weight import Origin, Whole
-from sdrpc.server import Cache, Library, Server
+from sdrpc.server import Cache, CacheService, Server
 from tests.interop.conftest import NativeClient, NativeServer
 from tests.interop.tap import Tap
 
@@ -39,10 +39,10 @@ def devices() -> Iterator[list[LocalDevice]]:
 
 def sent(native_client: NativeClient, devices: list[LocalDevice], folder: Path) -> tuple[int, int]:
     """Run the scenario through a new server with the cache in ``folder``: questions, and bytes of tensors sent."""
-    library = Library(Cache(folder, 1 << 30))
-    with Server(devices, library=library) as server, Tap(server.endpoint) as tap:
+    cache_service = CacheService(Cache(folder, 1 << 30))
+    with Server(devices, cache_service=cache_service) as server, Tap(server.endpoint) as tap:
         assert native_client.run(SCENARIO, tap.endpoint).error == 0
-    library.close()
+    cache_service.close()
     return tap.commands["SET_TENSOR_HASH"], tap.bytes["SET_TENSOR"]
 
 

@@ -142,7 +142,7 @@ def test_keys_tell_targets_and_facts_apart() -> None:
 
 def test_the_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SDRPC_CACHE", str(tmp_path))
-    assert Cache().folder == default_folder() == tmp_path
+    assert Cache().folder == default_folder() == tmp_path / "graphs"
     monkeypatch.delenv("SDRPC_CACHE")
     assert default_folder().name == "graphs"
 

@@ -16,7 +16,7 @@ import pytest
 from sdrpc.content import FNV_START, PIECE, digest, fnv1a, pieces
 from sdrpc.device import Buffer
 from sdrpc.errors import UsageError
-from sdrpc.server import Cache, Library, Server, client_cache
+from sdrpc.server import Cache, CacheService, Server, client_cache
 from sdrpc.server.cache import STALE_SECONDS
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
@@ -88,8 +88,8 @@ class Scene:
         self.start()
 
     def start(self) -> None:
-        self.library = Library(Cache(self.folder, self.budget))
-        self.server = Server(self.devices, library=self.library)
+        self.cache_service = CacheService(Cache(self.folder, self.budget))
+        self.server = Server(self.devices, cache_service=self.cache_service)
         self.server.__enter__()
 
     def stop(self) -> None:
@@ -97,19 +97,19 @@ class Scene:
             place.client.close()
         self.places.clear()
         self.server.__exit__(None, None, None)
-        self.library.close()
+        self.cache_service.close()
 
     def place(self, ours: bool, size: int = SIZE, device: int = 0) -> Place:
         """A new client. What others sent before is on disk."""
-        self.library.settle()
+        self.cache_service.flush()
         self.places.append(Place(self.server, ours, size, device))
         return self.places[-1]
 
-    def settled(self) -> None:
+    def flushed(self) -> None:
         """All that clients sent is on disk."""
         for place in self.places:
             place.read()  # answered in order: all before has been received
-        self.library.settle()
+        self.cache_service.flush()
 
     def files(self, suffix: str = ".tensor") -> list[Path]:
         return sorted(self.folder.glob(f"*{suffix}"))
@@ -144,10 +144,10 @@ def test_fnv1a_is_the_protocol_s() -> None:
 def test_a_tensor_is_sent_once(scene: Scene, ours: bool, device: int, size: int) -> None:
     data = noise(1, size)
     assert scene.place(ours, size, device).puts(data)
-    scene.settled()
+    scene.flushed()
     assert not scene.place(ours, size, device).puts(data)
     assert scene.place(ours, size, device).puts(noise(2, size))
-    scene.settled()
+    scene.flushed()
     scene.stop()
     scene.start()
     assert not scene.place(ours, size, 1 - device).puts(data)
@@ -157,7 +157,7 @@ def test_a_tensor_is_sent_once(scene: Scene, ours: bool, device: int, size: int)
 def test_contents_are_shared_by_digest_and_kept_once(scene: Scene) -> None:
     data = noise(1)
     assert scene.place(False).puts(data)
-    scene.settled()
+    scene.flushed()
     assert not scene.place(True).puts(data)
     assert len(scene.files()) == 1
 
@@ -165,13 +165,13 @@ def test_contents_are_shared_by_digest_and_kept_once(scene: Scene) -> None:
 def test_names_that_can_be_aimed_at_are_the_sender_s_own(scene: Scene) -> None:
     """Who plants weights under another's hash gets them back himself; nobody else does."""
     data, evil = noise(1), noise(2)
-    cache = scene.library.cache
+    cache = scene.cache_service.cache
     scene.place(False).puts(evil)
-    scene.settled()
-    known = scene.library.shelf("127.0.0.1").meant(fnv(evil), SIZE)
+    scene.flushed()
+    known = scene.cache_service.client_cache("127.0.0.1").lookup(fnv(evil), SIZE)
     assert known == digest(evil)
-    assert scene.library.shelf("192.168.1.9").meant(fnv(evil), SIZE) is None
-    cache.call(digest(evil), fnv(data), SIZE, scene.library.shelf("192.168.1.9").owner)
+    assert scene.cache_service.client_cache("192.168.1.9").lookup(fnv(evil), SIZE) is None
+    cache.add_alias(digest(evil), fnv(data), SIZE, scene.cache_service.client_cache("192.168.1.9").owner)
     assert scene.place(False).puts(data)
     assert scene.place(True).puts(noise(3))
 
@@ -181,7 +181,7 @@ def test_a_hash_that_is_not_the_data_s_is_no_name_of_it(scene: Scene, lie: int) 
     liar = scene.place(False)
     assert not liar.asks(lie)
     liar.send(noise(1))
-    scene.settled()
+    scene.flushed()
     assert not scene.place(False).asks(lie)
     assert scene.files() == scene.files(".name") == []
 
@@ -190,7 +190,7 @@ def test_a_digest_that_is_not_the_data_s_is_no_name_of_it(scene: Scene) -> None:
     liar = scene.place(True)
     assert not liar.asks(digest(noise(1)))
     liar.send(noise(2))
-    scene.settled()
+    scene.flushed()
     assert scene.place(True).puts(noise(1))
     assert not scene.place(True).puts(noise(2))
 
@@ -202,14 +202,14 @@ def test_t43_two_contents_of_one_hash_are_found_by_neither(
     first = scene.place(False)
     assert not first.asks(7)
     first.send(noise(1))
-    scene.settled()
+    scene.flushed()
     second = scene.place(False)
     assert second.asks(7)  # the protocol has no way to say that other bytes are meant
-    scene.library.cache.call(digest(noise(2)), 7, SIZE, scene.library.shelf("127.0.0.1").owner)
+    scene.cache_service.cache.add_alias(digest(noise(2)), 7, SIZE, scene.cache_service.client_cache("127.0.0.1").owner)
     assert not scene.place(False).asks(7)
     assert not first.asks(7)
     first.send(noise(1))
-    scene.settled()
+    scene.flushed()
     assert not first.asks(7)
     assert "two tensors of 5000000 bytes have the FNV-1a hash 0000000000000007" in caplog.text
     assert not scene.place(True).puts(noise(1))  # a digest still finds its content
@@ -232,7 +232,7 @@ def test_t42_a_damaged_file_is_a_miss(
 ) -> None:
     data = noise(1)
     scene.place(ours).puts(data)
-    scene.settled()
+    scene.flushed()
     (path,) = scene.files()
     changed = bytearray(data)
     DAMAGE[damage](changed)
@@ -240,7 +240,7 @@ def test_t42_a_damaged_file_is_a_miss(
     again = scene.place(ours, device=device)
     assert again.puts(data)
     assert ("damaged, and so thrown out" in caplog.text) == (len(changed) == SIZE)
-    scene.settled()
+    scene.flushed()
     assert not scene.place(ours, device=device).puts(data)  # it has been kept anew
 
 
@@ -252,10 +252,10 @@ def test_only_what_was_asked_for_whole_is_kept(scene: Scene, ours: bool) -> None
     client.has(data)
     client.send(data[:-1])
     client.send(data[1:], 1)
-    scene.settled()
+    scene.flushed()
     assert scene.files() == []
     client.send(data)
-    scene.settled()
+    scene.flushed()
     assert len(scene.files()) == 1
 
 
@@ -263,7 +263,7 @@ def test_only_what_was_asked_for_whole_is_kept(scene: Scene, ours: bool) -> None
 def test_other_sizes_are_other_contents(scene: Scene, ours: bool) -> None:
     data = noise(1)
     scene.place(ours).puts(data)
-    scene.settled()
+    scene.flushed()
     name = digest(data) if ours else fnv(data)
     assert not scene.place(ours, SIZE + 1).asks(name)
     assert not scene.place(ours, SIZE - 1).asks(name)
@@ -279,7 +279,7 @@ def test_what_is_changed_right_after_is_kept_as_it_was_sent(scene: Scene, ours: 
     client.send(noise(1))
     client.send(noise(2))
     client.client.ask(messages.FreeBuffer(client.tensor.buffer))
-    scene.library.settle()
+    scene.cache_service.flush()
     assert eventually(lambda: scene.files())
     assert not scene.place(ours).puts(noise(1))
 
@@ -293,7 +293,7 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing(scene: Scene, ours: b
     client.client.command(messages.Command.SET_TENSOR, body[: PIECE + 100], len(body))
     client.client.close()
     assert eventually(lambda: scene.devices[0].held == 0)
-    scene.library.settle()
+    scene.cache_service.flush()
     assert list(scene.folder.iterdir()) == []
 
 
@@ -310,32 +310,32 @@ def test_t44_a_full_disk_is_one_line(
         client = scene.place(True)
         for seed in range(3):
             assert client.puts(noise(seed))
-        scene.settled()
+        scene.flushed()
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert said == [f"{scene.folder}: weights are not kept: No space left on device"]
     assert list(scene.folder.iterdir()) == []
     assert client.puts(noise(0))
-    scene.settled()
+    scene.flushed()
     assert not client.puts(noise(0))
 
 
 def test_t45_links_and_pipes_are_no_files(scene: Scene, tmp_path: Path) -> None:
     data = noise(1)
     scene.place(True).puts(data)
-    scene.settled()
+    scene.flushed()
     (path,) = scene.files()
     outside = tmp_path / "outside"
     outside.write_bytes(data)
     path.unlink()
     path.symlink_to(outside)
     assert scene.place(True).puts(data)  # the link is replaced, what it leads to is not touched
-    scene.settled()
+    scene.flushed()
     assert not path.is_symlink()
     assert outside.read_bytes() == data
     path.unlink()
     os.mkfifo(path)
     assert scene.place(True).puts(data)
-    scene.settled()
+    scene.flushed()
     assert path.read_bytes() == data
     assert not scene.place(True).asks(b"../../../../../../../etc/passwd\0")
     assert path.stat().st_mode & 0o077 == 0
@@ -345,7 +345,7 @@ def test_t45_other_people_s_files_are_not_read(scene: Scene, monkeypatch: pytest
     data = noise(1)
     scene.place(True).puts(data)
     scene.place(False).puts(data)
-    scene.settled()
+    scene.flushed()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: 12345)
         assert not scene.place(True).has(data)
@@ -377,16 +377,16 @@ def test_t46_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     scene = Scene(tmp_path / "weights", 10 * size)
     for seed in range(30):
         assert scene.place(seed % 2 == 0, size).puts(noise(seed, size))
-        scene.settled()
+        scene.flushed()
         assert sum(path.stat().st_size for path in scene.files()) <= 10 * size
         if seed:
             assert not scene.place(True, size).puts(noise(0, size))  # always in use
     assert not scene.place(True, size).puts(noise(29, size))
     assert scene.place(True, size).puts(noise(1, size))
-    scene.settled()
+    scene.flushed()
     assert len(scene.files(".name")) <= len(scene.files())
     assert scene.place(True, 10 * size + 1).puts(noise(1, 10 * size + 1))  # larger than all of it
-    scene.settled()
+    scene.flushed()
     assert not scene.place(True, size).puts(noise(0, size))
     scene.stop()
 
@@ -394,13 +394,13 @@ def test_t46_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
 def test_t46_two_servers_share_a_folder(scene: Scene) -> None:
     other = Scene(scene.folder, 2 * SIZE)
     assert scene.place(True).puts(noise(1))
-    scene.settled()
+    scene.flushed()
     assert not other.place(True).puts(noise(1))
-    held = scene.library.cache.open(digest(noise(1)), SIZE)
+    held = scene.cache_service.cache.open(digest(noise(1)), SIZE)
     assert held is not None
     for seed in range(2, 6):
         other.place(True).puts(noise(seed))
-        other.settled()
+        other.flushed()
     assert sum(path.stat().st_size for path in scene.files()) <= 2 * SIZE
     assert scene.place(True).puts(noise(1))  # thrown out by the other one
     assert held.read() == noise(1)  # and yet whole for who was reading it
@@ -417,9 +417,9 @@ def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
     os.utime(old, (0, time.time() - STALE_SECONDS - 60))
     (folder / f"{7:016x}-10-owner.name").write_text("cafe" * 16)  # stands for a tensor that is gone
     (folder / f"{8:016x}-10-owner.name").write_text("nonsense")
-    library = Library(Cache(folder, BUDGET))
-    library.settle()
-    library.close()
+    cache_service = CacheService(Cache(folder, BUDGET))
+    cache_service.flush()
+    cache_service.close()
     assert [path.name for path in folder.iterdir()] == ["b.part"]
 
 
@@ -430,7 +430,7 @@ def test_many_clients_at_once(scene: Scene) -> None:
         place.has(noise(index % 4))
     for index, place in enumerate(places):
         place.send(noise(index % 4))
-    scene.settled()
+    scene.flushed()
     assert [not scene.place(True).puts(noise(seed)) for seed in range(4)] == [True] * 4
 
 
@@ -453,7 +453,7 @@ def test_questions_about_what_is_not_there(scene: Scene, ours: bool, wrong: str)
     data = noise(1, 5000)
     works = scene.place(ours, 5000)
     works.puts(data)
-    scene.settled()
+    scene.flushed()
     client = scene.place(ours)
     ask = messages.SetTensorDigest if ours else messages.SetTensorHash
     client.client.post(ask(WRONG[wrong](client), 0, digest(data) if ours else fnv(data)))  # type: ignore[arg-type]
@@ -477,10 +477,10 @@ def test_questions_about_what_is_behind_the_end(scene: Scene, ours: bool, offset
 def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_cache, "fnv1a", lambda: None)
     assert scene.place(False).puts(noise(1))
-    scene.settled()
+    scene.flushed()
     assert scene.files() == []
     assert scene.place(True).puts(noise(1))
-    scene.settled()
+    scene.flushed()
     assert not scene.place(True).puts(noise(1))
 
 

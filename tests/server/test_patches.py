@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import lzma
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sdrpc.device import Buffer, Memory
 from sdrpc.errors import GraphError, RemoteProtocolError, UnsupportedOperation
-from sdrpc.ggml import params, validate
+from sdrpc.ggml import params
 from sdrpc.ggml.dialect import Dialect, dialects
-from sdrpc.ggml.tensor import Graph
 from sdrpc.server import Limits
 from sdrpc.server.session import Session
 from sdrpc.server.version_memory import families
@@ -23,6 +21,7 @@ from sdrpc.wire import graphs, messages
 from sdrpc.wire.records import columns
 from tests.engine.recorded import DATA, PARTS
 from tests.support.client import RawClient
+from tests.support.null import NullDevice
 
 RECORDED = dialects()["5.0.1"]
 HUGE = 1 << 40
@@ -30,45 +29,12 @@ ROOM = 1 << 32
 """Behind the highest address of a recorded buffer: more than any of its tensors has."""
 
 
-class Paper(NamedTuple):
-    key: int
-    size: int
-
-
-class PaperProgram:
-    def run(self, watch: object) -> None:
-        """Nothing."""
-
-
-class PaperDevice:
-    """A device that checks graphs as ours do and computes nothing, so that its memory may be of any size."""
-
-    def __init__(self) -> None:
-        self.buffers = 0
-        self.graphs: list[Graph] = []
-
-    def memory(self) -> Memory:
-        return Memory(HUGE, HUGE)
-
-    def allocate(self, size: int) -> Paper:
-        self.buffers += 1
-        return Paper(self.buffers, size)
-
-    def free(self, buffer: Buffer) -> None:
-        """Nothing."""
-
-    def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> PaperProgram:
-        validate.check(graph, {key: buffer.size for key, buffer in buffers.items()}, max_bytes=HUGE)
-        self.graphs.append(graph)
-        return PaperProgram()
-
-
 class Client:
     """One that speaks ``dialect`` to a session that takes it for one of ``versions``."""
 
     def __init__(self, dialect: Dialect, versions: Sequence[Dialect]) -> None:
-        self.dialect, self.device = dialect, PaperDevice()
-        self.session = Session([self.device], Limits(), str)  # type: ignore[list-item]
+        self.dialect, self.device = dialect, NullDevice(HUGE)
+        self.session = Session([self.device], Limits(), str)
         self.session.versions = tuple(versions)
 
     @property

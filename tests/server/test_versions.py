@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrpc.ggml.dialect import Dialect, dialects, newest
-from sdrpc.server.version_memory import MAX_ADDRESSES, Learnt, Offer, accepting, families, normal
+from sdrpc.server.version_memory import MAX_ADDRESSES, Offer, VersionMemory, accepting, families, normal
 from sdrpc.wire.hello import NATIVE, Capability, Hello
 
 EVERY = tuple(dialects().values())
@@ -29,7 +29,7 @@ def takes(dialect: Dialect, offer: Offer) -> bool:
     return told[0] == major and told[1] <= minor
 
 
-def visit(learnt: Learnt, version: str, address: str = HERE) -> bool:
+def visit(learnt: VersionMemory, version: str, address: str = HERE) -> bool:
     """A native client comes once; whether it stays."""
     dialect = dialects()[version]
     offer = learnt.offer(address, greeting(dialect))
@@ -42,7 +42,7 @@ def visit(learnt: Learnt, version: str, address: str = HERE) -> bool:
     return False
 
 
-def visits(learnt: Learnt, version: str, address: str = HERE) -> int:
+def visits(learnt: VersionMemory, version: str, address: str = HERE) -> int:
     """How often a native client has to be started until it is served."""
     for times in range(1, 10):
         if visit(learnt, version, address):
@@ -70,7 +70,7 @@ def test_what_no_program_speaks_is_offered_last() -> None:
 
 @pytest.mark.parametrize("dialect", EVERY, ids=lambda dialect: dialect.version)
 def test_every_client_is_served_soon_and_then_at_once(dialect: Dialect) -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     expected = {"7.0": 1, "5.0": 2, "4.0": 3, "6.0": 4, "3.6": 1}
     name = next(name for name, family in families().items() if dialect in family)
     assert visits(learnt, dialect.version) == expected[name]
@@ -83,21 +83,21 @@ def test_every_client_is_served_soon_and_then_at_once(dialect: Dialect) -> None:
 
 @pytest.mark.parametrize("version", ONE_FAMILY_EACH)
 def test_other_addresses_begin_with_what_was_right_last(version: str) -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     visits(learnt, version)
     assert visits(learnt, version, THERE) == 1
     assert visits(learnt, "3.6.0", THERE) == 1, "the empty HELLO tells it apart"
 
 
 def test_a_client_of_ours_is_told_at_once() -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     visits(learnt, "4.0.1")
     offer = learnt.offer(HERE, Hello(True, Capability.ERRORS))
     assert (offer.told, offer.versions) == (newest(), (newest(),))
 
 
 def test_two_versions_behind_one_address_cost_one_run_for_each_change() -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     for version in ("7.0.0", "4.0.2"):
         visits(learnt, version)
     for _ in range(3):
@@ -107,7 +107,7 @@ def test_two_versions_behind_one_address_cost_one_run_for_each_change() -> None:
 
 
 def test_connections_that_hang_up_at_the_same_time_count_once() -> None:
-    learnt, hello = Learnt(), greeting(newest())
+    learnt, hello = VersionMemory(), greeting(newest())
     first = learnt.offer(HERE, hello)
     assert learnt.refused(HERE, hello, first)
     for _ in range(5):
@@ -116,7 +116,7 @@ def test_connections_that_hang_up_at_the_same_time_count_once() -> None:
 
 
 def test_after_the_last_offer_it_begins_anew() -> None:
-    learnt, hello = Learnt(), greeting(newest())
+    learnt, hello = VersionMemory(), greeting(newest())
     offered = []
     for _ in range(8):
         offer = learnt.offer(HERE, hello)
@@ -131,14 +131,14 @@ def test_after_the_last_offer_it_begins_anew() -> None:
 
 
 def test_a_client_that_was_updated() -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     assert visits(learnt, "5.0.1") == 2
     assert visits(learnt, "7.0.0") == 2
     assert visits(learnt, "7.0.0") == 1
 
 
 def test_addresses_are_bounded_and_the_ones_in_use_stay() -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     visits(learnt, "4.0.2", HERE)
     for number in range(2 * MAX_ADDRESSES):
         visits(learnt, "7.0.0", f"10.0.{number // 256}.{number % 256}")
@@ -154,10 +154,10 @@ EVENTS = st.lists(st.tuples(st.sampled_from([d.version for d in EVERY]), st.samp
 
 @given(EVENTS)
 def test_what_is_written_is_read_again(events: list[tuple[str, str]]) -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     for version, address in events:
         visit(learnt, version, address)
-    again = Learnt.parse(learnt.dump())
+    again = VersionMemory.parse(learnt.dump())
     assert again.dump() == learnt.dump()
     for dialect in EVERY:
         for address in (HERE, THERE, "::1", "10.0.0.1"):
@@ -166,7 +166,7 @@ def test_what_is_written_is_read_again(events: list[tuple[str, str]]) -> None:
 
 @given(EVENTS)
 def test_whatever_came_before_every_client_gets_its_turn(events: list[tuple[str, str]]) -> None:
-    learnt = Learnt()
+    learnt = VersionMemory()
     for version, address in events:
         visit(learnt, version, address)
     for dialect in EVERY:
@@ -202,7 +202,7 @@ DAMAGED = {
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_text(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        Learnt.parse(text)
+        VersionMemory.parse(text)
 
 
 JSON = st.recursive(
@@ -214,10 +214,10 @@ JSON = st.recursive(
 @given(JSON, JSON)
 def test_any_text_is_read_or_refused(everywhere: Any, addresses: Any) -> None:
     try:
-        learnt = Learnt.parse(changed(everywhere=everywhere, addresses=addresses))
+        learnt = VersionMemory.parse(changed(everywhere=everywhere, addresses=addresses))
     except ValueError:
         return
-    assert Learnt.parse(learnt.dump()).dump() == learnt.dump()
+    assert VersionMemory.parse(learnt.dump()).dump() == learnt.dump()
 
 
 @pytest.mark.parametrize(

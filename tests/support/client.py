@@ -43,8 +43,12 @@ class RawClient:
         self.name = f"{host}:{number}"
         self.errors = False
         if capabilities is not None:
-            self.send(encode_hello(capabilities if self.dialect.hello_request_bytes else None))
-            self.hello = drive(read_hello_reply(), self.receive)
+            try:
+                self.send(encode_hello(capabilities if self.dialect.hello_request_bytes else None))
+                self.hello = drive(read_hello_reply(), self.receive)
+            except BaseException:
+                self.socket.close()
+                raise
             self.errors = Capability.ERRORS in self.hello.capabilities
 
     def send(self, *parts: Bytes) -> None:

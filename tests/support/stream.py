@@ -38,5 +38,11 @@ class Stream:
             gathered += piece
         return bytes(gathered)
 
+    def skip(self, size: int) -> None:
+        """Pass over what a caller receives elsewhere: no reader asks for it."""
+        if size > len(self.rest):
+            raise EndOfStream
+        self.taken += size
+
     def drive(self, reader: Generator[int, Bytes, T]) -> T:
         return drive(reader, self.receive)

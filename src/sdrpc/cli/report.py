@@ -125,18 +125,26 @@ def logging_to_console(verbose: bool) -> None:
     logging.getLogger("sdrpc").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
+class Printable(logging.Formatter):
+    """Messages stay in their line and change nothing else of the terminal, whoever wrote what they quote."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 class _Handler(logging.Handler):
-    """One line for each record, above the status line."""
+    """One line for each record, above the status line; more only where it has a traceback."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            say(self.format(record))
+            _message(Text(self.format(record)))
         except Exception:  # as every handler does: what can't be logged must not end the work
             self.handleError(record)
 
 
 _HANDLER = _Handler()
-_HANDLER.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+_HANDLER.setFormatter(Printable("%(levelname)s %(name)s: %(message)s"))
 
 
 def device_table(devices: Iterable[Device]) -> Table:

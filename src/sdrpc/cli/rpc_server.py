@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import __version__
-from ..content import fnv1a, folder
+from ..content import fnv1a
 from ..device_names import resolve
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, dialects
-from ..server import Cache, Library, Limits, Server
+from ..server import Cache, CacheService, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
+from ..storage import cache_folder
 from . import report
 from .entry import ready
 
 if TYPE_CHECKING:
+    from ..device import ServedDevice
     from ..engine.device import LocalDevice
 
 AUTO = "auto"
+STOP_SECONDS = 1.0
+"""How long each device may take to end what it computes when the server stops."""
 
 app = typer.Typer(
     rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -85,6 +92,21 @@ def rpc_server(
     cache_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Disk space for --cache; what was used longest ago goes first.")
     ] = "32G",
+    max_clients: Annotated[
+        int, typer.Option("--max-clients", min=1, help="Connections at one time; further ones are refused.")
+    ] = Limits.connections,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for the buffers of all clients.", show_default="all that is free"),
+    ] = None,
+    max_memory_per_client: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for one client's buffers and running graph.",
+            show_default=f"{Limits.share:.0%} of a device",
+        ),
+    ] = None,
     list_devices: Annotated[
         bool, typer.Option("--list-devices", help="Print this machine's devices and exit.")
     ] = False,
@@ -99,12 +121,10 @@ def rpc_server(
     if version:
         print(f"rpc-server {__version__} (RPC protocols {', '.join(dialects())})")
         return
-    versions, limits, converted = (
-        protocol_of(protocol),
-        Limits(),
-        None if dequant_cache is None else size(dequant_cache),
-    )
-    kept = Cache(folder("weights"), size(cache_size, "--cache-size")) if cache else None
+    versions = protocol_of(protocol)
+    limits = limited(max_clients, max_memory, max_memory_per_client)
+    converted = None if dequant_cache is None else size(dequant_cache)
+    kept = Cache(cache_folder("weights"), size(cache_size, "--cache-size")) if cache else None
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
     from ..engine.system import keep_freed_memory
@@ -114,15 +134,26 @@ def rpc_server(
     if list_devices:
         print(*map(described, found), sep="\n")
         return
-    with library(kept) as shared:
+    with cache_service(kept) as shared:
         server = Server(offered(found, device), versions, host, port, limits, shared)
         announce(server)
         serve(server)
+    end(server)
 
 
 def protocol_of(version: str) -> Protocol:
     """What ``--protocol`` means."""
     return Learning(default_path()) if version == AUTO else Fixed(choose(version))
+
+
+def limited(clients: int, memory: str | None, memory_per_client: str | None) -> Limits:
+    """The limits that the options say; the defaults where they don't."""
+    chosen: dict[str, int] = {"connections": clients}
+    if memory is not None:
+        chosen["bytes_of_all"] = size(memory, "--max-memory")
+    if memory_per_client is not None:
+        chosen["buffer_bytes"] = size(memory_per_client, "--max-memory-per-client")
+    return replace(Limits(), **chosen)
 
 
 def choose(version: str) -> Dialect:
@@ -153,15 +184,15 @@ def offered(found: Sequence[LocalDevice], names: str) -> list[LocalDevice]:
     return [found[known.index(name)] for name in wanted]
 
 
-def described(device: LocalDevice) -> str:
+def described(device: ServedDevice) -> str:
     """A line about ``device``, as the native server writes it."""
     free, total = device.memory()
     return f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)"
 
 
 @contextmanager
-def library(cache: Cache | None) -> Iterator[Library | None]:
-    """``cache`` at work until the end; a warning when native clients will have nothing of it."""
+def cache_service(cache: Cache | None) -> Iterator[CacheService | None]:
+    """``cache`` at work until the end; a warning when native clients can't use it."""
     if cache is None:
         yield None
         return
@@ -170,7 +201,7 @@ def library(cache: Cache | None) -> Iterator[Library | None]:
             "llama.cpp and stable-diffusion.cpp can't use the cache: they ask for weights by a hash that is too slow "
             "without numba (pip install 'sdrpc[cache]'). Clients of sdrpc can."
         )
-    opened = Library(cache)
+    opened = CacheService(cache)
     try:
         yield opened
     finally:
@@ -181,7 +212,7 @@ def announce(server: Server) -> None:
     """Print what is offered where, and warn when other machines can reach it."""
     print(f"Starting RPC server {server.protocol}")
     print("Devices:", *map(described, server.devices), sep="\n")
-    cache = server.library and server.library.cache
+    cache = server.cache_service and server.cache_service.cache
     print(f"  local cache    : {f'{cache.folder} (at most {cache.budget >> 20} MiB)' if cache else 'n/a'}")
     print(f"  endpoint       : {server.endpoint}", flush=True)
     if server.exposed:
@@ -201,5 +232,14 @@ def serve(server: Server) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     server.serve()
-    for device in server.devices:
-        device.close()
+
+
+def end(server: Server) -> None:
+    """End what is still computed. Where a kernel can't be stopped, the process ends with it: Python would wait."""
+    if all(device.stop(STOP_SECONDS) for device in server.devices):
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(0)

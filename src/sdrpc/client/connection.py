@@ -20,6 +20,7 @@ from ..device import Bytes
 from ..errors import ConnectionFailed, ConnectionLost, RemoteError, RemoteProtocolError, VersionMismatch
 from ..ggml import dialect as dialects
 from ..ggml.dialect import Dialect
+from ..text import printable
 from ..wire import framing, hello, messages
 from ..wire.hello import NATIVE, Capability, HelloReply
 from ..wire.messages import COMMANDS, Command
@@ -37,11 +38,11 @@ MAX_BUFFERS_PER_SEND = 64
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds. ``connect``: until the connection stands and HELLO is answered. ``answer``: without a byte from the
-    server, or without room for one; a native server is silent while it computes. A server whose machine is gone is
-    noticed by TCP keepalive after ``dead``."""
+    server, or without room for one; servers are silent while they compute, ours for 600 seconds at most. A server whose
+    machine is gone is noticed by TCP keepalive after ``dead``."""
 
     connect: float = 10.0
-    answer: float = 600.0
+    answer: float = 660.0
     dead: int = 30
 
 
@@ -113,7 +114,7 @@ class Connection:
         return reply
 
     def _refusal(self, reply: framing.ErrorReply) -> RemoteError:
-        return RemoteError(str(self.endpoint), reply.reason)
+        return RemoteError(str(self.endpoint), printable(reply.reason))
 
     def _receive(self, size: int) -> Bytes:
         return _receive(self._socket, size)

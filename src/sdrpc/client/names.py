@@ -1,21 +1,18 @@
-"""What bytes of files are called, remembered from one run to the next: then a second start reads nothing to say so.
+"""Persistent cache of tensor digests: a second start need not read a model's file to say what is in it.
 
-A file per state of a model's file, of the kind that caches keep: what is damaged or gone is computed again.
+There is a file for each state of each model's file. One that is damaged or gone is computed again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import re
-import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
-from ..content import folder
 from ..ggml.weight import Origin
+from ..storage import cache_folder, mark_used, read_own, shrink, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +28,7 @@ class Names:
     """Origin → name: a digest, or eight bytes of FNV-1a. Changes reach the disk with :meth:`save`."""
 
     def __init__(self, place: Path | None = None) -> None:
-        self.folder = folder("digests") if place is None else place
+        self.folder = cache_folder("digests") if place is None else place
         self._known: dict[str, dict[str, str]] = {}
         self._changed: set[str] = set()
 
@@ -50,9 +47,9 @@ class Names:
             for file in self._changed:
                 self._write(file)
             if self._changed:
-                self._shrink()
+                shrink(self.folder, _SUFFIX, FILES * MAX_BYTES, FILES)
         except OSError as error:
-            log.warning("%s: what weights are called is not kept: %s", self.folder, error.strerror)
+            log.warning("%s: digests of weights are not kept: %s", self.folder, error.strerror)
         self._changed.clear()
 
     def _of(self, file: str) -> dict[str, str]:
@@ -65,32 +62,17 @@ class Names:
 
     def _read(self, file: str) -> dict[str, str]:
         path = self._path(file)
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                return {}
-            content = json.loads(path.read_bytes())
-            os.utime(path)
-        except (OSError, ValueError, RecursionError):
+        data = read_own(path, MAX_BYTES)
+        if data is None:
             return {}
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            return {}
+        mark_used(path)
         if not isinstance(content, dict):
             return {}
         return {part: name for part, name in content.items() if isinstance(name, str) and _HEX.fullmatch(name)}
 
     def _write(self, file: str) -> None:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(".part", dir=self.folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as target:
-                json.dump(self._known[file], target)
-            os.replace(part, self._path(file))
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
-
-    def _shrink(self) -> None:
-        found = []
-        for path in self.folder.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process was faster
-                found.append((path.stat().st_mtime_ns, path))
-        for _, path in sorted(found, reverse=True)[FILES:]:
-            path.unlink(missing_ok=True)
+        write_whole(self._path(file), json.dumps(self._known[file]).encode())

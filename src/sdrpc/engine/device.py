@@ -3,60 +3,56 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+import traceback
+import weakref
+from collections.abc import Hashable, Mapping
+from concurrent.futures import wait
+from functools import partial
 from threading import RLock
-from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
-from sdrpc.device import Buffer, Bytes, Device, Memory, Program, Target
+from sdrpc.device import Buffer, Bytes, Memory, ServedDevice, ServedProgram, Target, Watch
 from sdrpc.errors import DeviceError, OutOfMemory
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 
-from .deadline import Deadline
+from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
+from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
-from .memory import LocalBuffer, host_bytes
+from .memory import MAPPED, LocalBuffer, host_bytes
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
+from .programs import Programs
 from .replay import Pool, Replay
-from .system import host_memory, processor
+from .system import host_memory, return_freed_memory, shared_resident
 from .weights import Weights
+from .worker import Worker
 
-T = TypeVar("T")
-Watch = Callable[[], str]
-"""Says why a run shall stop, or nothing."""
-
-CPU_CACHE = 256 * 2**20
-"""Bytes of converted weights that the CPU keeps unless told otherwise: memory is other programs' as well there, and
-converting float16 again takes a twentieth of a step."""
 PATIENCE = 8
 """Runs of programs after which converted weights that none of them used make room for others. Programs that take turns
 at the steps of a picture, or of several clients' pictures, shall not throw out each other's."""
-WATCH_SECONDS = 0.2
-"""How often a run's watch is asked."""
-PROGRAMS = 32
-"""Graphs that are kept compiled, and kept bound to buffers."""
+COMPILE_SECONDS = 120.0
+"""One graph may take so long to compile: ten times what the largest takes that a server lets through."""
+MEASURED = 1 << 26
+"""Runs that take less working memory than this start without a look at what the machine has left."""
 
 _keys = itertools.count(1)
 """Buffers' keys are unique in the process, so that a graph can't name another device's memory by mistake."""
 
 
-class LocalProgram(Program):
+class LocalProgram(ServedProgram):
     """A graph bound to buffers of a :class:`LocalDevice`."""
 
     def __init__(self, device: LocalDevice, bound: Bound | Replay) -> None:
         self.device, self.bound = device, bound
+        self.peak = bound.compiled.peak
 
-    def run(self, watch: Watch | None = None) -> None:
-        """Compute all nodes. ``watch`` is asked now and then whether there is a reason to stop, in words.
-
-        Raises :class:`sdrpc.errors.ComputeError`, :class:`sdrpc.errors.OutOfMemory`."""
-        self.device.execute(self.bound, watch)
+    def run(self, watch: Watch | None = None, client: Hashable = None) -> None:
+        self.device.execute(self.bound, watch, client)
 
     @property
     def fusions(self) -> Mapping[str, int]:
@@ -64,7 +60,7 @@ class LocalProgram(Program):
         return self.bound.compiled.fusions
 
 
-class LocalDevice(Device):
+class LocalDevice(ServedDevice):
     """A device of torch. Safe to share between threads: one worker computes for all of them, in turn.
 
     ``compute_limit``: seconds that one run may take (None: no limit). ``dequant_cache``: bytes of weights that are kept
@@ -88,14 +84,15 @@ class LocalDevice(Device):
         # recordings use weights without asking for them: there none may leave
         self._weights = Weights(dequant_cache, PATIENCE if torch_device.type != "cuda" else None)
         self._buffers: dict[int, LocalBuffer] = {}
-        self._promised = 0  # bytes of all buffers
-        self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
-        self._bound: OrderedDict[tuple[bytes, tuple[int, ...]], Bound | Replay] = OrderedDict()
+        self._promised = 0  # bytes of buffers and scratch memory that take memory when they are touched
+        self._programs = Programs()
+        # a bound program holds buffers and scratch memory: it lives as long as somebody has a LocalProgram of it
+        self._bound: WeakValueDictionary[tuple[bytes, tuple[int, ...]], Bound | Replay] = WeakValueDictionary()
+        self._runs: set[Deadline] = set()
+        self._stopped = ""
         self._pool = Pool() if torch_device.type == "cuda" else None
         self._lock = RLock()
-        self._worker = ThreadPoolExecutor(
-            1, thread_name_prefix=f"sdrpc-{name}", initializer=_start, initargs=(torch_device, threads)
-        )
+        self._worker = Worker(f"sdrpc-{name}", partial(_start, torch_device, threads))
 
     # what it is
 
@@ -112,7 +109,10 @@ class LocalDevice(Device):
         kind = self.torch_device.type
         if kind == "cpu":
             free, total = host_memory()
-            return Memory(max(min(free, total - self._promised), 0), total)
+            touched = shared_resident()
+            if touched is None:
+                return Memory(max(min(free, total - self._promised), 0), total)
+            return Memory(max(free - max(self._promised - touched, 0), 0), total)
         with translated(self.name, "asking for its memory"):
             if kind == "mps":
                 total = torch.mps.recommended_max_memory()
@@ -139,16 +139,14 @@ class LocalDevice(Device):
                 buffer = LocalBuffer(next(_keys), size, data, None)
         with self._lock:
             self._buffers[buffer.key] = buffer
-            self._promised += size
+            self._promised += size if size >= MAPPED else 0
         return buffer
 
     def free(self, buffer: Buffer) -> None:
-        """Give ``buffer`` back; programs that used it are forgotten."""
+        """Give ``buffer`` back. A program that uses it keeps its memory until it is dropped itself."""
         with self._lock:
-            if self._buffers.pop(buffer.key, None) is not None:
+            if self._buffers.pop(buffer.key, None) is not None and buffer.size >= MAPPED:
                 self._promised -= buffer.size
-            for key in [key for key in self._bound if buffer.key in key[1]]:
-                del self._bound[key]
         self._weights.drop(buffer.key)
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
@@ -208,44 +206,89 @@ class LocalDevice(Device):
 
     # graphs
 
-    def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> LocalProgram:
+    def compile(
+        self,
+        graph: Graph,
+        buffers: Mapping[int, Buffer],
+        name: bytes | None = None,
+        watch: Watch | None = None,
+    ) -> LocalProgram:
         mine = {key: self._range(buffer, 0, 0) for key, buffer in buffers.items()}
         sizes = {key: buffer.size for key, buffer in mine.items()}
-        digest, keys = content(graph, sizes)
-        with self._lock:
-            compiled = _recent(self._compiled, digest)
-        if compiled is None:
+        keys = dict(enumerate(sizes))
+        if name is None:
+            name, keys = content(graph, sizes)
+
+        def make() -> Compiled:
             validate.check(graph, sizes, max_bytes=self.memory().free)
             with translated(self.name, "compiling a graph"):
-                compiled = compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
-            with self._lock:
-                _remember(self._compiled, digest, compiled)
+                return compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
+
+        compiled = self._programs.get(name, make, Deadline(COMPILE_SECONDS, f"{self.name}: compiling a graph", watch))
+        self._check_room(compiled.peak)
         used = [mine[keys[number]] for number in compiled.buffers]
-        name = (digest, tuple(buffer.key for buffer in used))
+        known = (name, tuple(buffer.key for buffer in used))
         with self._lock:
-            bound = _recent(self._bound, name)
+            bound = self._bound.get(known)
         if bound is None:
             with translated(self.name, "binding a graph"):
                 steps = Bound(compiled, used, self._weights, self.torch_device)
-                bound = steps if self._pool is None else Replay(steps, self._pool)
+            self._promise(steps, sum(compiled.scratch.values()))
+            bound = steps if self._pool is None else Replay(steps, self._pool)
             with self._lock:
-                _remember(self._bound, name, bound)
+                self._bound[known] = bound
         return LocalProgram(self, bound)
 
-    def execute(self, bound: Bound | Replay, watch: Watch | None = None) -> None:
+    def _promise(self, bound: Bound, scratch: int) -> None:
+        """Count the scratch memory of ``bound`` for as long as it lives."""
+        if scratch:
+            with self._lock:
+                self._promised += scratch
+            weakref.finalize(bound, self._take_back, scratch)
+
+    def _take_back(self, size: int) -> None:
+        with self._lock:
+            self._promised -= size
+
+    def _check_room(self, peak: int) -> None:
+        """Raise :class:`OutOfMemory` where a run needs more memory than there is. (An accelerator says so itself, and
+        nothing is lost then; where the CPU's memory ends, the system kills the process.)"""
+        if self.torch_device.type != "cpu" or peak < MEASURED or peak <= self.memory().free:
+            return
+        return_freed_memory()
+        if peak > (free := self.memory().free):
+            raise OutOfMemory(self.name, peak, f"{free / 2**20:,.1f} MiB are free for working memory of the graph")
+
+    def execute(self, bound: Bound | Replay, watch: Watch | None = None, client: Hashable = None) -> None:
         """Run ``bound`` in the device's worker and wait for it."""
-        deadline = Deadline(self.compute_limit)
-        running = self._worker.submit(self._run, bound, deadline)
-        while watch is not None and not wait([running], WATCH_SECONDS).done:
-            if reason := watch():
-                deadline.stop(reason)
-                break
-        running.result()
+        deadline = Deadline(self.compute_limit, self.name)
+        with self._lock:
+            self._runs.add(deadline)
+        if self._stopped:
+            deadline.stop(self._stopped)
+        under_way = self._worker.submit(client, partial(self._run, bound, deadline))
+        try:
+            while watch is not None and not wait([under_way], WATCH_SECONDS).done:
+                if reason := watch():
+                    deadline.stop(reason)
+                    break
+            under_way.result()
+        except BaseException as error:
+            _forget_frames(error)
+            raise
+        finally:
+            # the error refers to this frame, which must not refer to the error: such a circle keeps all that the
+            # frames of the run refer to, buffers among them, until Python looks for circles
+            del under_way
+            with self._lock:
+                self._runs.discard(deadline)
 
     def _run(self, bound: Bound | Replay, deadline: Deadline) -> None:
         deadline.start()
+        self._check_room(bound.compiled.peak)
         exact = self.precision.narrow is None
         with (
+            running(deadline),
             torch.inference_mode(),
             # torch's own default lets convolutions round to TF32
             torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=not exact),
@@ -255,13 +298,39 @@ class LocalDevice(Device):
             if self.compute_limit is not None and self.torch_device.type == "cuda":
                 torch.cuda.synchronize(self.torch_device)
 
+    def trim(self) -> None:
+        if self.torch_device.type == "cpu":
+            return_freed_memory()
+
+    def stop(self, seconds: float) -> bool:
+        """End what is computed, for good; whether that was possible within ``seconds``."""
+        with self._lock:
+            self._stopped = "the server is stopping"
+            for deadline in self._runs:
+                deadline.stop(self._stopped)
+        if not self._worker.close(seconds):
+            return False
+        self.close()
+        return True
+
     def close(self) -> None:
-        self._worker.shutdown(wait=True)
+        self._worker.close()
         with self._lock:
             for buffer in list(self._buffers.values()):
                 self.free(buffer)
-            self._compiled.clear()
-            self._bound.clear()
+            self._programs.clear()
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Drop the local variables of all frames that ``error`` and its causes passed: the operands of a failed run."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
 
 
 def _start(device: torch.device, threads: int | None) -> None:
@@ -270,22 +339,6 @@ def _start(device: torch.device, threads: int | None) -> None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-K = TypeVar("K")
-
-
-def _recent(cache: OrderedDict[K, T], key: K) -> T | None:
-    if key in cache:
-        cache.move_to_end(key)
-        return cache[key]
-    return None
-
-
-def _remember(cache: OrderedDict[K, T], key: K, value: T) -> None:
-    cache[key] = value
-    while len(cache) > PROGRAMS:
-        cache.popitem(last=False)
 
 
 def devices(
@@ -304,32 +357,12 @@ def devices(
     return [
         LocalDevice(
             name,
-            torch_device,
-            choose(precision, torch_device),
+            device,
+            choose(precision, device),
             description=description,
-            threads=threads if torch_device.type == "cpu" else None,
+            threads=threads if device.type == "cpu" else None,
             compute_limit=compute_limit,
-            dequant_cache=_default_cache(torch_device) if dequant_cache is None else dequant_cache,
+            dequant_cache=default_cache(device) if dequant_cache is None else dequant_cache,
         )
-        for name, torch_device, description in _found()
+        for name, device, description in found()
     ]
-
-
-def _default_cache(device: torch.device) -> int:
-    """A little of the CPU's memory; an accelerator's is there to be used."""
-    if device.type not in ("cuda", "xpu"):
-        return CPU_CACHE
-    _, total = (torch.cuda if device.type == "cuda" else torch.xpu).mem_get_info(device)
-    return int(total) // 4
-
-
-def _found() -> list[tuple[str, torch.device, str]]:
-    kind = "ROCm" if torch.version.hip else "CUDA"
-    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    xpu = range(torch.xpu.device_count() if torch.xpu.is_available() else 0)
-    found = [(f"{kind}{i}", torch.device("cuda", i), torch.cuda.get_device_name(i)) for i in cuda]
-    found += [(f"XPU{i}", torch.device("xpu", i), torch.xpu.get_device_name(i)) for i in xpu]
-    if torch.backends.mps.is_available():
-        found.append(("MPS", torch.device("mps"), processor()))
-    found.append(("CPU", torch.device("cpu"), processor()))
-    return found

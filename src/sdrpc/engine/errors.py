@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,9 @@ import torch
 
 from sdrpc.errors import ComputeError, OutOfMemory, SdrpcError
 
-_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory")
+_ASKED = re.compile(r"(?:tried to )?allocate (\d+) bytes")
+"""How torch's CPU allocator says what it was asked for."""
 
 
 @contextmanager
@@ -21,9 +25,15 @@ def translated(device: str, doing: str, size: int = 0) -> Iterator[None]:
     except SdrpcError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(device, size, f"while {doing}") from error
+        raise OutOfMemory(device, size or _asked(error), f"while {doing}") from error
     except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError, OSError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
-        if any(words in reason.lower() for words in _NO_MEMORY):
-            raise OutOfMemory(device, size, f"while {doing}") from error
+        if getattr(error, "errno", 0) == errno.ENOMEM or any(words in reason.lower() for words in _NO_MEMORY):
+            raise OutOfMemory(device, size or _asked(error), f"while {doing}") from error
         raise ComputeError(f"{device}: {doing}: {reason}") from error
+
+
+def _asked(error: BaseException) -> int:
+    """How many bytes the allocation asked for that failed; 0 if the error does not say."""
+    found = _ASKED.search(str(error))
+    return int(found[1]) if found else 0

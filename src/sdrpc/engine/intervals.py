@@ -54,6 +54,11 @@ class Intervals:
             found.append(None)
         return found
 
+    def touches(self, start: int, end: int) -> bool:
+        """Whether somebody wrote any of the bytes ``[start, end)``."""
+        i = bisect_left(self._starts, end) - 1
+        return i >= 0 and self._entries[i][0] > start and start < end
+
     def __iter__(self) -> Iterator[int]:
         """Every writer of at least one byte."""
         return iter({writer for _, writer in self._entries})

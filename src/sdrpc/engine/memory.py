@@ -15,6 +15,10 @@ from .values import Place
 
 HUGE = 1 << 22
 """From this size on memory is asked for in huge pages: touching gigabytes page by page takes seconds."""
+MAPPED = 1 << 18
+"""From this size on a buffer is a mapping of its own. A process may have 65,530 mappings (vm.max_map_count), so smaller
+buffers come from the heap."""
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -28,14 +32,20 @@ class LocalBuffer:
 
 
 def host_bytes(size: int) -> tuple[Tensor, memoryview]:
-    """Zeroed memory of the CPU that costs nothing until it is touched, and that nobody used before."""
-    mapped = mmap.mmap(-1, max(size, 1))
+    """Zeroed memory of the CPU that nobody used before; a large one costs nothing until it is touched."""
+    if size < MAPPED:
+        return _from_heap(size)
+    mapped = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
         mapped.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(mapped)[:size]
-    if not size:
-        return torch.empty(0, dtype=torch.uint8), view
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=size), view
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=size), memoryview(mapped)[:size]
+
+
+def _from_heap(size: int) -> tuple[Tensor, memoryview]:
+    memory = bytearray(size + ALIGNMENT)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % ALIGNMENT
+    return whole[start : start + size], memoryview(memory)[start : start + size]
 
 
 def typed(data: Tensor, place: Place) -> Tensor:
@@ -46,7 +56,7 @@ def typed(data: Tensor, place: Place) -> Tensor:
     dtype = DTYPES.get(place.type)
     if dtype is None:
         shape = (place.ne[3], place.ne[2], place.ne[1], place.type.row_bytes(place.ne[0]))
-        return data.as_strided(shape, (place.nb[3], place.nb[2], place.nb[1], 1), place.offset)
+        return data.as_strided(shape, (place.nb[3], place.nb[2], place.nb[1], 1), data.storage_offset() + place.offset)
     size = dtype.itemsize
     if place.offset % size or any(b % size for b, n in zip(place.nb, place.ne, strict=True) if n > 1):
         raise GraphError(

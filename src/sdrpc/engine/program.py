@@ -16,10 +16,12 @@ from sdrpc.ggml.tensor import Graph
 from .blocks import quantize
 from .deadline import Deadline
 from .errors import translated
+from .footprint import check_work, peak_bytes
 from .fuse import Report, fuse
 from .memory import LocalBuffer, typed
 from .operations import EngineOp
 from .ops import KERNELS, moves_blocks
+from .pieces import stoppable
 from .precision import Precision, assign
 from .rounding import rounded
 from .values import Value, ordered, trace
@@ -29,12 +31,14 @@ from .weights import Source, Weight, WeightFormat, Weights, convert
 @dataclass(frozen=True)
 class Compiled:
     """What a graph computes, whatever buffers it will run on: the values that are stored (``roots``) in order, the
-    numbers of the buffers that places count, sizes of scratch memories, how often each fusion fired."""
+    numbers of the buffers that places count, sizes of scratch memories, how often each fusion fired, and the bytes that
+    a run takes at most besides its buffers."""
 
     roots: tuple[Value, ...]
     buffers: tuple[int, ...]
     scratch: Mapping[int, int]
     fusions: Report
+    peak: int
 
 
 def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]) -> Compiled:
@@ -45,7 +49,9 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
         _supported(value)
     roots, report = fuse(rounded(traced.roots) if precision.rounds else traced.roots)
     buffers = tuple(numbers[key] for key in traced.buffers)
-    return Compiled(assign(roots, precision.suited(roots)), buffers, traced.scratch, report)
+    roots = assign(roots, precision.suited(roots))
+    check_work(roots)
+    return Compiled(roots, buffers, traced.scratch, report, peak_bytes(roots) + sum(traced.scratch.values()))
 
 
 def _supported(value: Value) -> None:
@@ -110,7 +116,10 @@ class Bound:
         if value.op in (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT):
             return self._weight(value)
         kernel = KERNELS[value.op]
-        run = partial(kernel.function, value, *((self._device,) if kernel.takes_device else ()))
+        if kernel.takes_device:
+            run: Callable[..., Tensor] = partial(kernel.function, value, self._device)
+        else:
+            run = stoppable(kernel.function, value, self._device)
         if value.type.plain or moves_blocks(value) or kernel.in_place:
             return run
         return lambda *operands: quantize(run(*operands), value.type)
@@ -142,7 +151,7 @@ class Bound:
         self.steps(deadline)
 
     def steps(self, deadline: Deadline | None = None) -> None:
-        """Run all steps. Raises :class:`ComputeError` when ``deadline`` passes in between."""
+        """Run all steps. Raises :class:`ComputeError` when ``deadline`` passes meanwhile."""
         try:
             self._steps_in_order(deadline)
         finally:
@@ -168,6 +177,8 @@ class Bound:
         registers = list(self._fixed)
         for run, args, out, dtype, store, free, node in self._steps:
             operands = [registers[i] for i in args]
+            if deadline is not None:
+                deadline.node = node
             try:
                 result = run(*operands)
                 if result.dtype is not dtype and dtype is not None:
@@ -181,7 +192,7 @@ class Bound:
             for i in free:
                 registers[i] = None
             if deadline is not None:
-                deadline.check(self._device, node)
+                deadline.check()
 
 
 def _trimmed(src: tuple[Value | None, ...]) -> tuple[Value | None, ...]:

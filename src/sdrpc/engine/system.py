@@ -6,9 +6,15 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from sdrpc.device import Memory
+
+_NO_LIMIT = 1 << 62
+"""cgroup v1 says no limit as the largest multiple of a page below 2⁶³."""
 
 
 def host_memory() -> Memory:
@@ -19,20 +25,81 @@ def host_memory() -> Memory:
     if info.exists():
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
         total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-        if limit is not None and used is not None and limit < total:
-            return Memory(min(free, max(limit - used, 0)), limit)
+        for limit, used in _limits():
+            total, free = min(total, limit), min(free, max(limit - used, 0))
         return Memory(free, total)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Memory(total // 2, total)  # no portable way to ask; half is what a desktop has left
 
 
-def _cgroup(name: str) -> int | None:
+class _Files(NamedTuple):
+    """What one version of control groups calls its facts about memory."""
+
+    limit: str
+    used: str
+    cached: str
+    """The line of memory.stat that counts pages of files that the kernel gives up when it needs memory."""
+
+
+_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Files("memory.max", "memory.current", "inactive_file")
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use of this process's control group and of all groups above it that have a limit."""
+    for folder, files in _groups():
+        limit, used = _number(folder / files.limit), _number(folder / files.used)
+        if limit is not None and used is not None and limit < _NO_LIMIT:
+            yield limit, used - _cached(folder, files.cached)
+
+
+@cache
+def _groups() -> tuple[tuple[Path, _Files], ...]:
+    """The folders of this process's control groups, for either version of them. In a container the group may not be
+    visible under its own path: the root is it then."""
     try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return ()
+    found: list[tuple[Path, _Files]] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            roots, files = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")], _V2
+        elif "memory" in controllers.split(","):
+            roots, files = [Path("/sys/fs/cgroup/memory")], _V1
+        else:
+            continue
+        for root in roots:
+            group = root / path.lstrip("/")
+            found += [(each, files) for each in (group, *group.parents) if each.is_relative_to(root)]
+    return tuple((folder, files) for folder, files in found if (folder / files.limit).exists())
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def _cached(folder: Path, name: str) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(name + " ")), 0)
+
+
+def shared_resident() -> int | None:
+    """Bytes of this process's shared anonymous memory, which buffers are made of, that were touched; None where the
+    system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem:")), None)
 
 
 def _windows() -> Memory:
@@ -87,3 +154,11 @@ def keep_freed_memory() -> None:
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Give what :func:`keep_freed_memory` kept back to the system. Does nothing but on glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return

@@ -15,8 +15,9 @@ Values that are stored are the roots: everything else is computed only because a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 from typing import Generic, NamedTuple
 
@@ -30,6 +31,7 @@ from sdrpc.ggml.tensor import Dims, Graph, Tensor, contiguous_strides, extent, i
 from sdrpc.ggml.types import I8, Type
 from sdrpc.ggml.validate import where
 
+from .deadline import checkpoint
 from .intervals import Intervals
 from .layout import Strided
 from .operations import EngineOp, OpName
@@ -122,6 +124,12 @@ def same_blocks(value: Value) -> bool:
     return not value.type.plain and all(s is None or s.type is value.type for s in value.src)
 
 
+IN_MEMORY = -1
+"""As the writer of a range: several nodes, whose results are all stored."""
+MANY = 64
+"""Ranges of a read from which on they become one, so that tracing does not take time with the square of the nodes."""
+
+
 @dataclass
 class _Read:
     """What an operand turned out to be: a view of the value that node ``writer`` made, or memory."""
@@ -158,6 +166,7 @@ class _Tracer:
         self.virtual: dict[Tensor, int] = {}  # tensors that live in no buffer → their memory's (negative) number
         self.scratch: dict[int, int] = {}
         self.snapshots: dict[Place, Value] = {}
+        self.stored_last: dict[int, Intervals] = {}  # by memory, while values are made: which node stored where last
 
     # where things are
 
@@ -191,6 +200,7 @@ class _Tracer:
         lie elsewhere than its source (a graph may say so) is a copy. Leaves and tensors without elements do nothing.
         """
         for at, node in enumerate(self.graph.nodes):
+            checkpoint()
             if node.op == "NONE" or not node.elements:
                 continue
             place = self.place(node)
@@ -229,11 +239,14 @@ class _Tracer:
                 self._need_scratch(place)
             return _Read(place, None)
         writers = self._map(place.memory).writers(place.offset, place.end)
-        if len(writers) == 1 and writers[0] is not None and _viewable(self.writes[writers[0]].place, place):
-            return _Read(place, writers[0])
+        only = writers[0] if len(writers) == 1 and writers[0] != IN_MEMORY else None
+        if only is not None and _viewable(self.writes[only].place, place):
+            return _Read(place, only)
         for writer in writers:
-            if writer is not None:
+            if writer is not None and writer != IN_MEMORY:
                 self._store(writer)
+        if len(writers) > MANY:  # the next read need not look at all of them again
+            self._map(place.memory).assign(place.offset, place.end, IN_MEMORY)
         if place.memory < 0 and writers == [None] and place.memory not in self.scratch:
             raise GraphError(
                 f"a {place.type} tensor {list(place.ne)} is read that lives in no buffer and that no node made"
@@ -257,7 +270,7 @@ class _Tracer:
         write.in_place = OPS[write.node.op].partial
         if write.in_place or not place.type.plain or not is_contiguous(place.type, place.ne, place.nb):
             for writer in ranges.writers(place.offset, place.end):
-                if writer is not None:
+                if writer is not None and writer != IN_MEMORY:
                     self._store(writer)
             write.stored = True
             if place.memory < 0:
@@ -271,21 +284,20 @@ class _Tracer:
         for memory, ranges in self.maps.items():
             if memory >= 0:
                 for writer in ranges:
-                    self.writes[writer].stored = True
+                    if writer != IN_MEMORY:
+                        self.writes[writer].stored = True
 
     # second pass: values
 
     def values(self) -> Traced:
-        stores: dict[int, list[_Write]] = {}
-        for write in self.writes.values():
-            if write.stored:
-                stores.setdefault(write.place.memory, []).append(write)
+        overwritten = self._overwritten()
         made: dict[int, Value] = {}
         roots = []
         for number, write in self.writes.items():
+            checkpoint()
             node, at = write.node, write.at
             label = where(at, node)
-            src = tuple(None if r is None else self._operand(r, at, label, made, stores) for r in write.reads)
+            src = tuple(None if r is None else self._operand(r, at, label, made, overwritten) for r in write.reads)
             if write.in_place:
                 target = Value(EngineOp.LEAF, node.type, node.ne, at=at, place=write.place, node=label)
                 value = Value(
@@ -296,20 +308,51 @@ class _Tracer:
                               store=write.place if write.stored else None)  # fmt: skip
             if write.stored:
                 roots.append(value)
-                self.snapshots = {place: s for place, s in self.snapshots.items() if not place.overlaps(write.place)}
+                place = write.place
+                self.stored_last.setdefault(place.memory, Intervals()).assign(place.offset, place.end, at)
             made[number] = value
         return Traced(tuple(roots), tuple(self.buffers), dict(self.scratch))
 
+    def _overwritten(self) -> set[tuple[int, Place]]:
+        """Which places that a node (by position) reads from memory are stored to by that node or a later one: found
+        from the last node to the first, so that all stores that are known are such."""
+        later: dict[int, Intervals] = {}
+        found: set[tuple[int, Place]] = set()
+        for at, group in groupby(reversed(self.writes.values()), lambda write: write.at):
+            checkpoint()
+            writes = list(group)
+            for place in (write.place for write in writes if write.stored):
+                later.setdefault(place.memory, Intervals()).assign(place.offset, place.end, at)
+            for read in (read for write in writes for read in write.reads):
+                if read is not None and read.writer is None and read.place.memory in later:
+                    place = read.place
+                    if later[place.memory].touches(place.offset, place.end):
+                        found.add((at, place))
+        return found
+
+    def _is_current(self, snapshot: Value, place: Place) -> bool:
+        """Whether nobody has stored to ``place`` since ``snapshot`` of it was taken."""
+        stored = self.stored_last.get(place.memory)
+        if stored is None:
+            return True
+        writers = stored.writers(place.offset, place.end)
+        if not all(writer is None or writer < snapshot.at for writer in writers):
+            return False
+        if len(writers) > MANY:
+            stored.assign(place.offset, place.end, snapshot.at - 1)
+        return True
+
     def _operand(
-        self, read: _Read, at: int, label: str, made: Mapping[int, Value], stores: Mapping[int, Sequence[_Write]]
+        self, read: _Read, at: int, label: str, made: Mapping[int, Value], overwritten: set[tuple[int, Place]]
     ) -> Value:
         place = read.place
         if read.writer is not None:
             return view(made[read.writer], relative(self.writes[read.writer].place, place), at, label)
-        if place in self.snapshots:  # it has not been written since
-            return self.snapshots[place]
+        snapshot = self.snapshots.get(place)
+        if snapshot is not None and self._is_current(snapshot, place):
+            return snapshot
         leaf = Value(EngineOp.LEAF, place.type, place.ne, at=at, place=place, node=label)
-        if any(w.at >= at and w.place.overlaps(place) for w in stores.get(place.memory, ())):
+        if (at, place) in overwritten:
             self.snapshots[place] = Value(EngineOp.SNAPSHOT, place.type, place.ne, (leaf,), at=at, node=label)
             return self.snapshots[place]
         return leaf

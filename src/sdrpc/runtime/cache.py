@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..device import Target
 from ..errors import GraphError
-from ..places import cache_folder
+from ..storage import cache_folder, mark_used, read_own, shrink, write_whole
 from .lowered import Lowered, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
@@ -32,9 +29,8 @@ PACKAGES = ("sdrpc", "torch", "diffusers", "transformers", "huggingface_hub")
 
 
 def default_folder() -> Path:
-    """``$SDRPC_CACHE``, or a folder in the user's cache directory."""
-    chosen = os.environ.get("SDRPC_CACHE")
-    return Path(chosen) if chosen else cache_folder("graphs")
+    """Where graphs are kept for this user."""
+    return cache_folder("graphs")
 
 
 def key(target: Target, **facts: Any) -> str:
@@ -63,10 +59,12 @@ class Cache:
         """The module under ``key``; None when there is none or its file is damaged."""
         path = self.folder / (key + SUFFIX)
         try:
-            found = from_bytes(path.read_bytes())
-            os.utime(path)
-        except (OSError, GraphError):
+            data = read_own(path, self.budget)
+            found = None if data is None else from_bytes(data)
+        except GraphError:
             return None
+        if found is not None:
+            mark_used(path)
         return found
 
     def put(self, key: str, lowered: Lowered) -> None:
@@ -77,10 +75,12 @@ class Cache:
         """What :meth:`put_note` kept beside a module, JSON's types; None when there is none or its file is damaged."""
         path = self.folder / (key + NOTE_SUFFIX)
         try:
-            found = json.loads(path.read_bytes())
-            os.utime(path)
-        except (OSError, ValueError, RecursionError):
+            data = read_own(path, self.budget)
+            found = None if data is None else json.loads(data)
+        except (ValueError, RecursionError):
             return None
+        if found is not None:
+            mark_used(path)
         return found
 
     def put_note(self, key: str, note: Any) -> None:
@@ -88,16 +88,8 @@ class Cache:
         self._write(key + NOTE_SUFFIX, json.dumps(note).encode())
 
     def _write(self, name: str, data: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(part, self.folder / name)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
-        self._shrink()
+        write_whole(self.folder / name, data)
+        shrink(self.folder, (SUFFIX, NOTE_SUFFIX), self.budget)
 
     def load(self, key: str, make: Callable[[], Lowered]) -> Lowered:
         """The module under ``key``, made and kept if it is not there. A disk that refuses costs the next run time, not
@@ -112,17 +104,3 @@ class Cache:
                     "%s: graphs are not kept, the next run captures them again: %s", self.folder, error.strerror
                 )
         return found
-
-    def _shrink(self) -> None:
-        files = []
-        for path in chain(self.folder.glob(f"*{SUFFIX}"), self.folder.glob(f"*{NOTE_SUFFIX}")):
-            try:
-                facts = path.stat()
-            except OSError:  # another process was faster
-                continue
-            files.append((facts.st_mtime_ns, facts.st_size, path))
-        total = 0
-        for _, size, path in sorted(files, reverse=True):
-            total += size
-            if total > self.budget:
-                path.unlink(missing_ok=True)

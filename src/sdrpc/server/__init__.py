@@ -1,23 +1,23 @@
 """rpc-server: whoever connects gets memory and compute time on this machine's devices, within limits.
 
-    listener      accepts clients, a thread each
-    stream        one client's socket: exact reads, whole writes, time limits
-    conversation  greeting, requests in order, and the one line that says how it ended
-    protocol      the version that a client is offered: a fixed one, or a learnt one that is kept in a file
-    versions      what is learnt about clients' versions, and how
-    session       what each command does; buffers and graphs of one client
-    cache         tensors on disk: a folder, its files and its budget
-    shelf         the cache at work for a client: bytes hashed, kept, and found again
-    addresses     the handles and addresses that a client sees
-    limits        what a client may take
+    listener        accepts clients, a thread each; ends those that do nothing when there is no place left
+    stream          one client's socket: exact reads, whole writes, time limits
+    handler         a client's requests in order, and the line that says how it ended
+    negotiation     the protocol version that a client is offered: a fixed one, or what its address is known to want
+    version_memory  what is learnt about clients' versions, and how
+    session         what each command does; buffers and graphs of one client
+    addresses       the handles and addresses that a client sees
+    cache           tensors on disk: a folder, its files and its budget
+    client_cache    the cache at work for a client: bytes hashed, kept, and found again
+    limits, quotas  what a client may take, and all of them together
 
 Torch is not imported before a device is made.
 """
 
 from .cache import Cache
-from .client_cache import Library
+from .client_cache import CacheService
 from .limits import Limits
 from .listener import Server
 from .negotiation import Learning
 
-__all__ = ["Cache", "Learning", "Library", "Limits", "Server"]
+__all__ = ["Cache", "CacheService", "Learning", "Limits", "Server"]

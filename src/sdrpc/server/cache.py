@@ -16,13 +16,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from .. import storage
 from ..content import DIGEST_BYTES
 from ..errors import UsageError
 
@@ -35,10 +33,7 @@ LEAST = 1 << 16
 STALE_SECONDS = 3600.0
 """After that long nobody is still writing a file: who began it has died."""
 
-_TENSOR, _NAME, _PART = ".tensor", ".name", ".part"
-_SAFELY = os.O_RDONLY
-for _flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no links, no waiting for pipes; where there are
-    _SAFELY |= getattr(os, _flag, 0)
+_TENSOR, _NAME = ".tensor", ".name"
 
 
 class Cache:
@@ -51,12 +46,15 @@ class Cache:
         self.folder, self.budget = folder, budget
         self._room = 0
         self._complained = False
-        _make_own(folder)
+        try:
+            storage.make_own(folder)
+        except UsageError as error:
+            raise UsageError(f"--cache: {error}") from None
 
     def open(self, digest: bytes, size: int) -> BinaryIO | None:
         """The bytes of ``digest``, if there is such a file of ``size`` bytes; they remain to be checked. A file of
         another size stays: it is replaced when its content comes again."""
-        file = _opened(self._path(digest))
+        file = storage.open_own(self._path(digest))
         if file is not None and os.fstat(file.fileno()).st_size != size:  # or it is the question that is wrong
             file.close()
             return None
@@ -64,33 +62,31 @@ class Cache:
 
     def used(self, digest: bytes) -> None:
         """Note that it was worth keeping."""
-        with contextlib.suppress(OSError):  # thrown out meanwhile
-            os.utime(self._path(digest))
+        storage.mark_used(self._path(digest))
 
     def drop(self, digest: bytes) -> None:
         """Forget a file that is not what its name says."""
         log.warning("%s: damaged, and so thrown out; its client sends it again", self._path(digest))
-        remove(self._path(digest))
+        storage.remove(self._path(digest))
 
     def create(self) -> tuple[BinaryIO, Path]:
-        """A new file, for :meth:`adopt` when it is complete. Raises :class:`OSError`."""
-        handle, name = tempfile.mkstemp(_PART, dir=self.folder)
-        return open(handle, "wb", buffering=0), Path(name)
+        """A new file, for :meth:`commit` when it is complete. Raises :class:`OSError`."""
+        return storage.create(self.folder)
 
-    def adopt(self, part: Path, digest: bytes, size: int) -> None:
+    def commit(self, part: Path, digest: bytes, size: int) -> None:
         """Let a complete file appear under its digest, in the place of any other. Raises :class:`OSError`."""
-        os.replace(part, self._path(digest))
+        storage.commit(part, self._path(digest))
         self._complained = False
         self._room -= max(size, LEAST)
         if self._room < 0:
             self.shrink()
 
-    def meant(self, name: int, size: int, owner: str) -> bytes | None:
-        """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for, if it is known and one only."""
+    def lookup(self, name: int, size: int, owner: str) -> bytes | None:
+        """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for; None if unknown or ambiguous."""
         return _read_name(self._name_path(name, size, owner)) or None
 
-    def call(self, digest: bytes, name: int, size: int, owner: str) -> None:
-        """Note that ``owner`` calls that content ``name``. Raises :class:`OSError`."""
+    def add_alias(self, digest: bytes, name: int, size: int, owner: str) -> None:
+        """Note that ``owner`` calls that content ``name``, too. Raises :class:`OSError`."""
         path = self._name_path(name, size, owner)
         known = _read_name(path)
         if known == digest or known == b"":
@@ -98,7 +94,7 @@ class Cache:
         file, part = self.create()
         with file:
             file.write(digest.hex().encode() if known is None else b"")
-        os.replace(part, path)
+        storage.commit(part, path)
         if known is not None:
             log.warning(
                 "two tensors of %d bytes have the FNV-1a hash %016x: neither is found by it any more", size, name
@@ -113,22 +109,16 @@ class Cache:
     def shrink(self) -> None:
         """Throw out what was used longest ago beyond the budget, and what is of no use any more. Raises
         :class:`OSError`."""
-        kept: set[str] = set()
-        total = 0
-        tensors = [(facts.st_mtime_ns, facts.st_size, path) for path, facts in self._files(_TENSOR)]
-        for _, size, path in sorted(tensors, reverse=True):
-            if total + size > self.budget or len(kept) == FILES:
-                remove(path)
-            else:
-                total += size
-                kept.add(path.stem)
-        for path, facts in self._files(_PART):
-            if facts.st_mtime < time.time() - STALE_SECONDS:
-                remove(path)
-        for path, _ in self._files(_NAME):
-            digest = _read_name(path)
+        tensors = storage.shrink(self.folder, _TENSOR, self.budget, FILES)
+        for entry in storage.entries(self.folder, storage.PART):
+            if entry.used < (time.time() - STALE_SECONDS) * 1e9:
+                storage.remove(entry.path)
+        kept = {entry.path.stem for entry in tensors}
+        for entry in storage.entries(self.folder, _NAME):
+            digest = _read_name(entry.path)
             if digest is None or (digest and digest.hex() not in kept):
-                remove(path)
+                storage.remove(entry.path)
+        total = sum(entry.size for entry in tensors)
         # When to look again: soon enough to see what other servers wrote.
         self._room = min(self.budget - total, self.budget // 16)
 
@@ -138,56 +128,13 @@ class Cache:
     def _name_path(self, name: int, size: int, owner: str) -> Path:
         return self.folder / f"{name:016x}-{size:x}-{owner}{_NAME}"
 
-    def _files(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(suffix):
-                    with contextlib.suppress(FileNotFoundError):  # another server was faster
-                        yield Path(entry.path), entry.stat(follow_symlinks=False)
-
-
-def _make_own(folder: Path) -> None:
-    """Make ``folder``; see that nobody else can put files there."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.lstat()
-    except OSError as error:
-        raise UsageError(f"--cache: {folder}: {error.strerror}") from error
-    if not stat.S_ISDIR(facts.st_mode):
-        raise UsageError(f"--cache: {folder} is a symbolic link; set SDRPC_CACHE to choose another place")
-    if not _mine(facts) or (hasattr(os, "getuid") and facts.st_mode & 0o022):
-        raise UsageError(f"--cache: others can write to {folder}: it must be yours alone (chmod 700)")
-
-
-def _mine(facts: os.stat_result) -> bool:
-    return not hasattr(os, "getuid") or facts.st_uid == os.getuid()
-
-
-def _opened(path: Path) -> BinaryIO | None:
-    """A plain file of this user's; None for anything else."""
-    try:
-        file: BinaryIO = open(os.open(path, _SAFELY), "rb", buffering=0)  # noqa: SIM115
-    except OSError:
-        return None
-    facts = os.fstat(file.fileno())
-    if stat.S_ISREG(facts.st_mode) and _mine(facts):
-        return file
-    file.close()
-    return None
-
 
 def _read_name(path: Path) -> bytes | None:
     """The digest in a name's file; empty for a name of several contents, None for no name."""
-    file = _opened(path)
+    file = storage.open_own(path)
     if file is None:
         return None
     with file, contextlib.suppress(OSError, ValueError):
         digest = bytes.fromhex(file.read(2 * DIGEST_BYTES + 1).decode("ascii"))
         return digest if len(digest) in (0, DIGEST_BYTES) else None
     return None
-
-
-def remove(path: Path) -> None:
-    """Delete a file if it is there and the system lets us."""
-    with contextlib.suppress(OSError):  # another server was faster, or has it open on Windows
-        path.unlink()

@@ -1,4 +1,4 @@
-"""The cache at work: tensors that pass by are hashed and written, those that are asked for are read and checked.
+"""The cache at work: uploads are hashed and stored in the background, what is asked for is read and checked.
 
 All of it in threads beside the one that serves the client: reading, writing and hashing leave the GIL to others.
 """
@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from ..content import FNV_START, PIECE, SMALLEST, fnv1a, joined, pieces
 from ..device import Bytes
-from .cache import Cache, remove
+from ..storage import remove
+from .cache import Cache
 
 WAITING = 16
 """Pieces that are held in memory until they are hashed and written: a disk that is slower slows uploads down."""
@@ -26,7 +27,7 @@ Write = Callable[[int, Bytes], None]
 """(offset, bytes): to memory that can't be read into directly."""
 
 
-class Library:
+class CacheService:
     """A cache with the threads that work for it. Shared by all clients of a server; close it when done."""
 
     def __init__(self, cache: Cache) -> None:
@@ -38,11 +39,11 @@ class Library:
         self.waiting = threading.Semaphore(WAITING)
         self.line.submit(self._tidy)
 
-    def shelf(self, address: str) -> Shelf:
+    def client_cache(self, address: str) -> ClientCache:
         """The cache for a client at that address."""
-        return Shelf(self, blake2b(address.encode(), digest_size=8).hexdigest())
+        return ClientCache(self, blake2b(address.encode(), digest_size=8).hexdigest())
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all that came so far is on disk."""
         self.line.submit(lambda: None).result()
 
@@ -59,21 +60,21 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ClientCache:
     """The cache as the clients at one address see it. ``owner`` stands for the address in names."""
 
-    library: Library
+    service: CacheService
     owner: str
 
-    def meant(self, name: int, size: int) -> bytes | None:
+    def lookup(self, name: int, size: int) -> bytes | None:
         """The digest of the ``size`` bytes that these clients sent before and call ``name`` (FNV-1a 64)."""
-        return self.library.cache.meant(name, size, self.owner)
+        return self.service.cache.lookup(name, size, self.owner)
 
     def restore(self, digest: bytes, size: int, window: memoryview | None, write: Write) -> bool:
         """Read the ``size`` bytes of ``digest`` to ``window``, or through ``write`` where there is none; False when
         they are not there. Then, if a file turned out to be damaged, the target is overwritten nevertheless.
         """
-        cache = self.library.cache
+        cache = self.service.cache
         file = cache.open(digest, size)
         if file is None:
             return False
@@ -94,7 +95,7 @@ class Shelf:
                 if size <= PIECE:  # handing it to another thread would take longer
                     whole = joined([read((0, size))]) == digest
                 else:
-                    done = [self.library.pool.submit(read, piece) for piece in pieces(size)]
+                    done = [self.service.pool.submit(read, piece) for piece in pieces(size)]
                     wait(done)  # nobody writes to the target any more when this returns
                     whole = joined(piece.result() for piece in done) == digest
         except OSError:  # the disk, or a file that became shorter
@@ -105,26 +106,26 @@ class Shelf:
             cache.drop(digest)
         return whole
 
-    def keeping(self, size: int, name: int | None) -> Keeping | None:
+    def writer(self, size: int, name: int | None) -> CacheWriter | None:
         """For ``size`` bytes that are about to come, called ``name`` by a native client; None when they can't be kept:
         names can be checked only where FNV-1a is fast enough."""
-        library = self.library
-        if not SMALLEST <= size <= library.cache.budget or (name is not None and fnv1a() is None):
+        service = self.service
+        if not SMALLEST <= size <= service.cache.budget or (name is not None and fnv1a() is None):
             return None
         try:
-            return Keeping(library, self.owner, size, name)
+            return CacheWriter(service, self.owner, size, name)
         except OSError as error:
-            library.cache.complain(error)
+            service.cache.complain(error)
             return None
 
 
-class Keeping:
+class CacheWriter:
     """A tensor on its way to the cache. As a context manager: kept at the end, unless there was an error. What the disk
     does is never the client's problem; it is logged."""
 
-    def __init__(self, library: Library, owner: str, size: int, name: int | None) -> None:
-        self._library, self._owner, self._size, self._name = library, owner, size, name
-        self._file, self._path = library.cache.create()
+    def __init__(self, service: CacheService, owner: str, size: int, name: int | None) -> None:
+        self._service, self._owner, self._size, self._name = service, owner, size, name
+        self._file, self._path = service.cache.create()
         self._turn = threading.Lock()
         self._at = 0
         self._digests: list[Future[bytes]] = []
@@ -133,17 +134,17 @@ class Keeping:
     def feed(self, piece: memoryview) -> None:
         """The next :data:`PIECE` bytes (the last time: the rest). They are copied: the caller may change them."""
         data = bytes(piece)
-        self._library.waiting.acquire()
-        stored = self._library.pool.submit(self._store, self._at, data)
-        self._library.line.submit(self._hash, data, stored)
+        self._service.waiting.acquire()
+        stored = self._service.pool.submit(self._store, self._at, data)
+        self._service.line.submit(self._hash, data, stored)
         self._digests.append(stored)
         self._at += len(data)
 
-    def __enter__(self) -> Keeping:
+    def __enter__(self) -> CacheWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._library.line.submit(self._finish, kind is None)
+        self._service.line.submit(self._finish, kind is None)
 
     def _store(self, at: int, data: bytes) -> bytes:
         with self._turn:
@@ -155,17 +156,17 @@ class Keeping:
         if self._name is not None and (fnv := fnv1a()):
             self._state = fnv(data, self._state)
         wait([stored])
-        self._library.waiting.release()
+        self._service.waiting.release()
 
     def _finish(self, complete: bool) -> None:
-        cache = self._library.cache
+        cache = self._service.cache
         try:
             with self._file:
                 digest = joined([stored.result() for stored in self._digests])
             if complete and self._at == self._size and self._name in (None, self._state):
-                cache.adopt(self._path, digest, self._size)
+                cache.commit(self._path, digest, self._size)
                 if self._name is not None:
-                    cache.call(digest, self._name, self._size, self._owner)
+                    cache.add_alias(digest, self._name, self._size, self._owner)
         except OSError as error:
             cache.complain(error)
         finally:

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 from ..content import pieces
-from ..errors import ConnectionLost, SdrpcError
+from ..errors import ConnectionLost, SdrpcError, Stopped
+from ..text import printable
 from ..wire.framing import Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import Command
@@ -32,16 +33,21 @@ class Greeting(NamedTuple):
 
 
 def converse(stream: Stream, session: Session, protocol: Protocol) -> None:
-    """Serve one client until it leaves or breaks the rules. Never raises; one line is logged either way."""
+    """Serve one client until it leaves or breaks the rules. Never raises; how it ended is logged in one line."""
     agreed = NATIVE
     try:
         greeting = _greet(stream, session, protocol)
         agreed = greeting.agreed
         _serve(stream, session, protocol, greeting)
+    except Stopped as stopped:
+        log.info("%s: %s; %s", stream.peer, printable(str(stopped)), _account(stream, session))
     except ConnectionLost as error:
-        log.warning("%s", error)
+        if stream.aborted:
+            log.info("%s: disconnected: %s; %s", stream.peer, stream.aborted, _account(stream, session))
+        else:
+            log.warning("%s; %s", printable(str(error)), _account(stream, session))
     except SdrpcError as error:
-        log.warning("%s: %sdisconnected: %s", stream.peer, _spoken(session), error)
+        log.warning("%s: %sdisconnected: %s", stream.peer, _spoken(session), printable(str(error)))
         _tell(stream, session, agreed, str(error))
     except Exception:  # the boundary: a fault of ours ends this client, not the server
         log.exception("%s: disconnected: a fault in this server while %s", stream.peer, stream.doing)
@@ -56,14 +62,15 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     stream.deadline = None
     offer = protocol.offer(stream.address, hello)
     session.versions = offer.versions
-    agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.shelf is None else Capability.CACHE))
+    agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE))
     stream.write([encode_hello_reply(offer.told, agreed)])
+    kind = "a client of ggml's protocol" if hello.capabilities == NATIVE else "a client of sdrpc"
+    log.info("%s: came, %s, is offered protocol %s", stream.peer, kind, offer.name)
     return Greeting(hello, offer, agreed)
 
 
 def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greeting) -> None:
     reader = RequestReader(session.framing, ours=Capability.CACHE in greeting.agreed)
-    requests = 0
     spoken = ""
     if _gave_up(stream, session.limits.refusal_seconds):
         remedy = protocol.refused(stream.address, greeting.hello, greeting.offer)
@@ -71,6 +78,7 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         return
     while stream.wait():
         stream.doing = "receiving a request"
+        stream.expect(0)
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
         if request.command == Command.SET_TENSOR:
@@ -78,12 +86,26 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         else:
             reply = session.answer(request.message)
             stream.write(encode_reply(request.command, reply, session.dialect))
-        requests += 1
+        stream.done()
+        session.requests += 1
         if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
             spoken = session.dialect.version
             protocol.accepted(stream.address, greeting.hello, spoken)
         stream.doing = "waiting for a request"
-    log.info("%s: left after %d requests", stream.peer, requests)
+    if stream.aborted:
+        log.info("%s: disconnected: %s; %s", stream.peer, stream.aborted, _account(stream, session))
+    else:
+        log.info("%s: left after %s", stream.peer, _account(stream, session))
+
+
+def _account(stream: Stream, session: Session) -> str:
+    """What a client had, in words."""
+    seconds = time.monotonic() - stream.began
+    received, sent, held = (count / 2**20 for count in (stream.received, stream.sent, session.most_held))
+    return (
+        f"{session.requests} requests in {seconds:,.1f} s, {received:,.1f} MiB in, {sent:,.1f} MiB out, "
+        f"{held:,.1f} MiB held at most"
+    )
 
 
 def _gave_up(stream: Stream, seconds: float) -> bool:
@@ -108,8 +130,9 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
     place = session.destination(request.message, len(head) + request.bulk)
     region, start, total = place
     device = session.devices[region.device]
+    stream.expect(total)
     window = device.window(region.buffer, start, total)
-    with session.keeping(place) or nullcontext() as keeping:
+    with session.writer(place) or nullcontext() as writer:
         for offset, size in pieces(total):
             piece = stream.staging(size) if window is None else window[offset : offset + size]
             piece[: len(head)] = head
@@ -117,8 +140,8 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
             head = head[:0]
             if window is None:
                 device.write(region.buffer, start + offset, piece)
-            if keeping is not None:
-                keeping.feed(piece)
+            if writer is not None:
+                writer.feed(piece)
 
 
 def _tell(stream: Stream, session: Session, agreed: Capability, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What a client may take, each limit with its reason.
+"""What clients may take, each limit with its reason.
 
 Everything here is about clients that nobody vouches for: a limit is met before memory is touched or time is spent.
 """
@@ -14,21 +14,41 @@ class Limits:
 
     connections: int = 256
     """Clients at once, each with a thread: real ones open a handful of connections each, floods open thousands."""
+    connections_of_address: int = 64
+    """Clients at once from one other machine, so that one machine can't lock out all others. (From this machine come
+    the clients of all who use it, and of SSH tunnels.)"""
     backlog: int = 1024
     """Connections that the kernel holds while we are busy accepting, so that a burst of clients is not refused."""
     hello_seconds: float = 10.0
     """From connecting to a whole HELLO: whoever says nothing must not hold a place."""
+    silent_seconds: float = 1.0
+    """A client without buffers that asked for nothing for so long after it connected makes room when all places are
+    taken: real clients ask for the devices at once."""
+    idle_seconds: float = 60.0
+    """The same for clients that did ask for something, but have no buffers. Those with buffers never have to go."""
+    dead_seconds: int = 60
+    """A client whose machine is gone without a word is noticed by TCP keepalive after so long."""
     refusal_seconds: float = 60.0
     """From HELLO's answer to hanging up, for a client that did not like it: a big process takes its time to abort. One
     that is silent for longer tells nothing about versions by leaving."""
     stall_seconds: float = 30.0
     """Silence in the middle of a message, and how long a reply may wait for the client to read on. Between messages
     a client may be silent for as long as it likes: its own model may be thinking."""
+    slowest: int = 128 << 10
+    """Bytes a second at which a message must come, beyond ``stall_seconds``: slower than any network that is of use."""
+    payload_bytes: int = 256 << 20
+    """Graphs on their way, of all clients together; real ones take 0.4 to 10 MB each, one by one."""
     buffers: int = 1024
     """Buffers of one client: real clients have a few dozen."""
+    buffers_of_all: int = 1 << 14
+    """Buffers of all clients together: a process may have 65,530 mappings (vm.max_map_count)."""
     buffer_bytes: int = 1 << 44
-    """Bytes of all buffers of one client: more than any machine has, so as good as none where one client may have all
-    of a device; what there is not, no client gets."""
+    """Bytes of all buffers of one client and of what its graphs take while they run: as good as no limit. What there is
+    not, no client gets."""
+    bytes_of_all: int = 1 << 44
+    """Bytes of all buffers of all clients together."""
+    share: float = 0.9
+    """Of a device's memory, for one client: the rest is for those that come while it is there."""
     tensors: int = 1 << 15
     """Tensors in a graph: today's largest models have below ten thousand, and each takes a millisecond to compile."""
     graphs: int = 32
@@ -37,3 +57,5 @@ class Limits:
     """One run of one graph: a graph can be small and its work without end."""
     linger_seconds: float = 2.0
     """How long we read on from a client that is told why it is thrown out, so that the reason reaches it."""
+    trimmed_bytes: int = 64 << 20
+    """When a client leaves that held so much, the memory that the allocator kept for it goes back to the system."""

@@ -13,52 +13,60 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from ..device import ServedDevice
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
-from .client_cache import Library
+from .client_cache import CacheService
 from .handler import converse
 from .limits import Limits
 from .negotiation import Fixed, Protocol
+from .quotas import Buffers, Payloads
 from .session import Session
 from .stream import Stream
 from .version_memory import normal
 
-if TYPE_CHECKING:
-    from ..engine.device import LocalDevice
-
 log = logging.getLogger(__name__)
 
-_JOIN_SECONDS = 5.0  # how long threads may take to end; a kernel that runs then dies with the process
+_JOIN_SECONDS = 3.0  # how long threads may take to end; a kernel that runs then dies with the process
+_REST_SECONDS = 0.1  # after something went wrong with a connection for which others are not to blame
+
+
+class Client(NamedTuple):
+    """A connection and what its client has."""
+
+    stream: Stream
+    session: Session
 
 
 class Server:
     """Offers ``devices`` (numbered in that order) at ``host``:``port`` (0: a free one) to whoever connects and speaks
     ``protocol``: one version (default: the newest), or what is learnt about each client.
-    Tensors that clients may send again are kept in ``library``, if there is one.
+    Tensors that clients may send again are kept in ``cache_service``, if there is one.
 
     As a context manager it serves in a thread of its own; :meth:`serve` does so in the caller's. The devices and
-    the library stay the caller's to close. Raises :class:`UsageError` when it can't listen there.
+    the cache service stay the caller's to close. Raises :class:`UsageError` when it can't listen there.
     """
 
     def __init__(
         self,
-        devices: Sequence[LocalDevice],
+        devices: Sequence[ServedDevice],
         protocol: Protocol | Dialect | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         limits: Limits | None = None,
-        library: Library | None = None,
+        cache_service: CacheService | None = None,
     ) -> None:
-        self.devices, self.limits, self.library = tuple(devices), limits or Limits(), library
+        self.devices, self.limits, self.cache_service = tuple(devices), limits or Limits(), cache_service
         self.protocol = protocol if isinstance(protocol, Protocol) else Fixed(protocol or newest())
         self._listening = _listen(host, port, self.limits.backlog)
         self.host, self.port = host, self._listening.getsockname()[1]
         self._waker, self._wakened = socket.socketpair()
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._clients: dict[threading.Thread, Stream] = {}
+        self._clients: dict[threading.Thread, Client] = {}
+        self._buffers, self._payloads = Buffers(self.limits), Payloads(self.limits.payload_bytes)
         self._thread: threading.Thread | None = None
 
     @property
@@ -89,7 +97,11 @@ class Server:
                 selector.register(self._wakened, selectors.EVENT_READ)
                 while not self._closing.is_set():
                     selector.select()
-                    self._accept()
+                    try:
+                        self._accept()
+                    except Exception:  # the boundary: whatever happens to one connection, others are served
+                        log.exception("a connection is not served: a fault in this server")
+                        time.sleep(_REST_SECONDS)
         finally:
             self._end()
 
@@ -118,23 +130,58 @@ class Server:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
             log.warning("a connection has to wait: %s", error.strerror)
-            time.sleep(0.1)  # it stays in the backlog; clients that leave make room
+            time.sleep(_REST_SECONDS)  # it stays in the backlog; clients that leave make room
             return
         peer = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-        if self.clients >= self.limits.connections:
-            log.warning("%s: refused, %d clients are connected already", peer, self.limits.connections)
-            connection.close()
-            return
         try:
-            self._start(Stream(connection, peer, normal(address[0]), self.limits.stall_seconds))
-        except (OSError, RuntimeError) as error:  # it is gone already; or the system has no thread left
-            log.warning("%s: refused: %s", peer, error)
+            if reason := self._full(normal(address[0])):
+                log.warning("%s: refused, %s", peer, reason)
+                connection.close()
+                return
+            self._start(Stream(connection, peer, normal(address[0]), self.limits, self._payloads))
+        except (OSError, RuntimeError, MemoryError) as error:  # it is gone already; or the system has no room left
+            log.warning("%s: refused: %s", peer, error or type(error).__name__)
             connection.close()
 
-    def _start(self, stream: Stream) -> None:
-        thread = threading.Thread(target=self._talk, args=(stream,), name=f"sdrpc client {stream.peer}", daemon=True)
+    def _full(self, address: str) -> str:
+        """Why there is no place for another client at ``address``, if there is none; one that does nothing has to make
+        room."""
         with self._lock:
-            self._clients[thread] = stream
+            clients = dict(self._clients)
+        alike = {t: client for t, client in clients.items() if client.stream.address == address}
+        if len(alike) >= self.limits.connections_of_address and not ipaddress.ip_address(address).is_loopback:
+            if self._make_room(alike):
+                return ""
+            return f"{self.limits.connections_of_address} clients of {address} are connected already"
+        if len(clients) >= self.limits.connections and not self._make_room(clients):
+            return f"{self.limits.connections} clients are connected already"
+        return ""
+
+    def _make_room(self, clients: dict[threading.Thread, Client]) -> bool:
+        """End the one of ``clients`` that has done nothing for longest, if it may have to go."""
+        now = time.monotonic()
+        idle: list[tuple[float, threading.Thread]] = []
+        for thread, (stream, session) in clients.items():
+            patience = self.limits.idle_seconds if session.requests else self.limits.silent_seconds
+            since = stream.idle_since
+            if since is not None and now - since >= patience and not session.holds_buffers:
+                idle.append((since, thread))
+        if not idle:
+            return False
+        _, thread = min(idle, key=lambda each: each[0])
+        with self._lock:
+            client = self._clients.pop(thread, None)
+        if client is not None:
+            client.stream.abort("it did nothing, and another client wants its place")
+        return True
+
+    def _start(self, stream: Stream) -> None:
+        cache = self.cache_service.client_cache(stream.address) if self.cache_service else None
+        session = Session(self.devices, self.limits, lambda: _why_stop(stream), cache, self._buffers)
+        client = Client(stream, session)
+        thread = threading.Thread(target=self._talk, args=(client,), name=f"sdrpc client {stream.peer}", daemon=True)
+        with self._lock:
+            self._clients[thread] = client
         try:
             thread.start()
         except RuntimeError:
@@ -142,28 +189,33 @@ class Server:
                 del self._clients[thread]
             raise
 
-    def _talk(self, stream: Stream) -> None:
-        shelf = self.library.shelf(stream.address) if self.library else None
-        session = Session(self.devices, self.limits, lambda: "its client is gone" if stream.hung_up() else "", shelf)
+    def _talk(self, client: Client) -> None:
+        stream, session = client
         try:
             converse(stream, session, self.protocol)
         finally:
             session.close()
+            stream.done()
             with self._lock:
-                del self._clients[threading.current_thread()]
+                self._clients.pop(threading.current_thread(), None)
             stream.close()
 
     def _end(self) -> None:
         self._listening.close()
         with self._lock:
             clients = dict(self._clients)
-        for stream in clients.values():
-            stream.abort()
+        for client in clients.values():
+            client.stream.abort("this server is stopping")
         until = time.monotonic() + _JOIN_SECONDS
         for thread in clients:
             thread.join(max(0.0, until - time.monotonic()))
         self._waker.close()
         self._wakened.close()
+
+
+def _why_stop(stream: Stream) -> str:
+    """Why nothing more shall be computed for a client, if so."""
+    return stream.aborted or ("its client is gone" if stream.hung_up() else "")
 
 
 def _listen(host: str, port: int, backlog: int) -> socket.socket:

@@ -1,15 +1,12 @@
 """The protocol version that a client is offered: a fixed one, or what its address is known to want.
 
 What is learnt stays in a small file, so that a server that is started again need not learn it again. Several servers
-may share the file: each change is made to what stands there at that moment. It is read as anybody's file.
+may share the file: each change is made to what stands there at that moment. It is treated as untrusted input.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import stat
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +14,9 @@ from threading import Lock
 
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect, dialects, newest
-from ..places import state_folder
+from ..storage import read_own, state_folder, write_whole
 from ..wire.hello import NATIVE, Hello
-from .version_memory import Learnt, Offer, accepting
+from .version_memory import Offer, VersionMemory, accepting
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +75,7 @@ class Learning(Protocol):
     def __init__(self, path: Path | None = None) -> None:
         self.dialect = newest()
         self._path, self._lock = path, Lock()
-        self._learnt = self._read() or Learnt()
+        self._learnt = self._read() or VersionMemory()
 
     def __str__(self) -> str:
         versions = [*dialects()]
@@ -101,7 +98,7 @@ class Learning(Protocol):
             "client again (--protocol with its version saves the search)"
         )
 
-    def _change(self, event: Callable[[Learnt], bool]) -> bool:
+    def _change(self, event: Callable[[VersionMemory], bool]) -> bool:
         """Let ``event`` happen, here and in the file; whether it changed anything."""
         with self._lock:
             if not event(self._learnt):
@@ -112,14 +109,16 @@ class Learning(Protocol):
             self._write()
             return True
 
-    def _read(self) -> Learnt | None:
+    def _read(self) -> VersionMemory | None:
         """What the file says; None when it can't be used."""
         if self._path is None:
             return None
         try:
-            return Learnt.parse(_text(self._path))
-        except FileNotFoundError:
-            return Learnt()
+            if not self._path.exists():
+                return VersionMemory()
+            if (data := read_own(self._path, MAX_BYTES)) is None:
+                raise ValueError(f"not a file of this user's of at most {MAX_BYTES} bytes")
+            return VersionMemory.parse(data.decode())
         except (OSError, ValueError) as error:
             log.warning("%s: not used, what it knew about clients is learnt again: %s", self._path, error)
             return None
@@ -129,44 +128,16 @@ class Learning(Protocol):
         if self._path is None:
             return
         try:
-            _replace(self._path, self._learnt.dump())
+            write_whole(self._path, self._learnt.dump().encode())
         except OSError as error:
             log.warning("%s: what is learnt about clients is not kept: %s", self._path, error.strerror)
             self._path = None
 
 
 def default_path() -> Path:
-    """In ``$SDRPC_STATE``, or the user's state directory."""
+    """Where what is learnt is kept for this user."""
     return state_folder() / "clients.json"
 
 
 def _unlike(offer: Offer) -> str:
     return f"as clients do that speak another protocol version than {offer.name}"
-
-
-def _text(path: Path) -> str:
-    """What is in a small regular file. Raises :class:`OSError` and :class:`ValueError`."""
-    # A pipe of that name must not make us wait, nor a link lead us elsewhere.
-    harmless = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | harmless)
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise ValueError("not a regular file")
-        data = os.read(file, MAX_BYTES + 1)
-    finally:
-        os.close(file)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes")
-    return data.decode()
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

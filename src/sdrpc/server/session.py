@@ -11,11 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..content import pieces
-from ..device import Bytes
-from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError
+from ..device import Buffer, Bytes, Memory, ServedDevice, ServedProgram, Watch
+from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph, contiguous_strides, extent
@@ -23,12 +23,10 @@ from ..ggml.types import Type
 from ..wire import graphs, messages
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
-from .client_cache import Keeping, Shelf
+from .client_cache import CacheWriter, ClientCache
 from .limits import Limits
+from .quotas import Buffers
 from .version_memory import Versions
-
-if TYPE_CHECKING:
-    from ..engine.device import LocalDevice, LocalProgram
 
 _LARGEST = 1 << 62  # of tensors, in bytes; beyond, sums of sizes may not fit the protocol's own u64
 _STRIDE_BITS = 32
@@ -55,19 +53,28 @@ class Ready(NamedTuple):
     """A compiled graph, the buffers without which it means nothing, and in which versions it means this."""
 
     device: int
-    program: LocalProgram
+    program: ServedProgram
     handles: frozenset[int]
     versions: Versions
 
 
 class Session:
-    """What one client has on ``devices``, which it knows by their position. ``watch`` says why what is computed for it
-    shall stop, or nothing. ``shelf``: tensors that it need not send, if the server keeps any."""
+    """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
+    computed for it. ``cache``: tensors that it need not send, if the server keeps any. ``buffers`` counts those of all
+    clients. ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running graph
+    took."""
 
     def __init__(
-        self, devices: Sequence[LocalDevice], limits: Limits, watch: Callable[[], str], shelf: Shelf | None = None
+        self,
+        devices: Sequence[ServedDevice],
+        limits: Limits,
+        watch: Watch,
+        cache: ClientCache | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
-        self.devices, self.limits, self.shelf = devices, limits, shelf
+        self.devices, self.limits, self.cache = devices, limits, cache
+        self.requests = self.most_held = 0
+        self._buffers = buffers or Buffers(limits)
         self.versions: Versions = ()
         """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
         self._watch = watch
@@ -95,13 +102,13 @@ class Session:
         """Where the ``size`` bytes of data of a SET_TENSOR belong."""
         return self._place(message.tensor, message.offset, size)
 
-    def keeping(self, place: Place) -> Keeping | None:
+    def writer(self, place: Place) -> CacheWriter | None:
         """For the data that comes to ``place``: kept for the next time if the client asked for it by its name before,
         as clients do with what they may send again."""
         key = (place.region.handle, place.offset, place.size)
-        if self.shelf is None or key not in self._missed:
+        if self.cache is None or key not in self._missed:
             return None
-        return self.shelf.keeping(place.size, self._missed.pop(key))
+        return self.cache.writer(place.size, self._missed.pop(key))
 
     def close(self) -> None:
         """Free everything."""
@@ -109,10 +116,17 @@ class Session:
         self._last.clear()
         for handle in [region.handle for region in self._space]:
             self._free(handle)
+        if self.most_held >= self.limits.trimmed_bytes:
+            for device in self.devices:
+                device.trim()
+
+    @property
+    def holds_buffers(self) -> bool:
+        return len(self._space) > 0
 
     # --- devices
 
-    def _device(self, number: int) -> LocalDevice:
+    def _device(self, number: int) -> ServedDevice:
         if number >= len(self.devices):
             raise RemoteProtocolError(f"device {number} does not exist; there are {len(self.devices)}")
         return self.devices[number]
@@ -124,24 +138,40 @@ class Session:
         return messages.GetAlignmentReply(self._device(asked.device).alignment)
 
     def _get_max_size(self, asked: messages.GetMaxSize) -> messages.GetMaxSizeReply:
-        return messages.GetMaxSizeReply(self._device(asked.device).memory().total)
+        return messages.GetMaxSizeReply(self._memory(asked.device).total)
 
     def _get_device_memory(self, asked: messages.GetDeviceMemory) -> messages.GetDeviceMemoryReply:
-        memory = self._device(asked.device).memory()
-        return messages.GetDeviceMemoryReply(memory.free, memory.total)
+        return messages.GetDeviceMemoryReply(*self._memory(asked.device))
+
+    def _memory(self, number: int) -> Memory:
+        """What this client may have of a device's memory, and what is left of that."""
+        free, total = self._device(number).memory()
+        share = min(int(self.limits.share * total), self.limits.buffer_bytes, self.limits.bytes_of_all)
+        rest = min(share - self._held_on(number), self.limits.bytes_of_all - self._buffers.held)
+        return Memory(max(min(free, rest), 0), share)
+
+    def _held_on(self, number: int) -> int:
+        return sum(region.size for region in self._space if region.device == number)
+
+    def _holds(self, working: int = 0) -> None:
+        """Note what the client has now."""
+        self.most_held = max(self.most_held, self._space.held + working)
 
     # --- buffers
 
     def _alloc_buffer(self, asked: messages.AllocBuffer) -> messages.AllocBufferReply:
         device = self._device(asked.device)
-        room = self.limits.buffer_bytes - self._space.held
+        room = min(self.limits.buffer_bytes - self._space.held, self._memory(asked.device).free)
         if len(self._space) >= self.limits.buffers or asked.size > room or not self._space.has_room(asked.size):
             return messages.AllocBufferReply(0, 0)
+        given: list[Buffer] = []
         try:
-            buffer = device.allocate(asked.size)
+            if not self._buffers.take(asked.size, lambda: given.append(device.allocate(asked.size))):
+                return messages.AllocBufferReply(0, 0)
         except OutOfMemory:
             return messages.AllocBufferReply(0, 0)
-        region = self._space.add(asked.device, asked.size, buffer)
+        region = self._space.add(asked.device, asked.size, given[0])
+        self._holds()
         return messages.AllocBufferReply(region.handle, region.size)
 
     def _buffer_get_base(self, asked: messages.BufferGetBase) -> messages.BufferGetBaseReply:
@@ -157,6 +187,7 @@ class Session:
             for key in [key for key, ready in table.items() if handle in ready.handles]:
                 del table[key]  # type: ignore[arg-type]
         self.devices[region.device].free(region.buffer)
+        self._buffers.give_back(region.size)
 
     def _buffer_clear(self, asked: messages.BufferClear) -> None:
         region = self._space[asked.remote_ptr]
@@ -206,7 +237,7 @@ class Session:
 
     def _set_tensor_hash(self, asked: messages.SetTensorHash) -> messages.SetTensorHashReply:
         place = self._rest(asked.tensor, asked.offset)
-        digest = None if self.shelf is None else self.shelf.meant(asked.hash, place.size)
+        digest = None if self.cache is None else self.cache.lookup(asked.hash, place.size)
         return self._restored(place, digest, asked.hash)
 
     def _set_tensor_digest(self, asked: messages.SetTensorDigest) -> messages.SetTensorHashReply:
@@ -221,7 +252,7 @@ class Session:
     def _restored(self, place: Place, digest: bytes | None, name: int | None) -> messages.SetTensorHashReply:
         """Whether ``place`` now has the bytes of ``digest``. If not, they are expected there next, and are kept then;
         ``name`` is what the client calls them, where it does not know the digest."""
-        if self.shelf is None:
+        if self.cache is None:
             return messages.SetTensorHashReply(0)
         region, offset, size = place
         device = self.devices[region.device]
@@ -229,7 +260,7 @@ class Session:
         def write(at: int, piece: Bytes) -> None:
             device.write(region.buffer, offset + at, piece)
 
-        if digest and self.shelf.restore(digest, size, device.window(region.buffer, offset, size), write):
+        if digest and self.cache.restore(digest, size, device.window(region.buffer, offset, size), write):
             return messages.SetTensorHashReply(1)
         if len(self._missed) < self.limits.tensors:
             self._missed[region.handle, offset, size] = name
@@ -271,11 +302,27 @@ class Session:
 
     def _graph_compute(self, asked: messages.GraphCompute) -> None:
         digest = blake2b(asked.payload, digest_size=32).digest()
-        ready = self._graphs.pop(digest, None) or self._compile(asked.payload)
+        ready = self._graphs.pop(digest, None) or self._compile(asked.payload, digest)
         self._graphs[digest] = self._last[ready.device] = ready
         if len(self._graphs) > self.limits.graphs:
             self._graphs.popitem(last=False)
-        ready.program.run(self._watch)
+        self._run(ready)
+
+    def _run(self, ready: Ready) -> None:
+        """Run a graph, for a client that is still there: the requests of one that is gone may lie in the socket."""
+        if reason := self._watch():
+            raise Stopped(f"nothing more is computed: {reason}", reason)
+        working, held = ready.program.peak, self._held_on(ready.device)
+        share = self._memory(ready.device).total
+        if held + working > share:
+            raise OutOfMemory(
+                self.devices[ready.device].name,
+                working,
+                f"the graph takes so much while it runs, and {share / 2**20:,.1f} MiB are one client's share, of which "
+                f"{held / 2**20:,.1f} MiB are in use",
+            )
+        self._holds(working)
+        ready.program.run(self._watch, self)
 
     def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
         self._device(asked.device)
@@ -283,18 +330,19 @@ class Session:
             raise RemoteProtocolError(
                 f"GRAPH_RECOMPUTE: device {asked.device} has no graph, or not its buffers any more"
             )
-        self._last[asked.device].program.run(self._watch)
+        self._run(self._last[asked.device])
 
-    def _compile(self, payload: Bytes) -> Ready:
-        """The graph in ``payload``, as the likeliest version has it in which it makes sense; those in which it does not
-        are none of this client's. When it makes sense in none, raises what is wrong with it in the likeliest: the first
-        that has all its numbers, if one has."""
-        meanings = graphs.meanings(payload, self.versions)
+    def _compile(self, payload: Bytes, digest: bytes) -> Ready:
+        """The graph in ``payload``, which has this ``digest``, as the likeliest version has it in which it makes sense;
+        those in which it does not are none of this client's. When it makes sense in none, raises what is wrong with it
+        in the likeliest: the first that has all its numbers, if one has."""
+        parts = graphs.split(payload)
+        meanings = graphs.meanings(parts, self.versions)
         reads: list[Read] = []
         faults: list[tuple[Versions, SdrpcError]] = []
         for versions in meanings:
             try:
-                read = self._read(payload, versions)
+                read = self._read(parts, versions)
                 if len(meanings) > 1:  # else compiling checks it
                     self._check(read)
                 reads.append(read)
@@ -307,8 +355,12 @@ class Session:
         possible = {version.version for read in reads for version in read.versions}
         self._narrow([version for version in self.versions if version.version in possible])
         read = reads[0]
-        buffers = {region.buffer.key: region.buffer for region in read.used.values()}
-        program = self.devices[read.device].compile(read.graph, buffers)
+        regions = sorted(read.used.values(), key=lambda region: region.handle)
+        buffers = {region.buffer.key: region.buffer for region in regions}
+        # the graph's bytes mean the same wherever a client has buffers of the same sizes at the same addresses
+        name = blake2b(digest, digest_size=32)
+        name.update(repr((read.versions[0].version, [region[:4] for region in regions])).encode())
+        program = self.devices[read.device].compile(read.graph, buffers, name.digest(), self._watch)
         return Ready(read.device, program, frozenset(read.used), read.versions)
 
     def _check(self, read: Read) -> None:
@@ -322,8 +374,7 @@ class Session:
             for key in [key for key, ready in table.items() if self.dialect not in ready.versions]:
                 del table[key]  # type: ignore[arg-type]
 
-    def _read(self, payload: Bytes, versions: Versions) -> Read:
-        parts = graphs.split(payload)
+    def _read(self, parts: graphs.Parts, versions: Versions) -> Read:
         self._device(parts.device)
         count = len(parts.tensors) // record_bytes(parts.name_length) if parts.name_length else 0
         if count > self.limits.tensors or len(parts.node_ids) > self.limits.tensors:
@@ -338,7 +389,7 @@ class Session:
                 )
             return region.buffer.key, region.offset(address, 0)
 
-        graph = graphs.decode_graph(payload, versions[0], resolve).graph
+        graph = graphs.decode_graph(parts, versions[0], resolve).graph
         return Read(parts.device, graph, used, versions)
 
 

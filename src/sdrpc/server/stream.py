@@ -14,46 +14,88 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..device import Bytes
 from ..errors import ConnectionLost, RemoteProtocolError
+from .limits import Limits
+from .quotas import Payloads
 
 _AHEAD = 1 << 16
 _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
+_COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more is counted in such pieces
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
 class Stream:
     """One connection: ``peer`` names it, ``address`` only the machine it comes from. ``doing`` says what is going on,
-    for errors; ``deadline`` (monotonic) bounds all reads if set; ``aborted`` is true when it was us who ended it."""
+    for errors; ``deadline`` (monotonic) bounds all reads if set; ``aborted`` is why it was us who ended it, if it was.
+    ``received`` and ``sent`` count bytes. ``idle_since`` (monotonic) is when it began to wait for the client, None
+    while there is something to do. Large messages are counted in ``payloads``."""
 
-    def __init__(self, connection: socket.socket, peer: str, address: str, stall_seconds: float) -> None:
+    def __init__(
+        self, connection: socket.socket, peer: str, address: str, limits: Limits, payloads: Payloads | None = None
+    ) -> None:
         self.peer, self.address = peer, address
-        self.aborted = False
+        self.aborted = ""
         self.doing = "connecting"
         self.deadline: float | None = None
-        self._socket, self._stall = connection, stall_seconds
+        self.received = self.sent = 0
+        self.began = time.monotonic()
+        self.idle_since: float | None = self.began
+        self._socket, self._limits, self._payloads = connection, limits, payloads
+        self._stall = limits.stall_seconds
+        self._counted = 0
         self._ahead = memoryview(bytearray(_AHEAD))
         self._start = self._end = 0
         self._staging = memoryview(bytearray())
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+        _notice_death(connection, limits.dead_seconds)
+
+    def expect(self, size: int) -> None:
+        """A message of ``size`` bytes is on its way: it must come at a speed that is of use."""
+        self.deadline = time.monotonic() + self._stall + size / self._limits.slowest
+
+    def done(self) -> None:
+        """The message that was expected is dealt with, and nothing of it is held any more."""
+        self.deadline = None
+        if self._payloads is not None and self._counted:
+            self._payloads.give_back(self.address, self._counted)
+        self._counted = 0
 
     def wait(self) -> bool:
         """Wait for the next message, for as long as ``deadline`` lets us; False when the client has finished."""
         if self._start < self._end:
             return True
+        self.idle_since = time.monotonic()
         self._start, self._end = 0, self._receive(self._ahead, None)
+        self.idle_since = None
         return self._end > 0
 
-    def read(self, size: int) -> bytes:
-        """The next ``size`` bytes, which must be few: they are buffered here."""
+    def read(self, size: int) -> Bytes:
+        """The next ``size`` bytes, which are buffered here: many are counted among the ``payloads``."""
         if self._end - self._start >= size:
             self._start += size
-            return bytes(self._ahead[self._start - size : self._start])
+            return self._ahead[self._start - size : self._start].tobytes()
+        if size > _COUNTED:
+            return self._read_counted(size)
         data = bytearray(size)
         self.read_into(memoryview(data))
-        return bytes(data)
+        return data
+
+    def _read_counted(self, size: int) -> Bytes:
+        data = np.empty(size, np.uint8).data  # untouched: it takes memory as the bytes come
+        self.expect(size)
+        for start in range(0, size, _COUNTED):
+            piece = data[start : start + _COUNTED]
+            if self._payloads is not None:
+                if not self._payloads.take(self.address, len(piece)):
+                    raise RemoteProtocolError("too many large graphs are on their way to this server; try again later")
+                self._counted += len(piece)
+            self.read_into(piece)
+        return data
 
     def read_into(self, target: memoryview) -> None:
         """Fill ``target`` (bytes) with what comes next, without a copy on the way."""
@@ -102,9 +144,9 @@ class Stream:
         poll.register(self._socket, select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
-    def abort(self) -> None:
+    def abort(self, reason: str) -> None:
         """End whatever another thread is doing with this socket."""
-        self.aborted = True
+        self.aborted = reason
         with contextlib.suppress(OSError):  # the client may have ended it already
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -125,7 +167,9 @@ class Stream:
             if seconds is not None and seconds <= 0:
                 raise TimeoutError
             self._socket.settimeout(seconds)
-            return self._socket.recv_into(target)
+            count = self._socket.recv_into(target)
+            self.received += count
+            return count
         except TimeoutError:
             raise RemoteProtocolError(f"nothing more came in time while {self.doing}") from None
         except OSError as error:
@@ -135,8 +179,19 @@ class Stream:
         self._socket.settimeout(self._stall)
         try:
             while rest:
-                rest = rest[self._socket.send(rest) :]
+                count = self._socket.send(rest)
+                self.sent += count
+                rest = rest[count:]
         except TimeoutError:
             raise RemoteProtocolError("the client does not read its replies") from None
         except OSError as error:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
+
+
+def _notice_death(connection: socket.socket, seconds: int) -> None:
+    """Let the system find out within ``seconds`` that the client's machine is gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    keepalive = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 6, "TCP_KEEPCNT": 3}
+    for option, value in keepalive.items():
+        if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))

@@ -87,7 +87,7 @@ class Known(NamedTuple):
 NOTHING = Known()
 
 
-class Learnt:
+class VersionMemory:
     """What is known about clients by address. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Learnt:
         return json.dumps({"format": FORMAT, "everywhere": list(self._everywhere), "addresses": addresses})
 
     @classmethod
-    def parse(cls, text: str) -> Learnt:
+    def parse(cls, text: str) -> VersionMemory:
         """What :meth:`dump` wrote, whoever may have written ``text``. Raises :class:`ValueError` for anything else."""
         try:
             table = json.loads(text)

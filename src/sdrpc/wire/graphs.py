@@ -81,14 +81,10 @@ def split(payload: Bytes) -> Parts:
     return Parts(device, np.frombuffer(view[COUNTS.size : at], "<u8"), tensors, name_length)
 
 
-def meanings(payload: Bytes, dialects: Sequence[Dialect]) -> list[tuple[Dialect, ...]]:
-    """``dialects`` grouped by what the numbers of operations and types in a payload mean in them, in their order.
-
-    Raises :class:`RemoteProtocolError` like :func:`split`.
-    """
+def meanings(parts: Parts, dialects: Sequence[Dialect]) -> list[tuple[Dialect, ...]]:
+    """``dialects`` grouped by what the numbers of operations and types in a graph mean in them, in their order."""
     if len(dialects) == 1:
         return [tuple(dialects)]
-    parts = split(payload)
     used: tuple[list[int], ...] = ([], [])
     if parts.name_length:
         table = columns(parts.tensors, parts.name_length)
@@ -101,13 +97,14 @@ def meanings(payload: Bytes, dialects: Sequence[Dialect]) -> list[tuple[Dialect,
     return [tuple(group) for group in groups.values()]
 
 
-def decode_graph(payload: Bytes, dialect: Dialect, resolve: Resolve) -> Received:
-    """The graph in a payload, its tensors placed by ``resolve`` (which is asked once per tensor that nodes use).
+def decode_graph(payload: Bytes | Parts, dialect: Dialect, resolve: Resolve) -> Received:
+    """The graph in a payload, which may be taken apart already; its tensors are placed by ``resolve``, which is asked
+    once per tensor that nodes use.
 
     Raises :class:`RemoteProtocolError` naming the tensor to blame. Strides that were cut to 32 bits are restored where
     the tensor is dense.
     """
-    device, node_ids, block, name_length = split(payload)
+    device, node_ids, block, name_length = payload if isinstance(payload, Parts) else split(payload)
     if not name_length:
         if len(node_ids):
             raise RemoteProtocolError(f"GRAPH_COMPUTE: {len(node_ids)} nodes but no tensor")

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
+from ..deadline import checkpoint
 from ..dtypes import shape_of
 from . import i_quants, k_quants, legacy_quants
 
@@ -68,5 +69,6 @@ def _in_chunks(
         return convert(blocks).to(dtype)
     result = torch.empty(len(blocks), width, dtype=dtype, device=blocks.device)
     for start in range(0, len(blocks), chunk):
+        checkpoint()
         result[start : start + chunk] = convert(blocks[start : start + chunk])
     return result

@@ -13,12 +13,15 @@ from torch import Tensor
 from sdrpc.ggml.params import FlashAttn, Rope, SoftMax
 from sdrpc.ggml.rules.attention import ROPE_IMROPE, ROPE_MROPE, ROPE_NORMAL, ROPE_VISION
 
+from ..deadline import checkpoint
 from ..operations import Attention, EngineOp
 from ..values import Value
 from .base import Autocast, Kernel, kernel, repeat_to
 
 SCORES = 1 << 24
 """Scores of queries and keys that are held at once, where it takes any: a long context has billions."""
+SPREAD = 1 << 24
+"""Elements of keys and values that are held at once for each head of the queries, where several share them."""
 Mix = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """Scores [n, heads, queries, keys], values [n, heads, keys, head], sinks of the heads → [n, heads, queries, head]."""
 RAMP = 0.001
@@ -150,6 +153,20 @@ def _spread(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
+def _heads_at_once(heads: int, k: Tensor, value: Tensor) -> int:
+    """For how many heads of the queries keys and values may be spread: all, or so many that they share a head of the
+    keys or have whole ones."""
+    groups = k.shape[1]
+    each = heads // groups
+    size = k.shape[0] * k.shape[2] * (k.shape[3] + value.shape[3])
+    if groups == heads or heads * size <= SPREAD:
+        return heads
+    room = max(1, SPREAD // size)
+    if room >= each:
+        return room // each * each
+    return max(n for n in range(1, min(room, each) + 1) if each % n == 0)
+
+
 def _attend(
     p: Attention | FlashAttn,
     q: Tensor,
@@ -162,6 +179,17 @@ def _attend(
 ) -> Tensor:
     """[n, heads, queries, head] and [n, groups, keys, head] → [n, heads, queries, head]; ``mix``: if not as usual."""
     batch, heads, queries = q.shape[:3]
+    if sinks is None and not p.max_bias and (mask is None or mask.shape[1] in (1, heads)):
+        some = _heads_at_once(heads, k, value)
+        if some < heads:
+            result = q.new_empty(batch, heads, queries, value.shape[3])
+            for start in range(0, heads, some):
+                checkpoint()
+                mine = slice(start * k.shape[1] // heads, -(-(start + some) * k.shape[1] // heads))
+                its = slice(start, start + some)
+                bias = mask if mask is None or mask.shape[1] == 1 else mask[:, its]
+                result[:, its] = _attend(p, q[:, its], k[:, mine], value[:, mine], bias, None, softcap, mix)
+            return result
     k, value = _spread(k, heads), _spread(value, heads)
     if mask is not None:
         mask = mask[:, :, :queries]
@@ -172,6 +200,7 @@ def _attend(
     some = max(1, SCORES // (batch * heads * k.shape[2]))
     parts = []
     for start in range(0, queries, some):
+        checkpoint()
         part = q[:, :, start : start + some]
         bias = None
         if mask is not None:
@@ -210,6 +239,7 @@ def _mixed_in_halves(scores: Tensor, value: Tensor, sinks: Tensor | None) -> Ten
     shares = torch.exp(scores - largest).masked_fill(hidden, 0)
     total = torch.zeros(1, device=value.device)
     for x, factor, share in zip(value.unbind(2), smaller.unbind(-1), shares.unbind(-1), strict=True):
+        checkpoint()
         total = (total * factor[..., None]).half().float()
         total = torch.addcmul(total, share[..., None], x[:, :, None]).half().float()
     size = torch.exp(scores - largest[..., -1:]).sum(-1, keepdim=True)

@@ -16,6 +16,7 @@ from sdrpc.ggml.params import MulMat, Rotation
 from sdrpc.ggml.rules.products import bytes_of_rows
 
 from ..arithmetic import quotient
+from ..deadline import checkpoint
 from ..dtypes import shape_of
 from ..operations import EngineOp
 from ..values import Value
@@ -72,6 +73,7 @@ def _sums(x: Tensor, w: Tensor) -> Tensor:
         return torch._int_mm(x, w.T)
     sums = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
     for part, weight in zip(torch.split(x, EXACT_SUM, 1), torch.split(w, EXACT_SUM, 1), strict=True):
+        checkpoint()
         sums += F.linear(part.float(), weight.float()).int()
     return sums
 

@@ -91,8 +91,8 @@ def _glu(v: Value[Glu], a: Tensor, b: Tensor | None = None) -> Tensor:
 
 def _scale(v: Value[Scale], x: Tensor) -> Tensor:
     p = v.params
-    scaled = x * p.scale
-    return scaled + p.bias if p.bias else scaled
+    scaled: Tensor = x * p.scale
+    return scaled.add_(p.bias) if p.bias else scaled
 
 
 def _clamp(v: Value[Clamp], x: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ from ..dtypes import shape_of
 from ..values import Value
 from .base import Autocast, Kernel, kernel, operand
 
+PADDED = 16
+"""An image that padding makes so many times larger is not padded: what its windows see is picked out of it."""
 CUBIC = -0.75
 """The parameter of bicubic interpolation."""
 MUCH = 8
@@ -43,19 +45,23 @@ then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2). One of a single ta
 def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int]) -> Tensor:
     """What a window of ``k`` taps sees of ``x`` [n, c, h, w] with zeros around it: [n, down, across, taps, c]. Height
     comes first in windows, strides, paddings and dilations."""
+    if (2 * p[0] + x.shape[2]) * (2 * p[1] + x.shape[3]) > PADDED * x.shape[2] * x.shape[3]:
+        outputs = [(x.shape[2 + i] + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in (0, 1)]
+        return _picked(x, k, s, p, d, outputs)
     x = F.pad(x, (p[1], p[1], p[0], p[0])).permute(0, 2, 3, 1).contiguous()  # channels move together, the fastest way
     for axis in (0, 1):
         x = x.unfold(1 + axis, d[axis] * (k[axis] - 1) + 1, s[axis])[..., :: d[axis]]
     return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
 
 
-def _patches_outside(
-    x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int], outputs: tuple[int, int]
+def _picked(
+    x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int], outputs: Sequence[int]
 ) -> Tensor:
-    """As :func:`_patches`, for ``outputs`` windows of which some lie outside of the padded image."""
+    """As :func:`_patches`, for ``outputs`` windows, of which some may lie outside of the padded image. The image is not
+    padded: of what lies around it one row and one column are made real."""
     down, across = (taps_at(x.shape[2 + i], outputs[i], k[i], (s[i], p[i], d[i]), x.device) for i in (0, 1))
-    picked = F.pad(x, (0, 1, 0, 1))[:, :, down[:, None, :, None], across[None, :, None, :]]
-    return picked.permute(0, 2, 3, 4, 5, 1).flatten(3, 4)
+    seen = F.pad(x, (0, 1, 0, 1)).permute(0, 2, 3, 1)[:, down[:, None, :, None], across[:, None, :]]
+    return seen.flatten(3, 4)
 
 
 def reaches(n: int, k: int, padding: int, dilation: int) -> bool:
@@ -105,7 +111,7 @@ def _im2col(v: Value[Im2Col], _kernel: Tensor, x: Tensor) -> Tensor:
     if all(map(reaches, x.shape[2:], k, pad, d)):
         patches = _patches(x, k, s, pad, d)
     else:
-        patches = _patches_outside(x, k, s, pad, d, (v.ne[2] if p.is_2d else 1, v.ne[1]))
+        patches = _picked(x, k, s, pad, d, (v.ne[2] if p.is_2d else 1, v.ne[1]))
     return patches.mT.reshape(shape_of(v.ne))
 
 
@@ -172,12 +178,29 @@ def _conv_2d_dw(v: Value[Conv2D], kernel: Tensor, x: Tensor) -> Tensor:
 
 def _conv_transpose_2d(v: Value[ConvTranspose2D], kernel: Tensor, x: Tensor) -> Tensor:
     p = v.params
-    return F.conv_transpose2d(x, kernel, stride=p.stride)
+    down, across = min(p.stride, kernel.shape[2]), min(p.stride, kernel.shape[3])
+    y = F.conv_transpose2d(x, kernel, stride=(down, across))
+    return _apart(_apart(y, 3, across, p.stride, v.ne[0]), 2, down, p.stride, v.ne[1])
 
 
 def _conv_transpose_1d(v: Value[ConvTranspose1D], kernel: Tensor, x: Tensor) -> Tensor:
     p = v.params
-    return F.conv_transpose1d(x[0], kernel[0], stride=p.stride)[None]
+    stride = min(p.stride, kernel.shape[3])
+    return _apart(F.conv_transpose1d(x[0], kernel[0], stride=stride)[None], 3, stride, p.stride, v.ne[0])
+
+
+def _apart(x: Tensor, dim: int, step: int, stride: int, size: int) -> Tensor:
+    """``x`` whose groups of ``step`` elements along ``dim`` begin every ``stride`` elements of the result, zeros in
+    between: what a transposed convolution gives whose stride is larger than its kernel, so that no two taps meet. (With
+    large strides torch's kernels take time with the stride, and from 16384 on crash.)"""
+    if step == stride:
+        return x
+    shape = [*x.shape]
+    shape[dim] = size
+    groups = x.reshape(*x.shape[:dim], -1, step, *x.shape[dim + 1 :])
+    result = x.new_zeros(shape)
+    result.unfold(dim, step, stride).copy_(groups.movedim(dim + 1, -1))
+    return result
 
 
 def _col2im_1d(v: Value[Col2Im1D], columns: Tensor) -> Tensor:

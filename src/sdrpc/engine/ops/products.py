@@ -9,6 +9,7 @@ from torch import Tensor
 from sdrpc.ggml.params import MulMat, NoParams
 
 from ..blocks import dequantize
+from ..deadline import checkpoint
 from ..operations import EngineOp
 from ..values import Value
 from .base import Autocast, Kernel, kernel, operand, within
@@ -21,11 +22,12 @@ def _mul_mat(_v: Value[MulMat], a: Tensor, b: Tensor) -> Tensor:
         return F.linear(b, a[0, 0])
     if a.shape[:2] == b.shape[:2]:
         return b @ a.mT
-    if a.shape[0] != b.shape[0]:
-        a = a.repeat_interleave(b.shape[0] // a.shape[0], 0)
-    n3, n2, n, k = b.shape
-    grouped = b.reshape(n3, a.shape[1], n2 // a.shape[1] * n, k)
-    return (grouped @ a.mT).reshape(n3, n2, n, a.shape[2])
+    # all rows of b that one matrix of a multiplies come together: a is never repeated in memory
+    (a3, a2, m, k), (b3, b2, n, _) = a.shape, b.shape
+    r3, r2 = b3 // a3, b2 // a2
+    rows = b.reshape(a3, r3, a2, r2 * n, k).transpose(1, 2).reshape(a3, a2, r3 * r2 * n, k)
+    product = (rows @ a.mT).reshape(a3, a2, r3, r2 * n, m)
+    return product.transpose(1, 2).reshape(b3, b2, n, m)
 
 
 def _linear_bias(_v: Value[MulMat], a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
@@ -42,7 +44,9 @@ def _mul_mat_id(v: Value[MulMat], a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     tokens, used = ids.shape[2:]
     matrices, m, n = a.shape[1], a.shape[2], tokens * used
     k = b.shape[3]
-    rows = b[0].repeat(1, used // b.shape[2], 1).reshape(n, k)
+    rows = b[0].reshape(-1, k)
+    places = torch.arange(n, device=b.device)
+    source = places // used * b.shape[2] + places % used % b.shape[2]  # the row of b that each product reads
     picked = within(ids.reshape(-1).long(), matrices)
     tile = 1 << max(0, (n // matrices).bit_length() - 1)
     tiles = n if tile == 1 else n // tile + matrices
@@ -52,17 +56,23 @@ def _mul_mat_id(v: Value[MulMat], a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     whole = (count + tile - 1).div(tile, rounding_mode="floor")
     ends = whole.cumsum(0)
     shift = (ends - whole) * tile - (count.cumsum(0) - count)  # of each matrix's rows, from their order to their tiles
-    slots = torch.arange(n, device=picked.device) + shift[picked[order]]
-    padded = rows.new_zeros(tiles * tile, k).index_copy(0, slots, rows[order]).reshape(tiles, tile, k)
+    slots = places + shift[picked[order]]
+    # rows are gathered tile by tile; what fills a tile up is any row, whose product nobody reads
+    gathered = order.new_zeros(tiles * tile).index_copy(0, slots, source[order]).reshape(tiles, tile)
     owners = torch.searchsorted(ends, torch.arange(tiles, device=picked.device), right=True).clamp(max=matrices - 1)
 
     held = operand(v, 0).type
 
-    def matrix(number: Tensor) -> Tensor:
-        one = a.index_select(1, number)
+    def matrix(number: Tensor | int) -> Tensor:
+        checkpoint()
+        one = a.narrow(1, number, 1) if isinstance(number, int) else a.index_select(1, number)
         return (one if held.plain else dequantize(one, held, (k, m, 1, 1), b.dtype)).to(b.dtype)[0, 0]
 
-    products = torch.cat([F.linear(x, matrix(owners[i : i + 1])) for i, x in enumerate(padded)])
+    # into one tensor: single results in between would keep the heap from using the same memory for the next tile
+    products, some = b.new_empty(tiles * tile, m), b.new_empty(tile, k)
+    for i, number in enumerate(owners.tolist() if a.is_cpu else torch.split(owners, 1)):
+        torch.index_select(rows, 0, gathered[i], out=some)
+        products[i * tile : (i + 1) * tile] = F.linear(some, matrix(number))
     return torch.empty_like(products[:n]).index_copy(0, order, products[slots]).reshape(1, tokens, used, m)
 
 

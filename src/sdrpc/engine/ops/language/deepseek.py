@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sdrpc.ggml.params import Gather, Mixing, NoParams
 
+from ...deadline import checkpoint
 from ...dtypes import shape_of
 from ...values import Value
 from ..base import Kernel, kernel, repeat_to
 
-SCORES = 1 << 24
+SCORES = 1 << 22
 """Scores of heads that are held at one time."""
 
 
@@ -23,6 +24,7 @@ def _lightning_indexer(v: Value, query: Tensor, key: Tensor, weights: Tensor, ma
     at_once = max(SCORES // (batch * tokens * keys.shape[2]), 1)
     total = repeat_to(mask, v.ne)[:, 0]
     for some, weight in zip(torch.split(query, at_once, 2), torch.split(weights, at_once, 3), strict=True):
+        checkpoint()
         scores = F.relu(some.reshape(batch, -1, size) @ keys).reshape(batch, tokens, some.shape[2], -1)
         total = total + (weight[:, 0, :, None] @ scores)[:, :, 0]
     return total.reshape(shape_of(v.ne))
@@ -36,6 +38,7 @@ def _mixing(v: Value[Mixing], mixes: Tensor, scale: Tensor, base: Tensor) -> Ten
     matrix: Tensor = torch.softmax(logits.reshape(-1, streams, streams), -1) + p.eps
     matrix = matrix / (matrix.sum(1, keepdim=True) + p.eps)
     for _ in range(p.rounds - 1):
+        checkpoint()
         matrix = matrix / (matrix.sum(2, keepdim=True) + p.eps)
         matrix = matrix / (matrix.sum(1, keepdim=True) + p.eps)
     return matrix.reshape(shape_of(v.ne))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdrpc.ggml.params import LinearAttention, NoParams, States
 
+from ...deadline import checkpoint
 from ...dtypes import shape_of
 from ...values import Value
 from ..base import Kernel, kernel, within
@@ -58,6 +59,7 @@ def _ssm_scan(
     inputs, a = x * step[..., None], a[0, 0]
     outputs, history = [], _history(p.states)
     for t in range(tokens):
+        checkpoint()
         decay = torch.exp(step[:, t, :, None] * a).reshape(*grouped, 1, -1)
         state = state * decay + inputs[:, t].reshape(*grouped, width, 1) * b[:, t, :, None, None]
         outputs.append((state @ c[:, t, :, None, :, None])[..., 0])
@@ -81,6 +83,7 @@ def _wkv6(
     bonus = first.reshape(*key.shape[2:], 1)
     outputs = []
     for t in range(key.shape[1]):
+        checkpoint()
         new = key[:, t, :, :, None] * value[:, t, :, None]
         outputs.append((receptance[:, t, :, None] @ torch.addcmul(h, bonus, new))[:, :, 0])
         h = torch.addcmul(new, decay[:, t, :, :, None], h)
@@ -94,6 +97,7 @@ def _wkv7(
     h, receptance, decay, key, value, a, b = _sequences(state, receptance, decay, key, value, a, b)
     outputs = []
     for t in range(key.shape[1]):
+        checkpoint()
         removed = h @ a[:, t, :, :, None]
         h = h * decay[:, t, :, None] + value[:, t, :, :, None] * key[:, t, :, None] + removed * b[:, t, :, None]
         outputs.append((h @ receptance[:, t, :, :, None])[..., 0])
@@ -108,6 +112,7 @@ def _gated_linear_attn(
     h, key, value, query, gate = _sequences(state, key, value, query * p.scale, gate)
     outputs = []
     for t in range(key.shape[1]):
+        checkpoint()
         h = torch.addcmul(key[:, t, :, :, None] * value[:, t, :, None], gate[:, t, :, :, None], h)
         outputs.append((query[:, t, :, None] @ h)[:, :, 0])
     return _joined(v, outputs, [h])
@@ -131,6 +136,7 @@ def _gated_delta_net(
     h = state.reshape(sequences, heads, size, size)
     outputs, history = [], _history(p.states)
     for t in range(tokens):
+        checkpoint()
         h = h * decay[:, t]
         error = (value[:, t, ..., None] - h @ key[:, t]) * beta[:, t, ..., None]
         h = torch.addcmul(h, error, key[:, t].mT)

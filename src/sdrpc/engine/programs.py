@@ -1,0 +1,52 @@
+"""Compiled graphs by name: what several clients run, or one again, is compiled once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+
+from .deadline import WATCH_SECONDS, Deadline, running
+from .program import Compiled
+
+PROGRAMS = 32
+"""Graphs that are kept compiled."""
+
+
+class Programs:
+    """For any thread. Graphs are compiled one at a time: it is Python's work, of which two threads do no more than one,
+    and those that compute would wait for all of them."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._lock, self._compiling = Lock(), Lock()
+
+    def get(self, name: bytes, make: Callable[[], Compiled], deadline: Deadline) -> Compiled:
+        """The graph that is called ``name``, made if it is not there. ``deadline`` may end that."""
+        if (known := self._find(name)) is not None:
+            return known
+        while not self._compiling.acquire(timeout=WATCH_SECONDS):
+            deadline.check()
+        try:
+            if (known := self._find(name)) is not None:  # somebody else was faster
+                return known
+            deadline.start()
+            with running(deadline):
+                made = make()
+        finally:
+            self._compiling.release()
+        with self._lock:
+            self._kept[name] = made
+            while len(self._kept) > PROGRAMS:
+                self._kept.popitem(last=False)
+        return made
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
+    def _find(self, name: bytes) -> Compiled | None:
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)

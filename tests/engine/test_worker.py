@@ -1,0 +1,72 @@
+"""The thread that computes for a device: clients take turns, and nothing of a task stays behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from functools import partial
+
+import pytest
+import torch
+
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.precision import EXACT
+from sdrpc.engine.worker import Worker
+from sdrpc.errors import ComputeError
+from sdrpc.ggml.tensor import Graph, Tensor
+from sdrpc.ggml.types import F32, TYPES
+
+
+def test_clients_take_turns() -> None:
+    order: list[str] = []
+    begin = threading.Event()
+    worker = Worker("test", lambda: None)
+    futures = [worker.submit("a", begin.wait)]
+    futures += [worker.submit("a", partial(order.append, f"a{i}")) for i in range(4)]
+    futures += [worker.submit("b", partial(order.append, f"b{i}")) for i in range(2)]
+    futures += [worker.submit("c", partial(order.append, "c0"))]
+    begin.set()
+    for future in futures:
+        future.result()
+    assert order == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+    assert worker.close(10.0)
+    with pytest.raises(RuntimeError, match="closed"):
+        worker.submit("a", begin.wait)
+
+
+def test_a_worker_that_does_not_end_in_time_says_so() -> None:
+    begin = threading.Event()
+    worker = Worker("test", lambda: None)
+    worker.submit("a", begin.wait)
+    assert not worker.close(0.01)
+    begin.set()
+    assert worker.close(10.0)
+
+
+def test_errors_reach_who_waits() -> None:
+    worker = Worker("test", lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        worker.submit("a", lambda: 1 // 0).result()
+    assert worker.submit("a", lambda: 1).result() == 1
+    worker.close()
+
+
+def test_a_failed_run_leaves_nothing_behind_without_the_cycle_collector() -> None:
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    buffer = device.allocate(1 << 20)
+    table = Tensor(F32, (4, 3, 1, 1), (4, 16, 48, 48), buffer=buffer.key)
+    rows = Tensor(TYPES["I32"], (2, 1, 1, 1), (4, 8, 8, 8), buffer=buffer.key, offset=4096)
+    node = Tensor(F32, (4, 2, 1, 1), (4, 16, 32, 32), op="GET_ROWS", src=(table, rows), buffer=buffer.key, offset=8192)
+    device.write(buffer, 4096, bytes([99, 0, 0, 0, 0, 0, 0, 0]))
+    memory = weakref.ref(buffer.data)
+    gc.disable()
+    try:
+        with pytest.raises(ComputeError, match="rows 0 … 99 of 3"):
+            device.compile(Graph((node,)), {buffer.key: buffer}).run()
+        device.free(buffer)
+        del buffer
+        assert memory() is None
+    finally:
+        gc.enable()
+        device.close()
