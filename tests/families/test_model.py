@@ -227,7 +227,6 @@ def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
         ("double_stream_modulation_img.lin.weight", r"FLUX\.2"),
         ("model.diffusion_model.distilled_guidance_layer.in_proj.weight", "Chroma"),
         ("transformer_blocks.0.img_mod.1.weight", "Qwen-Image"),

@@ -51,6 +51,8 @@ class Case:
 FAMILIES = {
     "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x (v)", "sd2-base": "Stable Diffusion 2.x (eps)",
     "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
+    "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
+    "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
 }  # fmt: skip
 
 FORMS = {
@@ -59,12 +61,19 @@ FORMS = {
     "sharded": "diffusers directory, sharded",
 }  # fmt: skip
 
+FIRST = ("sd1", "sd2", "sd2-base", "sdxl", "flux1-dev", "flux1-schnell")
+"""Families that are drawn from every form of file."""
+
 CASES = (
-    *(Case(family, form) for family in FAMILIES for form in ("safetensors", "gguf", "parts", "diffusers", "sharded")),
+    *(Case(family, form) for family in FIRST for form in ("safetensors", "gguf", "parts", "diffusers", "sharded")),
     *(Case(family, "gguf", kind) for family in ("sd1", "sdxl", "flux1-dev") for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "gguf-parts", kind) for family in ("sdxl", "flux1-dev") for kind in ("Q5_1", "Q6_K")),
     *(Case(family, "parts", kind) for family in ("sdxl", "flux1-schnell") for kind in ("BF16", "F8_E4M3", "F8_E5M2")),
-)
+    *(Case("sd3", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
+    *(Case("sd3-without-t5", form) for form in ("safetensors", "parts", "diffusers")),
+    *(Case("sd3.5-medium", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
+    Case("sd3.5-large", "safetensors"), Case("sd3.5-medium", "gguf-parts", "Q8_0"),
+)  # fmt: skip
 
 NATIVE_CASES = (
     *(Case(family, "safetensors") for family in FAMILIES),
@@ -117,10 +126,12 @@ def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
     asked = request(case)
     flux = case.family.startswith("flux1")
-    predicts = (
-        prediction("flux_flow", shift=_shift(case)) if flux else prediction("v" if case.family == "sd2" else "eps")
-    )
-    shape = (16 if flux else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
+    sd3 = case.family.startswith("sd3")
+    if flux:
+        predicts = prediction("flux_flow", shift=_shift(case))
+    else:
+        predicts = prediction("sd3_flow" if sd3 else "v" if case.family == "sd2" else "eps")
+    shape = (16 if flux or sd3 else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
         asked.prompt, noise, make_sigmas("discrete", STEPS, predicts).tolist(), asked.negative_prompt,

@@ -7,7 +7,7 @@ takes seconds), and ``reduced`` (FLUX.1 alone) the real widths with few blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -22,6 +22,7 @@ AutoencoderKL: Any = diffusers.AutoencoderKL
 EulerDiscreteScheduler: Any = diffusers.EulerDiscreteScheduler
 FlowMatchEulerDiscreteScheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler
 FluxTransformer2DModel: Any = diffusers.FluxTransformer2DModel
+SD3Transformer2DModel: Any = diffusers.SD3Transformer2DModel
 UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 
 CLIP_WORDS, CLIP_LENGTH, T5_WORDS = 49408, 77, 32128
@@ -49,8 +50,14 @@ class Component:
         """The shapes of the class's tensors and the unused ones, by :func:`tensor_name`."""
         with torch.device("meta"):
             module = self.build()
-        own = {tensor_name(name): tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        return {**own, **self.unused}
+        return {**{name: tuple(tensor.shape) for name, tensor in saved_tensors(module).items()}, **self.unused}
+
+
+def saved_tensors(module: Any) -> dict[str, torch.Tensor]:
+    """A module's parameters and the tables that it saves with them, each once, by :func:`tensor_name`."""
+    saved = module.state_dict()
+    tables = {name: table for name, table in module.named_buffers() if name in saved}
+    return {tensor_name(name): tensor for name, tensor in (*module.named_parameters(), *tables.items())}
 
 
 def tensor_name(parameter: str) -> str:
@@ -125,6 +132,14 @@ def _clip_h(width: int, layers: int) -> Component:
     )
 
 
+def _projecting_clip_l(whole: str, width: int, layers: int) -> Component:
+    """OpenAI's CLIP ViT-L/14 with a projection, as SD 3's files have it."""
+    return replace(
+        _clip_l(whole, width, layers),
+        build=lambda: transformers.CLIPTextModelWithProjection(_clip_config(width, layers, "quick_gelu", width)),
+    )
+
+
 def _clip_g(width: int, layers: int) -> Component:
     """OpenCLIP ViT-bigG/14 with its projection."""
     return Component(
@@ -136,7 +151,7 @@ def _clip_g(width: int, layers: int) -> Component:
     )
 
 
-def _t5(width: int, inner: int, heads: int, layers: int) -> Component:
+def _t5(width: int, inner: int, heads: int, layers: int, folder: str = "text_encoder_2") -> Component:
     """The encoder of T5 1.1. ``inner`` is the width of the feed-forward layers."""
     config = transformers.T5Config(
         vocab_size=T5_WORDS,
@@ -149,7 +164,7 @@ def _t5(width: int, inner: int, heads: int, layers: int) -> Component:
     )
     return Component(
         "t5xxl",
-        "text_encoder_2",
+        folder,
         lambda: transformers.T5EncoderModel(config),
         prefixed("text_encoders.t5xxl.transformer.", names.unchanged),
         names.unchanged,
@@ -223,6 +238,28 @@ def _flux(heads: int, blocks: int, single_blocks: int, text: int, pooled: int, g
         ),
         prefixed("model.diffusion_model.", names.flux),
         names.flux,
+    )
+
+
+def _sd3(
+    blocks: int, heads: int, text: int, pooled: int, side: int, dual: int = 0, norm: str | None = None
+) -> Component:
+    """``side``: rows and columns of the table of positions; ``dual``: how many blocks attend a second time."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: SD3Transformer2DModel(
+            num_layers=blocks,
+            num_attention_heads=heads,
+            caption_projection_dim=heads * HEAD,
+            joint_attention_dim=text,
+            pooled_projection_dim=pooled,
+            pos_embed_max_size=side,
+            dual_attention_layers=tuple(range(dual)),
+            qk_norm=norm,
+        ),
+        prefixed("model.diffusion_model.", names.sd3),
+        names.sd3,
     )
 
 
@@ -372,4 +409,57 @@ FLUX1_SCHNELL = Family(
     "flux",
 )
 
-FAMILIES = {family.name: family for family in (SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL)}
+_SD3_LATENTS: dict[str, Any] = {
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+def _sd3_family(name: str, full: Mapping[str, Any], tiny: Mapping[str, Any], t5: bool = True) -> Family:
+    """``full`` and ``tiny``: what is special to the member's diffusion model."""
+
+    def components(
+        vae: tuple[tuple[int, ...], int],
+        clip_l: tuple[int, int],
+        clip_g: tuple[int, int],
+        text: tuple[int, int, int, int],
+        dit: Mapping[str, Any],
+    ) -> tuple[Component, ...]:
+        return (
+            _sd3(text=text[0], pooled=clip_l[0] + clip_g[0], **dit),
+            _vae("first_stage_model.", *vae, channels=16, **_SD3_LATENTS),
+            _projecting_clip_l("text_encoders.clip_l.transformer.", *clip_l),
+            replace(_clip_g(*clip_g), whole=prefixed("text_encoders.clip_g.transformer.", names.clip)),
+            *((_t5(*text, folder="text_encoder_3"),) if t5 else ()),
+        )
+
+    return Family(
+        name,
+        diffusers.StableDiffusion3Pipeline,
+        {
+            "full": components(FULL_VAE, (768, 12), (1280, 32), (4096, 10240, 64, 24), full),
+            "tiny": components(TINY_VAE, (64, 3), (128, 3), (256, 160, 2, 2), tiny),
+        },
+        lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "sd3",
+    )
+
+
+_SD3_MEDIUM: dict[str, Any] = {"blocks": 24, "heads": 24, "side": 192}
+_SD3_TINY: dict[str, Any] = {"blocks": 3, "heads": 2, "side": 24}
+_NORMED: dict[str, Any] = {"norm": "rms_norm"}
+SD3 = _sd3_family("sd3", _SD3_MEDIUM, _SD3_TINY)
+SD3_WITHOUT_T5 = _sd3_family("sd3-without-t5", _SD3_MEDIUM, _SD3_TINY, t5=False)
+SD35_MEDIUM = _sd3_family(
+    "sd3.5-medium", {"blocks": 24, "heads": 24, "side": 384, "dual": 13, **_NORMED}, {**_SD3_TINY, "dual": 2, **_NORMED}
+)
+SD35_LARGE = _sd3_family("sd3.5-large", {"blocks": 38, "heads": 38, "side": 192, **_NORMED}, {**_SD3_TINY, **_NORMED})
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM, SD35_LARGE,
+    )
+}  # fmt: skip

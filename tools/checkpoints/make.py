@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import names
-from .families import FAMILIES, Component, Family, tensor_name
+from .families import FAMILIES, Component, Family, saved_tensors
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
 from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
@@ -20,8 +20,8 @@ from .tokenizers import clip_tokenizer, t5_tokenizer
 
 SEED = 0
 
-_NEVER_IN_BLOCKS = "attn_rel_b.weight"
-"""What llama.cpp's converters leave in F16: T5's distances."""
+_NEVER_IN_BLOCKS = ("attn_rel_b.weight", "pos_embed")
+"""What converters leave in F16: T5's distances, SD 3's positions."""
 
 
 def _as_it_is(_shape: Shape) -> Shape | None:
@@ -108,7 +108,7 @@ class Made:
 
 def _module(filed: Filed) -> Any:
     module = filed.component.build().float()
-    parameters = {tensor_name(name): parameter for name, parameter in module.named_parameters()}
+    parameters = saved_tensors(module)
     with torch.no_grad():
         for name, numbers in filed.weights():
             if name in parameters:
@@ -123,7 +123,14 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+    if family.name.startswith("sd3"):
+        both = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
+        return both | ({"tokenizer_3": t5_tokenizer()} if _has_t5(family) else {})
     return {"tokenizer": clip_tokenizer("!" if family.name.startswith("sd2") else "<|endoftext|>")}
+
+
+def _has_t5(family: Family) -> bool:
+    return any(component.name == "t5xxl" for component in family.components["tiny"])
 
 
 def _rest(family: Family) -> dict[str, Any]:
@@ -132,7 +139,11 @@ def _rest(family: Family) -> dict[str, Any]:
     if family.pipeline.__name__ == "StableDiffusionPipeline":
         nothing = {"safety_checker": None, "feature_extractor": None}
         return {"scheduler": scheduler, **nothing, "requires_safety_checker": False}
-    return {"scheduler": scheduler, **({"add_watermarker": False} if family.name == "sdxl" else {})}
+    if family.name == "sdxl":
+        return {"scheduler": scheduler, "add_watermarker": False}
+    if family.name.startswith("sd3") and not _has_t5(family):
+        return {"scheduler": scheduler, "text_encoder_3": None, "tokenizer_3": None}
+    return {"scheduler": scheduler}
 
 
 def make(

@@ -257,3 +257,46 @@ def flux(shapes: Shapes) -> Iterator[Entry]:
             yield Entry(original, tuple(sources), ROWS)
         else:
             yield Entry(original, (name,))
+
+
+_SD3_RULES: Rules = (
+    (r"pos_embed\.pos_embed", "pos_embed"),
+    (r"pos_embed\.proj\.(.*)", r"x_embedder.proj.\1"),
+    (r"context_embedder\.(.*)", r"\g<0>"),
+    (r"time_text_embed\.timestep_embedder\.linear_1\.(.*)", r"t_embedder.mlp.0.\1"),
+    (r"time_text_embed\.timestep_embedder\.linear_2\.(.*)", r"t_embedder.mlp.2.\1"),
+    (r"time_text_embed\.text_embedder\.linear_1\.(.*)", r"y_embedder.mlp.0.\1"),
+    (r"time_text_embed\.text_embedder\.linear_2\.(.*)", r"y_embedder.mlp.2.\1"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear\.(.*)", r"joint_blocks.\1.x_block.adaLN_modulation.1.\2"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear\.(.*)", r"joint_blocks.\1.context_block.adaLN_modulation.1.\2"),
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.to_q\.(.*)", r"joint_blocks.\1.x_block.\2.qkv.\3"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_q_proj\.(.*)", r"joint_blocks.\1.context_block.attn.qkv.\2"),
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight", r"joint_blocks.\1.x_block.\2.ln_\3.weight"),
+    (r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight", r"joint_blocks.\1.context_block.attn.ln_\2.weight"),
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0\.(.*)", r"joint_blocks.\1.x_block.\2.proj.\3"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out\.(.*)", r"joint_blocks.\1.context_block.attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.(.*)", r"joint_blocks.\1.x_block.mlp.fc1.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2\.(.*)", r"joint_blocks.\1.x_block.mlp.fc2.\2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj\.(.*)", r"joint_blocks.\1.context_block.mlp.fc1.\2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2\.(.*)", r"joint_blocks.\1.context_block.mlp.fc2.\2"),
+    (r"norm_out\.linear\.(.*)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"proj_out\.(.*)", r"final_layer.linear.\1"),
+)
+
+
+def sd3(shapes: Shapes) -> Iterator[Entry]:
+    """SD 3's transformer: queries, keys and values in one matrix. Where a norm gets two vectors (the last layer's, and
+    that of the text in the last block, which gives no text) the file has shift above scale."""
+    last = max(int(name.split(".")[1]) for name in shapes if name.startswith("transformer_blocks."))
+    for name in shapes:
+        if re.search(r"\.(to_[kv]|add_[kv]_proj)\.", name):
+            continue
+        original = _renamed(name, _SD3_RULES)
+        if name.startswith(("norm_out.", f"transformer_blocks.{last}.norm1_context.")):
+            yield Entry(original, (name,), SWAPPED)
+        elif ".to_q." in name:
+            yield Entry(original, tuple(name.replace("to_q", f"to_{letter}") for letter in "qkv"), ROWS)
+        elif ".add_q_proj." in name:
+            yield Entry(original, tuple(name.replace("add_q", f"add_{letter}") for letter in "qkv"), ROWS)
+        else:
+            yield Entry(original, (name,))

@@ -31,11 +31,14 @@ def random_weight(name: str, shape: Shape, seed: int) -> Tensor:
     """Float32 numbers that depend on nothing but the arguments, and keep what flows through a model near one.
 
     Matrices and kernels are normal with a variance of one over their inputs; the weights of norms lie around one,
-    biases around zero. T5 does not scale its scores by the root of a head's width (64), so its queries are small.
+    biases around zero, and so do SD 3's positions, of variance one. T5 does not scale its scores by the root of a
+    head's width (64), so its queries are small.
     """
     number = int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
     generator = torch.Generator().manual_seed(number)
     values = torch.randn(shape, generator=generator)
+    if name.endswith("pos_embed"):
+        return values
     if len(shape) > 1:
         values *= values[0].numel() ** -0.5
         return values.mul_(1 / 8) if name.endswith("SelfAttention.q.weight") else values

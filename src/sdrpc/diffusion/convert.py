@@ -34,7 +34,9 @@ CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 ARCHITECTURES = {"flux1": "flux"}
 """What GGUF files call a family (``general.architecture``), where it is not its name here."""
 
-NOT_IN_BLOCKS = ("embedding", "time_embed.")
+NOT_IN_BLOCKS = (
+    "embedding", "time_embed.", "pos_embed", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.",
+)  # fmt: skip
 """In names of matrices that are not quantized: they are small, and everything depends on them."""
 
 Progress = Callable[[int, int], None]

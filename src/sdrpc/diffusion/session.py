@@ -226,6 +226,9 @@ class _Encode:
     def config(self, component: str) -> Config:
         return self._devices.model[component].config
 
+    def has(self, component: str) -> bool:
+        return component in self._devices.model.components
+
 
 def _joined(conditions: list[Conditions]) -> Conditions:
     return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}

@@ -207,6 +207,10 @@ class Encode(Protocol):
         """The configuration of a component."""
         ...
 
+    def has(self, component: str) -> bool:
+        """Whether the model has a component: those that its family calls optional may be missing."""
+        ...
+
 
 Conditions = Mapping[str, F32]
 """The diffusion model's inputs besides latents and timestep, each with a first dimension of 1 (the batch)."""
@@ -262,7 +266,7 @@ class Family:
     diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about a
     prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align
     Your Steps' published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and
-    its configuration, where nothing else tells.
+    its configuration, where nothing else tells. ``optional``: names of components that may be missing.
     """
 
     name: str
@@ -275,6 +279,7 @@ class Family:
     joints: tuple[Joint, ...] = ()
     aligned: str | None = None
     probe: Callable[[Predict, Config], str] | None = None
+    optional: frozenset[str] = frozenset()
 
     @property
     def diffusion(self) -> Component:

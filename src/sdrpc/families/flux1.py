@@ -218,7 +218,7 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
 
 
 def settings(found: Mapping[str, Found]) -> Defaults:
-    """schnell was distilled to four steps and knows no shift; the shift of dev follows from the size."""
+    """schnell was distilled to four steps; its shift of 1 is stable-diffusion.cpp's. dev's follows from the size."""
     common: dict[str, Any] = {
         "size": 1024, "sampler": "euler", "cfg_scale": 1.0, "prediction": "flux_flow"
     }  # fmt: skip

@@ -109,12 +109,13 @@ def open_model(files: ModelFiles) -> Model:
     family, diffusion = _family(files, opened)
     found = {"diffusion": diffusion}
     for component in family.components:
-        if component.name != "diffusion":
+        if component.name != "diffusion" and not _left_out(component, family, files, opened):
             found[component.name] = _component(component, family, files, opened)
     told = {name: told_by(each.checkpoint) for name, each in found.items()}
     components = {
         c.name: ModelComponent(found[c.name], c.configure(found[c.name], told[c.name].components.get(c.told_as, {})))
         for c in family.components
+        if c.name in found
     }
     model = Model(
         family,
@@ -172,6 +173,13 @@ def seen_in(checkpoint: Checkpoint) -> list[Component]:
     return list(components.values())
 
 
+def _left_out(component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> bool:
+    """Whether the model does without the component: no file of its own was named, and the file of all has none."""
+    if component.name not in family.optional or files.of(component) is not None:
+        return False
+    return files.model is None or find(component, opened[files.model]) is None
+
+
 def _component(component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> Found:
     own = files.of(component)
     path = own or files.model
@@ -188,9 +196,12 @@ def _component(component: Component, family: Family, files: ModelFiles, opened: 
 
 
 def _check_joints(model: Model) -> None:
-    """Whether what one component gives is what the next one takes."""
+    """Whether what one component gives is what the next one takes; not of those that were left out."""
     configs: dict[str, Any] = {name: component.config for name, component in model.components.items()}
+    left_out = model.family.optional - model.components.keys()
     for joint in model.family.joints:
+        if left_out & {joint.one, joint.other}:
+            continue
         gives, takes = joint.gives(configs), joint.takes(configs)
         if gives != takes:
             reason = f"{joint.one} gives {gives} {joint.what}, but {joint.other} takes {takes}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from .flux1 import FLUX1
 from .sd1 import SD1
 from .sd2 import SD2
+from .sd3 import SD3
 from .sdxl import SDXL
 
-FAMILIES = (SD1, SD2, SDXL, FLUX1)
+FAMILIES = (SD1, SD2, SDXL, FLUX1, SD3)
 
 STRANGERS = (
-    (r"\bjoint_blocks\.", "Stable Diffusion 3"),
     (r"\bdouble_stream_modulation_img", "FLUX.2"),
     (r"\bdistilled_guidance_layer\.", "Chroma"),
     (r"\btime_mixer\.mix_factor|\btime_mix_blocks", "Stable Video Diffusion"),

@@ -26,7 +26,7 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     length = encode.config("clip_l")["max_position_embeddings"]
     first, second = (clip_chunks(prompt.text, length=length, pad=pad) for pad in (clip.END_OF_TEXT, PAD))
     ours = clip.hidden_states(encode, "clip_l", first, skip=skip, final_norm=False)
-    theirs, pooled = clip.hidden_and_projected(encode, "clip_g", second, skip=skip, final_norm=False)
+    theirs, pooled = clip.hidden_and_pooled(encode, "clip_g", second, skip=skip, final_norm=False, pooled="projected")
     both = [np.concatenate(pair, axis=-1) for pair in zip(ours, theirs, strict=True)]
     context = joined(apply_weights(h[0], w)[None] for h, w in zip(both, first.weights, strict=True))
     if prompt.negative and not prompt.text:

@@ -7,7 +7,7 @@ picture of ours equals one of these but for rounding:
   is noise · sigmas[0], also for flows (whose first sigma is 1 in most schedules).
 - Sigmas are given: those of the steps and the last one, 0. The sampler is Euler's method: x += (σ' − σ) · (x − x₀) / σ.
 - Timesteps that diffusion models are told: SD and SDXL get the (fractional) timestep of sigma among the 1000 that the
-  model was trained with, interpolated in the logarithm; FLUX.1 gets sigma itself.
+  model was trained with, interpolated in the logarithm; FLUX.1 gets sigma itself, SD 3 1000 times that.
 - Guidance: e = e_negative + cfg · (e_prompt − e_negative), from 1 on without the negative prompt. FLUX.1-dev is told
   ``guidance`` besides.
 - CLIP's hidden states are counted as stable-diffusion.cpp counts them: ``clip_skip`` 1 is the last layer, 2 the one
@@ -15,15 +15,19 @@ picture of ours equals one of these but for rounding:
   not. SD 2.x's class has one layer less than its files, so that 2 is its last one. It counts for the negative prompt as
   well (in diffusers' pipelines it doesn't). FLUX.1 takes CLIP's pooled vector, of the last layer behind its norm,
   whatever clip_skip is.
-- Padding behind the prompt's end token: CLIP-L the end token, OpenCLIP (SD 2.x; SDXL's second) token 0, T5 token 0 up
-  to 256 tokens. Nothing masks the padding.
+- Padding behind the prompt's end token: CLIP-L the end token, OpenCLIP (SD 2.x; the second of SDXL and SD 3) token 0,
+  T5 token 0 up to 256 tokens (SD 3: 77). Nothing masks the padding.
 - SDXL: the text is 77 × (768 + 1280), CLIP-L's first; the vector is OpenCLIP's projection of the last layer's normed
   state at the end token, beside the sizes (height, width, 0, 0, height, width). An empty negative prompt has all zeros
   for text, and its own vector: so does stable-diffusion.cpp. Diffusers' pipeline zeroes the vector as well when the
   negative prompt is None, and neither when it is ""; that is ``zeros``.
 - FLUX.1: latents of 2 × 2 are packed into 64 numbers, channel first. Positions are (0, row, column) and zeros for text.
+- SD 3: the text is 77 tokens × CLIP-L's and OpenCLIP's states beside each other, filled up with zeros to T5's width,
+  then T5's 77 tokens, or as many of zeros without T5. The vector is CLIP-L's, of its last layer behind its norm and
+  without the projection that files have (which published ones leave the identity), beside OpenCLIP's projected one.
+  clip_skip is 2 when left at 0.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
-  FLUX.1.
+  FLUX.1, 1.5305 with shift 0.0609 for SD 3.
 """
 
 from __future__ import annotations
@@ -76,7 +80,8 @@ class Picture(NamedTuple):
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
-    """Draw with a StableDiffusionPipeline, StableDiffusionXLPipeline or FluxPipeline of float32 modules."""
+    """Draw with a StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline or StableDiffusion3Pipeline of
+    float32 modules."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
@@ -196,8 +201,41 @@ def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
+SD3_T5_LENGTH = 77
+
+
+def _stable_diffusion_3(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    """Scheduler and sigmas as FLUX.1's."""
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipeline.text_encoder.text_projection = torch.nn.Identity()
+
+    def encoded(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        text, _, vector, _ = pipeline.encode_prompt(
+            prompt, prompt, prompt, device="cpu", do_classifier_free_guidance=False,
+            clip_skip=(drawing.clip_skip or 2) - 2, max_sequence_length=SD3_T5_LENGTH,
+        )  # fmt: skip
+        return text, vector
+
+    text, vector = encoded(drawing.prompt)
+    negative_text, negative_vector = encoded(drawing.negative)
+    return pipeline(
+        prompt_embeds=text,
+        pooled_prompt_embeds=vector,
+        negative_prompt_embeds=negative_text,
+        negative_pooled_prompt_embeds=negative_vector,
+        height=drawing.height,
+        width=drawing.width,
+        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        guidance_scale=drawing.cfg,
+        output_type="latent",
+    ).images
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "FluxPipeline": _flux,
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
 }

@@ -90,15 +90,16 @@ def hidden_states(encode: Encode, name: str, tokens: Tokens, *, skip: int, final
     return [encode(name, ids[None], **options)[0] for ids in tokens.ids]
 
 
-def hidden_and_projected(
-    encode: Encode, name: str, tokens: Tokens, *, skip: int, final_norm: bool
+def hidden_and_pooled(
+    encode: Encode, name: str, tokens: Tokens, *, skip: int, final_norm: bool, pooled: str
 ) -> tuple[list[F32], F32]:
-    """:func:`hidden_states`, and the first chunk's pooled and projected text (1, projection_dim)."""
+    """:func:`hidden_states`, and the first chunk's text as the output ``pooled`` (1, width) or ``projected`` (1,
+    projection_dim)."""
     _check_skip(encode, name, skip)
-    options = {"outputs": ["hidden", "projected"], "skip": skip, "final_norm": final_norm}
-    first, projected = encode(name, tokens.ids[:1], **options)
+    options = {"outputs": ["hidden", pooled], "skip": skip, "final_norm": final_norm}
+    first, text = encode(name, tokens.ids[:1], **options)
     rest = Tokens(tokens.ids[1:], tokens.weights[1:])
-    return [first, *hidden_states(encode, name, rest, skip=skip, final_norm=final_norm)], projected
+    return [first, *hidden_states(encode, name, rest, skip=skip, final_norm=final_norm)], text
 
 
 def pooled(encode: Encode, name: str, tokens: Tokens) -> F32:
