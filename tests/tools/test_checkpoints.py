@@ -17,14 +17,15 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file
 
 from tools.checkpoints import FAMILIES, make
-from tools.checkpoints.families import Component, tensor_name
+from tools.checkpoints.families import Component, saved_tensors, tensor_name
 from tools.checkpoints.make import components_of
-from tools.checkpoints.names import Shape, flux
+from tools.checkpoints.names import Shape, flux, sd3
 from tools.checkpoints.numbers import decoded, encoded, stored_size, stored_type
 
 Weights = dict[str, torch.Tensor]
 
 CLIP_G, CLIP_H = "conditioner.embedders.1.model.", "cond_stage_model.model."
+SD3_CLIP_G = "text_encoders.clip_g.transformer."
 DIFFUSION = "model.diffusion_model."
 FLUX_CLIP, FLUX_T5 = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."
 
@@ -48,6 +49,10 @@ def converted(family: str, component: Component, module: Any, weights: Weights) 
         return converters.convert_ldm_unet_checkpoint(weights, module.config)
     if component.name == "vae":
         return converters.convert_ldm_vae_checkpoint(weights, module.config)
+    if component.name == "clip_g" and family.startswith("sd3"):
+        return converters.convert_ldm_clip_checkpoint(weights, SD3_CLIP_G)
+    if component.folder == "transformer":
+        return converters.convert_sd3_transformer_checkpoint_to_diffusers(weights)
     if component.name == "clip_g":
         return converters.convert_open_clip_checkpoint(module, weights, CLIP_G)
     if family.startswith("sd2"):
@@ -58,7 +63,7 @@ def converted(family: str, component: Component, module: Any, weights: Weights) 
 
 
 def parameters(module: Any) -> Weights:
-    return {tensor_name(name): parameter.detach() for name, parameter in module.named_parameters()}
+    return {name: tensor.detach() for name, tensor in saved_tensors(module).items()}
 
 
 def assert_same(found: Weights, module: Any) -> None:
@@ -76,16 +81,32 @@ def test_diffusers_converters_find_the_same_numbers(family: str, form: str, type
     weights = from_gguf(path) if form == "gguf" else load_file(path)
     for filed in made.filed:
         component = filed.component
-        if component.folder != "transformer":  # FLUX's converter knows one width: below
+        if not family.startswith("flux1") or component.name != "diffusion":  # FLUX's converter knows one width: below
             module = made.component(component.name)
             assert_same(converted(family, component, module, dict(weights)), module)
 
 
-def test_flux_is_what_diffusers_converter_takes_apart() -> None:
+def _flux() -> Any:
     """At the published width, which the converter takes for granted, with a block of each kind."""
+    return diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+
+
+TAKEN_APART = {
+    "flux1": (_flux, flux, converters.convert_flux_transformer_checkpoint_to_diffusers),
+    **{
+        name: (family.of_size("full")[0].build, sd3, converters.convert_sd3_transformer_checkpoint_to_diffusers)
+        for name, family in FAMILIES.items()
+        if name.startswith("sd3")
+    },
+}
+
+
+@pytest.mark.parametrize("family", TAKEN_APART)
+def test_transformers_are_what_diffusers_converters_take_apart(family: str) -> None:
+    build, naming, convert = TAKEN_APART[family]
     with torch.device("meta"):
-        module = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        module = build()
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(module).items()}
     numbered = {
         name: ((torch.arange(shape[0]) + 11 * number) % 251).to(torch.uint8)
         for number, (name, shape) in enumerate(shapes.items())
@@ -95,8 +116,8 @@ def test_flux_is_what_diffusers_converter_takes_apart() -> None:
         shape = shapes[name]
         return numbered[name].reshape(-1, *(1 for _ in shape[1:])).expand(shape)
 
-    original = {entry.name: entry.layout.join([tensor(name) for name in entry.sources]) for entry in flux(shapes)}
-    found = converters.convert_flux_transformer_checkpoint_to_diffusers(original)
+    original = {entry.name: entry.layout.join([tensor(name) for name in entry.sources]) for entry in naming(shapes)}
+    found = convert(original)
     assert found.keys() == shapes.keys()
     for name, weight in found.items():
         assert torch.equal(weight, tensor(name)), name
@@ -179,6 +200,8 @@ DIRECTORIES = [
         ("sdxl", "vae", diffusers.AutoencoderKL),
         ("flux1-dev", "transformer", diffusers.FluxTransformer2DModel),
         ("flux1-dev", "text_encoder_2", transformers.T5EncoderModel),
+        ("sd3.5-medium", "transformer", diffusers.SD3Transformer2DModel),
+        ("sd3", "text_encoder", transformers.CLIPTextModelWithProjection),
     )
 ]
 
@@ -196,14 +219,14 @@ def test_the_libraries_open_their_directories(family: str, folder: str, source: 
     assert index[folder][1] == source.__name__
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev", "sd3", "sd3-without-t5"])
 def test_whole_directories_open(family: str, tmp_path: Path) -> None:
     made = make(family, tmp_path, form="diffusers")
     opened = FAMILIES[family].pipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     mine = made.pipeline()
     prompt = "A lovely cat, 3 of them!"
-    for name in ("tokenizer", "tokenizer_2"):
-        if hasattr(mine, name):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        if getattr(mine, name, None) is not None:
             both = [getattr(one, name)(prompt, padding="max_length", max_length=20) for one in (opened, mine)]
             assert both[0].input_ids == both[1].input_ids
     assert type(opened.scheduler) is type(mine.scheduler)

@@ -284,6 +284,7 @@ def _write_directory(family: Family, folder: Path, components: Components, seed:
     for name, tokenizer in _tokenizers(family).items():
         tokenizer.save_pretrained(folder / name)
         index[name] = ["transformers", type(tokenizer).__name__]
+    index |= {name: [None, None] for name, value in _rest(family).items() if value is None}
     write_json(folder / "model_index.json", index)
     return {"model": folder}, filed
 

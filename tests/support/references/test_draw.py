@@ -18,7 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  
 
 SIGMAS = {"discrete": (14.6, 4.1, 1.3, 0.0), "flow": (1.0, 0.7, 0.3, 0.0)}
 CHANNELS = {"discrete": 4, "flow": 16}
-KIND = {"sd1": "discrete", "sd2": "discrete", "sdxl": "discrete", "flux1-dev": "flow", "flux1-schnell": "flow"}
+KIND = {
+    "sd1": "discrete",
+    "sd2": "discrete",
+    "sdxl": "discrete",
+    "flux1-dev": "flow",
+    "flux1-schnell": "flow",
+    "sd3.5-medium": "flow",
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +102,21 @@ def test_flux_as_called(pipelines: dict[str, Any]) -> None:
     assert psnr(draw(pipe, replace(wanted, sigmas=sigmas)).pixels, np.asarray(images[0])) > 100
 
 
+def test_sd3_as_called(pipelines: dict[str, Any]) -> None:
+    """With the identity as CLIP-L's projection, as in published files, and a layer more skipped for the prompt."""
+    pipe = pipelines["sd3.5-medium"]
+    pipe.text_encoder.text_projection.weight = torch.nn.Parameter(torch.eye(64), requires_grad=False)
+    wanted = drawing("sd3.5-medium", cfg=1.0, clip_skip=3)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with torch.inference_mode():
+        images = pipe(
+            wanted.prompt, latents=torch.from_numpy(wanted.noise)[None], num_inference_steps=4, guidance_scale=1.0,
+            height=wanted.height, width=wanted.width, max_sequence_length=77, clip_skip=1, output_type="np",
+        ).images  # fmt: skip
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert psnr(draw(pipe, replace(wanted, sigmas=sigmas)).pixels, np.asarray(images[0])) > 100
+
+
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("sd1", {"prompt": "a lovely dog"}),
     ("sd1", {"negative": "blurry"}),
@@ -110,6 +132,10 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("flux1-dev", {"negative": "blurry"}),
     ("flux1-schnell", {"prompt": "a lovely dog"}),
     ("flux1-schnell", {"sigmas": (0.9, 0.5, 0.2, 0.0)}),
+    ("sd3.5-medium", {"prompt": "a lovely dog"}),
+    ("sd3.5-medium", {"negative": "blurry"}),
+    ("sd3.5-medium", {"cfg": 1.0}),
+    ("sd3.5-medium", {"clip_skip": 1}),
 ]
 
 
