@@ -51,6 +51,7 @@ class Case:
 FAMILIES = {
     "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x (v)", "sd2-base": "Stable Diffusion 2.x (eps)",
     "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
+    "chroma": "Chroma",
 }  # fmt: skip
 
 FORMS = {
@@ -63,6 +64,7 @@ CASES = (
     *(Case(family, form) for family in FAMILIES for form in ("safetensors", "gguf", "parts", "diffusers", "sharded")),
     *(Case(family, "gguf", kind) for family in ("sd1", "sdxl", "flux1-dev") for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "gguf-parts", kind) for family in ("sdxl", "flux1-dev") for kind in ("Q5_1", "Q6_K")),
+    *(Case("chroma", "gguf-parts", kind) for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "parts", kind) for family in ("sdxl", "flux1-schnell") for kind in ("BF16", "F8_E4M3", "F8_E5M2")),
 )
 
@@ -116,11 +118,11 @@ def request(case: Case) -> Request:
 def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
     asked = request(case)
-    flux = case.family.startswith("flux1")
+    flow = case.family.startswith(("flux1", "chroma"))
     predicts = (
-        prediction("flux_flow", shift=_shift(case)) if flux else prediction("v" if case.family == "sd2" else "eps")
+        prediction("flux_flow", shift=_shift(case)) if flow else prediction("v" if case.family == "sd2" else "eps")
     )
-    shape = (16 if flux else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
+    shape = (16 if flow else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
         asked.prompt, noise, make_sigmas("discrete", STEPS, predicts).tolist(), asked.negative_prompt,
@@ -130,8 +132,8 @@ def drawing(case: Case) -> Drawing:
 
 
 def _shift(case: Case) -> float:
-    """FLUX.1 schnell's own; dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096."""
-    if case.family == "flux1-schnell":
+    """1 for FLUX.1 schnell and Chroma; dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096."""
+    if case.family in ("flux1-schnell", "chroma"):
         return 1.0
     tokens = (WIDTH // 16) * (HEIGHT // 16)
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_flux_is_what_diffusers_converter_takes_apart() -> None:
     """At the published width, which the converter takes for granted, with a block of each kind."""
     with torch.device("meta"):
         module = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    assert_taken_apart(module, converters.convert_flux_transformer_checkpoint_to_diffusers)
+
+
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers' warning of its own import
+def test_chroma_is_what_diffusers_converter_takes_apart() -> None:
+    with torch.device("meta"):
+        module = diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=2)
+    assert_taken_apart(module, converters.convert_chroma_transformer_checkpoint_to_diffusers)
+
+
+def assert_taken_apart(module: Any, convert: Callable[[Weights], Weights]) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     numbered = {
         name: ((torch.arange(shape[0]) + 11 * number) % 251).to(torch.uint8)
@@ -96,7 +108,7 @@ def test_flux_is_what_diffusers_converter_takes_apart() -> None:
         return numbered[name].reshape(-1, *(1 for _ in shape[1:])).expand(shape)
 
     original = {entry.name: entry.layout.join([tensor(name) for name in entry.sources]) for entry in flux(shapes)}
-    found = converters.convert_flux_transformer_checkpoint_to_diffusers(original)
+    found = convert(original)
     assert found.keys() == shapes.keys()
     for name, weight in found.items():
         assert torch.equal(weight, tensor(name)), name
@@ -109,6 +121,7 @@ TENSORS = {
     "sd1": {"diffusion": 686, "vae": 248, "clip_l": 196},
     "flux1-dev": {"diffusion": 780, "vae": 244, "clip_l": 196, "t5xxl": 219},
     "flux1-schnell": {"diffusion": 776, "vae": 244, "clip_l": 196, "t5xxl": 219},
+    "chroma": {"diffusion": 643, "vae": 244, "t5xxl": 219},
 }
 
 
@@ -196,7 +209,8 @@ def test_the_libraries_open_their_directories(family: str, folder: str, source: 
     assert index[folder][1] == source.__name__
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev"])
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers' warning of its own import
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev", "chroma"])
 def test_whole_directories_open(family: str, tmp_path: Path) -> None:
     made = make(family, tmp_path, form="diffusers")
     opened = FAMILIES[family].pipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)

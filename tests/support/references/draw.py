@@ -22,8 +22,11 @@ picture of ours equals one of these but for rounding:
   for text, and its own vector: so does stable-diffusion.cpp. Diffusers' pipeline zeroes the vector as well when the
   negative prompt is None, and neither when it is ""; that is ``zeros``.
 - FLUX.1: latents of 2 × 2 are packed into 64 numbers, channel first. Positions are (0, row, column) and zeros for text.
+- Chroma: T5 has 512 tokens, and of its padding the transformer sees the first token alone. T5 itself reads padding, as
+  with stable-diffusion.cpp; diffusers' pipeline masks it there, and gives the transformer a mask of floats, which
+  attention adds to its scores instead of masking with it. Here the mask is one of bools.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
-  FLUX.1.
+  FLUX.1 and Chroma.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class Picture(NamedTuple):
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
-    """Draw with a StableDiffusionPipeline, StableDiffusionXLPipeline or FluxPipeline of float32 modules."""
+    """Draw with a pipeline of float32 modules: for Stable Diffusion, Stable Diffusion XL, FLUX.1 or Chroma."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
@@ -173,7 +176,7 @@ def _sampled(pipeline: Any, drawing: Drawing, **conditions: torch.Tensor) -> tor
     ).images
 
 
-T5_LENGTH = 256
+T5_LENGTH, CHROMA_T5_LENGTH = 256, 512
 
 
 def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
@@ -196,8 +199,39 @@ def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
+def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+
+    def encoded(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the pipeline's encode_prompt, but T5 reads padding as well, and the mask masks."""
+        ids, used = pipeline.tokenizer(
+            prompt, padding="max_length", max_length=CHROMA_T5_LENGTH, truncation=True, return_tensors="pt"
+        ).values()
+        mask = torch.arange(CHROMA_T5_LENGTH)[None] <= used.sum()
+        return pipeline.text_encoder(ids)[0], mask
+
+    text, mask = encoded(drawing.prompt)
+    negative_text, negative_mask = encoded(drawing.negative)
+    packed = pipeline(
+        prompt_embeds=text,
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=negative_text,
+        negative_prompt_attention_mask=negative_mask,
+        guidance_scale=drawing.cfg,
+        height=drawing.height,
+        width=drawing.width,
+        latents=pipeline._pack_latents(noise, *noise.shape),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+    ).images
+    return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "FluxPipeline": _flux,
+    "ChromaPipeline": _chroma,
 }
