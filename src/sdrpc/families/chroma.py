@@ -37,7 +37,8 @@ _APPROXIMATOR = "distilled_guidance_layer"
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of diffusers' ChromaTransformer2DModel."""
-    hidden, numbers = found.shape(f"{_APPROXIMATOR}.in_proj.weight", 2)
+    _, numbers = found.shape(f"{_APPROXIMATOR}.in_proj.weight", 2)
+    hidden, _ = found.shape(f"{_APPROXIMATOR}.layers.0.linear_1.weight", 2)
     if numbers % 8:
         reason = f"takes {numbers} numbers, which are no four embeddings of sines and cosines"
         raise found.error(reason, f"{_APPROXIMATOR}.in_proj.weight")
