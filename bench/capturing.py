@@ -7,7 +7,6 @@ the diffusion model's inputs (float32) by their names. What it took is printed a
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -70,7 +69,9 @@ def _capture(files: ModelFiles, shapes: Shapes) -> Capture:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that was ever resident. (ru_maxrss would count the process that this one was forked from.)"""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

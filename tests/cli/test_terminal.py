@@ -130,7 +130,10 @@ def test_c8_what_an_upload_has_cost(sent: int | None, says: str) -> None:
     assert uploaded(Event("upload", "vae", 100 << 20, 100 << 20, sent, seconds=2.0)) == says
 
 
-def test_c8_nothing_is_sent_to_a_server_that_has_it(sd: Sd, checkpoint: Path, tmp_path: Path) -> None:
+def test_c8_nothing_is_sent_to_a_server_that_has_it(
+    sd: Sd, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "cache"))  # other tests' servers keep the same weights
     with ServerProcess("--precision", "exact", "--cache", "--cache-size", "1G") as server:
         words = ("--rpc", f"127.0.0.1:{server.port}", "-m", checkpoint, *SMALL, "-o", tmp_path / "x.png")
         first = sd(*words).err

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from sdrpc.storage import cache_folder
 from tests.cli.conftest import Outcome
 from tests.interop.tap import Tap
@@ -14,7 +16,11 @@ from tests.support.process import ServerProcess
 SMALL = ("-p", "a lovely cat", "-W", "64", "-H", "64", "--steps", "1", "--disable-image-metadata")
 
 
-def test_weights_cross_the_wire_once(sd: Callable[..., Outcome], checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_cross_the_wire_once(
+    sd: Callable[..., Outcome], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "cache"))  # other tests' servers keep the same weights
+
     def sent(name: str) -> int:
         """Bytes of tensors for a picture ``name``: weights and inputs, without the questions (a third of a KB each)."""
         with Tap(f"127.0.0.1:{server.port}") as tap:

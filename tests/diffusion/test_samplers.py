@@ -185,7 +185,7 @@ def test_brownian_noise_is_standard_normal() -> None:
 def test_other_samplers_are_refused_by_name() -> None:
     with pytest.raises(InvalidValue, match="fastest") as caught:
         find_sampler("fastest")
-    assert caught.value.field == "sampler"
+    assert caught.value.field == "sampling_method"
 
 
 def test_every_samplers_schedule_exists() -> None:

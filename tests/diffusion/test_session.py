@@ -313,18 +313,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_uploaded(
 
 
 class SmallDevice(LocalDevice):
-    """A device with room for one of the two large components and the small one."""
+    """A device with room for the weights of one of the two large components and the small one, and for work."""
 
-    room = 12 << 20
+    room, work = 12 << 20, 256 << 20
 
     def memory(self) -> Memory:
-        return Memory(max(0, self.room - self._promised), self.room)
+        return Memory(max(0, self.room - self._promised) + self.work, self.room + self.work)
 
 
 def test_weights_leave_when_another_component_needs_the_room(
     model: Model, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdrpc.diffusion.device_model.WORKING_ROOM", 0)
+    monkeypatch.setattr("sdrpc.diffusion.device_model.WORKING_ROOM", SmallDevice.work)
     device = SmallDevice("small", torch.device("cpu"), EXACT)
     sizes = {name: component.found.nbytes() for name, component in model.components.items()}
     assert sizes["clip_l"] + sizes["diffusion"] > SmallDevice.room > sizes["diffusion"] + sizes["vae"] + (1 << 20)

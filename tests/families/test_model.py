@@ -228,7 +228,7 @@ def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
     ("name", "family"),
     [
         ("double_stream_modulation_img.lin.weight", r"FLUX\.2"),
-        ("model.diffusion_model.distilled_guidance_layer.in_proj.weight", "Chroma"),
+        ("model.diffusion_model.nerf_blocks.0.param_generator.weight", "Chroma Radiance"),
         ("transformer_blocks.0.img_mod.1.weight", "Qwen-Image"),
         ("lora_unet_down_blocks_0.lora_up.weight", "LoRA"),
     ],

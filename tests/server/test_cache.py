@@ -441,7 +441,6 @@ WRONG: dict[str, Callable[[Place], Record]] = {
     "behind": lambda place: place.tensor._replace(data=place.tensor.data + 1),
     "too-large": lambda place: place.tensor._replace(ne=(SIZE + 1, 1, 1, 1)),
     "huge": lambda place: place.tensor._replace(ne=(2**32 - 1,) * 4),
-    "empty": lambda place: place.tensor._replace(ne=(0, 1, 1, 1)),
     "no-type": lambda place: place.tensor._replace(type=4),
 }
 

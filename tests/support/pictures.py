@@ -53,6 +53,7 @@ FAMILIES = {
     "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
+    "chroma": "Chroma",
 }  # fmt: skip
 
 FORMS = {
@@ -68,6 +69,7 @@ CASES = (
     *(Case(family, form) for family in FIRST for form in ("safetensors", "gguf", "parts", "diffusers", "sharded")),
     *(Case(family, "gguf", kind) for family in ("sd1", "sdxl", "flux1-dev") for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "gguf-parts", kind) for family in ("sdxl", "flux1-dev") for kind in ("Q5_1", "Q6_K")),
+    *(Case("chroma", "gguf-parts", kind) for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "parts", kind) for family in ("sdxl", "flux1-schnell") for kind in ("BF16", "F8_E4M3", "F8_E5M2")),
     *(Case("sd3", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
     *(Case("sd3-without-t5", form) for form in ("safetensors", "parts", "diffusers")),
@@ -125,7 +127,7 @@ def request(case: Case) -> Request:
 def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
     asked = request(case)
-    flux = case.family.startswith("flux1")
+    flux = case.family.startswith(("flux1", "chroma"))
     sd3 = case.family.startswith("sd3")
     if flux:
         predicts = prediction("flux_flow", shift=_shift(case))
@@ -141,8 +143,8 @@ def drawing(case: Case) -> Drawing:
 
 
 def _shift(case: Case) -> float:
-    """FLUX.1 schnell's own; dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096."""
-    if case.family == "flux1-schnell":
+    """1 for FLUX.1 schnell and Chroma; dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096."""
+    if case.family in ("flux1-schnell", "chroma"):
         return 1.0
     tokens = (WIDTH // 16) * (HEIGHT // 16)
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)

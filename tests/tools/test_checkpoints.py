@@ -81,7 +81,9 @@ def test_diffusers_converters_find_the_same_numbers(family: str, form: str, type
     weights = from_gguf(path) if form == "gguf" else load_file(path)
     for filed in made.filed:
         component = filed.component
-        if not family.startswith("flux1") or component.name != "diffusion":  # FLUX's converter knows one width: below
+        if (
+            not family.startswith(("flux1", "chroma")) or component.name != "diffusion"
+        ):  # FLUX's converter knows one width: below
             module = made.component(component.name)
             assert_same(converted(family, component, module, dict(weights)), module)
 
@@ -91,8 +93,13 @@ def _flux() -> Any:
     return diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
 
 
+def _chroma() -> Any:
+    return diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1, approximator_layers=2)
+
+
 TAKEN_APART = {
     "flux1": (_flux, flux, converters.convert_flux_transformer_checkpoint_to_diffusers),
+    "chroma": (_chroma, flux, converters.convert_chroma_transformer_checkpoint_to_diffusers),
     **{
         name: (family.of_size("full")[0].build, sd3, converters.convert_sd3_transformer_checkpoint_to_diffusers)
         for name, family in FAMILIES.items()
@@ -101,6 +108,7 @@ TAKEN_APART = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers' warning of its own import
 @pytest.mark.parametrize("family", TAKEN_APART)
 def test_transformers_are_what_diffusers_converters_take_apart(family: str) -> None:
     build, naming, convert = TAKEN_APART[family]
@@ -130,6 +138,7 @@ TENSORS = {
     "sd1": {"diffusion": 686, "vae": 248, "clip_l": 196},
     "flux1-dev": {"diffusion": 780, "vae": 244, "clip_l": 196, "t5xxl": 219},
     "flux1-schnell": {"diffusion": 776, "vae": 244, "clip_l": 196, "t5xxl": 219},
+    "chroma": {"diffusion": 643, "vae": 244, "t5xxl": 219},
 }
 
 
@@ -219,7 +228,8 @@ def test_the_libraries_open_their_directories(family: str, folder: str, source: 
     assert index[folder][1] == source.__name__
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev", "sd3", "sd3-without-t5"])
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # diffusers' warning of its own import
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "flux1-dev", "sd3", "sd3-without-t5", "chroma"])
 def test_whole_directories_open(family: str, tmp_path: Path) -> None:
     made = make(family, tmp_path, form="diffusers")
     without = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3-without-t5" else {}

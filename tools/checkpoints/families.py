@@ -1,11 +1,12 @@
 """Families: their components as diffusers' and transformers' classes, in several sizes, and where files have them.
 
 ``full`` has the published models' sizes, ``tiny`` the same structure with the real vocabularies (a picture on a CPU
-takes seconds), and ``reduced`` (FLUX.1 alone) the real widths with few blocks.
+takes seconds), and ``reduced`` (FLUX.1 and Chroma) the real widths with few blocks.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ EulerDiscreteScheduler: Any = diffusers.EulerDiscreteScheduler
 FlowMatchEulerDiscreteScheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler
 FluxTransformer2DModel: Any = diffusers.FluxTransformer2DModel
 SD3Transformer2DModel: Any = diffusers.SD3Transformer2DModel
+ChromaTransformer2DModel: Any = diffusers.ChromaTransformer2DModel
 UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 
 CLIP_WORDS, CLIP_LENGTH, T5_WORDS = 49408, 77, 32128
@@ -263,6 +265,24 @@ def _sd3(
     )
 
 
+def _chroma(heads: int, blocks: int, single_blocks: int, text: int, modulation: tuple[int, int]) -> Component:
+    """``modulation``: width and layers of the network that makes shifts, scales and gates."""
+
+    def build() -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*FluxPosEmbed", FutureWarning)  # diffusers' warning of its own import
+            return ChromaTransformer2DModel(
+                num_attention_heads=heads,
+                num_layers=blocks,
+                num_single_layers=single_blocks,
+                joint_attention_dim=text,
+                approximator_hidden_dim=modulation[0],
+                approximator_layers=modulation[1],
+            )
+
+    return Component("diffusion", "transformer", build, prefixed("model.diffusion_model.", names.flux), names.flux)
+
+
 FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
 
 
@@ -293,6 +313,19 @@ def _flux_components(guidance: bool) -> dict[str, tuple[Component, ...]]:
         "reduced": components(FULL_VAE, (768, 12), (4096, 10240, 64, 2), (24, 2, 4)),
         "tiny": components(TINY_VAE, (64, 2), (64, 160, 2, 2), (2, 2, 2)),
     }
+
+
+def _chroma_components(
+    vae: tuple[tuple[int, ...], int],
+    t5: tuple[int, int, int, int],
+    dit: tuple[int, int, int],
+    modulation: tuple[int, int],
+) -> tuple[Component, ...]:
+    return (
+        _chroma(*dit, text=t5[0], modulation=modulation),
+        _vae("vae.", *vae, channels=16, **_FLUX_LATENTS),
+        _t5(*t5, folder="text_encoder"),
+    )
 
 
 def _betas(prediction: str) -> Callable[[], Any]:
@@ -457,9 +490,21 @@ SD35_MEDIUM = _sd3_family(
 )
 SD35_LARGE = _sd3_family("sd3.5-large", {"blocks": 38, "heads": 38, "side": 192, **_NORMED}, {**_SD3_TINY, **_NORMED})
 
+CHROMA = Family(
+    "chroma",
+    diffusers.ChromaPipeline,
+    {
+        "full": _chroma_components(FULL_VAE, (4096, 10240, 64, 24), (24, 19, 38), (5120, 5)),
+        "reduced": _chroma_components(FULL_VAE, (4096, 10240, 64, 2), (24, 2, 4), (5120, 5)),
+        "tiny": _chroma_components(TINY_VAE, (64, 160, 2, 2), (2, 2, 2), (96, 2)),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(shift=1.0),
+    "flux",
+)
+
 FAMILIES = {
     family.name: family
     for family in (
-        SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM, SD35_LARGE,
+        SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM, SD35_LARGE, CHROMA,
     )
 }  # fmt: skip

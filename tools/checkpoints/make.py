@@ -121,6 +121,8 @@ def _module(filed: Filed) -> Any:
 def _tokenizers(family: Family) -> dict[str, Any]:
     if family.name.startswith("flux1"):
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
+    if family.name == "chroma":
+        return {"tokenizer": t5_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     if family.name.startswith("sd3"):

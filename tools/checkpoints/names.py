@@ -233,14 +233,18 @@ _FLUX_RULES: Rules = (
     (r"single_transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"single_blocks.\1.norm.query_norm.scale"),
     (r"single_transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"single_blocks.\1.norm.key_norm.scale"),
     (r"norm_out\.linear\.(.*)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"distilled_guidance_layer\.(in_proj|out_proj)\.(.*)", r"\g<0>"),
+    (r"distilled_guidance_layer\.layers\.(\d+)\.linear_1\.(.*)", r"distilled_guidance_layer.layers.\1.in_layer.\2"),
+    (r"distilled_guidance_layer\.layers\.(\d+)\.linear_2\.(.*)", r"distilled_guidance_layer.layers.\1.out_layer.\2"),
+    (r"distilled_guidance_layer\.norms\.(\d+)\.weight", r"distilled_guidance_layer.norms.\1.scale"),
     (r"proj_out\.(.*)", r"final_layer.linear.\1"),
 )
 _FLUX_FUSED = r"\.(to_k|to_v|add_k_proj|add_v_proj|proj_mlp)\."
 
 
 def flux(shapes: Shapes) -> Iterator[Entry]:
-    """FLUX.1's transformer: queries, keys and values in one matrix, in single blocks the first of the feed-forward
-    layers as well."""
+    """The transformers of FLUX.1 and Chroma: queries, keys and values in one matrix, in single blocks the first of the
+    feed-forward layers as well."""
     for name in shapes:
         if re.search(_FLUX_FUSED, name):
             continue

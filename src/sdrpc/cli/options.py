@@ -48,11 +48,11 @@ OPTIONS = (
            help="Pictures, with seeds counting up."),
 
     Option(SAMPLING, "--steps", type=int, metavar="NUMBER", shown="20; FLUX.1 schnell: 4", help="Sampling steps."),
-    Option(SAMPLING, "--cfg-scale", type=float, metavar="FACTOR", shown="7; FLUX.1: 1",
+    Option(SAMPLING, "--cfg-scale", type=float, metavar="FACTOR", shown="7; FLUX.1: 1; Chroma: 4",
            help="How strongly to follow the prompt; 1: no negative prompt."),
     Option(SAMPLING, "--guidance", type=float, metavar="FACTOR", shown="3.5",
            help="Guidance of models distilled with it: FLUX.1 dev."),
-    Option(SAMPLING, "--sampling-method", type=OneOf(*SAMPLERS), metavar="NAME", shown="euler_a; FLUX.1: euler",
+    Option(SAMPLING, "--sampling-method", type=OneOf(*SAMPLERS), metavar="NAME", shown="euler_a; FLUX.1, Chroma: euler",
            help=f"One of {', '.join(SAMPLERS)}."),
     Option(SAMPLING, "--scheduler", type=OneOf(*SCHEDULES, *ALIASES), metavar="NAME", shown="the sampler's own",
            help=f"Levels of noise: one of {', '.join(SCHEDULES)}."),

@@ -71,7 +71,7 @@ def _fill_closed_descriptors() -> None:
 
 def _steady(stream: TextIO | None) -> TextIO:
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")
+        return Steady(open(os.devnull, "wb"), "utf-8", ESCAPED)
     if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, Steady):
         return stream
     return Steady(stream.buffer, stream.encoding, ESCAPED, None, stream.line_buffering, stream.write_through)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from .chroma import CHROMA
 from .flux1 import FLUX1
 from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
 from .sdxl import SDXL
 
-FAMILIES = (SD1, SD2, SDXL, FLUX1, SD3)
+FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA)
 
 STRANGERS = (
     (r"\bdouble_stream_modulation_img", "FLUX.2"),
-    (r"\bdistilled_guidance_layer\.", "Chroma"),
+    (r"\bnerf_blocks\.", "Chroma Radiance"),
     (r"\btime_mixer\.mix_factor|\btime_mix_blocks", "Stable Video Diffusion"),
     (r"\.cross_attn\.norm_k\.", "Wan"),
     (r"\btransformer_blocks\.0\.img_mod\.", "Qwen-Image"),

@@ -26,8 +26,11 @@ picture of ours equals one of these but for rounding:
   then T5's 77 tokens, or as many of zeros without T5. The vector is CLIP-L's, of its last layer behind its norm and
   without the projection that files have (which published ones leave the identity), beside OpenCLIP's projected one.
   clip_skip is 2 when left at 0.
+- Chroma: T5 has 512 tokens, and of its padding the transformer sees the first token alone. T5 itself reads padding, as
+  with stable-diffusion.cpp; diffusers' pipeline masks it there, and gives the transformer a mask of floats, which
+  attention adds to its scores instead of masking with it. Here the mask is one of bools.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
-  FLUX.1, 1.5305 with shift 0.0609 for SD 3.
+  FLUX.1 and Chroma, 1.5305 with shift 0.0609 for SD 3.
 """
 
 from __future__ import annotations
@@ -80,8 +83,7 @@ class Picture(NamedTuple):
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
-    """Draw with a StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline or StableDiffusion3Pipeline of
-    float32 modules."""
+    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1 or Chroma."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
@@ -178,7 +180,7 @@ def _sampled(pipeline: Any, drawing: Drawing, **conditions: torch.Tensor) -> tor
     ).images
 
 
-T5_LENGTH = 256
+T5_LENGTH, CHROMA_T5_LENGTH = 256, 512
 
 
 def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
@@ -233,9 +235,40 @@ def _stable_diffusion_3(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).images
 
 
+def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+
+    def encoded(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the pipeline's encode_prompt, but T5 reads padding as well, and the mask masks."""
+        ids, used = pipeline.tokenizer(
+            prompt, padding="max_length", max_length=CHROMA_T5_LENGTH, truncation=True, return_tensors="pt"
+        ).values()
+        mask = torch.arange(CHROMA_T5_LENGTH)[None] <= used.sum()
+        return pipeline.text_encoder(ids)[0], mask
+
+    text, mask = encoded(drawing.prompt)
+    negative_text, negative_mask = encoded(drawing.negative)
+    packed = pipeline(
+        prompt_embeds=text,
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=negative_text,
+        negative_prompt_attention_mask=negative_mask,
+        guidance_scale=drawing.cfg,
+        height=drawing.height,
+        width=drawing.width,
+        latents=pipeline._pack_latents(noise, *noise.shape),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+    ).images
+    return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "ChromaPipeline": _chroma,
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
+from tests.support.references import draw as references
 from tests.support.references.draw import Drawing, draw, psnr
 from tools.checkpoints import make
 
@@ -19,13 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  
 SIGMAS = {"discrete": (14.6, 4.1, 1.3, 0.0), "flow": (1.0, 0.7, 0.3, 0.0)}
 CHANNELS = {"discrete": 4, "flow": 16}
 KIND = {
-    "sd1": "discrete",
-    "sd2": "discrete",
-    "sdxl": "discrete",
-    "flux1-dev": "flow",
-    "flux1-schnell": "flow",
-    "sd3.5-medium": "flow",
-}
+    "sd1": "discrete", "sd2": "discrete", "sdxl": "discrete",
+    "flux1-dev": "flow", "flux1-schnell": "flow", "chroma": "flow", "sd3.5-medium": "flow",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +114,23 @@ def test_sd3_as_called(pipelines: dict[str, Any]) -> None:
     assert psnr(draw(pipe, replace(wanted, sigmas=sigmas)).pixels, np.asarray(images[0])) > 100
 
 
+def test_chroma_as_called(pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding, of which the pipeline's own call makes something else."""
+    pipe, prompts = pipelines["chroma"], {"prompt": "a lovely cat", "negative_prompt": "a lovely dog"}
+    (length,) = {len(pipe.tokenizer(text).input_ids) for text in prompts.values()}
+    wanted = drawing("chroma", cfg=3.0, negative=prompts["negative_prompt"])
+    noise = torch.from_numpy(wanted.noise)[None]
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    with torch.inference_mode():
+        images = pipe(
+            **prompts, latents=pipe._pack_latents(noise, *noise.shape), num_inference_steps=4, guidance_scale=3.0,
+            height=wanted.height, width=wanted.width, max_sequence_length=length, output_type="np",
+        ).images  # fmt: skip
+    monkeypatch.setattr(references, "CHROMA_T5_LENGTH", length)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert psnr(draw(pipe, replace(wanted, sigmas=sigmas)).pixels, np.asarray(images[0])) > 100
+
+
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("sd1", {"prompt": "a lovely dog"}),
     ("sd1", {"negative": "blurry"}),
@@ -136,6 +150,9 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("sd3.5-medium", {"negative": "blurry"}),
     ("sd3.5-medium", {"cfg": 1.0}),
     ("sd3.5-medium", {"clip_skip": 1}),
+    ("chroma", {"prompt": "a lovely dog"}),
+    ("chroma", {"negative": "blurry"}),
+    ("chroma", {"cfg": 1.0}),
 ]
 
 

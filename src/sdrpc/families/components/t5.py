@@ -84,8 +84,8 @@ T5 = Component(
     "t5xxl",
     "T5-XXL text encoder",
     (
-        "text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2.", "t5xxl.transformer.", "t5xxl.",
-        "cond_stage_model.transformer.", "",
+        "text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2.", "text_encoder.", "t5xxl.transformer.",
+        "t5xxl.", "cond_stage_model.transformer.", "",
     ),
     (
         Naming("encoder.block.0.layer.0.SelfAttention.q.weight", _with_shared_embedding),

@@ -1,0 +1,156 @@
+"""What the transformers of FLUX.1 and of models made from it share: tokens, positions, sizes and names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoints.expressions import split
+from ...ggml.weight import Weight
+from .. import configs
+from ..base import Config, Found
+from ..keys import Rule
+
+if TYPE_CHECKING:
+    import torch
+
+PATCH = 2
+"""Latents on a side that make one token."""
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+def inferred(found: Found) -> dict[str, Any]:
+    """Arguments that the classes have in common, from the shapes of the tensors."""
+    inner, inputs = found.shape("x_embedder.weight", 2)
+    outputs, _ = found.shape("proj_out.weight", 2)
+    _, context = found.shape("context_embedder.weight", 2)
+    (head,) = found.shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    if inner % head:
+        raise found.error(f"heads of {head} do not divide its width of {inner}")
+    return {
+        "patch_size": 1, "in_channels": inputs, "out_channels": outputs,
+        "num_layers": found.count("transformer_blocks."),
+        "num_single_layers": found.count("single_transformer_blocks."),
+        "attention_head_dim": head, "num_attention_heads": inner // head, "joint_attention_dim": context,
+        "axes_dims_rope": _axes(head),
+    }  # fmt: skip
+
+
+def merged(found: Found, config: dict[str, Any], told: Config) -> dict[str, Any]:
+    """The configuration with what only the file can say: how positions share a head."""
+    config = configs.merged(found, config, told, ("axes_dims_rope",))
+    head = config["attention_head_dim"]
+    if sum(config["axes_dims_rope"]) != head:
+        raise found.error(f"axes_dims_rope {config['axes_dims_rope']} is no division of heads of {head}")
+    return config
+
+
+def _axes(head: int) -> list[int]:
+    """How positions (text, row, column) share a head: 16, 56, 56 of 128, all even."""
+    rows = head * 7 // 16 // 2 * 2
+    return [head - 2 * rows, rows, rows]
+
+
+def takes(key: str) -> Callable[[Mapping[str, Config]], int]:
+    """A number of the diffusion model's configuration, for :class:`sdrpc.families.base.Joint`."""
+    return lambda configs: int(configs["diffusion"][key])
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def to_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (batch, channels, height, width) → (batch, height · width / 4, 4 · channels): 2×2 latents are a token."""
+    batch, channels, height, width = latents.shape
+    rows, columns = height // PATCH, width // PATCH
+    squares = latents.reshape(batch, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(batch, rows * columns, channels * PATCH * PATCH)
+
+
+def to_latents(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The reverse of :func:`to_tokens`: (batch, channels, height, width)."""
+    batch, rows, columns = tokens.shape[0], height // PATCH, width // PATCH
+    channels = tokens.shape[2] // PATCH**2
+    squares = tokens.reshape(batch, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(batch, channels, height, width)
+
+
+def places(height: int, width: int) -> torch.Tensor:
+    """The position of each token of a picture of so many latents: (tokens, 3) of (0, row, column)."""
+    import torch
+
+    rows, columns = height // PATCH, width // PATCH
+    found = torch.zeros(rows, columns, 3)
+    found[..., 1] += torch.arange(rows)[:, None]
+    found[..., 2] += torch.arange(columns)[None]
+    return found.reshape(rows * columns, 3)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def _thirds(weight: Weight) -> tuple[Weight, ...]:
+    return split(weight, [weight.shape[0] // 3] * 3)
+
+
+def _single(weight: Weight) -> tuple[Weight, ...]:
+    """A single block's first matrix makes queries, keys, values (as wide as the model) and the MLP's input (four times
+    as wide)."""
+    width = weight.shape[0] // 7
+    return split(weight, [width, width, width, weight.shape[0] - 3 * width])
+
+
+def _qkv(kinds: tuple[str, ...], source: str, target: str, names: tuple[str, str, str]) -> list[Rule]:
+    return [(rf"{source}\.{kind}", [rf"{target}.{name}.{kind}" for name in names], _thirds) for kind in kinds]
+
+
+BOTH = ("weight", "bias")
+DOUBLE, SINGLE = r"double_blocks\.(\d+)", r"single_blocks\.(\d+)"
+DOUBLES, SINGLES = r"transformer_blocks.\1", r"single_transformer_blocks.\1"
+_LINEAR = {
+    rf"{DOUBLE}\.img_mlp\.0": f"{DOUBLES}.ff.net.0.proj",
+    rf"{DOUBLE}\.img_mlp\.2": f"{DOUBLES}.ff.net.2",
+    rf"{DOUBLE}\.txt_mlp\.0": f"{DOUBLES}.ff_context.net.0.proj",
+    rf"{DOUBLE}\.txt_mlp\.2": f"{DOUBLES}.ff_context.net.2",
+    rf"{DOUBLE}\.img_attn\.proj": f"{DOUBLES}.attn.to_out.0",
+    rf"{DOUBLE}\.txt_attn\.proj": f"{DOUBLES}.attn.to_add_out",
+    rf"{SINGLE}\.linear2": f"{SINGLES}.proj_out",
+    "txt_in": "context_embedder", "img_in": "x_embedder", r"final_layer\.linear": "proj_out",
+}  # fmt: skip
+
+
+def linear(names: dict[str, str]) -> list[Rule]:
+    """The rules for weights and biases of layers, from patterns (with one number or none) to the module's names."""
+    return [(rf"{old}\.(weight|bias)", rf"{new}.\{old.count('(') + 1}") for old, new in names.items()]
+
+
+RULES: tuple[Rule, ...] = (
+    *linear(_LINEAR),
+    *_qkv(BOTH, rf"{DOUBLE}\.img_attn\.qkv", f"{DOUBLES}.attn", ("to_q", "to_k", "to_v")),
+    *_qkv(BOTH, rf"{DOUBLE}\.txt_attn\.qkv", f"{DOUBLES}.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    *(
+        (
+            rf"{SINGLE}\.linear1\.{kind}",
+            [
+                rf"{SINGLES}.{name}.{kind}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+            ],
+            _single,
+        )
+        for kind in BOTH
+    ),
+    *(
+        (rf"{DOUBLE}\.{stream}_attn\.norm\.{old}_norm\.(?:scale|weight)", f"{DOUBLES}.attn.{new}.weight")
+        for stream, old, new in (
+            ("img", "query", "norm_q"), ("img", "key", "norm_k"),
+            ("txt", "query", "norm_added_q"), ("txt", "key", "norm_added_k"),
+        )
+    ),
+    *(
+        (rf"{SINGLE}\.norm\.{old}_norm\.(?:scale|weight)", f"{SINGLES}.attn.{new}.weight")
+        for old, new in (("query", "norm_q"), ("key", "norm_k"))
+    ),
+)  # fmt: skip
+"""From Black Forest Labs' names to those of diffusers' classes: what all of these transformers have."""
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "")
