@@ -24,7 +24,8 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     """
     skip = prompt.clip_skip if prompt.clip_skip >= 1 else 2
     length = encode.config("clip_l")["max_position_embeddings"]
-    first, second = (clip_chunks(prompt.text, length=length, pad=pad) for pad in (clip.END_OF_TEXT, PAD))
+    first = clip_chunks(prompt.text, length=length)
+    second = clip_chunks(prompt.text, length=length, pad=PAD, cut=True)
     ours = clip.hidden_states(encode, "clip_l", first, skip=skip, final_norm=False)
     theirs, pooled = clip.hidden_and_pooled(encode, "clip_g", second, skip=skip, final_norm=False, pooled="projected")
     both = [np.concatenate(pair, axis=-1) for pair in zip(ours, theirs, strict=True)]
