@@ -72,7 +72,8 @@ def in_terminal(
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs} | files
     command = [sys.executable, "-m", "sdrpc", *map(str, arguments)]
-    process = subprocess.Popen(command, env=os.environ | {"TERM": "xterm"} | dict(env or {}), **streams)  # type: ignore[call-overload]
+    own = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # xdist's
+    process = subprocess.Popen(command, env=own | {"TERM": "xterm"} | dict(env or {}), **streams)  # type: ignore[call-overload]
     os.close(theirs)
     received = bytearray()
     while True:
