@@ -124,3 +124,10 @@ def test_a_directory_says_what_shapes_do_not(tmp_path: Path) -> None:
     model = open_model(ModelFiles(files["model"]))
     assert model["diffusion"].config["axes_dims_rope"] == [32, 48, 48]
     assert model["t5xxl"].config["relative_attention_max_distance"] == 64
+
+
+def test_layers_that_cannot_be_read_are_not_left_out(made: Made, tmp_path: Path) -> None:
+    names = [name for name in load_file(made.files["diffusion"]) if name.startswith("distilled_guidance_layer.layers.")]
+    unreadable = {name: torch.zeros(1, dtype=torch.complex64) for name in names}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.linear_1\.weight"):
+        opened(changed(made, tmp_path, **unreadable))
