@@ -133,10 +133,8 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     of models that were distilled with it."""
     context = joined(t5.encode_chunks(encode, "t5xxl", t5_chunks(prompt.text, length=T5_TOKENS)))
     length = encode.config("clip_l")["max_position_embeddings"]
-    told = {
-        "context": context,
-        "pooled": clip.pooled(encode, "clip_l", clip_chunks(prompt.text, length=length, breaks=False)),
-    }
+    pooled = clip.pooled(encode, "clip_l", clip_chunks(prompt.text, length=length, breaks=False))
+    told = {"context": context, "pooled": pooled}
     if encode.config("diffusion")["guidance_embeds"]:
         told["guidance"] = np.array([prompt.guidance], np.float32)
     return told
