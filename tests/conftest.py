@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, settings
 TESTS = Path(__file__).parent
 
 torch.set_num_threads(1)  # the suite runs in parallel processes on a small machine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and so would servers
 
 settings.register_profile(
     "sdrpc",

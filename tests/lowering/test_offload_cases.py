@@ -485,7 +485,7 @@ with torch.no_grad():
 
 @torch.no_grad()
 def test_another_process_finds_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "graphs"))
+    monkeypatch.setenv("SDRPC_CACHE", str(tmp_path / "cache"))
     inputs = (torch.randn(1, 4, 4, 4), torch.tensor(3), torch.randn(1, 2, 24))
     sdrpc.offload(models.unet((8, 16)), ReferenceDevice())(*inputs)
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -496,7 +496,9 @@ def test_another_process_finds_the_graph(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert second().stdout.split() == ["UNet2DConditionOutput", "True"]
     assert "captured again" in second("freeu").stderr
-    for note in (tmp_path / "graphs").glob("*.json"):
+    notes = list(tmp_path.rglob("*.json"))
+    assert notes
+    for note in notes:
         note.write_text('{"known": [], "result": ["object", {"module": "os", "name": "system"}, false, [], []]}')
     assert "captured again" in second().stderr
 
