@@ -138,9 +138,7 @@ class Session:
         it."""
 
         def encoded(text: str, negative: bool) -> Conditions:
-            prompt = Prompt(
-                text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative
-            )  # fmt: skip
+            prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
             return self.model.family.conditions(_Encode(self._devices), prompt)
 
         positive = encoded(settings.prompt, False)
