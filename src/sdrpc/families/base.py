@@ -70,7 +70,7 @@ class Component:
 
     @property
     def option(self) -> str:
-        """The field of :class:`sdrpc.families.files.ModelFiles` for a file of its own."""
+        """The field of :class:`sdrpc.families.model.ModelFiles` for a file of its own."""
         return "diffusion_model" if self.name == "diffusion" else self.name
 
 
