@@ -58,7 +58,7 @@ FAMILIES = {
 
 FORMS = {
     "safetensors": "one .safetensors", "gguf": "one .gguf", "parts": "a .safetensors for each component",
-    "gguf-parts": "GGUF of the diffusion model and of T5", "diffusers": "diffusers directory",
+    "gguf-parts": "GGUF of the diffusion model, and of T5 if any", "diffusers": "diffusers directory",
     "sharded": "diffusers directory, sharded",
 }  # fmt: skip
 
