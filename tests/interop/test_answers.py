@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -22,13 +23,17 @@ NONE = (Record(),) * 10
 
 
 def devices(client: RawClient) -> list[object]:
-    """How many there are, and what of their memory is more than a number of this machine."""
+    """How many there are, and what of their memory is more than a number of this machine.
+
+    A client of ours is told of its share, nine tenths.
+    """
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     answers: list[object] = [client.ask(m.DeviceCount()).device_count]
     for device in range(2):
         alignment = client.ask(m.GetAlignment(device)).alignment
         memory = client.ask(m.GetDeviceMemory(device))
         answers += [64 % alignment, 0 < memory.free <= memory.total]
-        answers += [memory.total >> 30, client.ask(m.GetMaxSize(device)).max_size >= memory.total]
+        answers += [0.89 * machine < memory.total <= machine, client.ask(m.GetMaxSize(device)).max_size >= memory.total]
     return answers
 
 
