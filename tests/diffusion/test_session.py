@@ -72,6 +72,7 @@ class Recorded:
 
     def __init__(self, patch: pytest.MonkeyPatch, broken: str = "") -> None:
         self.broken = broken
+        self.encoded = 0
         self.predictions: list[tuple[F32, F32, F32]] = []
         self.decoded: list[F32] = []
         patch.setattr(DeviceModel, "run", lambda _, name, options, inputs: (self.run(name, **inputs),))
@@ -81,6 +82,7 @@ class Recorded:
         return value * np.float32("nan") if name == self.broken else value
 
     def clip_l(self, ids: NDArray[np.int32]) -> F32:
+        self.encoded += 1
         return np.repeat(ids[..., None], 8, -1).astype(np.float32)
 
     def diffusion(self, latents: F32, timestep: F32, context: F32) -> F32:
@@ -113,6 +115,20 @@ def test_no_guidance_asks_once(session: Session, monkeypatch: pytest.MonkeyPatch
     asked = Recorded(monkeypatch)
     drawn(session, replace(SMALL, cfg_scale=1.0))
     assert [context.shape[0] for _, _, context in asked.predictions] == [1, 1, 1]
+
+
+def test_a_text_is_encoded_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next picture of it, with another seed, needs no text encoder."""
+    asked = Recorded(monkeypatch)
+    (first,) = drawn(session, SMALL)
+    texts = asked.encoded
+    assert texts == 2, "the prompt and the negative one"
+    (second,) = drawn(session, replace(SMALL, seed=SMALL.seed + 1))
+    assert asked.encoded == texts
+    (third,) = drawn(session, replace(SMALL, prompt="another text"))
+    assert asked.encoded == texts + 1
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, third)
 
 
 def test_texts_of_different_lengths_are_asked_apart(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,9 +346,9 @@ def test_weights_leave_when_another_component_needs_the_room(
     assert sizes["clip_l"] + sizes["diffusion"] > SmallDevice.room > sizes["diffusion"] + sizes["vae"] + (1 << 20)
     request = replace(SMALL, height=64, steps=1)
     with Session(model, {"all": device}, cache) as session:
-        for _ in range(2):
+        for text in ("a lovely cat", "a lovely dog"):
             events: list[Event] = []
-            list(session.generate(request, events.append))
+            list(session.generate(replace(request, prompt=text), events.append))
             moved = [(e.stage, e.component) for e in events if e.stage in ("upload", "release") and e.over]
             begun = list(dict.fromkeys(moved))
             if ("release", "diffusion") in begun:  # the second picture: the text encoder comes back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,10 @@ from .rng import make_rng
 from .samplers import Guess, denoiser, sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
+
+PROMPTS = 16
+"""Texts whose conditions a session remembers: the next picture of the same text, with another seed, needs no text
+encoder, whose weights may have left their device meanwhile."""
 
 TOKEN_SIDE = 2
 """Latents on a side that FLUX.1 makes one token of: its shift follows from the number of tokens."""
@@ -52,6 +57,7 @@ class Session:
         self.timer = timer or StageTimer()
         """Seconds of all pictures together, by stage."""
         self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer)
+        self._encoded: OrderedDict[Prompt, Conditions] = OrderedDict()
 
     @classmethod
     def open(
@@ -116,6 +122,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything that the session has on the devices. The devices stay open."""
+        self._encoded.clear()
         self._devices.close()
 
     def __enter__(self) -> Session:
@@ -139,7 +146,12 @@ class Session:
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
-            return self.model.family.conditions(_Encode(self._devices), prompt)
+            if prompt not in self._encoded:
+                self._encoded[prompt] = self.model.family.conditions(_Encode(self._devices), prompt)
+            self._encoded.move_to_end(prompt)
+            while len(self._encoded) > PROMPTS:
+                self._encoded.popitem(last=False)
+            return self._encoded[prompt]
 
         positive = encoded(settings.prompt, False)
         return [positive] if settings.cfg_scale == 1 else [encoded(settings.negative_prompt, True), positive]
