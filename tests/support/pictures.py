@@ -62,7 +62,7 @@ FORMS = {
     "sharded": "diffusers directory, sharded",
 }  # fmt: skip
 
-FIRST = ("sd1", "sd2", "sd2-base", "sdxl", "flux1-dev", "flux1-schnell")
+FIRST = ("sd1", "sd2", "sd2-base", "sdxl", "flux1-dev", "flux1-schnell", "chroma")
 """Families that are drawn from every form of file."""
 
 CASES = (
