@@ -13,10 +13,10 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as converters
 
 from sdrpc.errors import CheckpointError
-from sdrpc.families.proxies import converted
 from sdrpc.ggml.types import TYPES
 from sdrpc.ggml.weight import View, Weight
 from tests.checkpoints.test_expressions import address, numbers
+from tests.support.proxies import converted
 
 Shapes = Mapping[str, tuple[int, ...]]
 

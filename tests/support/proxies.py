@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import expressions
-from ..errors import CheckpointError
-from ..ggml.types import BF16, F32, TYPES, Type
-from ..ggml.weight import View, Weight
+from sdrpc.checkpoints import expressions
+from sdrpc.errors import CheckpointError
+from sdrpc.ggml.types import BF16, F32, TYPES, Type
+from sdrpc.ggml.weight import View, Weight
 
 aten = torch.ops.aten
 
