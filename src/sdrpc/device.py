@@ -21,6 +21,10 @@ from .ggml.weight import Origin, Pieces
 Bytes = bytes | bytearray | memoryview
 """Anything with a C-contiguous buffer of bytes; never copied on the way when it can be helped."""
 
+PRECISIONS = ("auto", "exact", "fast", "ggml")
+"""How a device of this process may compute: as float32; in narrow types where that is faster; with ggml's own rounding;
+auto is fast where the hardware is made for it, else exact."""
+
 
 class Memory(NamedTuple):
     """Bytes of a device's memory."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from sdrpc.cli import rpc_server
-from sdrpc.cli.rpc_server import choose, size
+from sdrpc.cli.command import Size
+from sdrpc.cli.rpc_server import COMMAND, choose
 from sdrpc.errors import UsageError
 from sdrpc.ggml.dialect import Version, dialects
 from sdrpc.server import Cache
@@ -112,7 +113,8 @@ MISTAKES = {
     "--device CUDA99": "device CUDA99: there is no such device; there are .*CPU",
     "--device CPU,CPU": "a device is named twice",
     "--protocol 2.0": "--protocol 2.0: there are auto, 3.6.0, .* 7.0.0",
-    "--precision sloppy": "sloppy",
+    "--precision sloppy": "--precision sloppy: .*there are auto, exact, fast, ggml",
+    "--max_memory lots": "--max-memory lots: not a size",
     "--dequant-cache lots": "--dequant-cache lots: not a size",
     "--cache --cache-size much": "--cache-size much: not a size",
     "--host no.such.host.invalid": "can't listen on no.such.host.invalid:50052",
@@ -162,11 +164,30 @@ def test_it_answers_before_torch_is_there(option: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=30, check=False).returncode == 0
 
 
-def test_help_names_every_option(run: Run) -> None:
-    _, text, _ = run("--help")
-    for option in ("--host", "--port", "--device", "--threads", "--precision", "--protocol", "--list-devices", "-v"):
-        assert option in text
-    assert "--cache-size" in text
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_c9_help_is_complete_and_grouped(run: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    status, text, _ = run("--help")
+    assert status == 0
+    shown = " ".join(text.split())
+    for option in COMMAND.options:
+        for name in option.opts:
+            assert re.search(rf"(^| ){re.escape(name)}\b", shown), name
+    for group in dict.fromkeys(option.group for option in COMMAND.options):
+        assert f"\n{group}:\n" in text
+    for default in ("[default: 50052]", "[default: 32G]", "[default: all accelerators, else CPU]", "[default: auto]"):
+        assert default in shown
+    for noise in ("<int", "Sentinel", "None", "…", "\x1b"):
+        assert noise not in text
+    assert max(map(len, text.splitlines())) <= int(columns)
+    text.encode("ascii")
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_c17_completion(run: Run, shell_name: str) -> None:
+    status, script, _ = run("--completion", shell_name)
+    assert status == 0
+    assert "_RPC_SERVER_COMPLETE" in script
 
 
 @pytest.mark.parametrize(
@@ -188,4 +209,4 @@ def test_protocols_that_are_none(text: str) -> None:
     [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("2g", 2 << 30), ("1.5GiB", 3 << 29), ("1 kB", 1024)],
 )
 def test_sizes(text: str, count: int) -> None:
-    assert size(text) == count
+    assert Size().convert(text, None, None) == count

@@ -7,6 +7,7 @@ Built on click; what differs: options are grouped in --help, names of other spel
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,22 @@ class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no clic
         return [CompletionItem(choice) for choice in self.choices if choice.startswith(incomplete)]
 
 
+class Size(click.ParamType):  # type: ignore[type-arg] # as above
+    """A number of bytes: ``512M``, ``2G``, ``1.5GiB``, ``0``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        if not match:
+            raise InvalidValue(str(param and param.name), value, "not a size; write it as 512M or 2G")
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
 class Command(click.Command):
     """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
-    reason why this one does not take it; ``ignored``: those that ask for what is done anyway."""
+    reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``bare``: it has
+    something to do without arguments; else its --help is printed."""
 
     def __init__(
         self,
@@ -68,11 +82,12 @@ class Command(click.Command):
         callback: Callable[..., int | None],
         refused: Mapping[str, str] | None = None,
         ignored: Iterable[str] = (),
+        bare: bool = False,
         **facts: Any,
     ) -> None:
         context = {"help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS}
         super().__init__(name, params=list(options), callback=callback, context_settings=context, **facts)
-        self.options, self.refused, self.ignored = options, refused or {}, frozenset(ignored)
+        self.options, self.refused, self.ignored, self.bare = options, refused or {}, frozenset(ignored), bare
 
     @property
     def fields(self) -> dict[str, str]:
@@ -92,7 +107,7 @@ class Command(click.Command):
         """Its exit status. Raises :class:`UsageError` for arguments that mean nothing, and what the callback raises."""
         if completed := self._completion():
             return completed - 1
-        if not arguments:
+        if not arguments and not self.bare:
             click.echo(self.get_help(self.make_context(self.name, [], resilient_parsing=True)))
             return USAGE
         try:

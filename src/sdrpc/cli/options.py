@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from ..device import PRECISIONS
 from ..diffusion.predictions import PREDICTIONS
 from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
@@ -20,8 +21,6 @@ MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 
 HERE = ("img_gen", "convert")
 """Those that sdrpc has."""
-
-PRECISIONS = ("auto", "exact", "fast", "ggml")
 
 MODEL, PICTURE, SAMPLING = "Model", "Picture", "Sampling"
 DEVICES, OUTPUT, ABOUT = "Devices", "Output", "About"

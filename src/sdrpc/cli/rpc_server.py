@@ -7,138 +7,84 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..content import fnv1a
 from ..device_names import resolve
-from ..errors import UsageError
+from ..errors import InvalidValue
 from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, CacheService, Limits, Server
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
 from . import report
+from .command import Command
 from .entry import ready
+from .server_options import AUTO, OPTIONS
 
 if TYPE_CHECKING:
     from ..device import ServedDevice
     from ..engine.device import LocalDevice
 
-AUTO = "auto"
 STOP_SECONDS = 1.0
 """How long each device may take to end what it computes when the server stops."""
 
-app = typer.Typer(
-    rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
-)
+Chosen = Mapping[str, Any]
+"""The options' values, by the options' names in Python."""
 
 
 def main() -> None:
     """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
     ready()
-    sys.exit(report.guarded(lambda: run(sys.argv[1:])))
+    sys.exit(report.guarded(lambda: run(sys.argv[1:]), COMMAND.fields))
 
 
-def run(arguments: Sequence[str]) -> None:
-    """The command with ``arguments``."""
-    typer.main.get_command(app).main(list(arguments), prog_name="rpc-server")
+def run(arguments: Sequence[str]) -> int:
+    """The command with ``arguments``; its exit status."""
+    return COMMAND.run(arguments)
 
 
-@app.command()
-def rpc_server(
-    host: Annotated[str, typer.Option("--host", "-H", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 picks a free one.")] = 50052,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            "-d",
-            metavar="NAME,…",
-            help="Devices to offer.",
-            show_default="all accelerators, else CPU",
-        ),
-    ] = "",
-    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads of the CPU; 0: one per core.")] = 0,
-    precision: Annotated[
-        str,
-        typer.Option(
-            metavar="exact|fast|ggml|auto",
-            help="How to compute; ggml: rounding as ggml's CPU does; auto: fast where the hardware is made for it.",
-        ),
-    ] = "auto",
-    protocol: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|VERSION",
-            help="Protocol of the clients, such as 5.0; auto: what each of them speaks, learnt where it can't be seen.",
-        ),
-    ] = AUTO,
-    dequant_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of each device for weights in the form that they are computed in.",
-            show_default="256M; a quarter of an accelerator",
-        ),
-    ] = None,
-    cache: Annotated[
-        bool, typer.Option("--cache", "-c", help="Keep weights on disk: clients that come again need not send them.")
-    ] = False,
-    cache_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Disk space for --cache; what was used longest ago goes first.")
-    ] = "32G",
-    max_clients: Annotated[
-        int, typer.Option("--max-clients", min=1, help="Connections at one time; further ones are refused.")
-    ] = Limits.connections,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory for the buffers of all clients.", show_default="all that is free"),
-    ] = None,
-    max_memory_per_client: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for one client's buffers and running graph.",
-            show_default=f"{Limits.share:.0%} of a device",
-        ),
-    ] = None,
-    list_devices: Annotated[
-        bool, typer.Option("--list-devices", help="Print this machine's devices and exit.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every client.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print versions and exit.")] = False,
-) -> None:
+def rpc_server(**chosen: Any) -> int:
     """Offer this machine's devices to clients of ggml's RPC protocol: sdrpc's sd-cli, stable-diffusion.cpp, llama.cpp.
 
     Any number of clients at once; none sees another's memory. The protocol has neither passwords nor encryption: listen
     in trusted networks only."""
-    report.logging_to_console(verbose)
-    if version:
+    report.logging_to_console(chosen["verbose"])
+    if chosen["version"]:
         print(f"rpc-server {__version__} (RPC protocols {', '.join(dialects())})")
-        return
-    versions = protocol_of(protocol)
-    limits = limited(max_clients, max_memory, max_memory_per_client)
-    converted = None if dequant_cache is None else size(dequant_cache)
-    kept = Cache(cache_folder("weights"), size(cache_size, "--cache-size")) if cache else None
+        return 0
+    if chosen["completion"]:
+        print(COMMAND.completion(chosen["completion"]))
+        return 0
+    versions = protocol_of(chosen["protocol"])
+    limits = limited(chosen)
+    kept = Cache(cache_folder("weights"), chosen["cache_size"]) if chosen["cache"] else None
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
     from ..engine.system import keep_freed_memory
 
     keep_freed_memory()
-    found = devices(precision, threads or None, compute_limit=limits.compute_seconds, dequant_cache=converted)
-    if list_devices:
+    found = devices(
+        chosen["precision"],
+        chosen["threads"] or None,
+        compute_limit=limits.compute_seconds,
+        dequant_cache=chosen["dequant_cache"],
+    )
+    if chosen["list_devices"]:
         print(*map(described, found), sep="\n")
-        return
+        return 0
     with cache_service(kept) as shared:
-        server = Server(offered(found, device), versions, host, port, limits, shared)
+        server = Server(offered(found, chosen["device"]), versions, chosen["host"], chosen["port"], limits, shared)
         announce(server)
         serve(server)
     end(server)
+    return 0
+
+
+COMMAND = Command("rpc-server", OPTIONS, rpc_server, bare=True, help=rpc_server.__doc__)
 
 
 def protocol_of(version: str) -> Protocol:
@@ -146,14 +92,14 @@ def protocol_of(version: str) -> Protocol:
     return Learning(default_path()) if version == AUTO else Fixed(choose(version))
 
 
-def limited(clients: int, memory: str | None, memory_per_client: str | None) -> Limits:
+def limited(chosen: Chosen) -> Limits:
     """The limits that the options say; the defaults where they don't."""
-    chosen: dict[str, int] = {"connections": clients}
-    if memory is not None:
-        chosen["bytes_of_all"] = size(memory, "--max-memory")
-    if memory_per_client is not None:
-        chosen["buffer_bytes"] = size(memory_per_client, "--max-memory-per-client")
-    return replace(Limits(), **chosen)
+    asked = {
+        "connections": chosen["max_clients"],
+        "bytes_of_all": chosen["max_memory"],
+        "buffer_bytes": chosen["max_memory_per_client"],
+    }
+    return replace(Limits(), **{field: value for field, value in asked.items() if value is not None})
 
 
 def choose(version: str) -> Dialect:
@@ -161,16 +107,8 @@ def choose(version: str) -> Dialect:
     wanted = version.removeprefix("v").split(".")
     fitting = [dialect for known, dialect in dialects().items() if known.split(".")[: len(wanted)] == wanted]
     if not fitting:
-        raise UsageError(f"--protocol {version}: there are {AUTO}, {', '.join(dialects())}")
+        raise InvalidValue("protocol", version, f"there are {AUTO}, {', '.join(dialects())}")
     return fitting[-1]
-
-
-def size(text: str, option: str = "--dequant-cache") -> int:
-    """Bytes from ``512M``, ``2G``, ``1.5GiB``, ``0``: the value of ``option``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise UsageError(f"{option} {text}: not a size; write it as 512M or 2G")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def offered(found: Sequence[LocalDevice], names: str) -> list[LocalDevice]:
@@ -180,7 +118,7 @@ def offered(found: Sequence[LocalDevice], names: str) -> list[LocalDevice]:
     known = [device.name for device in found]
     wanted = [resolve(name, known, known[0], "device") for name in re.split("[,/]", names)]
     if len(set(wanted)) < len(wanted):
-        raise UsageError(f"--device {names}: a device is named twice")
+        raise InvalidValue("device", names, "a device is named twice")
     return [found[known.index(name)] for name in wanted]
 
 

@@ -15,7 +15,8 @@ from math import prod
 
 import torch
 
-from sdrpc.errors import UsageError
+from sdrpc.device import PRECISIONS
+from sdrpc.errors import InvalidValue
 from sdrpc.ggml.params import MulMat
 from sdrpc.ggml.types import F16, F32, Type
 
@@ -74,9 +75,9 @@ GGML = Precision("ggml", rounds=True)
 
 
 def choose(name: str, device: torch.device) -> Precision:
-    """The precision called ``name`` (exact, fast, ggml, auto) on ``device``. Raises :class:`UsageError` for another."""
-    if name not in ("exact", "fast", "ggml", "auto"):
-        raise UsageError(f"precision {name!r}: exact, fast, ggml or auto")
+    """The precision called ``name`` (one of ``PRECISIONS``) on ``device``. Raises :class:`InvalidValue` for another."""
+    if name not in PRECISIONS:
+        raise InvalidValue("precision", name, f"there are {', '.join(PRECISIONS)}")
     if name == "ggml":
         return GGML
     if name == "exact" or (name == "auto" and not _is_narrow_faster(device)):

@@ -1,0 +1,51 @@
+"""rpc-server's options as a table. Names are those of llama.cpp's rpc-server where it has the option."""
+
+from __future__ import annotations
+
+import click
+
+from ..device import PRECISIONS
+from ..server import Limits
+from .command import SHELLS, OneOf, Option, Size
+
+AUTO = "auto"
+
+LISTENING, DEVICES, CLIENTS = "Listening", "Devices", "Clients"
+CACHE, ABOUT = "Cache", "About"
+
+OPTIONS = (
+    Option(LISTENING, "-H", "--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on."),
+    Option(LISTENING, "-p", "--port", type=click.IntRange(0, 65535), default=50052, metavar="NUMBER",
+           help="Port; 0 picks a free one."),
+    Option(LISTENING, "--protocol", default=AUTO, metavar="auto|VERSION",
+           help="Protocol of the clients, such as 5.0; auto: what each of them speaks, learnt where it can't be seen."),
+
+    Option(DEVICES, "-d", "--device", default="", metavar="NAME,...", shown="all accelerators, else CPU",
+           help="Devices to offer."),
+    Option(DEVICES, "-t", "--threads", type=click.IntRange(min=0), default=0, metavar="NUMBER",
+           help="Threads of the CPU; 0: one per core."),
+    Option(DEVICES, "--precision", type=OneOf(*PRECISIONS), default="auto", metavar="|".join(PRECISIONS),
+           help="How to compute; exact: float32; ggml: rounding as ggml's CPU does; auto: fast where the hardware is "
+           "made for it."),
+    Option(DEVICES, "--dequant-cache", type=Size(), metavar="SIZE", shown="256M; a quarter of an accelerator",
+           help="Memory of each device for weights in the form that they are computed in."),
+    Option(DEVICES, "--list-devices", is_flag=True, help="Print this machine's devices and exit."),
+
+    Option(CLIENTS, "--max-clients", type=click.IntRange(min=1), default=Limits.connections, metavar="NUMBER",
+           help="Connections at one time; further ones are refused."),
+    Option(CLIENTS, "--max-memory", type=Size(), metavar="SIZE", shown="all that is free",
+           help="Memory for the buffers of all clients."),
+    Option(CLIENTS, "--max-memory-per-client", type=Size(), metavar="SIZE", shown=f"{Limits.share:.0%} of a device",
+           help="Memory for one client's buffers and running graph."),
+
+    Option(CACHE, "-c", "--cache", is_flag=True,
+           help="Keep weights on disk: clients that come again need not send them."),
+    Option(CACHE, "--cache-size", type=Size(), default="32G", metavar="SIZE",
+           help="Disk space for --cache; what was used longest ago goes first."),
+
+    Option(ABOUT, "-v", "--verbose", is_flag=True,
+           help="Log every client: who comes, and what it took when it leaves."),
+    Option(ABOUT, "--completion", type=OneOf(*SHELLS), metavar="|".join(SHELLS),
+           help='Print a script that completes options in a shell: eval "$(rpc-server --completion bash)".'),
+    Option(ABOUT, "--version", is_flag=True, help="Print versions and exit."),
+)  # fmt: skip
