@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class Encoders:
     def __init__(self, *components: str) -> None:
         self.components = components
 
-    def __call__(self, component: str, ids: NDArray[np.int32], **options: Any) -> tuple[F32, ...]:
-        hidden = states(component, ids[0], options.get("skip", 1))[None]
+    def __call__(self, component: str, inputs: Mapping[str, NDArray[Any]], **options: Any) -> tuple[F32, ...]:
+        hidden = states(component, inputs["ids"][0], options.get("skip", 1))[None]
         pooled = {"pooled": hidden[:, 0] + 1, "projected": hidden[:, 0] + 2}
         return tuple(pooled.get(name, hidden) for name in options.get("outputs", ["hidden"]))
 

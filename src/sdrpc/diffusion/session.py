@@ -229,8 +229,8 @@ class _Encode:
     def __init__(self, devices: DeviceModel) -> None:
         self._devices = devices
 
-    def __call__(self, component: str, ids: NDArray[np.int32], **options: Any) -> tuple[F32, ...]:
-        outputs = self._devices.run(component, options, {"ids": ids})
+    def __call__(self, component: str, inputs: Mapping[str, NDArray[Any]], **options: Any) -> tuple[F32, ...]:
+        outputs = self._devices.run(component, options, inputs)
         return tuple(finite(output, f"{component}'s output") for output in outputs)
 
     def config(self, component: str) -> Config:

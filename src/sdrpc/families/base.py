@@ -199,8 +199,9 @@ class Prompt(NamedTuple):
 class Encode(Protocol):
     """Runs a text encoder of the model."""
 
-    def __call__(self, component: str, ids: NDArray[np.int32], **options: Any) -> tuple[F32, ...]:
-        """Tokens (1, length) → the module's outputs. ``options`` are added to its configuration: which outputs."""
+    def __call__(self, component: str, inputs: Mapping[str, NDArray[Any]], **options: Any) -> tuple[F32, ...]:
+        """Inputs by name (``ids``: tokens, int32 (1, length)) → the module's outputs. ``options`` are added to its
+        configuration: which outputs."""
         ...
 
     def config(self, component: str) -> Config:

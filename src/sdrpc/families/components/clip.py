@@ -87,7 +87,7 @@ def hidden_states(encode: Encode, name: str, tokens: Tokens, *, skip: int, final
     """
     _check_skip(encode, name, skip)
     options = {"outputs": ["hidden"], "skip": skip, "final_norm": final_norm}
-    return [encode(name, ids[None], **options)[0] for ids in tokens.ids]
+    return [encode(name, {"ids": ids[None]}, **options)[0] for ids in tokens.ids]
 
 
 def hidden_and_pooled(
@@ -97,14 +97,14 @@ def hidden_and_pooled(
     projection_dim)."""
     _check_skip(encode, name, skip)
     options = {"outputs": ["hidden", pooled], "skip": skip, "final_norm": final_norm}
-    first, text = encode(name, tokens.ids[:1], **options)
+    first, text = encode(name, {"ids": tokens.ids[:1]}, **options)
     rest = Tokens(tokens.ids[1:], tokens.weights[1:])
     return [first, *hidden_states(encode, name, rest, skip=skip, final_norm=final_norm)], text
 
 
 def pooled(encode: Encode, name: str, tokens: Tokens) -> F32:
     """The first chunk's text at its end (1, width), without a projection."""
-    return encode(name, tokens.ids[:1], outputs=["pooled"], skip=1, final_norm=True)[0]
+    return encode(name, {"ids": tokens.ids[:1]}, outputs=["pooled"], skip=1, final_norm=True)[0]
 
 
 def _check_skip(encode: Encode, name: str, skip: int) -> None:

@@ -50,7 +50,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
 def encode_chunks(encode: Encode, name: str, tokens: Tokens) -> list[F32]:
     """The hidden states (1, length, d_model) of each chunk of tokens, times the tokens' weights."""
     return [
-        apply_weights(encode(name, ids[None])[0][0], weights)[None]
+        apply_weights(encode(name, {"ids": ids[None]})[0][0], weights)[None]
         for ids, weights in zip(tokens.ids, tokens.weights, strict=True)
     ]
 
