@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sdrpc import models
 from sdrpc.checkpoints.checkpoint import open_checkpoint
@@ -92,6 +92,43 @@ def test_a_picture_shows_what_its_prompt_says(prompt: str, placement: str, serve
     path = tmp_path / "picture.png"
     draw(servers, path, "-m", "demo", "--backend", placement, "-p", prompt, *SAMPLING)
     assert judge(seen(path), PROMPTS[prompt]).right, seen(path)
+
+
+@pytest.fixture(scope="session")
+def circle(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture of a large red circle on white, in the lower left."""
+    path = tmp_path_factory.mktemp("inputs") / "circle.png"
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).ellipse((16, 48, 88, 120), fill=(220, 30, 30))
+    image.save(path)
+    return path
+
+
+def test_a_mask_is_filled_with_what_the_prompt_says(servers: Servers, circle: Path, tmp_path: Path) -> None:
+    path, mask = tmp_path / "picture.png", tmp_path / "mask.png"
+    hole = Image.new("L", (128, 128))
+    ImageDraw.Draw(hole).rectangle((88, 0, 127, 127), fill=255)
+    hole.save(mask)
+    prompt = "a red circle on the left of a small blue square on a white background"
+    draw(
+        servers, path, "-m", "demo", "-i", str(circle), "--mask", str(mask), "--strength", "1", "-p", prompt, *SAMPLING
+    )
+    says = Expectation("white", (Stated("circle", "red"), Stated("square", "blue")), relation=(BEFORE, BETWEEN))
+    assert judge(seen(path), says).right, seen(path)
+    before, after = (np.asarray(Image.open(file)).astype(int)[:, :72] for file in (circle, path))
+    assert np.abs(before - after).mean() < 12, "outside the mask it is the same but for the VAE"
+
+
+def test_a_picture_keeps_its_layout(servers: Servers, circle: Path, tmp_path: Path) -> None:
+    """At 0.4 it stays what it is, at 0.8 it becomes what the prompt says, in the same place."""
+    for strength, colour in (("0.4", "red"), ("0.8", "green")):
+        path = tmp_path / f"{strength}.png"
+        prompt = f"a large {colour} circle on a white background"
+        draw(servers, path, "-m", "demo", "-i", str(circle), "--strength", strength, "-p", prompt, *SAMPLING)
+        (found,) = seen(path).shapes
+        assert (found.kind, found.colour) == ("circle", colour)
+        assert abs(found.x - 52 / 128) < 0.1
+        assert abs(found.y - 84 / 128) < 0.1
 
 
 def test_its_gguf_does_so_too(servers: Servers, tmp_path: Path) -> None:

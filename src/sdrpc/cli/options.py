@@ -22,7 +22,7 @@ MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 HERE = ("img_gen", "convert")
 """Those that sdrpc has."""
 
-MODEL, PICTURE, SAMPLING = "Model", "Picture", "Sampling"
+MODEL, PICTURE, INPUT, SAMPLING = "Model", "Picture", "Pictures as input", "Sampling"
 DEVICES, OUTPUT, ABOUT = "Devices", "Output", "About"
 
 FILE = click.Path()
@@ -39,12 +39,22 @@ OPTIONS = (
 
     Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
     Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
-    Option(PICTURE, "-W", "--width", type=int, metavar="PIXELS", shown="what the model is made for", help="Width."),
-    Option(PICTURE, "-H", "--height", type=int, metavar="PIXELS", shown="what the model is made for", help="Height."),
+    Option(PICTURE, "-W", "--width", type=int, metavar="PIXELS", shown="what the model is made for, or that of -i",
+           help="Width."),
+    Option(PICTURE, "-H", "--height", type=int, metavar="PIXELS", shown="what the model is made for, or that of -i",
+           help="Height."),
     Option(PICTURE, "-s", "--seed", type=int, metavar="NUMBER", default=42,
            help="Seed of the noise; below 0: a random one."),
     Option(PICTURE, "-b", "--batch-count", type=int, metavar="NUMBER", default=1,
            help="Pictures, with seeds counting up."),
+
+    Option(INPUT, "-i", "--init-img", "init_image", type=FILE, metavar="PATH", help="Picture to begin with."),
+    Option(INPUT, "--strength", type=float, metavar="0..1", default=0.75,
+           help="How much noise it gets: 0 leaves it nearly as it is, 1 leaves nothing of it."),
+    Option(INPUT, "--mask", type=FILE, metavar="PATH", shown="all of it",
+           help="Where it is drawn anew: white; black stays, grey is in between."),
+    Option(INPUT, "-r", "--ref-image", "ref_images", type=FILE, multiple=True, metavar="PATH",
+           help="Picture that the model is shown (FLUX.1 Kontext); several times for several."),
 
     Option(SAMPLING, "--steps", type=int, metavar="NUMBER", shown="20; FLUX.1 schnell: 4", help="Sampling steps."),
     Option(SAMPLING, "--cfg-scale", type=float, metavar="FACTOR", shown="7; FLUX.1: 1; Chroma: 4",
@@ -113,7 +123,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--model-args", "--linear-scale", "--attn-scale",
     ),
     "images as input": (
-        "-i", "--init-img", "--strength", "--mask", "-r", "--ref-image", "--increase-ref-index", "--ref-image-args",
+        "--increase-ref-index", "--ref-image-args",
         "--disable-auto-resize-ref-image", "--img-cfg-scale", "--control-net", "--control-image", "--control-strength",
         "--canny", "--control-net-cpu", "--control-net-backend-device", "--photo-maker", "--pm-id-images-dir",
         "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device", "--vision-backend-device",

@@ -114,7 +114,7 @@ class Meter:
 
     def _encode(self, event: Event) -> None:
         if not event.over:
-            self._status.show("encoding the prompt")
+            self._status.show("encoding the picture" if event.component == "vae" else "encoding the prompt")
 
     def _sample(self, event: Event) -> None:
         if not event.done:

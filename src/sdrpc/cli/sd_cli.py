@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from .progress import mebibytes
 if TYPE_CHECKING:
     from ..device import Device
     from ..diffusion.metadata import Parameters
-    from ..diffusion.pictures import Picture
+    from ..diffusion.pictures import Picture, Pixels
     from ..diffusion.request import Request, Settings
     from ..families.model import Model, ModelFiles
 
@@ -87,7 +87,8 @@ def _draw(chosen: Chosen) -> int:
     from ..diffusion.stage_timer import STAGES, StageTimer
     from ..families.model import open_model
 
-    request = Request(**{entry.name: chosen[entry.name] for entry in fields(Request)} | {"prompt": _prompt(chosen)})
+    given = {entry.name: chosen[entry.name] for entry in fields(Request)}
+    request = Request(**given | {"prompt": _prompt(chosen)} | _pictures(chosen))
     files = _files(chosen)
     timer = StageTimer()
     with timer("load"):
@@ -121,6 +122,20 @@ def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
         report.warn(f"{path}: {saved.why}; the picture is in {saved.path}")
     report.result(saved.path)
     return bool(saved.why)
+
+
+def _pictures(chosen: Chosen) -> dict[str, Any]:
+    """The request's pictures, read from the files that were named."""
+    from ..diffusion.image_files import read_mask, read_picture
+
+    def read(field: str, reader: Callable[[str, Path], Pixels]) -> Pixels | None:
+        return None if chosen[field] is None else reader(field, Path(chosen[field]))
+
+    return {
+        "init_image": read("init_image", read_picture),
+        "mask": read("mask", read_mask),
+        "ref_images": tuple(read_picture("ref_images", Path(path)) for path in chosen["ref_images"]),
+    }
 
 
 def _prompt(chosen: Chosen) -> str:
@@ -161,7 +176,8 @@ def _threads(chosen: Chosen) -> int | None:
 
 def _note_size(request: Request, settings: Settings) -> None:
     """Say when the picture gets another size than the one that was asked for."""
-    asked = (request.width or settings.width, request.height or settings.height)
+    theirs = (None, None) if request.init_image is None else request.init_image.shape[1::-1]
+    asked = (request.width or theirs[0] or settings.width, request.height or theirs[1] or settings.height)
     if asked != (settings.width, settings.height):
         given = f"{settings.width}×{settings.height}"
         report.say(f"{asked[0]}×{asked[1]} is rounded up to {given}, the next size that the model can draw")
@@ -179,7 +195,8 @@ def _note_placement(model: Model, devices: Mapping[str, Device], settings: Setti
         found = model[component].found
         size = mebibytes(found.nbytes())
         log.debug("%s on %s: %s in %s", component, device.name, size, found.checkpoint.path)
-    log.debug("settings: %s", ", ".join(f"{name} {value!r}" for name, value in asdict(settings).items()))
+    told = [f"{entry.name} {getattr(settings, entry.name)!r}" for entry in fields(settings) if entry.repr]
+    log.debug("settings: %s", ", ".join(told))
 
 
 def _parameters(settings: Settings, picture: Picture, files: ModelFiles, chosen: Chosen) -> Parameters:
@@ -204,6 +221,7 @@ def _parameters(settings: Settings, picture: Picture, files: ModelFiles, chosen:
         clip_skip=settings.clip_skip,
         eta=chosen["eta"],
         flow_shift=settings.flow_shift,
+        strength=settings.strength,
         models={name: path.name for name, path in files.named.items()},
     )
 

@@ -146,11 +146,15 @@ def captured(
 
     with without_weights():
         built, call = module.build()
+
+    def by_name(module: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return call(module, **dict(zip(inputs, tensors, strict=True)))
+
     examples = {
         name: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device="meta")
         for name, array in inputs.items()
     }
-    return lower(capture(built.eval(), examples, call), device.target, types)
+    return lower(capture(built.eval(), examples, by_name), device.target, types)
 
 
 class DeviceModel:

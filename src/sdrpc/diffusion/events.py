@@ -14,8 +14,9 @@ class Event:
     """Something that a session does, or how far it is.
 
     ``stage``: capture (a component's graph is made, which happens once and takes seconds), upload (weights), release
-    (a component's weights leave their device), encode (text), sample, decode. ``component``: whose. ``done`` and
-    ``total``: bytes of an upload or release, steps of sampling; else 0 when it begins and 1 of 1 when it is over.
+    (a component's weights leave their device), encode (text, or by the ``vae`` a picture), sample, decode.
+    ``component``: whose. ``done`` and ``total``: bytes of an upload or release, steps of sampling; else 0 when it
+    begins and 1 of 1 when it is over.
     ``sent``: bytes of an upload that the device did not have yet; None where the device is this machine's own.
     ``picture`` and ``pictures``: which one of how many, counted from 1; 0 where it is for all of them. ``seconds``:
     since the stage began.

@@ -66,6 +66,7 @@ class Parameters:
     guidance: float = 3.5
     flow_shift: float | None = None
     sampler_rng: str | None = None
+    strength: float = 0.75
     models: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
@@ -116,7 +117,7 @@ class Parameters:
             },
             "models": dict(self.models),
             "clip_skip": self.clip_skip,
-            "strength": 0.75,
+            "strength": _single(self.strength),
             "control_strength": _single(0.9),
             "auto_resize_ref_image": True,
             "increase_ref_index": False,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..errors import InvalidValue
 from ..families.base import Defaults
 from ..prompts.text import check
+from .pictures import Pixels, fitted
 from .predictions import PREDICTIONS
 from .rng import RNGS, make_rng
 from .samplers import find_sampler
@@ -17,6 +20,7 @@ MAX_SIDE = 16384
 MAX_STEPS = 10000
 MAX_BATCH = 10000
 MAX_FACTOR = 1e6
+MAX_REFERENCES = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Request:
     ``seed`` below 0: a random one. ``clip_skip`` below 1: the family's own. ``cfg_scale`` 1: no guidance by a negative
     prompt; ``guidance``: of models that were distilled with it (FLUX.1 dev). ``eta``: how much new noise a sampler
     adds; ``sampler_rng``: where that comes from, if not from ``rng`` like the noise that a picture begins as.
+
+    ``init_image``: pixels (height, width, 3) to begin with, uint8; they are cut and scaled to the picture's size, which
+    is theirs where none is given. ``strength``: how much of the noise they get, 0 … 1; 1: all. ``mask``: pixels
+    (height, width), uint8: where ``init_image`` is drawn anew (255), stays (0), or something between. ``ref_images``:
+    pictures that the model is shown, where its family knows what to do with them.
     """
 
     prompt: str
@@ -46,31 +55,38 @@ class Request:
     eta: float | None = None
     prediction: str | None = None
     flow_shift: float | None = None
+    init_image: Pixels | None = field(default=None, compare=False, repr=False)
+    strength: float = 0.75
+    mask: Pixels | None = field(default=None, compare=False, repr=False)
+    ref_images: tuple[Pixels, ...] = field(default=(), compare=False, repr=False)
 
     def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int) -> Settings:
         """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
-        rounded up to a ``multiple`` as stable-diffusion.cpp does.
+        rounded up to a ``multiple`` as stable-diffusion.cpp does. Pictures have the size that is drawn.
 
         Raises :class:`InvalidValue` for what can't be drawn, so that nothing is loaded in vain.
         """
         check("prompt", self.prompt)
         check("negative_prompt", self.negative_prompt)
+        self._check_pictures()
+        if self.init_image is not None:
+            size = self.init_image.shape[1], self.init_image.shape[0]
         width = size[0] if self.width is None else self.width
         height = size[1] if self.height is None else self.height
         steps = defaults.steps if self.steps is None else self.steps
-        for field, value, largest in (
+        for name, value, largest in (
             ("width", width, MAX_SIDE), ("height", height, MAX_SIDE), ("steps", steps, MAX_STEPS),
             ("batch_count", self.batch_count, MAX_BATCH),
         ):  # fmt: skip
             if not 1 <= value <= largest:
-                raise InvalidValue(field, value, f"it can be 1 … {largest}")
+                raise InvalidValue(name, value, f"it can be 1 … {largest}")
         cfg_scale = defaults.cfg_scale if self.cfg_scale is None else self.cfg_scale
         guidance = defaults.guidance if self.guidance is None else self.guidance
-        for field, number in (
+        for name, number in (
             ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift)
         ):  # fmt: skip
             if number is not None and not abs(number) < MAX_FACTOR:
-                raise InvalidValue(field, number, f"not a number below {MAX_FACTOR:.0e}")
+                raise InvalidValue(name, number, f"not a number below {MAX_FACTOR:.0e}")
         seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
         make_rng(self.rng, seed + self.batch_count - 1)
         if self.sampler_rng is not None and self.sampler_rng not in RNGS:
@@ -82,12 +98,41 @@ class Request:
             raise InvalidValue("prediction", self.prediction, f"does not exist; there are {', '.join(PREDICTIONS)}")
         if scheduler not in SCHEDULES and scheduler not in ALIASES:
             raise InvalidValue("scheduler", scheduler, f"does not exist; there are {', '.join(SCHEDULES)}")
+        width, height = _up(width, multiple), _up(height, multiple)
         return Settings(
-            self.prompt, self.negative_prompt, _up(width, multiple), _up(height, multiple), steps, cfg_scale, guidance,
+            self.prompt, self.negative_prompt, width, height, steps, cfg_scale, guidance,
             seed, self.batch_count, method, scheduler, self.clip_skip, self.rng, self.sampler_rng or self.rng,
             sampler.eta if self.eta is None else self.eta, self.prediction or defaults.prediction,
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
+            None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
+            None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
         )  # fmt: skip
+
+    def _check_pictures(self) -> None:
+        """Raises :class:`InvalidValue` for arrays that are no pictures, or that nothing can be done with."""
+        if not 0 <= self.strength <= 1:
+            raise InvalidValue("strength", self.strength, "it can be 0 … 1")
+        if self.init_image is not None:
+            _check_pixels("init_image", self.init_image, 3)
+        if self.mask is not None:
+            _check_pixels("mask", self.mask, 2)
+            if self.init_image is None:
+                raise InvalidValue("mask", "×".join(map(str, self.mask.shape[::-1])), "there is no init_image to mask")
+        if len(self.ref_images) > MAX_REFERENCES:
+            raise InvalidValue("ref_images", len(self.ref_images), f"up to {MAX_REFERENCES} are taken")
+        for picture in self.ref_images:
+            _check_pixels("ref_images", picture, 3)
+
+
+_SHAPES = {2: "height, width", 3: "height, width, 3"}
+
+
+def _check_pixels(name: str, pixels: Pixels, dimensions: int) -> None:
+    said = f"{pixels.dtype} {list(pixels.shape)}"
+    if pixels.dtype != np.uint8 or pixels.ndim != dimensions or pixels.shape[2:] not in ((), (3,)):
+        raise InvalidValue(name, said, f"uint8 pixels ({_SHAPES[dimensions]}) are needed")
+    if not 0 < min(pixels.shape[:2]) <= max(pixels.shape[:2]) <= MAX_SIDE:
+        raise InvalidValue(name, said, f"its sides can be 1 … {MAX_SIDE} pixels")
 
 
 def _up(side: int, multiple: int) -> int:
@@ -116,3 +161,7 @@ class Settings:
     eta: float
     prediction: str | None
     flow_shift: float | None
+    init_image: Pixels | None = field(default=None, compare=False, repr=False)
+    strength: float = 0.75
+    mask: Pixels | None = field(default=None, compare=False, repr=False)
+    ref_images: tuple[Pixels, ...] = field(default=(), compare=False, repr=False)

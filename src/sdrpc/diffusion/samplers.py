@@ -55,6 +55,20 @@ def denoiser(predict: Predict, prediction: Prediction) -> Denoise:
     return denoise
 
 
+def kept_outside(denoise: Denoise, latents: F32, anew: F32) -> Denoise:
+    """``denoise`` where ``anew`` (broadcast to the latents) is 1; where it is 0 what is there without noise is known:
+    ``latents``. As in stable-diffusion.cpp; what is known follows them through every sampler."""
+
+    def masked(guess: F32) -> F32:
+        return guess * anew + latents * (f32(1) - anew)
+
+    def inside(x: F32, sigma: f32) -> Guess:
+        guided, unconditional = denoise(x, sigma)
+        return Guess(masked(guided), None if unconditional is None else masked(unconditional))
+
+    return inside
+
+
 def _quiet(_done: int, _total: int) -> None:
     pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device
-from ..errors import UsageError
-from ..families.base import F32, Conditions, Config, Prompt
+from ..errors import InvalidValue, UsageError
+from ..families.base import F32, REFERENCE, Conditions, Config, Prompt
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.cache import Cache
+from .autoencoder import Autoencoder
 from .device_model import DeviceModel
 from .events import Cancel, Event, OnEvent
-from .pictures import Picture, f32, finite, to_pixels
+from .inputs import NOTHING, Begin, latent_mask, reference_size, same_pixels, steps_left_out
+from .pictures import Picture, f32, finite, fitted, from_pixels, to_pixels
 from .placement import assigned
 from .predictions import Prediction, flux_shift_by_size, prediction
 from .request import Request, Settings
 from .rng import make_rng
-from .samplers import Guess, denoiser, sample
+from .samplers import Guess, denoiser, kept_outside, sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
 
@@ -57,7 +59,8 @@ class Session:
         self.timer = timer or StageTimer()
         """Seconds of all pictures together, by stage."""
         self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer)
-        self._encoded: OrderedDict[Prompt, Conditions] = OrderedDict()
+        self._vae = Autoencoder(model, self._devices)
+        self._encoded: OrderedDict[tuple[Prompt, object], Conditions] = OrderedDict()
 
     @classmethod
     def open(
@@ -74,7 +77,12 @@ class Session:
     def settings(self, request: Request) -> Settings:
         """``request`` with everything filled in. Raises :class:`InvalidValue` for what can't be drawn."""
         model = self.model
-        return request.resolved(model.defaults, model.size, model.family.latents.multiple)
+        settings = request.resolved(model.defaults, model.size, model.family.latents.multiple)
+        if settings.ref_images and not model.family.references:
+            raise InvalidValue(
+                "ref_images", len(settings.ref_images), f"{model.family.title} draws without reference pictures"
+            )
+        return settings
 
     def generate(
         self, request: Request, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
@@ -99,8 +107,10 @@ class Session:
         self._devices.check_fits()
         telling = self._devices.telling
         telling.on_event, telling.cancel = on_event, cancel
-        with self.timer("encode"), telling.stage("encode"):
-            conditions = self.conditions(settings)
+        with self.timer("encode"):
+            begin, shown = self._encoded_pictures(settings)
+            with telling.stage("encode"):
+                conditions = [{**told, **shown} for told in self.conditions(settings)]
         settings = replace(settings, prediction=self._prediction(settings).name)
         for number in range(settings.batch_count):
             seed = settings.seed + number
@@ -111,9 +121,9 @@ class Session:
                 on_event(Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds))
 
             with self.timer("sample"):
-                latents = self.sample(settings, seed, conditions, on_step)
+                latents = self.sample(settings, seed, conditions, on_step, begin)
             with self.timer("decode"), telling.stage("decode", "vae"):
-                picture = to_pixels(self.decode(latents)[0])
+                picture = to_pixels(self._vae.decode(latents)[0])
             yield Picture(picture, seed)
 
     def unused(self) -> dict[str, list[str]]:
@@ -146,12 +156,16 @@ class Session:
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
-            if prompt not in self._encoded:
-                self._encoded[prompt] = self.model.family.conditions(_Encode(self._devices), prompt)
-            self._encoded.move_to_end(prompt)
+            known = prompt, shown
+            if known not in self._encoded:
+                encode = _Encode(self._devices, tuple(from_pixels(picture) for picture in settings.ref_images))
+                self._encoded[known] = self.model.family.conditions(encode, prompt)
+            self._encoded.move_to_end(known)
             while len(self._encoded) > PROMPTS:
                 self._encoded.popitem(last=False)
-            return self._encoded[prompt]
+            return self._encoded[known]
+
+        shown = tuple(same_pixels(picture) for picture in settings.ref_images)
 
         positive = encoded(settings.prompt, False)
         return [positive] if settings.cfg_scale == 1 else [encoded(settings.negative_prompt, True), positive]
@@ -174,22 +188,27 @@ class Session:
         self,
         settings: Settings,
         seed: int,
-        conditions: list[Conditions],
+        conditions: Sequence[Conditions],
         on_step: Callable[[int, int], None] = lambda *_: None,
+        begin: Begin = NOTHING,
     ) -> F32:
-        """Latents (1, c, h, w) without noise, of the noise of ``seed``. ``on_step`` is told the steps that are done,
-        and how many there are."""
+        """Latents (1, c, h, w) without noise, of the noise of ``seed`` and what it is added to. ``on_step`` is told the
+        steps that are done, and how many there are."""
         model, predicts = self.model, self._prediction(settings)
         height, width = settings.height // model.pixels, settings.width // model.pixels
         sigmas = make_sigmas(
             settings.scheduler, settings.steps, predicts, tokens=height * width, aligned=model.family.aligned
         )
+        if begin.latents is not None:
+            sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
         shape = (1, model.latent_channels, height, width)
         rng = make_rng(settings.rng, seed)
-        start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0])
+        start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
         # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
         noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
         denoise = denoiser(self._guided(conditions, f32(settings.cfg_scale)), predicts)
+        if begin.latents is not None and begin.anew is not None:
+            denoise = kept_outside(denoise, begin.latents, begin.anew)
         return sample(
             settings.sampling_method,
             denoise,
@@ -201,7 +220,7 @@ class Session:
             on_step=on_step,
         )
 
-    def _guided(self, conditions: list[Conditions], cfg_scale: f32) -> Callable[[F32, f32], Guess]:
+    def _guided(self, conditions: Sequence[Conditions], cfg_scale: f32) -> Callable[[F32, f32], Guess]:
         """Classifier-free guidance: one evaluation of a batch of two, or two where the texts differ in length."""
         alike = len({tuple(array.shape for array in each.values()) for each in conditions}) == 1
         batches = [_joined(conditions)] if alike else conditions
@@ -216,18 +235,26 @@ class Session:
 
         return predict
 
-    def decode(self, latents: F32) -> F32:
-        """Latents of the diffusion model → the picture (1, 3, height, width), about -1 … 1."""
-        unscaled = latents / f32(self.model.scale) + f32(self.model.shift)
-        (picture,) = self._devices.run("vae", {}, {"latents": unscaled})
-        return finite(picture, "the VAE's picture")
+    def _encoded_pictures(self, settings: Settings) -> tuple[Begin, Conditions]:
+        """What a request's pictures mean to the diffusion model: to begin with, and as conditions."""
+        rng = make_rng(settings.rng, settings.seed)  # the first picture's, as in stable-diffusion.cpp
+        begin = Begin()
+        if settings.init_image is not None:
+            latents = self._vae.encode(from_pixels(settings.init_image), rng)
+            begin = Begin(latents, latent_mask(settings.mask, self.model.pixels))
+        shown = {}
+        for number, picture in enumerate(settings.ref_images):
+            size = reference_size(picture, settings, self.model.family.latents.multiple)
+            shown[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)))
+        return begin, shown
 
 
 class _Encode:
     """The text encoders of a model as :class:`sdrpc.families.base.Encode`."""
 
-    def __init__(self, devices: DeviceModel) -> None:
+    def __init__(self, devices: DeviceModel, pictures: tuple[F32, ...]) -> None:
         self._devices = devices
+        self.pictures = pictures
 
     def __call__(self, component: str, inputs: Mapping[str, NDArray[Any]], **options: Any) -> tuple[F32, ...]:
         outputs = self._devices.run(component, options, inputs)
@@ -240,5 +267,5 @@ class _Encode:
         return component in self._devices.model.components
 
 
-def _joined(conditions: list[Conditions]) -> Conditions:
+def _joined(conditions: Sequence[Conditions]) -> Conditions:
     return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}

@@ -212,9 +212,19 @@ class Encode(Protocol):
         """Whether the model has a component: those that its family calls optional may be missing."""
         ...
 
+    @property
+    def pictures(self) -> tuple[F32, ...]:
+        """The pictures that a request refers to, each (1, 3, height, width) of -1 … 1, in their own sizes. Families
+        that are shown none (:attr:`Family.references`) have none."""
+        ...
+
 
 Conditions = Mapping[str, F32]
 """The diffusion model's inputs besides latents and timestep, each with a first dimension of 1 (the batch)."""
+
+REFERENCE = "reference_"
+"""Conditions of this name and a number (from 0) are the latents of the pictures that a request refers to, (1, c, h, w)
+each, in sizes of their own."""
 
 Predict = Callable[[F32, F32, Conditions], F32]
 """A diffusion model: latents (1, c, h, w), timestep (1,), conditions of b prompts → the prediction (b, c, h, w)."""
@@ -267,7 +277,8 @@ class Family:
     diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about a
     prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align
     Your Steps' published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and
-    its configuration, where nothing else tells. ``optional``: names of components that may be missing.
+    its configuration, where nothing else tells. ``optional``: names of components that may be missing. ``references``:
+    whether the diffusion model can be shown pictures, as conditions called :data:`REFERENCE`.
     """
 
     name: str
@@ -281,6 +292,7 @@ class Family:
     aligned: str | None = None
     probe: Callable[[Predict, Config], str] | None = None
     optional: frozenset[str] = frozenset()
+    references: bool = False
 
     @property
     def diffusion(self) -> Component:

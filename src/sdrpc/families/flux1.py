@@ -1,4 +1,4 @@
-"""FLUX.1: dev (distilled with guidance), schnell, Krea-dev."""
+"""FLUX.1: dev (distilled with guidance), schnell, Krea-dev, Kontext (which is shown pictures)."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,) of 0 … 1, context (batch, tokens,
-    4096), pooled (batch, 768), and for models with guidance guidance (batch,). Output: the velocity (batch, channels,
-    height, width).
+    4096), pooled (batch, 768), for models with guidance guidance (batch,), and for Kontext the latents of reference
+    pictures (batch, channels, …) in sizes of their own. Output: the velocity (batch, channels, height, width).
 
-    2×2 latents are a token; text has position (0, 0, 0), a token of the picture (0, row, column).
+    2×2 latents are a token; text has position (0, 0, 0), a token of the picture (0, row, column), one of a reference
+    (1, row, column).
     """
     import diffusers
     import torch
@@ -60,20 +61,28 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         context: torch.Tensor,
         pooled: torch.Tensor,
         guidance: torch.Tensor | None = None,
+        **references: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         height, width = latents.shape[2:]
         batch = context.shape[0]
+        shown = list(references.values())
+        corners = flux.beside([(reference.shape[2], reference.shape[3]) for reference in shown])
+        pictures = [latents.expand(batch, -1, -1, -1), *shown]
+        places = [flux.places(height, width)]
+        places += [
+            flux.places(r.shape[2], r.shape[3], 1, top, left) for r, (top, left) in zip(shown, corners, strict=True)
+        ]
         predicted = module(
-            hidden_states=flux.to_tokens(latents.expand(batch, -1, -1, -1)),
+            hidden_states=torch.cat([flux.to_tokens(picture) for picture in pictures], 1),
             timestep=timestep.expand(batch),
             encoder_hidden_states=context,
             pooled_projections=pooled,
             guidance=guidance,
-            img_ids=flux.places(height, width),
+            img_ids=torch.cat(places),
             txt_ids=torch.zeros(context.shape[1], 3),
             return_dict=False,
         )[0]
-        return (flux.to_latents(predicted, height, width),)
+        return (flux.to_latents(predicted[:, : len(places[0])], height, width),)
 
     make: Any = diffusers.FluxTransformer2DModel
     return make(**config), call
@@ -163,4 +172,5 @@ FLUX1 = Family(
         Joint("clip_l", lambda c: c["clip_l"]["hidden_size"], "diffusion", flux.takes("pooled_projection_dim")),
         Joint("vae", lambda c: c["vae"]["latent_channels"] * flux.PATCH**2, "diffusion", flux.takes("out_channels")),
     ),
+    references=True,
 )

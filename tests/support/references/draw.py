@@ -31,19 +31,28 @@ picture of ours equals one of these but for rounding:
   attention adds to its scores instead of masking with it. Here the mask is one of bools.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
   FLUX.1 and Chroma, 1.5305 with shift 0.0609 for SD 3.
+- With ``image`` a picture begins with that one: the VAE's mean and deviation times the same noise, then noise up to the
+  first of the steps that are not ``left_out``. It is the family's Img2ImgPipeline, or with ``mask`` (white is drawn
+  anew) its InpaintPipeline.
+- With ``shown`` FLUX.1 Kontext's pipeline draws, which is shown that picture.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from numpy.typing import NDArray
+from PIL import Image
 
 F32 = NDArray[np.float32]
 
@@ -64,6 +73,14 @@ class Drawing:
     clip_skip: int = 0
     prediction: str | None = None
     zeros: str = "text"
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    shown: Image.Image | None = None
+    left_out: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
 
     @property
     def height(self) -> int:
@@ -169,15 +186,54 @@ def _stable_diffusion_xl(pipeline: Any, drawing: Drawing) -> torch.Tensor:
 
 def _sampled(pipeline: Any, drawing: Drawing, **conditions: torch.Tensor) -> torch.Tensor:
     """The scheduler multiplies the noise by its greatest sigma, and wants the last one, 0, among its sigmas."""
-    return pipeline(
+    return _call(
+        pipeline,
+        drawing,
+        torch.from_numpy(drawing.noise)[None],
         **conditions,
-        height=drawing.height,
-        width=drawing.width,
-        latents=torch.from_numpy(drawing.noise)[None],
         sigmas=[float(sigma) for sigma in drawing.sigmas],
         guidance_scale=drawing.cfg,
         output_type="latent",
-    ).images
+    )
+
+
+def _call(pipeline: Any, drawing: Drawing, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """What the pipeline draws from ``latents``, or its relative of the picture to begin with."""
+    if drawing.shown is not None:
+        pipeline = diffusers.FluxKontextPipeline(**pipeline.components)
+        arguments |= {"image": drawing.shown, "max_area": drawing.width * drawing.height, "_auto_resize": False}
+    if drawing.image is None:
+        return pipeline(height=drawing.height, width=drawing.width, latents=latents, **arguments).images
+    kind = "Img2ImgPipeline" if drawing.mask is None else "InpaintPipeline"
+    relative = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", kind))(**pipeline.components)
+    relative.set_progress_bar_config(disable=True)
+    if hasattr(relative, "_prepare_attention_mask"):  # Chroma's, whose own makes floats of bools
+        relative._prepare_attention_mask = pipeline._prepare_attention_mask
+    if drawing.mask is not None:
+        arguments["mask_image"] = drawing.mask
+    arguments["strength"] = (drawing.steps - drawing.left_out) / drawing.steps
+    if "height" in signature(relative.__call__).parameters:
+        arguments |= {"height": drawing.height, "width": drawing.width}
+    noise = torch.from_numpy(drawing.noise)[None]
+    with drawn_noise(relative, noise, noise, noise):
+        return relative(image=drawing.image, **arguments).images
+
+
+@contextmanager
+def drawn_noise(pipeline: Any, *noise: torch.Tensor) -> Iterator[None]:
+    """Let the pipeline and its VAE draw these, one after the other."""
+    modules = [sys.modules[type(pipeline).__module__], sys.modules[diffusers.AutoencoderKL.__module__]]
+    modules.append(sys.modules["diffusers.models.autoencoders.vae"])
+    modules = [module for module in modules if hasattr(module, "randn_tensor")]
+    before = [module.randn_tensor for module in modules]
+    left = list(noise)
+    try:
+        for module in modules:
+            module.randn_tensor = lambda shape, **_: left.pop(0).reshape(shape)
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            module.randn_tensor = function
 
 
 T5_LENGTH, CHROMA_T5_LENGTH = 256, 512
@@ -187,19 +243,19 @@ def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     """The scheduler would shift the sigmas, but not with a shift of 1, and appends the last one, 0, itself."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
-    packed = pipeline(
+    packed = _call(
+        pipeline,
+        drawing,
+        pipeline._pack_latents(noise, *noise.shape),
         prompt=drawing.prompt,
         negative_prompt=drawing.negative,
         true_cfg_scale=drawing.cfg,
         guidance_scale=drawing.guidance,
-        height=drawing.height,
-        width=drawing.width,
-        latents=pipeline._pack_latents(noise, *noise.shape),
         sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
         num_inference_steps=len(drawing.sigmas) - 1,
         max_sequence_length=T5_LENGTH,
         output_type="latent",
-    ).images
+    )
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
@@ -220,19 +276,19 @@ def _stable_diffusion_3(pipeline: Any, drawing: Drawing) -> torch.Tensor:
 
     text, vector = encoded(drawing.prompt)
     negative_text, negative_vector = encoded(drawing.negative)
-    return pipeline(
+    return _call(
+        pipeline,
+        drawing,
+        torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
         prompt_embeds=text,
         pooled_prompt_embeds=vector,
         negative_prompt_embeds=negative_text,
         negative_pooled_prompt_embeds=negative_vector,
-        height=drawing.height,
-        width=drawing.width,
-        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
         sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
         num_inference_steps=len(drawing.sigmas) - 1,
         guidance_scale=drawing.cfg,
         output_type="latent",
-    ).images
+    )
 
 
 def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
@@ -249,19 +305,19 @@ def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
 
     text, mask = encoded(drawing.prompt)
     negative_text, negative_mask = encoded(drawing.negative)
-    packed = pipeline(
+    packed = _call(
+        pipeline,
+        drawing,
+        pipeline._pack_latents(noise, *noise.shape),
         prompt_embeds=text,
         prompt_attention_mask=mask,
         negative_prompt_embeds=negative_text,
         negative_prompt_attention_mask=negative_mask,
         guidance_scale=drawing.cfg,
-        height=drawing.height,
-        width=drawing.width,
-        latents=pipeline._pack_latents(noise, *noise.shape),
         sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
         num_inference_steps=len(drawing.sigmas) - 1,
         output_type="latent",
-    ).images
+    )
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 

@@ -1,4 +1,7 @@
-"""The autoencoder (VAE) of Stable Diffusion and FLUX.1: diffusers' AutoencoderKL, whose decoder has to be there."""
+"""The autoencoder (VAE) of Stable Diffusion and FLUX.1: diffusers' AutoencoderKL.
+
+Its decoder has to be there; pictures as input need its encoder as well.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from ..base import Call
 
 GROUPS = 32
+ENCODES = "encodes"
+"""Option of the module: from a picture to latents."""
 
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
@@ -47,14 +52,22 @@ def pixels(config: Config) -> int:
 
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Input: latents (1, channels, height, width). Output: the picture (1, 3, factor · height, factor · width), about
-    -1 … 1."""
+    -1 … 1.
+
+    With ``encodes`` in the configuration the other way round. Input: a picture. Output: the mean of its latents and the
+    logarithm of their variance, one behind the other (1, 2 · channels, height, width).
+    """
     import diffusers
 
-    def call(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def decode(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (module.decode(latents, return_dict=False)[0],)
 
+    def encode(module: Any, picture: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (module.encode(picture).latent_dist.parameters,)
+
     make: Any = diffusers.AutoencoderKL
-    return make(**config), call
+    arguments = {name: value for name, value in config.items() if name != ENCODES}
+    return make(**arguments), encode if config.get(ENCODES) else decode
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -106,5 +119,5 @@ VAE = Component(
     _configure,
     build,
     "vae",
-    idle=("encoder.", "quant_conv."),
+    sometimes=("encoder.", "quant_conv."),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.expressions import split
@@ -76,15 +76,29 @@ def to_latents(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return squares.reshape(batch, channels, height, width)
 
 
-def places(height: int, width: int) -> torch.Tensor:
-    """The position of each token of a picture of so many latents: (tokens, 3) of (0, row, column)."""
+def places(height: int, width: int, number: int = 0, top: int = 0, left: int = 0) -> torch.Tensor:
+    """The position of each token of a picture of so many latents: (tokens, 3) of (``number``, row, column), rows and
+    columns from ``top`` and ``left`` (in latents) on."""
     import torch
 
     rows, columns = height // PATCH, width // PATCH
     found = torch.zeros(rows, columns, 3)
-    found[..., 1] += torch.arange(rows)[:, None]
-    found[..., 2] += torch.arange(columns)[None]
+    found[..., 0] = number
+    found[..., 1] += torch.arange(rows)[:, None] + top // PATCH
+    found[..., 2] += torch.arange(columns)[None] + left // PATCH
     return found.reshape(rows * columns, 3)
+
+
+def beside(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Top and left of reference pictures of these heights and widths, which all have the number 1: each to the right of
+    those before or below them, where that makes the smaller whole. As in stable-diffusion.cpp and ComfyUI."""
+    found: list[tuple[int, int]] = []
+    bottom = right = 0
+    for height, width in sizes:
+        top, left = (0, right) if height + bottom > width + right else (bottom, 0)
+        bottom, right = max(bottom, top + height), max(right, left + width)
+        found.append((top, left))
+    return found
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""Pictures that a request begins with or refers to, as numbers of the diffusion model: pure functions."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from math import sqrt
+from typing import NamedTuple
+
+from .pictures import F32, Pixels, f32
+from .request import Settings
+
+REFERENCE_MULTIPLE = 16
+"""Width and height of reference pictures are multiples of it, at least."""
+
+REFERENCE_PIXELS = 1 << 20
+"""Pixels that a reference picture is scaled to, or as many as the picture that is drawn has, if those are fewer."""
+
+
+class Begin(NamedTuple):
+    """What pictures begin with besides noise: latents (1, c, h, w), and how much of each is drawn anew (1, 1, h, w),
+    0 … 1; None is all."""
+
+    latents: F32 | None = None
+    anew: F32 | None = None
+
+
+NOTHING = Begin()
+
+
+def steps_left_out(strength: float, steps: int) -> int:
+    """How many of ``steps`` a picture that is begun with does not need, as in stable-diffusion.cpp: the first four of
+    20 with a strength of 0.75, none with 1."""
+    if strength >= 1:
+        return 0
+    return steps - min(int(f32(steps) * f32(strength)), steps - 1) - 1
+
+
+def latent_mask(mask: Pixels | None, pixels: int) -> F32 | None:
+    """Of a mask (height, width) the pixel in the corner of each latent, which stands for ``pixels`` on a side:
+    (1, 1, h, w), 0 … 1."""
+    return None if mask is None else mask[None, None, ::pixels, ::pixels].astype(f32) / f32(255)
+
+
+def reference_size(picture: Pixels, settings: Settings, multiple: int) -> tuple[int, int]:
+    """Width and height that a reference picture is scaled to: its own shape, as sd-cli does it."""
+    pixels, multiple = min(REFERENCE_PIXELS, settings.width * settings.height), max(REFERENCE_MULTIPLE, multiple)
+    rows, columns = picture.shape[:2]
+    width = sqrt(pixels * columns / rows)
+    height = width * rows / columns
+    return max(1, round(width / multiple)) * multiple, max(1, round(height / multiple)) * multiple
+
+
+def same_pixels(picture: Pixels) -> tuple[tuple[int, ...], bytes]:
+    """Equal for equal pictures."""
+    return picture.shape, sha256(picture.tobytes()).digest()

@@ -1,0 +1,118 @@
+"""Pictures as input, through a real rpc-server: what is drawn from them is the picture of diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import sdrpc
+from sdrpc.device import Device
+from sdrpc.diffusion.inputs import steps_left_out
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import Session
+from sdrpc.errors import InvalidValue
+from sdrpc.runtime.cache import Cache
+from tests.support.pictures import BOUNDS, HEIGHT, STEPS, WIDTH, Case, Checkpoints, drawing, request
+from tests.support.process import ServerProcess
+from tests.support.references.draw import draw, psnr
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' scheduler with numpy 2
+
+STRENGTH = 0.6
+CASES = (
+    *(Case("sd1", form) for form in ("safetensors", "gguf", "diffusers")),
+    Case("sd2", "safetensors"), Case("sdxl", "parts"), Case("sd3", "safetensors"), Case("flux1-dev", "parts"),
+    Case("chroma", "safetensors"),
+)  # fmt: skip
+
+MASKED = (*(Case("sd1", form) for form in ("safetensors", "gguf", "parts")), Case("sdxl", "parts"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Device]:
+    with ServerProcess("--precision", "exact", "--device", "CPU") as server:
+        found = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}"])
+        yield found["RPC0"]
+        for each in found.values():
+            each.close()
+
+
+def scene() -> NDArray[np.uint8]:
+    """Pixels (height, width, 3) with something coarse and something fine."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    grain = np.random.default_rng(3).integers(0, 60, (HEIGHT, WIDTH, 3))
+    ramps = np.stack([rows * 3, columns, 190 - rows - columns], -1)
+    return np.clip(ramps + grain, 0, 255).astype(np.uint8)
+
+
+def square() -> NDArray[np.uint8]:
+    """A mask (height, width) whose middle is drawn anew."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[16:48, 32:96] = 255
+    return mask
+
+
+def drawn(checkpoints: Checkpoints, case: Case, device: Device, graphs: Cache, asked: Request) -> NDArray[np.uint8]:
+    with Session.open(checkpoints.files(case), device, graphs) as session:
+        (picture,) = session.generate(asked)
+    return picture.image
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_picture_begun_with_another_is_that_of_diffusers(
+    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+) -> None:
+    picture = drawn(checkpoints, case, device, graphs, replace(request(case), init_image=scene(), strength=STRENGTH))
+    begun = replace(drawing(case), image=Image.fromarray(scene()), left_out=steps_left_out(STRENGTH, STEPS))
+    assert begun.left_out == 1
+    wanted = draw(checkpoints.made(case).pipeline(), begun).pixels
+    assert psnr(picture, wanted) >= BOUNDS["exact"]
+
+
+@pytest.mark.parametrize("case", [*MASKED], ids=str)
+def test_what_a_mask_leaves_stays_as_in_diffusers(
+    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+) -> None:
+    asked = replace(request(case), init_image=scene(), mask=square(), strength=STRENGTH)
+    picture = drawn(checkpoints, case, device, graphs, asked)
+    begun = replace(
+        drawing(case), image=Image.fromarray(scene()), mask=Image.fromarray(square()),
+        left_out=steps_left_out(STRENGTH, STEPS),
+    )  # fmt: skip
+    wanted = draw(checkpoints.made(case).pipeline(), begun).pixels
+    assert psnr(picture, wanted) >= BOUNDS["exact"]
+
+
+def test_a_reference_is_seen_as_in_diffusers(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+    """FLUX.1 Kontext has the tensors of dev."""
+    case = Case("flux1-dev", "parts")
+    picture = drawn(checkpoints, case, device, graphs, replace(request(case), ref_images=(scene(),)))
+    wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), shown=Image.fromarray(scene()))).pixels
+    assert psnr(picture, wanted) >= BOUNDS["exact"]
+    assert psnr(picture, checkpoints.wanted(case)) < BOUNDS["fast"], "it makes a difference"
+
+
+def test_several_references_are_seen(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+    """In sizes of their own; other families refuse them."""
+    case = Case("flux1-dev", "parts")
+    shown = replace(request(case), steps=1, ref_images=(scene(), scene()[:, :32]))
+    both = drawn(checkpoints, case, device, graphs, shown)
+    one = drawn(checkpoints, case, device, graphs, replace(shown, ref_images=shown.ref_images[:1]))
+    assert not np.array_equal(both, one)
+    with pytest.raises(InvalidValue, match=r"ref_images 1: Stable Diffusion 1\.x draws without reference pictures"):
+        drawn(checkpoints, CASES[0], device, graphs, replace(request(CASES[0]), ref_images=(scene(),)))
