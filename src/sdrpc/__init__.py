@@ -53,17 +53,25 @@ class Devices(dict[str, "Device"]):
         raise KeyError(f"no device {name}: there are {', '.join(sorted(self))}")
 
 
-def devices(rpc: str | Sequence[str] = (), *, precision: str = "auto", threads: int | None = None) -> Devices:
+def devices(
+    rpc: str | Sequence[str] = (),
+    *,
+    rpc_key: str | Sequence[str] = (),
+    precision: str = "auto",
+    threads: int | None = None,
+) -> Devices:
     """The devices of this process and of the servers at ``rpc``, by name: CUDA0, CPU, RPC0, RPC1 …
 
-    ``rpc``: one or several endpoints, ``host:port``.
-    ``precision``: exact, fast, ggml or auto, of the local ones (a server chooses its own); ``threads``: of the CPU.
-    Close those that you have used. Raises :class:`sdrpc.errors.UsageError`, and for a server that can't be used
-    :class:`~sdrpc.errors.ConnectionFailed`, :class:`~sdrpc.errors.ConnectionLost`,
-    :class:`~sdrpc.errors.VersionMismatch` or :class:`~sdrpc.errors.RemoteProtocolError`.
+    ``rpc``: one or several endpoints, ``host:port``. ``rpc_key``: a key for them, or ``host:port=key`` for each of
+    them; what let us in before need not be given again (see ``sd-cli --help``). ``precision``: exact, fast, ggml or
+    auto, of the local ones (a server chooses its own); ``threads``: of the CPU. Close those that you have used. Raises
+    :class:`sdrpc.errors.UsageError`, and for a server that can't be used :class:`~sdrpc.errors.ConnectionFailed`,
+    :class:`~sdrpc.errors.ConnectionLost`, :class:`~sdrpc.errors.VersionMismatch` or
+    :class:`~sdrpc.errors.RemoteProtocolError`.
     """
-    from .client import connect
+    from .client import Keychain, connect, given_keys
     from .engine import devices as local_devices
 
-    remote = connect([rpc] if isinstance(rpc, str) else rpc) if rpc else []
+    keychain = Keychain(given_keys([rpc_key] if isinstance(rpc_key, str) else rpc_key))
+    remote = connect([rpc] if isinstance(rpc, str) else rpc, keychain=keychain) if rpc else []
     return Devices({device.name: device for device in [*local_devices(precision, threads), *remote]})

@@ -10,7 +10,10 @@
     │   ├── DoesNotFit              a component's weights are more than it has room for
     │   └── ComputeError            a graph failed while it ran, or ran too long
     │       └── Stopped               it was told to stop, since nobody waits for its result
-    ├── ConnectionFailed          nobody answers at an endpoint
+    ├── ConnectionFailed          nobody answers at an endpoint, or nobody who lets us in
+    │   ├── KeyNeeded               the server lets in only who has a key for it
+    │   ├── KeyRefused              it does not know the key
+    │   └── WrongServer             it is not the server that the key is for
     ├── ConnectionLost            a server that answered before is gone
     ├── VersionMismatch           both sides speak, but no common protocol version
     ├── ProtocolError             bytes or values that the protocol does not allow
@@ -103,11 +106,23 @@ class Stopped(ComputeError):
 
 
 class ConnectionFailed(SdrpcError):
-    """Nobody answers at ``endpoint``."""
+    """Nobody answers at ``endpoint``, or nobody who lets us in."""
 
     def __init__(self, endpoint: str, reason: str) -> None:
         self.endpoint, self.reason = endpoint, reason
         super().__init__(f"{endpoint}: {reason}")
+
+
+class KeyNeeded(ConnectionFailed):
+    """The server at ``endpoint`` lets in only who has a key for it, and we have none."""
+
+
+class KeyRefused(ConnectionFailed):
+    """The server at ``endpoint`` knows none of the keys that we have for it, or wants no more of them."""
+
+
+class WrongServer(ConnectionFailed):
+    """Whoever answers at ``endpoint`` can't prove to be the server that our key is for."""
 
 
 class ConnectionLost(SdrpcError):

@@ -162,6 +162,25 @@ def read_own(path: Path, most: int) -> bytes | None:
             return None
 
 
+def read_secret(path: Path, most: int) -> bytes | None:
+    """What is in a file that nobody else may read; None if it is not there.
+
+    Raises :class:`UsageError` for one that others can read or write, and for anything that is no such file.
+    """
+    try:
+        facts = path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    if hasattr(os, "getuid") and stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077:
+        raise UsageError(f"others can read {path}: it must be yours alone (chmod 600)")
+    data = read_own(path, most)
+    if data is None:
+        raise UsageError(f"{path}: not a file of this user's of at most {most} bytes")
+    return data
+
+
 def is_mine(facts: os.stat_result) -> bool:
     return not hasattr(os, "getuid") or facts.st_uid == os.getuid()
 

@@ -14,9 +14,12 @@ import pytest
 from sdrpc.cli import rpc_server
 from sdrpc.cli.command import Size
 from sdrpc.cli.rpc_server import COMMAND, choose
-from sdrpc.errors import UsageError
+from sdrpc.client import Keychain, connect
+from sdrpc.errors import KeyNeeded, UsageError
 from sdrpc.ggml.dialect import Version, dialects
+from sdrpc.key import Key
 from sdrpc.server import Cache
+from sdrpc.server.key_ring import KeyRing
 from tests.server.conftest import eventually
 from tests.support.client import Adder, RawClient, busy
 from tests.support.process import ServerProcess
@@ -92,15 +95,66 @@ def serves(server: ServerProcess, told: Version) -> None:
         Adder(client)()
 
 
-def test_sigterm_and_a_warning_when_others_can_reach_it() -> None:
-    with ServerProcess("--host", "0.0.0.0") as server:
+def test_a_key_lets_another_machine_in_and_sigterm_ends_it(tmp_path: Path) -> None:
+    """The line that is printed is for sd-cli as it is; this machine is let in without."""
+    ours = ("--allow-from", "127.0.0.1")  # in a container, too
+    with ServerProcess("--host", "0.0.0.0", "--device", "CPU", *ours, state=tmp_path) as server:
         with RawClient(server.port) as client:
             Adder(client)()
+            (line,) = re.findall(r"other machines : sd-cli (--rpc \S+:\d+) --rpc-key (\S+)\n", server.output)
+            assert line[0].endswith(f":{server.port}")
             server.process.terminate()
             assert server.wait() == 0
             assert client.ended() == ""
-        assert re.search(rf"warning: whoever can reach 0\.0\.0\.0:{server.port}", " ".join(server.output.split()))
         assert "Traceback" not in server.output
+        assert "warning" not in server.output
+    key = Key.parse(line[1])
+    assert [(each.name, each.key) for each in KeyRing(tmp_path / "keys.json").all()] == [("default", key)]
+    with ServerProcess("--host", "0.0.0.0", "--device", "CPU", "--require-key", state=tmp_path) as server:
+        (device,) = connect([f"127.0.0.1:{server.port}"], keychain=Keychain([(None, key)], tmp_path / "client.json"))
+        device.close()
+        with pytest.raises(KeyNeeded):
+            connect([f"127.0.0.1:{server.port}"], keychain=Keychain(path=tmp_path / "other.json"))
+        assert "there are default (rpc-server keys show default)" in server.output
+        assert key.code not in server.output, "it is shown once, and then on terminals only"
+
+
+@pytest.mark.parametrize("option", [("--plain",), ("--allow-from", "10.0.0.0/8,fd00::/8")], ids=["plain", "allow"])
+def test_letting_others_in_without_a_key_is_warned_of_once(option: tuple[str, ...]) -> None:
+    with ServerProcess("--host", "0.0.0.0", "--device", "CPU", *option) as server:
+        assert server.port
+        assert eventually(lambda: "warning" in server.output)
+        said = " ".join(server.output.split())
+    where = "anywhere" if option == ("--plain",) else "10.0.0.0/8, fd00::/8"
+    assert re.search(rf"warning: whoever can reach 0\.0\.0\.0:\d+ from {re.escape(where)} can use", said)
+    assert said.count("warning") == 1
+    assert ("--rpc-key" in said) == (option != ("--plain",)), "no key is made where nobody needs one"
+
+
+def test_in_a_container_whose_port_is_published_this_machine_is_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"plain": False, "require_key": False, "allow_from": (), "host": "0.0.0.0"}
+    for inside in (False, True):
+        monkeypatch.setattr(rpc_server, "in_container", lambda inside=inside: inside)
+        assert rpc_server.policy(chosen).local == (not inside)
+        assert rpc_server.policy(chosen | {"host": "127.0.0.1"}).local
+        assert rpc_server.policy(chosen | {"host": "localhost"}).local
+
+
+def test_keys_are_made_shown_listed_and_revoked(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDRPC_STATE", str(tmp_path))
+    assert "no keys" in run("keys", "list")[2]
+    status, code, _ = run("keys", "add", "laptop")
+    assert status == 0
+    key = Key.parse(code)
+    assert Key.parse(run("keys", "show", "laptop")[1]) == key
+    run("keys", "add", "guest")
+    _, listed, _ = run("keys", "list")
+    assert "laptop" in listed
+    assert "guest" in listed
+    assert key.code not in listed
+    assert run("keys", "revoke", "laptop")[0] == 0
+    assert [each.name for each in KeyRing(tmp_path / "keys.json").all()] == ["guest"]
+    assert "revoke" in run("keys")[1]
 
 
 def test_devices_are_listed_without_serving(run: Run) -> None:
@@ -120,6 +174,14 @@ MISTAKES = {
     "--host no.such.host.invalid": "can't listen on no.such.host.invalid:50052",
     "--port 70000": "65535",
     "--nonsense": "--nonsense",
+    "--plain --allow-from 10.0.0.0/8": "--plain on: it lets everybody in, so --allow-from means nothing",
+    "--plain --require-key": "--plain on: it lets everybody in, so --require-key means nothing",
+    "--allow-from here": "--allow-from here: not a network",
+    "--allow-from 10.0.0.0/33": "--allow-from 10.0.0.0/33: not a network",
+    "--allow-from ::ffff:10.0.0.0/104": "IPv4 is written as such",
+    "keys add": "NAME",
+    "keys add a/b": "name a/b: up to 32 letters",
+    "keys lose laptop": "lose",
 }
 
 

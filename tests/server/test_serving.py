@@ -263,7 +263,7 @@ def many_sockets() -> Iterator[None]:
 
 @pytest.mark.usefixtures("many_sockets")
 def test_t9_a_thousand_connections_at_once(device: CountingDevice, caplog: pytest.LogCaptureFixture) -> None:
-    limits = Limits(connections=64, hello_seconds=2.0)
+    limits = Limits(connections=64, hello_seconds=5.0, silent_seconds=60.0)
     with Server([device], limits=limits) as server, Scene(server, caplog) as scene:
         flood = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
         assert eventually(

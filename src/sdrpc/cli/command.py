@@ -6,6 +6,7 @@ Built on click; what differs: options are grouped in --help, names of other spel
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ from click.shell_completion import CompletionItem, get_completion_class, shell_c
 
 from ..errors import InvalidValue, UsageError
 from .report import USAGE
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 SHELLS = ("bash", "zsh", "fish")
 HELP_COLUMNS = 100
@@ -68,6 +71,26 @@ class Size(click.ParamType):  # type: ignore[type-arg] # as above
         if not match:
             raise InvalidValue(str(param and param.name), value, "not a size; write it as 512M or 2G")
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+class Networks(click.ParamType):  # type: ignore[type-arg] # as above
+    """Networks and addresses with commas in between: ``192.168.1.0/24,10.0.0.7,fd00::/8``."""
+
+    name = "networks"
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> tuple[Network, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        return tuple(self._network(text.strip(), str(param and param.name)) for text in value.split(","))
+
+    def _network(self, text: str, field: str) -> Network:
+        try:
+            found = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise InvalidValue(field, text, "not a network; write it as 192.168.1.0/24 or fd00::/8") from None
+        if found.version == 6 and found.network_address.ipv4_mapped:
+            raise InvalidValue(field, text, "IPv4 is written as such, without ::ffff:")
+        return found
 
 
 class Command(click.Command):

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ..client import connect, parse_endpoint
+from ..client import Keychain, RemoteDevice, connect, parse_endpoint
 from ..device import Device
 from ..device_names import only_remote, resolve
-from ..errors import SdrpcError, UsageError
+from ..errors import KeyNeeded, SdrpcError, UsageError
+from . import report
 
 
 class Found(NamedTuple):
@@ -20,7 +21,9 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def every_device(rpc: Sequence[str], precision: str, threads: int | None) -> Iterator[Found]:
+def every_device(
+    rpc: Sequence[str], precision: str, threads: int | None, keychain: Keychain | None = None
+) -> Iterator[Found]:
     """This machine's devices, then RPC0, RPC1 … of those servers at ``rpc`` that answer.
 
     Raises :class:`UsageError` for what is no server's address, or is given twice.
@@ -34,7 +37,7 @@ def every_device(rpc: Sequence[str], precision: str, threads: int | None) -> Ite
     with _opened(remote):
         for endpoint in endpoints:
             try:
-                found = connect([str(endpoint)])
+                found = _connected([str(endpoint)], keychain)
             except SdrpcError as error:
                 failures.append(error)
                 continue
@@ -47,17 +50,30 @@ def every_device(rpc: Sequence[str], precision: str, threads: int | None) -> Ite
 
 @contextmanager
 def placed_devices(
-    wanted: Mapping[str, str], rpc: Sequence[str], precision: str, threads: int | None
+    wanted: Mapping[str, str], rpc: Sequence[str], precision: str, threads: int | None, keychain: Keychain | None = None
 ) -> Iterator[dict[str, Device]]:
     """Component → device, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is RPC0 when there are servers,
     else this machine's first. This machine's devices, and torch with them, are left alone when no component can be
     there."""
-    with _opened(list(connect(rpc))) as remote:
+    with _opened(list(_connected(rpc, keychain))) as remote:
         nothing_here = bool(remote) and all(only_remote(name) or name == "auto" for name in wanted.values())
         with _opened([] if nothing_here else _local(precision, threads)) as local:
             devices = {device.name: device for device in (*local, *remote)}
             default = (remote or local)[0].name
             yield {component: devices[resolve(name, devices, default)] for component, name in wanted.items()}
+
+
+def _connected(rpc: Sequence[str], keychain: Keychain | None) -> list[RemoteDevice]:
+    """The devices of the servers at ``rpc``. Somebody at a terminal is asked for keys that are missing."""
+    keychain = keychain or Keychain()
+    while True:
+        try:
+            return connect(rpc, keychain=keychain)
+        except KeyNeeded as error:
+            key = report.ask_key(error.endpoint)
+            if key is None:
+                raise
+            keychain = keychain.plus(parse_endpoint(error.endpoint), key)
 
 
 def _local(precision: str, threads: int | None) -> list[Device]:

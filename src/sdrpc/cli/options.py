@@ -80,6 +80,10 @@ OPTIONS = (
 
     Option(DEVICES, "--rpc", "--rpc-servers", multiple=True, metavar="HOST:PORT,...",
            help="Servers whose devices are RPC0, RPC1 ... in the order given."),
+    Option(DEVICES, "--rpc-key", multiple=True, metavar="KEY|HOST:PORT=KEY", shown="the one that let us in before",
+           help="Key for the servers, or for one of them, as rpc-server printed it there. It is kept: give it once."),
+    Option(DEVICES, "--rpc-key-file", multiple=True, type=FILE, metavar="PATH",
+           help="The same from a file, one a line, so that no list of processes shows it; also $SDRPC_RPC_KEY."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print all devices and exit."),
     Option(DEVICES, "--backend", default="", metavar="COMPONENT=DEVICE,...",
            shown="RPC0 with --rpc, else this machine's first",

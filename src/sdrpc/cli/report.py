@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 import rich.box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import InvalidValue, MissingComponent, SdrpcError, UsageError
+from ..key import Key
 from ..text import printable
 from . import streams
 from .entry import INTERRUPTED
@@ -55,6 +57,23 @@ def complain(text: str) -> None:
 def _message(text: Text) -> None:
     status.clear()
     log.print(text, soft_wrap=True)
+
+
+def ask_key(server: str) -> Key | None:
+    """The key for a server, from somebody at a terminal, who has three tries; None where there is nobody, or no key."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    status.clear()
+    say(f"{server} lets clients in by key; rpc-server printed it there (rpc-server keys shows it again)")
+    for _ in range(3):
+        code = click.prompt("key", default="", hide_input=True, show_default=False, err=True)
+        if not code:
+            break
+        try:
+            return Key.parse(code)
+        except UsageError as error:
+            say(str(error))
+    return None
 
 
 def meter() -> Meter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -17,10 +18,11 @@ from ..content import fnv1a
 from ..device_names import resolve
 from ..errors import InvalidValue
 from ..ggml.dialect import Dialect, dialects
-from ..server import Cache, CacheService, Limits, Server
+from ..server import Cache, CacheService, Door, Keys, Limits, Policy, Server, identity, key_ring
+from ..server.key_ring import KeyRing
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
-from . import report
+from . import keys, report
 from .command import Command
 from .entry import ready
 from .server_options import AUTO, OPTIONS
@@ -44,14 +46,16 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The command with ``arguments``; its exit status."""
+    if arguments and arguments[0] == "keys":
+        return keys.run(arguments[1:])
     return COMMAND.run(arguments)
 
 
 def rpc_server(**chosen: Any) -> int:
     """Offer this machine's devices to clients of ggml's RPC protocol: sdrpc's sd-cli, stable-diffusion.cpp, llama.cpp.
 
-    Any number of clients at once; none sees another's memory. The protocol has neither passwords nor encryption: listen
-    in trusted networks only."""
+    Any number of clients at once; none sees another's memory. From this machine, everybody may come; from others, who
+    has a key, over an encrypted connection (rpc-server keys --help)."""
     report.logging_to_console(chosen["verbose"])
     if chosen["version"]:
         print(f"rpc-server {__version__} (RPC protocols {', '.join(dialects())})")
@@ -61,6 +65,7 @@ def rpc_server(**chosen: Any) -> int:
         return 0
     versions = protocol_of(chosen["protocol"])
     limits = limited(chosen)
+    door = Door(policy(chosen), Keys(KeyRing(key_ring.default_path()), identity.default_path()), limits)
     kept = Cache(cache_folder("weights"), chosen["cache_size"]) if chosen["cache"] else None
 
     from ..engine.device import devices  # torch takes a while: not before the options are known to be good
@@ -77,7 +82,8 @@ def rpc_server(**chosen: Any) -> int:
         print(*map(described, found), sep="\n")
         return 0
     with cache_service(kept) as shared:
-        server = Server(offered(found, chosen["device"]), versions, chosen["host"], chosen["port"], limits, shared)
+        offer = offered(found, chosen["device"])
+        server = Server(offer, versions, chosen["host"], chosen["port"], limits, shared, door)
         announce(server)
         serve(server)
     end(server)
@@ -100,6 +106,28 @@ def limited(chosen: Chosen) -> Limits:
         "buffer_bytes": chosen["max_memory_per_client"],
     }
     return replace(Limits(), **{field: value for field, value in asked.items() if value is not None})
+
+
+def policy(chosen: Chosen) -> Policy:
+    """Who may come without a key. In a container whose port others can reach, clients that seem to come from here may
+    come from anywhere: what forwards the port runs here."""
+    if chosen["plain"] and (chosen["allow_from"] or chosen["require_key"]):
+        other = "allow_from" if chosen["allow_from"] else "require_key"
+        raise InvalidValue("plain", "on", f"it lets everybody in, so {COMMAND.fields[other]} means nothing with it")
+    forwarded = in_container() and not is_local(chosen["host"])
+    return Policy(chosen["plain"], not chosen["require_key"] and not forwarded, chosen["allow_from"])
+
+
+def in_container() -> bool:
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "KUBERNETES_SERVICE_HOST" in os.environ
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach who listens at ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def choose(version: str) -> Dialect:
@@ -147,17 +175,37 @@ def cache_service(cache: Cache | None) -> Iterator[CacheService | None]:
 
 
 def announce(server: Server) -> None:
-    """Print what is offered where, and warn when other machines can reach it."""
+    """Print what is offered where, and what other machines need to reach it."""
     print(f"Starting RPC server {server.protocol}")
     print("Devices:", *map(described, server.devices), sep="\n")
     cache = server.cache_service and server.cache_service.cache
     print(f"  local cache    : {f'{cache.folder} (at most {cache.budget >> 20} MiB)' if cache else 'n/a'}")
+    if server.exposed or not server.door.policy.local:
+        announce_keys(server)
     print(f"  endpoint       : {server.endpoint}", flush=True)
-    if server.exposed:
+    open_to = server.door.policy.open_to
+    if server.exposed and open_to:
         report.warn(
-            f"whoever can reach {server.endpoint} can use these devices and their memory: the "
-            "protocol has neither passwords nor encryption. Listen on 127.0.0.1 or in a trusted network only."
+            f"whoever can reach {server.endpoint} from {open_to} can use these devices and their memory, unencrypted: "
+            "give clients keys instead (rpc-server keys add NAME)"
         )
+
+
+def announce_keys(server: Server) -> None:
+    """The line that lets another machine in: on a terminal, and where a first key was just made. Elsewhere it might end
+    in a log."""
+    if server.door.keys is None:
+        return
+    ring, _ = server.door.keys.ring, server.door.keys.identity
+    known = ring.all()
+    new = not known and not server.door.policy.everybody
+    if new:
+        known = [ring.add(key_ring.FIRST)]
+    if new or (known and sys.stdout.isatty()):
+        print(f"  other machines : {keys.line(server.host, server.port, known[0])}")
+    elif known:
+        names = ", ".join(key.name for key in known)
+        print(f"  other machines : by key; there are {names} (rpc-server keys show {known[0].name})")
 
 
 def serve(server: Server) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, models
+from ..client import Keychain, given_keys
 from ..diffusion import placement
 from ..errors import InvalidValue
 from . import report
@@ -70,7 +71,7 @@ COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, help=sd_cli.__d
 
 def _list_devices(chosen: Chosen) -> int:
     """Devices that answer on standard output, servers that don't on standard error; then the exit status is 1."""
-    with every_device(_servers(chosen), chosen["precision"], _threads(chosen)) as found:
+    with every_device(_servers(chosen), chosen["precision"], _threads(chosen), _keychain(chosen)) as found:
         report.table(report.device_table(found.devices))
         for failure in found.failures:
             report.complain(str(failure))
@@ -98,7 +99,7 @@ def _draw(chosen: Chosen) -> int:
     _note_size(request, settings)
     check_sides(paths[0], settings.width, settings.height)
     check_writable(paths)
-    with placed_devices(wanted, _servers(chosen), chosen["precision"], _threads(chosen)) as devices:
+    with placed_devices(wanted, _servers(chosen), chosen["precision"], _threads(chosen), _keychain(chosen)) as devices:
         _note_placement(opened, devices, settings)
         with Session(opened, devices, timer=timer) as session:
             # resolved once, so that a random seed and what is written about the picture are one
@@ -159,6 +160,10 @@ def _files(chosen: Chosen) -> ModelFiles:
 
 def _servers(chosen: Chosen) -> list[str]:
     return [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
+
+
+def _keychain(chosen: Chosen) -> Keychain:
+    return Keychain(given_keys(chosen["rpc_key"], chosen["rpc_key_file"]))
 
 
 def _by_option(chosen: Chosen) -> dict[str, str]:

@@ -6,11 +6,11 @@ import click
 
 from ..device import PRECISIONS
 from ..server import Limits
-from .command import SHELLS, OneOf, Option, Size
+from .command import SHELLS, Networks, OneOf, Option, Size
 
 AUTO = "auto"
 
-LISTENING, DEVICES, CLIENTS = "Listening", "Devices", "Clients"
+LISTENING, DEVICES, TRUST, CLIENTS = "Listening", "Devices", "Who may come", "Clients"
 CACHE, ABOUT = "Cache", "About"
 
 OPTIONS = (
@@ -30,6 +30,13 @@ OPTIONS = (
     Option(DEVICES, "--dequant-cache", type=Size(), metavar="SIZE", shown="256M; a quarter of an accelerator",
            help="Memory of each device for weights in the form that they are computed in."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print this machine's devices and exit."),
+
+    Option(TRUST, "--allow-from", type=Networks(), metavar="NETWORK,...", default=(),
+           shown="this machine; from others only with a key",
+           help="Let clients in from there without a key, such as 192.168.1.0/24."),
+    Option(TRUST, "--plain", is_flag=True, help="Let everybody in, without a key or encryption."),
+    Option(TRUST, "--require-key", is_flag=True,
+           help="Let nobody in without a key, not even from this machine, where SSH tunnels end."),
 
     Option(CLIENTS, "--max-clients", type=click.IntRange(min=1), default=Limits.connections, metavar="NUMBER",
            help="Connections at one time; further ones are refused."),

@@ -2,15 +2,18 @@
 
 from .connection import Timeouts
 from .endpoint import DEFAULT_PORT, Endpoint, parse_endpoint
+from .keychain import Keychain, given_keys
 from .remote import RemoteBuffer, RemoteDevice, RemoteProgram, connect
 
 __all__ = [
     "DEFAULT_PORT",
     "Endpoint",
+    "Keychain",
     "RemoteBuffer",
     "RemoteDevice",
     "RemoteProgram",
     "Timeouts",
     "connect",
+    "given_keys",
     "parse_endpoint",
 ]

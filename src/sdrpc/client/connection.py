@@ -11,13 +11,21 @@ connection; the connection on which it is answered is kept. Our own servers take
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ..device import Bytes
-from ..errors import ConnectionFailed, ConnectionLost, RemoteError, RemoteProtocolError, VersionMismatch
+from ..errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    KeyNeeded,
+    RemoteError,
+    RemoteProtocolError,
+    VersionMismatch,
+)
 from ..ggml import dialect as dialects
 from ..ggml.dialect import Dialect
 from ..text import printable
@@ -27,10 +35,14 @@ from ..wire.messages import COMMANDS, Command
 from ..wire.name_length import COMMON
 from ..wire.records import Record
 from .endpoint import Endpoint
+from .keychain import Credential, Keychain
+from .secure import secured, show_key
 
 CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
+_JOIN_BELOW = 1 << 14
+"""Bytes that are sent in one piece where buffers can't be sent together: one packet, and in TLS one record."""
 MAX_BUFFERS_PER_SEND = 64
 """Below every system's IOV_MAX."""
 
@@ -46,7 +58,7 @@ class Timeouts:
     dead: int = 30
 
 
-HANGS_UP = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+HANGS_UP = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 DEFAULT_TIMEOUTS = Timeouts()
 
@@ -139,17 +151,22 @@ class Connection:
 
 
 def open_connection(
-    endpoint: Endpoint, timeouts: Timeouts = DEFAULT_TIMEOUTS, name_length: int | None = None
+    endpoint: Endpoint,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    name_length: int | None = None,
+    keychain: Keychain | None = None,
 ) -> tuple[Connection, int]:
     """Connect, greet, and find out everything that must be known before the first tensor: the version, what the server
-    can do, how long its names are. ``name_length`` says the last for a native server with an unusual one.
+    can do, how long its names are. ``name_length`` says the last for a native server with an unusual one. A server for
+    which ``keychain`` (default: what was kept) has a key is talked to in TLS only.
 
     Returns the connection and how many devices the server has. Raises :class:`ConnectionFailed` (nobody there, or
-    nothing that answers as an RPC server), :class:`VersionMismatch`, :class:`RemoteProtocolError`.
+    nothing that answers as an RPC server, or lets us in), :class:`VersionMismatch`, :class:`RemoteProtocolError`.
     """
+    keychain = keychain or Keychain()
     lengths = COMMON if name_length is None else (name_length,)
     for length in lengths:
-        connection = _greet(endpoint, timeouts)
+        connection = _greet(endpoint, timeouts, keychain)
         try:
             devices = _count_devices(connection)
             connection.name_length = length
@@ -166,8 +183,11 @@ def open_connection(
     )
 
 
-def _greet(endpoint: Endpoint, timeouts: Timeouts) -> Connection:
-    """The newer HELLO, then the older one."""
+def _greet(endpoint: Endpoint, timeouts: Timeouts, keychain: Keychain) -> Connection:
+    """By key where we have one; else the newer HELLO, then the older one."""
+    credentials = keychain.credentials(endpoint)
+    if credentials:
+        return _greet_by_key(endpoint, _connect(endpoint, timeouts), credentials, keychain)
     for offer in (CAPABILITIES, None):
         sock = _connect(endpoint, timeouts)
         try:
@@ -179,6 +199,29 @@ def _greet(endpoint: Endpoint, timeouts: Timeouts) -> Connection:
             raise
         sock.close()
     raise ConnectionFailed(str(endpoint), "the server hangs up on HELLO: is it an RPC server?")
+
+
+def _greet_by_key(
+    endpoint: Endpoint, sock: socket.socket, credentials: list[Credential], keychain: Keychain
+) -> Connection:
+    """In TLS, to a server that proves who it is. Nothing is said to any other."""
+    try:
+        sock = encrypted = secured(endpoint, sock)
+        try:
+            credential = show_key(endpoint, encrypted, credentials, lambda size: _receive(encrypted, size))
+        except OSError as error:
+            raise ConnectionFailed(str(endpoint), f"it was to prove who it is: {_reason(error)}") from error
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{endpoint}: {error}") from error
+        reply = _hello(endpoint, encrypted, CAPABILITIES)
+        if reply is None:
+            raise ConnectionFailed(str(endpoint), "the server knows our key, and hangs up on HELLO; its log says why")
+        connection = _connection(endpoint, encrypted, reply)
+    except BaseException:
+        sock.close()
+        raise
+    keychain.accepted(endpoint, credential.key, credential.fingerprint or b"")
+    return connection
 
 
 def _hello(endpoint: Endpoint, sock: socket.socket, offer: Capability | None) -> HelloReply | None:
@@ -200,6 +243,10 @@ def _hello(endpoint: Endpoint, sock: socket.socket, offer: Capability | None) ->
 
 def _connection(endpoint: Endpoint, sock: socket.socket, reply: HelloReply) -> Connection:
     version = ".".join(map(str, reply.version))
+    if Capability.LOCKED in reply.capabilities:
+        raise KeyNeeded(
+            str(endpoint), "clients on other machines need a key: give the one that rpc-server prints with --rpc-key"
+        )
     dialect = dialects.for_server(reply.version)
     if dialect is None:
         raise VersionMismatch(str(endpoint), version, ", ".join(dialects.dialects()))
@@ -267,7 +314,9 @@ def _hint(endpoint: Endpoint, error: Exception) -> str:
 def _send_all(sock: socket.socket, buffers: Sequence[Bytes]) -> None:
     """Send buffers one after the other without joining them."""
     views = [memoryview(buffer).cast("B") for buffer in buffers if framing.byte_length(buffer)]
-    if not hasattr(sock, "sendmsg"):  # Windows
+    if isinstance(sock, ssl.SSLSocket) or not hasattr(sock, "sendmsg"):  # TLS takes one at a time, and so does Windows
+        if sum(map(len, views)) <= _JOIN_BELOW:
+            views = [memoryview(b"".join(views))]
         for view in views:
             sock.sendall(view)
         return

@@ -36,6 +36,7 @@ from ..wire.limits import MAX_NAME_LENGTH
 from ..wire.records import Record, is_name_length
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
 from .endpoint import parse_endpoint
+from .keychain import Keychain
 from .names import Names
 from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Scheme, by_hash, upload
 
@@ -325,11 +326,15 @@ class RemoteProgram(Program):
 
 
 def connect(
-    endpoints: Sequence[str], timeouts: Timeouts = DEFAULT_TIMEOUTS, name_length: int | None = None
+    endpoints: Sequence[str],
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    name_length: int | None = None,
+    keychain: Keychain | None = None,
 ) -> list[RemoteDevice]:
     """All devices of the servers at ``endpoints`` (``host:port``), named RPC0, RPC1, … in the order given.
 
-    ``name_length``: GGML_MAX_NAME of native servers, where it is none of the usual. One server that can't be used is an
+    ``name_length``: GGML_MAX_NAME of native servers, where it is none of the usual. ``keychain``: keys for servers that
+    need one (default: those that were kept). One server that can't be used is an
     error that names it; nothing stays open then. Raises :class:`UsageError`, :class:`ConnectionFailed`,
     :class:`ConnectionLost`, :class:`VersionMismatch`, :class:`RemoteProtocolError`.
     """
@@ -343,7 +348,7 @@ def connect(
     connections: list[Connection] = []
     try:
         for endpoint in parsed:
-            connection, devices_there = open_connection(endpoint, timeouts, name_length)
+            connection, devices_there = open_connection(endpoint, timeouts, name_length, keychain)
             connections.append(connection)
             server = Server(connection)
             for i in range(devices_there):

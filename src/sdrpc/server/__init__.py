@@ -2,6 +2,11 @@
 
     listener        accepts clients, a thread each; ends those that do nothing when there is no place left
     stream          one client's socket: exact reads, whole writes, time limits
+    door            who is let in: by key over TLS, or from where nobody needs one
+    visitor         who a client is
+    key_ring        the keys, each with a name, in a file
+    identity        the server's certificate
+    attempts        how often an address may fail to get in
     handler         a client's requests in order, and the line that says how it ended
     negotiation     the protocol version that a client is offered: a fixed one, or what its address is known to want
     version_memory  what is learnt about clients' versions, and how
@@ -16,8 +21,9 @@ Torch is not imported before a device is made.
 
 from .cache import Cache
 from .client_cache import CacheService
+from .door import Door, Keys, Policy
 from .limits import Limits
 from .listener import Server
 from .negotiation import Learning
 
-__all__ = ["Cache", "CacheService", "Learning", "Limits", "Server"]
+__all__ = ["Cache", "CacheService", "Door", "Keys", "Learning", "Limits", "Policy", "Server"]

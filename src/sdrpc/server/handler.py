@@ -13,6 +13,7 @@ from ..text import printable
 from ..wire.framing import Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import Command
+from .door import Door
 from .negotiation import Protocol
 from .session import Session
 from .stream import Stream
@@ -32,10 +33,18 @@ class Greeting(NamedTuple):
     agreed: Capability
 
 
-def converse(stream: Stream, session: Session, protocol: Protocol) -> None:
-    """Serve one client until it leaves or breaks the rules. Never raises; how it ended is logged in one line."""
+def converse(stream: Stream, session: Session, protocol: Protocol, door: Door) -> None:
+    """Serve one client, if ``door`` lets it in, until it leaves or breaks the rules. Never raises; how it ended is
+    logged in one line."""
     agreed = NATIVE
     try:
+        stream.doing = "greeting"
+        stream.deadline = time.monotonic() + session.limits.hello_seconds
+        visitor = door.admit(stream)
+        if visitor is None:
+            return
+        stream.owner = visitor.owner
+        session.admit(visitor)
         greeting = _greet(stream, session, protocol)
         agreed = greeting.agreed
         _serve(stream, session, protocol, greeting)
@@ -57,7 +66,6 @@ def converse(stream: Stream, session: Session, protocol: Protocol) -> None:
 def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     """HELLO, within its time."""
     stream.doing = "greeting"
-    stream.deadline = time.monotonic() + session.limits.hello_seconds
     hello = drive(read_hello(), stream.read)
     stream.deadline = None
     offer = protocol.offer(stream.address, hello)
@@ -65,7 +73,7 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE))
     stream.write([encode_hello_reply(offer.told, agreed)])
     kind = "a client of ggml's protocol" if hello.capabilities == NATIVE else "a client of sdrpc"
-    log.info("%s: came, %s, is offered protocol %s", stream.peer, kind, offer.name)
+    log.info("%s: %s came, %s, is offered protocol %s", stream.peer, session.visitor, kind, offer.name)
     return Greeting(hello, offer, agreed)
 
 

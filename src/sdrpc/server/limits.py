@@ -15,8 +15,12 @@ class Limits:
     connections: int = 256
     """Clients at once, each with a thread: real ones open a handful of connections each, floods open thousands."""
     connections_of_address: int = 64
-    """Clients at once from one other machine, so that one machine can't lock out all others. (From this machine come
-    the clients of all who use it, and of SSH tunnels.)"""
+    """Clients at once from one other machine, or with one key, so that none can lock out all others. (From this machine
+    come the clients of all who use it, and of SSH tunnels.)"""
+    attempts: int = 20
+    """Failures to get in, from one address within ``attempt_seconds``: no key can be found so, but each costs a TLS
+    handshake and a line in the log."""
+    attempt_seconds: float = 60.0
     backlog: int = 1024
     """Connections that the kernel holds while we are busy accepting, so that a burst of clients is not refused."""
     hello_seconds: float = 10.0

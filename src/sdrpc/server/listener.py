@@ -19,16 +19,18 @@ from ..device import ServedDevice
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
 from .client_cache import CacheService
+from .door import Door
 from .handler import converse
 from .limits import Limits
 from .negotiation import Fixed, Protocol
-from .quotas import Buffers, Payloads
+from .quotas import Buffers, Payloads, Places
 from .session import Session
 from .stream import Stream
 from .version_memory import normal
 
 log = logging.getLogger(__name__)
 
+_REVOKE_SECONDS = 1.0  # how often it is looked whether keys of clients were revoked
 _JOIN_SECONDS = 3.0  # how long threads may take to end; a kernel that runs then dies with the process
 _REST_SECONDS = 0.1  # after something went wrong with a connection for which others are not to blame
 
@@ -42,8 +44,9 @@ class Client(NamedTuple):
 
 class Server:
     """Offers ``devices`` (numbered in that order) at ``host``:``port`` (0: a free one) to whoever connects and speaks
-    ``protocol``: one version (default: the newest), or what is learnt about each client.
-    Tensors that clients may send again are kept in ``cache_service``, if there is one.
+    ``protocol``: one version (default: the newest), or what is learnt about each client. ``door`` says who is let in
+    (default: only who comes from this machine). Tensors that clients may send again are kept in ``cache_service``, if
+    there is one.
 
     As a context manager it serves in a thread of its own; :meth:`serve` does so in the caller's. The devices and
     the cache service stay the caller's to close. Raises :class:`UsageError` when it can't listen there.
@@ -57,9 +60,11 @@ class Server:
         port: int = 0,
         limits: Limits | None = None,
         cache_service: CacheService | None = None,
+        door: Door | None = None,
     ) -> None:
         self.devices, self.limits, self.cache_service = tuple(devices), limits or Limits(), cache_service
         self.protocol = protocol if isinstance(protocol, Protocol) else Fixed(protocol or newest())
+        self.door = door or Door(limits=self.limits)
         self._listening = _listen(host, port, self.limits.backlog)
         self.host, self.port = host, self._listening.getsockname()[1]
         self._waker, self._wakened = socket.socketpair()
@@ -67,6 +72,8 @@ class Server:
         self._lock = threading.Lock()
         self._clients: dict[threading.Thread, Client] = {}
         self._buffers, self._payloads = Buffers(self.limits), Payloads(self.limits.payload_bytes)
+        self._places = Places(self.limits.connections_of_address)
+        self._looked = 0.0
         self._thread: threading.Thread | None = None
 
     @property
@@ -96,9 +103,11 @@ class Server:
                 selector.register(self._listening, selectors.EVENT_READ)
                 selector.register(self._wakened, selectors.EVENT_READ)
                 while not self._closing.is_set():
-                    selector.select()
+                    came = selector.select(_REVOKE_SECONDS)
                     try:
-                        self._accept()
+                        if came:
+                            self._accept()
+                        self._expel()
                     except Exception:  # the boundary: whatever happens to one connection, others are served
                         log.exception("a connection is not served: a fault in this server")
                         time.sleep(_REST_SECONDS)
@@ -175,9 +184,28 @@ class Server:
             client.stream.abort("it did nothing, and another client wants its place")
         return True
 
+    def _expel(self) -> None:
+        """End the connections of clients whose key was revoked since the last time."""
+        now = time.monotonic()
+        if now - self._looked < _REVOKE_SECONDS:
+            return
+        self._looked = now
+        with self._lock:
+            clients = list(self._clients.values())
+        for stream, session in clients:
+            visitor = session.visitor
+            if visitor is not None and visitor.key is not None and self.door.revoked(visitor.key):
+                stream.abort(f"its key {visitor} was revoked")
+
     def _start(self, stream: Stream) -> None:
-        cache = self.cache_service.client_cache(stream.address) if self.cache_service else None
-        session = Session(self.devices, self.limits, lambda: _why_stop(stream), cache, self._buffers)
+        session = Session(
+            self.devices,
+            self.limits,
+            lambda: _why_stop(stream),
+            self.cache_service,
+            self._buffers,
+            self._places,
+        )
         client = Client(stream, session)
         thread = threading.Thread(target=self._talk, args=(client,), name=f"sdrpc client {stream.peer}", daemon=True)
         with self._lock:
@@ -192,7 +220,7 @@ class Server:
     def _talk(self, client: Client) -> None:
         stream, session = client
         try:
-            converse(stream, session, self.protocol)
+            converse(stream, session, self.protocol, self.door)
         finally:
             session.close()
             stream.done()

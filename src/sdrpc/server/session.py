@@ -23,10 +23,11 @@ from ..ggml.types import Type
 from ..wire import graphs, messages
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
-from .client_cache import CacheWriter, ClientCache
+from .client_cache import CacheService, CacheWriter, ClientCache
 from .limits import Limits
-from .quotas import Buffers
+from .quotas import Buffers, Places
 from .version_memory import Versions
+from .visitor import Visitor
 
 _LARGEST = 1 << 62  # of tensors, in bytes; beyond, sums of sizes may not fit the protocol's own u64
 _STRIDE_BITS = 32
@@ -60,21 +61,25 @@ class Ready(NamedTuple):
 
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
-    computed for it. ``cache``: tensors that it need not send, if the server keeps any. ``buffers`` counts those of all
-    clients. ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running graph
-    took."""
+    computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
+    of it. ``buffers`` and ``places`` count those of all clients. ``requests`` were answered so far; ``most_held`` is
+    the most bytes that its buffers and a running graph took. ``visitor`` is who it is, None until it is let in."""
 
     def __init__(
         self,
         devices: Sequence[ServedDevice],
         limits: Limits,
         watch: Watch,
-        cache: ClientCache | None = None,
+        cache_service: CacheService | None = None,
         buffers: Buffers | None = None,
+        places: Places | None = None,
     ) -> None:
-        self.devices, self.limits, self.cache = devices, limits, cache
+        self.devices, self.limits = devices, limits
         self.requests = self.most_held = 0
-        self._buffers = buffers or Buffers(limits)
+        self.visitor: Visitor | None = None
+        self.cache: ClientCache | None = None
+        self._cache_service = cache_service
+        self._buffers, self._places = buffers or Buffers(limits), places or Places(limits.connections)
         self.versions: Versions = ()
         """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
         self._watch = watch
@@ -94,6 +99,15 @@ class Session:
         the newest has all types, and allows what an older one leaves zero."""
         return max(self.versions, key=lambda dialect: dialect.triple)
 
+    def admit(self, visitor: Visitor) -> None:
+        """From now on the client is ``visitor``. Raises :class:`RemoteProtocolError` where there are too many of it."""
+        if visitor.key is not None and not self._places.take(visitor.owner):
+            most = self.limits.connections_of_address
+            raise RemoteProtocolError(f"{most} clients with the key {visitor} are connected already")
+        self.visitor = visitor
+        if self._cache_service is not None:
+            self.cache = self._cache_service.client_cache(visitor.owner)
+
     def answer(self, message: Any) -> Any:
         """Do what ``message`` (any request but SET_TENSOR) asks; the reply's value, None where it has no fields."""
         return _COMMANDS[type(message)](self, message)
@@ -112,6 +126,8 @@ class Session:
 
     def close(self) -> None:
         """Free everything."""
+        if self.visitor is not None and self.visitor.key is not None:
+            self._places.give_back(self.visitor.owner)
         self._graphs.clear()
         self._last.clear()
         for handle in [region.handle for region in self._space]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,11 +25,13 @@ from .quotas import Payloads
 _AHEAD = 1 << 16
 _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
 _COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more is counted in such pieces
+_SENT = 1 << 20  # at a time: TLS sends all of it within one time limit
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
 class Stream:
-    """One connection: ``peer`` names it, ``address`` only the machine it comes from. ``doing`` says what is going on,
+    """One connection: ``peer`` names it, ``address`` only the machine it comes from, ``owner`` whom what it takes is
+    counted for: the address, until it is known better. ``doing`` says what is going on,
     for errors; ``deadline`` (monotonic) bounds all reads if set; ``aborted`` is why it was us who ended it, if it was.
     ``received`` and ``sent`` count bytes. ``idle_since`` (monotonic) is when it began to wait for the client, None
     while there is something to do. Large messages are counted in ``payloads``."""
@@ -37,6 +40,7 @@ class Stream:
         self, connection: socket.socket, peer: str, address: str, limits: Limits, payloads: Payloads | None = None
     ) -> None:
         self.peer, self.address = peer, address
+        self.owner = address
         self.aborted = ""
         self.doing = "connecting"
         self.deadline: float | None = None
@@ -54,6 +58,22 @@ class Stream:
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
         _notice_death(connection, limits.dead_seconds)
 
+    def peek(self) -> int | None:
+        """The first byte that comes, which stays there; None when the client leaves without a word."""
+        self._socket.settimeout(self._patience(None))
+        with self._errors():
+            first = self._socket.recv(1, socket.MSG_PEEK)
+        return first[0] if first else None
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Go on in TLS, as its server. Nothing must have been read before."""
+        with self._errors():
+            self._socket = secured = context.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            if self.aborted:  # while the socket was changed, somebody may have ended the old one
+                raise ConnectionAbortedError
+            secured.settimeout(self._patience(None))
+            secured.do_handshake()
+
     def expect(self, size: int) -> None:
         """A message of ``size`` bytes is on its way: it must come at a speed that is of use."""
         self.deadline = time.monotonic() + self._stall + size / self._limits.slowest
@@ -62,7 +82,7 @@ class Stream:
         """The message that was expected is dealt with, and nothing of it is held any more."""
         self.deadline = None
         if self._payloads is not None and self._counted:
-            self._payloads.give_back(self.address, self._counted)
+            self._payloads.give_back(self.owner, self._counted)
         self._counted = 0
 
     def wait(self) -> bool:
@@ -91,7 +111,7 @@ class Stream:
         for start in range(0, size, _COUNTED):
             piece = data[start : start + _COUNTED]
             if self._payloads is not None:
-                if not self._payloads.take(self.address, len(piece)):
+                if not self._payloads.take(self.owner, len(piece)):
                     raise RemoteProtocolError("too many large graphs are on their way to this server; try again later")
                 self._counted += len(piece)
             self.read_into(piece)
@@ -131,7 +151,7 @@ class Stream:
         """Finish sending, and read on for a while: closing with unread bytes would make the kernel drop our words."""
         self.deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):  # the client may have ended it already
-            self._socket.shutdown(socket.SHUT_WR)
+            _shut(self._socket, socket.SHUT_WR)
         while self._receive(self._ahead, None) > 0:
             pass
 
@@ -148,7 +168,7 @@ class Stream:
         """End whatever another thread is doing with this socket."""
         self.aborted = reason
         with contextlib.suppress(OSError):  # the client may have ended it already
-            self._socket.shutdown(socket.SHUT_RDWR)
+            _shut(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
@@ -160,16 +180,26 @@ class Stream:
         return count
 
     def _receive(self, target: memoryview, seconds: float | None) -> int:
-        if self.deadline is not None:
-            left = self.deadline - time.monotonic()
-            seconds = left if seconds is None else min(seconds, left)
-        try:
-            if seconds is not None and seconds <= 0:
-                raise TimeoutError
-            self._socket.settimeout(seconds)
+        with self._errors():
+            self._socket.settimeout(self._patience(seconds))
             count = self._socket.recv_into(target)
-            self.received += count
-            return count
+        self.received += count
+        return count
+
+    def _patience(self, seconds: float | None) -> float | None:
+        """How long to wait for the client: ``seconds``, and not beyond the deadline."""
+        if self.deadline is None:
+            return seconds
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise RemoteProtocolError(f"nothing more came in time while {self.doing}")
+        return left if seconds is None else min(seconds, left)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What goes wrong with the socket while something is received."""
+        try:
+            yield
         except TimeoutError:
             raise RemoteProtocolError(f"nothing more came in time while {self.doing}") from None
         except OSError as error:
@@ -179,13 +209,18 @@ class Stream:
         self._socket.settimeout(self._stall)
         try:
             while rest:
-                count = self._socket.send(rest)
+                count = self._socket.send(rest[:_SENT])
                 self.sent += count
                 rest = rest[count:]
         except TimeoutError:
             raise RemoteProtocolError("the client does not read its replies") from None
         except OSError as error:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
+
+
+def _shut(connection: socket.socket, how: int) -> None:
+    """Shut a connection, whatever another thread does with it: TLS's own way would make that one read plain bytes."""
+    socket.socket.shutdown(connection, how)
 
 
 def _notice_death(connection: socket.socket, seconds: int) -> None:

@@ -34,6 +34,8 @@ class Capability(IntFlag):
     """Graph nodes may live in no buffer; only nodes flagged OUTPUT are stored."""
     CACHE = 4
     """The server keeps tensors, and finds them by SET_TENSOR_DIGEST."""
+    LOCKED = 8
+    """Of a server: it says nothing more to this client, which needs a key (:mod:`sdrpc.key`)."""
 
 
 NATIVE = Capability(0)
