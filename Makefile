@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint interop interop-all operations families parity demo bench clean
+.PHONY: setup test lint interop interop-all operations families parity demo newcomer bench clean
 
 setup: .venv/.ready
 
@@ -44,6 +44,9 @@ parity: setup
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+newcomer: setup
+	$(BIN)/python -m tools.newcomer
 
 bench: setup
 	$(BIN)/python -m bench

@@ -10,11 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__, models
-from ..client import Keychain, given_keys
+from .. import __version__
 from ..diffusion import placement
 from ..errors import InvalidValue
 from . import report
+from .chosen import Chosen, by_option, files_of, servers, threads
 from .command import Command
 from .convert import convert
 from .devices import every_device, placed_devices
@@ -28,12 +28,9 @@ if TYPE_CHECKING:
     from ..diffusion.metadata import Parameters
     from ..diffusion.pictures import Picture, Pixels
     from ..diffusion.request import Request, Settings
-    from ..families.model import Model, ModelFiles
+    from ..families.model import Model
 
 log = logging.getLogger(__name__)
-
-Chosen = Mapping[str, Any]
-"""The options' values, by the options' names in Python."""
 
 
 def main() -> None:
@@ -61,7 +58,7 @@ def sd_cli(**chosen: Any) -> int:
         return _list_devices(chosen)
     _check_mode(chosen["mode"], chosen["type"])
     if chosen["mode"] == "convert":
-        convert(_files(chosen), chosen["type"], chosen["output"], chosen["verbose"])
+        convert(files_of(chosen), chosen["type"], chosen["output"], chosen["verbose"])
         return 0
     return _draw(chosen)
 
@@ -71,7 +68,7 @@ COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, help=sd_cli.__d
 
 def _list_devices(chosen: Chosen) -> int:
     """Devices that answer on standard output, servers that don't on standard error; then the exit status is 1."""
-    with every_device(_servers(chosen), chosen["precision"], _threads(chosen), _keychain(chosen)) as found:
+    with every_device(servers(chosen), chosen["precision"], threads(chosen)) as found:
         report.table(report.device_table(found.devices))
         for failure in found.failures:
             report.complain(str(failure))
@@ -83,6 +80,7 @@ def _draw(chosen: Chosen) -> int:
     paths = output_paths(chosen["output"], chosen["batch_count"], chosen["output_begin_idx"])
     placed = placement.parse(chosen["backend"])
 
+    from ..diffusion.metadata import parameters_of
     from ..diffusion.request import Request
     from ..diffusion.session import Session
     from ..diffusion.stage_timer import STAGES, StageTimer
@@ -90,23 +88,23 @@ def _draw(chosen: Chosen) -> int:
 
     given = {entry.name: chosen[entry.name] for entry in fields(Request)}
     request = Request(**given | {"prompt": _prompt(chosen)} | _pictures(chosen))
-    files = _files(chosen)
+    files = files_of(chosen)
     timer = StageTimer()
     with timer("load"):
         opened = open_model(files)
-    wanted = placement.wanted(list(opened.components), placed, chosen["main_backend_device"], _by_option(chosen))
+    wanted = placement.wanted(list(opened.components), placed, chosen["main_backend_device"], by_option(chosen))
     settings = request.resolved(opened.defaults, opened.size, opened.family.latents.multiple)
     _note_size(request, settings)
     check_sides(paths[0], settings.width, settings.height)
     check_writable(paths)
-    with placed_devices(wanted, _servers(chosen), chosen["precision"], _threads(chosen), _keychain(chosen)) as devices:
+    with placed_devices(wanted, servers(chosen), chosen["precision"], threads(chosen)) as devices:
         _note_placement(opened, devices, settings)
         with Session(opened, devices, timer=timer) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             pictures = session.draw(settings, report.meter().tell)
             elsewhere = 0
             for path, picture in zip(paths, pictures, strict=True):
-                parameters = _parameters(settings, picture, files, chosen)
+                parameters = parameters_of(settings, picture, files, chosen["eta"], chosen["sampler_rng"])
                 elsewhere += _keep(path, picture, None if chosen["disable_image_metadata"] else parameters)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
@@ -146,39 +144,6 @@ def _prompt(chosen: Chosen) -> str:
     return str(chosen["prompt"])
 
 
-def _files(chosen: Chosen) -> ModelFiles:
-    """The files that the user named, or the model that ships with sdrpc when there are none."""
-    from ..families.model import ModelFiles
-
-    named = {entry.name: chosen[entry.name] for entry in fields(ModelFiles) if chosen[entry.name] is not None}
-    if not named:
-        report.say(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
-        return ModelFiles(models.named(models.DEFAULT))
-    paths = {field: Path(path) for field, path in named.items()}
-    return ModelFiles(**paths | ({"model": models.named(named["model"])} if "model" in named else {}))
-
-
-def _servers(chosen: Chosen) -> list[str]:
-    return [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
-
-
-def _keychain(chosen: Chosen) -> Keychain:
-    return Keychain(given_keys(chosen["rpc_key"], chosen["rpc_key_file"]))
-
-
-def _by_option(chosen: Chosen) -> dict[str, str]:
-    """The devices that have an option of their own, by the names of :func:`sdrpc.diffusion.placement.wanted`."""
-    return {
-        "te": chosen["clip_backend_device"] or ("CPU" if chosen["clip_on_cpu"] else ""),
-        "diffusion": chosen["diffusion_backend_device"],
-        "vae": chosen["vae_backend_device"] or ("CPU" if chosen["vae_on_cpu"] else ""),
-    }
-
-
-def _threads(chosen: Chosen) -> int | None:
-    return chosen["threads"] if chosen["threads"] > 0 else None
-
-
 def _note_size(request: Request, settings: Settings) -> None:
     """Say when the picture gets another size than the one that was asked for."""
     theirs = (None, None) if request.init_image is None else request.init_image.shape[1::-1]
@@ -202,33 +167,6 @@ def _note_placement(model: Model, devices: Mapping[str, Device], settings: Setti
         log.debug("%s on %s: %s in %s", component, device.name, size, found.checkpoint.path)
     told = [f"{entry.name} {getattr(settings, entry.name)!r}" for entry in fields(settings) if entry.repr]
     log.debug("settings: %s", ", ".join(told))
-
-
-def _parameters(settings: Settings, picture: Picture, files: ModelFiles, chosen: Chosen) -> Parameters:
-    """What the picture's file says about how it came about."""
-    from ..diffusion.metadata import Parameters
-
-    height, width, _ = picture.image.shape
-    return Parameters(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt,
-        width=width,
-        height=height,
-        steps=settings.steps,
-        cfg_scale=settings.cfg_scale,
-        guidance=settings.guidance,
-        seed=picture.seed,
-        sampler=settings.sampling_method,
-        scheduler=settings.scheduler,
-        rng=settings.rng,
-        sampler_rng=chosen["sampler_rng"],
-        version=__version__,
-        clip_skip=settings.clip_skip,
-        eta=chosen["eta"],
-        flow_shift=settings.flow_shift,
-        strength=settings.strength,
-        models={name: path.name for name, path in files.named.items()},
-    )
 
 
 def _check_mode(mode: str, type: str) -> None:

@@ -14,13 +14,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from ..families.model import ModelFiles
+    from .pictures import Picture
+    from .request import Settings
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +134,34 @@ class Parameters:
         }  # fmt: skip
 
 
+def parameters_of(
+    settings: Settings, picture: Picture, files: ModelFiles, eta: float | None = None, sampler_rng: str | None = None
+) -> Parameters:
+    """What the file of a ``picture`` that was drawn with ``settings`` says. ``eta`` and ``sampler_rng``: as they were asked
+    for, None where the sampler's own, or ``rng``, was meant."""
+    height, width, _ = picture.image.shape
+    return Parameters(
+        prompt=settings.prompt,
+        negative_prompt=settings.negative_prompt,
+        width=width,
+        height=height,
+        steps=settings.steps,
+        cfg_scale=settings.cfg_scale,
+        guidance=settings.guidance,
+        seed=picture.seed,
+        sampler=settings.sampling_method,
+        scheduler=settings.scheduler,
+        rng=settings.rng,
+        sampler_rng=sampler_rng,
+        version=__version__,
+        clip_skip=settings.clip_skip,
+        eta=eta,
+        flow_shift=settings.flow_shift,
+        strength=settings.strength,
+        models={name: path.name for name, path in files.named.items()},
+    )
+
+
 def _single(value: float | None) -> float | None:
     """A number as a program writes it that keeps it in single precision; JSON has no infinity."""
     return None if value is None or not math.isfinite(value) else float(np.float32(value))
@@ -135,15 +170,16 @@ def _single(value: float | None) -> float | None:
 Pixels = NDArray[np.uint8]
 
 
-def encode(image: Pixels, suffix: str, parameters: Parameters | None) -> bytes:
+def encode(image: Pixels, suffix: str, parameters: Parameters | None, quality: int = QUALITY) -> bytes:
     """A file of uint8 pixels (height, width, 3) in the format that ``suffix`` means (.png, .jpg, .jpeg, .webp), with
-    its parameters if they are given."""
+    its parameters if they are given. ``quality``: of JPEG and WebP, 0 … 100."""
     buffer = BytesIO()
-    _ENCODERS[suffix.lower()](Image.fromarray(image), buffer, None if parameters is None else parameters.text())
+    text = None if parameters is None else parameters.text()
+    _ENCODERS[suffix.lower()](Image.fromarray(image), buffer, text, quality)
     return buffer.getvalue()
 
 
-def _png(picture: Image.Image, file: BytesIO, text: str | None) -> None:
+def _png(picture: Image.Image, file: BytesIO, text: str | None, _quality: int) -> None:
     """PNG's tEXt chunk is Latin-1; texts in other scripts go into iTXt, which the web UIs read as well."""
     info = PngInfo()
     if text is not None:
@@ -156,19 +192,19 @@ def _png(picture: Image.Image, file: BytesIO, text: str | None) -> None:
     picture.save(file, "PNG", pnginfo=info)
 
 
-def _jpeg(picture: Image.Image, file: BytesIO, text: str | None) -> None:
+def _jpeg(picture: Image.Image, file: BytesIO, text: str | None, quality: int) -> None:
     comment = b"" if text is None else f"{KEYWORD}\0{text}".encode()
     if len(comment) > MAX_COMMENT:
         log.warning("a JPEG file has no room for its parameters, %d bytes: they are not in it", len(comment))
         comment = b""
-    picture.save(file, "JPEG", quality=QUALITY, **({"comment": comment} if comment else {}))
+    picture.save(file, "JPEG", quality=quality, **({"comment": comment} if comment else {}))
 
 
-def _webp(picture: Image.Image, file: BytesIO, text: str | None) -> None:
+def _webp(picture: Image.Image, file: BytesIO, text: str | None, quality: int) -> None:
     xmp = b"" if text is None else _XMP.format(escape(_NO_XML.sub("\ufffd", text))).encode()
-    picture.save(file, "WEBP", quality=QUALITY, xmp=xmp)
+    picture.save(file, "WEBP", quality=quality, xmp=xmp)
 
 
-_ENCODERS: dict[str, Callable[[Image.Image, BytesIO, str | None], None]] = {
+_ENCODERS: dict[str, Callable[[Image.Image, BytesIO, str | None, int], None]] = {
     ".png": _png, ".jpg": _jpeg, ".jpeg": _jpeg, ".webp": _webp
 }  # fmt: skip
