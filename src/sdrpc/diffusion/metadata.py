@@ -137,8 +137,8 @@ class Parameters:
 def parameters_of(
     settings: Settings, picture: Picture, files: ModelFiles, eta: float | None = None, sampler_rng: str | None = None
 ) -> Parameters:
-    """What the file of a ``picture`` that was drawn with ``settings`` says. ``eta`` and ``sampler_rng``: as they were asked
-    for, None where the sampler's own, or ``rng``, was meant."""
+    """What the file of a ``picture`` that was drawn with ``settings`` says. ``eta`` and ``sampler_rng``: as they were
+    asked for, None where the sampler's own, or ``rng``, was meant."""
     height, width, _ = picture.image.shape
     return Parameters(
         prompt=settings.prompt,

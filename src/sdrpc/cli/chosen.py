@@ -1,0 +1,48 @@
+"""What options of models and devices mean, for every command that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import models
+from . import report
+
+if TYPE_CHECKING:
+    from ..families.model import ModelFiles
+
+Chosen = Mapping[str, Any]
+"""The options' values, by the options' names in Python."""
+
+
+def files_of(chosen: Chosen) -> ModelFiles:
+    """The files that the user named, or the model that ships with sdrpc when there are none."""
+    from ..families.model import ModelFiles
+
+    named = {entry.name: chosen[entry.name] for entry in fields(ModelFiles) if chosen[entry.name] is not None}
+    if not named:
+        report.say(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
+        return ModelFiles(models.named(models.DEFAULT))
+    paths = {field: Path(path) for field, path in named.items()}
+    return ModelFiles(**paths | ({"model": models.named(named["model"])} if "model" in named else {}))
+
+
+def servers(chosen: Chosen) -> list[str]:
+    """The endpoints of ``--rpc``."""
+    return [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
+
+
+def by_option(chosen: Chosen) -> dict[str, str]:
+    """The devices that have an option of their own, by the names of :func:`sdrpc.diffusion.placement.wanted`."""
+    return {
+        "te": chosen["clip_backend_device"] or ("CPU" if chosen["clip_on_cpu"] else ""),
+        "diffusion": chosen["diffusion_backend_device"],
+        "vae": chosen["vae_backend_device"] or ("CPU" if chosen["vae_on_cpu"] else ""),
+    }
+
+
+def threads(chosen: Chosen) -> int | None:
+    """Threads of this machine's CPU; None: all."""
+    return chosen["threads"] if chosen["threads"] > 0 else None
