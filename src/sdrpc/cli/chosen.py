@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import models
+from ..client import Keychain, given_keys
 from . import report
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def files_of(chosen: Chosen) -> ModelFiles:
 def servers(chosen: Chosen) -> list[str]:
     """The endpoints of ``--rpc``."""
     return [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
+
+
+def keychain(chosen: Chosen) -> Keychain:
+    """The keys that the user named for these servers, and those of before."""
+    return Keychain(given_keys(chosen["rpc_key"], chosen["rpc_key_file"]))
 
 
 def by_option(chosen: Chosen) -> dict[str, str]:

@@ -14,7 +14,7 @@ from .. import __version__
 from ..diffusion import placement
 from ..errors import InvalidValue
 from . import report
-from .chosen import Chosen, by_option, files_of, servers, threads
+from .chosen import Chosen, by_option, files_of, keychain, servers, threads
 from .command import Command
 from .convert import convert
 from .devices import every_device, placed_devices
@@ -68,7 +68,7 @@ COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, help=sd_cli.__d
 
 def _list_devices(chosen: Chosen) -> int:
     """Devices that answer on standard output, servers that don't on standard error; then the exit status is 1."""
-    with every_device(servers(chosen), chosen["precision"], threads(chosen)) as found:
+    with every_device(servers(chosen), chosen["precision"], threads(chosen), keychain(chosen)) as found:
         report.table(report.device_table(found.devices))
         for failure in found.failures:
             report.complain(str(failure))
@@ -97,7 +97,7 @@ def _draw(chosen: Chosen) -> int:
     _note_size(request, settings)
     check_sides(paths[0], settings.width, settings.height)
     check_writable(paths)
-    with placed_devices(wanted, servers(chosen), chosen["precision"], threads(chosen)) as devices:
+    with placed_devices(wanted, servers(chosen), chosen["precision"], threads(chosen), keychain(chosen)) as devices:
         _note_placement(opened, devices, settings)
         with Session(opened, devices, timer=timer) as session:
             # resolved once, so that a random seed and what is written about the picture are one
