@@ -114,7 +114,7 @@ def test_nothing_secret_crosses_the_wire_or_is_logged(house: House, caplog: pyte
             assert secret.code not in text
             assert secret.code.replace("-", "") not in text
         assert secret.secret not in encode_offer(nonce(), [secret.id])
-    assert "laptop came" in caplog.text
+    assert "a client of sdrpc with the key laptop" in caplog.text
 
 
 def between(house: House, folder: Path) -> tuple[socket.socket, threading.Thread]:

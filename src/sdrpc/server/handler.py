@@ -73,7 +73,9 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE))
     stream.write([encode_hello_reply(offer.told, agreed)])
     kind = "a client of ggml's protocol" if hello.capabilities == NATIVE else "a client of sdrpc"
-    log.info("%s: %s came, %s, is offered protocol %s", stream.peer, session.visitor, kind, offer.name)
+    key = session.visitor and session.visitor.key
+    name = f" with the key {key.name}" if key else ""
+    log.info("%s: came, %s%s, is offered protocol %s", stream.peer, kind, name, offer.name)
     return Greeting(hello, offer, agreed)
 
 
