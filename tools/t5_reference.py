@@ -10,8 +10,6 @@ import random
 import struct
 from pathlib import Path
 
-import sentencepiece
-
 from sdrpc.prompts.tokenizers import T5_END_ID, T5_PAD_ID, T5_SENTINELS, T5_UNKNOWN_ID, t5_vocabulary
 
 TARGET = Path(__file__).parent.parent / "tests" / "data" / "t5_tokens.json"
@@ -66,6 +64,8 @@ def texts() -> list[str]:
 
 
 def main() -> None:
+    import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor(model_proto=model())
     rows = ",\n".join(json.dumps([text, processor.encode(text)], ensure_ascii=False) for text in texts())
     TARGET.write_text(f"[\n{rows}\n]\n", encoding="utf-8")

@@ -53,13 +53,13 @@ FAMILIES = {
     "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
-    "chroma": "Chroma",
+    "chroma": "Chroma", "z-image": "Z-Image",
 }  # fmt: skip
 
 FORMS = {
     "safetensors": "one .safetensors", "gguf": "one .gguf", "parts": "a .safetensors for each component",
-    "gguf-parts": "GGUF of the diffusion model, and of T5 if any", "diffusers": "diffusers directory",
-    "sharded": "diffusers directory, sharded",
+    "gguf-parts": "GGUF of the diffusion model, and of T5 or a language model if any",
+    "diffusers": "diffusers directory", "sharded": "diffusers directory, sharded",
 }  # fmt: skip
 
 FIRST = ("sd1", "sd2", "sd2-base", "sdxl", "flux1-dev", "flux1-schnell", "chroma")
@@ -75,6 +75,8 @@ CASES = (
     *(Case("sd3-without-t5", form) for form in ("safetensors", "parts", "diffusers")),
     *(Case("sd3.5-medium", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
     Case("sd3.5-large", "safetensors"), Case("sd3.5-medium", "gguf-parts", "Q8_0"),
+    *(Case("z-image", form) for form in ("safetensors", "sharded")), Case("z-image", "parts", "F8_E4M3"),
+    Case("z-image", "gguf-parts", "Q4_K"),
 )  # fmt: skip
 
 NATIVE_CASES = (
@@ -128,7 +130,7 @@ def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
     asked = request(case)
     flux = case.family.startswith(("flux1", "chroma"))
-    sd3 = case.family.startswith("sd3")
+    sd3 = case.family.startswith(("sd3", "z-image"))
     if flux:
         predicts = prediction("flux_flow", shift=_shift(case))
     else:

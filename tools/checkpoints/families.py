@@ -26,8 +26,9 @@ FluxTransformer2DModel: Any = diffusers.FluxTransformer2DModel
 SD3Transformer2DModel: Any = diffusers.SD3Transformer2DModel
 ChromaTransformer2DModel: Any = diffusers.ChromaTransformer2DModel
 UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
+ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 
-CLIP_WORDS, CLIP_LENGTH, T5_WORDS = 49408, 77, 32128
+CLIP_WORDS, CLIP_LENGTH, T5_WORDS, QWEN_WORDS = 49408, 77, 32128, 151936
 HEAD = 64
 """Width of an attention head in all text encoders, and in the UNets of SD 2.x and SDXL."""
 
@@ -283,6 +284,50 @@ def _chroma(heads: int, blocks: int, single_blocks: int, text: int, modulation: 
     return Component("diffusion", "transformer", build, prefixed("model.diffusion_model.", names.flux), names.flux)
 
 
+def _qwen3(whole: str, width: int, inner: int, heads: tuple[int, int], head: int, layers: int) -> Component:
+    """Qwen3. ``whole``: what files with all components call it; ``heads``: of queries, and of keys."""
+    config = transformers.Qwen3Config(
+        vocab_size=QWEN_WORDS,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=head,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
+    return Component(
+        "llm",
+        "text_encoder",
+        lambda: transformers.Qwen3Model(config),
+        prefixed(f"text_encoders.{whole}.transformer.model.", names.unchanged),
+        prefixed("model.", names.unchanged),
+    )
+
+
+def _z_image(width: int, heads: int, layers: int, refiners: int, text: int) -> Component:
+    head = width // heads
+    axes = [head // 4, head * 3 // 8, head * 3 // 8]
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: ZImageTransformer2DModel(
+            dim=width,
+            n_layers=layers,
+            n_refiner_layers=refiners,
+            n_heads=heads,
+            n_kv_heads=heads,
+            cap_feat_dim=text,
+            axes_dims=axes,
+            axes_lens=[1536, 512, 512],
+        ),
+        prefixed("model.diffusion_model.", names.z_image),
+        names.z_image,
+    )
+
+
 FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
 
 
@@ -502,9 +547,28 @@ CHROMA = Family(
     "flux",
 )
 
+QWEN3_4B: tuple[int, int, tuple[int, int], int, int] = (2560, 9728, (32, 8), 128, 36)
+Z_IMAGE = Family(
+    "z-image",
+    diffusers.ZImagePipeline,
+    {
+        "full": (
+            _z_image(3840, 30, 30, 2, QWEN3_4B[0]), _vae("vae.", *FULL_VAE, channels=16, **_FLUX_LATENTS),
+            _qwen3("qwen3_4b", *QWEN3_4B),
+        ),
+        "tiny": (
+            _z_image(192, 3, 2, 1, 64), _vae("vae.", *TINY_VAE, channels=16, **_FLUX_LATENTS),
+            _qwen3("qwen3_4b", 64, 160, (4, 2), 32, 3),
+        ),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "lumina2",
+)  # fmt: skip
+
 FAMILIES = {
     family.name: family
     for family in (
         SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM, SD35_LARGE, CHROMA,
+        Z_IMAGE,
     )
 }  # fmt: skip

@@ -49,17 +49,27 @@ def write_gguf(
     tensors: Sequence[Planned],
     architecture: str | None,
     original_shapes: Mapping[str, Shape] | None = None,
-    numbers: Mapping[str, int] | None = None,
+    numbers: Mapping[str, float] | None = None,
+    entries: Mapping[str, Any] | None = None,
 ) -> None:
     """A GGUF file. Without ``architecture`` it says none, as those of stable-diffusion.cpp.
 
-    ``original_shapes`` are those of tensors that are stored with another one; ``numbers`` further keys with integers.
+    ``original_shapes`` are those of tensors that are stored with another one; ``numbers`` further keys with integers
+    and float32 numbers, ``entries`` with texts and lists.
     """
     writer = GGUFWriter(path, architecture or "")
     if architecture is None:
         writer.kv_data[0].clear()
     for key, number in (numbers or {}).items():
-        writer.add_uint32(key, number)
+        if isinstance(number, int):
+            writer.add_uint32(key, number)
+        else:
+            writer.add_float32(key, number)
+    for key, value in (entries or {}).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
     for name, shape in (original_shapes or {}).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
     for tensor in tensors:

@@ -16,7 +16,7 @@ from .families import FAMILIES, Component, Family, saved_tensors
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
 from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
-from .tokenizers import clip_tokenizer, t5_tokenizer
+from .tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer, vocabulary_entries
 
 SEED = 0
 
@@ -123,6 +123,8 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "chroma":
         return {"tokenizer": t5_tokenizer()}
+    if family.name == "z-image":
+        return {"tokenizer": qwen_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     if family.name.startswith("sd3"):
@@ -235,13 +237,14 @@ def _write_parts(_family: Family, folder: Path, components: Components, seed: in
 
 
 def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int) -> Written:
-    """Kernels of UNets are stored in rows of 256. CLIP and the VAE are F16: nobody shares them in blocks."""
+    """Kernels of UNets are stored in rows of 256. CLIP and the VAE are F16: nobody shares them in blocks. Language
+    models bring their vocabulary along."""
     if family.architecture is None:
         raise ValueError(f"form gguf-parts: ComfyUI's converter does not know {family.name}")
     files, filed = {}, []
     for component, kind in components.items():
         name = component.name
-        blocks = name in ("diffusion", "t5xxl")
+        blocks = name in ("diffusion", "t5xxl", "llm")
         files[name] = path = folder / f"{name}.{'gguf' if blocks else 'safetensors'}"
         if name == "diffusion":
             reshaped = as_rows_of_256 if component.folder == "unet" else _as_it_is
@@ -250,6 +253,10 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
         elif name == "t5xxl":
             one = Filed(component, names.llama_cpp_t5, kind, seed)
             write_gguf(path, one.planned(), "t5encoder", numbers=_t5_numbers(component))
+        elif name == "llm":
+            one = Filed(component, names.llama_cpp_qwen3, kind, seed)
+            numbers, entries = _qwen3_facts(component)
+            write_gguf(path, one.planned(), "qwen3", numbers=numbers, entries=entries)
         else:
             one = Filed(component, component.alone, kind if kind in ("F32", "F16", "BF16") else "F16", seed)
             write_safetensors(path, one.planned())
@@ -270,6 +277,24 @@ def _t5_numbers(component: Component) -> dict[str, int]:
         "t5encoder.attention.value_length": config.d_kv,
         "t5encoder.attention.relative_buckets_count": config.relative_attention_num_buckets,
     }
+
+
+def _qwen3_facts(component: Component) -> tuple[dict[str, float], dict[str, Any]]:
+    """Numbers, and the vocabulary, as llama.cpp's converter writes them."""
+    with torch.device("meta"):
+        config = component.build().config
+    numbers = {
+        "qwen3.block_count": config.num_hidden_layers,
+        "qwen3.embedding_length": config.hidden_size,
+        "qwen3.feed_forward_length": config.intermediate_size,
+        "qwen3.attention.head_count": config.num_attention_heads,
+        "qwen3.attention.head_count_kv": config.num_key_value_heads,
+        "qwen3.attention.key_length": config.head_dim,
+        "qwen3.attention.value_length": config.head_dim,
+        "qwen3.rope.freq_base": config.rope_parameters["rope_theta"],
+        "qwen3.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    return numbers, vocabulary_entries(qwen_tokenizer(), "qwen2")
 
 
 def _write_directory(family: Family, folder: Path, components: Components, seed: int, shards: int = 1) -> Written:
@@ -306,8 +331,9 @@ def write_configuration(component: Component, folder: Path) -> tuple[str, str, s
 
 
 def directory_names(component: Component) -> Naming:
-    """The class's own names; published directories have CLIP's as those of a file that stands alone."""
-    return component.alone if component.alone is names.clip else names.unchanged
+    """The class's own names; published directories have CLIP's and language models' as those of a file that stands
+    alone."""
+    return component.alone if component.alone is names.clip or component.name == "llm" else names.unchanged
 
 
 def _planned(filed: Sequence[Filed]) -> list[Planned]:

@@ -193,12 +193,23 @@ _OPEN_CLIP_RULES: Rules = (
 
 def llama_cpp_t5(shapes: Shapes) -> Iterator[Entry]:
     """T5's encoder as llama.cpp's converter names it in GGUF files, by the gguf library's own table."""
+    return _llama_cpp(shapes, "T5ENCODER", "encoder.block.")
+
+
+def llama_cpp_qwen3(shapes: Shapes) -> Iterator[Entry]:
+    """Qwen3 as llama.cpp's converter names it."""
+    return _llama_cpp(shapes, "QWEN3", "layers.", "model.")
+
+
+def _llama_cpp(shapes: Shapes, architecture: str, block: str, prefix: str = "") -> Iterator[Entry]:
+    """The gguf library's names of an architecture. ``block``: the beginning of names of numbered blocks; ``prefix``:
+    what the library's table has before the class's names."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    blocks = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block."))
-    names = get_tensor_name_map(MODEL_ARCH.T5ENCODER, blocks)
+    blocks = 1 + max(int(name[len(block) :].split(".")[0]) for name in shapes if name.startswith(block))
+    names = get_tensor_name_map(MODEL_ARCH[architecture], blocks)
     for name in shapes:
-        original = names.get_name(name, try_suffixes=(".weight",))
+        original = names.get_name(prefix + name, try_suffixes=(".weight", ".bias"))
         if original is None:
             raise ValueError(f"the gguf library has no name for {name}")
         yield Entry(original, (name,))
@@ -261,6 +272,26 @@ def flux(shapes: Shapes) -> Iterator[Entry]:
             yield Entry(original, tuple(sources), ROWS)
         else:
             yield Entry(original, (name,))
+
+
+_Z_IMAGE_RULES: Rules = (
+    (r"all_x_embedder\.2-1\.(.*)", r"x_embedder.\1"),
+    (r"all_final_layer\.2-1\.(.*)", r"final_layer.\1"),
+    (r"(.*)\.attention\.to_q\.weight", r"\1.attention.qkv.weight"),
+    (r"(.*)\.attention\.to_out\.0\.weight", r"\1.attention.out.weight"),
+    (r"(.*)\.attention\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),
+    (r".*", r"\g<0>"),
+)
+
+
+def z_image(shapes: Shapes) -> Iterator[Entry]:
+    """Z-Image's transformer: queries, keys and values in one matrix."""
+    for name in shapes:
+        if ".to_q." in name:
+            sources = tuple(name.replace("to_q", other) for other in ("to_q", "to_k", "to_v"))
+            yield Entry(_renamed(name, _Z_IMAGE_RULES), sources, ROWS)
+        elif ".to_k." not in name and ".to_v." not in name:
+            yield Entry(_renamed(name, _Z_IMAGE_RULES), (name,))
 
 
 _SD3_RULES: Rules = (

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import gzip
+import json
+import lzma
 import tarfile
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 WORDS = 49408
-T5_VOCABULARY = Path(__file__).parents[2] / "src" / "sdrpc" / "prompts" / "data" / "t5.tar.xz"
+VOCABULARIES = Path(__file__).parents[2] / "src" / "sdrpc" / "prompts" / "data"
+T5_VOCABULARY = VOCABULARIES / "t5.tar.xz"
+
+QWEN_ADDED = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+    "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
+    "<think>", "</think>",
+]  # fmt: skip
+"""As in the tokenizer_config.json of Qwen3's directory, 151643 and on."""
+QWEN_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+"""What Qwen3's template makes of messages of system and user without tools."""
 
 
 def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
@@ -35,6 +54,35 @@ def t5_tokenizer() -> Any:
         pieces, scores, charsmap = (file.read() for name in names if (file := archive.extractfile(name)) is not None)
     vocabulary: Any = list(zip(pieces.decode().split("\n"), np.frombuffer(scores, "<f4").tolist(), strict=True))
     return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, model_max_length=512)
+
+
+def qwen_tokenizer() -> Any:
+    """Qwen3's, from the pairs that sdrpc ships."""
+    lines = lzma.decompress((VOCABULARIES / "qwen_merges.txt.xz").read_bytes()).decode("utf-8").split("\n")
+    merges: Any = [tuple(line.split(" ")) for line in lines]
+    words = [*_byte_letters(), *map("".join, merges), *QWEN_ADDED]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=merges, model_max_length=131072, extra_special_tokens=QWEN_ADDED
+    )
+    tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+def vocabulary_entries(tokenizer: Any, words: str) -> dict[str, Any]:
+    """A tokenizer of pairs of bytes as the entries of a GGUF file; ``words``: llama.cpp's name for how it falls into
+    words."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    numbers = tokenizer.get_vocab()
+    added = {token["content"] for token in whole["added_tokens"]}
+    tokens = sorted(numbers, key=numbers.__getitem__)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": words,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in added else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in whole["model"]["merges"]],
+    }
 
 
 def _byte_letters() -> list[str]:

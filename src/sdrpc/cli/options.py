@@ -36,6 +36,8 @@ OPTIONS = (
     Option(MODEL, "--clip_l", type=FILE, metavar="PATH", help="CLIP-L (SD 2: OpenCLIP-H) from a file of its own."),
     Option(MODEL, "--clip_g", type=FILE, metavar="PATH", help="OpenCLIP-G from a file of its own."),
     Option(MODEL, "--t5xxl", type=FILE, metavar="PATH", help="T5-XXL from a file of its own."),
+    Option(MODEL, "--llm", "--qwen2vl", type=FILE, metavar="PATH",
+           help="Language model that reads the prompt (Qwen3) from a file of its own."),
 
     Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
     Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
@@ -87,7 +89,7 @@ OPTIONS = (
     Option(DEVICES, "--list-devices", is_flag=True, help="Print all devices and exit."),
     Option(DEVICES, "--backend", default="", metavar="COMPONENT=DEVICE,...",
            shown="RPC0 with --rpc, else this machine's first",
-           help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl."),
+           help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl, llm."),
     Option(DEVICES, "--main-backend-device", default="", metavar="DEVICE",
            help="Device of components that have none of their own."),
     Option(DEVICES, "--diffusion-backend-device", default="", metavar="DEVICE", help="Device of the diffusion model."),
@@ -119,7 +121,7 @@ OPTIONS = (
 
 _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
-        "--clip_vision", "--llm", "--llm_vision", "--qwen2vl", "--qwen2vl_vision", "--tokenizer",
+        "--clip_vision", "--llm_vision", "--qwen2vl_vision", "--tokenizer",
         "--high-noise-diffusion-model", "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
         "--audio-encoder", "--motion-module", "--timestep-shift", "--slg-scale", "--skip-layers", "--skip-layer-start",
         "--skip-layer-end", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask", "--chroma-t5-mask-pad",

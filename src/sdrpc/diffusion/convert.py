@@ -31,7 +31,7 @@ from ..ggml.weight import Weight
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that the gguf library can write and that are of use to a diffusion model."""
 
-ARCHITECTURES = {"flux1": "flux", "chroma": "flux"}
+ARCHITECTURES = {"flux1": "flux", "chroma": "flux", "zimage": "lumina2"}
 """What GGUF files call a family (``general.architecture``), where it is not its name here."""
 
 NOT_IN_BLOCKS = (

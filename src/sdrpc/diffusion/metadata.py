@@ -55,7 +55,7 @@ _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 class Parameters:
     """How a picture came about. ``eta`` is None when the sampler's own was used; ``guidance``: of distilled models, but
     always written; ``models``: base names of files by the JSON's keys (``model``, ``clip_l``, ``clip_g``, ``t5xxl``,
-    ``diffusion_model``, ``vae``); ``sampler_rng`` is None where it is ``rng``."""
+    ``llm``, ``diffusion_model``, ``vae``); ``sampler_rng`` is None where it is ``rng``."""
 
     prompt: str
     negative_prompt: str
@@ -82,7 +82,8 @@ class Parameters:
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         files = (
-            ("TE", "clip_l"), ("TE", "clip_g"), ("TE", "t5xxl"), ("Unet", "diffusion_model"), ("VAE", "vae")
+            ("TE", "clip_l"), ("TE", "clip_g"), ("TE", "t5xxl"), ("TE", "llm"),
+            ("Unet", "diffusion_model"), ("VAE", "vae"),
         )  # fmt: skip
         pairs = [
             f"Steps: {self.steps}",

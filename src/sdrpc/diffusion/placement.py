@@ -23,6 +23,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "clip_l": ("clipl",),
     "clip_g": ("clipg",),
     "t5xxl": ("t5xxl", "t5"),
+    "llm": ("llm",),
     "diffusion": ("diffusion", "model", "unet", "dit"),
     "vae": ("vae", "firststage", "autoencoder", "tae"),
     TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
@@ -32,7 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 module names, but that a text encoder can be placed on its own."""
 
 NOT_HERE_YET = (
-    "llm", "clipvision", "vision", "controlnet", "control", "photomaker", "pmid", "photo", "upscaler", "esrgan",
+    "clipvision", "vision", "controlnet", "control", "photomaker", "pmid", "photo", "upscaler", "esrgan",
     "hires", "detector", "adetailer", "yolo",
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from ..device import Device
 from ..errors import InvalidValue, UsageError
@@ -262,6 +263,9 @@ class _Encode:
 
     def config(self, component: str) -> Config:
         return self._devices.model[component].config
+
+    def tokenizer(self, component: str) -> Tokenizer | None:
+        return self._devices.model[component].tokenizer
 
     def has(self, component: str) -> bool:
         return component in self._devices.model.components

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
@@ -206,6 +207,10 @@ class Encode(Protocol):
 
     def config(self, component: str) -> Config:
         """The configuration of a component."""
+        ...
+
+    def tokenizer(self, component: str) -> Tokenizer | None:
+        """The tokenizer that a component's file brings along, or None."""
         ...
 
     def has(self, component: str) -> bool:

@@ -27,6 +27,9 @@ PREDICTIONS = ("eps", "v", "edm_v", "sd3_flow", "flux_flow")
 _SCHEDULERS = {"epsilon": "eps", "v_prediction": "v"}
 """diffusers' names of predictions."""
 
+_AXES = {"axes_dims_rope": 3, "axes_dims": 3}
+"""Keys that say how positions share a head, and among how many."""
+
 _ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu", "quick_gelu")
 
 
@@ -121,19 +124,33 @@ def check_divides(found: Found, config: Config, key: str, numbers: Sequence[int]
         raise found.error(f"{what}, which does not divide {list(numbers)}; {hint}")
 
 
+def axes(head: int, part: int, whole: int) -> list[int]:
+    """How positions (text, row, column) share a head where nothing tells: rows and columns get ``part`` of ``whole``
+    each, all of them even numbers."""
+    rows = head * part // whole // 2 * 2
+    return [head - 2 * rows, rows, rows]
+
+
+def check_axes(found: Found, config: Config, key: str, head: int) -> None:
+    """Raises :class:`CheckpointError` unless the parts of a head that ``key`` gives to positions make up ``head``."""
+    if sum(config[key]) != head:
+        raise found.error(f"{key} {config[key]} is no division of heads of {head}")
+
+
 def _sensible(key: str, value: object) -> bool:
     """Whether a value is of its argument's kind; numbers that divide channels are checked against them later."""
     if key in ("act_fn", "hidden_act"):
         return value in _ACTIVATIONS
     if key.endswith(("eps", "epsilon")):
         return isinstance(value, float) and 0 < value < 1
+    if key == "rope_theta":
+        return isinstance(value, float) and 1 < value < 1e12
     if key == "flip_sin_to_cos":
         return isinstance(value, bool)
     if key == "sample_size":
         sides = value if isinstance(value, list) and len(value) == 2 else [value]
         return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
-    if key == "axes_dims_rope":
-        return (
-            isinstance(value, list) and len(value) == 3 and all(type(n) is int and n > 0 and not n % 2 for n in value)
-        )
+    if key in _AXES:
+        parts = value if isinstance(value, list) and len(value) == _AXES[key] else [0]
+        return all(type(n) is int and n > 0 and not n % 2 for n in parts)
     return isinstance(value, int | list)

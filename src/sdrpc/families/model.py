@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, MissingComponent
 from ..ggml.weight import Weight
+from ..prompts import gguf_tokenizer, tokenizer_from
 from .base import Component, Config, Defaults, Family, Found, ModuleSpec, find
 from .components import autoencoder
 from .configs import Told, told_by
@@ -28,6 +32,7 @@ class ModelFiles:
     clip_l: Path | None = None
     clip_g: Path | None = None
     t5xxl: Path | None = None
+    llm: Path | None = None
 
     def of(self, component: Component) -> Path | None:
         """The component's own file."""
@@ -51,6 +56,19 @@ class ModelComponent:
     @property
     def name(self) -> str:
         return self.found.component.name
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that its file brings along: a GGUF file's entries, or a directory's tokenizer.json; None where
+        there is neither. Raises :class:`CheckpointError` for one that can't be read."""
+        checkpoint, folder = self.found.checkpoint, self.found.component.told_as.replace("text_encoder", "tokenizer")
+        brought = checkpoint.tokenizers.get(folder, checkpoint.tokenizers.get(""))
+        if brought is None:
+            return None
+        if brought.entries is not None:
+            return gguf_tokenizer(checkpoint.path, brought.entries())
+        whole = brought.files.get("tokenizer.json")
+        return None if whole is None else tokenizer_from(whole)
 
     def module(self, **options: Any) -> ModuleSpec:
         """Its module; ``options`` are added to its configuration."""

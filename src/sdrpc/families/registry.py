@@ -8,8 +8,9 @@ from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
 from .sdxl import SDXL
+from .zimage import Z_IMAGE
 
-FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA)
+FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, Z_IMAGE)
 
 STRANGERS = (
     (r"\bdouble_stream_modulation_img", "FLUX.2"),
@@ -17,7 +18,7 @@ STRANGERS = (
     (r"\btime_mixer\.mix_factor|\btime_mix_blocks", "Stable Video Diffusion"),
     (r"\.cross_attn\.norm_k\.", "Wan"),
     (r"\btransformer_blocks\.0\.img_mod\.", "Qwen-Image"),
-    (r"\bcap_embedder\.", "Z-Image or Lumina 2"),
+    (r"\bcap_embedder\.", "Lumina 2"),
     (r"\btxtfusion\.|\btext_fusion\.", "Krea 2"),
     (r"\badaln_single\.", "LTX-Video or PixArt"),
     (r"\bcontrol_model\.|\bcontrolnet_cond_embedding", "a ControlNet"),

@@ -1,7 +1,8 @@
 """From a prompt to what text encoders read: attention syntax, tokens in chunks, weights."""
 
 from .attention import Piece, parse
-from .chunks import Tokens, clip_chunks, t5_chunks
+from .byte_pairs import gguf_tokenizer, mistral_tokenizer, qwen_tokenizer
+from .chunks import Template, Tokens, clip_chunks, llm_tokens, t5_chunks
 from .tokenizers import END_ID, START_ID, clip_tokenizer, t5_tokenizer, tokenizer_from
 from .weights import apply_weights
 
@@ -9,11 +10,16 @@ __all__ = [
     "END_ID",
     "START_ID",
     "Piece",
+    "Template",
     "Tokens",
     "apply_weights",
     "clip_chunks",
     "clip_tokenizer",
+    "gguf_tokenizer",
+    "llm_tokens",
+    "mistral_tokenizer",
     "parse",
+    "qwen_tokenizer",
     "t5_chunks",
     "t5_tokenizer",
     "tokenizer_from",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +77,7 @@ def parse(prompt: str) -> tuple[Piece, ...]:
         multiply(start, MORE)
     for start in opened["["]:
         multiply(start, LESS)
-    return _joined(texts, weights)
+    return joined(Piece(text, float(weight)) for text, weight in zip(texts, weights, strict=True)) or (Piece("", 1.0),)
 
 
 def _number(weight: str, prompt: str) -> f32:
@@ -87,11 +88,12 @@ def _number(weight: str, prompt: str) -> f32:
     return f32(value)
 
 
-def _joined(texts: list[str], weights: list[f32]) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
-    for text, weight in zip(texts, weights, strict=True):
-        if pieces and pieces[-1].weight == weight:
-            pieces[-1] = Piece(pieces[-1].text + text, float(weight))
+def joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """``pieces`` with neighbours of the same weight as one."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and found[-1].weight == piece.weight:
+            found[-1] = Piece(found[-1].text + piece.text, piece.weight)
         else:
-            pieces.append(Piece(text, float(weight)))
-    return tuple(pieces) or (Piece("", 1.0),)
+            found.append(piece)
+    return tuple(found)

@@ -7,13 +7,14 @@ chunks, which are encoded one by one and joined afterwards.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..errors import InvalidValue
-from .attention import Piece, parse
+from .attention import Piece, joined, parse
 from .tokenizers import END, START, T5_END, T5_PAD, clip_tokenizer, encoded, t5_tokenizer
 
 
@@ -67,6 +68,25 @@ def t5_chunks(prompt: str, *, length: int = 256, tokenizer: Tokenizer | None = N
     end, pad = (_number(tokenizer, token) for token in (T5_END, T5_PAD))
     ids, weights = _weighted(tokenizer, parse(prompt), room=length - 1, fill=None)
     return _chunked(ids, weights, length, (), (end,), pad)
+
+
+class Template(NamedTuple):
+    """What a language model is told before and behind a prompt, with its special tokens."""
+
+    before: str
+    after: str
+
+
+def llm_tokens(prompt: str, template: Template, tokenizer: Tokenizer) -> Tokens:
+    """A prompt's tokens for a language model, in its template: one chunk, as long as the text is.
+
+    Neighbours of the same weight are tokenized together, the template with them; so a prompt without weights has the
+    tokens that diffusers gives it. BREAK is a word like others, with weight -1, as in stable-diffusion.cpp. Raises
+    :class:`InvalidValue` for a prompt that can't be read.
+    """
+    pieces = joined([Piece(template.before, 1.0), *parse(prompt), Piece(template.after, 1.0)])
+    ids, weights = _weighted(tokenizer, pieces, room=0, fill=None)
+    return Tokens(np.array([ids], np.int32), np.array([weights], np.float32))
 
 
 def _number(tokenizer: Tokenizer, token: str) -> int:

@@ -44,7 +44,7 @@ _T5_DATA = Path(__file__).with_name("data") / "t5.tar.xz"
 def clip_tokenizer() -> Tokenizer:
     """CLIP's tokenizer: byte pair encoding, 49408 tokens. It adds no start and end tokens of its own."""
     merges = _merges()
-    letters = _byte_letters()
+    letters = printable_bytes()
     words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
     return _clip({word: number for number, word in enumerate(words)}, merges)
 
@@ -88,13 +88,13 @@ def tokenizer_from(path: Path) -> Tokenizer:
 
 def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's tokens, without any that begin or end it. Raises :class:`InvalidValue` where the tokenizer fails."""
-    with _failures(lambda error: InvalidValue("prompt", text, f"the model's tokenizer fails: {error}")):
+    with failures(lambda error: InvalidValue("prompt", text, f"the model's tokenizer fails: {error}")):
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 
 @contextmanager
-def _failures(refusal: Callable[[BaseException], SdrpcError]) -> Iterator[None]:
+def failures(refusal: Callable[[BaseException], SdrpcError]) -> Iterator[None]:
     """Whatever the tokenizers library raises, as an error of ours: plain exceptions, and panics of its Rust code."""
     try:
         yield
@@ -109,7 +109,7 @@ def _failures(refusal: Callable[[BaseException], SdrpcError]) -> Iterator[None]:
 def _read(path: Path, build: Callable[[str], Tokenizer]) -> Tokenizer:
     """What ``build`` makes of a file's text; whatever is wrong with that text is the file's fault."""
     text = _text(path)
-    with _failures(lambda error: CheckpointError(path, f"no tokenizer that can be read: {error}")):
+    with failures(lambda error: CheckpointError(path, f"no tokenizer that can be read: {error}")):
         return build(text)
 
 
@@ -143,10 +143,10 @@ def _vocabulary(text: str) -> dict[str, int]:
 def _pairs(text: str) -> list[tuple[str, str]]:
     """The pairs of a merges.txt, which may begin with a line ``#version: …``."""
     lines = text.split("\n")
-    return [_pair(line) for line in lines[lines[0].startswith("#version") :] if line.strip()]
+    return [pair(line) for line in lines[lines[0].startswith("#version") :] if line.strip()]
 
 
-def _pair(line: str) -> tuple[str, str]:
+def pair(line: str) -> tuple[str, str]:
     first, _, second = line.partition(" ")
     return first, second
 
@@ -190,13 +190,13 @@ def _merges() -> list[tuple[str, str]]:
     paths = [Path(folder) / "bpe_simple_vocab_16e6.txt.gz" for folder in folders or ()]
     for path in filter(Path.is_file, paths):
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 1 + _MERGES]
-        pairs = [_pair(line) for line in lines]
+        pairs = [pair(line) for line in lines]
         if len(pairs) == _MERGES:
             return pairs
     raise SdrpcError("CLIP's vocabulary is not here; it comes with a package: pip install openai-clip")
 
 
-def _byte_letters() -> list[str]:
+def printable_bytes() -> list[str]:
     """The 256 characters that stand for bytes, in the order of the vocabulary: printable ones first, as themselves."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = 256 - len(printable)

@@ -29,8 +29,10 @@ picture of ours equals one of these but for rounding:
 - Chroma: T5 has 512 tokens, and of its padding the transformer sees the first token alone. T5 itself reads padding, as
   with stable-diffusion.cpp; diffusers' pipeline masks it there, and gives the transformer a mask of floats, which
   attention adds to its scores instead of masking with it. Here the mask is one of bools.
+- Z-Image: the text is Qwen3's last hidden states but one, of a user's message in Qwen3's template; the pipeline's
+  ``guidance_scale`` is ``cfg`` less one, and its timesteps count backwards.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
-  FLUX.1 and Chroma, 1.5305 with shift 0.0609 for SD 3.
+  FLUX.1, Chroma and Z-Image, 1.5305 with shift 0.0609 for SD 3.
 - With ``image`` a picture begins with that one: the VAE's mean and deviation times the same noise, then noise up to the
   first of the steps that are not ``left_out``. It is the family's Img2ImgPipeline, or with ``mask`` (white is drawn
   anew) its InpaintPipeline.
@@ -100,7 +102,8 @@ class Picture(NamedTuple):
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
-    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1 or Chroma."""
+    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, Chroma or
+    Z-Image."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
@@ -321,10 +324,26 @@ def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
+def _z_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        guidance_scale=drawing.cfg - 1,
+        height=drawing.height,
+        width=drawing.width,
+        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+    ).images
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "ChromaPipeline": _chroma,
+    "ZImagePipeline": _z_image,
 }

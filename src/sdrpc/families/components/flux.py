@@ -33,23 +33,15 @@ def inferred(found: Found) -> dict[str, Any]:
         "num_layers": found.count("transformer_blocks."),
         "num_single_layers": found.count("single_transformer_blocks."),
         "attention_head_dim": head, "num_attention_heads": inner // head, "joint_attention_dim": context,
-        "axes_dims_rope": _axes(head),
+        "axes_dims_rope": configs.axes(head, 7, 16),
     }  # fmt: skip
 
 
 def merged(found: Found, config: dict[str, Any], told: Config) -> dict[str, Any]:
     """The configuration with what only the file can say: how positions share a head."""
     config = configs.merged(found, config, told, ("axes_dims_rope",))
-    head = config["attention_head_dim"]
-    if sum(config["axes_dims_rope"]) != head:
-        raise found.error(f"axes_dims_rope {config['axes_dims_rope']} is no division of heads of {head}")
+    configs.check_axes(found, config, "axes_dims_rope", config["attention_head_dim"])
     return config
-
-
-def _axes(head: int) -> list[int]:
-    """How positions (text, row, column) share a head: 16, 56, 56 of 128, all even."""
-    rows = head * 7 // 16 // 2 * 2
-    return [head - 2 * rows, rows, rows]
 
 
 def takes(key: str) -> Callable[[Mapping[str, Config]], int]:

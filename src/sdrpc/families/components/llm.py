@@ -1,0 +1,143 @@
+"""What language models that encode prompts share: names in files, attention heads, templates, hidden states.
+
+Which classes they are is another file's matter (``qwen3.py``). Such a model reads a text from left to right, so what
+stands behind a text changes nothing of what the diffusion model is told: texts are filled up to a few lengths, so that
+few graphs are captured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ...errors import InvalidValue
+from ...prompts import Template, apply_weights, llm_tokens
+from .. import configs
+from ..base import F32, Config, Encode, Found
+from ..keys import table
+
+NAME = "llm"
+"""Of the component, and of the option that takes its file."""
+
+LENGTHS = 64
+"""Texts are filled up to a multiple of so many tokens."""
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+def inferred(found: Found, head: int) -> dict[str, Any]:
+    """Arguments that transformers' classes of language models have in common, from the shapes of the tensors; ``head``
+    is the width of an attention head."""
+    vocabulary, width = found.shape("embed_tokens.weight", 2)
+    queries, _ = found.shape("layers.0.self_attn.q_proj.weight", 2)
+    keys, _ = found.shape("layers.0.self_attn.k_proj.weight", 2)
+    inner, _ = found.shape("layers.0.mlp.gate_proj.weight", 2)
+    if queries % head or keys % head or queries % keys:
+        raise found.error(f"has {queries} queries and {keys} keys, which are no heads of {head}")
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": found.count("layers."), "num_attention_heads": queries // head,
+        "num_key_value_heads": keys // head, "head_dim": head,
+    }  # fmt: skip
+
+
+def merged(found: Found, config: dict[str, Any], told: Config, architectures: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration with what only the file can say: the base of rotary positions and the epsilon of norms.
+
+    ``architectures``: llama.cpp's names of the model; a GGUF file of another one is refused.
+    """
+    said = {**_of_gguf(found, architectures), **told}
+    positions = said.get("rope_parameters") or said.get("rope_scaling")
+    if isinstance(positions, Mapping):
+        if positions.get("rope_type", "default") != "default":
+            raise found.error(f"positions of kind {positions['rope_type']!r} are not supported")
+        said["rope_theta"] = positions.get("rope_theta", said.get("rope_theta"))
+    if isinstance(said.get("rope_theta"), int):
+        said["rope_theta"] = float(said["rope_theta"])
+    return configs.merged(found, config, said, ("rope_theta", "rms_norm_eps"))
+
+
+def _of_gguf(found: Found, architectures: tuple[str, ...]) -> dict[str, Any]:
+    """What a GGUF file of llama.cpp's converter says of the model beside its tensors."""
+    metadata = found.checkpoint.metadata
+    name = metadata.get("general.architecture")
+    if f"{name}.block_count" not in metadata:  # not a file of llama.cpp's
+        return {}
+    if name not in architectures:
+        raise found.error(f"is a model of architecture {name!r}, not a {found.component.title}")
+    keys = {"rope_theta": "rope.freq_base", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+    return {
+        ours: _number(found, metadata[f"{name}.{theirs}"])
+        for ours, theirs in keys.items()
+        if f"{name}.{theirs}" in metadata
+    }
+
+
+def _number(found: Found, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise found.error(f"{text!r} in the metadata is no number") from error
+    if not math.isfinite(number):
+        raise found.error(f"{text!r} in the metadata is no number")
+    # GGUF has float32, whose 1e-6 is not Python's: the shortest number that is the same in float32 is what was meant
+    return float(str(np.float32(number)))
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def hidden_states(
+    encode: Encode, prompt: str, template: Template, tokenizer: Callable[[], Tokenizer], states: Sequence[int]
+) -> F32:
+    """A prompt's hidden states (1, tokens, len(states) · hidden_size) in its template, side by side.
+
+    ``states``: the results of layers, the first of which is 1; without a final norm. ``tokenizer``: the family's own,
+    where the file of the model brings none. Raises :class:`InvalidValue` for a prompt that can't be read.
+    """
+    tokens = llm_tokens(prompt, template, encode.tokenizer(NAME) or tokenizer())
+    length = tokens.ids.shape[1]
+    _check_ids(encode, prompt, int(tokens.ids.max()))
+    ids = np.pad(tokens.ids, ((0, 0), (0, -length % LENGTHS)))
+    (hidden,) = encode(NAME, ids, states=list(states))
+    return apply_weights(hidden[0, :length], tokens.weights[0])[None]
+
+
+def _check_ids(encode: Encode, prompt: str, largest: int) -> None:
+    words = encode.config(NAME)["vocab_size"]
+    if largest >= words:
+        reason = f"has the token {largest}, but the language model knows {words}: its tokenizer is another model's"
+        raise InvalidValue("prompt", prompt, reason)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def prefixes(*names: str) -> tuple[str, ...]:
+    """What may stand before the names of layers. ``names``: of the model in files with all components."""
+    whole = [f"text_encoders.{name}.{inner}" for name in names for inner in ("transformer.model.", "model.", "")]
+    return (*whole, "text_encoder.model.", "text_encoder.", "model.", "")
+
+
+from_gguf = table(
+    [
+        (r"token_embd\.weight", "embed_tokens.weight"),
+        (r"output_norm\.weight", "norm.weight"),
+        (r"output\.weight", "lm_head.weight"),
+        *(
+            (rf"blk\.(\d+)\.{old}\.(weight|bias)", rf"layers.\1.{new}.\2")
+            for old, new in {
+                "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+                "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+                "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+                "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+                "ffn_down": "mlp.down_proj",
+            }.items()
+        ),
+    ]
+)  # fmt: skip
+"""llama.cpp's names of language models' tensors, as those of transformers' classes without a head."""
