@@ -47,6 +47,9 @@ class Encoders:
             "vae": {"block_out_channels": [1, 1, 1, 1]},
         }[component]
 
+    def tokenizer(self, component: str) -> None:
+        return None
+
     def has(self, component: str) -> bool:
         return component in self.components
 

@@ -1,6 +1,7 @@
 """docs/families.md: which families are drawn from which forms of file, and how near to diffusers' own pipeline.
 
-    make families      # draws all of it (some minutes) and writes the page
+    make families                                          # draws all of it (some minutes) and writes the page
+    python -m tests.interop.families_table z-image sdxl    # draws these anew, and keeps the page's other rows
 
 Each number is a picture that was drawn: components on two real servers, compared with diffusers in process. The same
 cases are tests: tests/remote/test_families.py, tests/interop/test_families.py.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -50,22 +51,33 @@ compared before they are rounded.
 """
 
 Distances = Mapping[tuple[Case, str], float]
+Row = tuple[str, str, str]
 
 
-def document(distances: Distances) -> str:
-    """The page for the measured distances."""
+def document(distances: Distances, before: Mapping[Row, str]) -> str:
+    """The page for the measured distances; rows of cases that were not measured are those of ``before``."""
     bounds = ", ".join(f"{BOUNDS[name]:g} dB ({label})" for name, label in COLUMNS.items())
     lines = [HEAD.format(width=WIDTH, height=HEIGHT, steps=STEPS, bounds=bounds)]
     lines += [f"| family | form | matrices | {' | '.join(COLUMNS.values())} |", "|---|---|---|---:|---:|---:|"]
     for case in CASES:
+        row = FAMILIES[case.family], FORMS[case.form], case.type
+        if row in before and (case, "exact") not in distances:
+            lines.append(before[row])
+            continue
         cells = (distances.get((case, name)) for name in COLUMNS)
         shown = " | ".join("" if cell is None else f"{cell:.0f}" for cell in cells)
-        lines.append(f"| {FAMILIES[case.family]} | {FORMS[case.form]} | {case.type} | {shown} |")
+        lines.append(f"| {' | '.join(row)} | {shown} |")
     return "\n".join([*lines, ""])
 
 
-def measured(folder: Path) -> Distances:
-    """All cases, drawn; says how far it is."""
+def rows(page: str) -> dict[Row, str]:
+    """The lines of the page's table, by family, form and type."""
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    return {(cells[0][2:], cells[1], cells[2]): line for line in lines if len(cells := line.split(" | ")) > 3}
+
+
+def measured(folder: Path, cases: Sequence[Case]) -> Distances:
+    """``cases``, drawn; says how far it is."""
     from tests.interop.conftest import NativeServer  # pytest's own import of it comes first where pytest runs
 
     checkpoints, found = Checkpoints(folder), {}
@@ -77,7 +89,7 @@ def measured(folder: Path) -> Distances:
         native = NativeServer(devices=2)
         stack.callback(native.kill)
         devices["native"] = _opened(stack, [native.endpoint])
-        for case in CASES:
+        for case in cases:
             for name in COLUMNS:
                 if name != "native" or case in NATIVE_CASES:
                     found[case, name] = distance(checkpoints, case, devices[name], folder / "graphs")
@@ -92,14 +104,16 @@ def _opened(stack: ExitStack, endpoints: list[str]) -> list[Device]:
     return [opened["RPC0"], opened["RPC1"]]
 
 
-def main() -> None:
+def main(families: Sequence[str]) -> None:
+    cases = [case for case in CASES if not families or case.family in families]
     with tempfile.TemporaryDirectory() as folder:
-        distances = measured(Path(folder))
-    PATH.write_text(document(distances), encoding="utf-8")
+        distances = measured(Path(folder), cases)
+    before = rows(PATH.read_text(encoding="utf-8")) if families else {}
+    PATH.write_text(document(distances, before), encoding="utf-8")
     short = [f"{case} ({name})" for (case, name), distance in distances.items() if distance < BOUNDS[name]]
     if short:
         sys.exit(f"too far from diffusers: {', '.join(short)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -103,7 +103,7 @@ def hidden_states(
     length = tokens.ids.shape[1]
     _check_ids(encode, prompt, int(tokens.ids.max()))
     ids = np.pad(tokens.ids, ((0, 0), (0, -length % LENGTHS)))
-    (hidden,) = encode(NAME, ids, states=list(states))
+    (hidden,) = encode(NAME, {"ids": ids}, states=list(states))
     return apply_weights(hidden[0, :length], tokens.weights[0])[None]
 
 
