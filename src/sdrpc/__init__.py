@@ -35,15 +35,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
-def offload(module: nn.Module, device: Device) -> nn.Module:
+def offload(module: nn.Module, device: Device, retry: float | None = None) -> nn.Module:
     """``module`` with its computing done by ``device``: same class, signatures, results and errors.
 
-    ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. See
-    :func:`sdrpc.lowering.offload.offload`.
+    ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. A server
+    that is lost is waited for, 60 seconds unless ``retry`` says otherwise. See :func:`sdrpc.lowering.offload.offload`.
     """
     from .lowering.offload import offload
+    from .runtime.lost import RETRY_SECONDS
 
-    return offload(module, device)
+    return offload(module, device, RETRY_SECONDS if retry is None else retry)
 
 
 class Devices(dict[str, "Device"]):

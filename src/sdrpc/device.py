@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, Protocol
@@ -174,6 +175,26 @@ class Device(ABC):
     def close(self) -> None:
         """Give everything back."""
 
+    # devices that can be lost
+
+    @property
+    def life(self) -> int:
+        """How often it was had again after it was lost: what was there in an earlier life is nowhere."""
+        return 0
+
+    def reopen(self) -> None:
+        """Have the device again if it was lost: then its :attr:`life` is another one, and it is empty. Raises
+        :class:`sdrpc.errors.ConnectionFailed` and its like while it can't be had."""
+
+    @contextmanager
+    def watched(self, watch: Silence) -> Iterator[None]:  # noqa: ARG002 (what can't be lost is never silent)
+        """Within it ``watch`` is called about every second with the seconds that the device has said nothing, where it
+        is known to say something all the time. What ``watch`` raises ends what was being done; the device is lost
+        then."""
+        yield
+
+
+Silence = Callable[[float], None]
 
 Watch = Callable[[], str]
 """Returns a reason to stop what is being done, or an empty string."""

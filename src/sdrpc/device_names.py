@@ -8,6 +8,8 @@ from collections.abc import Collection
 
 from .errors import InvalidValue
 
+AUTO = "auto"
+
 
 def only_remote(name: str) -> bool:
     """Whether ``name`` can only mean a device of a server, so that this machine's need not be looked for."""
@@ -20,7 +22,7 @@ def resolve(name: str, devices: Collection[str], default: str, field: str = "bac
     Raises :class:`InvalidValue` for ``field`` when it means none or several.
     """
     wanted = folded(name)
-    if wanted == "auto":
+    if wanted == AUTO:
         return default
     if wanted == "gpu":
         accelerators = [device for device in devices if device != "CPU"]

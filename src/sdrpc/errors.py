@@ -14,12 +14,17 @@
     │   ├── KeyNeeded               the server lets in only who has a key for it
     │   ├── KeyRefused              it does not know the key
     │   └── WrongServer             it is not the server that the key is for
-    ├── ConnectionLost            a server that answered before is gone
+    ├── DeviceLost                what was on a server is gone; connecting anew may help
+    │   ├── ConnectionLost          a server that answered before is gone
+    │   ├── DeviceGone              it did not come back
+    │   ├── RemoteProtocolError     (below)
+    │   └── ServerStopping          (below)
     ├── VersionMismatch           both sides speak, but no common protocol version
     ├── ProtocolError             bytes or values that the protocol does not allow
     │   ├── LocalProtocolError      we were about to break it
     │   └── RemoteProtocolError     the peer broke it
     ├── RemoteError               an sdrpc server refused, with its reason
+    │   └── ServerStopping          it is about to end
     ├── GraphError                a graph that means nothing (names the node)
     │   └── UnsupportedOperation    a graph that means something we can't do
     ├── CaptureError              a torch module that can't be turned into a graph
@@ -125,7 +130,20 @@ class WrongServer(ConnectionFailed):
     """Whoever answers at ``endpoint`` can't prove to be the server that our key is for."""
 
 
-class ConnectionLost(SdrpcError):
+class DeviceLost(SdrpcError):
+    """A device is gone in the middle of something, with all that was on it: a connection has to be made anew, and what
+    was there be brought there again (:mod:`sdrpc.runtime.lost`)."""
+
+
+class DeviceGone(DeviceLost):
+    """``device`` was lost, which ``lost`` tells, and ``why`` it could not be had again within ``seconds``."""
+
+    def __init__(self, device: str, lost: DeviceLost, seconds: float, why: object) -> None:
+        self.device, self.lost, self.seconds, self.why = device, lost, seconds, why
+        super().__init__(f"{device} was lost ({lost}) and did not come back within {seconds:g} s: {why}")
+
+
+class ConnectionLost(DeviceLost):
     """The server at ``endpoint`` went away while we were ``doing`` something."""
 
     def __init__(self, endpoint: str, doing: str, reason: str = "the connection was closed") -> None:
@@ -149,8 +167,8 @@ class LocalProtocolError(ProtocolError):
     """We were about to break the protocol: a fault in the caller."""
 
 
-class RemoteProtocolError(ProtocolError):
-    """The peer broke the protocol."""
+class RemoteProtocolError(ProtocolError, DeviceLost):
+    """The peer broke the protocol, or bytes were damaged on their way; nothing that follows has a meaning."""
 
 
 class RemoteError(SdrpcError):
@@ -159,6 +177,13 @@ class RemoteError(SdrpcError):
     def __init__(self, endpoint: str, reason: str) -> None:
         self.endpoint, self.reason = endpoint, reason
         super().__init__(f"{endpoint}: {reason}")
+
+
+class ServerStopping(RemoteError, DeviceLost):
+    """The server at ``endpoint`` is about to end."""
+
+    def __init__(self, endpoint: str, reason: str = "this server is stopping") -> None:
+        super().__init__(endpoint, reason)
 
 
 class GraphError(SdrpcError):

@@ -20,8 +20,19 @@ def place(
     default: str,
     model: tuple[str, ...] = SD1,
 ) -> dict[str, str]:
-    names = wanted(model, parse(backend), main, options)
-    return {component: resolve(name, devices, default) for component, name in names.items()}
+    return {part: names[0] for part, names in places(backend, main, options, devices, default, model).items()}
+
+
+def places(
+    backend: str,
+    main: str,
+    options: dict[str, str],
+    devices: tuple[str, ...],
+    default: str,
+    model: tuple[str, ...] = SD1,
+) -> dict[str, tuple[str, ...]]:
+    wishes = wanted(model, parse(backend), main, options)
+    return {part: tuple(resolve(name, devices, default) for name in names) for part, names in wishes.items()}
 
 
 DEVICES = ("CPU", "CUDA0", "RPC0", "RPC1", "RPC10")
@@ -61,7 +72,7 @@ def test_text_encoders_have_devices_of_their_own(backend: str, expected: tuple[s
 @pytest.mark.parametrize("component", ALIASES)
 def test_all_aliases_name_their_component(component: str) -> None:
     for alias in ALIASES[component]:
-        assert parse(f"{alias}=x") == {component: "x"}
+        assert parse(f"{alias}=x") == {component: ("x",)}
 
 
 def test_devices_by_name() -> None:
@@ -70,7 +81,23 @@ def test_devices_by_name() -> None:
         assigned(SD1, {"te": 1, "diffusion": 2})
     with pytest.raises(InvalidValue, match=r"t5xxl: this model has clip_l"):
         assigned(SD1, {"t5xxl": 1, "all": 2})
-    assert parse("all=x") == {REST: "x"}
+    assert parse("all=x") == {REST: ("x",)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "main", "by_part", "expected"),
+    [
+        ("rpc0,rpc1", "", {}, (("RPC0", "RPC1"), ("RPC0", "RPC1"), ("RPC0", "RPC1"))),
+        ("te=cpu,vae=rpc1", "", {}, (("CPU",), ("RPC0",), ("RPC1",))),
+        ("te=cpu,diffusion=rpc0, rpc1 ,cpu,vae=rpc1", "", {}, (("CPU",), ("RPC0", "RPC1", "CPU"), ("RPC1",))),
+        ("cuda,diffusion=rpc0,rpc1", "cpu", {}, (("CUDA0",), ("RPC0", "RPC1"), ("CUDA0",))),
+        ("", "rpc1,rpc0", {"vae": "cpu,rpc10"}, (("RPC1", "RPC0"), ("RPC1", "RPC0"), ("CPU", "RPC10"))),
+    ],
+)
+def test_several_devices_in_order_of_preference(
+    backend: str, main: str, by_part: dict[str, str], expected: tuple[tuple[str, ...], ...]
+) -> None:
+    assert tuple(places(backend, main, by_part, DEVICES, "RPC0").values()) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sdrpc.errors import LocalProtocolError, RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.wire import messages as m
 from sdrpc.wire.framing import (
+    BEAT,
     ERROR_MARK,
     ErrorReply,
     Received,
@@ -208,6 +209,18 @@ def test_error_replies(reason: str) -> None:
     assert stream.rest == TRAILING
     assert Stream(encode_error(reason)).drive(read_error()) == ErrorReply(reason)
     assert encode_error(reason) == b"\xff" * 8 + pack("<I", len(reason.encode())) + reason.encode()
+
+
+@pytest.mark.parametrize("beats", [1, 3])
+def test_beats_are_passed_over(beats: int) -> None:
+    """Where a peer may send them: it may be at work for long before it answers, or refuses."""
+    alignment = b"".join(encode_reply(Command.GET_ALIGNMENT, m.GetAlignmentReply(32), newest()))
+    stream = Stream(BEAT * beats + alignment + TRAILING)
+    assert stream.drive(read_reply(Command.GET_ALIGNMENT, newest(), errors=True)) == m.GetAlignmentReply(32)
+    assert stream.rest == TRAILING
+    assert Stream(BEAT * beats + encode_error("no")).drive(read_error()) == ErrorReply("no")
+    with pytest.raises(RemoteProtocolError, match=f"an answer of {2**64 - 2} bytes"):
+        Stream(BEAT + alignment).drive(read_reply(Command.GET_ALIGNMENT, newest()))
 
 
 def test_error_replies_have_a_limit() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
-from ..client import Keychain, RemoteDevice, connect, parse_endpoint
+from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
 from ..device import Device
-from ..device_names import only_remote, resolve
+from ..device_names import AUTO, folded, only_remote, resolve
 from ..errors import KeyNeeded, SdrpcError, UsageError
 from . import report
 
@@ -37,7 +38,7 @@ def every_device(
     with _opened(remote):
         for endpoint in endpoints:
             try:
-                found = _connected([str(endpoint)], keychain)
+                found = _connected([str(endpoint)], DEFAULT_TIMEOUTS, keychain)
             except SdrpcError as error:
                 failures.append(error)
                 continue
@@ -50,25 +51,35 @@ def every_device(
 
 @contextmanager
 def placed_devices(
-    wanted: Mapping[str, str], rpc: Sequence[str], precision: str, threads: int | None, keychain: Keychain | None = None
-) -> Iterator[dict[str, Device]]:
-    """Component → device, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is RPC0 when there are servers,
-    else this machine's first. This machine's devices, and torch with them, are left alone when no component can be
-    there."""
-    with _opened(list(_connected(rpc, keychain))) as remote:
-        nothing_here = bool(remote) and all(only_remote(name) or name == "auto" for name in wanted.values())
+    wanted: Mapping[str, Sequence[str]],
+    rpc: Sequence[str],
+    precision: str,
+    threads: int | None,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    keychain: Keychain | None = None,
+) -> Iterator[dict[str, list[Device]]]:
+    """Component → devices in order of preference, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of
+    the servers' when there are any, else this machine's first. This machine's devices, and torch with them, are left
+    alone when no component can be there."""
+    with _opened(list(_connected(rpc, timeouts, keychain))) as remote:
+        named = [name for names in wanted.values() for name in names]
+        nothing_here = bool(remote) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
             devices = {device.name: device for device in (*local, *remote)}
-            default = (remote or local)[0].name
-            yield {component: devices[resolve(name, devices, default)] for component, name in wanted.items()}
+            default = remote or local[:1]
+
+            def meant(name: str) -> list[Device]:
+                return default if folded(name) == AUTO else [devices[resolve(name, devices, default[0].name)]]
+
+            yield {part: list(dict.fromkeys(chain(*map(meant, names)))) for part, names in wanted.items()}
 
 
-def _connected(rpc: Sequence[str], keychain: Keychain | None) -> list[RemoteDevice]:
+def _connected(rpc: Sequence[str], timeouts: Timeouts, keychain: Keychain | None) -> list[RemoteDevice]:
     """The devices of the servers at ``rpc``. Somebody at a terminal is asked for keys that are missing."""
     keychain = keychain or Keychain()
     while True:
         try:
-            return connect(rpc, keychain=keychain)
+            return connect(rpc, timeouts, keychain=keychain)
         except KeyNeeded as error:
             key = report.ask_key(error.endpoint)
             if key is None:

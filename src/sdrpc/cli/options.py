@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import click
 
+from ..client import DEFAULT_TIMEOUTS
 from ..device import PRECISIONS
 from ..diffusion.predictions import PREDICTIONS
 from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
+from ..runtime.lost import RETRY_SECONDS
 from .command import SHELLS, OneOf, Option
 from .output import DEFAULT_OUTPUT
 
@@ -88,10 +90,15 @@ OPTIONS = (
            help="Key for the servers, or for one of them, as rpc-server printed it there. It is kept: give it once."),
     Option(DEVICES, "--rpc-key-file", multiple=True, type=FILE, metavar="PATH",
            help="The same from a file, one a line, so that no list of processes shows it; also $SDRPC_RPC_KEY."),
+    Option(DEVICES, "--rpc-retry", type=click.FloatRange(min=0), metavar="SECONDS", default=RETRY_SECONDS,
+           help="How long to wait for a server that is lost; then drawing goes on. 0: that is an error at once."),
+    Option(DEVICES, "--rpc-timeout", type=click.FloatRange(min=1), metavar="SECONDS", default=DEFAULT_TIMEOUTS.answer,
+           help="How long a server of ggml's own, which says nothing while it computes, may be silent."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print all devices and exit."),
     Option(DEVICES, "--backend", default="", metavar="COMPONENT=DEVICE,...",
            shown="RPC0 with --rpc, else this machine's first",
-           help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl, llm."),
+           help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl, llm. "
+                "Several devices (diffusion=RPC0,RPC1): the first with room, the next when it is lost."),
     Option(DEVICES, "--main-backend-device", default="", metavar="DEVICE",
            help="Device of components that have none of their own."),
     Option(DEVICES, "--diffusion-backend-device", default="", metavar="DEVICE", help="Device of the diffusion model."),

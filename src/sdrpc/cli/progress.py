@@ -79,7 +79,9 @@ class Meter:
     def __init__(self, status: StatusLine, say: Say) -> None:
         self._status, self._say = status, say
         self._elsewhere = 0.0
-        """Seconds of the picture that is being sampled which went into captures and uploads."""
+        """Seconds of the picture that is being sampled which went into captures, uploads and waiting."""
+        self._waited_for = ("", "")
+        """Device and component that the last line was about, until it is there again."""
 
     def bytes(self, what: str, done: int, total: int) -> None:
         """How far something else is that is made of bytes, such as a file."""
@@ -127,6 +129,23 @@ class Meter:
             amount = f"step {event.done} of {event.total}{pace(event.done, seconds)}"
             self._status.show(label, event.done / event.total, amount)
 
+    def _waiting(self, event: Event) -> None:
+        if (event.device, event.component) != self._waited_for:
+            self._waited_for = event.device, event.component
+            self._say(f"{event.component}: {event.device} is lost, waiting for it: {event.reason}")
+        amount = f"{event.done} of {event.total} s"
+        self._status.show(f"{event.component}: waiting for {event.device}", event.done / event.total, amount)
+
+    def _reconnected(self, event: Event) -> None:
+        self._waited_for = ("", "")
+        self._elsewhere += event.seconds
+        self._say(f"{event.component}: {event.device} is there again after {event.seconds:.1f} s, going on")
+
+    def _moved(self, event: Event) -> None:
+        self._waited_for = ("", "")
+        self._elsewhere += event.seconds
+        self._say(f"{event.component}: goes on with {event.device}, after {event.seconds:.1f} s")
+
     def _decode(self, event: Event) -> None:
         if not event.over:
             self._status.show("decoding")
@@ -139,6 +158,9 @@ _SHOWN = {
     "encode": Meter._encode,
     "sample": Meter._sample,
     "decode": Meter._decode,
+    "waiting": Meter._waiting,
+    "reconnected": Meter._reconnected,
+    "moved": Meter._moved,
 }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..client import Timeouts
 from ..diffusion import placement
 from ..errors import InvalidValue
 from . import report
@@ -97,9 +99,13 @@ def _draw(chosen: Chosen) -> int:
     _note_size(request, settings)
     check_sides(paths[0], settings.width, settings.height)
     check_writable(paths)
-    with placed_devices(wanted, servers(chosen), chosen["precision"], threads(chosen), keychain(chosen)) as devices:
+    # a server that sleeps for less than we would wait for it goes on where it was
+    timeouts = Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
+    with placed_devices(
+        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts, keychain(chosen)
+    ) as devices:
         _note_placement(opened, devices, settings)
-        with Session(opened, devices, timer=timer) as session:
+        with Session(opened, devices, timer=timer, retry=chosen["rpc_retry"]) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             pictures = session.draw(settings, report.meter().tell)
             elsewhere = 0
@@ -153,18 +159,17 @@ def _note_size(request: Request, settings: Settings) -> None:
         report.say(f"{asked[0]}×{asked[1]} is rounded up to {given}, the next size that the model can draw")
 
 
-def _note_placement(model: Model, devices: Mapping[str, Device], settings: Settings) -> None:
+def _note_placement(model: Model, devices: Mapping[str, Sequence[Device]], settings: Settings) -> None:
     """Say what draws where, and with -v also how."""
-    where = ", ".join(f"{component} on {device.name}" for component, device in devices.items())
+    where = ", ".join(f"{component} on {' or '.join(d.name for d in some)}" for component, some in devices.items())
     report.say(f"{model.family.title}: {where}")
-    for device in dict.fromkeys(devices.values()):
+    for device in dict.fromkeys(chain(*devices.values())):
         memory = device.memory()
         room = f"{mebibytes(memory.free)} of {mebibytes(memory.total)} free"
         log.debug("%s is %s, %s", device.name, device.description, room)
-    for component, device in devices.items():
+    for component in devices:
         found = model[component].found
-        size = mebibytes(found.nbytes())
-        log.debug("%s on %s: %s in %s", component, device.name, size, found.checkpoint.path)
+        log.debug("%s: %s in %s", component, mebibytes(found.nbytes()), found.checkpoint.path)
     told = [f"{entry.name} {getattr(settings, entry.name)!r}" for entry in fields(settings) if entry.repr]
     log.debug("settings: %s", ", ".join(told))
 

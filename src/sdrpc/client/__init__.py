@@ -1,12 +1,13 @@
 """Devices of other machines: connections to rpc-servers."""
 
-from .connection import Timeouts
+from .connection import DEFAULT_TIMEOUTS, Timeouts
 from .endpoint import DEFAULT_PORT, Endpoint, parse_endpoint
 from .keychain import Keychain, given_keys
 from .remote import RemoteBuffer, RemoteDevice, RemoteProgram, connect
 
 __all__ = [
     "DEFAULT_PORT",
+    "DEFAULT_TIMEOUTS",
     "Endpoint",
     "Keychain",
     "RemoteBuffer",

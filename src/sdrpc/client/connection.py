@@ -10,14 +10,16 @@ connection; the connection on which it is answered is kept. Our own servers take
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..device import Bytes
+from ..device import Bytes, Silence
 from ..errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -36,9 +38,10 @@ from ..wire.name_length import COMMON
 from ..wire.records import Record
 from .endpoint import Endpoint
 from .keychain import Credential, Keychain
+from .liveness import is_gone, keep_asking
 from .secure import secured, show_key
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
 _JOIN_BELOW = 1 << 14
@@ -50,14 +53,19 @@ MAX_BUFFERS_PER_SEND = 64
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds. ``connect``: until the connection stands and HELLO is answered. ``answer``: without a byte from the
-    server, or without room for one; servers are silent while they compute, ours for 600 seconds at most. A server whose
-    machine is gone is noticed by TCP keepalive after ``dead``."""
+    server, or without room for one, where servers are silent while they compute. ``silent``: the same where they
+    aren't (``Capability.BEATS``): a machine that sleeps for less than that goes on where it was. A server whose machine
+    is gone is noticed after ``dead``."""
 
     connect: float = 10.0
     answer: float = 660.0
-    dead: int = 30
+    silent: float = 60.0
+    dead: int = 10
 
 
+GONE = "its machine does not answer any more"
+LOOK_SECONDS = 1.0
+"""How often somebody who waits is told so."""
 HANGS_UP = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 DEFAULT_TIMEOUTS = Timeouts()
@@ -68,7 +76,13 @@ class Connection:
     later calls raise :class:`ConnectionLost` with the first reason."""
 
     def __init__(
-        self, endpoint: Endpoint, sock: socket.socket, dialect: Dialect, version: str, capabilities: Capability
+        self,
+        endpoint: Endpoint,
+        sock: socket.socket,
+        dialect: Dialect,
+        version: str,
+        capabilities: Capability,
+        timeouts: Timeouts,
     ) -> None:
         self.endpoint = endpoint
         self.dialect = dialect
@@ -77,7 +91,11 @@ class Connection:
         self.capabilities = capabilities
         self.name_length = COMMON[0]
         self.closed_because = ""
+        self.watch: Silence = lambda _: None
+        """See :meth:`sdrpc.device.Device.watched`."""
         self._socket = sock
+        self._timeouts = timeouts
+        self._patience = timeouts.connect
 
     def call(self, message: Any, doing: str) -> Any:
         """Send ``message`` and return its answer, or None where the dialect has none."""
@@ -102,16 +120,31 @@ class Connection:
         with self._guard(doing):
             self._send(request)
             self._reply(Command.GET_TENSOR, bulk=len(into))
-            _receive_into(self._socket, into)
+            _receive_into(self._socket, into, self._wait)
             return messages.GetTensorReply(into)
 
     def close(self, because: str = "the connection was closed") -> None:
         self.closed_because = self.closed_because or because
         self._socket.close()
 
+    def greeted(self) -> None:
+        """It is known that the server is one and what it can do: from now on it may take its time."""
+        ticks = Capability.BEATS in self.capabilities
+        self._patience = self._timeouts.silent if ticks else self._timeouts.answer
+        self._socket.settimeout(min(LOOK_SECONDS, self._patience))
+
+    def _wait(self, silent: float) -> None:
+        """Called while the server has been silent for so many seconds: whether to wait any longer."""
+        if silent >= self._patience:
+            raise TimeoutError
+        if is_gone(self._socket, self._timeouts.dead):
+            raise OSError(errno.EHOSTUNREACH, GONE)
+        if Capability.BEATS in self.capabilities:
+            self.watch(silent)
+
     def _send(self, buffers: Sequence[Bytes]) -> None:
         try:
-            _send_all(self._socket, buffers)
+            _send_all(self._socket, buffers, self._wait)
         except HANGS_UP:
             # A server of ours says why before it hangs up, and what it said can still be read.
             if self.capabilities & Capability.ERRORS:
@@ -129,7 +162,7 @@ class Connection:
         return RemoteError(str(self.endpoint), printable(reply.reason))
 
     def _receive(self, size: int) -> Bytes:
-        return _receive(self._socket, size)
+        return _receive(self._socket, size, self._wait)
 
     @contextmanager
     def _guard(self, doing: str) -> Iterator[None]:
@@ -171,7 +204,7 @@ def open_connection(
             devices = _count_devices(connection)
             connection.name_length = length
             if _takes_names(connection):
-                connection._socket.settimeout(timeouts.answer)
+                connection.greeted()
                 return connection, devices
         except BaseException:
             connection.close()
@@ -187,13 +220,13 @@ def _greet(endpoint: Endpoint, timeouts: Timeouts, keychain: Keychain) -> Connec
     """By key where we have one; else the newer HELLO, then the older one."""
     credentials = keychain.credentials(endpoint)
     if credentials:
-        return _greet_by_key(endpoint, _connect(endpoint, timeouts), credentials, keychain)
+        return _greet_by_key(endpoint, timeouts, credentials, keychain)
     for offer in (CAPABILITIES, None):
         sock = _connect(endpoint, timeouts)
         try:
             reply = _hello(endpoint, sock, offer)
             if reply is not None:
-                return _connection(endpoint, sock, reply)
+                return _connection(endpoint, sock, reply, timeouts)
         except BaseException:
             sock.close()
             raise
@@ -202,9 +235,10 @@ def _greet(endpoint: Endpoint, timeouts: Timeouts, keychain: Keychain) -> Connec
 
 
 def _greet_by_key(
-    endpoint: Endpoint, sock: socket.socket, credentials: list[Credential], keychain: Keychain
+    endpoint: Endpoint, timeouts: Timeouts, credentials: list[Credential], keychain: Keychain
 ) -> Connection:
     """In TLS, to a server that proves who it is. Nothing is said to any other."""
+    sock = _connect(endpoint, timeouts)
     try:
         sock = encrypted = secured(endpoint, sock)
         try:
@@ -216,7 +250,7 @@ def _greet_by_key(
         reply = _hello(endpoint, encrypted, CAPABILITIES)
         if reply is None:
             raise ConnectionFailed(str(endpoint), "the server knows our key, and hangs up on HELLO; its log says why")
-        connection = _connection(endpoint, encrypted, reply)
+        connection = _connection(endpoint, encrypted, reply, timeouts)
     except BaseException:
         sock.close()
         raise
@@ -241,7 +275,7 @@ def _hello(endpoint: Endpoint, sock: socket.socket, offer: Capability | None) ->
         raise RemoteProtocolError(f"{endpoint}: {error}") from error
 
 
-def _connection(endpoint: Endpoint, sock: socket.socket, reply: HelloReply) -> Connection:
+def _connection(endpoint: Endpoint, sock: socket.socket, reply: HelloReply, timeouts: Timeouts) -> Connection:
     version = ".".join(map(str, reply.version))
     if Capability.LOCKED in reply.capabilities:
         raise KeyNeeded(
@@ -250,7 +284,7 @@ def _connection(endpoint: Endpoint, sock: socket.socket, reply: HelloReply) -> C
     dialect = dialects.for_server(reply.version)
     if dialect is None:
         raise VersionMismatch(str(endpoint), version, ", ".join(dialects.dialects()))
-    return Connection(endpoint, sock, dialect, version, reply.capabilities)
+    return Connection(endpoint, sock, dialect, version, reply.capabilities, timeouts)
 
 
 def _count_devices(connection: Connection) -> int:
@@ -283,17 +317,13 @@ def _connect(endpoint: Endpoint, timeouts: Timeouts) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise ConnectionFailed(str(endpoint), f"nobody answers ({_reason(error)}){_hint(endpoint, error)}") from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    keepalive = {"TCP_KEEPIDLE": timeouts.dead // 2, "TCP_KEEPINTVL": timeouts.dead // 6, "TCP_KEEPCNT": 3}
-    for option, value in keepalive.items():
-        if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
+    keep_asking(sock, timeouts.dead)
     return sock
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
-        return "no answer in time"
+        return GONE if error.errno == errno.ETIMEDOUT else "no answer in time"  # the system's own, or ours
     if isinstance(error, HANGS_UP):
         return "the server hung up"
     return getattr(error, "strerror", None) or str(error)
@@ -311,32 +341,53 @@ def _hint(endpoint: Endpoint, error: Exception) -> str:
     )
 
 
-def _send_all(sock: socket.socket, buffers: Sequence[Bytes]) -> None:
-    """Send buffers one after the other without joining them."""
+def _at_once(_: float) -> None:
+    """Who waits no longer than the socket does."""
+    raise TimeoutError
+
+
+def _send_all(sock: socket.socket, buffers: Sequence[Bytes], wait: Silence = _at_once) -> None:
+    """Send buffers one after the other without joining them. ``wait`` is called with the seconds without room for a
+    byte, each time that the socket's own patience is over, and may end it."""
     views = [memoryview(buffer).cast("B") for buffer in buffers if framing.byte_length(buffer)]
-    if isinstance(sock, ssl.SSLSocket) or not hasattr(sock, "sendmsg"):  # TLS takes one at a time, and so does Windows
-        if sum(map(len, views)) <= _JOIN_BELOW:
-            views = [memoryview(b"".join(views))]
-        for view in views:
-            sock.sendall(view)
-        return
+    # TLS takes one at a time, and so does Windows
+    together = hasattr(sock, "sendmsg") and not isinstance(sock, ssl.SSLSocket)
+    if not together and sum(map(len, views)) <= _JOIN_BELOW:
+        views = [memoryview(b"".join(views))] if views else []
+    since = time.monotonic()
     while views:
-        sent = sock.sendmsg(views[:MAX_BUFFERS_PER_SEND])
+        try:
+            sent = sock.sendmsg(views[:MAX_BUFFERS_PER_SEND]) if together else sock.send(views[0])
+        except TimeoutError as error:
+            if error.errno:  # the system gave up
+                raise
+            wait(time.monotonic() - since)
+            continue
+        since = time.monotonic()
         while views and sent >= len(views[0]):
             sent -= len(views.pop(0))
         if sent:
             views[0] = views[0][sent:]
 
 
-def _receive(sock: socket.socket, size: int) -> Bytes:
+def _receive(sock: socket.socket, size: int, wait: Silence = _at_once) -> Bytes:
     data = bytearray(size)
-    _receive_into(sock, memoryview(data))
+    _receive_into(sock, memoryview(data), wait)
     return data
 
 
-def _receive_into(sock: socket.socket, view: memoryview) -> None:
+def _receive_into(sock: socket.socket, view: memoryview, wait: Silence = _at_once) -> None:
+    """Fill ``view``. ``wait``: as in :func:`_send_all`, of seconds without a byte."""
+    since = time.monotonic()
     while view:
-        got = sock.recv_into(view)
+        try:
+            got = sock.recv_into(view)
+        except TimeoutError as error:
+            if error.errno:  # the system gave up
+                raise
+            wait(time.monotonic() - since)
+            continue
         if not got:
             raise ConnectionResetError("the server hung up")
+        since = time.monotonic()
         view = view[got:]

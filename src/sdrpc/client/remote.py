@@ -7,18 +7,20 @@ at the next answer, as :class:`ComputeError` when a graph was under way, and end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Content, Device, Memory, Program, Target, Turns
+from ..device import Buffer, Bytes, Content, Device, Memory, Program, Silence, Target, Turns
 from ..errors import (
     ComputeError,
-    ConnectionLost,
+    ConnectionFailed,
+    DeviceLost,
     LocalProtocolError,
     OutOfMemory,
     RemoteError,
@@ -49,27 +51,33 @@ _keys = count(1)
 
 @dataclass(eq=False)
 class RemoteBuffer:
-    """Memory of a server. ``handle`` and ``base`` are the server's numbers for it, ``key`` is ours."""
+    """Memory of a server. ``handle`` and ``base`` are the server's numbers for it, ``key`` is ours. ``life``: the
+    device's when it was made."""
 
     key: int
     size: int
     handle: int
     base: int
+    life: int
     alive: bool = True
 
 
 @dataclass(eq=False)
 class Server:
-    """What the devices of one server share. ``last_graphs``: by device, the payload that GRAPH_RECOMPUTE would run
+    """What the devices of one server share. ``reconnect`` gives another connection and the number of devices there;
+    ``life`` counts how often that was done. ``last_graphs``: by device, the payload that GRAPH_RECOMPUTE would run
     again (servers forget all of them when any buffer is freed). ``computing``: the device whose graph was started and
     of whose end no answer has told yet."""
 
     connection: Connection
+    reconnect: Callable[[], tuple[Connection, int]]
+    life: int = 0
     buffers: list[RemoteBuffer] = field(default_factory=list)
     last_graphs: dict[int, bytes] = field(default_factory=dict)
     computing: str = ""
     names: Names = field(default_factory=Names)
-    open_devices: int = 0
+    devices: list[RemoteDevice] = field(default_factory=list)
+    """Those that are open."""
     turns: Turns = field(default_factory=Turns)
 
     @property
@@ -107,6 +115,23 @@ class Server:
             self.computing = ""
         return reply
 
+    def reopen(self) -> None:
+        """Connect anew if the connection was lost, to a server that knows nothing of what was there before."""
+        if not self.connection.closed_because:
+            return
+        connection, there = self.reconnect()
+        needed = 1 + max(device.index for device in self.devices)
+        if there < needed:
+            connection.close()
+            raise ConnectionFailed(str(connection.endpoint), f"the server has {there} devices now, not {needed}")
+        self.connection = connection
+        self.life += 1
+        self.buffers.clear()
+        self.last_graphs.clear()
+        self.computing = ""
+        for device in self.devices:
+            device.meet()
+
     def accuse(self, reason: str) -> RemoteProtocolError:
         """The error for an answer that makes no sense; nothing more is said to such a server."""
         self.connection.close(reason)
@@ -119,20 +144,41 @@ class RemoteDevice(Device):
 
     def __init__(self, name: str, server: Server, index: int) -> None:
         self.name = name
-        self._server, self._index = server, index
-        connection = server.connection
+        self._server, self.index = server, index
+        self.meet()
+        server.devices.append(self)
+        self.sent: int = 0
+
+    def meet(self) -> None:
+        """Find out what the device is like, which may be another one in another life."""
+        server, connection = self._server, self._server.connection
         kind = "sdrpc" if server.ours else "ggml"
-        self.description = f"{connection.endpoint}, device {index} ({kind}, RPC protocol {connection.version})"
-        self._alignment = self._ask(messages.GetAlignment(index), "asking for the alignment").alignment
-        self.max_size: int = self._ask(messages.GetMaxSize(index), "asking for the largest buffer").max_size
-        """Bytes of the largest buffer that the server gives."""
+        self.description = f"{connection.endpoint}, device {self.index} ({kind}, RPC protocol {connection.version})"
+        self._alignment = self._ask(messages.GetAlignment(self.index), "asking for the alignment").alignment
+        self.max_size = self._ask(messages.GetMaxSize(self.index), "asking for the largest buffer").max_size
         if not 0 < self._alignment <= MAX_ALIGNMENT or self._alignment & (self._alignment - 1):
             raise server.accuse(f"an alignment of {self._alignment} bytes; it must be a power of two")
         if not self.max_size:
             raise server.accuse("a largest buffer of 0 bytes")
-        server.open_devices += 1
-        self._open = True
-        self.sent: int = 0
+
+    @property
+    def life(self) -> int:
+        return self._server.life
+
+    def reopen(self) -> None:
+        """Connect to the server anew if the connection was lost: all of its devices have another life then."""
+        if self not in self._server.devices:
+            raise LocalProtocolError(f"{self.name} was closed")
+        self._server.reopen()
+
+    @contextmanager
+    def watched(self, watch: Silence) -> Iterator[None]:
+        connection = self._server.connection
+        connection.watch = watch
+        try:
+            yield
+        finally:
+            connection.watch = lambda _: None
 
     @property
     def turns(self) -> Turns:
@@ -147,7 +193,7 @@ class RemoteDevice(Device):
         return int(self._alignment)
 
     def memory(self) -> Memory:
-        reply = self._ask(messages.GetDeviceMemory(self._index), "asking for its memory")
+        reply = self._ask(messages.GetDeviceMemory(self.index), "asking for its memory")
         return Memory(reply.free, reply.total)
 
     def allocate(self, size: int) -> RemoteBuffer:
@@ -157,14 +203,14 @@ class RemoteDevice(Device):
         if size > self.max_size:
             raise OutOfMemory(self.name, size, f"the server's buffers are limited to {self.max_size / 2**20:,.1f} MiB")
         asked = max(size, 1)  # servers have no buffers of 0 bytes
-        handle, given = self._ask(messages.AllocBuffer(self._index, asked), f"allocating {size:,} bytes")
+        handle, given = self._ask(messages.AllocBuffer(self.index, asked), f"allocating {size:,} bytes")
         if not handle:
             raise OutOfMemory(self.name, size, f"the server at {self._server.connection.endpoint} has none left")
         if given < asked:
             raise self._server.accuse(f"a buffer of {given:,} bytes where {asked:,} were asked for")
         base = self._ask(messages.BufferGetBase(handle), "asking for a buffer's address").base_ptr
         self._check_place(handle, base, given)
-        buffer = RemoteBuffer(next(_keys), size, handle, base)
+        buffer = RemoteBuffer(next(_keys), size, handle, base, self.life)
         self._server.buffers.append(buffer)
         return buffer
 
@@ -180,12 +226,14 @@ class RemoteDevice(Device):
 
     def free(self, buffer: Buffer) -> None:
         """A lost connection is no error here: the server has freed what it held, and mostly this is called because of
-        the error that says so. Whatever else is asked raises it."""
+        the error that says so. Whatever else is asked raises it. Nor are buffers of an earlier life."""
+        if isinstance(buffer, RemoteBuffer) and buffer.life != self.life:
+            return
         remote = self._own(buffer)
         remote.alive = False
         self._server.buffers.remove(remote)
         self._server.last_graphs.clear()
-        with suppress(ConnectionLost):
+        with suppress(DeviceLost):
             self._ask(messages.FreeBuffer(remote.handle), "freeing a buffer")
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
@@ -219,7 +267,7 @@ class RemoteDevice(Device):
         questions = [scheme.question(self._bytes_at(buffer, at, size), name) for at, size, name in offered]
         if not questions:
             return []
-        doing = f"offering {len(questions)} tensors on device {self._index}"
+        doing = f"offering {len(questions)} tensors on device {self.index}"
         return [bool(answer.result) for answer in self._server.ask_all(questions, doing)]
 
     def read(self, buffer: Buffer, offset: int, size: int) -> memoryview:
@@ -244,7 +292,7 @@ class RemoteDevice(Device):
             return used[key].handle, used[key].base + offset
 
         connection = self._server.connection
-        payload = encode_graph(graph, self._index, connection.dialect, connection.name_length, locate)
+        payload = encode_graph(graph, self.index, connection.dialect, connection.name_length, locate)
         return RemoteProgram(self, payload, tuple(used.values()))
 
     def run(self, program: RemoteProgram) -> None:
@@ -252,23 +300,22 @@ class RemoteDevice(Device):
         if any(not buffer.alive for buffer in program.buffers):
             raise LocalProtocolError(f"{self.name}: a buffer of the program was freed")
         server = self._server
-        if server.last_graphs.get(self._index) == program.payload:
-            self._ask(messages.GraphRecompute(self._index), "running a graph again")
+        if server.last_graphs.get(self.index) == program.payload:
+            self._ask(messages.GraphRecompute(self.index), "running a graph again")
         else:
             self._ask(messages.GraphCompute(program.payload), "sending a graph")
-            server.last_graphs[self._index] = program.payload
+            server.last_graphs[self.index] = program.payload
         server.computing = self.name
 
     def close(self) -> None:
         """The connection ends with the last open device of its server, and with it all buffers there."""
-        if self._open:
-            self._open = False
-            self._server.open_devices -= 1
-            if not self._server.open_devices:
+        if self in self._server.devices:
+            self._server.devices.remove(self)
+            if not self._server.devices:
                 self._server.connection.close()
 
     def _ask(self, message: Any, doing: str, into: memoryview | None = None) -> Any:
-        return self._server.ask(message, f"{doing} on device {self._index}", into)
+        return self._server.ask(message, f"{doing} on device {self.index}", into)
 
     def _own(self, buffer: Buffer) -> RemoteBuffer:
         if not isinstance(buffer, RemoteBuffer) or buffer not in self._server.buffers:
@@ -348,9 +395,10 @@ def connect(
     connections: list[Connection] = []
     try:
         for endpoint in parsed:
-            connection, devices_there = open_connection(endpoint, timeouts, name_length, keychain)
+            reconnect = partial(open_connection, endpoint, timeouts, name_length, keychain)
+            connection, devices_there = reconnect()
             connections.append(connection)
-            server = Server(connection)
+            server = Server(connection, reconnect)
             for i in range(devices_there):
                 devices.append(RemoteDevice(f"RPC{len(devices)}", server, i))
     except BaseException:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..device import Device
-from ..errors import Cancelled, DoesNotFit
+from ..errors import Cancelled, DeviceLost, DoesNotFit
 from ..families.base import F32, ModuleSpec
 from ..families.model import Model, ModelComponent
 from ..ggml.types import Type
 from ..ggml.weight import Weight
 from ..runtime.cache import Cache, key
+from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
 from .events import Cancel, Event, OnEvent, Stage
 from .stage_timer import StageTimer
+
+T = TypeVar("T")
 
 GRAPHS = 16
 """Graphs (sizes of pictures, lengths of texts) that a component keeps on its device."""
@@ -28,6 +32,9 @@ GRAPHS = 16
 
 WORKING_ROOM = 1 << 30
 """Bytes that should stay free beside a component's weights, for what it computes with."""
+
+QUIET_SECONDS = 10.0
+"""A device that says nothing for so long, though it should, is worth a word."""
 
 
 class Telling:
@@ -52,17 +59,17 @@ class Telling:
 
 
 class DeviceComponent:
-    """A component on a device. Each combination of module and input shapes is one graph; all share the uploaded
-    weights."""
+    """A component on the first of ``devices``, or on another one of them where that does not do. Each combination of
+    module and input shapes is one graph; all share the uploaded weights."""
 
     def __init__(
-        self, component: ModelComponent, device: Device, cache: Cache, timer: StageTimer, telling: Telling
+        self, component: ModelComponent, devices: Sequence[Device], cache: Cache, timer: StageTimer, telling: Telling
     ) -> None:
-        self.component, self.device = component, device
+        self.component, self.devices = component, tuple(devices)
         self._cache, self._timer, self._telling = cache, timer, telling
         self._weights: dict[str, Weight] = {}
         self._began, self._sent_before = 0.0, 0
-        self._store = WeightStore(device, self._weights, self._uploaded, component.found.checkpoint.path)
+        self._settle(self.devices[0])
         self._programs: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], Executable] = OrderedDict()
         self.last_used = 0
         """Rises with each use of any component: which one was used longest ago."""
@@ -79,7 +86,7 @@ class DeviceComponent:
     @property
     def resident(self) -> bool:
         """Whether it has memory on its device."""
-        return bool(self._programs)
+        return bool(self._programs) and self._life == self.device.life
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +109,16 @@ class DeviceComponent:
             program.close()
         self._programs.clear()
         self._store.close()
+
+    def settle(self, device: Device) -> None:
+        """Have its weights and graphs on ``device`` from now on, as it is in this life."""
+        if device is not self.device or device.life != self._life:
+            self.release()
+            self._settle(device)
+
+    def _settle(self, device: Device) -> None:
+        self.device, self._life = device, device.life
+        self._store = WeightStore(device, self._weights, self._uploaded, self.component.found.checkpoint.path)
 
     def _prepared(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Executable:
         def capture() -> Lowered:
@@ -163,8 +180,17 @@ class DeviceModel:
     Weights stay where they are until another component needs the room: then those that were used longest ago leave.
     """
 
-    def __init__(self, model: Model, placement: Mapping[str, Device], cache: Cache, timer: StageTimer) -> None:
+    def __init__(
+        self,
+        model: Model,
+        placement: Mapping[str, Sequence[Device]],
+        cache: Cache,
+        timer: StageTimer,
+        retry: float = RETRY_SECONDS,
+    ) -> None:
         self.model = model
+        self.retry = retry
+        """Seconds to wait for a device that was lost."""
         self.telling = Telling()
         self.components = {
             name: DeviceComponent(component, placement[name], cache, timer, self.telling)
@@ -173,27 +199,33 @@ class DeviceModel:
         self._uses = 0
 
     def check_fits(self) -> None:
-        """Raises :class:`DoesNotFit` when a component's weights alone are more than its device has room for, with the
-        numbers of that device; nothing has been uploaded then."""
+        """Give each component the first of its devices that has room for its weights; nothing has been uploaded then.
+
+        Raises :class:`DoesNotFit`, with the numbers of the first one, when none has.
+        """
         for component in self.components.values():
-            device = component.device
-            held = sum(c.nbytes for c in self._on(device) if c.resident)
-            with device.turns:
-                room = device.memory().free + held
-            if not component.resident and component.nbytes > room:
-                raise DoesNotFit(device.name, component.name, component.nbytes, room)
+            self._surviving(component, partial(self._choose, component))
 
     def run(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
-        """The outputs of component ``name``, float32; ``options`` are added to its module's configuration."""
+        """The outputs of component ``name``, float32; ``options`` are added to its module's configuration.
+
+        A device that is lost meanwhile is waited for, or another one of the component's takes its place: weights are
+        uploaded again, and the outputs are those that it would have given.
+        """
         self.telling.check()
         component = self.components[name]
         module = component.component.module(**options)
-        with component.device.turns:
-            if not component.resident:
-                self._make_room(component)
-            self._uses += 1
-            component.last_used = self._uses
-            return component.run(module, inputs)
+
+        def work() -> tuple[F32, ...]:
+            with component.device.turns, self._listening(component):
+                component.settle(component.device)
+                if not component.resident:
+                    self._make_room(component)
+                self._uses += 1
+                component.last_used = self._uses
+                return component.run(module, inputs)
+
+        return self._surviving(component, work)
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
@@ -208,6 +240,81 @@ class DeviceModel:
 
     def _on(self, device: Device) -> list[DeviceComponent]:
         return [component for component in self.components.values() if component.device is device]
+
+    def _choose(self, component: DeviceComponent) -> None:
+        """Settle on the first device with room, if it has none yet."""
+        refusals: list[DoesNotFit] = []
+        for device in (component.device, *component.devices):
+            try:
+                with device.turns:
+                    self._check_room(component, device)
+                    component.settle(device)
+                return
+            except DoesNotFit as refusal:
+                refusals.append(refusal)
+        raise refusals[0]
+
+    def _check_room(self, component: DeviceComponent, device: Device) -> None:
+        """Raises :class:`DoesNotFit` when the weights are more than the device has room for without all others'."""
+        if component.resident and component.device is device:
+            return
+        room = device.memory().free + sum(c.nbytes for c in self._on(device) if c.resident)
+        if component.nbytes > room:
+            raise DoesNotFit(device.name, component.name, component.nbytes, room)
+
+    # --- devices that are lost
+
+    def _surviving(self, component: DeviceComponent, work: Callable[[], T]) -> T:
+        """``work`` with the component, done again when that loses its device."""
+
+        def have_again(lost: DeviceLost) -> None:
+            before, began = component.device, time.monotonic()
+            choices = (before, *(device for device in component.devices if device is not before))
+            found = first_back(choices, lost, self.retry, lambda device: self._check_room(component, device), absent)
+            with found.turns:
+                component.settle(found)
+            stage: Stage = "reconnected" if found is before else "moved"
+            seconds = time.monotonic() - began
+            self.telling.on_event(Event(stage, component.name, 1, 1, seconds=seconds, device=found.name))
+
+        def absent(absence: Absence) -> None:
+            self._tell_waiting(component, absence)
+
+        return surviving(work, have_again)
+
+    @contextmanager
+    def _listening(self, component: DeviceComponent) -> Iterator[None]:
+        """Tell when the component's device says nothing for long, and when it does again."""
+        device, longest = component.device, 0.0
+
+        def silent(seconds: float) -> None:
+            nonlocal longest
+            if seconds < QUIET_SECONDS:
+                speaks()
+                return
+            longest = seconds
+            self._tell_waiting(component, Absence(device, "it does not answer", seconds, self.retry))
+
+        def speaks() -> None:
+            nonlocal longest
+            if longest:
+                event = Event("reconnected", component.name, 1, 1, seconds=longest, device=device.name)
+                longest = 0.0
+                self.telling.on_event(event)
+
+        with device.watched(silent):
+            yield
+        speaks()
+
+    def _tell_waiting(self, component: DeviceComponent, absence: Absence) -> None:
+        device, reason, seconds, patience = absence
+        self.telling.on_event(
+            Event(
+                "waiting", component.name, int(seconds), max(int(patience), int(seconds) + 1), seconds=seconds,
+                device=device.name, reason=reason,
+            )
+        )  # fmt: skip
+        self.telling.check()
 
     def _make_room(self, component: DeviceComponent) -> None:
         """Let weights leave the component's device, those that were used longest ago first, until its own fit."""

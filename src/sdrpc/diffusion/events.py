@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["capture", "upload", "release", "encode", "sample", "decode"]
+Stage = Literal["capture", "upload", "release", "encode", "sample", "decode", "waiting", "reconnected", "moved"]
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,11 @@ class Event:
     """Something that a session does, or how far it is.
 
     ``stage``: capture (a component's graph is made, which happens once and takes seconds), upload (weights), release
-    (a component's weights leave their device), encode (text, or by the ``vae`` a picture), sample, decode.
-    ``component``: whose. ``done`` and ``total``: bytes of an upload or release, steps of sampling; else 0 when it
-    begins and 1 of 1 when it is over.
+    (a component's weights leave their device), encode (text, or by the ``vae`` a picture), sample, decode, waiting (for
+    a ``device`` that was lost or says nothing any more, for a ``reason``), reconnected (it is there again), moved (the
+    component goes on with this ``device`` instead). ``component``: whose. ``done`` and ``total``: bytes of an upload or
+    release, steps of sampling, seconds of waiting and how many it may become; else 0 when it begins and 1 of 1 when it
+    is over.
     ``sent``: bytes of an upload that the device did not have yet; None where the device is this machine's own.
     ``picture`` and ``pictures``: which one of how many, counted from 1; 0 where it is for all of them. ``seconds``:
     since the stage began.
@@ -30,6 +32,8 @@ class Event:
     picture: int = 0
     pictures: int = 0
     seconds: float = 0.0
+    device: str = ""
+    reason: str = ""
 
     @property
     def over(self) -> bool:

@@ -3,8 +3,10 @@
     cuda0                             everything there
     te=RPC1,diffusion=RPC0,vae=CPU    part by part; te is all text encoders, all= (default=, *=) the rest
     t5xxl=RPC1,te=CPU,all=RPC0        a component by its own name goes before te
+    diffusion=RPC0,RPC1,vae=CPU       several devices, in order of preference
 
-Names are case-insensitive, ``-`` and ``_`` don't matter. How devices are named: :mod:`sdrpc.device_names`.
+The first of several devices that has room is used, and the next one when it is lost. Names are case-insensitive, ``-``
+and ``_`` don't matter. How devices are named: :mod:`sdrpc.device_names`.
 """
 
 from __future__ import annotations
@@ -40,47 +42,60 @@ NOT_HERE_YET = (
 _MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
-def parse(text: str) -> dict[str, str]:
-    """``te=RPC1,vae=CPU`` as component → device name; the key ``te`` stands for every text encoder, "" for the rest.
+Names = tuple[str, ...]
+"""Of devices, in order of preference."""
+
+
+def parse(text: str) -> dict[str, Names]:
+    """``te=RPC1,vae=CPU`` as component → names of devices; the key ``te`` stands for every text encoder, "" for the
+    rest. An entry without ``=`` is a further device for what the entry before it is about, at first for all.
 
     Raises :class:`InvalidValue` for what is not in the grammar.
     """
-    placed: dict[str, str] = {}
+    placed: dict[str, Names] = {}
+    name = REST
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         module, equals, device = item.partition("=")
-        if not equals:
-            module, device = "all", module
-        name = _meant(module)
+        if equals:
+            name = _meant(module)
+            if name in placed:
+                raise InvalidValue("backend", text, f"{module} is placed twice")
+        device = device if equals else module
         if "&" in device:
             raise InvalidValue("backend", item, "one component over several devices is not in sdrpc yet; name one")
         if not device.strip():
             raise InvalidValue("backend", item, "no device is named after '='")
-        if name in placed:
-            raise InvalidValue("backend", text, f"{module} is placed twice")
-        placed[name] = device.strip()
+        placed[name] = (*placed.get(name, ()), device.strip())
     return placed
 
 
+def listed(text: str) -> Names:
+    """``RPC0,RPC1``: the value of an option for the devices of one component."""
+    return tuple(filter(None, (piece.strip() for piece in text.split(","))))
+
+
 def wanted(
-    components: Sequence[str], placed: Mapping[str, str], main: str = "", by_option: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Component → the name that the user gave its device, ``auto`` where none was given.
+    components: Sequence[str], placed: Mapping[str, Names], main: str = "", by_option: Mapping[str, str] | None = None
+) -> dict[str, Names]:
+    """Component → the names that the user gave its devices, ``auto`` where none was given.
 
     ``components``: of the model, by name. ``by_option`` (``--vae-backend-device`` …: keys as :func:`parse` gives them)
     beats ``placed``, which beats ``main`` (``--main-backend-device``); a component's own name beats ``te``, which beats
     the rest. Raises :class:`InvalidValue` for a component that the model does not have.
     """
-    options = {name: device for name, device in (by_option or {}).items() if device}
+    options = {name: names for name, text in (by_option or {}).items() if (names := listed(text))}
     strangers = {*placed, *options} - {*components, TEXT_ENCODERS, REST}
     if strangers:
         reason = f"this model has no {' and no '.join(sorted(strangers))}; it has {', '.join(components)}"
-        raise InvalidValue("backend", ",".join(f"{name}={placed.get(name, '')}" for name in sorted(strangers)), reason)
+        raise InvalidValue(
+            "backend", ",".join(f"{name}={','.join(placed.get(name, ()))}" for name in sorted(strangers)), reason
+        )
 
-    def device(component: str) -> str:
+    def devices(component: str) -> Names:
         named = [table[key] for table in (options, placed) for key in keys_of(component) if key in table]
-        return named[0] if named else placed.get(REST) or main or "auto"
+        return named[0] if named else placed.get(REST) or listed(main) or ("auto",)
 
-    return {component: device(component) for component in components}
+    return {component: devices(component) for component in components}
 
 
 def keys_of(component: str) -> tuple[str, ...]:

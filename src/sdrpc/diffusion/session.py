@@ -18,6 +18,7 @@ from ..errors import InvalidValue, UsageError
 from ..families.base import F32, REFERENCE, Conditions, Config, Prompt
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.cache import Cache
+from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import Autoencoder
 from .device_model import DeviceModel
 from .events import Cancel, Event, OnEvent
@@ -43,29 +44,43 @@ class Session:
     """A model on devices. Use it as a context manager, or close it: then its memory on the devices is free again.
 
     ``placement``: the device of each component, by name; ``te`` stands for all text encoders, ``all`` for the rest.
-    ``cache``: of graphs that were captured before. Weights are
-    uploaded when they are first needed, stay for the next picture, and leave a device when another component needs the
-    room. A session draws one picture at a time and is not thread-safe; its devices may be shared.
+    Several devices, in order of preference: the first that has room, and the next when that one is lost. ``cache``: of
+    graphs that were captured before. Weights are uploaded when they are first needed, stay for the next picture, and
+    leave a device when another component needs the room.
+
+    ``retry``: seconds to wait for a server that is lost in the middle, however that happened (0: that is an error at
+    once). When it is back, what is missing is uploaded again, and drawing goes on after the last evaluation of the
+    model that was finished: the picture is the same.
+
+    A session draws one picture at a time and is not thread-safe; its devices may be shared.
     """
 
     def __init__(
         self,
         model: Model,
-        placement: Mapping[str, Device],
+        placement: Mapping[str, Device | Sequence[Device]],
         cache: Cache | None = None,
         timer: StageTimer | None = None,
+        retry: float = RETRY_SECONDS,
     ) -> None:
+        if not retry >= 0:
+            raise InvalidValue("retry", retry, "it is a number of seconds")
         self.model = model
-        self.placement = assigned(list(model.components), placement)
+        given = {name: (put,) if isinstance(put, Device) else tuple(put) for name, put in placement.items()}
+        self.placement = assigned(list(model.components), given)
         self.timer = timer or StageTimer()
         """Seconds of all pictures together, by stage."""
-        self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer)
+        self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer, retry)
         self._vae = Autoencoder(model, self._devices)
         self._encoded: OrderedDict[tuple[Prompt, object], Conditions] = OrderedDict()
 
     @classmethod
     def open(
-        cls, files: ModelFiles | Path | str, placement: Mapping[str, Device] | Device, cache: Cache | None = None
+        cls,
+        files: ModelFiles | Path | str,
+        placement: Mapping[str, Device | Sequence[Device]] | Device,
+        cache: Cache | None = None,
+        retry: float = RETRY_SECONDS,
     ) -> Session:
         """The model in ``files`` (a path: a whole model), each component on its device or all of them on one.
 
@@ -73,7 +88,7 @@ class Session:
         belong together, and :class:`MissingComponent`.
         """
         model = open_model(files if isinstance(files, ModelFiles) else ModelFiles(Path(files)))
-        return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache)
+        return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache, retry=retry)
 
     def settings(self, request: Request) -> Settings:
         """``request`` with everything filled in. Raises :class:`InvalidValue` for what can't be drawn."""
@@ -95,7 +110,7 @@ class Session:
 
         Raises :class:`InvalidValue` and :class:`DoesNotFit` before anything is uploaded, :class:`CheckpointError` for
         tensors that are missing or of another shape, :class:`ComputeError` when a component's output is not a number,
-        and what the devices raise.
+        :class:`DeviceGone` when a device was lost for good, and what the devices raise.
         """
         return self.draw(self.settings(request), on_event, cancel)
 

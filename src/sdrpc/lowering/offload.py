@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from ..device import Device
-from ..errors import CaptureError, SdrpcError, UsageError
+from ..errors import CaptureError, InvalidValue, SdrpcError, UsageError
 from ..ggml.types import BF16, F16, F32
 from ..ggml.weight import Weight, Whole
 from ..runtime.cache import Cache
 from ..runtime.cache import key as cache_key
+from ..runtime.lost import RETRY_SECONDS, first_back, surviving
 from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
 from .capture import capture, tensors_of
@@ -51,7 +52,7 @@ TYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 """Dtypes that weights keep; others are sent as F32."""
 
 
-def offload(module: nn.Module, device: Device) -> nn.Module:
+def offload(module: nn.Module, device: Device, retry: float = RETRY_SECONDS) -> nn.Module:
     """``module`` with its computing done by ``device``.
 
     The result is a module of the same class: it has the same attributes, configuration, signatures, results and
@@ -64,17 +65,22 @@ def offload(module: nn.Module, device: Device) -> nn.Module:
     call on, weights too, within the limits that :mod:`sdrpc.lowering.state` states. It can't be pickled. What it has on
     the device is freed by ``close()``, or when it is garbage.
 
+    A server that is lost, between calls or in the middle of one, is waited for up to ``retry`` seconds (0: that is an
+    error at once); the weights are uploaded again then, and the call's result is the same.
+
     Calls raise :class:`sdrpc.errors.CaptureError` for what can't be turned into a graph, the module's own errors for
     inputs that it refuses, and what the device raises. There are no gradients.
     """
     original = getattr(type(module), "_sdrpc_original", type(module))
-    remote = _Remote(original, device)
+    if not retry >= 0:
+        raise InvalidValue("retry", retry, "it is a number of seconds")
+    remote = _Remote(original, device, retry)
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     entries = {name: _Entry(name, remote) for name in ENTRY_POINTS if callable(getattr(original, name, None))}
     behaviour = {
         "_sdrpc_original": original,
         "close": lambda _: remote.close(),
-        "__copy__": lambda self: offload(remote.plain(self), device),
+        "__copy__": lambda self: offload(remote.plain(self), device, retry),
         "__deepcopy__": lambda self, memo: remote.deep_copy(self, memo),
         "__reduce_ex__": _refuse_to_pickle,
     }
@@ -134,17 +140,26 @@ class _Bound:
 class _Memory:
     """What an offloaded module has on the device. It holds no reference to the module, which it survives shortly."""
 
-    def __init__(self, device: Device, source: str) -> None:
-        self.device = device
+    def __init__(self, device: Device, source: str, retry: float) -> None:
+        self.device, self.retry = device, retry
+        self._life = device.life
         self.weights: dict[str, Weight] = {}
         self._store = WeightStore(device, self.weights, source=source)
         self._executables: dict[_Bound, Executable] = {}
 
     def run(self, bound: _Bound, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        with self.device.turns:
-            if bound not in self._executables:
-                self._executables[bound] = Executable(bound.lowered, self.device, self._store)
-            return self._executables[bound](**arrays)
+        """The graph's results; a device that is lost, now or since the last call, is waited for."""
+
+        def work() -> tuple[np.ndarray, ...]:
+            with self.device.turns:
+                if self._life != self.device.life:
+                    self._free()
+                    self._life = self.device.life
+                if bound not in self._executables:
+                    self._executables[bound] = Executable(bound.lowered, self.device, self._store)
+                return self._executables[bound](**arrays)
+
+        return surviving(work, lambda lost: first_back([self.device], lost, self.retry))
 
     def drop(self, bound: _Bound) -> None:
         """Free what a graph has; the weights stay."""
@@ -195,11 +210,11 @@ class _Request:
 class _Remote:
     """The device's side of an offloaded module."""
 
-    def __init__(self, original: type[nn.Module], device: Device) -> None:
+    def __init__(self, original: type[nn.Module], device: Device, retry: float) -> None:
         self.original = original
-        self.device = device
+        self.device, self.retry = device, retry
         self.cache = Cache()
-        self.memory = _Memory(device, original.__name__)
+        self.memory = _Memory(device, original.__name__, retry)
         self._lock = threading.RLock()
         self._graphs: OrderedDict[Any, _Bound] = OrderedDict()
         self._needed: dict[Any, tuple[str, ...]] = {}
@@ -374,7 +389,7 @@ class _Remote:
         """A copy with its own memory. While the module is captured, what was set on it finds the copy that is traced
         in its place."""
         traced = memo.get(id(getattr(self._tracing, "plain", None)))
-        return offload(copy.deepcopy(self.plain(module), memo), self.device) if traced is None else traced
+        return offload(copy.deepcopy(self.plain(module), memo), self.device, self.retry) if traced is None else traced
 
     def close(self) -> None:
         """Free everything on the device; the next call uploads again."""

@@ -21,7 +21,7 @@ from .version_memory import Offer
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS
 """What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it has one."""
 
 
@@ -72,6 +72,7 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     session.versions = offer.versions
     agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE))
     stream.write([encode_hello_reply(offer.told, agreed)])
+    stream.beats = Capability.BEATS in agreed
     kind = "a client of ggml's protocol" if hello.capabilities == NATIVE else "a client of sdrpc"
     key = session.visitor and session.visitor.key
     name = f" with the key {key.name}" if key else ""

@@ -242,7 +242,8 @@ class Server:
 
 
 def _why_stop(stream: Stream) -> str:
-    """Why nothing more shall be computed for a client, if so."""
+    """Why nothing more shall be computed for a client, if so; if not, it is told that we are at it."""
+    stream.beat()
     return stream.aborted or ("its client is gone" if stream.hung_up() else "")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..device import Bytes
 from ..errors import ConnectionLost, RemoteProtocolError
+from ..wire.framing import BEAT
 from .limits import Limits
 from .quotas import Payloads
 
@@ -26,6 +27,7 @@ _AHEAD = 1 << 16
 _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
 _COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more is counted in such pieces
 _SENT = 1 << 20  # at a time: TLS sends all of it within one time limit
+_BEAT_SECONDS = 2.0  # from one to the next: several fit into the time after which a client wonders
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
@@ -34,7 +36,8 @@ class Stream:
     counted for: the address, until it is known better. ``doing`` says what is going on,
     for errors; ``deadline`` (monotonic) bounds all reads if set; ``aborted`` is why it was us who ended it, if it was.
     ``received`` and ``sent`` count bytes. ``idle_since`` (monotonic) is when it began to wait for the client, None
-    while there is something to do. Large messages are counted in ``payloads``."""
+    while there is something to do. ``beats``: whether the client wants to hear that we are at work. Large messages are
+    counted in ``payloads``."""
 
     def __init__(
         self, connection: socket.socket, peer: str, address: str, limits: Limits, payloads: Payloads | None = None
@@ -47,6 +50,8 @@ class Stream:
         self.received = self.sent = 0
         self.began = time.monotonic()
         self.idle_since: float | None = self.began
+        self.beats = False
+        self._told = self.began
         self._socket, self._limits, self._payloads = connection, limits, payloads
         self._stall = limits.stall_seconds
         self._counted = 0
@@ -142,10 +147,29 @@ class Stream:
 
     def write(self, parts: Sequence[Bytes]) -> None:
         """Send all of ``parts``; large ones go out as they are, without a copy."""
+        self._told = time.monotonic()
         if sum(map(len, parts)) <= _JOIN_BELOW:
             parts = [b"".join(parts)]
         for part in parts:
             self._send(memoryview(part))
+
+    def beat(self) -> None:
+        """Let the client know that we work for it, if that was agreed on and it was told nothing for a while. To be
+        called often, between two answers; never waits."""
+        now = time.monotonic()
+        if not self.beats or now - self._told < _BEAT_SECONDS or not self._has_room():
+            return
+        self._told = now
+        with contextlib.suppress(ConnectionLost):  # whoever asks next whether the client is there learns that
+            self._send(memoryview(BEAT))
+
+    def _has_room(self) -> bool:
+        """Whether a few bytes can be sent at once."""
+        if sys.platform == "win32":
+            return bool(select.select([], [self._socket], [], 0)[1])
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def linger(self, seconds: float) -> None:
         """Finish sending, and read on for a while: closing with unread bytes would make the kernel drop our words."""
@@ -230,3 +254,5 @@ def _notice_death(connection: socket.socket, seconds: int) -> None:
     for option, value in keepalive.items():
         if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # keepalive does not count while something waits to be acknowledged
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)

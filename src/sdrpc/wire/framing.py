@@ -40,6 +40,9 @@ REPLY_HEADER = Struct("<Q")
 ERROR_MARK = 2**64 - 1
 """As the size of an answer: an error reply follows (``Capability.ERRORS``)."""
 ERROR_HEADER = Struct("<I")
+BEAT_MARK = 2**64 - 2
+BEAT = REPLY_HEADER.pack(BEAT_MARK)
+"""Between two answers: the server is there and works on what comes next (``Capability.BEATS``)."""
 
 T = TypeVar("T")
 
@@ -151,7 +154,8 @@ def _framed(pack: Callable[..., bytes], first: tuple[int, ...], payload: list[By
 
 
 def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool = False) -> Generator[int, Bytes, Any]:
-    """A client's end of :func:`encode_reply`: the response, or an :class:`ErrorReply` where those were agreed on.
+    """A client's end of :func:`encode_reply`: the response, or an :class:`ErrorReply` where ``errors`` were agreed on.
+    Beats are passed over then.
 
     The answer to GET_TENSOR must announce ``bulk`` bytes; they stay on the wire, and its ``data`` is empty. Must not be
     called for a command that has no answer.
@@ -159,7 +163,7 @@ def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool =
     response = response_class(command, dialect)
     if response is None:
         raise ValueError(f"{command.name} has no answer in protocol {dialect.version}")
-    (size,) = REPLY_HEADER.unpack((yield REPLY_HEADER.size))
+    size = yield from _read_size(errors)
     if size == ERROR_MARK and errors:
         return (yield from _read_reason(DEFAULT_LIMITS))
     shape = message_layout(response, dialect)
@@ -177,10 +181,18 @@ def encode_error(reason: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 def read_error() -> Generator[int, Bytes, ErrorReply]:
     """A client's end of :func:`encode_error`, where nothing else can come."""
-    (size,) = REPLY_HEADER.unpack((yield REPLY_HEADER.size))
+    size = yield from _read_size(beats=True)
     if size != ERROR_MARK:
         raise RemoteProtocolError(f"an answer of {size} bytes that nobody asked for")
     return (yield from _read_reason(DEFAULT_LIMITS))
+
+
+def _read_size(beats: bool) -> Generator[int, Bytes, int]:
+    """The size of an answer, behind any number of beats."""
+    while True:
+        (size,) = REPLY_HEADER.unpack((yield REPLY_HEADER.size))
+        if size != BEAT_MARK or not beats:
+            return int(size)
 
 
 def _read_reason(limits: Limits) -> Generator[int, Bytes, ErrorReply]:

@@ -36,6 +36,8 @@ class Capability(IntFlag):
     """The server keeps tensors, and finds them by SET_TENSOR_DIGEST."""
     LOCKED = 8
     """Of a server: it says nothing more to this client, which needs a key (:mod:`sdrpc.key`)."""
+    BEATS = 16
+    """A server that works on something says so every few seconds (:data:`sdrpc.wire.framing.BEAT`)."""
 
 
 NATIVE = Capability(0)

@@ -1,0 +1,40 @@
+"""Whether the machine at the other end of a connection is still there, as far as the system knows.
+
+TCP's keepalive asks after an end that has nothing to say, but not while bytes of ours wait to be acknowledged: then the
+system sends them again and again, for a quarter of an hour as a rule. TCP_USER_TIMEOUT would bound that, but it also
+ends connections to a program that is alive and does not read for a while. So what is looked at is whether the machine
+acknowledges anything: Linux tells.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+
+_INFO = struct.Struct("<2x2B52xI")
+"""Of Linux's struct tcp_info: tcpi_retransmits and tcpi_probes, which count what was sent in vain one after the other,
+and tcpi_last_ack_recv, milliseconds since the machine said anything."""
+_IN_VAIN = 2
+
+
+def keep_asking(connection: socket.socket, seconds: int) -> None:
+    """Let the system find out within ``seconds`` that the other machine is gone while it has nothing to say."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    keepalive = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 6, "TCP_KEEPCNT": 3}
+    for option, value in keepalive.items():
+        if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
+
+
+def is_gone(connection: socket.socket, seconds: float) -> bool:
+    """Whether the other machine has acknowledged nothing for ``seconds`` of what was sent to it again and again. Where
+    the system does not tell: no."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+        again, probes, quiet = _INFO.unpack(info)
+    except (OSError, struct.error):
+        return False
+    return bool(max(again, probes) >= _IN_VAIN and quiet >= seconds * 1000)

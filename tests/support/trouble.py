@@ -1,0 +1,161 @@
+"""What goes wrong between a client and a server, at a request that a test names: a proxy that lets everything through
+until then."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+
+from tests.interop.tap import COMMANDS, HEADER
+from tests.support.process import ServerProcess
+
+PIECE = 1 << 16
+
+
+class Restartable:
+    """An rpc-server process that can be ended and started again on its port."""
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self._stack = ExitStack()
+        self.server = self._stack.enter_context(ServerProcess(*options))
+        self.port = self.server.port
+
+    def __enter__(self) -> Restartable:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def kill(self) -> None:
+        """As kill -9 does."""
+        self.server.process.kill()
+        self.server.process.wait()
+
+    def start(self) -> None:
+        self.server = self._stack.enter_context(ServerProcess(*self._options, "--port", str(self.port)))
+        assert self.server.port == self.port
+
+    def sleep(self, seconds: float) -> None:
+        """Do nothing for a while, from now on, as a machine does whose lid was closed."""
+        self.server.process.send_signal(signal.SIGSTOP)
+        threading.Timer(seconds, self.server.process.send_signal, [signal.SIGCONT]).start()
+
+
+class Trouble:
+    """Passes on what clients send to the server on ``port`` of this machine, and back. ``requests`` are the names of
+    the commands that came. When half of the one with number ``at`` (counted from 0) has come, ``happens`` is called
+    with the :class:`Passage` that it came through; the rest follows if that is still open."""
+
+    def __init__(self, port: int, at: int | None = None, happens: Callable[[Passage], None] = lambda _: None) -> None:
+        self.port, self.at, self.happens = port, at, happens
+        self.requests: list[str] = []
+        self.connections = 0
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._open: list[Passage] = []
+
+    def __enter__(self) -> Trouble:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for passage in self._open:
+            passage.end()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed: the end
+            while True:
+                client, _ = self._listening.accept()
+                self.connections += 1
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.port))
+                except OSError:
+                    client.close()
+                    continue
+                self._open.append(Passage(self, client, server))
+
+    def comes(self, command: int) -> bool:
+        """Note a request; whether something happens in its middle."""
+        self.requests.append(COMMANDS.get(command, str(command)))
+        return len(self.requests) - 1 == self.at
+
+
+class Passage:
+    """One connection through the proxy."""
+
+    def __init__(self, trouble: Trouble, client: socket.socket, server: socket.socket) -> None:
+        self.trouble, self.client, self.server = trouble, client, server
+        self.stalls = threading.Event()
+        """Nothing goes through any more, and nobody is told."""
+        self.spoils_request = self.spoils_answer = self.halves_answer = False
+        """One bit of what comes next is another one; half of it comes, and nothing more."""
+        self._threads = [threading.Thread(target=way, daemon=True) for way in (self._requests, self._answers)]
+        for thread in self._threads:
+            thread.start()
+
+    def cut(self) -> None:
+        for end in (self.client, self.server):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        self.client.close()
+        self.server.close()
+
+    def _requests(self) -> None:
+        with contextlib.suppress(OSError), self.client.makefile("rb") as stream:
+            while head := stream.read(HEADER.size):
+                command, size = HEADER.unpack(head)
+                happens = self.trouble.comes(command)
+                self._pass(self.server, head)
+                left = size
+                while left or happens:
+                    if happens and left <= size // 2:
+                        happens = False
+                        self.trouble.happens(self)
+                        continue
+                    piece = stream.read(min(left, PIECE) if left <= size // 2 else min(left - size // 2, PIECE))
+                    if not piece:
+                        break
+                    left -= len(piece)
+                    if self.spoils_request:
+                        self.spoils_request, piece = False, spoilt(piece)
+                    self._pass(self.server, piece)
+        with contextlib.suppress(OSError):
+            self.server.shutdown(socket.SHUT_WR)
+
+    def _answers(self) -> None:
+        with contextlib.suppress(OSError):
+            while piece := self.server.recv(PIECE):
+                if self.spoils_answer:
+                    self.spoils_answer, piece = False, spoilt(piece)
+                if self.halves_answer:
+                    self._pass(self.client, piece[: len(piece) // 2])
+                    self.cut()
+                self._pass(self.client, piece)
+        if not self.stalls.is_set():
+            with contextlib.suppress(OSError):
+                self.client.shutdown(socket.SHUT_WR)
+
+    def _pass(self, target: socket.socket, data: bytes) -> None:
+        if not self.stalls.is_set():
+            target.sendall(data)
+
+
+def spoilt(data: bytes) -> bytes:
+    """``data`` with one bit of its middle turned over."""
+    damaged = bytearray(data)
+    damaged[len(damaged) // 2] ^= 0x10
+    return bytes(damaged)
