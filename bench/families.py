@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 
 from sdrpc.client import connect
+from sdrpc.diffusion.guidance import Told
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
-from sdrpc.families.base import Conditions, Config
+from sdrpc.families.base import Config
 from sdrpc.families.components.unet import pooled_width
 from sdrpc.families.flux1 import T5_TOKENS
 from sdrpc.families.model import Model, ModelFiles, open_model
@@ -155,7 +156,7 @@ def _step(case: Case) -> Iterator[Row]:
         session = case.connected(stack, server.port)
         settings = session.settings(case.request)
         conditions = session.conditions(settings)
-        drawn = drawing(session.model, settings, conditions)
+        drawn = drawing(session.model, settings, list(conditions.by_name.values()))
         before = session.timer.seconds.get("upload", 0.0)
         mine = [sample(session, case.request, conditions)]
         yield _upload(case, session.model["diffusion"].found.nbytes(), session.timer.seconds["upload"] - before)
@@ -266,16 +267,20 @@ def _wire(case: Case) -> Iterator[Row]:
         session = case.connected(stack, proxy.port)
         request = case.short(WIRE_STEPS)
         told = _told(case, session.model)
-        conditions: list[Conditions] = [
-            {name: np.zeros((1, *shape[1:]), np.float32) for name, shape in told.items()}
-        ] * _batch(case)
-        noted = sample(session, request, conditions, lambda _: counts.append((proxy.sent, proxy.received)))
+        conditions = {name: np.zeros((1, *shape[1:]), np.float32) for name, shape in told.items()}
+        batch = _batch(case)
+        noted = sample(
+            session,
+            request,
+            Told(conditions, conditions if batch == 2 else None),
+            lambda _: counts.append((proxy.sent, proxy.received)),
+        )
     # the first step uploads and sends the graph; counts[0] is before it
     sent, received = (
         (after - before) / (WIRE_STEPS - 1) for before, after in zip(counts[1], counts[-1], strict=True)
     )  # fmt: skip
     one = noted.latents.nbytes
-    needed = one + 4 + len(conditions) * one  # latents and the timestep out, the prediction of the batch back
+    needed = one + 4 + batch * one  # latents and the timestep out, the prediction of the batch back
     yield Row(
         f"bytes per step, {case.title}", sent + received, "B", needed, "latents + timestep, prediction",
         case.mark(Mark(WIRE_RATIO)), f"{sent:,.0f} out, {received:,.0f} back",

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdrpc.diffusion.guidance import Told
 from sdrpc.diffusion.request import Request, Settings
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.session import Session
-from sdrpc.families.base import Conditions
 from sdrpc.families.model import Model
 
 F32 = NDArray[np.float32]
@@ -46,7 +46,7 @@ def difference(one: F32, other: F32) -> float:
 
 
 def sample(
-    session: Session, request: Request, conditions: list[Conditions], noted: Callable[[int], None] = lambda _: None
+    session: Session, request: Request, conditions: Told, noted: Callable[[int], None] = lambda _: None
 ) -> Sampled:
     """The first picture of ``request`` up to its latents, without the VAE. ``noted`` is called when a step is done."""
     times: list[float] = []

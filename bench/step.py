@@ -29,7 +29,7 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
     with setup.server(variant) as server, setup.session(variant, server.port) as session:
         settings = session.settings(request)
         conditions = session.conditions(settings)
-        text = np.concatenate([each["context"] for each in conditions])
+        text = np.concatenate([each["context"] for each in conditions.by_name.values()])
         mine = [sample(session, request, conditions)]  # uploads
         theirs = InProcess(session.model, setup.torch_device, _dtype(variant))
         eager = [theirs.sample(settings, text)]

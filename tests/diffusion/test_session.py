@@ -217,13 +217,18 @@ def test_a_request_gets_what_belongs_to_its_model_and_sampler(session: Session) 
     ("field", "value"),
     [("width", 0), ("height", 1 << 20), ("steps", 0), ("batch_count", 0), ("sampling_method", "x"), ("scheduler", "x"),
      ("rng", "x"), ("cfg_scale", float("nan")), ("eta", float("inf")), ("prediction", "x"), ("guidance", float("nan")),
-     ("flow_shift", 1.0), ("clip_skip", 99)],
+     ("flow_shift", 1.0), ("clip_skip", 99), ("slg_scale", 2.0), ("img_cfg_scale", 2.0)],
 )  # fmt: skip
 def test_requests_that_make_no_sense_name_the_field(field: str, value: Any, session: Session) -> None:
     with pytest.raises(InvalidValue) as caught:
         drawn(session, Request("", **{"width": 64, "height": 64, "steps": 1, field: value}))
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{field} ")
+
+
+def test_models_of_flows_have_no_timestep_shift(session: Session) -> None:
+    with pytest.raises(InvalidValue, match="timestep_shift 250: models that predict sd3_flow have none"):
+        drawn(session, replace(SMALL, timestep_shift=250, prediction="sd3_flow"))
 
 
 # On devices -----------------------------------------------------------------------------------------------------------

@@ -239,10 +239,10 @@ def test_other_families_are_refused_by_name(name: str, family: str, tmp_path: Pa
         open_model(ModelFiles(path))
 
 
-def test_inpainting_models_are_refused_by_name(tiny_weights: Weights, tmp_path: Path) -> None:
+def test_models_of_other_inputs_are_refused_by_name(tiny_weights: Weights, tmp_path: Path) -> None:
     name = f"{UNET}input_blocks.0.0.weight"
-    path = saved(tmp_path / "a.safetensors", tiny_weights | {name: torch.zeros(32, 9, 3, 3)})
-    with pytest.raises(CheckpointError, match="inpainting"):
+    path = saved(tmp_path / "a.safetensors", tiny_weights | {name: torch.zeros(32, 8, 3, 3)})
+    with pytest.raises(CheckpointError, match="InstructPix2Pix"):
         open_model(ModelFiles(path))
 
 

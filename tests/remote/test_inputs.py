@@ -14,6 +14,7 @@ import sdrpc
 from sdrpc.device import Device
 from sdrpc.diffusion.inputs import steps_left_out
 from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.session import Session
 from sdrpc.errors import InvalidValue
 from sdrpc.runtime.cache import Cache
@@ -30,6 +31,7 @@ CASES = (
     Case("chroma", "safetensors"),
 )  # fmt: skip
 
+INPAINTING = (Case("sd1-inpaint", "safetensors"), Case("flux1-fill", "parts"))
 MASKED = (*(Case("sd1", form) for form in ("safetensors", "gguf", "parts")), Case("sdxl", "parts"))
 
 
@@ -116,3 +118,49 @@ def test_several_references_are_seen(checkpoints: Checkpoints, device: Device, g
     assert not np.array_equal(both, one)
     with pytest.raises(InvalidValue, match=r"ref_images 1: Stable Diffusion 1\.x draws without reference pictures"):
         drawn(checkpoints, CASES[0], device, graphs, replace(request(CASES[0]), ref_images=(scene(),)))
+
+
+@pytest.mark.parametrize("case", INPAINTING, ids=str)
+def test_inpainting_models_see_what_is_around_a_mask(
+    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+) -> None:
+    """Guided as diffusers guides: with the picture beside the negative prompt as well."""
+    asked = replace(request(case), init_image=scene(), mask=square(), strength=STRENGTH, img_cfg_scale=1.0)
+    picture = drawn(checkpoints, case, device, graphs, asked)
+    plain = drawing(case)
+    rng = make_rng(asked.rng, asked.seed)
+    _, second = (rng.normal(plain.noise.size).reshape(plain.noise.shape) for _ in range(2))
+    begun = replace(
+        plain, image=Image.fromarray(scene()), mask=Image.fromarray(square()), masked_noise=second,
+        left_out=steps_left_out(STRENGTH, STEPS),
+    )  # fmt: skip
+    wanted = draw(checkpoints.made(case).pipeline(), begun).pixels
+    assert psnr(picture, wanted) >= BOUNDS["exact"]
+
+
+def test_what_is_around_a_mask_is_guided_on_its_own(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+    """Three evaluations a step, which become two where the scales are equal or it is 1."""
+    case = INPAINTING[0]
+    asked = replace(request(case), steps=1, cfg_scale=3.0, init_image=scene(), mask=square(), strength=1.0)
+    pictures = {}
+    for scale in (None, 3.0, 2.999, 1.0, 1.001):
+        pictures[scale] = drawn(checkpoints, case, device, graphs, replace(asked, img_cfg_scale=scale)).astype(int)
+    np.testing.assert_array_equal(pictures[None], pictures[3.0])
+    assert np.abs(pictures[3.0] - pictures[2.999]).max() <= 1
+    assert np.abs(pictures[1.0] - pictures[1.001]).max() <= 1
+    assert np.abs(pictures[1.0] - pictures[3.0]).max() > 3
+    with pytest.raises(InvalidValue, match=r"img_cfg_scale 2: .* inpainting model"):
+        drawn(checkpoints, CASES[0], device, graphs, replace(request(CASES[0]), img_cfg_scale=2))
+
+
+def test_skipped_layers_guide_as_in_diffusers(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+    """The shares are of steps in diffusers, of one more in stable-diffusion.cpp: both mean the second step."""
+    case = Case("sd3", "safetensors")
+    asked = replace(request(case), slg_scale=3.0, skip_layers=(1,), skip_layer_start=0.3, skip_layer_end=0.75)
+    picture = drawn(checkpoints, case, device, graphs, asked)
+    wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), skip=(3.0, (1,), 0.3, 0.6))).pixels
+    assert psnr(picture, wanted) >= BOUNDS["exact"]
+    assert psnr(picture, checkpoints.wanted(case)) < BOUNDS["exact"] - 10
+    for refused, given in ((case, {"skip_layers": (3,)}), (CASES[0], {})):
+        with pytest.raises(InvalidValue, match=r"skip_layers 3|slg_scale"):
+            drawn(checkpoints, refused, device, graphs, replace(asked, **given))

@@ -227,11 +227,16 @@ def _vae(whole: str, widths: tuple[int, ...], layers: int, channels: int = 4, **
     )
 
 
-def _flux(heads: int, blocks: int, single_blocks: int, text: int, pooled: int, guidance: bool) -> Component:
+def _flux(
+    heads: int, blocks: int, single_blocks: int, text: int, pooled: int, guidance: bool, inputs: int = 64
+) -> Component:
+    """``inputs``: of a token; Fill sees more than the 64 numbers of its latents."""
     return Component(
         "diffusion",
         "transformer",
         lambda: FluxTransformer2DModel(
+            in_channels=inputs,
+            out_channels=64,
             num_attention_heads=heads,
             num_layers=blocks,
             num_single_layers=single_blocks,
@@ -339,7 +344,7 @@ _FLUX_LATENTS: dict[str, Any] = {
 }
 
 
-def _flux_components(guidance: bool) -> dict[str, tuple[Component, ...]]:
+def _flux_components(guidance: bool, inputs: int = 64) -> dict[str, tuple[Component, ...]]:
     def components(
         vae: tuple[tuple[int, ...], int],
         clip: tuple[int, int],
@@ -347,7 +352,7 @@ def _flux_components(guidance: bool) -> dict[str, tuple[Component, ...]]:
         dit: tuple[int, int, int],
     ) -> tuple[Component, ...]:
         return (
-            _flux(*dit, text=t5[0], pooled=clip[0], guidance=guidance),
+            _flux(*dit, text=t5[0], pooled=clip[0], guidance=guidance, inputs=inputs),
             _vae("vae.", *vae, channels=16, **_FLUX_LATENTS),
             _clip_l("text_encoders.clip_l.transformer.", *clip),
             _t5(*t5),
@@ -393,14 +398,20 @@ def _logit_scale() -> torch.Tensor:
 
 
 def sd1_components(
-    widths: tuple[int, ...], attends: int, layers: int, vae: tuple[tuple[int, ...], int], text: tuple[int, int]
+    widths: tuple[int, ...],
+    attends: int,
+    layers: int,
+    vae: tuple[tuple[int, ...], int],
+    text: tuple[int, int],
+    inputs: int = 4,
 ) -> tuple[Component, ...]:
     """SD 1.x of any size: the UNet's ``widths`` from the finest level on, of which ``attends`` attend to text, and its
-    ``layers`` in each; the VAE's widths and layers; the text encoder's width and layers."""
+    ``layers`` in each; the VAE's widths and layers; the text encoder's width and layers; the channels that the UNet is
+    given, of which inpainting models have more."""
     return (
         _unet(
             widths, tuple(level < attends for level in range(len(widths))), text[0],
-            attention_head_dim=8, layers_per_block=layers,
+            attention_head_dim=8, layers_per_block=layers, in_channels=inputs,
         ),
         _vae("first_stage_model.", *vae),
         _clip_l("cond_stage_model.transformer.", *text),
@@ -417,6 +428,14 @@ SD1 = Family(
     _betas("epsilon"),
     "sd1",
     {"cond_stage_model.transformer.text_model.embeddings.position_ids": _positions},
+)
+SD1_INPAINT = replace(
+    SD1,
+    name="sd1-inpaint",
+    components={
+        "full": sd1_components((320, 640, 1280, 1280), 3, 2, FULL_VAE, (768, 12), inputs=9),
+        "tiny": sd1_components((32, 64, 64), 2, 1, TINY_VAE, (64, 2), inputs=9),
+    },
 )
 
 _SD2 = {
@@ -479,6 +498,7 @@ FLUX1_DEV = Family(
     ),
     "flux",
 )  # fmt: skip
+FLUX1_FILL = replace(FLUX1_DEV, name="flux1-fill", components=_flux_components(guidance=True, inputs=384))
 FLUX1_SCHNELL = Family(
     "flux1-schnell",
     diffusers.FluxPipeline,
@@ -568,7 +588,7 @@ Z_IMAGE = Family(
 FAMILIES = {
     family.name: family
     for family in (
-        SD1, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM, SD35_LARGE, CHROMA,
-        Z_IMAGE,
+        SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
+        SD35_LARGE, CHROMA, Z_IMAGE,
     )
 }  # fmt: skip

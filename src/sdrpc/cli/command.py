@@ -41,7 +41,9 @@ class Option(click.Option):
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
         names = ", ".join(sorted(self.opts, key=lambda name: name.startswith("--")))
         metavar = "" if self.is_flag else f" {self.make_metavar(ctx)}"
-        default = self.shown or (str(self.default) if isinstance(self.default, str | int) and not self.is_flag else "")
+        default = self.shown or (
+            str(self.default) if isinstance(self.default, str | int | float) and not self.is_flag else ""
+        )
         return names + metavar, f"{self.help}{f' [default: {default}]' if default else ''}"
 
 
@@ -91,6 +93,24 @@ class Networks(click.ParamType):  # type: ignore[type-arg] # as above
         if found.version == 6 and found.network_address.ipv4_mapped:
             raise InvalidValue(field, text, "IPv4 is written as such, without ::ffff:")
         return found
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg] # as above
+    """Numbers with commas between them, also in brackets, as a tuple."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.kind(piece) for piece in value.strip(" []").split(",") if piece.strip())
+        except ValueError as error:
+            field = str(param.name) if param else "value"
+            raise InvalidValue(field, value, "numbers with commas between them are needed") from error
 
 
 class Command(click.Command):

@@ -10,12 +10,13 @@ import click
 
 from ..client import DEFAULT_TIMEOUTS
 from ..device import PRECISIONS
+from ..diffusion.easycache import MODES as MODES_OF_CACHE
 from ..diffusion.predictions import PREDICTIONS
 from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
-from .command import SHELLS, OneOf, Option
+from .command import SHELLS, Numbers, OneOf, Option
 from .output import DEFAULT_OUTPUT
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
@@ -77,6 +78,22 @@ OPTIONS = (
            help="Shift of a flow model's noise levels."),
     Option(SAMPLING, "--eta", type=float, metavar="FACTOR", shown="the sampler's own",
            help="How much new noise a sampler adds."),
+    Option(SAMPLING, "--sigmas", type=Numbers(float), metavar="LEVEL,...", default="",
+           help="Levels of noise instead of --scheduler and --steps, falling to 0: 14.6,7.8,3.5,0."),
+    Option(SAMPLING, "--timestep-shift", type=int, metavar="NUMBER", default=0,
+           help="Of NitroFusion's models: 250 for Realism, 500 for Vibrant; 0: none."),
+    Option(SAMPLING, "--img-cfg-scale", type=float, metavar="FACTOR", shown="as --cfg-scale",
+           help="How strongly an inpainting model follows what is around the mask."),
+    Option(SAMPLING, "--slg-scale", type=float, metavar="FACTOR", default=0.0,
+           help="Skip layer guidance of SD 3.5 medium: 2.5, say; 0: none."),
+    Option(SAMPLING, "--skip-layers", type=Numbers(int), metavar="NUMBER,...", default="7,8,9",
+           help="Layers that it leaves out."),
+    Option(SAMPLING, "--skip-layer-start", type=float, metavar="0..1", default=0.01, help="From where on it is used."),
+    Option(SAMPLING, "--skip-layer-end", type=float, metavar="0..1", default=0.2, help="Up to where it is used."),
+    Option(SAMPLING, "--cache-mode", type=OneOf(*MODES_OF_CACHE), metavar="|".join(MODES_OF_CACHE),
+           default="disabled", help="easycache leaves out steps in which little would change."),
+    Option(SAMPLING, "--cache-option", metavar="NAME=NUMBER,...", default="",
+           shown="threshold=0.2,start=0.15,end=0.95", help="How much may change, and between which steps."),
     Option(SAMPLING, "--clip-skip", type=int, metavar="NUMBER", default=-1,
            help="2 leaves out CLIP's last layer; below 1: as the model wants it."),
     Option(SAMPLING, "--rng", type=OneOf(*RNGS), metavar="|".join(RNGS), default="cuda",
@@ -132,14 +149,14 @@ _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
         "--clip_vision", "--llm_vision", "--qwen2vl_vision", "--tokenizer",
         "--high-noise-diffusion-model", "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
-        "--audio-encoder", "--motion-module", "--timestep-shift", "--slg-scale", "--skip-layers", "--skip-layer-start",
-        "--skip-layer-end", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask", "--chroma-t5-mask-pad",
+        "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
+        "--chroma-t5-mask-pad",
         "--qwen-image-zero-cond-t", "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
         "--model-args", "--linear-scale", "--attn-scale",
     ),
     "images as input": (
         "--increase-ref-index", "--ref-image-args",
-        "--disable-auto-resize-ref-image", "--img-cfg-scale", "--control-net", "--control-image", "--control-strength",
+        "--disable-auto-resize-ref-image", "--control-net", "--control-image", "--control-strength",
         "--canny", "--control-net-cpu", "--control-net-backend-device", "--photo-maker", "--pm-id-images-dir",
         "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device", "--vision-backend-device",
         "--ip-adapter", "--ip-adapter-strength", "--ip-adapter-image", "--pulid-weights", "--pulid-id-weight",
@@ -173,7 +190,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--fa", "--diffusion-fa", "--diffusion-conv-direct", "--vae-conv-direct",
     ),
     "skipping and custom steps": (
-        "--cache-mode", "--cache-option", "--cache-preset", "--scm-mask", "--scm-policy", "--sigmas",
+        "--cache-preset", "--scm-mask", "--scm-policy",
         "--extra-sample-args",
     ),
     "reading metadata": ("--image", "--metadata-format", "--metadata-raw", "--metadata-brief", "--metadata-all"),

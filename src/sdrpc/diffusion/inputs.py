@@ -6,7 +6,10 @@ from hashlib import sha256
 from math import sqrt
 from typing import NamedTuple
 
-from .pictures import F32, Pixels, f32
+import numpy as np
+
+from ..families.base import Conditions
+from .pictures import F32, Pixels, f32, from_pixels
 from .request import Settings
 
 REFERENCE_MULTIPLE = 16
@@ -27,6 +30,16 @@ class Begin(NamedTuple):
 NOTHING = Begin()
 
 
+class Beside(NamedTuple):
+    """Conditions that pictures are, beside those of a text: with what is around a mask, and without."""
+
+    shown: Conditions
+    hidden: Conditions
+
+
+NOTHING_BESIDE = Beside({}, {})
+
+
 def steps_left_out(strength: float, steps: int) -> int:
     """How many of ``steps`` a picture that is begun with does not need, as in stable-diffusion.cpp: the first four of
     20 with a strength of 0.75, none with 1."""
@@ -39,6 +52,16 @@ def latent_mask(mask: Pixels | None, pixels: int) -> F32 | None:
     """Of a mask (height, width) the pixel in the corner of each latent, which stands for ``pixels`` on a side:
     (1, 1, h, w), 0 … 1."""
     return None if mask is None else mask[None, None, ::pixels, ::pixels].astype(f32) / f32(255)
+
+
+def hidden(settings: Settings) -> tuple[F32, F32 | None]:
+    """A request's mask as inpainting models are shown it (1, 1, height, width), 1 where it is drawn anew, and the
+    picture (1, 3, height, width) with grey in these places. Without a mask that is everywhere; without a picture there
+    is none."""
+    mask = np.ones((1, 1, settings.height, settings.width), f32)
+    if settings.mask is not None:
+        mask[0, 0] = settings.mask >= 128
+    return mask, None if settings.init_image is None else from_pixels(settings.init_image) * (f32(1) - mask)
 
 
 def reference_size(picture: Pixels, settings: Settings, multiple: int) -> tuple[int, int]:

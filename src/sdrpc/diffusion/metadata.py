@@ -23,6 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from .guidance import SKIPPED, LeftOut
 
 if TYPE_CHECKING:
     from ..families.model import ModelFiles
@@ -74,6 +75,10 @@ class Parameters:
     flow_shift: float | None = None
     sampler_rng: str | None = None
     strength: float = 0.75
+    img_cfg_scale: float | None = None
+    sigmas: tuple[float, ...] = ()
+    timestep_shift: int = 0
+    left_out: LeftOut | None = None
     models: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
@@ -88,6 +93,7 @@ class Parameters:
         pairs = [
             f"Steps: {self.steps}",
             f"CFG scale: {self.cfg_scale:.6f}",
+            *self._skipped_layers(),
             f"Guidance: {self.guidance:.6f}",
             f"Eta: {'inf' if self.eta is None else f'{self.eta:.6f}'}",
             f"Seed: {self.seed}",
@@ -95,7 +101,7 @@ class Parameters:
             f"Model: {self.models.get('model', '')}",
             f"RNG: {self.rng}",
             *([f"Sampler RNG: {self.sampler_rng}"] if self.sampler_rng else []),
-            f"Sampler: {self.sampler} {self.scheduler}",
+            f"Sampler: {self.sampler} {self._levels()}",
             *(f"{title}: {self.models[key]}" for title, key in files if key in self.models),
             *([f"Clip skip: {self.clip_skip}"] if self.clip_skip != -1 else []),
             f"Version: {GENERATOR}",
@@ -105,7 +111,23 @@ class Parameters:
         # names of files may be bytes that are no text
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
+    def _skipped_layers(self) -> list[str]:
+        if self.left_out is None:
+            return []
+        return [
+            f"SLG scale: {self.left_out.scale:.6f}",
+            f"Skip layers: [{', '.join(map(str, self.left_out.layers))}]",
+            f"Skip layer start: {self.left_out.start:.6f}",
+            f"Skip layer end: {self.left_out.end:.6f}",
+        ]
+
+    def _levels(self) -> str:
+        return (
+            f"| Custom Sigmas: [{', '.join(f'{sigma:g}' for sigma in self.sigmas)}]" if self.sigmas else self.scheduler
+        )
+
     def _json(self) -> dict[str, Any]:
+        left_out = self.left_out or LeftOut(0.0, *SKIPPED)
         return {
             "schema": "sdcpp.image.params/v1",
             "mode": "img_gen",
@@ -115,13 +137,19 @@ class Parameters:
             "height": self.height,
             "prompt": {"positive": self.prompt, "negative": self.negative_prompt},
             "sampling": {
-                "steps": self.steps, "eta": _single(self.eta), "shifted_timestep": 0,
+                "steps": self.steps, "eta": _single(self.eta), "shifted_timestep": self.timestep_shift,
                 "flow_shift": _single(self.flow_shift),
                 "guidance": {
-                    "txt_cfg": _single(self.cfg_scale), "img_cfg": None, "distilled_guidance": _single(self.guidance),
-                    "slg": {"scale": 0.0, "layers": [7, 8, 9], "start": _single(0.01), "end": _single(0.2)},
+                    "txt_cfg": _single(self.cfg_scale), "img_cfg": _single(self.img_cfg_scale),
+                    "distilled_guidance": _single(self.guidance),
+                    "slg": {
+                        "scale": _single(left_out.scale), "layers": list(left_out.layers),
+                        "start": _single(left_out.start), "end": _single(left_out.end),
+                    },
                 },
-                "method": self.sampler, "scheduler": self.scheduler, "custom_sigmas": [], "extra_sample_args": "",
+                "method": self.sampler, "scheduler": self.scheduler,
+                "custom_sigmas": [_single(sigma) for sigma in self.sigmas],
+                "extra_sample_args": "",
             },
             "models": dict(self.models),
             "clip_skip": self.clip_skip,
@@ -159,6 +187,10 @@ def parameters_of(
         eta=eta,
         flow_shift=settings.flow_shift,
         strength=settings.strength,
+        img_cfg_scale=None if settings.img_cfg_scale == settings.cfg_scale else settings.img_cfg_scale,
+        sigmas=settings.sigmas,
+        timestep_shift=settings.timestep_shift,
+        left_out=settings.left_out,
         models={name: path.name for name, path in files.named.items()},
     )
 

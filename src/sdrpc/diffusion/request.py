@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from ..errors import InvalidValue
 from ..families.base import Defaults
 from ..prompts.text import check
+from .easycache import Options as EasyCacheOptions
+from .easycache import find_options
+from .guidance import SKIPPED, LeftOut
 from .pictures import Pixels, fitted
-from .predictions import PREDICTIONS
+from .predictions import PREDICTIONS, TIMESTEPS
 from .rng import RNGS, make_rng
 from .samplers import find_sampler
 from .schedules import ALIASES, SCHEDULES
@@ -35,7 +39,14 @@ class Request:
     ``init_image``: pixels (height, width, 3) to begin with, uint8; they are cut and scaled to the picture's size, which
     is theirs where none is given. ``strength``: how much of the noise they get, 0 … 1; 1: all. ``mask``: pixels
     (height, width), uint8: where ``init_image`` is drawn anew (255), stays (0), or something between. ``ref_images``:
-    pictures that the model is shown, where its family knows what to do with them.
+    pictures that the model is shown, where its family knows what to do with them. ``img_cfg_scale``: how strongly an
+    inpainting model follows what is around the mask; None: as ``cfg_scale``, 1: as much as it was trained to.
+
+    ``sigmas``: levels of noise, falling to 0, instead of those of ``scheduler`` and ``steps``. ``timestep_shift``: of
+    NitroFusion's models, 0: none. ``slg_scale``: skip layer guidance, how far away from what the model predicts without
+    ``skip_layers``, between ``skip_layer_start`` and ``skip_layer_end`` of the steps. ``cache_mode``: ``easycache``
+    leaves steps out in which little would change, as ``cache_option`` says
+    (:func:`sdrpc.diffusion.easycache.parse_options`).
     """
 
     prompt: str
@@ -59,6 +70,15 @@ class Request:
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)
     ref_images: tuple[Pixels, ...] = field(default=(), compare=False, repr=False)
+    img_cfg_scale: float | None = None
+    sigmas: tuple[float, ...] = ()
+    timestep_shift: int = 0
+    slg_scale: float = 0.0
+    skip_layers: tuple[int, ...] = SKIPPED.layers
+    skip_layer_start: float = SKIPPED.start
+    skip_layer_end: float = SKIPPED.end
+    cache_mode: str = "disabled"
+    cache_option: str = ""
 
     def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int) -> Settings:
         """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
@@ -73,7 +93,10 @@ class Request:
             size = self.init_image.shape[1], self.init_image.shape[0]
         width = size[0] if self.width is None else self.width
         height = size[1] if self.height is None else self.height
+        _check_sigmas(self.sigmas)
         steps = defaults.steps if self.steps is None else self.steps
+        if self.sigmas:
+            steps = len(self.sigmas) - 1
         for name, value, largest in (
             ("width", width, MAX_SIDE), ("height", height, MAX_SIDE), ("steps", steps, MAX_STEPS),
             ("batch_count", self.batch_count, MAX_BATCH),
@@ -83,7 +106,8 @@ class Request:
         cfg_scale = defaults.cfg_scale if self.cfg_scale is None else self.cfg_scale
         guidance = defaults.guidance if self.guidance is None else self.guidance
         for name, number in (
-            ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift)
+            ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift),
+            ("img_cfg_scale", self.img_cfg_scale), ("slg_scale", self.slg_scale),
         ):  # fmt: skip
             if number is not None and not abs(number) < MAX_FACTOR:
                 raise InvalidValue(name, number, f"not a number below {MAX_FACTOR:.0e}")
@@ -106,7 +130,24 @@ class Request:
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
             None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
+            cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
+            self._left_out(), find_options(self.cache_mode, self.cache_option),
         )  # fmt: skip
+
+    def _timestep_shift(self) -> int:
+        if not 0 <= self.timestep_shift <= TIMESTEPS:
+            raise InvalidValue("timestep_shift", self.timestep_shift, f"it can be 0 (none) … {TIMESTEPS}")
+        return self.timestep_shift
+
+    def _left_out(self) -> LeftOut | None:
+        """Skip layer guidance, if there is any."""
+        start, end = self.skip_layer_start, self.skip_layer_end
+        for name, share in (("skip_layer_start", start), ("skip_layer_end", end)):
+            if not 0 <= share <= 1:
+                raise InvalidValue(name, share, "it can be 0 … 1")
+        if self.slg_scale == 0 or not self.skip_layers:
+            return None
+        return LeftOut(self.slg_scale, tuple(sorted(set(self.skip_layers))), start, end)
 
     def _check_pictures(self) -> None:
         """Raises :class:`InvalidValue` for arrays that are no pictures, or that nothing can be done with."""
@@ -122,6 +163,15 @@ class Request:
             raise InvalidValue("ref_images", len(self.ref_images), f"up to {MAX_REFERENCES} are taken")
         for picture in self.ref_images:
             _check_pixels("ref_images", picture, 3)
+
+
+def _check_sigmas(sigmas: tuple[float, ...]) -> None:
+    if not sigmas:
+        return
+    shown = ",".join(f"{sigma:g}" for sigma in sigmas)
+    falling = all(later < earlier < MAX_FACTOR for earlier, later in pairwise(sigmas))
+    if len(sigmas) < 2 or not falling or sigmas[-1] != 0:
+        raise InvalidValue("sigmas", shown, "levels of noise fall from one to the next, and end in 0: 14.6,7.8,3.5,0")
 
 
 _SHAPES = {2: "height, width", 3: "height, width, 3"}
@@ -165,3 +215,8 @@ class Settings:
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)
     ref_images: tuple[Pixels, ...] = field(default=(), compare=False, repr=False)
+    img_cfg_scale: float = 7.0
+    sigmas: tuple[float, ...] = ()
+    timestep_shift: int = 0
+    left_out: LeftOut | None = None
+    cache: EasyCacheOptions | None = None

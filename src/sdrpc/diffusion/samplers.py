@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import InvalidValue
 from .brownian import BrownianTree
-from .predictions import F32, TIMESTEPS, Prediction, f32
+from .predictions import F32, TIMESTEPS, Prediction, Scaling, f32
 from .rng import Rng
 
 
@@ -40,15 +40,20 @@ OnStep = Callable[[int, int], None]
 """Called with the number of steps that are done, and of all steps."""
 
 
-def denoiser(predict: Predict, prediction: Prediction) -> Denoise:
+def denoiser(predict: Predict, prediction: Prediction, timestep_shift: int = 0) -> Denoise:
     """A :class:`Denoise` from a model and what it predicts.
 
-    The model gets a fractional timestep, as in stable-diffusion.cpp.
+    The model gets a fractional timestep, as in stable-diffusion.cpp. With a ``timestep_shift`` it is told another one,
+    timestep · shift / 1000, and its answer means what it means there: NitroFusion's models (Chen et al. 2024).
     """
 
     def denoise(x: F32, sigma: f32) -> Guess:
-        scaling = prediction.scaling(sigma)
-        guided, unconditional = predict(x * scaling.into, prediction.timestep(sigma))
+        scaling, timestep = prediction.scaling(sigma), prediction.timestep(sigma)
+        if timestep_shift:
+            timestep = f32(np.clip(np.floor(timestep * f32(timestep_shift / TIMESTEPS) + f32(0.5)), 0, TIMESTEPS - 1))
+            there = prediction.scaling(prediction.sigma(timestep))
+            scaling = Scaling(there.skip * scaling.into / there.into, there.out, scaling.into)
+        guided, unconditional = predict(x * scaling.into, timestep)
         rest = x * scaling.skip
         return Guess(guided * scaling.out + rest, None if unconditional is None else unconditional * scaling.out + rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,22 +16,36 @@ from tokenizers import Tokenizer
 
 from ..device import Device
 from ..errors import InvalidValue, UsageError
-from ..families.base import F32, REFERENCE, Conditions, Config, Prompt
+from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.cache import Cache
 from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import Autoencoder
 from .device_model import DeviceModel
+from .easycache import EasyCache
 from .events import Cancel, Event, OnEvent
-from .inputs import NOTHING, Begin, latent_mask, reference_size, same_pixels, steps_left_out
+from .guidance import Guide, Told
+from .inputs import (
+    NOTHING,
+    NOTHING_BESIDE,
+    Begin,
+    Beside,
+    hidden,
+    latent_mask,
+    reference_size,
+    same_pixels,
+    steps_left_out,
+)
 from .pictures import Picture, f32, finite, fitted, from_pixels, to_pixels
 from .placement import assigned
 from .predictions import Prediction, flux_shift_by_size, prediction
 from .request import Request, Settings
 from .rng import make_rng
-from .samplers import Guess, denoiser, kept_outside, sample
+from .samplers import denoiser, kept_outside, sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
+
+log = logging.getLogger(__name__)
 
 PROMPTS = 16
 """Texts whose conditions a session remembers: the next picture of the same text, with another seed, needs no text
@@ -98,7 +113,24 @@ class Session:
             raise InvalidValue(
                 "ref_images", len(settings.ref_images), f"{model.family.title} draws without reference pictures"
             )
+        if settings.left_out is not None:
+            self._check_layers(settings.left_out.layers)
+        if request.img_cfg_scale is not None and not self._inpaints:
+            reason = "the model is not shown what is around a mask (an inpainting model would be)"
+            raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
         return settings
+
+    @property
+    def _inpaints(self) -> bool:
+        inpainting = self.model.family.inpainting
+        return inpainting is not None and inpainting.takes(self.model["diffusion"].config)
+
+    def _check_layers(self, layers: Sequence[int]) -> None:
+        family, config = self.model.family, self.model["diffusion"].config
+        if not family.skips_layers:
+            raise InvalidValue("slg_scale", "skip layer guidance", f"{family.title} has none; leave it 0")
+        if not 0 <= layers[0] <= layers[-1] < config["num_layers"]:
+            raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {config['num_layers'] - 1}")
 
     def generate(
         self, request: Request, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
@@ -124,9 +156,9 @@ class Session:
         telling = self._devices.telling
         telling.on_event, telling.cancel = on_event, cancel
         with self.timer("encode"):
-            begin, shown = self._encoded_pictures(settings)
+            begin, beside = self._encoded_pictures(settings)
             with telling.stage("encode"):
-                conditions = [{**told, **shown} for told in self.conditions(settings)]
+                told = self.conditions(settings, beside)
         settings = replace(settings, prediction=self._prediction(settings).name)
         for number in range(settings.batch_count):
             seed = settings.seed + number
@@ -137,7 +169,7 @@ class Session:
                 on_event(Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds))
 
             with self.timer("sample"):
-                latents = self.sample(settings, seed, conditions, on_step, begin)
+                latents = self.sample(settings, seed, told, on_step, begin)
             with self.timer("decode"), telling.stage("decode", "vae"):
                 picture = to_pixels(self._vae.decode(latents)[0])
             yield Picture(picture, seed)
@@ -159,16 +191,15 @@ class Session:
 
     # --- the model as functions
 
-    def predict(self, latents: F32, timestep: F32, conditions: Conditions) -> F32:
+    def predict(self, latents: F32, timestep: F32, conditions: Conditions, **options: Any) -> F32:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
-        of b prompts."""
+        of b prompts. ``options`` are added to its configuration."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
-        (predicted,) = self._devices.run("diffusion", {}, inputs)
+        (predicted,) = self._devices.run("diffusion", options, inputs)
         return predicted
 
-    def conditions(self, settings: Settings) -> list[Conditions]:
-        """What the diffusion model is told about the prompt, and before it about the negative one where guidance needs
-        it."""
+    def conditions(self, settings: Settings, beside: Beside = NOTHING_BESIDE) -> Told:
+        """What the diffusion model is told about the prompts of a request, and ``beside`` them about its pictures."""
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
@@ -182,9 +213,13 @@ class Session:
             return self._encoded[known]
 
         shown = tuple(same_pixels(picture) for picture in settings.ref_images)
-
-        positive = encoded(settings.prompt, False)
-        return [positive] if settings.cfg_scale == 1 else [encoded(settings.negative_prompt, True), positive]
+        positive: Conditions = {**encoded(settings.prompt, False), **beside.shown}
+        apart = settings.img_cfg_scale != settings.cfg_scale
+        if settings.cfg_scale == 1 and not apart:
+            return Told(positive)
+        negative = encoded(settings.negative_prompt, True)
+        told = Told(positive, {**negative, **beside.hidden}, {**negative, **beside.shown} if apart else None)
+        return Told(positive, told.shown) if apart and settings.img_cfg_scale == 1 else told
 
     def _prediction(self, settings: Settings) -> Prediction:
         """What the model predicts; a family whose files don't tell asks the model itself."""
@@ -198,13 +233,16 @@ class Session:
         if shift is None and name == "flux_flow":
             side = self.model.pixels * TOKEN_SIDE
             shift = flux_shift_by_size(settings.width // side * (settings.height // side))
-        return prediction(name, shift=shift)
+        found = prediction(name, shift=shift)
+        if settings.timestep_shift and found.flow:
+            raise InvalidValue("timestep_shift", settings.timestep_shift, f"models that predict {name} have none")
+        return found
 
     def sample(
         self,
         settings: Settings,
         seed: int,
-        conditions: Sequence[Conditions],
+        told: Told,
         on_step: Callable[[int, int], None] = lambda *_: None,
         begin: Begin = NOTHING,
     ) -> F32:
@@ -212,9 +250,11 @@ class Session:
         steps that are done, and how many there are."""
         model, predicts = self.model, self._prediction(settings)
         height, width = settings.height // model.pixels, settings.width // model.pixels
-        sigmas = make_sigmas(
-            settings.scheduler, settings.steps, predicts, tokens=height * width, aligned=model.family.aligned
-        )
+        if settings.sigmas:
+            sigmas = np.array(settings.sigmas, f32)
+        else:
+            tokens, aligned = height * width, model.family.aligned
+            sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=tokens, aligned=aligned)
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
         shape = (1, model.latent_channels, height, width)
@@ -222,47 +262,47 @@ class Session:
         start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
         # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
         noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
-        denoise = denoiser(self._guided(conditions, f32(settings.cfg_scale)), predicts)
+        cache = None if settings.cache is None else EasyCache(settings.cache, predicts)
+        guide = Guide(
+            self.predict, told, sigmas, cfg_scale=settings.cfg_scale, img_cfg_scale=settings.img_cfg_scale,
+            left_out=settings.left_out, cache=cache,
+        )  # fmt: skip
+        denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:
             denoise = kept_outside(denoise, begin.latents, begin.anew)
-        return sample(
-            settings.sampling_method,
-            denoise,
-            start,
-            sigmas,
-            noise,
-            flow=predicts.flow,
-            eta=settings.eta,
-            on_step=on_step,
-        )
 
-    def _guided(self, conditions: Sequence[Conditions], cfg_scale: f32) -> Callable[[F32, f32], Guess]:
-        """Classifier-free guidance: one evaluation of a batch of two, or two where the texts differ in length."""
-        alike = len({tuple(array.shape for array in each.values()) for each in conditions}) == 1
-        batches = [_joined(conditions)] if alike else conditions
+        def step_done(done: int, total: int) -> None:
+            guide.step_done(done)
+            on_step(done, total)
 
-        def predict(x: F32, timestep: f32) -> Guess:
-            results = [self.predict(x, np.array([timestep], f32), batch) for batch in batches]
-            predicted = finite(np.concatenate(results), f"the diffusion model's prediction at timestep {timestep:.3g}")
-            if len(predicted) == 1:
-                return Guess(predicted)
-            negative, positive = predicted[:1], predicted[1:]
-            return Guess(negative + cfg_scale * (positive - negative), negative)
+        flow, eta = predicts.flow, settings.eta
+        latents = sample(
+            settings.sampling_method, denoise, start, sigmas, noise, flow=flow, eta=eta, on_step=step_done
+        )  # fmt: skip
+        if cache is not None:
+            log.info("easycache: %d of %d steps were not computed", cache.reused, len(sigmas) - 1)
+        return latents
 
-        return predict
-
-    def _encoded_pictures(self, settings: Settings) -> tuple[Begin, Conditions]:
+    def _encoded_pictures(self, settings: Settings) -> tuple[Begin, Beside]:
         """What a request's pictures mean to the diffusion model: to begin with, and as conditions."""
+        family = self.model.family
         rng = make_rng(settings.rng, settings.seed)  # the first picture's, as in stable-diffusion.cpp
         begin = Begin()
         if settings.init_image is not None:
             latents = self._vae.encode(from_pixels(settings.init_image), rng)
             begin = Begin(latents, latent_mask(settings.mask, self.model.pixels))
-        shown = {}
+        references = {}
         for number, picture in enumerate(settings.ref_images):
-            size = reference_size(picture, settings, self.model.family.latents.multiple)
-            shown[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)))
-        return begin, shown
+            size = reference_size(picture, settings, family.latents.multiple)
+            references[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)))
+        if family.inpainting is None or not self._inpaints:
+            return begin, Beside(references, references)
+        mask, picture_around = hidden(settings)
+        side = self.model.pixels
+        nothing = np.zeros((1, self.model.latent_channels, settings.height // side, settings.width // side), f32)
+        latents = nothing if picture_around is None else self._vae.encode(picture_around, rng)
+        shown, unseen = (family.inpainting.around(mask, each) for each in (latents, nothing))
+        return begin, Beside({AROUND: shown, **references}, {AROUND: unseen, **references})
 
 
 class _Encode:
@@ -284,7 +324,3 @@ class _Encode:
 
     def has(self, component: str) -> bool:
         return component in self._devices.model.components
-
-
-def _joined(conditions: Sequence[Conditions]) -> Conditions:
-    return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}

@@ -227,6 +227,9 @@ class Encode(Protocol):
 Conditions = Mapping[str, F32]
 """The diffusion model's inputs besides latents and timestep, each with a first dimension of 1 (the batch)."""
 
+AROUND = "around"
+"""The condition that an inpainting model is given beside its latents: (1, channels, h, w)."""
+
 REFERENCE = "reference_"
 """Conditions of this name and a number (from 0) are the latents of the pictures that a request refers to, (1, c, h, w)
 each, in sizes of their own."""
@@ -275,6 +278,18 @@ class Joint(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Inpainting:
+    """How inpainting models are shown what is around a mask, as the condition :data:`AROUND`.
+
+    ``takes``: whether a diffusion model is one, from its configuration. ``around``: a mask (1, 1, height, width) of
+    pixels, 1 where it is drawn anew, and the latents of the picture without what is there → the condition.
+    """
+
+    takes: Callable[[Config], bool]
+    around: Callable[[F32, F32], F32]
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model.
 
@@ -283,7 +298,9 @@ class Family:
     prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align
     Your Steps' published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and
     its configuration, where nothing else tells. ``optional``: names of components that may be missing. ``references``:
-    whether the diffusion model can be shown pictures, as conditions called :data:`REFERENCE`.
+    whether the diffusion model can be shown pictures, as conditions called :data:`REFERENCE`. ``inpainting``: of
+    families with models that are made for it. ``skips_layers``: whether the diffusion model has the option
+    ``skip_layers``, numbers of blocks that it leaves out.
     """
 
     name: str
@@ -298,6 +315,8 @@ class Family:
     probe: Callable[[Predict, Config], str] | None = None
     optional: frozenset[str] = frozenset()
     references: bool = False
+    inpainting: Inpainting | None = None
+    skips_layers: bool = False
 
     @property
     def diffusion(self) -> Component:

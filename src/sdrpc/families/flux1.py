@@ -1,4 +1,4 @@
-"""FLUX.1: dev (distilled with guidance), schnell, Krea-dev, Kontext (which is shown pictures)."""
+"""FLUX.1: dev (distilled with guidance), schnell, Krea-dev, Kontext (is shown pictures), Fill (for inpainting)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ import numpy as np
 from ..checkpoints.expressions import swap_halves
 from ..ggml.weight import Weight
 from ..prompts import clip_chunks, t5_chunks
-from .base import Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt, joined
+from .base import (
+    F32,
+    Component,
+    Conditions,
+    Config,
+    Defaults,
+    Encode,
+    Family,
+    Found,
+    Inpainting,
+    Joint,
+    Latents,
+    Naming,
+    Prompt,
+    joined,
+)
 from .base import Weights as Tensors
 from .components import clip, flux, t5
 from .components.autoencoder import VAE
@@ -22,8 +37,10 @@ if TYPE_CHECKING:
 
     from .base import Call
 
-INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}
+INPUTS = {128: "FLUX.1 Canny or Depth"}
 """Other members of the family, by the width of their input."""
+MASK_PIXELS = 64
+"""Of a mask that Fill is shown with each latent: 8×8."""
 T5_TOKENS = 256
 """In a chunk, as in stable-diffusion.cpp."""
 
@@ -43,10 +60,25 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     return flux.merged(found, config, told)
 
 
+def fills(config: Config) -> bool:
+    """Whether it is FLUX.1 Fill: it is shown, beside latents, other ones and a mask."""
+    shown = config["in_channels"] - config["out_channels"]
+    return bool(shown == config["out_channels"] + MASK_PIXELS * flux.PATCH**2)
+
+
+def _around(mask: F32, latents: F32) -> F32:
+    """The latents, then the mask's pixels in the place of each: (1, channels + 64, h, w)."""
+    _, _, height, width = latents.shape
+    pixels = mask.shape[2] // height
+    squares = mask.reshape(1, height, pixels, width, pixels).transpose(0, 2, 4, 1, 3)
+    return np.concatenate([latents, squares.reshape(1, pixels * pixels, height, width)], 1)
+
+
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,) of 0 … 1, context (batch, tokens,
-    4096), pooled (batch, 768), for models with guidance guidance (batch,), and for Kontext the latents of reference
-    pictures (batch, channels, …) in sizes of their own. Output: the velocity (batch, channels, height, width).
+    4096), pooled (batch, 768); for models with guidance guidance (batch,), for Fill around (batch, channels + 64,
+    height, width), for Kontext the latents of reference pictures (batch, channels, …) in sizes of their own. Output:
+    the velocity (batch, channels, height, width).
 
     2×2 latents are a token; text has position (0, 0, 0), a token of the picture (0, row, column), one of a reference
     (1, row, column).
@@ -61,13 +93,15 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         context: torch.Tensor,
         pooled: torch.Tensor,
         guidance: torch.Tensor | None = None,
+        around: torch.Tensor | None = None,
         **references: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         height, width = latents.shape[2:]
         batch = context.shape[0]
         shown = list(references.values())
         corners = flux.beside([(reference.shape[2], reference.shape[3]) for reference in shown])
-        pictures = [latents.expand(batch, -1, -1, -1), *shown]
+        latents = latents.expand(batch, -1, -1, -1)
+        pictures = [latents if around is None else torch.cat((latents, around), 1), *shown]
         places = [flux.places(height, width)]
         places += [
             flux.places(r.shape[2], r.shape[3], 1, top, left) for r, (top, left) in zip(shown, corners, strict=True)
@@ -173,4 +207,5 @@ FLUX1 = Family(
         Joint("vae", lambda c: c["vae"]["latent_channels"] * flux.PATCH**2, "diffusion", flux.takes("out_channels")),
     ),
     references=True,
+    inpainting=Inpainting(fills, _around),
 )

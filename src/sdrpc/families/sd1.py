@@ -34,7 +34,12 @@ def settings(_: Mapping[str, Found]) -> Defaults:
 
 
 UNET_JOINTS = (
-    Joint("diffusion", lambda c: c["diffusion"]["out_channels"], "diffusion", lambda c: c["diffusion"]["in_channels"]),
+    Joint(
+        "diffusion",
+        lambda c: c["diffusion"]["out_channels"],
+        "diffusion",
+        lambda c: unet.latent_channels(c["diffusion"]),
+    ),
     Joint("diffusion", lambda c: c["diffusion"]["out_channels"], "vae", lambda c: c["vae"]["latent_channels"]),
 )
 """Of all families with a UNet."""
@@ -54,4 +59,5 @@ SD1 = Family(
         *UNET_JOINTS,
     ),
     aligned="sd1",
+    inpainting=unet.INPAINTING,
 )

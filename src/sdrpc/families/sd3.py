@@ -46,6 +46,8 @@ HEAD_SIZE = 64
 """Of attention, where no norm of queries tells."""
 T5_TOKENS = 77
 """In a chunk, as in stable-diffusion.cpp."""
+SKIPPED = "skip_layers"
+"""Option of the diffusion model: numbers of blocks that it leaves out."""
 PAD = 0
 """OpenCLIP-G's chunks are filled up with this token, CLIP-L's with end tokens."""
 
@@ -94,10 +96,12 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     width).
 
     The table of positions is part of the file: the module gets one of that size without numbers instead of computing
-    it, which takes gigabytes for SD 3.5 medium.
+    it (which ``sample_size`` decides about), which takes gigabytes for SD 3.5 medium.
     """
     import diffusers
     import torch
+
+    skipped = list(config.get(SKIPPED, ()))
 
     def call(
         module: Any, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor
@@ -109,12 +113,13 @@ def build(config: Config) -> tuple[nn.Module, Call]:
                 timestep=timestep.expand(batch),
                 encoder_hidden_states=context,
                 pooled_projections=pooled,
+                skip_layers=skipped or None,
                 return_dict=False,
             )[0],
         )
 
     make: Any = diffusers.SD3Transformer2DModel
-    arguments = {name: value for name, value in config.items() if name != "sample_size"}  # it decides the table alone
+    arguments = {name: value for name, value in config.items() if name not in ("sample_size", SKIPPED)}
     module = make(**{**arguments, "pos_embed_max_size": 1})
     side, positions = config["pos_embed_max_size"], module.pos_embed
     positions.pos_embed_max_size = side
@@ -291,4 +296,5 @@ SD3 = Family(
         Joint("diffusion", lambda c: c["diffusion"]["out_channels"], "vae", lambda c: c["vae"]["latent_channels"]),
     ),
     optional=frozenset({"t5xxl"}),
+    skips_layers=True,
 )  # fmt: skip

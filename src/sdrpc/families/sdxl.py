@@ -67,4 +67,5 @@ SDXL = Family(
         *UNET_JOINTS,
     ),
     aligned="sdxl",
+    inpainting=unet.INPAINTING,
 )  # fmt: skip

@@ -35,7 +35,8 @@ picture of ours equals one of these but for rounding:
   FLUX.1, Chroma and Z-Image, 1.5305 with shift 0.0609 for SD 3.
 - With ``image`` a picture begins with that one: the VAE's mean and deviation times the same noise, then noise up to the
   first of the steps that are not ``left_out``. It is the family's Img2ImgPipeline, or with ``mask`` (white is drawn
-  anew) its InpaintPipeline.
+  anew) its InpaintPipeline. What models that are made for inpainting are shown is encoded with ``masked_noise``.
+- With ``skip`` SD 3 is guided away from what it predicts without layers: scale, layers, from where to where.
 - With ``shown`` FLUX.1 Kontext's pipeline draws, which is shown that picture.
 """
 
@@ -77,6 +78,8 @@ class Drawing:
     zeros: str = "text"
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    skip: tuple[float, tuple[int, ...], float, float] | None = None
+    masked_noise: F32 | None = None
     shown: Image.Image | None = None
     left_out: int = 0
 
@@ -207,19 +210,49 @@ def _call(pipeline: Any, drawing: Drawing, latents: torch.Tensor, **arguments: A
         arguments |= {"image": drawing.shown, "max_area": drawing.width * drawing.height, "_auto_resize": False}
     if drawing.image is None:
         return pipeline(height=drawing.height, width=drawing.width, latents=latents, **arguments).images
-    kind = "Img2ImgPipeline" if drawing.mask is None else "InpaintPipeline"
-    relative = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", kind))(**pipeline.components)
+    kind = getattr(diffusers, _relative(type(pipeline).__name__, drawing))
+    relative = kind(**{name: each for name, each in pipeline.components.items() if name in signature(kind).parameters})
     relative.set_progress_bar_config(disable=True)
     if hasattr(relative, "_prepare_attention_mask"):  # Chroma's, whose own makes floats of bools
         relative._prepare_attention_mask = pipeline._prepare_attention_mask
     if drawing.mask is not None:
         arguments["mask_image"] = drawing.mask
     arguments["strength"] = (drawing.steps - drawing.left_out) / drawing.steps
-    if "height" in signature(relative.__call__).parameters:
-        arguments |= {"height": drawing.height, "width": drawing.width}
+    arguments |= {"height": drawing.height, "width": drawing.width}
     noise = torch.from_numpy(drawing.noise)[None]
-    with drawn_noise(relative, noise, noise, noise):
+    if drawing.masked_noise is not None:
+        arguments["callback_on_step_end"] = _kept(pipeline, drawing, noise)
+    takes = signature(relative.__call__).parameters
+    arguments = {name: value for name, value in arguments.items() if name in takes}
+    last = noise if drawing.masked_noise is None else torch.from_numpy(drawing.masked_noise)[None]
+    with drawn_noise(relative, noise, noise, last):
         return relative(image=drawing.image, **arguments).images
+
+
+def _relative(name: str, drawing: Drawing) -> str:
+    """The pipeline of the same family that begins with a picture."""
+    if drawing.mask is None:
+        return name.replace("Pipeline", "Img2ImgPipeline")
+    return "FluxFillPipeline" if name == "FluxPipeline" else name.replace("Pipeline", "InpaintPipeline")
+
+
+def _kept(pipeline: Any, drawing: Drawing, noise: torch.Tensor) -> Any:
+    """Puts back after each step what is outside the mask, as diffusers does with models that are not made for it."""
+    pixels = torch.from_numpy(np.array(drawing.image)).permute(2, 0, 1)[None] / 127.5 - 1
+    told, config = pipeline.vae.encode(pixels).latent_dist, pipeline.vae.config
+    known = (told.mean + told.std * noise - (config.shift_factor or 0.0)) * config.scaling_factor
+    anew = (torch.from_numpy(np.array(drawing.mask)) > 127).float()[None, None, ::8, ::8]
+    flux = type(pipeline).__name__ == "FluxPipeline"
+
+    def put_back(_: Any, index: int, __: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        sigma = float(drawing.sigmas[drawing.left_out + index + 1])
+        outside = known * (1 - sigma if flux else 1) + noise * sigma
+        kept, everywhere = outside, anew.expand_as(noise)
+        if flux:
+            kept, everywhere = (pipeline._pack_latents(each, *noise.shape) for each in (kept, everywhere))
+        return {"latents": given["latents"] * everywhere + kept * (1 - everywhere)}
+
+    return put_back
 
 
 @contextmanager
@@ -277,12 +310,20 @@ def _stable_diffusion_3(pipeline: Any, drawing: Drawing) -> torch.Tensor:
         )  # fmt: skip
         return text, vector
 
+    skipping = {}
+    if drawing.skip is not None:
+        scale, layers, start, stop = drawing.skip
+        skipping = {
+            "skip_guidance_layers": list(layers), "skip_layer_guidance_scale": scale,
+            "skip_layer_guidance_start": start, "skip_layer_guidance_stop": stop,
+        }  # fmt: skip
     text, vector = encoded(drawing.prompt)
     negative_text, negative_vector = encoded(drawing.negative)
     return _call(
         pipeline,
         drawing,
         torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        **skipping,
         prompt_embeds=text,
         pooled_prompt_embeds=vector,
         negative_prompt_embeds=negative_text,

@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ...ggml.weight import Weight
 from .. import configs
-from ..base import Component, Config, Found, Naming, Weights
+from ..base import F32, Component, Config, Found, Inpainting, Naming, Weights
 from ..keys import same
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from ..base import Call
 
 GROUPS = 32
-_EXTRA_INPUTS = {9: "inpainting", 8: "InstructPix2Pix"}
+_EXTRA_INPUTS = {8: "InstructPix2Pix"}
 
 Heads = Callable[[Sequence[int]], int | list[int]]
 """Channels per level → the number of attention heads, of all levels or of each."""
@@ -129,6 +131,25 @@ def _size_conditions(found: Found, told: Config) -> dict[str, Any]:
     }
 
 
+def inpaints(config: Config) -> bool:
+    """Whether it is shown, beside latents, a mask and other latents."""
+    return int(config["in_channels"]) == 2 * int(config["out_channels"]) + 1
+
+
+def latent_channels(config: Config) -> int:
+    """Of the latents that it takes the noise out of."""
+    return int(config["out_channels" if inpaints(config) else "in_channels"])
+
+
+def _around(mask: F32, latents: F32) -> F32:
+    """The mask's pixel in the corner of each latent, then the latents: (1, 1 + channels, h, w)."""
+    pixels = mask.shape[2] // latents.shape[2]
+    return np.concatenate([mask[:, :, ::pixels, ::pixels], latents], 1)
+
+
+INPAINTING = Inpainting(inpaints, _around)
+
+
 def pooled_width(config: Config) -> int:
     """Of the pooled text that an XL UNet is told: what the six sizes leave of its input."""
     return int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
@@ -136,9 +157,11 @@ def pooled_width(config: Config) -> int:
 
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,), context (batch, length, width);
-    for XL also pooled (batch, width) and sizes (batch, 6), pixels. Output: the prediction (batch, channels, height,
+    for XL also pooled (batch, width) and sizes (batch, 6), pixels, for inpainting models around (batch, 1 + channels,
+    height, width). Output: the prediction (batch, channels, height,
     width)."""
     import diffusers
+    import torch
 
     def call(
         module: Any,
@@ -147,9 +170,12 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         context: torch.Tensor,
         pooled: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
+        around: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         batch = context.shape[0]
         latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
+        if around is not None:
+            latents = torch.cat((latents, around), 1)
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
         return (module(latents, timestep, context, added_cond_kwargs=added, return_dict=False)[0],)
 

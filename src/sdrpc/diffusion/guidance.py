@@ -1,0 +1,134 @@
+"""What a sampler follows, from several predictions of the diffusion model: with the prompt, with the negative one, with
+what is around a mask, and without some layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..families.base import F32, Conditions
+from .easycache import EasyCache
+from .pictures import f32, finite
+from .samplers import Guess
+
+
+class Ask(Protocol):
+    """The diffusion model as :meth:`sdrpc.diffusion.session.Session.predict`."""
+
+    def __call__(self, latents: F32, timestep: F32, conditions: Conditions, **options: Any) -> F32:
+        """Latents (1, c, h, w), a timestep (1,) and the conditions of b prompts → the prediction (b, c, h, w)."""
+        ...
+
+
+class Told(NamedTuple):
+    """What the diffusion model is told of one picture: about the prompt; about the negative one, where guidance needs
+    it; about the negative one beside what is around a mask, where that is guided on its own."""
+
+    positive: Conditions
+    negative: Conditions | None = None
+    shown: Conditions | None = None
+
+    @property
+    def by_name(self) -> dict[str, Conditions]:
+        """What there is of it, as it stands in a batch: the prompt comes last."""
+        named = {"negative": self.negative, "shown": self.shown, "positive": self.positive}
+        return {name: conditions for name, conditions in named.items() if conditions is not None}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Skip layer guidance (Stability AI, for SD 3.5 medium): away from what the model predicts without ``layers``.
+
+    ``scale``: how far; ``start`` and ``end``: between which of the steps, 0 … 1.
+    """
+
+    scale: float
+    layers: tuple[int, ...]
+    start: float
+    end: float
+
+    def at(self, step: int, steps: int) -> bool:
+        """Whether in a step, counted from 1. As stable-diffusion.cpp counts, which has one level more than steps."""
+        return int(self.start * (steps + 1)) < step < int(self.end * (steps + 1))
+
+
+class Skipped(NamedTuple):
+    """Layers, and between which of the steps they are left out, 0 … 1."""
+
+    layers: tuple[int, ...]
+    start: float
+    end: float
+
+
+SKIPPED = Skipped((7, 8, 9), 0.01, 0.2)
+"""What is usual for SD 3.5 medium."""
+
+
+class Guide:
+    """The model for one picture as a sampler asks it. ``step_done`` has to be told of every step that is over."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        told: Told,
+        sigmas: F32,
+        *,
+        cfg_scale: float,
+        img_cfg_scale: float,
+        left_out: LeftOut | None = None,
+        cache: EasyCache | None = None,
+    ) -> None:
+        self._ask, self._sigmas, self._left_out, self._cache = ask, sigmas, left_out, cache
+        self._cfg, self._img_cfg = f32(cfg_scale), f32(img_cfg_scale)
+        self._conditions = told.by_name
+        alike = len({tuple(array.shape for array in each.values()) for each in self._conditions.values()}) == 1
+        everything = list(self._conditions.values())
+        self._batches = [_joined(everything)] if alike else everything
+        self._done, self._first = 0, True
+
+    def step_done(self, done: int) -> None:
+        """``done`` steps are over."""
+        self._done, self._first = done, True
+
+    def __call__(self, x: F32, timestep: f32) -> Guess:
+        """Classifier-free guidance (Ho & Salimans 2022), in two parts where a picture is shown (Brooks et al. 2023)."""
+        predicted = dict(zip(self._conditions, self._predicted(x, timestep), strict=True))
+        guided = positive = predicted["positive"]
+        negative, shown = predicted.get("negative"), predicted.get("shown")
+        if negative is not None and shown is not None:
+            guided = negative + self._img_cfg * (shown - negative) + self._cfg * (positive - shown)
+        elif negative is not None:
+            guided = negative + self._cfg * (positive - negative)
+        if self._left_out is not None and self._left_out.at(self._done + 1, len(self._sigmas) - 1):
+            layers = list(self._left_out.layers)
+            without = self._asked(x, timestep, self._conditions["positive"], skip_layers=layers)
+            guided = guided + (positive - without) * f32(self._left_out.scale)
+        return Guess(guided, negative)
+
+    def _predicted(self, x: F32, timestep: f32) -> Sequence[F32]:
+        """Of all that the model is told, the prompt last; guessed where a step may be left out."""
+        cache, first, self._first = self._cache, self._first, False
+        if cache is None or not cache.covers(f32(self._sigmas[self._done])):
+            return self._computed(x, timestep)
+        guessed = cache.guess(x) if first else None
+        if guessed is not None:
+            return guessed
+        computed = self._computed(x, timestep)
+        cache.remember(x, computed)
+        return computed
+
+    def _computed(self, x: F32, timestep: f32) -> Sequence[F32]:
+        """One evaluation of a batch, or one of each where the texts differ in length."""
+        both = np.concatenate([self._asked(x, timestep, batch) for batch in self._batches])
+        return [both[number : number + 1] for number in range(len(both))]
+
+    def _asked(self, x: F32, timestep: f32, conditions: Conditions, **options: Any) -> F32:
+        predicted = self._ask(x, np.array([timestep], f32), conditions, **options)
+        return finite(predicted, f"the diffusion model's prediction at timestep {timestep:.3g}")
+
+
+def _joined(conditions: Sequence[Conditions]) -> Mapping[str, F32]:
+    return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}
