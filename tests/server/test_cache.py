@@ -13,11 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdrpc.client import Keychain, connect
+from sdrpc.client.names import Names
 from sdrpc.content import FNV_START, PIECE, digest, fnv1a, pieces
-from sdrpc.device import Buffer
+from sdrpc.device import Buffer, Content
 from sdrpc.errors import UsageError
-from sdrpc.server import Cache, CacheService, Server, client_cache
+from sdrpc.ggml.weight import Whole
+from sdrpc.key import Key
+from sdrpc.server import Cache, CacheService, Door, Keys, Server, client_cache
 from sdrpc.server.cache import STALE_SECONDS
+from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.records import Record
@@ -160,6 +165,49 @@ def test_contents_are_shared_by_digest_and_kept_once(scene: Scene) -> None:
     scene.flushed()
     assert not scene.place(True).puts(data)
     assert len(scene.files()) == 1
+
+
+def test_what_is_kept_belongs_to_a_key_and_not_to_an_address(tmp_path: Path) -> None:
+    """From one address: who has the key finds what it sent, over another connection; who has another key sends it, too,
+    and then finds it. It is on disk once."""
+    ring = KeyRing(tmp_path / "keys.json")
+    laptop, guest = ring.add("laptop").key, ring.add("guest").key
+    door = Door(keys=Keys(ring, tmp_path / "server.pem"))
+    cache_service = CacheService(Cache(tmp_path / "weights", BUDGET))
+    data = noise(1)
+    device = CountingDevice()
+
+    def sends(key: Key | None) -> bool:
+        given = [(None, key)] if key else []
+        (remote,) = connect([server.endpoint], keychain=Keychain(given, tmp_path / f"{id(key)}.json"))
+        remote._server.names = Names(tmp_path / f"names {id(key)}")
+        buffer = remote.allocate(SIZE)
+        remote.upload(buffer, [Content(0, SIZE, Whole(lambda: data))], lambda _: None)
+        assert bytes(remote.read(buffer, 0, SIZE)) == data
+        remote.close()
+        cache_service.flush()
+        return remote.sent >= SIZE
+
+    with Server([device], cache_service=cache_service, door=door) as server:
+        assert [sends(key) for key in (laptop, laptop, guest, guest, laptop)] == [True, False, True, False, False]
+        assert [sends(None), sends(None)] == [True, False]
+    cache_service.close()
+    device.close()
+    assert len(list((tmp_path / "weights").glob("*.tensor"))) == 1
+    assert len(list((tmp_path / "weights").glob("*.owner"))) == 3
+
+
+def test_owners_go_with_their_tensors(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1 << 20)
+    for number in (1, 2):
+        cache.add_owner(digest(noise(number)), "somebody")
+    file, part = cache.create()
+    with file:
+        file.write(noise(1, 100))
+    cache.commit(part, digest(noise(1)), 100)
+    cache.shrink()
+    assert [cache.owned(digest(noise(number)), "somebody") for number in (1, 2)] == [True, False]
+    assert not cache.owned(digest(noise(1)), "somebody else")
 
 
 def test_names_that_can_be_aimed_at_are_the_sender_s_own(scene: Scene) -> None:

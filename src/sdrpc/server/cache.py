@@ -1,10 +1,13 @@
 """Tensors on disk, so that a client that comes again need not send them again.
 
 A folder that is this user's alone. ``<digest>.tensor`` holds a tensor's bytes and nothing else, under the digest that
-our own clients ask for (:mod:`sdrpc.content`). Native clients ask by FNV-1a 64, which anybody can aim at: those names
-are ``<hash>-<size>-<owner>.name``, each a file with the digest that it stands for, and are believed to whoever sent the
-bytes from the same address and to nobody else. So no client plants weights for another one, or gets another one's by
-guessing 64 bits. A name that has stood for two contents stands for none.
+our own clients ask for (:mod:`sdrpc.content`); they are on disk once, and whoever has sent them finds them again: an
+empty file ``<digest>-<owner>.owner`` says so. Others have to send them, too, so nobody learns by asking what a
+neighbour draws with, nor gets it by knowing its digest. Native clients ask by FNV-1a 64, which anybody can aim at:
+those names are ``<hash>-<size>-<owner>.name``, each a file with the digest that it stands for. A name that has stood
+for two contents stands for none.
+
+An owner is a key, wherever its client comes from, or the address of clients without one.
 
 Files appear whole or not at all, and what is read is checked against its digest in the very memory that it was read to
 (:mod:`sdrpc.server.client_cache`): one that was cut, extended or changed is a miss. Several servers may share the
@@ -33,7 +36,7 @@ LEAST = 1 << 16
 STALE_SECONDS = 3600.0
 """After that long nobody is still writing a file: who began it has died."""
 
-_TENSOR, _NAME = ".tensor", ".name"
+_TENSOR, _NAME, _OWNER = ".tensor", ".name", ".owner"
 
 
 class Cache:
@@ -81,6 +84,20 @@ class Cache:
         if self._room < 0:
             self.shrink()
 
+    def owned(self, digest: bytes, owner: str) -> bool:
+        """Whether ``owner`` has sent these bytes."""
+        file = storage.open_own(self._owner_path(digest, owner))
+        if file is not None:
+            file.close()
+        return file is not None
+
+    def add_owner(self, digest: bytes, owner: str) -> None:
+        """Note that ``owner`` has sent these bytes. Raises :class:`OSError`."""
+        if not self.owned(digest, owner):
+            file, part = self.create()
+            file.close()
+            storage.commit(part, self._owner_path(digest, owner))
+
     def lookup(self, name: int, size: int, owner: str) -> bytes | None:
         """The digest that ``owner``'s FNV-1a 64 ``name`` of ``size`` bytes stands for; None if unknown or ambiguous."""
         return _read_name(self._name_path(name, size, owner)) or None
@@ -118,12 +135,18 @@ class Cache:
             digest = _read_name(entry.path)
             if digest is None or (digest and digest.hex() not in kept):
                 storage.remove(entry.path)
+        for entry in storage.entries(self.folder, _OWNER):
+            if entry.path.stem.partition("-")[0] not in kept:
+                storage.remove(entry.path)
         total = sum(entry.size for entry in tensors)
         # When to look again: soon enough to see what other servers wrote.
         self._room = min(self.budget - total, self.budget // 16)
 
     def _path(self, digest: bytes) -> Path:
         return self.folder / (digest.hex() + _TENSOR)
+
+    def _owner_path(self, digest: bytes, owner: str) -> Path:
+        return self.folder / f"{digest.hex()}-{owner}{_OWNER}"
 
     def _name_path(self, name: int, size: int, owner: str) -> Path:
         return self.folder / f"{name:016x}-{size:x}-{owner}{_NAME}"

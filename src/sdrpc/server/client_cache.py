@@ -39,9 +39,9 @@ class CacheService:
         self.waiting = threading.Semaphore(WAITING)
         self.line.submit(self._tidy)
 
-    def client_cache(self, address: str) -> ClientCache:
-        """The cache for a client at that address."""
-        return ClientCache(self, blake2b(address.encode(), digest_size=8).hexdigest())
+    def client_cache(self, owner: str) -> ClientCache:
+        """The cache for a client of ``owner`` (:attr:`sdrpc.server.visitor.Visitor.owner`)."""
+        return ClientCache(self, blake2b(owner.encode(), digest_size=8).hexdigest())
 
     def flush(self) -> None:
         """Wait until all that came so far is on disk."""
@@ -61,7 +61,7 @@ class CacheService:
 
 @dataclass(frozen=True)
 class ClientCache:
-    """The cache as the clients at one address see it. ``owner`` stands for the address in names."""
+    """The cache as the clients of one owner see it. ``owner`` stands for it in names of files."""
 
     service: CacheService
     owner: str
@@ -72,10 +72,11 @@ class ClientCache:
 
     def restore(self, digest: bytes, size: int, window: memoryview | None, write: Write) -> bool:
         """Read the ``size`` bytes of ``digest`` to ``window``, or through ``write`` where there is none; False when
-        they are not there. Then, if a file turned out to be damaged, the target is overwritten nevertheless.
+        they are not there, or others have sent them. Then, if a file turned out to be damaged, the target is
+        overwritten nevertheless.
         """
         cache = self.service.cache
-        file = cache.open(digest, size)
+        file = cache.open(digest, size) if cache.owned(digest, self.owner) else None
         if file is None:
             return False
         turn = threading.Lock()
@@ -165,6 +166,7 @@ class CacheWriter:
                 digest = joined([stored.result() for stored in self._digests])
             if complete and self._at == self._size and self._name in (None, self._state):
                 cache.commit(self._path, digest, self._size)
+                cache.add_owner(digest, self._owner)
                 if self._name is not None:
                     cache.add_alias(digest, self._name, self._size, self._owner)
         except OSError as error:
