@@ -200,16 +200,28 @@ Watch = Callable[[], str]
 """Returns a reason to stop what is being done, or an empty string."""
 
 
+@dataclass(frozen=True)
+class Client:
+    """For whom something is computed. ``path``: its owner, then which of its owner's it is: turns are shared among
+    owners, and what an owner gets among its own. ``spent`` is told how many seconds each run had the device."""
+
+    path: tuple[Hashable, Hashable] = ("", "")
+    spent: Callable[[float], None] = lambda _: None
+
+
+NOBODY = Client()
+"""Nobody else's concern."""
+
+
 class ServedProgram(Program):
     """A program that may run for a client. ``peak``: bytes that a run takes at most at one time, besides buffers."""
 
     peak: int = 0
 
     @abstractmethod
-    def run(self, watch: Watch | None = None, client: Hashable = None) -> None:
-        """As :meth:`Program.run`. ``watch`` is asked now and then. Clients take turns: ``client`` is any value that
-        tells them apart. Raises :class:`sdrpc.errors.Stopped` for what ``watch`` says, and
-        :class:`sdrpc.errors.OutOfMemory`."""
+    def run(self, watch: Watch | None = None, client: Client = NOBODY) -> None:
+        """As :meth:`Program.run`. ``watch`` is asked now and then. Clients take turns. Raises
+        :class:`sdrpc.errors.Stopped` for what ``watch`` says, and :class:`sdrpc.errors.OutOfMemory`."""
 
 
 class ServedDevice(Device):

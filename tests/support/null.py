@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from itertools import count
 from typing import NamedTuple
 
-from sdrpc.device import Buffer, Bytes, Memory, ServedDevice, ServedProgram, Target, Watch
+from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, ServedDevice, ServedProgram, Target, Watch
 from sdrpc.errors import OutOfMemory
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
@@ -22,7 +22,7 @@ class NullProgram(ServedProgram):
     def __init__(self, graph: Graph) -> None:
         self.graph, self.runs = graph, 0
 
-    def run(self, watch: Watch | None = None, client: Hashable = None) -> None:
+    def run(self, watch: Watch | None = None, client: Client = NOBODY) -> None:
         self.runs += 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import traceback
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import wait
 from functools import partial
 from threading import RLock
@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from sdrpc.device import Buffer, Bytes, Memory, ServedDevice, ServedProgram, Target, Watch
+from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, ServedDevice, ServedProgram, Target, Watch
 from sdrpc.errors import DeviceError, OutOfMemory
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
@@ -51,7 +51,7 @@ class LocalProgram(ServedProgram):
         self.device, self.bound = device, bound
         self.peak = bound.compiled.peak
 
-    def run(self, watch: Watch | None = None, client: Hashable = None) -> None:
+    def run(self, watch: Watch | None = None, client: Client = NOBODY) -> None:
         self.device.execute(self.bound, watch, client)
 
     @property
@@ -259,7 +259,7 @@ class LocalDevice(ServedDevice):
         if peak > (free := self.memory().free):
             raise OutOfMemory(self.name, peak, f"{free / 2**20:,.1f} MiB are free for working memory of the graph")
 
-    def execute(self, bound: Bound | Replay, watch: Watch | None = None, client: Hashable = None) -> None:
+    def execute(self, bound: Bound | Replay, watch: Watch | None = None, client: Client = NOBODY) -> None:
         """Run ``bound`` in the device's worker and wait for it."""
         deadline = Deadline(self.compute_limit, self.name)
         with self._lock:

@@ -1,46 +1,52 @@
-"""The thread that computes for a device. Its clients take turns: one that queues a hundred runs delays each other
-client by one of them."""
+"""The thread that computes for a device. Its clients take turns (:mod:`sdrpc.engine.turns`)."""
 
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from ..device import Client
+from .turns import Turns
 
 T = TypeVar("T")
-Task = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Task(NamedTuple):
+    client: Client
+    future: Future[Any]
+    function: Callable[[], Any]
 
 
 class _Queue:
-    """Tasks by owner; the first owner is the next to be served."""
+    """Tasks, the next one being that of the client whose turn it is."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.waiting: OrderedDict[Hashable, deque[Task]] = OrderedDict()
+        self.waiting: Turns[Task] = Turns()
         self.closed = False
 
-    def put(self, owner: Hashable, task: Task) -> None:
+    def put(self, task: Task) -> None:
         with self.changed:
             if self.closed:
                 raise RuntimeError("the device is closed")
-            self.waiting.setdefault(owner, deque()).append(task)
+            self.waiting.put(task.client.path, task)
             self.changed.notify()
+
+    def spent(self, client: Client, seconds: float) -> None:
+        with self.changed:
+            self.waiting.spent(client.path, seconds)
+        client.spent(seconds)
 
     def take(self) -> Task | None:
         """The next task, when there is one; None when the queue is closed."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
-            if not self.waiting:
-                return None
-            owner, tasks = next(iter(self.waiting.items()))
-            task = tasks.popleft()
-            del self.waiting[owner]
-            if tasks:
-                self.waiting[owner] = tasks  # behind all others
-            return task
+            return self.waiting.take() if self.waiting else None
 
     def close(self) -> None:
         with self.changed:
@@ -59,10 +65,10 @@ class Worker:
         self._starting = threading.Lock()
         weakref.finalize(self, self._queue.close)
 
-    def submit(self, owner: Hashable, task: Callable[[], T]) -> Future[T]:
-        """Queue ``task`` among those of ``owner``. Raises :class:`RuntimeError` when the worker is closed."""
+    def submit(self, client: Client, task: Callable[[], T]) -> Future[T]:
+        """Queue ``task`` among those of ``client``. Raises :class:`RuntimeError` when the worker is closed."""
         future: Future[T] = Future()
-        self._queue.put(owner, (future, task))
+        self._queue.put(Task(client, future, task))
         with self._starting:
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -83,16 +89,20 @@ class Worker:
 def _work(queue: _Queue, prepare: Callable[[], None]) -> None:
     prepare()
     while (task := queue.take()) is not None:
-        _run(*task)
-        del task  # or it would hold its memory until the next one comes
+        client, future, function = task
+        began = time.perf_counter()
+        settle = _run(future, function)
+        # before whoever waits for the result can come again
+        queue.spent(client, time.perf_counter() - began)
+        settle()
+        del task, future, function, settle  # or they would hold their memory until the next one comes
 
 
-def _run(future: Future[Any], function: Callable[[], Any]) -> None:
+def _run(future: Future[Any], function: Callable[[], Any]) -> Callable[[], None]:
+    """Call ``function``; what tells ``future`` how it ended."""
     if not future.set_running_or_notify_cancel():
-        return
+        return lambda: None
     try:
-        result = function()
+        return partial(future.set_result, function())
     except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+        return partial(future.set_exception, error)
