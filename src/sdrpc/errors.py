@@ -8,6 +8,7 @@
     ├── DeviceError               a device could not do what was asked of it
     │   ├── OutOfMemory             it has too little memory left
     │   ├── DoesNotFit              a component's weights are more than it has room for
+    │   ├── OverQuota               a client wants more of a device's time than it may have
     │   └── ComputeError            a graph failed while it ran, or ran too long
     │       └── Stopped               it was told to stop, since nobody waits for its result
     ├── ConnectionFailed          nobody answers at an endpoint, or nobody who lets us in
@@ -96,6 +97,10 @@ class DoesNotFit(DeviceError):
             f"{device}: {component} takes {size / 2**20:,.0f} MiB, {room / 2**20:,.0f} MiB are free; "
             "place it on another device, or use a quantized file"
         )
+
+
+class OverQuota(DeviceError):
+    """A client wants more of a device's time than it may have."""
 
 
 class ComputeError(DeviceError):

@@ -378,7 +378,7 @@ def test_clients_with_one_key_have_a_limit(tmp_path: Path, caplog: pytest.LogCap
         held = [house.enter(one, client="one") for _ in range(2)]
         with pytest.raises((ConnectionFailed, ConnectionLost)):
             house.enter(one, client="one")
-        assert eventually(lambda: "2 clients with the key laptop are connected already" in caplog.text)
+        assert eventually(lambda: "2 clients like this one (laptop) are connected already" in caplog.text)
         held.append(house.enter(other, client="other"))
         for device in held:
             device.close()

@@ -102,6 +102,11 @@ def limited(chosen: Chosen) -> Limits:
     """The limits that the options say; the defaults where they don't."""
     asked = {
         "connections": chosen["max_clients"],
+        "connections_of_address": chosen["max_connections_per_client"],
+        "computing": chosen["max_requests"],
+        "computing_of_client": chosen["max_requests_per_client"],
+        "compute_seconds_of_all": chosen["max_compute"],
+        "compute_seconds_of_client": chosen["max_compute_per_client"],
         "bytes_of_all": chosen["max_memory"],
         "buffer_bytes": chosen["max_memory_per_client"],
     }

@@ -100,7 +100,7 @@ class Door:
         if stream.peek() == TLS_HANDSHAKE:
             return self._by_key(stream)
         if self.policy.lets_in(stream.address):
-            return Visitor(stream.address)
+            return Visitor(stream.address, stream.peer)
         self._refuse_plain(stream)
         return None
 
@@ -133,7 +133,7 @@ class Door:
         if found is None:
             self._refused(stream, "its key is none of this server's (rpc-server keys list shows those), or was revoked")
             return None
-        return Visitor(stream.address, found)
+        return Visitor(stream.address, stream.peer, found)
 
     def _shown(self, stream: Stream, keys: Keys) -> NamedKey | None:
         """The key that the client proves to have; None when it has none of ours, which it is told."""

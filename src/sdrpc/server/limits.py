@@ -5,6 +5,7 @@ Everything here is about clients that nobody vouches for: a limit is met before 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -15,8 +16,9 @@ class Limits:
     connections: int = 256
     """Clients at once, each with a thread: real ones open a handful of connections each, floods open thousands."""
     connections_of_address: int = 64
-    """Clients at once from one other machine, or with one key, so that none can lock out all others. (From this machine
-    come the clients of all who use it, and of SSH tunnels.)"""
+    """Connections at once of one client, so that none can lock out all others. A client is who has a key, wherever it
+    comes from, or who comes without one from another machine. (From this machine come those of all who use it, and of
+    SSH tunnels: there, each connection is a client.)"""
     attempts: int = 20
     """Failures to get in, from one address within ``attempt_seconds``: no key can be found so, but each costs a TLS
     handshake and a line in the log."""
@@ -60,6 +62,15 @@ class Limits:
     """Graphs of a client that are kept ready under the digest of their bytes, for clients that send them again."""
     compute_seconds: float = 600.0
     """One run of one graph: a graph can be small and its work without end."""
+    computing: int = 256
+    """Graphs of all clients that wait for their turn or run: each holds a thread and its client's patience."""
+    computing_of_client: int = 16
+    """The same of one client: real ones have one for each of their connections that draw."""
+    compute_seconds_of_client: float = math.inf
+    """Of computing for one client within ``compute_window``. Turns are fair, so nobody has to be stopped for others."""
+    compute_seconds_of_all: float = math.inf
+    """The same for all clients together: for who lends a machine for some of its time."""
+    compute_window: float = 3600.0
     linger_seconds: float = 2.0
     """How long we read on from a client that is told why it is thrown out, so that the reason reaches it."""
     trimmed_bytes: int = 64 << 20

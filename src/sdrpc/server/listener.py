@@ -23,7 +23,7 @@ from .door import Door
 from .handler import converse
 from .limits import Limits
 from .negotiation import Fixed, Protocol
-from .quotas import Buffers, Payloads, Places
+from .quotas import Accounts, Buffers, Payloads
 from .session import Session
 from .stream import Stream
 from .version_memory import normal
@@ -72,7 +72,7 @@ class Server:
         self._lock = threading.Lock()
         self._clients: dict[threading.Thread, Client] = {}
         self._buffers, self._payloads = Buffers(self.limits), Payloads(self.limits.payload_bytes)
-        self._places = Places(self.limits.connections_of_address)
+        self._accounts = Accounts(self.limits)
         self._looked = 0.0
         self._thread: threading.Thread | None = None
 
@@ -204,7 +204,7 @@ class Server:
             lambda: _why_stop(stream),
             self.cache_service,
             self._buffers,
-            self._places,
+            self._accounts,
         )
         client = Client(stream, session)
         thread = threading.Thread(target=self._talk, args=(client,), name=f"sdrpc client {stream.peer}", daemon=True)

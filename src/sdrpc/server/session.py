@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from math import prod
 from typing import Any, NamedTuple
 
 from ..content import pieces
-from ..device import Buffer, Bytes, Memory, ServedDevice, ServedProgram, Watch
+from ..device import NOBODY, Buffer, Bytes, Client, Memory, ServedDevice, ServedProgram, Watch
 from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
 from ..ggml.dialect import Dialect
@@ -25,7 +26,7 @@ from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
 from .client_cache import CacheService, CacheWriter, ClientCache
 from .limits import Limits
-from .quotas import Buffers, Places
+from .quotas import Account, Accounts, Buffers
 from .version_memory import Versions
 from .visitor import Visitor
 
@@ -62,7 +63,7 @@ class Ready(NamedTuple):
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
-    of it. ``buffers`` and ``places`` count those of all clients. ``requests`` were answered so far; ``most_held`` is
+    of it. ``buffers`` and ``accounts`` count what all clients have. ``requests`` were answered so far; ``most_held`` is
     the most bytes that its buffers and a running graph took. ``visitor`` is who it is, None until it is let in."""
 
     def __init__(
@@ -72,14 +73,16 @@ class Session:
         watch: Watch,
         cache_service: CacheService | None = None,
         buffers: Buffers | None = None,
-        places: Places | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
         self.devices, self.limits = devices, limits
         self.requests = self.most_held = 0
         self.visitor: Visitor | None = None
         self.cache: ClientCache | None = None
         self._cache_service = cache_service
-        self._buffers, self._places = buffers or Buffers(limits), places or Places(limits.connections)
+        self._buffers, self._accounts = buffers or Buffers(limits), accounts or Accounts(limits)
+        self._account = Account("", limits)
+        self._client = NOBODY
         self.versions: Versions = ()
         """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
         self._watch = watch
@@ -101,10 +104,12 @@ class Session:
 
     def admit(self, visitor: Visitor) -> None:
         """From now on the client is ``visitor``. Raises :class:`RemoteProtocolError` where there are too many of it."""
-        if visitor.key is not None and not self._places.take(visitor.owner):
+        account = self._accounts.enter(visitor.account)
+        if account is None:
             most = self.limits.connections_of_address
-            raise RemoteProtocolError(f"{most} clients with the key {visitor} are connected already")
-        self.visitor = visitor
+            raise RemoteProtocolError(f"{most} clients like this one ({visitor}) are connected already")
+        self.visitor, self._account = visitor, account
+        self._client = Client((account.name, id(self)), partial(self._accounts.charge, account))
         if self._cache_service is not None:
             self.cache = self._cache_service.client_cache(visitor.owner)
 
@@ -126,12 +131,12 @@ class Session:
 
     def close(self) -> None:
         """Free everything."""
-        if self.visitor is not None and self.visitor.key is not None:
-            self._places.give_back(self.visitor.owner)
         self._graphs.clear()
         self._last.clear()
         for handle in [region.handle for region in self._space]:
             self._free(handle)
+        if self.visitor is not None:
+            self._accounts.leave(self._account)
         if self.most_held >= self.limits.trimmed_bytes:
             for device in self.devices:
                 device.trim()
@@ -167,7 +172,7 @@ class Session:
         return Memory(max(min(free, rest), 0), share)
 
     def _held_on(self, number: int) -> int:
-        return sum(region.size for region in self._space if region.device == number)
+        return self._account.held(number)
 
     def _holds(self, working: int = 0) -> None:
         """Note what the client has now."""
@@ -177,14 +182,20 @@ class Session:
 
     def _alloc_buffer(self, asked: messages.AllocBuffer) -> messages.AllocBufferReply:
         device = self._device(asked.device)
-        room = min(self.limits.buffer_bytes - self._space.held, self._memory(asked.device).free)
-        if len(self._space) >= self.limits.buffers or asked.size > room or not self._space.has_room(asked.size):
+        memory = self._memory(asked.device)
+        if asked.size > memory.free or not self._space.has_room(asked.size):
+            return messages.AllocBufferReply(0, 0)
+        if not self._account.take(asked.device, asked.size, memory.total):
             return messages.AllocBufferReply(0, 0)
         given: list[Buffer] = []
         try:
-            if not self._buffers.take(asked.size, lambda: given.append(device.allocate(asked.size))):
-                return messages.AllocBufferReply(0, 0)
+            self._buffers.take(asked.size, lambda: given.append(device.allocate(asked.size)))
         except OutOfMemory:
+            pass
+        finally:
+            if not given:
+                self._account.give_back(asked.device, asked.size)
+        if not given:
             return messages.AllocBufferReply(0, 0)
         region = self._space.add(asked.device, asked.size, given[0])
         self._holds()
@@ -204,6 +215,7 @@ class Session:
                 del table[key]  # type: ignore[arg-type]
         self.devices[region.device].free(region.buffer)
         self._buffers.give_back(region.size)
+        self._account.give_back(region.device, region.size)
 
     def _buffer_clear(self, asked: messages.BufferClear) -> None:
         region = self._space[asked.remote_ptr]
@@ -338,7 +350,8 @@ class Session:
                 f"{held / 2**20:,.1f} MiB are in use",
             )
         self._holds(working)
-        ready.program.run(self._watch, self)
+        with self._accounts.computing(self._account):
+            ready.program.run(self._watch, self._client)
 
     def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
         self._device(asked.device)
