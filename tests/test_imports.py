@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "content": {"device"},
     "targets": {"device", "errors", "ggml"},
     "key": {"errors"},
-    "wire": {"errors", "key", "ggml", "device"},
+    "wire": {"errors", "text", "key", "ggml", "device"},
     "engine": {"errors", "ggml", "device", "targets"},
     "client": {"errors", "key", "text", "storage", "ggml", "device", "content", "targets", "wire"},
     "server": {"errors", "key", "text", "storage", "ggml", "device", "content", "targets", "wire"},

@@ -12,6 +12,7 @@ from ..device import Device
 from ..device_names import AUTO, folded, only_remote, resolve
 from ..errors import KeyNeeded, SdrpcError, UsageError
 from . import report
+from .discovery import located
 
 
 class Found(NamedTuple):
@@ -29,6 +30,7 @@ def every_device(
 
     Raises :class:`UsageError` for what is no server's address, or is given twice.
     """
+    rpc, keychain = located(rpc, keychain or Keychain())
     endpoints = [parse_endpoint(text) for text in rpc]
     for position, endpoint in enumerate(endpoints):
         if endpoint in endpoints[:position]:
@@ -61,6 +63,7 @@ def placed_devices(
     """Component → devices in order of preference, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of
     the servers' when there are any, else this machine's first. This machine's devices, and torch with them, are left
     alone when no component can be there."""
+    rpc, keychain = located(rpc, keychain or Keychain())
     with _opened(list(_connected(rpc, timeouts, keychain))) as remote:
         named = [name for names in wanted.values() for name in names]
         nothing_here = bool(remote) and all(only_remote(name) or folded(name) == AUTO for name in named)
@@ -74,9 +77,8 @@ def placed_devices(
             yield {part: list(dict.fromkeys(chain(*map(meant, names)))) for part, names in wanted.items()}
 
 
-def _connected(rpc: Sequence[str], timeouts: Timeouts, keychain: Keychain | None) -> list[RemoteDevice]:
+def _connected(rpc: Sequence[str], timeouts: Timeouts, keychain: Keychain) -> list[RemoteDevice]:
     """The devices of the servers at ``rpc``. Somebody at a terminal is asked for keys that are missing."""
-    keychain = keychain or Keychain()
     while True:
         try:
             return connect(rpc, timeouts, keychain=keychain)

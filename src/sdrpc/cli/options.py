@@ -102,7 +102,9 @@ OPTIONS = (
            help="Where the noise comes from that samplers add."),
 
     Option(DEVICES, "--rpc", "--rpc-servers", multiple=True, metavar="HOST:PORT,...",
-           help="Servers whose devices are RPC0, RPC1 ... in the order given."),
+           help="Servers whose devices are RPC0, RPC1 ... in the order given; auto: those in this network that "
+           "announce themselves and let us in before."),
+    Option(DEVICES, "--discover", is_flag=True, help="Print servers of this network that announce themselves."),
     Option(DEVICES, "--rpc-key", multiple=True, metavar="KEY|HOST:PORT=KEY", shown="the one that let us in before",
            help="Key for the servers, or for one of them, as rpc-server printed it there. It is kept: give it once."),
     Option(DEVICES, "--rpc-key-file", multiple=True, type=FILE, metavar="PATH",

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ..device_names import resolve
 from ..errors import InvalidValue
 from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, CacheService, Door, Keys, Limits, Policy, Server, identity, key_ring
+from ..server.announcing import announced
 from ..server.key_ring import KeyRing
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
@@ -84,8 +85,11 @@ def rpc_server(**chosen: Any) -> int:
     with cache_service(kept) as shared:
         offer = offered(found, chosen["device"])
         server = Server(offer, versions, chosen["host"], chosen["port"], limits, shared, door)
+        if chosen["announce"] and not server.exposed:
+            raise InvalidValue("announce", "on", f"nobody else can reach {server.host}; listen with -H 0.0.0.0")
         announce(server)
-        serve(server)
+        with announced(server) if chosen["announce"] else nullcontext():
+            serve(server)
     end(server)
     return 0
 

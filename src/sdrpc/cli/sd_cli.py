@@ -15,7 +15,7 @@ from .. import __version__
 from ..client import Timeouts
 from ..diffusion import placement
 from ..errors import InvalidValue
-from . import report
+from . import discovery, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads
 from .command import Command
 from .convert import convert
@@ -56,6 +56,8 @@ def sd_cli(**chosen: Any) -> int:
         print(COMMAND.completion(chosen["completion"]))
         return 0
     log.debug("sdrpc %s, Python %s, %s", __version__, platform.python_version(), platform.platform())
+    if chosen["discover"]:
+        return discovery.show()
     if chosen["list_devices"]:
         return _list_devices(chosen)
     _check_mode(chosen["mode"], chosen["type"])

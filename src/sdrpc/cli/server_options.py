@@ -17,6 +17,8 @@ OPTIONS = (
     Option(LISTENING, "-H", "--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on."),
     Option(LISTENING, "-p", "--port", type=click.IntRange(0, 65535), default=50052, metavar="NUMBER",
            help="Port; 0 picks a free one."),
+    Option(LISTENING, "--announce", is_flag=True,
+           help="Let others in the local network find this server with sd-cli --discover."),
     Option(LISTENING, "--protocol", default=AUTO, metavar="auto|VERSION",
            help="Protocol of the clients, such as 5.0; auto: what each of them speaks, learnt where it can't be seen."),
 

@@ -1,6 +1,6 @@
 """Devices of other machines: connections to rpc-servers."""
 
-from .connection import DEFAULT_TIMEOUTS, Timeouts
+from .connection import DEFAULT_TIMEOUTS, Timeouts, open_connection
 from .endpoint import DEFAULT_PORT, Endpoint, parse_endpoint
 from .keychain import Keychain, given_keys
 from .remote import RemoteBuffer, RemoteDevice, RemoteProgram, connect
@@ -16,5 +16,6 @@ __all__ = [
     "Timeouts",
     "connect",
     "given_keys",
+    "open_connection",
     "parse_endpoint",
 ]

@@ -44,12 +44,13 @@ class Keychain:
 
     def __init__(self, given: Sequence[tuple[Endpoint | None, Key]] = (), path: Path | None = None) -> None:
         self._given, self._path = tuple(given), path or default_path()
+        self._found: dict[Endpoint, Credential] = {}
 
     def credentials(self, endpoint: Endpoint) -> list[Credential]:
         """What may get us into the server at ``endpoint``; nothing where it is to be talked to without encryption.
         Raises :class:`UsageError` for a file of keys that can't be used."""
         endpoint = named(endpoint)
-        kept = self._read().get(endpoint)
+        kept = self._found.get(endpoint) or self._read().get(endpoint)
         own = [key for where, key in self._given if where is not None and named(where) == endpoint]
         keys = own or [*([kept.key] if kept else []), *(key for where, key in self._given if where is None)]
         return [
@@ -59,7 +60,20 @@ class Keychain:
 
     def plus(self, endpoint: Endpoint, key: Key) -> Keychain:
         """These, and ``key`` for the server at ``endpoint``."""
-        return Keychain([*self._given, (endpoint, key)], self._path)
+        chain = Keychain([*self._given, (endpoint, key)], self._path)
+        chain._found = self._found
+        return chain
+
+    def by_certificate(self, beginning: bytes) -> Credential | None:
+        """What let us into the server whose certificate's fingerprint begins so; None for none of ours."""
+        kept = self._read().values() if beginning else ()
+        return next((each for each in kept if each.fingerprint and each.fingerprint.startswith(beginning)), None)
+
+    def where(self, endpoint: Endpoint, credential: Credential) -> Keychain:
+        """These, for a server that we know under another name and that says to be at ``endpoint`` now."""
+        chain = Keychain(self._given, self._path)
+        chain._found = {**self._found, named(endpoint): credential}
+        return chain
 
     def accepted(self, endpoint: Endpoint, key: Key, fingerprint: bytes) -> None:
         """The server at ``endpoint`` proved that it has ``key``, and let us in. A disk that refuses means that the user
@@ -67,7 +81,7 @@ class Keychain:
         endpoint, new = named(endpoint), Credential(key, fingerprint)
         try:
             known = self._read()
-            if known.pop(endpoint, None) != new:
+            if self._found.get(endpoint) != new and known.pop(endpoint, None) != new:
                 self._write({**dict(list(known.items())[-MAX_SERVERS + 1 :]), endpoint: new})
         except (OSError, UsageError) as error:
             log.warning("the key of %s is not kept: %s", endpoint, getattr(error, "strerror", None) or error)

@@ -67,6 +67,7 @@ class Server:
         self.door = door or Door(limits=self.limits)
         self._listening = _listen(host, port, self.limits.backlog)
         self.host, self.port = host, self._listening.getsockname()[1]
+        self.address = self._listening.getsockname()[0].partition("%")[0]
         self._waker, self._wakened = socket.socketpair()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -88,7 +89,7 @@ class Server:
     @property
     def exposed(self) -> bool:
         """Whether other machines can reach it."""
-        return not ipaddress.ip_address(self._listening.getsockname()[0].partition("%")[0]).is_loopback
+        return not ipaddress.ip_address(self.address).is_loopback
 
     @property
     def clients(self) -> int:
