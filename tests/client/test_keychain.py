@@ -92,7 +92,7 @@ def test_a_file_of_keys_that_can_not_be_read(tmp_path: Path, name: str) -> None:
 
 
 def test_nothing_of_a_key_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "sdrpc")
     chain = Keychain([(None, ONE)], tmp_path / "servers.json")
     chain.accepted(DESKTOP, ONE, bytes(32))
     assert ONE.code not in caplog.text + repr(chain.credentials(DESKTOP))

@@ -103,7 +103,7 @@ def test_a_key_that_is_revoked_ends_its_connections_and_no_others(house: House) 
 
 def test_nothing_secret_crosses_the_wire_or_is_logged(house: House, caplog: pytest.LogCaptureFixture) -> None:
     """Not even inside TLS: what a server that is none sees of a client's keys is their ids."""
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "sdrpc")
     key = house.ring.add("laptop").key
     with closing(house.enter(key)):
         pass

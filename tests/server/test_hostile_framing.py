@@ -37,7 +37,7 @@ GREETINGS = {
         lambda c: c.send(b"POST / HTTP/1.1\r\nHost: localhost:50052\r\nContent-Length: 4\r\n\r\nabcd"),
         "first command is 80 instead of HELLO",
     ),
-    "T65-tls": Attack(lambda c: c.send(bytes.fromhex("16030100f1010000ed0303"), bytes(64)), "this server has none"),
+    "T65-tls": Attack(lambda c: c.send(bytes.fromhex("16030100f1010000ed0303") + bytes(64)), "this server has none"),
 }
 
 

@@ -43,7 +43,7 @@ def converse(stream: Stream, session: Session, protocol: Protocol, door: Door) -
         visitor = door.admit(stream)
         if visitor is None:
             return
-        stream.owner = visitor.account
+        stream.owner = visitor.owner
         session.admit(visitor)
         greeting = _greet(stream, session, protocol)
         agreed = greeting.agreed

@@ -9,7 +9,8 @@ is offered there first, then what was right elsewhere, then the newest, and last
 
 Clients that share an address (a machine, or a network behind NAT) and speak different versions can't be told apart: a
 refusal counts for all of them. What was right for one of them is then tried before what was right for none, so that
-each change from one to the other costs no more than one run.
+each change from one to the other costs no more than one run; and what was right last comes every other time, so that a
+neighbour who does nothing but come and go leaves every other start to the rest.
 
 Which patch, and which minor version above the offer's, a client speaks shows in its graphs only
 (:func:`sdrpc.wire.graphs.meanings`).
@@ -115,6 +116,8 @@ class VersionMemory:
         before = self._state(address)
         known = self._addresses.get(address, NOTHING)
         refused = known.refused | {family_of(offer.told.version)}
+        if known.right and (best := family_of(known.right[0])) != family_of(offer.told.version):
+            refused -= {best}  # whoever comes and goes all day long shall not keep those out who are known here
         possible = frozenset(self._order(known, hello.with_caps))
         self._remember(address, Known(known.right, refused - possible if refused >= possible else refused))
         return self._state(address) != before
@@ -151,7 +154,9 @@ class VersionMemory:
         self._addresses[address] = known
         self._addresses.move_to_end(address)
         if len(self._addresses) > MAX_ADDRESSES:
-            self._addresses.popitem(last=False)
+            # those of whom nothing is known first: it takes nothing to be one
+            idle = next((name for name, each in self._addresses.items() if not each.right), None)
+            del self._addresses[idle if idle not in (None, address) else next(iter(self._addresses))]
 
     def _state(self, address: str) -> tuple[Known | None, tuple[str, ...]]:
         return self._addresses.get(address), self._everywhere
