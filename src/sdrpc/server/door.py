@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_UNKNOWN = "its key is none of this server's (rpc-server keys list shows those), or was revoked"
 ALLOW = "rpc-server --allow-from {address} lets clients from there in without one, --plain lets in everybody"
 
 
@@ -130,25 +131,25 @@ class Door:
         except ConnectionLost as error:
             self._refused(stream, f"{error.reason} while {error.doing}")
             return None
-        if found is None:
-            self._refused(stream, "its key is none of this server's (rpc-server keys list shows those), or was revoked")
-            return None
-        return Visitor(stream.address, stream.peer, found)
+        return None if found is None else Visitor(stream.address, stream.peer, found)
 
     def _shown(self, stream: Stream, keys: Keys) -> NamedKey | None:
-        """The key that the client proves to have; None when it has none of ours, which it is told."""
+        """The key that the client proves to have; None when it has none of ours, which is told and logged."""
         stream.doing = "starting encryption"
         stream.secure(keys.identity.context)
         stream.doing = "showing its key"
         offer = drive(read_offer(), stream.read)
         found = [(index, key) for index, name in enumerate(offer.ids) if (key := keys.ring.find(name))]
         if not found:
+            self._refused(stream, _UNKNOWN)
             with suppress(SdrpcError):  # it is gone already
                 stream.write([encode_challenge(Challenge(Verdict.UNKNOWN_KEY))])
                 stream.linger(self._limits.linger_seconds)
             return None
         index, named = found[0]
         proven = self._prove(stream, offer, index, named.key, keys.identity.fingerprint)
+        if not proven:
+            self._refused(stream, _UNKNOWN)
         stream.write([encode_verdict(Verdict.WELCOME if proven else Verdict.UNKNOWN_KEY)])
         return named if proven else None
 
