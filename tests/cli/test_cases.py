@@ -49,11 +49,11 @@ def draw(sd: Sd, servers: Servers, checkpoint: Path) -> Sd:
 @pytest.mark.parametrize(
     "tag",
     [
-        "<lora:some_style:0.8>", "<lora:|high_noise|style:1>", "<LoRA:x>", "<hypernet:y:1>", "<lora:unfinished",
+        "<lora:|high_noise|style:1>", "<lyco:style:1>", "<hypernet:y:1>", "<lora:unfinished", "<lora::1>",
         "<sd_cpp_extra_args>{}</sd_cpp_extra_args>",
     ],
 )  # fmt: skip
-def test_prompt_lora_tag(draw: Sd, tmp_path: Path, tag: str) -> None:
+def test_a_tag_that_cannot_be_followed(draw: Sd, tmp_path: Path, tag: str) -> None:
     for option in ("-p", "-n"):
         outcome = draw(option, f"a cat {tag}", "-o", tmp_path / "x.png")
         assert outcome.status == report.USAGE

@@ -12,6 +12,7 @@ from ..client import DEFAULT_TIMEOUTS
 from ..device import PRECISIONS
 from ..diffusion.easycache import MODES as MODES_OF_CACHE
 from ..diffusion.predictions import PREDICTIONS
+from ..diffusion.request import APPLY_MODES
 from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
@@ -41,6 +42,10 @@ OPTIONS = (
     Option(MODEL, "--t5xxl", type=FILE, metavar="PATH", help="T5-XXL from a file of its own."),
     Option(MODEL, "--llm", "--qwen2vl", type=FILE, metavar="PATH",
            help="Language model that reads the prompt (Qwen3) from a file of its own."),
+    Option(MODEL, "--lora-model-dir", type=FILE, metavar="PATH", default=".",
+           help="Folder with LoRAs, which a prompt applies by name: <lora:name:0.8>."),
+    Option(MODEL, "--lora-apply-mode", type=OneOf(*APPLY_MODES), metavar="|".join(APPLY_MODES), default="auto",
+           help="LoRAs merged into weights before they are sent, or beside them while drawing; auto: at_runtime."),
 
     Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
     Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
@@ -164,7 +169,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--ip-adapter", "--ip-adapter-strength", "--ip-adapter-image", "--pulid-weights", "--pulid-id-weight",
         "--pulid-id-embedding",
     ),
-    "LoRA and embeddings": ("--lora-model-dir", "--lora-apply-mode", "--embd-dir"),
+    "embeddings": ("--embd-dir",),
     "previews and small autoencoders": (
         "--taesd", "--tae", "--tae-backend-device", "--preview", "--preview-path", "--preview-interval",
         "--preview-noisy", "--taesd-preview-only",

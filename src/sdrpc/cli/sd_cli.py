@@ -90,7 +90,7 @@ def _draw(chosen: Chosen) -> int:
     from ..diffusion.stage_timer import STAGES, StageTimer
     from ..families.model import open_model
 
-    given = {entry.name: chosen[entry.name] for entry in fields(Request)}
+    given = {entry.name: chosen[entry.name] for entry in fields(Request) if entry.name in chosen}
     request = Request(**given | {"prompt": _prompt(chosen)} | _pictures(chosen))
     files = files_of(chosen)
     timer = StageTimer()
@@ -107,7 +107,10 @@ def _draw(chosen: Chosen) -> int:
         wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts, keychain(chosen)
     ) as devices:
         _note_placement(opened, devices, settings)
-        with Session(opened, devices, timer=timer, retry=chosen["rpc_retry"]) as session:
+        folder, mode = chosen["lora_model_dir"], chosen["lora_apply_mode"]
+        with Session(
+            opened, devices, timer=timer, retry=chosen["rpc_retry"], lora_dir=folder, lora_apply_mode=mode
+        ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             pictures = session.draw(settings, report.meter().tell)
             elsewhere = 0

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..checkpoints.deltas import Delta, merged
 from ..device import Device
 from ..errors import Cancelled, DeviceLost, DoesNotFit
 from ..families.base import F32, ModuleSpec
+from ..families.lora import Lora
 from ..families.model import Model, ModelComponent
 from ..ggml.types import Type
 from ..ggml.weight import Weight
+from ..runtime.adapters import STRENGTHS, Adapters, Changes, adapted, adapters
 from ..runtime.cache import Cache, key
 from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
@@ -69,8 +72,13 @@ class DeviceComponent:
         self._cache, self._timer, self._telling = cache, timer, telling
         self._weights: dict[str, Weight] = {}
         self._began, self._sent_before = 0.0, 0
+        self._adapter_weights: dict[str, Weight] = {}
         self._settle(self.devices[0])
-        self._programs: OrderedDict[tuple[str, tuple[tuple[int, ...], ...]], Executable] = OrderedDict()
+        self._programs: OrderedDict[_Name, Executable] = OrderedDict()
+        self._applied: tuple[Sequence[tuple[Changes, float]], bool] = (), False
+        self._adapted = True
+        self._adapters = adapters(())
+        self._merges: dict[str, list[tuple[Delta, float]]] = {}
         self.last_used = 0
         """Rises with each use of any component: which one was used longest ago."""
 
@@ -95,13 +103,63 @@ class DeviceComponent:
 
     def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
         """The module's outputs, float32. Raises :class:`CheckpointError` and what the device raises."""
-        name = _name(module, inputs)
+        if not self._adapted:
+            self._adapt(*self._applied)
+            self._adapted = True
+        name = _Name(module.digest, tuple(array.shape for array in inputs.values()), self._adapters.shape)
         if name not in self._programs:
             self._programs[name] = self._prepared(module, inputs)
         self._programs.move_to_end(name)
         while len(self._programs) > GRAPHS:
             self._programs.popitem(last=False)[1].close()
-        return tuple(output.astype(np.float32, copy=False) for output in self._programs[name](**inputs))
+        program = self._programs[name]
+        if any(entry.name == STRENGTHS for entry in program.lowered.inputs):
+            inputs = {**inputs, STRENGTHS: self._adapters.strengths}
+        return tuple(output.astype(np.float32, copy=False) for output in program(**inputs))
+
+    def adapt(self, applied: Sequence[tuple[Changes, float]], merge: bool) -> None:
+        """Compute from now on with these changes of its weights, each with its strength, instead of others.
+
+        ``merge``: into the weights, of which those that change are sent again; else beside them: then the changes'
+        matrices are sent, and nothing where just strengths differ. That happens when it is run.
+        """
+        self._applied, self._adapted = (applied, merge), False
+
+    def _adapt(self, applied: Sequence[tuple[Changes, float]], merge: bool) -> None:
+        self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
+        self._merge(applied if merge else ())
+        self._add(adapters(() if merge else applied))
+
+    def _add(self, added: Adapters) -> None:
+        before, weights = self._adapters, added.weights
+        self._adapters = added
+        if added.shape != before.shape:
+            for name in [name for name in self._programs if name.adapters == before.shape != ()]:
+                self._programs.pop(name).close()
+            self._adapter_store.release()
+            self._adapter_weights.clear()
+            self._adapter_weights |= weights
+            return
+        others = {name for name, weight in weights.items() if weight is not self._adapter_weights[name]}
+        self._adapter_weights |= weights
+        if others:
+            self._adapter_store.renew(others)
+
+    def _merge(self, applied: Sequence[tuple[Changes, float]]) -> None:
+        merges: dict[str, list[tuple[Delta, float]]] = {}
+        for changes, strength in applied:
+            for name, change in changes.items():
+                merges.setdefault(name, []).append((change, strength))
+        others = {name for name in merges.keys() | self._merges.keys() if merges.get(name) != self._merges.get(name)}
+        self._merges = merges
+        self._weights |= self._taken({name: w.shape for name, w in self._weights.items() if name in others})
+        if others:
+            self._store.renew(others)
+
+    def _taken(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
+        """The weights of these names and shapes, with what is merged into them."""
+        found = self.component.found.take(shapes)
+        return {n: merged(w, self._merges[n]) if n in self._merges else w for n, w in found.items()}
 
     def release(self) -> None:
         """Free what it has on the device."""
@@ -109,6 +167,7 @@ class DeviceComponent:
             program.close()
         self._programs.clear()
         self._store.close()
+        self._adapter_store.close()
 
     def settle(self, device: Device) -> None:
         """Have its weights and graphs on ``device`` from now on, as it is in this life."""
@@ -119,6 +178,7 @@ class DeviceComponent:
     def _settle(self, device: Device) -> None:
         self.device, self._life = device, device.life
         self._store = WeightStore(device, self._weights, self._uploaded, self.component.found.checkpoint.path)
+        self._adapter_store = WeightStore(device, self._adapter_weights, self._uploaded, "the LoRAs")
 
     def _prepared(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Executable:
         def capture() -> Lowered:
@@ -138,8 +198,8 @@ class DeviceComponent:
             )
         with self._timer("upload"):
             self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
-            self._weights |= self.component.found.take({p.name: p.shape for p in lowered.weights})
-            return Executable(lowered, self.device, self._store)
+            self._weights |= self._taken({p.name: p.shape for p in lowered.weights})
+            return Executable(adapted(lowered, self._adapters), self.device, self._store, adapters=self._adapter_store)
 
     def _uploaded(self, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._began
@@ -148,8 +208,12 @@ class DeviceComponent:
         self._telling.check()
 
 
-def _name(module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> tuple[str, tuple[tuple[int, ...], ...]]:
-    return module.digest, tuple(array.shape for array in inputs.values())
+class _Name(NamedTuple):
+    """What decides a program: the module, the inputs' shapes, and those of adapters."""
+
+    module: str
+    inputs: tuple[tuple[int, ...], ...]
+    adapters: Hashable
 
 
 def captured(
@@ -205,6 +269,12 @@ class DeviceModel:
         """
         for component in self.components.values():
             self._surviving(component, partial(self._choose, component))
+
+    def adapt(self, loras: Sequence[tuple[Lora, float]], merge: bool) -> None:
+        """Draw with these LoRAs from now on, each with its strength; ``merge``: into the weights."""
+        for name, component in self.components.items():
+            applied = [(lora.components[name], strength) for lora, strength in loras if name in lora.components]
+            component.adapt(applied, merge)
 
     def run(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
         """The outputs of component ``name``, float32; ``options`` are added to its module's configuration.

@@ -11,9 +11,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
@@ -56,7 +57,8 @@ _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 class Parameters:
     """How a picture came about. ``eta`` is None when the sampler's own was used; ``guidance``: of distilled models, but
     always written; ``models``: base names of files by the JSON's keys (``model``, ``clip_l``, ``clip_g``, ``t5xxl``,
-    ``llm``, ``diffusion_model``, ``vae``); ``sampler_rng`` is None where it is ``rng``."""
+    ``llm``, ``diffusion_model``, ``vae``); ``sampler_rng`` is None where it is ``rng``; ``loras``: names with
+    strengths."""
 
     prompt: str
     negative_prompt: str
@@ -80,6 +82,7 @@ class Parameters:
     timestep_shift: int = 0
     left_out: LeftOut | None = None
     models: Mapping[str, str] = field(default_factory=dict)
+    loras: Sequence[tuple[str, float]] = ()
 
     def text(self) -> str:
         """What stands under ``parameters``."""
@@ -152,6 +155,7 @@ class Parameters:
                 "extra_sample_args": "",
             },
             "models": dict(self.models),
+            **({"loras": [_lora(*each) for each in self.loras]} if self.loras else {}),
             "clip_skip": self.clip_skip,
             "strength": _single(self.strength),
             "control_strength": _single(0.9),
@@ -192,7 +196,12 @@ def parameters_of(
         timestep_shift=settings.timestep_shift,
         left_out=settings.left_out,
         models={name: path.name for name, path in files.named.items()},
+        loras=[(Path(lora.name).name, lora.strength) for lora in settings.loras],
     )
+
+
+def _lora(name: str, strength: float) -> dict[str, Any]:
+    return {"name": name, "multiplier": _single(strength), "is_high_noise": False}
 
 
 def _single(value: float | None) -> float | None:

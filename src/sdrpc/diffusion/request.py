@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import InvalidValue
 from ..families.base import Defaults
+from ..prompts.tags import loras
 from ..prompts.text import check
 from .easycache import Options as EasyCacheOptions
 from .easycache import find_options
@@ -26,6 +29,30 @@ MAX_BATCH = 10000
 MAX_FACTOR = 1e6
 MAX_REFERENCES = 16
 
+APPLY_MODES = ("auto", "immediately", "at_runtime")
+"""How LoRAs are applied, by stable-diffusion.cpp's names. ``at_runtime``: beside the weights, which stay as they are;
+another strength or LoRA sends no weights. ``immediately``: merged into the weights while these are sent, which costs
+nothing per step. ``auto``: at_runtime, since over a network it is the weights that take time."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A LoRA and how strongly it is applied. ``name``: in the session's folder; a :class:`Path` is a file anywhere."""
+
+    name: str | Path
+    strength: float
+
+
+def summed(loras: Iterable[tuple[str | Path, float]]) -> tuple[Applied, ...]:
+    """Each LoRA once, in the order in which they are first named, with the sum of its strengths, as in
+    stable-diffusion.cpp. Raises :class:`InvalidValue` for a strength that is no number."""
+    strengths: dict[str | Path, float] = {}
+    for name, strength in loras:
+        if not abs(strength) < MAX_FACTOR:
+            raise InvalidValue("loras", f"{name}:{strength}", f"its strength is not a number below {MAX_FACTOR:.0e}")
+        strengths[name] = strengths.get(name, 0.0) + strength
+    return tuple(Applied(name, strength) for name, strength in strengths.items())
+
 
 @dataclass(frozen=True)
 class Request:
@@ -35,6 +62,8 @@ class Request:
     ``seed`` below 0: a random one. ``clip_skip`` below 1: the family's own. ``cfg_scale`` 1: no guidance by a negative
     prompt; ``guidance``: of models that were distilled with it (FLUX.1 dev). ``eta``: how much new noise a sampler
     adds; ``sampler_rng``: where that comes from, if not from ``rng`` like the noise that a picture begins as.
+    ``loras``: names (in the session's folder, or a :class:`Path`) with strengths, besides those in the prompt,
+    ``<lora:name:0.8>``.
 
     ``init_image``: pixels (height, width, 3) to begin with, uint8; they are cut and scaled to the picture's size, which
     is theirs where none is given. ``strength``: how much of the noise they get, 0 … 1; 1: all. ``mask``: pixels
@@ -66,6 +95,7 @@ class Request:
     eta: float | None = None
     prediction: str | None = None
     flow_shift: float | None = None
+    loras: Sequence[tuple[str | Path, float]] = ()
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)
@@ -86,7 +116,8 @@ class Request:
 
         Raises :class:`InvalidValue` for what can't be drawn, so that nothing is loaded in vain.
         """
-        check("prompt", self.prompt)
+        text, named = loras("prompt", self.prompt)
+        check("prompt", text)
         check("negative_prompt", self.negative_prompt)
         self._check_pictures()
         if self.init_image is not None:
@@ -128,6 +159,7 @@ class Request:
             seed, self.batch_count, method, scheduler, self.clip_skip, self.rng, self.sampler_rng or self.rng,
             sampler.eta if self.eta is None else self.eta, self.prediction or defaults.prediction,
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
+            text, summed([*named, *self.loras]),
             None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
@@ -192,7 +224,7 @@ def _up(side: int, multiple: int) -> int:
 @dataclass(frozen=True)
 class Settings:
     """A request in which nothing is left open but what only an evaluation of the model tells (``prediction``), or what
-    follows from the size (``flow_shift``)."""
+    follows from the size (``flow_shift``). ``prompt`` as it was given, ``text``: what of it is encoded."""
 
     prompt: str
     negative_prompt: str
@@ -211,6 +243,8 @@ class Settings:
     eta: float
     prediction: str | None
     flow_shift: float | None
+    text: str
+    loras: tuple[Applied, ...]
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from ..device import Device
 from ..errors import InvalidValue, UsageError
 from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
+from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.cache import Cache
 from ..runtime.lost import RETRY_SECONDS
@@ -36,10 +37,11 @@ from .inputs import (
     same_pixels,
     steps_left_out,
 )
+from .loras import Loras
 from .pictures import Picture, f32, finite, fitted, from_pixels, to_pixels
 from .placement import assigned
 from .predictions import Prediction, flux_shift_by_size, prediction
-from .request import Request, Settings
+from .request import APPLY_MODES, Applied, Request, Settings
 from .rng import make_rng
 from .samplers import denoiser, kept_outside, sample
 from .schedules import make_sigmas
@@ -67,6 +69,9 @@ class Session:
     once). When it is back, what is missing is uploaded again, and drawing goes on after the last evaluation of the
     model that was finished: the picture is the same.
 
+    ``lora_dir``: where LoRAs are found by name; ``lora_apply_mode``: one of
+    :data:`sdrpc.diffusion.request.APPLY_MODES`.
+
     A session draws one picture at a time and is not thread-safe; its devices may be shared.
     """
 
@@ -77,9 +82,14 @@ class Session:
         cache: Cache | None = None,
         timer: StageTimer | None = None,
         retry: float = RETRY_SECONDS,
+        *,
+        lora_dir: Path | str = ".",
+        lora_apply_mode: str = "auto",
     ) -> None:
         if not retry >= 0:
             raise InvalidValue("retry", retry, "it is a number of seconds")
+        if lora_apply_mode not in APPLY_MODES:
+            raise InvalidValue("lora_apply_mode", lora_apply_mode, f"there are {', '.join(APPLY_MODES)}")
         self.model = model
         given = {name: (put,) if isinstance(put, Device) else tuple(put) for name, put in placement.items()}
         self.placement = assigned(list(model.components), given)
@@ -87,7 +97,11 @@ class Session:
         """Seconds of all pictures together, by stage."""
         self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer, retry)
         self._vae = Autoencoder(model, self._devices)
-        self._encoded: OrderedDict[tuple[Prompt, object], Conditions] = OrderedDict()
+        self._encoded: OrderedDict[tuple[Prompt, object, object], Conditions] = OrderedDict()
+        self._loras = Loras(model, Path(lora_dir))
+        self._merge = lora_apply_mode == "immediately"
+        self._text_loras: tuple[Lora | float, ...] = ()
+        """The LoRAs that text encoders work with, each followed by its strength."""
 
     @classmethod
     def open(
@@ -95,15 +109,16 @@ class Session:
         files: ModelFiles | Path | str,
         placement: Mapping[str, Device | Sequence[Device]] | Device,
         cache: Cache | None = None,
-        retry: float = RETRY_SECONDS,
+        **options: Any,
     ) -> Session:
-        """The model in ``files`` (a path: a whole model), each component on its device or all of them on one.
+        """The model in ``files`` (a path: a whole model), each component on its device or all of them on one;
+        ``options`` as the class takes them.
 
         Files are mapped, nothing is uploaded yet. Raises :class:`CheckpointError` for files that can't be used or don't
         belong together, and :class:`MissingComponent`.
         """
         model = open_model(files if isinstance(files, ModelFiles) else ModelFiles(Path(files)))
-        return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache, retry=retry)
+        return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache, **options)
 
     def settings(self, request: Request) -> Settings:
         """``request`` with everything filled in. Raises :class:`InvalidValue` for what can't be drawn."""
@@ -155,6 +170,7 @@ class Session:
         self._devices.check_fits()
         telling = self._devices.telling
         telling.on_event, telling.cancel = on_event, cancel
+        self._adapt(settings.loras)
         with self.timer("encode"):
             begin, beside = self._encoded_pictures(settings)
             with telling.stage("encode"):
@@ -176,7 +192,7 @@ class Session:
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
-        return self._devices.unused()
+        return self._devices.unused() | self._loras.unknown()
 
     def close(self) -> None:
         """Free everything that the session has on the devices. The devices stay open."""
@@ -188,6 +204,14 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _adapt(self, loras: Sequence[Applied]) -> None:
+        """Draw with these LoRAs from now on."""
+        opened = [(self._loras.opened(applied), applied.strength) for applied in loras if applied.strength]
+        self._devices.adapt(opened, self._merge)
+        self._text_loras = tuple(
+            part for lora, strength in opened if lora.components.keys() - {"diffusion"} for part in (lora, strength)
+        )
 
     # --- the model as functions
 
@@ -203,7 +227,7 @@ class Session:
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
-            known = prompt, shown
+            known = prompt, shown, self._text_loras
             if known not in self._encoded:
                 encode = _Encode(self._devices, tuple(from_pixels(picture) for picture in settings.ref_images))
                 self._encoded[known] = self.model.family.conditions(encode, prompt)
@@ -213,7 +237,7 @@ class Session:
             return self._encoded[known]
 
         shown = tuple(same_pixels(picture) for picture in settings.ref_images)
-        positive: Conditions = {**encoded(settings.prompt, False), **beside.shown}
+        positive: Conditions = {**encoded(settings.text, False), **beside.shown}
         apart = settings.img_cfg_scale != settings.cfg_scale
         if settings.cfg_scale == 1 and not apart:
             return Told(positive)

@@ -32,6 +32,8 @@ Weights = Mapping[str, Weight]
 Config = Mapping[str, Any]
 """Arguments of a component's module class: values of JSON."""
 
+Backwards = Callable[[Iterable[str]], dict[str, tuple[str, ...]]]
+
 # Components ----------------------------------------------------------------------------------------------------------
 
 
@@ -41,10 +43,19 @@ class Naming:
 
     ``anchor``: a name (without prefix) that only this naming has. ``convert``: from the file's tensors, without their
     prefix, to those of the module, by the names of its parameters; tensors it does not understand are left out.
+    ``backwards``: the other way round, from the names of a module's parameters to those that such a file has, each with
+    the parameters that are made of it; None: that of ``convert`` if it has one (:class:`sdrpc.families.keys.Table`).
     """
 
     anchor: str
     convert: Callable[[Weights], dict[str, Weight]]
+    backwards: Backwards | None = None
+
+    def originals(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The names that a file has for parameters with ``names``, each with those that are made of it; none where that
+        is not known."""
+        backwards: Backwards | None = self.backwards or getattr(self.convert, "originals", None)
+        return {} if backwards is None else backwards(names)
 
 
 @dataclass(frozen=True)

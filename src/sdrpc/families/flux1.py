@@ -26,7 +26,6 @@ from .base import (
     Prompt,
     joined,
 )
-from .base import Weights as Tensors
 from .components import clip, flux, t5
 from .components.autoencoder import VAE
 from .keys import same, table
@@ -146,16 +145,12 @@ _ORIGINAL = table(
 """Black Forest Labs' names. Its final layer gives shift and scale, diffusers' scale and shift."""
 
 
-def _original(weights: Tensors) -> dict[str, Weight]:
-    return _ORIGINAL(weights)
-
-
 TRANSFORMER = Component(
     "diffusion",
     "diffusion model",
     flux.PREFIXES,
     (
-        Naming("double_blocks.0.img_attn.qkv.weight", _original),
+        Naming("double_blocks.0.img_attn.qkv.weight", _ORIGINAL),
         Naming("single_transformer_blocks.0.proj_mlp.weight", same),
     ),
     _configure,

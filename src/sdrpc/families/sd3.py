@@ -196,7 +196,7 @@ TRANSFORMER = Component(
     "diffusion",
     "diffusion model",
     ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", ""),
-    (Naming("joint_blocks.0.x_block.attn.qkv.weight", _original), Naming(_POSITIONS, same)),
+    (Naming("joint_blocks.0.x_block.attn.qkv.weight", _original, _ORIGINAL.originals), Naming(_POSITIONS, same)),
     _configure,
     build,
     "transformer",

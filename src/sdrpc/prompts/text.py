@@ -24,7 +24,7 @@ def check(field: str, text: str) -> None:
         raise InvalidValue(field, text, reason) from error
     tag = _TAG.search(text)
     if tag:
-        raise InvalidValue(field, tag[0], "sdrpc can't apply this tag yet, and would read it as words; leave it out")
+        raise InvalidValue(field, tag[0], "sdrpc can't apply this tag here, and would read it as words; leave it out")
     try:
         parse(text)
     except InvalidValue as error:

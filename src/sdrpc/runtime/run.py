@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -74,6 +74,7 @@ class WeightStore:
         self._progress = progress
         self._source = source
         self._places: dict[tuple[str, Type], Place] = {}
+        self._placed: dict[tuple[str, Type], Parameter] = {}
         self._buffers: list[Buffer] = []
 
     def places(self, parameters: Iterable[Parameter]) -> dict[Tensor, Place]:
@@ -95,6 +96,25 @@ class WeightStore:
         """
         return sum(chunk.size for chunk in self._chunks(self._new(parameters)))
 
+    def has(self, name: str) -> bool:
+        """Whether it is where the weight ``name`` comes from."""
+        return name in self._weights
+
+    def renew(self, names: Collection[str]) -> None:
+        """Weights of these ``names`` are others now, of the same types and shapes: what is on the device is sent there
+        again, each to its place. If that fails, all are given up, since nobody knows what is there."""
+        again: dict[int, list[Content]] = {}
+        for key, parameter in self._placed.items():
+            if parameter.name in names:
+                buffer, offset = self._places[key]
+                member = _Placing(parameter, self._checked(parameter)), offset, parameter.leaf.nbytes
+                again.setdefault(buffer.key, []).extend(self._contents(member))
+        try:
+            self._send([(buffer, again[buffer.key]) for buffer in self._buffers if buffer.key in again])
+        except BaseException:
+            self.release()
+            raise
+
     def release(self) -> None:
         """Free the weights' memory until :meth:`places` is called again: then they are uploaded once more."""
         self.releases += 1
@@ -102,6 +122,7 @@ class WeightStore:
             self.device.free(buffer)
         self._buffers.clear()
         self._places.clear()
+        self._placed.clear()
 
     def close(self) -> None:
         """Free the weights' memory for good."""
@@ -138,21 +159,11 @@ class WeightStore:
     def _upload(self, new: Sequence[_Placing]) -> None:
         chunks = self._chunks(new)
         buffers: list[Buffer] = []
-        total = sum(room for chunk in chunks for _, _, room in chunk.members)
-        report = self._progress or (lambda *_: None)
-        done = 0
-
-        def sent(before: int, now: int) -> None:
-            report(before + now, total)
-
         try:
             for chunk in chunks:
                 buffers.append(self.device.allocate(chunk.size))  # noqa: PERF401 (what was allocated is freed below)
-            report(0, total)
-            for chunk, buffer in zip(chunks, buffers, strict=True):
-                contents = list(self._contents(chunk))
-                self.device.upload(buffer, contents, partial(sent, done))
-                done += sum(content.size for content in contents)
+            inside = [[content for member in chunk.members for content in self._contents(member)] for chunk in chunks]
+            self._send(list(zip(buffers, inside, strict=True)))
         except BaseException:
             for buffer in buffers:
                 self.device.free(buffer)
@@ -160,13 +171,29 @@ class WeightStore:
         self._buffers += buffers
         for chunk, buffer in zip(chunks, buffers, strict=True):
             self._places |= {_key(p.parameter): (buffer, at) for p, at, _ in chunk.members}
+            self._placed |= {_key(p.parameter): p.parameter for p, _, _ in chunk.members}
 
-    def _contents(self, chunk: _Chunk) -> Iterator[Content]:
-        for (parameter, weight), offset, room in chunk.members:
-            size = parameter.leaf.nbytes
-            yield Content(offset, size, partial(self._pieces, parameter.name, weight, size), weight.origin)
-            if room > size:
-                yield Content(offset + size, room - size, View(memoryview(bytes(room - size))))
+    def _send(self, contents: Sequence[tuple[Buffer, Sequence[Content]]]) -> None:
+        """Write into each buffer what belongs there."""
+        total = sum(content.size for _, inside in contents for content in inside)
+        report = self._progress or (lambda *_: None)
+        done = 0
+
+        def sent(before: int, now: int) -> None:
+            report(before + now, total)
+
+        report(0, total)
+        for buffer, inside in contents:
+            self.device.upload(buffer, inside, partial(sent, done))
+            done += sum(content.size for content in inside)
+
+    def _contents(self, member: tuple[_Placing, int, int]) -> Iterator[Content]:
+        """A weight's bytes at its offset, with zeros behind them where it has more room."""
+        (parameter, weight), offset, room = member
+        size = parameter.leaf.nbytes
+        yield Content(offset, size, partial(self._pieces, parameter.name, weight, size), weight.origin)
+        if room > size:
+            yield Content(offset + size, room - size, View(memoryview(bytes(room - size))))
 
     def _pieces(
         self, name: str, weight: Weight, size: int, start: int = 0, stop: int | None = None
@@ -187,7 +214,8 @@ class Executable:
     """A lowered module on a device. Call it with arrays by input name; it returns the outputs' arrays in order.
 
     ``weights`` are uploaded for this graph alone, or come from a store that several graphs share (whose owner closes
-    it). Float outputs are float32, integers int64. Use it as a context manager, or :meth:`close` it.
+    it); those that ``adapters`` has come from there. Float outputs are float32, integers int64. Use it as a context
+    manager, or :meth:`close` it.
     """
 
     def __init__(
@@ -196,11 +224,13 @@ class Executable:
         device: Device,
         weights: Mapping[str, Weight] | WeightStore,
         progress: Progress | None = None,
+        adapters: WeightStore | None = None,
     ) -> None:
         self.lowered = lowered
         self.device = device
         self._shared = isinstance(weights, WeightStore)
         self._store = weights if isinstance(weights, WeightStore) else WeightStore(device, weights, progress)
+        self._adapters = adapters
         self._buffers: list[Buffer] = []
         self._sent: dict[Tensor, np.ndarray] = {}
         try:
@@ -216,7 +246,7 @@ class Executable:
         Raises :class:`UsageError` for inputs that the graph does not have or of another shape, and what the device
         raises.
         """
-        if self._bound_at != self._store.releases:
+        if self._bound_at != self._releases():
             self._free()
             self._bind()
         for leaf, data in self._feeds(inputs):
@@ -241,6 +271,18 @@ class Executable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _releases(self) -> tuple[int, int]:
+        return self._store.releases, 0 if self._adapters is None else self._adapters.releases
+
+    def _weights(self) -> dict[Tensor, Place]:
+        """Where the weights are, after uploading what is not there yet."""
+        ours, theirs = self._store, self._adapters
+        if theirs is None:
+            return ours.places(self.lowered.weights)
+        added = [parameter for parameter in self.lowered.weights if theirs.has(parameter.name)]
+        rest = [parameter for parameter in self.lowered.weights if not theirs.has(parameter.name)]
+        return ours.places(rest) | theirs.places(added)
+
     def _free(self) -> None:
         for buffer in self._buffers:
             self.device.free(buffer)
@@ -250,8 +292,8 @@ class Executable:
     def _bind(self) -> None:
         """Give every leaf, output and, on devices that don't do it themselves, node its place; compile."""
         lowered, device = self.lowered, self.device
-        weights = self._store.places(lowered.weights)
-        self._bound_at = self._store.releases
+        weights = self._weights()
+        self._bound_at = self._releases()
         ours = {leaf: None for entry in lowered.inputs for leaf in entry.leaves}
         ours |= {constant.leaf: None for constant in lowered.constants}
         ours |= {output.source: None for output in lowered.outputs if isinstance(output.source, Tensor)}

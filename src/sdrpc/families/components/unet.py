@@ -51,7 +51,7 @@ def unet(heads: Heads, sample_size: int) -> Component:
         "diffusion",
         "diffusion model",
         ("model.diffusion_model.", "unet.", "diffusion_model.", ""),
-        (Naming("input_blocks.0.0.weight", _from_ldm), Naming("conv_in.weight", same)),
+        (Naming("input_blocks.0.0.weight", _from_ldm, ldm_names), Naming("conv_in.weight", same)),
         configure,
         build,
         "unet",
@@ -254,3 +254,47 @@ def _kind(inner: Mapping[tuple[str, int, int], str], match: re.Match[str], name:
     if rest.startswith(tuple(_RESNET)):
         return "resnets"
     return inner.get((match[1], int(match[2]), int(match[3])), "attentions")
+
+
+_PIECE = re.compile(r"(down|up)_blocks\.(\d{1,4})\.(resnets|attentions|downsamplers|upsamplers)\.(\d{1,4})\.")
+
+
+def ldm_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """LDM's names for the tensors of a UNet whose names are diffusers', with those: the way back of :func:`renamed`."""
+    names = list(names)
+    beginnings = {new: old for old, new in _ENDS.items()} | _numbered(names)
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        piece = _PIECE.match(name)
+        new = (
+            piece[0]
+            if piece and piece[0] in beginnings
+            else next((p for p in _ENDS.values() if name.startswith(p)), "")
+        )
+        if new:
+            rules = _RESNET if ".resnets." in new else _SAMPLER if "downsamplers" in new else {}
+            inner = {theirs: ours for ours, theirs in rules.items()}
+            rest = name.removeprefix(new)
+            theirs = next((part for part in inner if rest.startswith(part)), "")
+            found[beginnings[new] + inner.get(theirs, "") + rest.removeprefix(theirs)] = (name,)
+    return found
+
+
+_ORDER = ("resnets", "attentions", "downsamplers", "upsamplers")
+
+
+def _numbered(names: Iterable[str]) -> dict[str, str]:
+    """``down_blocks.1.attentions.0.`` → ``input_blocks.4.1.`` and so on. Resnets and downsamplers begin a block, what
+    follows them belongs to it."""
+    pieces = {match[0]: match for name in names if (match := _PIECE.match(name))}
+
+    def order(match: re.Match[str]) -> tuple[int, float, int]:
+        return int(match[2]), math.inf if "samplers" in match[3] else int(match[4]), _ORDER.index(match[3])
+
+    found: dict[str, str] = {}
+    for side, blocks, first in (("down", "input", 1), ("up", "output", 0)):
+        block, place = first - 1, 0
+        for match in sorted((match for match in pieces.values() if match[1] == side), key=order):
+            block, place = (block + 1, 0) if match[3] in ("resnets", "downsamplers") else (block, place + 1)
+            found[match[0]] = f"{blocks}_blocks.{block}.{place}."
+    return found

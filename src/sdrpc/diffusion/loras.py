@@ -1,0 +1,63 @@
+"""LoRAs of a session: their files, found by name in a folder and kept open."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from ..errors import InvalidValue
+from ..families.lora import Lora, open_lora
+from ..families.model import Model
+from .request import Applied
+
+SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+"""Of a LoRA's file, which its name need not have, in order of preference."""
+
+KEPT = 8
+"""LoRAs that stay open, so that the next picture with one of them finds it as it was."""
+
+
+def find(folder: Path, name: str | Path) -> Path:
+    """The file of a LoRA: in ``folder`` or below it, with or without its suffix; a :class:`Path` is the file itself.
+
+    Raises :class:`InvalidValue`, which says what there is.
+    """
+    if isinstance(name, Path):
+        return name
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        raise InvalidValue("loras", name, f"is no name of a file in {folder} (--lora-model-dir)")
+    for path in (folder / relative, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in folder.glob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    there = f"there are {', '.join(known)}" if known else "there is none at all"
+    raise InvalidValue("loras", name, f"no such LoRA in {folder} (--lora-model-dir); {there}")
+
+
+class Loras:
+    """The LoRA files of a model that were used last, open."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self._model, self._folder = model, folder
+        self._open: OrderedDict[tuple[Path, int, int], Lora] = OrderedDict()
+
+    def opened(self, applied: Applied) -> Lora:
+        """The LoRA, opened if it is not yet or its file changed. Raises :class:`InvalidValue` and
+        :class:`CheckpointError`."""
+        path = find(self._folder, applied.name)
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise InvalidValue("loras", path, error.strerror or str(error)) from error
+        key = path, state.st_mtime_ns, state.st_size
+        if key not in self._open:
+            self._open[key] = open_lora(path, self._model)
+        self._open.move_to_end(key)
+        while len(self._open) > KEPT:
+            self._open.popitem(last=False)
+        return self._open[key]
+
+    def unknown(self) -> dict[str, list[str]]:
+        """Per file, what in it belongs to no layer of the model."""
+        return {str(lora.path): list(lora.unknown) for lora in self._open.values() if lora.unknown}

@@ -1,0 +1,233 @@
+"""Pictures with LoRAs through a real rpc-server are those of diffusers' own pipeline with the same files; what changes
+between two pictures is all that crosses the network."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sdrpc
+from bench.proxy import CountingProxy
+from sdrpc.device import Device
+from sdrpc.diffusion.events import Event
+from sdrpc.diffusion.session import Session
+from sdrpc.errors import CheckpointError
+from sdrpc.runtime.cache import Cache
+from tests.support.pictures import BOUNDS, Case, Checkpoints, drawing, request
+from tests.support.process import ServerProcess
+from tests.support.references.draw import draw, psnr
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),  # diffusers' scheduler with numpy 2
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers' loaders, about themselves
+]
+
+RANK, STRENGTH = 4, 0.7
+Tensors = dict[str, torch.Tensor]
+Name = Callable[[str, str], str]
+"""(component's folder, layer) → what the file calls it."""
+
+
+def kohya(folder: str, layer: str) -> str:
+    """Underscores for dots."""
+    beginning, inner = {"unet": ("lora_unet", ""), "text_encoder": ("lora_te", "text_model.")}[folder]
+    return f"{beginning}_{(inner + layer.removeprefix(inner)).replace('.', '_')}"
+
+
+def diffusers(folder: str, layer: str) -> str:
+    return f"{folder}.{layer}"
+
+
+def written(pipeline: Any, path: Path, name: Name, layers: Mapping[str, Sequence[str]], seed: int, peft: bool) -> Path:
+    """A LoRA of all layers whose names end so, by the folders of their components."""
+    tensors: Tensors = {}
+    generator = torch.Generator().manual_seed(seed)
+    for folder, ends in layers.items():
+        for layer, module in getattr(pipeline, folder).named_modules():
+            if not layer.endswith(tuple(ends)) or not isinstance(module, nn.Linear | nn.Conv2d):
+                continue
+            called = name(folder, layer)
+            rows, columns, *taps = module.weight.shape
+            down = torch.randn(RANK, columns, *taps, generator=generator) * (columns * max(1, len(taps) * 4)) ** -0.5
+            up = torch.randn(rows, RANK, *(1 for _ in taps), generator=generator)
+            tensors[f"{called}.{'lora_A' if peft else 'lora_down'}.weight"] = down
+            tensors[f"{called}.{'lora_B' if peft else 'lora_up'}.weight"] = up
+            if not peft:
+                tensors[f"{called}.alpha"] = torch.tensor(2.0)
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+    return path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A case with LoRAs for it: what of the model they change, and how it is named there."""
+
+    case: Case
+    name: Name
+    layers: Mapping[str, Sequence[str]]
+    peft: bool = False
+
+    def __str__(self) -> str:
+        return str(self.case)
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+CASES = (
+    Trained(Case("sd1", "safetensors"), kohya, {"unet": (*ATTENTION, "conv1"), "text_encoder": ("q_proj", "fc1")}),
+    Trained(Case("sdxl", "gguf", "Q4_K"), diffusers, {
+        "unet": (*ATTENTION, "proj_in"), "text_encoder": ("v_proj",), "text_encoder_2": ("fc2",),
+    }, peft=True),
+    Trained(Case("flux1-dev", "gguf", "Q8_0"), diffusers, {
+        "transformer": (*ATTENTION, "add_q_proj", "proj_mlp", "norm.linear"),
+    }, peft=True),
+    Trained(Case("sd3-without-t5", "diffusers"), diffusers, {"transformer": ATTENTION}, peft=True),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture(scope="module")
+def wire() -> Iterator[tuple[CountingProxy, Device]]:
+    """A server's device behind a proxy that counts."""
+    with ServerProcess("--precision", "exact", "--device", "CPU") as server, CountingProxy(server.port) as proxy:
+        device = sdrpc.devices(rpc=f"127.0.0.1:{proxy.port}")["RPC0"]
+        yield proxy, device
+        device.close()
+
+
+def theirs(pipeline: Any, trained: Trained, loras: Sequence[tuple[Path, float]]) -> np.ndarray:
+    """The picture of diffusers' pipeline with LoRAs. Its loader misreads those of text encoders with transformers 5
+    (it forgets the adapters' names): they are added to the weights by the formula."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers and peft about each other
+        for number, (path, strength) in enumerate(loras):
+            tensors = load_file(path)
+            for folder, ends in trained.layers.items():
+                if folder.startswith("text_encoder"):
+                    _merge(getattr(pipeline, folder), ends, partial(trained.name, folder), tensors, strength)
+            pipeline.load_lora_weights(tensors, adapter_name=f"lora{number}")
+        pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [strength for _, strength in loras])
+        return draw(pipeline, drawing(trained.case)).pixels
+
+
+def _merge(
+    module: nn.Module, ends: Sequence[str], name: Callable[[str], str], tensors: Tensors, strength: float
+) -> None:
+    """Add a LoRA to the module's weights, and take it out of ``tensors``."""
+    for layer, part in module.named_modules():
+        if layer.endswith(tuple(ends)) and isinstance(part, nn.Linear):
+            found = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name(layer)}.")}
+            down, up = (next(found[key] for key in found if re.search(kind, key)) for kind in ("_down|_A", "_up|_B"))
+            alpha = found.get(f"{name(layer)}.alpha", torch.tensor(float(RANK)))
+            part.weight.data += strength * alpha / RANK * (up @ down)
+
+
+@pytest.mark.parametrize("trained", CASES, ids=str)
+def test_a_picture_with_loras_is_that_of_diffusers(
+    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+) -> None:
+    """Two at once; the weights, quantized ones too, are those of the picture without, which comes back after it."""
+    case, (_, device) = trained.case, wire
+    pipeline = checkpoints.made(case).pipeline()
+    named = {n: written(pipeline, tmp_path / f"{n}.safetensors", trained.name, trained.layers, seed, trained.peft)
+             for seed, n in enumerate(("one", "other"))}  # fmt: skip
+    loras = [("one", STRENGTH), ("other.safetensors", -0.5)]
+    wanted = theirs(pipeline, trained, [(named[name.partition(".")[0]], strength) for name, strength in loras])
+    plain = checkpoints.wanted(case)
+    events: list[Event] = []
+    with Session.open(checkpoints.files(case), device, graphs, lora_dir=tmp_path) as session:
+        (without,) = session.generate(request(case))
+        (picture,) = session.generate(replace(request(case), loras=loras), events.append)
+        (again,) = session.generate(request(case), events.append)
+        assert not [path for path in session.unused() if path in map(str, named.values())]
+    assert psnr(picture.image, wanted) >= BOUNDS["exact"]
+    assert psnr(wanted, plain) < 30, "a LoRA changes the picture"
+    np.testing.assert_array_equal(again.image, without.image)
+    uploaded = sum(event.total for event in events if event.stage == "upload" and event.over)
+    assert uploaded <= sum(path.stat().st_size for path in named.values()), "the LoRAs alone"
+
+
+def test_what_changes_is_what_is_sent(
+    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+) -> None:
+    """Another strength: some bytes; another LoRA: its bytes; none: nothing. Never the model, nor other graphs than for
+    another text."""
+    trained, (proxy, device) = CASES[0], wire
+    pipeline = checkpoints.made(trained.case).pipeline()
+    for seed, name in enumerate(("one", "other")):
+        written(pipeline, tmp_path / f"{name}.safetensors", trained.name, trained.layers, seed, trained.peft)
+    size = (tmp_path / "one.safetensors").stat().st_size
+    asked = request(trained.case)
+
+    def sent(session: Session, tag: str) -> tuple[int, int]:
+        """Bytes on the wire for a picture, and those of weights among them."""
+        before, events = proxy.sent, list[Event]()
+        list(session.generate(replace(asked, prompt=asked.prompt + tag), events.append))
+        return proxy.sent - before, sum(event.total for event in events if event.stage == "upload" and event.over)
+
+    with Session.open(checkpoints.files(trained.case), device, graphs, lora_dir=tmp_path) as session:
+        first, weights = sent(session, "<lora:one:0.8>")
+        assert first > weights > 10 * size
+        usual, uploaded = sent(session, " or so<lora:one:0.8>")
+        assert uploaded == 0
+        few = usual // 50  # what the numbers of another text or picture may differ by, which are not sent when equal
+        stronger, uploaded = sent(session, "<lora:one:0.9>")
+        assert uploaded == 0
+        assert abs(stronger - usual) < few
+        other, uploaded = sent(session, "<lora:other:0.9>")
+        assert 0 < uploaded <= size
+        assert other - usual < size * 5 // 4, "with a message for each of its small matrices"
+        _, uploaded = sent(session, "")
+        assert uploaded == 0
+
+
+def test_merged_into_the_weights(
+    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+) -> None:
+    """immediately: what changes is sent again; the weights are F16, so that they are rounded once more."""
+    trained, (_, device) = CASES[0], wire
+    pipeline = checkpoints.made(trained.case).pipeline()
+    path = written(pipeline, tmp_path / "one.safetensors", trained.name, trained.layers, 0, trained.peft)
+    wanted = theirs(pipeline, trained, [(path, STRENGTH)])
+    asked = request(trained.case)
+    options: Any = {"lora_dir": tmp_path, "lora_apply_mode": "immediately"}
+    with Session.open(checkpoints.files(trained.case), device, graphs, **options) as session:
+        (without,) = session.generate(asked)
+        (picture,) = session.generate(replace(asked, prompt=f"{asked.prompt}<lora:one:{STRENGTH}>"))
+        (again,) = session.generate(asked)
+    assert psnr(picture.image, wanted) >= BOUNDS["exact"]
+    np.testing.assert_array_equal(again.image, without.image)
+
+
+def test_nothing_can_be_merged_into_types_that_nothing_writes(
+    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+) -> None:
+    trained, (_, device) = CASES[1], wire
+    pipeline = checkpoints.made(trained.case).pipeline()
+    written(pipeline, tmp_path / "one.safetensors", trained.name, trained.layers, 0, trained.peft)
+    options: Any = {"lora_dir": tmp_path, "lora_apply_mode": "immediately"}
+    with (
+        Session.open(checkpoints.files(trained.case), device, graphs, **options) as session,
+        pytest.raises(CheckpointError, match="Q4_K can't be made"),
+    ):
+        list(session.generate(replace(request(trained.case), loras=[("one", 1.0)])))
