@@ -26,8 +26,8 @@ WIDTH = 0.022
 """Of the line, in sides of the picture: not quite three pixels."""
 RANK = 8
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "proj_out")
-SCENES, STEPS, BATCH, RATE, WARM_UP = 8192, 1600, 24, 2e-3, 50
-REPORT = 100
+SCENES, STEPS, BATCH, RATE, WARM_UP = 3072, 1200, 16, 2e-3, 50
+REPORT = 50
 
 
 def main() -> None:
