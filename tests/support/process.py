@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-START_SECONDS = 60.0
+START_SECONDS = 240.0
 
 
 class ServerProcess:
