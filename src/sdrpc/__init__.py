@@ -12,17 +12,19 @@ if TYPE_CHECKING:
     from .device import Device as Device
     from .diffusion.events import Event as Event
     from .diffusion.pictures import Picture as Picture
+    from .diffusion.pictures import Video as Video
     from .diffusion.request import Request as Request
     from .diffusion.session import Session as Session
     from .families.model import ModelFiles as ModelFiles
 
 __all__ = [
-    "Device", "Devices", "Event", "ModelFiles", "Picture", "Request", "Session", "__version__", "devices", "offload",
+    "Device", "Devices", "Event", "ModelFiles", "Picture", "Request", "Session", "Video", "__version__", "devices",
+    "offload",
 ]  # fmt: skip
 
 _LAZY = {
     "Device": "device", "Event": "diffusion.events", "ModelFiles": "families.model", "Picture": "diffusion.pictures",
-    "Request": "diffusion.request", "Session": "diffusion.session",
+    "Request": "diffusion.request", "Session": "diffusion.session", "Video": "diffusion.pictures",
 }  # fmt: skip
 """What is imported when it is first asked for: commands that draw nothing shall start at once."""
 

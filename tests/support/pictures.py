@@ -25,6 +25,8 @@ from tests.support.references.draw import Drawing, draw, psnr
 from tools.checkpoints import Made, make
 
 WIDTH, HEIGHT, STEPS, SEED = 128, 64, 3, 42
+FRAMES = 5
+"""Of films: two latent ones."""
 PIXELS = 8
 """Of a latent's side."""
 
@@ -53,7 +55,7 @@ FAMILIES = {
     "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
-    "chroma": "Chroma", "z-image": "Z-Image",
+    "chroma": "Chroma", "z-image": "Z-Image", "wan": "Wan 2.1",
 }  # fmt: skip
 
 FORMS = {
@@ -77,6 +79,7 @@ CASES = (
     Case("sd3.5-large", "safetensors"), Case("sd3.5-medium", "gguf-parts", "Q8_0"),
     *(Case("z-image", form) for form in ("safetensors", "sharded")), Case("z-image", "parts", "F8_E4M3"),
     Case("z-image", "gguf-parts", "Q4_K"),
+    *(Case("wan", form) for form in ("safetensors", "diffusers")), Case("wan", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
 NATIVE_CASES = (
@@ -102,7 +105,7 @@ class Checkpoints:
         return ModelFiles(**paths)
 
     def wanted(self, case: Case) -> np.ndarray:
-        """What diffusers' pipeline draws: (height, width, 3) of 0 … 1."""
+        """What diffusers' pipeline draws: (height, width, 3) of 0 … 1, of a film (frames, height, width, 3)."""
         return _wanted(self.folder, case)
 
 
@@ -122,7 +125,7 @@ def request(case: Case) -> Request:
     return Request(
         "a lovely cat, in the style of nobody", "" if flux else "blurry, dark", WIDTH, HEIGHT, STEPS,
         cfg_scale=1.0 if flux else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
-        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family),
+        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=FRAMES,
     )  # fmt: skip
 
 
@@ -136,6 +139,8 @@ def drawing(case: Case) -> Drawing:
     else:
         predicts = prediction("sd3_flow" if sd3 else "v" if case.family == "sd2" else "eps")
     shape = (16 if flux or sd3 else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
+    if case.family == "wan":
+        predicts, shape = prediction("sd3_flow", shift=5.0), (16, 1 + (FRAMES - 1) // 4, *shape[1:])
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
         asked.prompt, noise, make_sigmas("discrete", STEPS, predicts).tolist(), asked.negative_prompt,
@@ -159,7 +164,18 @@ def distance(checkpoints: Checkpoints, case: Case, devices: Sequence[Device], gr
         names = list(probe.model.components)
     placement: Mapping[str, Device] = {name: devices[i % len(devices)] for i, name in enumerate(names)}
     with Session.open(files, placement, Cache(graphs)) as session:
-        (picture,) = session.generate(request(case))
+        drawn = _film(session, case) if session.model.frames else _picture(session, case)
     wanted = checkpoints.wanted(case)
     assert wanted.std() > 0.01, "something is to be seen"
-    return psnr(picture.image, wanted)
+    return psnr(drawn, wanted)
+
+
+def _picture(session: Session, case: Case) -> np.ndarray:
+    (picture,) = session.generate(request(case))
+    return picture.image
+
+
+def _film(session: Session, case: Case) -> np.ndarray:
+    """(frames, height, width, 3)."""
+    (film,) = session.generate_video(request(case))
+    return np.stack(list(film.frames))

@@ -27,8 +27,10 @@ SD3Transformer2DModel: Any = diffusers.SD3Transformer2DModel
 ChromaTransformer2DModel: Any = diffusers.ChromaTransformer2DModel
 UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
+AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
+WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
 
-CLIP_WORDS, CLIP_LENGTH, T5_WORDS, QWEN_WORDS = 49408, 77, 32128, 151936
+CLIP_WORDS, CLIP_LENGTH, T5_WORDS, UMT5_WORDS, QWEN_WORDS = 49408, 77, 32128, 256384, 151936
 HEAD = 64
 """Width of an attention head in all text encoders, and in the UNets of SD 2.x and SDXL."""
 
@@ -169,6 +171,21 @@ def _t5(width: int, inner: int, heads: int, layers: int, folder: str = "text_enc
         "t5xxl",
         folder,
         lambda: transformers.T5EncoderModel(config),
+        prefixed("text_encoders.t5xxl.transformer.", names.unchanged),
+        names.unchanged,
+    )
+
+
+def _umt5(width: int, inner: int, heads: int, layers: int) -> Component:
+    """As :func:`_t5`."""
+    config = transformers.UMT5Config(
+        vocab_size=UMT5_WORDS, d_model=width, d_kv=HEAD, d_ff=inner, num_layers=layers, num_heads=heads,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return Component(
+        "t5xxl",
+        "text_encoder",
+        lambda: transformers.UMT5EncoderModel(config),
         prefixed("text_encoders.t5xxl.transformer.", names.unchanged),
         names.unchanged,
     )
@@ -330,6 +347,31 @@ def _z_image(width: int, heads: int, layers: int, refiners: int, text: int) -> C
         ),
         prefixed("model.diffusion_model.", names.z_image),
         names.z_image,
+    )
+
+
+def _wan(heads: int, inner: int, blocks: int, text: int, channels: int = 16) -> Component:
+    """``inner`` is the width of the feed-forward layers."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: WanTransformer3DModel(
+            num_attention_heads=heads, in_channels=channels, out_channels=channels, text_dim=text, ffn_dim=inner,
+            num_layers=blocks,
+        ),
+        prefixed("model.diffusion_model.", names.wan),
+        names.wan,
+    )  # fmt: skip
+
+
+def _film_vae(width: int, layers: int, **options: Any) -> Component:
+    """Wan's autoencoder; ``width`` of its finest level."""
+    return Component(
+        "vae",
+        "vae",
+        lambda: AutoencoderKLWan(base_dim=width, num_res_blocks=layers, **options),
+        prefixed("first_stage_model.", names.film_vae),
+        names.film_vae,
     )
 
 
@@ -585,10 +627,23 @@ Z_IMAGE = Family(
     "lumina2",
 )  # fmt: skip
 
+WAN = Family(
+    "wan",
+    diffusers.WanPipeline,
+    {
+        "full": (_wan(40, 13824, 40, 4096), _film_vae(96, 2), _umt5(4096, 10240, 64, 24)),
+        "small": (_wan(12, 8960, 30, 4096), _film_vae(96, 2), _umt5(4096, 10240, 64, 24)),
+        "tiny": (_wan(2, 160, 2, 32), _film_vae(8, 1, dim_mult=[1, 2, 2, 2]), _umt5(32, 64, 1, 2)),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(shift=5.0),
+    "wan",
+)
+"""Wan 2.1 of 14B and (``small``) 1.3B."""
+
 FAMILIES = {
     family.name: family
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
-        SD35_LARGE, CHROMA, Z_IMAGE,
+        SD35_LARGE, CHROMA, Z_IMAGE, WAN,
     )
 }  # fmt: skip

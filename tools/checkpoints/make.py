@@ -16,7 +16,7 @@ from .families import FAMILIES, Component, Family, saved_tensors
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
 from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
-from .tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer, vocabulary_entries
+from .tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer, umt5_tokenizer, vocabulary_entries
 
 SEED = 0
 
@@ -125,6 +125,8 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": t5_tokenizer()}
     if family.name == "z-image":
         return {"tokenizer": qwen_tokenizer()}
+    if family.name.startswith("wan"):
+        return {"tokenizer": umt5_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     if family.name.startswith("sd3"):

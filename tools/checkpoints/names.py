@@ -294,6 +294,71 @@ def z_image(shapes: Shapes) -> Iterator[Entry]:
             yield Entry(_renamed(name, _Z_IMAGE_RULES), (name,))
 
 
+_WAN_RULES: Rules = (
+    (r"condition_embedder\.time_embedder\.linear_1\.(.*)", r"time_embedding.0.\1"),
+    (r"condition_embedder\.time_embedder\.linear_2\.(.*)", r"time_embedding.2.\1"),
+    (r"condition_embedder\.text_embedder\.linear_1\.(.*)", r"text_embedding.0.\1"),
+    (r"condition_embedder\.text_embedder\.linear_2\.(.*)", r"text_embedding.2.\1"),
+    (r"condition_embedder\.time_proj\.(.*)", r"time_projection.1.\1"),
+    (r"blocks\.(\d+)\.attn1\.to_([qkv])\.(.*)", r"blocks.\1.self_attn.\2.\3"),
+    (r"blocks\.(\d+)\.attn2\.to_([qkv])\.(.*)", r"blocks.\1.cross_attn.\2.\3"),
+    (r"blocks\.(\d+)\.attn1\.to_out\.0\.(.*)", r"blocks.\1.self_attn.o.\2"),
+    (r"blocks\.(\d+)\.attn2\.to_out\.0\.(.*)", r"blocks.\1.cross_attn.o.\2"),
+    (r"blocks\.(\d+)\.attn1\.norm_([qk])\.weight", r"blocks.\1.self_attn.norm_\2.weight"),
+    (r"blocks\.(\d+)\.attn2\.norm_([qk])\.weight", r"blocks.\1.cross_attn.norm_\2.weight"),
+    (r"blocks\.(\d+)\.norm2\.(.*)", r"blocks.\1.norm3.\2"),
+    (r"blocks\.(\d+)\.ffn\.net\.0\.proj\.(.*)", r"blocks.\1.ffn.0.\2"),
+    (r"blocks\.(\d+)\.ffn\.net\.2\.(.*)", r"blocks.\1.ffn.2.\2"),
+    (r"blocks\.(\d+)\.scale_shift_table", r"blocks.\1.modulation"),
+    (r"patch_embedding\.(.*)", r"\g<0>"),
+    (r"proj_out\.(.*)", r"head.head.\1"),
+    (r"scale_shift_table", r"head.modulation"),
+)
+
+
+def wan(shapes: Shapes) -> Iterator[Entry]:
+    """Wan's transformer, in the names of its own code."""
+    return (Entry(_renamed(name, _WAN_RULES), (name,)) for name in shapes)
+
+
+_FILM_PARTS: Rules = (
+    (r"\.norm1\.", ".residual.0."), (r"\.conv1\.", ".residual.2."), (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."), (r"\.conv_shortcut\.", ".shortcut."),
+    (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."), (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."), (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."), (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+)  # fmt: skip
+"""Applied one after the other."""
+
+
+def film_vae(shapes: Shapes) -> Iterator[Entry]:
+    """Wan's autoencoder. In 2.2 levels have blocks, the last of which changes the size; 2.1 counts the blocks of all
+    levels together."""
+    layers = 1 + max(int(name.split(".")[4]) for name in shapes if name.startswith("decoder.up_blocks.0.resnets."))
+    nested = any(".upsampler." in name for name in shapes)
+    for name in shapes:
+        original = name
+        for pattern, replacement in _FILM_PARTS:
+            original = re.sub(pattern, replacement, original)
+        yield Entry((_nested if nested else _flat)(original, layers), (name,))
+
+
+def _nested(name: str, layers: int) -> str:
+    """``layers``: in a level on the way up, one more than on the way down."""
+    name = re.sub(r"\.(up|down)_blocks\.(\d+)\.resnets\.", r".\1samples.\2.\1samples.", name)
+    name = re.sub(r"\.up_blocks\.(\d+)\.upsampler\.", rf".upsamples.\1.upsamples.{layers}.", name)
+    return re.sub(r"\.down_blocks\.(\d+)\.downsampler\.", rf".downsamples.\1.downsamples.{layers - 1}.", name)
+
+
+def _flat(name: str, layers: int) -> str:
+    def block(match: re.Match[str]) -> str:
+        level, kind, number = match.groups()
+        return f".upsamples.{int(level) * (layers + 1) + (int(number) if kind == 'resnets' else layers)}."
+
+    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", block, name)
+    return name.replace(".down_blocks.", ".downsamples.")
+
+
 _SD3_RULES: Rules = (
     (r"pos_embed\.pos_embed", "pos_embed"),
     (r"pos_embed\.proj\.(.*)", r"x_embedder.proj.\1"),

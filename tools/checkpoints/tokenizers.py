@@ -6,16 +6,18 @@ import gzip
 import json
 import lzma
 import tarfile
+from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 WORDS = 49408
 VOCABULARIES = Path(__file__).parents[2] / "src" / "sdrpc" / "prompts" / "data"
-T5_VOCABULARY = VOCABULARIES / "t5.tar.xz"
 
 QWEN_ADDED = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -49,10 +51,7 @@ def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
 
 def t5_tokenizer() -> Any:
     """T5's, from the vocabulary that sdrpc ships (its README says what the files are)."""
-    with tarfile.open(T5_VOCABULARY, "r:xz") as archive:
-        names = ("pieces.txt", "scores.f32", "charsmap.bin")
-        pieces, scores, charsmap = (file.read() for name in names if (file := archive.extractfile(name)) is not None)
-    vocabulary: Any = list(zip(pieces.decode().split("\n"), np.frombuffer(scores, "<f4").tolist(), strict=True))
+    vocabulary, charsmap = _vocabulary("t5.tar.xz")
     return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, model_max_length=512)
 
 
@@ -83,6 +82,28 @@ def vocabulary_entries(tokenizer: Any, words: str) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [3 if token in added else 1 for token in tokens],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in whole["model"]["merges"]],
     }
+
+
+@cache
+def umt5_tokenizer() -> Any:
+    """UMT5's, likewise, as its published tokenizer.json has it: no map of characters, runs of spaces are one."""
+    vocabulary, _ = _vocabulary("umt5.tar.xz")
+    tokenizer = Tokenizer(Unigram(vocabulary, unk_id=3, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    make: Any = PreTrainedTokenizerFast
+    return make(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def _vocabulary(archive: str) -> tuple[Any, bytes]:
+    """Pieces with their scores, and sentencepiece's map of characters, if there is one."""
+    with tarfile.open(VOCABULARIES / archive, "r:xz") as opened:
+        files = {member.name: file.read() for member in opened if (file := opened.extractfile(member)) is not None}
+    scores = np.frombuffer(files["scores.f32"], "<f4").tolist()
+    return list(zip(files["pieces.txt"].decode().split("\n"), scores, strict=True)), files.get("charsmap.bin", b"")
 
 
 def _byte_letters() -> list[str]:

@@ -18,7 +18,7 @@ MAGIC = b"GGUF"
 TOKENIZER = "tokenizer."
 """How keys of a vocabulary begin."""
 
-MAX_DIMS = 4
+MAX_DIMS = 5
 MAX_NAME = 4096
 MAX_METADATA = 64 << 20
 """Bytes of one text entry that are kept; SD files carry a config or nothing."""

@@ -23,7 +23,7 @@ from .output import DEFAULT_OUTPUT
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 """The modes of stable-diffusion.cpp's sd-cli."""
 
-HERE = ("img_gen", "convert")
+HERE = ("img_gen", "vid_gen", "convert")
 """Those that sdrpc has."""
 
 MODEL, PICTURE, INPUT, SAMPLING = "Model", "Picture", "Pictures as input", "Sampling"
@@ -65,6 +65,11 @@ OPTIONS = (
            help="Where it is drawn anew: white; black stays, grey is in between."),
     Option(INPUT, "-r", "--ref-image", "ref_images", type=FILE, multiple=True, metavar="PATH",
            help="Picture that the model is shown (FLUX.1 Kontext); several times for several."),
+
+    Option(PICTURE, "--video-frames", type=int, metavar="NUMBER", shown="what the model is made for",
+           help="Frames of a film; one more than a multiple of 4."),
+    Option(PICTURE, "--fps", type=int, metavar="NUMBER", shown="what the model is made for",
+           help="Frames of a film that make a second."),
 
     Option(SAMPLING, "--steps", type=int, metavar="NUMBER", shown="20; FLUX.1 schnell: 4, Z-Image: 8",
            help="Sampling steps."),
@@ -136,12 +141,13 @@ OPTIONS = (
            help="How this machine's devices compute; auto: fast where the hardware is made for it."),
 
     Option(OUTPUT, "-o", "--output", type=FILE, metavar="PATH", default=DEFAULT_OUTPUT,
-           help="Picture: .png, .jpg or .webp; %d or %03d numbers several. With convert: a .gguf file."),
+           help="Picture: .png, .jpg or .webp; %d or %03d numbers several. Film: .mp4, .webm, .avi, .webp, .gif, or "
+           "frames: frame_%03d.png. With convert: a .gguf file."),
     Option(OUTPUT, "--output-begin-idx", type=click.IntRange(min=0), metavar="NUMBER", default=0,
            help="Number of the first picture."),
     Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
     Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(HERE), default="img_gen",
-           help="Draw, or write the model as .gguf."),
+           help="Draw pictures or films, or write the model as .gguf."),
     Option(OUTPUT, "--type", default="", metavar="NAME", shown="as they are",
            help="With convert: type of the weights, such as q8_0."),
 
@@ -183,7 +189,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "details drawn again": ("--ad-model", "--ad-prompt", "--ad-negative-prompt", "--extra-ad-args"),
     "video": (
-        "--video-frames", "--fps", "--end-img", "--control-video", "--high-noise-steps", "--high-noise-cfg-scale",
+        "--end-img", "--control-video", "--high-noise-steps", "--high-noise-cfg-scale",
         "--high-noise-img-cfg-scale", "--high-noise-guidance", "--high-noise-slg-scale", "--high-noise-eta",
         "--high-noise-sampling-method", "--high-noise-skip-layers", "--high-noise-skip-layer-start",
         "--high-noise-skip-layer-end", "--moe-boundary", "--vace-strength",

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from ..errors import InvalidValue
 
@@ -23,23 +24,43 @@ DEFAULT_SUFFIX = ".png"
 MAX_SIDES = {".png": 1 << 31, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 """Suffix of a picture's file → pixels that a side of such a file can have (libjpeg's and WebP's limits)."""
 
+FILM_SIDES = {".mp4": 16384, ".webm": 16384, ".avi": 65500, ".webp": 16383, ".gif": 65535}
+"""The same of a film's file (x264's and libvpx's limits, and those of the formats)."""
 
-def output_paths(pattern: str, count: int, first: int = 0) -> list[Path]:
-    """The files of ``count`` pictures: numbered where ``pattern`` has a %d (``out_%03d.png``), else with ``_0``, ``_1``
-    … before the suffix when there are several. Raises :class:`InvalidValue` for a format that can't be written."""
+DEFAULT_FILM, DEFAULT_ANIMATION = "./output.mp4", "./output.webp"
+"""Where a film goes with PyAV and without."""
+
+
+def output_paths(pattern: str, count: int, first: int = 0, suffixes: Collection[str] = MAX_SIDES) -> list[Path]:
+    """The files of ``count`` pictures (or films): numbered where ``pattern`` has a %d (``out_%03d.png``), else with
+    ``_0``, ``_1`` … before the suffix, one of ``suffixes``, when there are several. Raises :class:`InvalidValue` for a
+    format that can't be written."""
     path = Path(pattern)
-    if path.suffix and path.suffix.lower() not in MAX_SIDES:
-        known = ", ".join(MAX_SIDES)
-        raise InvalidValue("output", pattern, f"pictures are written as {known}; {path.suffix} is not supported")
+    if path.suffix and path.suffix.lower() not in suffixes:
+        what = "pictures" if suffixes is MAX_SIDES else "films"
+        known = ", ".join(suffixes)
+        raise InvalidValue("output", pattern, f"{what} are written as {known}; {path.suffix} is not supported")
     if not path.name or os.path.isdir(path):
         raise InvalidValue("output", pattern, "names a directory, not a file")
     pattern, numbers = pattern if path.suffix else pattern + DEFAULT_SUFFIX, range(first, first + count)
-    if any(_NUMBER.findall(pattern)):
+    if numbered(pattern):
         return [Path(_NUMBER.sub(partial(_formatted, number), pattern)) for number in numbers]
     if count == 1:
         return [Path(pattern)]
     path = Path(pattern)
     return [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in numbers]
+
+
+def frames_singly(pattern: str) -> bool:
+    """Whether a film's frames are to be a picture each: where ``pattern`` is a picture's (``frame_%03d.png``), and not
+    one of .webp files without a number, which is an animation's."""
+    suffix = Path(pattern).suffix.lower()
+    return suffix in MAX_SIDES and (suffix not in FILM_SIDES or numbered(pattern))
+
+
+def numbered(pattern: str) -> bool:
+    """Whether a file name has a place for a number: %d, %03d."""
+    return any(_NUMBER.findall(pattern))
 
 
 def _formatted(number: int, match: re.Match[str]) -> str:
@@ -78,7 +99,7 @@ def _why_not(directory: Path) -> str:
 
 def check_sides(path: Path, width: int, height: int) -> None:
     """Raises :class:`InvalidValue` when a picture has too many pixels on a side for its format."""
-    most = MAX_SIDES[path.suffix.lower()]
+    most = (MAX_SIDES | FILM_SIDES)[path.suffix.lower()]
     for field, side in (("width", width), ("height", height)):
         if side > most:
             raise InvalidValue(field, side, f"{path.suffix} files have at most {most} pixels on a side; write a .png")
@@ -108,6 +129,44 @@ def save(path: Path, data: bytes) -> Saved:
         except OSError:
             continue
     raise OSError(refusal.errno, refusal.strerror, str(path)) from refusal
+
+
+def save_as_made(path: Path, make: Callable[[IO[bytes]], None]) -> Saved:
+    """As :meth:`save`, of what ``make`` writes into a file piece by piece: there is only one place that it is made in,
+    beside ``path`` where that can be."""
+    target = Path(os.path.realpath(path))
+    refusal = ""
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".sdrpc-", suffix=path.suffix)
+    except OSError as error:
+        refusal = error.strerror or str(error)
+        handle, name = tempfile.mkstemp(prefix="sdrpc-", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            make(file)
+        os.chmod(name, 0o666 & ~_umask())
+    except BaseException:
+        os.unlink(name)
+        raise
+    try:
+        _move(Path(name), target)
+    except OSError as error:
+        return Saved(Path(name), refusal or error.strerror or str(error))
+    return Saved(path, "")
+
+
+def _move(source: Path, target: Path) -> None:
+    """Replace ``target`` by ``source``, or where that can't be (a pipe, a file that was mounted, another disk), write
+    what is in it."""
+    if not target.exists() or target.is_file():
+        try:
+            os.replace(source, target)
+            return
+        except OSError:
+            pass
+    with source.open("rb") as made, target.open("wb") as file:
+        shutil.copyfileobj(made, file)
+    os.unlink(source)
 
 
 def _write(target: Path, data: bytes) -> None:

@@ -147,7 +147,9 @@ class Meter:
         self._say(f"{event.component}: goes on with {event.device}, after {event.seconds:.1f} s")
 
     def _decode(self, event: Event) -> None:
-        if not event.over:
+        if event.total > 1:
+            self._status.show("decoding", event.done / event.total, f"frame {event.done} of {event.total}")
+        elif not event.over:
             self._status.show("decoding")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -22,13 +22,25 @@ from .convert import convert
 from .devices import every_device, placed_devices
 from .entry import ready
 from .options import ALWAYS_SO, HERE, OPTIONS, REFUSED
-from .output import check_sides, check_writable, output_paths, save
+from .output import (
+    DEFAULT_ANIMATION,
+    DEFAULT_FILM,
+    DEFAULT_OUTPUT,
+    FILM_SIDES,
+    MAX_SIDES,
+    check_sides,
+    check_writable,
+    frames_singly,
+    output_paths,
+    save,
+    save_as_made,
+)
 from .progress import mebibytes
 
 if TYPE_CHECKING:
     from ..device import Device
     from ..diffusion.metadata import Parameters
-    from ..diffusion.pictures import Picture, Pixels
+    from ..diffusion.pictures import Picture, Pixels, Video
     from ..diffusion.request import Request, Settings
     from ..families.model import Model
 
@@ -81,7 +93,11 @@ def _list_devices(chosen: Chosen) -> int:
 
 def _draw(chosen: Chosen) -> int:
     """Draw what was asked for; its exit status."""
-    paths = output_paths(chosen["output"], chosen["batch_count"], chosen["output_begin_idx"])
+    film = chosen["mode"] == "vid_gen"
+    output = _film_output(chosen["output"]) if film else chosen["output"]
+    singly = film and frames_singly(output)
+    first, suffixes = chosen["output_begin_idx"], FILM_SIDES if film and not singly else MAX_SIDES
+    paths = output_paths(output, chosen["batch_count"], first, suffixes)
     placed = placement.parse(chosen["backend"])
 
     from ..diffusion.metadata import parameters_of
@@ -97,10 +113,18 @@ def _draw(chosen: Chosen) -> int:
     with timer("load"):
         opened = open_model(files)
     wanted = placement.wanted(list(opened.components), placed, chosen["main_backend_device"], by_option(chosen))
-    settings = request.resolved(opened.defaults, opened.size, opened.family.latents.multiple)
-    _note_size(request, settings)
+    settings = request.resolved(opened.defaults, opened.size, opened.family.latents.multiple, opened.together(film))
+    if singly:
+        paths = output_paths(output, settings.batch_count * settings.video_frames, first)
+    _note_size(request, settings, film)
     check_sides(paths[0], settings.width, settings.height)
     check_writable(paths)
+
+    def told(drawn: Picture | Video) -> Parameters | None:
+        if chosen["disable_image_metadata"]:
+            return None
+        return parameters_of(settings, drawn, files, chosen["eta"], chosen["sampler_rng"])
+
     # a server that sleeps for less than we would wait for it goes on where it was
     timeouts = Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
     with placed_devices(
@@ -112,15 +136,48 @@ def _draw(chosen: Chosen) -> int:
             opened, devices, timer=timer, retry=chosen["rpc_retry"], lora_dir=folder, lora_apply_mode=mode
         ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
-            pictures = session.draw(settings, report.meter().tell)
-            elsewhere = 0
-            for path, picture in zip(paths, pictures, strict=True):
-                parameters = parameters_of(settings, picture, files, chosen["eta"], chosen["sampler_rng"])
-                elsewhere += _keep(path, picture, None if chosen["disable_image_metadata"] else parameters)
+            drawn = (session.draw_video if film else session.draw)(settings, report.meter().tell)
+            elsewhere = _keep_all(drawn, paths, singly, told)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
     report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
     return report.FAILURE if elsewhere else 0
+
+
+def _film_output(output: str) -> str:
+    """Where a film goes; raises :class:`InvalidValue` for what can't be written here."""
+    from ..diffusion.films import check_format, has_videos
+
+    usual = DEFAULT_FILM if has_videos() else DEFAULT_ANIMATION
+    if output == DEFAULT_OUTPUT:
+        return usual
+    if not Path(output).suffix:
+        return output + Path(usual).suffix
+    if not frames_singly(output):
+        check_format(Path(output).suffix)
+    return output
+
+
+def _keep_all(
+    drawn: Iterable[Picture | Video],
+    paths: Sequence[Path],
+    singly: bool,
+    told: Callable[[Picture | Video], Parameters | None],
+) -> int:
+    """Save what is drawn, of films each frame if ``singly``; how many files had to go elsewhere than to ``paths``.
+    ``told``: what is written about it."""
+    from ..diffusion.pictures import Picture
+
+    left, elsewhere = iter(paths), 0
+    for one in drawn:
+        parameters = told(one)
+        if isinstance(one, Picture):
+            elsewhere += _keep(next(left), one, parameters)
+        elif singly:
+            elsewhere += sum(_keep(next(left), Picture(frame, one.seed), parameters) for frame in one.frames)
+        else:
+            elsewhere += _keep_film(next(left), one, parameters)
+    return elsewhere
 
 
 def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
@@ -130,6 +187,17 @@ def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
     saved = save(path, encode(picture.image, path.suffix, parameters))
     if saved.why:
         report.warn(f"{path}: {saved.why}; the picture is in {saved.path}")
+    report.result(saved.path)
+    return bool(saved.why)
+
+
+def _keep_film(path: Path, film: Video, parameters: Parameters | None) -> bool:
+    """As :func:`_keep`, of a film, whose frames are written as they come."""
+    from ..diffusion.films import encode
+
+    saved = save_as_made(path, lambda file: encode(film, path.suffix, file, parameters))
+    if saved.why:
+        report.warn(f"{path}: {saved.why}; the film is in {saved.path}")
     report.result(saved.path)
     return bool(saved.why)
 
@@ -155,13 +223,16 @@ def _prompt(chosen: Chosen) -> str:
     return str(chosen["prompt"])
 
 
-def _note_size(request: Request, settings: Settings) -> None:
-    """Say when the picture gets another size than the one that was asked for."""
+def _note_size(request: Request, settings: Settings, film: bool) -> None:
+    """Say when the picture or film gets another size than the one that was asked for."""
     theirs = (None, None) if request.init_image is None else request.init_image.shape[1::-1]
     asked = (request.width or theirs[0] or settings.width, request.height or theirs[1] or settings.height)
     if asked != (settings.width, settings.height):
         given = f"{settings.width}×{settings.height}"
         report.say(f"{asked[0]}×{asked[1]} is rounded up to {given}, the next size that the model can draw")
+    if film and request.video_frames not in (None, settings.video_frames):
+        drawn = f"{settings.video_frames}, the number before it that the model can draw"
+        report.say(f"{request.video_frames} frames are rounded down to {drawn}")
 
 
 def _note_placement(model: Model, devices: Mapping[str, Sequence[Device]], settings: Settings) -> None:

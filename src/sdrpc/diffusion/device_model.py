@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -101,8 +102,9 @@ class DeviceComponent:
         """Bytes of its weights on the device, as they are stored."""
         return self.component.found.nbytes()
 
-    def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
-        """The module's outputs, float32. Raises :class:`CheckpointError` and what the device raises."""
+    def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
+        """Run the module; its outputs, float32, are read when they are asked for. Raises :class:`CheckpointError` and
+        what the device raises."""
         if not self._adapted:
             self._adapt(*self._applied)
             self._adapted = True
@@ -115,7 +117,7 @@ class DeviceComponent:
         program = self._programs[name]
         if any(entry.name == STRENGTHS for entry in program.lowered.inputs):
             inputs = {**inputs, STRENGTHS: self._adapters.strengths}
-        return tuple(output.astype(np.float32, copy=False) for output in program(**inputs))
+        return (output.astype(np.float32, copy=False) for output in program.results(**inputs))
 
     def adapt(self, applied: Sequence[tuple[Changes, float]], merge: bool) -> None:
         """Compute from now on with these changes of its weights, each with its strength, instead of others.
@@ -289,13 +291,46 @@ class DeviceModel:
         def work() -> tuple[F32, ...]:
             with component.device.turns, self._listening(component):
                 component.settle(component.device)
-                if not component.resident:
-                    self._make_room(component)
-                self._uses += 1
-                component.last_used = self._uses
-                return component.run(module, inputs)
+                return tuple(self._started(component, module, inputs))
 
         return self._surviving(component, work)
+
+    def stream(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
+        """As :meth:`run`, but an output is read from the device when it is asked for, so that they need not fit into
+        this machine's memory together. That has to be before the component runs again."""
+        component = self.components[name]
+        module = component.component.module(**options)
+        outputs: Iterator[F32] = iter(())
+        place: tuple[Device, int] | None = None
+        """Where ``outputs`` are: a device in one of its lives."""
+        given = 0
+
+        def following() -> F32 | None:
+            nonlocal outputs, place
+            with component.device.turns, self._listening(component):
+                component.settle(component.device)
+                if place != (component.device, component.device.life):
+                    outputs = islice(self._started(component, module, inputs), given, None)
+                    place = component.device, component.device.life
+                return next(outputs, None)
+
+        while True:
+            self.telling.check()
+            output = self._surviving(component, following)
+            if output is None:
+                return
+            given += 1
+            yield output
+
+    def _started(
+        self, component: DeviceComponent, module: ModuleSpec, inputs: Mapping[str, np.ndarray]
+    ) -> Iterator[F32]:
+        """The outputs of a component that runs on its device, for which room is made first."""
+        if not component.resident:
+            self._make_room(component)
+        self._uses += 1
+        component.last_used = self._uses
+        return component.run(module, inputs)
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""

@@ -25,10 +25,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
 from .guidance import SKIPPED, LeftOut
+from .pictures import Picture, Video
 
 if TYPE_CHECKING:
     from ..families.model import ModelFiles
-    from .pictures import Picture
     from .request import Settings
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Parameters:
     """How a picture came about. ``eta`` is None when the sampler's own was used; ``guidance``: of distilled models, but
     always written; ``models``: base names of files by the JSON's keys (``model``, ``clip_l``, ``clip_g``, ``t5xxl``,
     ``llm``, ``diffusion_model``, ``vae``); ``sampler_rng`` is None where it is ``rng``; ``loras``: names with
-    strengths."""
+    strengths; ``video_frames`` and ``fps`` are a film's."""
 
     prompt: str
     negative_prompt: str
@@ -83,6 +83,8 @@ class Parameters:
     left_out: LeftOut | None = None
     models: Mapping[str, str] = field(default_factory=dict)
     loras: Sequence[tuple[str, float]] = ()
+    video_frames: int | None = None
+    fps: int | None = None
 
     def text(self) -> str:
         """What stands under ``parameters``."""
@@ -133,7 +135,8 @@ class Parameters:
         left_out = self.left_out or LeftOut(0.0, *SKIPPED)
         return {
             "schema": "sdcpp.image.params/v1",
-            "mode": "img_gen",
+            "mode": "img_gen" if self.video_frames is None else "vid_gen",
+            **({} if self.video_frames is None else {"video": {"frame_count": self.video_frames, "fps": self.fps}}),
             "generator": {"name": GENERATOR, "version": self.version, "commit": ""},
             "seed": self.seed,
             "width": self.width,
@@ -168,20 +171,24 @@ class Parameters:
 
 
 def parameters_of(
-    settings: Settings, picture: Picture, files: ModelFiles, eta: float | None = None, sampler_rng: str | None = None
+    settings: Settings,
+    drawn: Picture | Video,
+    files: ModelFiles,
+    eta: float | None = None,
+    sampler_rng: str | None = None,
 ) -> Parameters:
-    """What the file of a ``picture`` that was drawn with ``settings`` says. ``eta`` and ``sampler_rng``: as they were
-    asked for, None where the sampler's own, or ``rng``, was meant."""
-    height, width, _ = picture.image.shape
+    """What the file of a picture or film says that was ``drawn`` with ``settings``. ``eta`` and ``sampler_rng``: as
+    they were asked for, None where the sampler's own, or ``rng``, was meant."""
+    film = drawn if isinstance(drawn, Video) else None
     return Parameters(
         prompt=settings.prompt,
         negative_prompt=settings.negative_prompt,
-        width=width,
-        height=height,
+        width=settings.width,
+        height=settings.height,
         steps=settings.steps,
         cfg_scale=settings.cfg_scale,
         guidance=settings.guidance,
-        seed=picture.seed,
+        seed=drawn.seed,
         sampler=settings.sampling_method,
         scheduler=settings.scheduler,
         rng=settings.rng,
@@ -197,6 +204,8 @@ def parameters_of(
         left_out=settings.left_out,
         models={name: path.name for name, path in files.named.items()},
         loras=[(Path(lora.name).name, lora.strength) for lora in settings.loras],
+        video_frames=None if film is None else film.count,
+        fps=None if film is None else film.fps,
     )
 
 
@@ -243,8 +252,12 @@ def _jpeg(picture: Image.Image, file: BytesIO, text: str | None, quality: int) -
 
 
 def _webp(picture: Image.Image, file: BytesIO, text: str | None, quality: int) -> None:
-    xmp = b"" if text is None else _XMP.format(escape(_NO_XML.sub("\ufffd", text))).encode()
-    picture.save(file, "WEBP", quality=quality, xmp=xmp)
+    picture.save(file, "WEBP", quality=quality, xmp=b"" if text is None else xmp(text))
+
+
+def xmp(text: str) -> bytes:
+    """The XMP of a WebP file with these parameters."""
+    return _XMP.format(escape(_NO_XML.sub("\ufffd", text))).encode()
 
 
 _ENCODERS: dict[str, Callable[[Image.Image, BytesIO, str | None, int], None]] = {

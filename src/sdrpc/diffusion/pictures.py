@@ -3,6 +3,8 @@ computes are numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,22 @@ class Picture(NamedTuple):
     """A finished picture: uint8 (height, width, 3), and the seed that it was drawn with."""
 
     image: Pixels
+    seed: int
+
+
+@dataclass(frozen=True)
+class Video:
+    """A film that was drawn, and the seed that it was drawn with.
+
+    ``frames``: ``count`` pictures, uint8 (height, width, 3), each read from its device when it is asked for, once and
+    before the session draws anything else; ``fps`` of them make a second.
+    """
+
+    frames: Iterator[Pixels]
+    count: int
+    fps: int
+    width: int
+    height: int
     seed: int
 
 

@@ -28,6 +28,8 @@ MAX_STEPS = 10000
 MAX_BATCH = 10000
 MAX_FACTOR = 1e6
 MAX_REFERENCES = 16
+MAX_FRAMES = 10000
+MAX_FPS = 1000
 
 APPLY_MODES = ("auto", "immediately", "at_runtime")
 """How LoRAs are applied, by stable-diffusion.cpp's names. ``at_runtime``: beside the weights, which stay as they are;
@@ -76,6 +78,8 @@ class Request:
     ``skip_layers``, between ``skip_layer_start`` and ``skip_layer_end`` of the steps. ``cache_mode``: ``easycache``
     leaves steps out in which little would change, as ``cache_option`` says
     (:func:`sdrpc.diffusion.easycache.parse_options`).
+
+    ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second.
     """
 
     prompt: str
@@ -109,10 +113,15 @@ class Request:
     skip_layer_end: float = SKIPPED.end
     cache_mode: str = "disabled"
     cache_option: str = ""
+    video_frames: int | None = None
+    fps: int | None = None
 
-    def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int) -> Settings:
+    def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int, together: int = 0) -> Settings:
         """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
         rounded up to a ``multiple`` as stable-diffusion.cpp does. Pictures have the size that is drawn.
+
+        ``together``: frames of a film that are drawn together behind the first one, so that the number of frames is
+        rounded down to one more than a multiple of it; 0 for a picture.
 
         Raises :class:`InvalidValue` for what can't be drawn, so that nothing is loaded in vain.
         """
@@ -128,9 +137,11 @@ class Request:
         steps = defaults.steps if self.steps is None else self.steps
         if self.sigmas:
             steps = len(self.sigmas) - 1
+        frames = (defaults.frames if self.video_frames is None else self.video_frames) if together else 1
+        fps = defaults.fps if self.fps is None else self.fps
         for name, value, largest in (
             ("width", width, MAX_SIDE), ("height", height, MAX_SIDE), ("steps", steps, MAX_STEPS),
-            ("batch_count", self.batch_count, MAX_BATCH),
+            ("batch_count", self.batch_count, MAX_BATCH), ("video_frames", frames, MAX_FRAMES), ("fps", fps, MAX_FPS),
         ):  # fmt: skip
             if not 1 <= value <= largest:
                 raise InvalidValue(name, value, f"it can be 1 … {largest}")
@@ -164,6 +175,7 @@ class Request:
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
             self._left_out(), find_options(self.cache_mode, self.cache_option),
+            (frames - 1) // max(together, 1) * together + 1, fps,
         )  # fmt: skip
 
     def _timestep_shift(self) -> int:
@@ -254,3 +266,5 @@ class Settings:
     timestep_shift: int = 0
     left_out: LeftOut | None = None
     cache: EasyCacheOptions | None = None
+    video_frames: int = 1
+    fps: int = 16

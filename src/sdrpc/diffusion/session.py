@@ -38,7 +38,7 @@ from .inputs import (
     steps_left_out,
 )
 from .loras import Loras
-from .pictures import Picture, f32, finite, fitted, from_pixels, to_pixels
+from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
 from .placement import assigned
 from .predictions import Prediction, flux_shift_by_size, prediction
 from .request import APPLY_MODES, Applied, Request, Settings
@@ -120,10 +120,11 @@ class Session:
         model = open_model(files if isinstance(files, ModelFiles) else ModelFiles(Path(files)))
         return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache, **options)
 
-    def settings(self, request: Request) -> Settings:
-        """``request`` with everything filled in. Raises :class:`InvalidValue` for what can't be drawn."""
+    def settings(self, request: Request, video: bool = False) -> Settings:
+        """``request`` with everything filled in, for pictures or for films. Raises :class:`InvalidValue` for what can't
+        be drawn."""
         model = self.model
-        settings = request.resolved(model.defaults, model.size, model.family.latents.multiple)
+        settings = request.resolved(model.defaults, model.size, model.family.latents.multiple, model.together(video))
         if settings.ref_images and not model.family.references:
             raise InvalidValue(
                 "ref_images", len(settings.ref_images), f"{model.family.title} draws without reference pictures"
@@ -165,6 +166,29 @@ class Session:
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[Picture]:
         """As :meth:`generate`, of a request in which everything is filled in."""
+        settings = replace(settings, video_frames=1)
+        for latents, seed in self._sampled(settings, on_event, cancel):
+            with self.timer("decode"), self._devices.telling.stage("decode", "vae"):
+                picture = to_pixels(self._vae.decode(latents)[0])
+            yield Picture(picture, seed)
+
+    def generate_video(
+        self, request: Request, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
+    ) -> Iterator[Video]:
+        """Draw the films of ``request``, as :meth:`generate` draws pictures. A film's frames come when they are asked
+        for; ``cancel`` is asked then as well."""
+        return self.draw_video(self.settings(request, video=True), on_event, cancel)
+
+    def draw_video(
+        self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
+    ) -> Iterator[Video]:
+        """As :meth:`generate_video`, of a request in which everything is filled in."""
+        for latents, seed in self._sampled(settings, on_event, cancel):
+            frames = self._film(latents, settings.video_frames, on_event)
+            yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed)
+
+    def _sampled(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[tuple[F32, int]]:
+        """Latents without noise, and the seed that they began as noise of."""
         if settings.prediction is not None:
             self._prediction(settings)
         self._devices.check_fits()
@@ -186,9 +210,17 @@ class Session:
 
             with self.timer("sample"):
                 latents = self.sample(settings, seed, told, on_step, begin)
-            with self.timer("decode"), telling.stage("decode", "vae"):
-                picture = to_pixels(self._vae.decode(latents)[0])
-            yield Picture(picture, seed)
+            yield latents, seed
+
+    def _film(self, latents: F32, count: int, on_event: OnEvent) -> Iterator[Pixels]:
+        """The frames of a film, as they are asked for."""
+        began, done = time.perf_counter(), 0
+        on_event(Event("decode", "vae", 0, count))
+        for frames in self._vae.frames(latents):
+            for frame in frames:
+                yield to_pixels(frame)
+            done += len(frames)
+            on_event(Event("decode", "vae", done, count, seconds=time.perf_counter() - began))
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
@@ -270,8 +302,8 @@ class Session:
         on_step: Callable[[int, int], None] = lambda *_: None,
         begin: Begin = NOTHING,
     ) -> F32:
-        """Latents (1, c, h, w) without noise, of the noise of ``seed`` and what it is added to. ``on_step`` is told the
-        steps that are done, and how many there are."""
+        """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
+        films (1, c, frames, h, w). ``on_step`` is told the steps that are done, and how many there are."""
         model, predicts = self.model, self._prediction(settings)
         height, width = settings.height // model.pixels, settings.width // model.pixels
         if settings.sigmas:
@@ -281,7 +313,8 @@ class Session:
             sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=tokens, aligned=aligned)
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
-        shape = (1, model.latent_channels, height, width)
+        frames = ((settings.video_frames - 1) // model.frames + 1,) if model.frames else ()
+        shape = (1, model.latent_channels, *frames, height, width)
         rng = make_rng(settings.rng, seed)
         start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
         # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended

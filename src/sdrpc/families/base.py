@@ -86,6 +86,17 @@ class Component:
         return "diffusion_model" if self.name == "diffusion" else self.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class VaeComponent(Component):
+    """A component between pictures and latents. Of its configuration: ``channels`` of a latent, ``pixels`` on a side
+    that a latent stands for, ``frames`` of a film that each latent one but the first stands for (0: it draws no
+    films)."""
+
+    channels: Callable[[Config], int]
+    pixels: Callable[[Config], int]
+    frames: Callable[[Config], int] = lambda _: 0
+
+
 @dataclass(frozen=True)
 class Found:
     """A component's tensors in a checkpoint, by the names of its module's parameters."""
@@ -254,21 +265,23 @@ class Latents:
     """The space that a family draws in.
 
     ``scale`` and ``shift``: the diffusion model's latents are (the VAE's - shift) · scale. ``multiple``: width and
-    height in pixels are multiples of it.
+    height in pixels are multiples of it. ``films``: whether latents have frames.
     """
 
     scale: float
     shift: float = 0.0
     multiple: int = 64
+    films: bool = False
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request means where it says nothing. ``size``: pixels on a side, where neither file nor shapes tell.
+    """What a request means where it says nothing. ``size``: pixels on a side, or width and height, where neither file
+    nor shapes tell. ``frames`` and ``fps``: of films.
     ``prediction``: None where only an evaluation tells (:attr:`Family.probe`). ``flow_shift``: None where the
     prediction has none or it follows from the size."""
 
-    size: int
+    size: int | tuple[int, int]
     sampler: str = "euler_a"
     scheduler: str | None = None
     steps: int = 20
@@ -276,6 +289,8 @@ class Defaults:
     guidance: float = 3.5
     prediction: str | None = "eps"
     flow_shift: float | None = None
+    frames: int = 1
+    fps: int = 16
 
 
 class Joint(NamedTuple):
@@ -332,6 +347,10 @@ class Family:
     @property
     def diffusion(self) -> Component:
         return self.component("diffusion")
+
+    @property
+    def autoencoder(self) -> VaeComponent:
+        return next(component for component in self.components if isinstance(component, VaeComponent))
 
     def component(self, name: str) -> Component:
         return next(component for component in self.components if component.name == name)

@@ -12,11 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..errors import CheckpointError, MissingComponent
+from ..errors import CheckpointError, InvalidValue, MissingComponent
 from ..ggml.weight import Weight
 from ..prompts import gguf_tokenizer, tokenizer_from
 from .base import Component, Config, Defaults, Family, Found, ModuleSpec, find
-from .components import autoencoder
 from .configs import Told, told_by
 from .registry import FAMILIES, STRANGERS
 
@@ -93,18 +92,33 @@ class Model:
     @property
     def pixels(self) -> int:
         """Pixels on a side that a latent stands for."""
-        return autoencoder.pixels(self["vae"].config)
+        return self.family.autoencoder.pixels(self["vae"].config)
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels of the pictures that the model was trained on."""
-        latents = self["diffusion"].config.get("sample_size", self.defaults.size // self.pixels)
+        latents = self["diffusion"].config.get("sample_size")
+        if latents is None:
+            size = self.defaults.size
+            return (size, size) if isinstance(size, int) else size
         height, width = latents if isinstance(latents, list) else (latents, latents)
         return width * self.pixels, height * self.pixels
 
     @property
     def latent_channels(self) -> int:
-        return int(self["vae"].config["latent_channels"])
+        return self.family.autoencoder.channels(self["vae"].config)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a film that a latent one stands for, but for the first, which is one; 0 where it draws no films."""
+        return self.family.autoencoder.frames(self["vae"].config) if self.family.latents.films else 0
+
+    def together(self, video: bool) -> int:
+        """How many frames are drawn together behind the first one; 0 for pictures (not ``video``). Raises
+        :class:`InvalidValue` where the model draws no films."""
+        if video and not self.frames:
+            raise InvalidValue("mode", "vid_gen", f"{self.family.title} draws pictures, no films")
+        return self.frames if video else 0
 
     def unused(self, taken: Iterable[Weight]) -> dict[Path, list[str]]:
         """Per file, the names of tensors that belong to no component, when ``taken`` are the weights in use."""

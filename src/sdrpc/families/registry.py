@@ -8,15 +8,18 @@ from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
 from .sdxl import SDXL
+from .wan import WAN
 from .zimage import Z_IMAGE
 
-FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, Z_IMAGE)
+FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, Z_IMAGE, WAN)
 
 STRANGERS = (
     (r"\bdouble_stream_modulation_img", "FLUX.2"),
     (r"\bnerf_blocks\.", "Chroma Radiance"),
     (r"\btime_mixer\.mix_factor|\btime_mix_blocks", "Stable Video Diffusion"),
-    (r"\.cross_attn\.norm_k\.", "Wan"),
+    (r"\bvace_blocks\.|\bvace_patch_embedding\.", "Wan VACE"),
+    (r"\bface_adapter\.|\bmotion_encoder\.", "Wan Animate"),
+    (r"\bcasual_audio_encoder\.", "Wan S2V"),
     (r"\btransformer_blocks\.0\.img_mod\.", "Qwen-Image"),
     (r"\bcap_embedder\.", "Lumina 2"),
     (r"\btxtfusion\.|\btext_fusion\.", "Krea 2"),

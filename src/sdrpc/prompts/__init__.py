@@ -3,7 +3,7 @@
 from .attention import Piece, parse
 from .byte_pairs import gguf_tokenizer, mistral_tokenizer, qwen_tokenizer
 from .chunks import Template, Tokens, clip_chunks, llm_tokens, t5_chunks
-from .tokenizers import END_ID, START_ID, clip_tokenizer, t5_tokenizer, tokenizer_from
+from .tokenizers import END_ID, START_ID, clip_tokenizer, t5_tokenizer, tokenizer_from, umt5_tokenizer
 from .weights import apply_weights
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "t5_chunks",
     "t5_tokenizer",
     "tokenizer_from",
+    "umt5_tokenizer",
 ]

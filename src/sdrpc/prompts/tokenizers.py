@@ -1,9 +1,9 @@
-"""CLIP's and T5's tokenizers, offline, and those that a diffusers directory brings.
+"""CLIP's, T5's and UMT5's tokenizers, offline, and those that a diffusers directory brings.
 
-CLIP's vocabulary is the one that the package openai-clip carries as data, T5's lies beside this file (``data/``). The
-tokens equal those of transformers' CLIPTokenizer and T5Tokenizer, which models were trained with. (stable-diffusion.cpp
-knows letters of ASCII only in CLIP's tokens, and does not normalize T5's text: for other scripts its tokens differ, and
-so do its pictures.)
+CLIP's vocabulary is the one that the package openai-clip carries as data, T5's and UMT5's lie beside this file
+(``data/``). The tokens equal those of transformers' CLIPTokenizer and T5Tokenizer, which models were trained with.
+(stable-diffusion.cpp knows letters of ASCII only in CLIP's tokens, and does not normalize T5's text: for other scripts
+its tokens differ, and so do its pictures.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gzip
 import importlib.util
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -32,12 +32,15 @@ T5_PAD_ID, T5_END_ID, T5_UNKNOWN_ID = 0, 1, 2
 T5_SENTINELS = 100
 """T5's last tokens, <extra_id_99> … <extra_id_0>, which stand for gaps in texts that it was trained on."""
 
+UMT5_UNKNOWN_ID = 3
+UMT5_SENTINELS = 300
+
 MAX_FILE = 64 << 20
 """The largest tokenizer file that is read, in bytes; T5's and CLIP's take 1 … 3 MB, the largest in use about 20 MB."""
 
 _MERGES = VOCABULARY - 2 * 256 - 2
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_T5_DATA = Path(__file__).with_name("data") / "t5.tar.xz"
+_DATA = Path(__file__).with_name("data")
 
 
 @cache
@@ -55,13 +58,35 @@ def t5_tokenizer() -> Tokenizer:
     return _t5(*t5_vocabulary())
 
 
+@cache
+def umt5_tokenizer() -> Tokenizer:
+    """UMT5's tokenizer: a unigram language model of 256300 pieces. It adds no end token of its own.
+
+    It normalizes nothing but runs of spaces; characters that no piece has are ``<unk>``, as in transformers.
+    """
+    files = _vocabulary_files("umt5.tar.xz")
+    tokenizer = Tokenizer(Unigram(_scored(files), unk_id=UMT5_UNKNOWN_ID, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    return _with_special(tokenizer, (T5_PAD, T5_END, "<s>", T5_UNKNOWN), UMT5_SENTINELS)
+
+
 def t5_vocabulary() -> tuple[list[tuple[str, float]], bytes]:
     """T5's pieces with their scores, and sentencepiece's compiled map of characters; data/README.md says more."""
-    with tarfile.open(_T5_DATA, "r:xz") as archive:
-        files = [archive.extractfile(name) for name in ("pieces.txt", "scores.f32", "charsmap.bin")]
-        pieces, scores, charsmap = (file.read() for file in files if file is not None)
-    numbers: list[float] = np.frombuffer(scores, "<f4").tolist()
-    return list(zip(pieces.decode("utf-8").split("\n"), numbers, strict=True)), charsmap
+    files = _vocabulary_files("t5.tar.xz")
+    return _scored(files), files["charsmap.bin"]
+
+
+def _vocabulary_files(archive: str) -> dict[str, bytes]:
+    with tarfile.open(_DATA / archive, "r:xz") as opened:
+        files = {member.name: opened.extractfile(member) for member in opened}
+        return {name: file.read() for name, file in files.items() if file is not None}
+
+
+def _scored(files: Mapping[str, bytes]) -> list[tuple[str, float]]:
+    """A vocabulary's pieces with their scores."""
+    numbers: list[float] = np.frombuffer(files["scores.f32"], "<f4").tolist()
+    return list(zip(files["pieces.txt"].decode("utf-8").split("\n"), numbers, strict=True))
 
 
 def tokenizer_from(path: Path) -> Tokenizer:
@@ -176,10 +201,13 @@ def _t5(vocabulary: Sequence[tuple[str, float]], charsmap: bytes) -> Tokenizer:
             pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
         ]
     )
-    sentinels = [f"<extra_id_{number}>" for number in reversed(range(T5_SENTINELS))]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in (T5_PAD, T5_END, T5_UNKNOWN, *sentinels)]
-    )
+    return _with_special(tokenizer, (T5_PAD, T5_END, T5_UNKNOWN), T5_SENTINELS)
+
+
+def _with_special(tokenizer: Tokenizer, tokens: Sequence[str], sentinels: int) -> Tokenizer:
+    """With tokens that are found in a text as they are; the last are its ``sentinels``."""
+    last = [f"<extra_id_{number}>" for number in reversed(range(sentinels))]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (*tokens, *last)])
     return tokenizer
 
 

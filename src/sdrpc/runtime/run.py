@@ -233,6 +233,8 @@ class Executable:
         self._adapters = adapters
         self._buffers: list[Buffer] = []
         self._sent: dict[Tensor, np.ndarray] = {}
+        self._runs = 0
+        """Rises with every run, and when what the last one gave is freed."""
         try:
             self._bind()
         except BaseException:
@@ -246,6 +248,23 @@ class Executable:
         Raises :class:`UsageError` for inputs that the graph does not have or of another shape, and what the device
         raises.
         """
+        return tuple(self.results(**inputs))
+
+    def results(self, **inputs: Any) -> Iterator[np.ndarray]:
+        """Run the graph as a call does; its outputs are read from the device when they are asked for, one by one.
+
+        Raises :class:`UsageError` when the next one is asked for after the graph ran again or its memory was freed.
+        """
+        self._run(inputs)
+        return self._read(self._runs)
+
+    def _read(self, run: int) -> Iterator[np.ndarray]:
+        for output in self.lowered.outputs:
+            if run != self._runs:
+                raise UsageError("these results are gone: the graph ran again, or its memory was freed")
+            yield self._result(output)
+
+    def _run(self, inputs: Mapping[str, Any]) -> None:
         if self._bound_at != self._releases():
             self._free()
             self._bind()
@@ -257,7 +276,7 @@ class Executable:
             self._sent[leaf] = sent
         if self._program is not None:
             self._program.run()
-        return tuple(self._result(output) for output in self.lowered.outputs)
+        self._runs += 1
 
     def close(self) -> None:
         """Free the graph's memory, and the weights unless they come from a store."""
@@ -288,6 +307,7 @@ class Executable:
             self.device.free(buffer)
         self._buffers.clear()
         self._sent.clear()
+        self._runs += 1
 
     def _bind(self) -> None:
         """Give every leaf, output and, on devices that don't do it themselves, node its place; compile."""

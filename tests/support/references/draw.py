@@ -31,6 +31,8 @@ picture of ours equals one of these but for rounding:
   attention adds to its scores instead of masking with it. Here the mask is one of bools.
 - Z-Image: the text is Qwen3's last hidden states but one, of a user's message in Qwen3's template; the pipeline's
   ``guidance_scale`` is ``cfg`` less one, and its timesteps count backwards.
+- Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
+  transformer gets 1000 sigma.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
   FLUX.1, Chroma and Z-Image, 1.5305 with shift 0.0609 for SD 3.
 - With ``image`` a picture begins with that one: the VAE's mean and deviation times the same noise, then noise up to the
@@ -97,24 +99,32 @@ class Drawing:
 
 
 class Picture(NamedTuple):
-    """``pixels`` (height, width, 3) of 0 … 1, clipped, and the ``latents`` that they were decoded from, in the
-    sampler's scale, shape (channels, height / 8, width / 8)."""
+    """``pixels`` (height, width, 3) of 0 … 1, clipped, of a film (frames, height, width, 3); and the ``latents`` that
+    they were decoded from, in the sampler's scale, shape (channels, height / 8, width / 8), of a film (channels,
+    frames, …)."""
 
     pixels: F32
     latents: F32
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
-    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, Chroma or
-    Z-Image."""
+    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, Chroma,
+    Z-Image or Wan."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
         latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
-        config = pipeline.vae.config
-        decoded = pipeline.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
-    pixels = (decoded[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
+        decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
+    pixels = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
     return Picture(pixels.numpy(), latents[0].numpy())
+
+
+def _unscaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The VAE's latents; Wan's autoencoder has a mean and a standard deviation for each channel."""
+    if "latents_mean" in config:
+        mean, deviation = (torch.tensor(config[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
+        return latents * deviation + mean
+    return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -380,6 +390,26 @@ def _z_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).images
 
 
+def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    """Scheduler and sigmas as FLUX.1's; the pipeline does not take sigmas, so they are set where it asks for steps."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    given = [float(sigma) for sigma in drawing.sigmas[:-1]]
+    set_timesteps = scheduler.set_timesteps
+    scheduler.set_timesteps = lambda _, device: set_timesteps(sigmas=given, device=device)
+    pipeline.scheduler = scheduler
+    return pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        guidance_scale=drawing.cfg,
+        height=drawing.height,
+        width=drawing.width,
+        num_frames=4 * (drawing.noise.shape[1] - 1) + 1,
+        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        num_inference_steps=len(given),
+        output_type="latent",
+    ).frames
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -387,4 +417,5 @@ _FAMILIES = {
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "ChromaPipeline": _chroma,
     "ZImagePipeline": _z_image,
+    "WanPipeline": _wan,
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...ggml.weight import Weight
 from .. import configs
-from ..base import Component, Config, Found, Naming, Weights
+from ..base import Config, Found, Naming, VaeComponent, Weights
 from ..keys import substituted
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _from_diffusers(weights: Weights) -> dict[str, Weight]:
     return {_modernized(name): weight for name, weight in weights.items()}
 
 
-VAE = Component(
+VAE = VaeComponent(
     "vae",
     "VAE",
     ("first_stage_model.", "vae.", ""),
@@ -120,4 +120,6 @@ VAE = Component(
     build,
     "vae",
     sometimes=("encoder.", "quant_conv."),
+    channels=lambda config: int(config["latent_channels"]),
+    pixels=pixels,
 )

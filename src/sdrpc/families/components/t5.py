@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from ..base import Call
 
 
+OWN_DISTANCES = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+"""UMT5's blocks have distances of their own, T5's all those of the first one."""
+
+
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of transformers' T5Config."""
+    if OWN_DISTANCES in found.tensors:
+        raise found.error("this is UMT5, which reads prompts for Wan, and not T5")
+    return configured(found, told)
+
+
+def configured(found: Found, told: Config) -> dict[str, Any]:
+    """What the configurations of T5 and UMT5 have in common, which is all."""
     vocabulary, width = found.shape("shared.weight", 2)
     layer = "encoder.block.0.layer"
     inner, _ = found.shape(f"{layer}.0.SelfAttention.q.weight", 2)
@@ -73,25 +84,20 @@ _GGUF = table(
 """llama.cpp's names of T5's tensors."""
 
 
-def _with_shared_embedding(weights: Weights) -> dict[str, Weight]:
+def with_shared_embedding(weights: Weights) -> dict[str, Weight]:
     """The token embedding has two names in the module; files have one of them or both."""
     names = ("shared.weight", "encoder.embed_tokens.weight")
     found = [weights[name] for name in names if name in weights]
     return dict(weights) | (dict.fromkeys(names, found[0]) if found else {})
 
 
-T5 = Component(
-    "t5xxl",
-    "T5-XXL text encoder",
-    (
-        "text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2.", "text_encoder.", "t5xxl.transformer.",
-        "t5xxl.", "cond_stage_model.transformer.", "",
-    ),
-    (
-        Naming("encoder.block.0.layer.0.SelfAttention.q.weight", _with_shared_embedding),
-        Naming("enc.blk.0.attn_q.weight", lambda weights: _with_shared_embedding(_GGUF(weights))),
-    ),
-    _configure,
-    build,
-    "text_encoder_2",
+PREFIXES = (
+    "text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2.", "text_encoder.", "t5xxl.transformer.",
+    "t5xxl.", "cond_stage_model.transformer.", "",
 )  # fmt: skip
+NAMINGS = (
+    Naming("encoder.block.0.layer.0.SelfAttention.q.weight", with_shared_embedding),
+    Naming("enc.blk.0.attn_q.weight", lambda weights: with_shared_embedding(_GGUF(weights))),
+)
+
+T5 = Component("t5xxl", "T5-XXL text encoder", PREFIXES, NAMINGS, _configure, build, "text_encoder_2")
