@@ -24,19 +24,19 @@ test: setup
 	$(BIN)/pytest -n 2 -m 'not interop and not parity'
 
 interop: setup
-	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/python tools/native_ggml.py
 	$(BIN)/pytest -m interop -n 2 tests/interop
 
 interop-all: setup
-	$(BIN)/python tools/ggml_wheel.py --all
+	$(BIN)/python tools/native_ggml.py --all
 	$(BIN)/pytest -m interop -n 2 tests/interop
 
 operations: setup
-	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/python tools/native_ggml.py
 	$(BIN)/python -m tests.interop.table
 
 families: setup
-	$(BIN)/python tools/ggml_wheel.py
+	$(BIN)/python tools/native_ggml.py
 	$(BIN)/python -m tests.interop.families_table
 
 parity: setup

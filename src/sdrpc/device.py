@@ -224,6 +224,32 @@ class ServedProgram(Program):
         :class:`sdrpc.errors.Stopped` for what ``watch`` says, and :class:`sdrpc.errors.OutOfMemory`."""
 
 
+class Rows(NamedTuple):
+    """``copies`` times ``size`` bytes of a buffer, from ``offset`` on, ``stride`` bytes apart; they don't overlap."""
+
+    offset: int
+    size: int
+    copies: int
+    stride: int
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first to behind the last."""
+        return (self.copies - 1) * self.stride + self.size
+
+    def parts(self, most: int) -> Iterator[Rows]:
+        """The same bytes in the same order, up to ``most`` at a time."""
+        if self.size > most:
+            for row in range(self.copies):
+                for at in range(0, self.size, most):
+                    size = min(most, self.size - at)
+                    yield Rows(self.offset + row * self.stride + at, size, 1, size)
+            return
+        together = max(1, most // max(self.size, 1))
+        for row in range(0, self.copies, together):
+            yield self._replace(offset=self.offset + row * self.stride, copies=min(together, self.copies - row))
+
+
 class ServedDevice(Device):
     """A device as a server needs it: for several clients, from several threads at once."""
 
@@ -234,6 +260,14 @@ class ServedDevice(Device):
     @abstractmethod
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
         """Set ``size`` bytes from ``offset`` on to ``value``."""
+
+    @abstractmethod
+    def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
+        """Write ``data`` (``rows.copies`` times ``rows.size`` bytes) to ``rows``."""
+
+    @abstractmethod
+    def read_rows(self, buffer: Buffer, rows: Rows) -> Bytes:
+        """The bytes of ``rows``, one row behind the other."""
 
     @abstractmethod
     def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:

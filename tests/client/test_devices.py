@@ -32,6 +32,7 @@ from sdrpc.targets import PORTABLE, SDRPC
 from sdrpc.wire.framing import encode_error
 from sdrpc.wire.graphs import Received
 from sdrpc.wire.hello import NATIVE, Capability
+from sdrpc.wire.kept_graphs import MOST
 from sdrpc.wire.messages import Command, GraphRecompute
 from tests.support.scripted import HANG_UP, Proxy, Scripted, base, raw
 from tests.wire.examples import DIALECTS
@@ -238,8 +239,15 @@ def test_out_of_memory() -> None:
         assert server.commands().count("ALLOC_BUFFER") == 1
 
 
-def test_a_graph_is_sent_again_only_when_it_must_be() -> None:
-    server = Scripted(on_graph=doubling)
+AGAIN = {
+    "7.0.0": ("COMPUTE", "RECOMPUTE", "RECOMPUTE", "COMPUTE", "COMPUTE", "RECOMPUTE"),  # the last one is kept
+    "8.0.0": ("COMPUTE", "RECOMPUTE", "COMPUTE", "COMPUTE", "RECOMPUTE", "RECOMPUTE"),  # each is, by its number
+}
+
+
+@pytest.mark.parametrize("version", AGAIN)
+def test_a_graph_is_sent_again_only_when_it_must_be(version: str) -> None:
+    server = Scripted(dialects()[version], on_graph=doubling)
     with connected(server) as device:
         buffer = device.allocate(1024)
         one, two = (device.compile(add(buffer.key, at), {buffer.key: buffer}) for at in (64, 128))
@@ -249,17 +257,38 @@ def test_a_graph_is_sent_again_only_when_it_must_be() -> None:
         for program in (one, one, like_one, two, one, one):
             program.run()
         device.read(buffer, 0, 1)
-        assert server.commands()[started:-1] == [
-            "GRAPH_COMPUTE", "GRAPH_RECOMPUTE", "GRAPH_RECOMPUTE", "GRAPH_COMPUTE", "GRAPH_COMPUTE", "GRAPH_RECOMPUTE",
-        ]  # fmt: skip
+        assert server.commands()[started:-1] == [f"GRAPH_{command}" for command in AGAIN[version]]
         device.free(other)  # servers forget their graphs when a buffer goes
         one.run()
         device.read(buffer, 0, 1)
         assert server.commands()[-2:] == ["GRAPH_COMPUTE", "GET_TENSOR"]
 
 
+def test_both_sides_count_graphs_alike() -> None:
+    """When a native server has as many graphs as it keeps, it forgets all. Those whose buffers were freed count too."""
+    server = Scripted(on_graph=doubling)
+    with connected(server) as device:
+        buffer, other = device.allocate(1024), device.allocate(64)
+        programs = [device.compile(add(buffer.key, 64), {buffer.key: buffer}) for _ in range(MOST + 1)]
+        for position, program in enumerate(programs[:-1]):
+            program.run()
+            if position % 64 == 0:
+                device.memory()  # it keeps up
+        programs[0].run()
+        device.memory()
+        assert server.commands().count("GRAPH_RECOMPUTE") == 1
+        device.free(other)
+        programs[1].run()  # the server has as many as it keeps: it begins anew
+        programs[2].run()
+        programs[1].run()
+        device.memory()
+        ran = [name for name in server.commands() if name.startswith("GRAPH")]
+        assert ran[-3:] == ["GRAPH_COMPUTE", "GRAPH_COMPUTE", "GRAPH_RECOMPUTE"]
+        assert server.kept == {programs[1].uid, programs[2].uid}
+
+
 def test_each_device_has_its_own_last_graph() -> None:
-    server = Scripted(devices=2, on_graph=doubling)
+    server = Scripted(dialects()["7.0.0"], devices=2, on_graph=doubling)
     with server.listening():
         devices = connect([server.endpoint], QUICK)
         programs = []
@@ -380,7 +409,7 @@ def test_native_buffers_may_share_an_address() -> None:
 
 
 def test_versions() -> None:
-    for reply, theirs in ((bytes([8, 0, 0]), "8.0.0"), (bytes([6, 1, 0]), "6.1.0"), (bytes([0, 0, 0]), "0.0.0")):
+    for reply, theirs in ((bytes([9, 0, 0]), "9.0.0"), (bytes([6, 1, 0]), "6.1.0"), (bytes([0, 0, 0]), "0.0.0")):
         server = Scripted(hello=raw(reply + bytes(25)))
         with server.listening(), pytest.raises(VersionMismatch, match=f"speaks RPC protocol {theirs}") as raised:
             connect([server.endpoint], QUICK)

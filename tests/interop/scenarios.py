@@ -94,6 +94,25 @@ def parts_are_set_and_got(backends: Sequence[int]) -> Arrays:
 
 
 @scenario
+def rows_are_set_and_got(backends: Sequence[int]) -> Arrays:
+    """What a tensor that is split over devices is filled with: parts of its rows (SET_TENSOR_2D, GET_TENSOR_2D)."""
+    lib = ggml.library()
+    with tensors(backends[0], ("F32", 32, 8), ("Q8_0", 64, 5), ("I8", 1000, 3)) as (buffer, made):
+        lib.ggml_backend_buffer_clear(buffer, 0x5A)
+        got = []
+        for tensor, (offset, size, count, stride) in zip(
+            made, ((64, 48, 8, 128), (0, 34, 5, 68), (7, 3, 300, 9)), strict=True
+        ):
+            data = np.frombuffer(noise(size, 2 * size * count), np.uint8)
+            lib.ggml_backend_tensor_set_2d(tensor, data.ctypes.data, offset, size, count, stride, 2 * size)
+            packed, spread = np.zeros(size * count, np.uint8), np.zeros((count, size + 5), np.uint8)
+            lib.ggml_backend_tensor_get_2d(tensor, packed.ctypes.data, offset, size, count, stride, size)
+            lib.ggml_backend_tensor_get_2d(tensor, spread.ctypes.data, offset, size, count, stride, size + 5)
+            got += [packed, spread]
+        return [*got, *raw(*made)]
+
+
+@scenario
 def a_view_is_set(backends: Sequence[int]) -> Arrays:
     lib, context = ggml.library(), ggml.Context(8)
     whole = context.tensor("F32", 16, 8)
@@ -230,6 +249,40 @@ def the_scheduler_computes_again(backends: Sequence[int]) -> Arrays:
     lib.ggml_backend_free(cpu)
     context.free()
     nodes.free()
+    return got
+
+
+@scenario
+def schedulers_take_turns(backends: Sequence[int]) -> Arrays:
+    """Each has a graph with a number of its own: from protocol 8.0 on all of them are sent once."""
+    lib, got = ggml.library(), []
+    cpu = ggml.cpu()
+    context = ggml.Context(16)
+    weight, x = context.tensor("F32", 16, 16), context.tensor("F32", 16, 3)
+    buffer = lib.ggml_backend_alloc_ctx_tensors(context.pointer, backends[0])
+    lib.ggml_backend_buffer_set_usage(buffer, WEIGHTS)
+    ggml.write(weight, ggml.encode("F32", numbers(1, 16, 16)))
+    made = []
+    for number in range(3):
+        nodes = ggml.Context(64)
+        result = x
+        for _ in range(number + 1):
+            result = nodes.norm(nodes.mul_mat(weight, nodes.add(result, x)), 1e-5)
+        lib.ggml_set_output(result)
+        scheduler = lib.ggml_backend_sched_new(ggml.pointers([backends[0], cpu]), None, 2, 64, False, False)
+        made.append((nodes, nodes.graph(result), result, scheduler))
+        assert lib.ggml_backend_sched_alloc_graph(scheduler, made[-1][1])
+    for step in range(9):
+        _, graph, result, scheduler = made[step % 3]
+        ggml.write(x, ggml.encode("F32", numbers(step, 3, 16)))
+        assert not lib.ggml_backend_sched_graph_compute(scheduler, graph)
+        got.append(ggml.values(result))
+    for nodes, _, _, scheduler in made:
+        lib.ggml_backend_sched_free(scheduler)
+        nodes.free()
+    lib.ggml_backend_buffer_free(buffer)
+    lib.ggml_backend_free(cpu)
+    context.free()
     return got
 
 

@@ -34,8 +34,8 @@ HEAD = """\
 
 Written by `make operations`; `make interop` fails where it differs from a run.
 
-ggml's own RPC client (protocol 7.0.0) had our server compute {total} cases in exact precision, each also computed by
-ggml's CPU backend: {operations} operations, over shapes, types, views, broadcasts and parameters. A case passes when
+ggml's own RPC client (protocol {protocol}) had our server compute {total} cases in exact precision, each also computed
+by ggml's CPU backend: {operations} operations, over shapes, types, views, broadcasts and parameters. A case passes when
 the mean square error over the mean square is within its bound: {bounds}.
 [tests/interop/cases/base.py](../tests/interop/cases/base.py) tells what limits each.
 
@@ -95,6 +95,7 @@ def document(outcomes: Mapping[str, Outcome]) -> str:
     head = HEAD.format(
         total=f"{sum(passed(name, outcome) for name, outcome in outcomes.items()):,}",
         operations=len(operations),
+        protocol=newest().version,
         bounds=", ".join(f"{bound:g} ({name})" for name, bound in BOUNDS.items()),
         refused=", ".join(sorted(known - set(OPS))),
         others=", ".join(of_others()),

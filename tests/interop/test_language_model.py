@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sdrpc.ggml.dialect import dialects
 from sdrpc.server import Server
 from tests.interop.tap import Tap
 from tests.interop.worker import nmse
-from tests.support.language import Generated, Llama, Shape, write_mamba, write_model, write_rwkv
+from tests.support.language import PROTOCOL, Generated, Llama, Shape, write_mamba, write_model, write_rwkv
 
 pytestmark = pytest.mark.interop
 
@@ -37,6 +38,20 @@ other ways by the dozen, until nothing is left but two roundings of the same. So
 when it reads TEXT in batches of another size. It comes to one in ten tokens of such a model (of eight seeds)."""
 
 Ours = tuple[Mapping[str, Generated], Mapping[str, "Counter[str]"]]
+
+
+@pytest.fixture(scope="module")
+def our_server(our_server: Server) -> Iterator[Server]:
+    """It, as the client wants it."""
+    with Server(our_server.devices, dialects()[PROTOCOL]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def rounding_server(rounding_server: Server) -> Iterator[Server]:
+    """The same."""
+    with Server(rounding_server.devices, dialects()[PROTOCOL]) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

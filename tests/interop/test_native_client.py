@@ -143,6 +143,18 @@ def test_commands_of_a_repeated_graph(native_client: NativeClient, our_server: S
         assert (tap.commands["GRAPH_COMPUTE"], tap.commands["GRAPH_RECOMPUTE"]) == (1, 3)
 
 
+def test_commands_of_graphs_that_take_turns(native_client: NativeClient, our_server: Server) -> None:
+    with Tap(our_server.endpoint) as tap:
+        check("schedulers-take-turns", native_client.run("schedulers-take-turns", tap.endpoint))
+        assert (tap.commands["GRAPH_COMPUTE"], tap.commands["GRAPH_RECOMPUTE"]) == (3, 6)
+
+
+def test_commands_of_rows(native_client: NativeClient, our_server: Server) -> None:
+    with Tap(our_server.endpoint) as tap:
+        check("rows-are-set-and-got", native_client.run("rows-are-set-and-got", tap.endpoint))
+        assert (tap.commands["SET_TENSOR_2D"], tap.commands["GET_TENSOR_2D"]) == (3, 6)
+
+
 def test_commands_of_a_large_weight(native_client: NativeClient, our_server: Server) -> None:
     with Tap(our_server.endpoint) as tap:
         check("a-large-weight-is-offered-by-hash", native_client.run("a-large-weight-is-offered-by-hash", tap.endpoint))

@@ -2,7 +2,7 @@
 
     SDRPC_DEV_CACHE=… python -m tests.parity.redraw [--threads NUMBER] [NAME …]
 
-It comes from the wheel of stable-diffusion-cpp-python that ``python tools/ggml_wheel.py --all`` builds and keeps. A
+It comes from the wheel of stable-diffusion-cpp-python that ``python tools/native_ggml.py --all`` builds and keeps. A
 model takes up to 8 GB of memory.
 """
 
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.parity.families import REFERENCES, Reference
-from tools.ggml_wheel import PROTOCOLS
+from tools.native_ggml import PICTURES
 
 PATHS = {"diffusion": "diffusion_model_path"}
 
@@ -32,9 +32,9 @@ LIBRARIES = ("libggml-base.so.0", "libggml-cpu.so.0", "libggml-rpc.so.0", "libgg
 
 def stable_diffusion_cpp(folder: Path) -> Any:
     """The wheel's Python package, unpacked into ``folder``. Its library looks for ggml's where only pip puts them."""
-    wheel = PROTOCOLS["3.6.1"].wheel
+    wheel = PICTURES.wheel
     if wheel is None:
-        sys.exit("there is no wheel of stable-diffusion-cpp-python: python tools/ggml_wheel.py --all builds it")
+        sys.exit("there is no wheel of stable-diffusion-cpp-python: python tools/native_ggml.py --all builds it")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     for name in LIBRARIES:

@@ -77,20 +77,20 @@ def test_ctrl_c_in_the_middle_of_a_computation(server: ServerProcess) -> None:
 
 
 def test_versions_are_learnt_and_kept_for_the_next_server(tmp_path: Path) -> None:
-    """A client of 5.0 is told 7.0 first, and hangs up; then 5.0, by this server and by the next one."""
+    """A client of 7.0 is told 8.0 first, and hangs up; then 7.0, by this server and by the next one."""
     with ServerProcess("--device", "CPU", state=tmp_path) as server:
-        with RawClient(server.port, dialects()["5.0.0"]) as client:
-            assert client.hello.version == (7, 0, 0)
+        with RawClient(server.port, dialects()["7.0.0"]) as client:
+            assert client.hello.version == (8, 0, 0)
         assert eventually(lambda: "--protocol with its version" in " ".join(server.output.split()))
-        serves(server, (5, 0, 1))
-        assert "Starting RPC server v3.6.0 to v7.0.0, as each client wants it\n" in server.output
+        serves(server, (7, 0, 0))
+        assert "Starting RPC server v3.6.0 to v8.0.0, as each client wants it\n" in server.output
     with ServerProcess("--device", "CPU", state=tmp_path) as server:
-        serves(server, (5, 0, 1))
+        serves(server, (7, 0, 0))
     assert (tmp_path / "clients.json").is_file()
 
 
 def serves(server: ServerProcess, told: Version) -> None:
-    with RawClient(server.port, dialects()["5.0.0"]) as client:
+    with RawClient(server.port, dialects()["7.0.0"]) as client:
         assert client.hello.version == told
         Adder(client)()
 
@@ -166,7 +166,7 @@ def test_devices_are_listed_without_serving(run: Run) -> None:
 MISTAKES = {
     "--device CUDA99": "device CUDA99: there is no such device; there are .*CPU",
     "--device CPU,CPU": "a device is named twice",
-    "--protocol 2.0": "--protocol 2.0: there are auto, 3.6.0, .* 7.0.0",
+    "--protocol 2.0": "--protocol 2.0: there are auto, 3.6.0, .* 8.0.0",
     "--precision sloppy": "--precision sloppy: .*there are auto, exact, fast, ggml",
     "--max_memory lots": "--max-memory lots: not a size",
     "--dequant-cache lots": "--dequant-cache lots: not a size",
@@ -254,7 +254,15 @@ def test_c17_completion(run: Run, shell_name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "version"),
-    [("7", "7.0.0"), ("6", "6.0.0"), ("v5.0.0", "5.0.0"), ("5.0", "5.0.1"), ("5", "5.1.0"), ("3.6", "3.6.1")],
+    [
+        ("8", "8.0.0"),
+        ("7", "7.0.0"),
+        ("6", "6.0.0"),
+        ("v5.0.0", "5.0.0"),
+        ("5.0", "5.0.1"),
+        ("5", "5.1.0"),
+        ("3.6", "3.6.1"),
+    ],
 )
 def test_protocols(text: str, version: str) -> None:
     assert choose(text).version == version

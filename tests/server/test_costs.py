@@ -31,7 +31,7 @@ Dims = Sequence[int]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("-v", "--protocol", "7.0") as process:
+    with ServerProcess("-v", "--protocol", "8.0") as process:
         yield process
         assert process.process.poll() is None
 
@@ -231,7 +231,7 @@ def test_11_no_more_is_promised_than_there_is(server: ServerProcess, works: Adde
 
 def test_12_no_memory_is_an_answer_and_no_end() -> None:
     limit = 3 << 30
-    with ServerProcess("--protocol", "7.0") as server:
+    with ServerProcess("--protocol", "8.0") as server:
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, limit)) if server.port else None
         with RawClient(server.port) as client:
             assert client.ask(messages.AllocBuffer(0, 4 << 30)).remote_ptr == 0
@@ -307,9 +307,9 @@ def test_06_a_flood_of_recomputes_ends_with_its_client(server: ServerProcess, wo
         buffer = client.buffer(3 * 4 * n * n)
         a, b = (client.record(buffer, (n, n), at=4 * n * n * i, id=i + 1) for i in (0, 1))
         product = client.record(buffer, (n, n), at=8 * n * n, id=3, op="MUL_MAT", src=(1, 2))
-        client.compute([3], [a, b, product])
+        client.compute([3], [a, b, product], uid=1)
         client.get(product, 4)
-        client.send(pack("<BQI", Command.GRAPH_RECOMPUTE, 4, 0) * 20000)
+        client.send(pack("<BQIQ", Command.GRAPH_RECOMPUTE, 12, 0, 1) * 20000)
         name = client.name
     assert in_time(lambda: any(f"{name}:" in line and "its client is gone" in line for line in server.lines))
     line = next(line for line in server.lines if f"{name}:" in line and "its client is gone" in line)

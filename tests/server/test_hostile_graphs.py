@@ -41,8 +41,8 @@ class Make:
         """Set fields of a tensor, past all sense."""
         self.records[number - 1] = self.records[number - 1]._replace(**fields)
 
-    def compute(self, *nodes: int) -> None:
-        self.client.compute(nodes, self.records)
+    def compute(self, *nodes: int, uid: int = 0) -> None:
+        self.client.compute(nodes, self.records, uid=uid)
 
 
 class Attack(NamedTuple):
@@ -103,12 +103,12 @@ def id_twice(client: RawClient, make: Make) -> None:
 
 
 COUNTS = {
-    "T25-n-nodes-2^32-1": Attack(payload(pack("<IIQ", 0, 2**32 - 1, 1)), "4294967295 nodes in 16 bytes"),
-    "T25-n-nodes-over-payload": Attack(payload(pack("<IIQI", 0, 3, 1, 0)), "3 nodes in 20 bytes"),
-    "T25-nodes-but-no-tensors": Attack(payload(pack("<IIQI", 0, 1, 1, 0)), "1 nodes but no tensor"),
-    "T26-n-tensors-2^32-1": Attack(payload(pack("<III", 0, 0, 2**32 - 1), bytes(296)), "4294967295 tensors in 296"),
-    "T26-n-tensors-short": Attack(payload(pack("<III", 0, 0, 3), bytes(2 * 296)), "3 tensors in 592 bytes"),
-    "T26-bytes-left": Attack(payload(pack("<III", 0, 0, 0), bytes(296)), "0 tensors in 296 bytes"),
+    "T25-n-nodes-2^32-1": Attack(payload(pack("<IQIQ", 0, 0, 2**32 - 1, 1)), "4294967295 nodes in 24 bytes"),
+    "T25-n-nodes-over-payload": Attack(payload(pack("<IQIQI", 0, 0, 3, 1, 0)), "3 nodes in 28 bytes"),
+    "T25-nodes-but-no-tensors": Attack(payload(pack("<IQIQI", 0, 0, 1, 1, 0)), "1 nodes but no tensor"),
+    "T26-n-tensors-2^32-1": Attack(payload(pack("<IQII", 0, 0, 0, 2**32 - 1), bytes(296)), "4294967295 tensors in 296"),
+    "T26-n-tensors-short": Attack(payload(pack("<IQII", 0, 0, 0, 3), bytes(2 * 296)), "3 tensors in 592 bytes"),
+    "T26-bytes-left": Attack(payload(pack("<IQII", 0, 0, 0, 0), bytes(296)), "0 tensors in 296 bytes"),
     "T27-node-0": Attack(lambda c, m: (sum_of(m), m.compute(0)), "unknown id 0"),
     "T27-tensor-0": Attack(lambda c, m: (sum_of(m), m.change(1, id=0), m.compute(3)), "id 0"),
     "T28-tensor-twice": Attack(id_twice, "second tensor with the same id"),
@@ -215,8 +215,8 @@ def test_graphs_that_mean_nothing(scene: Scene, flavour: Capability, name: str) 
 
 def test_t25_an_empty_graph_is_a_graph(scene: Scene) -> None:
     with scene.client() as client:
-        client.compute([], [])
-        client.post(messages.GraphRecompute(0))
+        client.compute([], [], uid=1)
+        client.post(messages.GraphRecompute(0, 1))
         Adder(client)()
     scene.goes_on()
 
@@ -313,8 +313,8 @@ def test_t36_recompute_after_a_free(scene: Scene, flavour: Capability) -> None:
     add = Adder(client)
     add()
     client.ask(messages.FreeBuffer(add.buffer[0]))
-    client.post(messages.GraphRecompute(0))
-    scene.ends(client, "device 0 has no graph, or not its buffers any more")
+    client.post(messages.GraphRecompute(0, 1))
+    scene.ends(client, "device 0 has no graph 1, or not its buffers any more")
 
 
 def test_t36_recompute_after_a_free_of_other_memory(scene: Scene) -> None:
@@ -329,15 +329,15 @@ def test_t36_recompute_after_a_free_of_other_memory(scene: Scene) -> None:
 
 def test_t37_recompute_first(scene: Scene, flavour: Capability) -> None:
     client = scene.client(flavour)
-    client.post(messages.GraphRecompute(0))
-    scene.ends(client, "device 0 has no graph")
+    client.post(messages.GraphRecompute(0, 1))
+    scene.ends(client, "device 0 has no graph 1")
 
 
 def test_t37_recompute_on_another_device(scene: Scene, flavour: Capability) -> None:
     client = scene.client(flavour)
     Adder(client)()
-    client.post(messages.GraphRecompute(1))
-    scene.ends(client, "device 1 has no graph")
+    client.post(messages.GraphRecompute(1, 1))
+    scene.ends(client, "device 1 has no graph 1")
 
 
 def test_t38_memory_of_an_operand_is_freed_between_two_graphs(scene: Scene, flavour: Capability) -> None:
@@ -360,8 +360,8 @@ def test_t39_a_result_in_the_place_of_its_operand(scene: Scene) -> None:
         a, b = make.records[:2]
         client.set(a, np.arange(4, dtype="f4"))
         client.set(b, np.ones(4, "f4"))
-        make.compute(node)
-        client.post(messages.GraphRecompute(0))
+        make.compute(node, uid=9)
+        client.post(messages.GraphRecompute(0, 9))
         assert np.frombuffer(client.get(a, 16), "f4").tolist() == [2, 3, 4, 5]
     scene.goes_on()
 

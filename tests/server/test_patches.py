@@ -71,7 +71,7 @@ def payload_of(part: str) -> bytes:
 
 def retold(payload: bytes, client: Client) -> bytes:
     """A recorded graph as ``client`` would send it: operations by its numbers, tensors in buffers that it has."""
-    parts = graphs.split(payload)
+    parts = graphs.split(payload, RECORDED)
     table = columns(parts.tensors, parts.name_length).copy()
     numbers = np.array([client.dialect.op_numbers.get(op, -1) for op in RECORDED.ops])
     table["op"] = numbers[table["op"]]
@@ -88,7 +88,7 @@ def retold(payload: bytes, client: Client) -> bytes:
 
 def operations(payload: bytes) -> list[str]:
     """Of the nodes of a recorded graph, in their order."""
-    parts = graphs.split(payload)
+    parts = graphs.split(payload, RECORDED)
     table = columns(parts.tensors, parts.name_length)
     by_id = dict(zip(table["id"].tolist(), table["op"].tolist(), strict=True))
     return [RECORDED.ops[by_id[node]] for node in parts.node_ids.tolist()]

@@ -308,7 +308,7 @@ def test_who_came_and_what_it_took_is_logged(device: CountingDevice, caplog: pyt
             add()
         assert eventually(lambda: any("left after" in line for line in caplog.messages))
     mine = [line.partition(": ")[2] for line in caplog.messages if line.startswith(f"{client.name}:")]
-    assert mine[0] == "came, a client of ggml's protocol, is offered protocol 7.0"
+    assert mine[0] == "came, a client of ggml's protocol, is offered protocol 8.0"
     assert re.fullmatch(
         r"left after 6 requests in .* s, 2\.0 MiB in, 1\.0 MiB out, [345]\.\d MiB held at most", mine[-1]
     )

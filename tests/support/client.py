@@ -137,13 +137,14 @@ class RawClient:
         self.ask(messages.GetTensor(tensor, offset, size), bulk=size)
         return self.receive(size)
 
-    def graph(self, nodes: Sequence[int], records: Sequence[Record], device: int = 0) -> bytes:
+    def graph(self, nodes: Sequence[int], records: Sequence[Record], device: int = 0, uid: int = 0) -> bytes:
         """A GRAPH_COMPUTE payload: node ids and tensors as they are, whatever they mean."""
-        ids = pack(f"<II{len(nodes)}Q", device, len(nodes), *nodes)
+        head = pack("<IQ", device, uid) if self.dialect.has_graph_uids else pack("<I", device)
+        ids = head + pack(f"<I{len(nodes)}Q", len(nodes), *nodes)
         return ids + pack("<I", len(records)) + encode_records(list(records), self.name_length)
 
-    def compute(self, nodes: Sequence[int], records: Sequence[Record], device: int = 0) -> None:
-        self.command(Command.GRAPH_COMPUTE, self.graph(nodes, records, device))
+    def compute(self, nodes: Sequence[int], records: Sequence[Record], device: int = 0, uid: int = 0) -> None:
+        self.command(Command.GRAPH_COMPUTE, self.graph(nodes, records, device, uid))
 
     def close(self) -> None:
         self.socket.close()
@@ -174,9 +175,9 @@ class Adder:
         self.client.set(self.a, a)
         self.client.set(self.b, b)
         if self.rounds == 1:
-            self.client.compute([3], [self.a, self.b, self.sum])
+            self.client.compute([3], [self.a, self.b, self.sum], uid=1)
         else:
-            self.client.post(messages.GraphRecompute(0))
+            self.client.post(messages.GraphRecompute(0, 1))
         got = np.frombuffer(self.client.get(self.sum, 4 * self.elements), "f4")
         np.testing.assert_array_equal(got, a + b)
 

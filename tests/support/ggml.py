@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-FOLDERS: dict[str, Path] = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["FOLDERS"]
+FOLDERS: dict[str, Path] = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "native_ggml.py"))["FOLDERS"]
 """Where the libraries are, by the protocol version that they speak, newest first."""
 NEWEST = next(iter(FOLDERS))
 CHOOSE = "SDRPC_TEST_GGML"
@@ -137,6 +137,7 @@ FUNCTIONS = {
     "ggml_backend_supports_op": ("b", "pt"), "ggml_backend_alloc_ctx_tensors": ("p", "pp"),
     "ggml_backend_get_default_buffer_type": ("p", "p"), "ggml_backend_graph_compute": ("i", "pp"),
     "ggml_backend_tensor_set": ("v", "tpzz"), "ggml_backend_tensor_get": ("v", "tpzz"),
+    "ggml_backend_tensor_set_2d": ("v", "tpzzzzz"), "ggml_backend_tensor_get_2d": ("v", "tpzzzzz"),
     "ggml_backend_tensor_memset": ("v", "tBzz"), "ggml_backend_tensor_copy": ("v", "tt"),
     "ggml_backend_buffer_clear": ("v", "pB"), "ggml_backend_buffer_free": ("v", "p"),
     "ggml_backend_buffer_set_usage": ("v", "pi"), "ggml_backend_buft_alloc_buffer": ("p", "pz"),
@@ -161,7 +162,7 @@ def library() -> Any:
     """The loaded library with typed functions. Raises :class:`MissingLibrary`."""
     found = sorted(FOLDER.glob("libggml.*"))
     if not found:
-        raise MissingLibrary(f"no ggml libraries in {FOLDER}: `make interop` (or tools/ggml_wheel.py) builds them")
+        raise MissingLibrary(f"no ggml libraries in {FOLDER}: `make interop` (or tools/native_ggml.py) builds them")
     # Each needs those before it, and not every build says where these are: what is loaded already is not looked for.
     parts = [*(next(FOLDER.glob(f"libggml-{part}.*")) for part in ("base", "cpu", "rpc")), found[0]]
     lib = [c.CDLL(str(part)) for part in parts][-1]

@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-FOLDER = Path(runpy.run_path(str(Path(__file__).parents[2] / "tools" / "ggml_wheel.py"))["PYTHON_FOLDER"])
+_BUILT = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "native_ggml.py"))
+FOLDER = Path(_BUILT["PYTHON_FOLDER"])
+PROTOCOL: str = _BUILT["LANGUAGE_PROTOCOL"]
+"""What llama.cpp's client in there speaks."""
 SPAWN = multiprocessing.get_context("spawn")
 
 CONTEXT = 256

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import NamedTuple
 
-from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, ServedDevice, ServedProgram, Target, Watch
+from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Target, Watch
 from sdrpc.errors import OutOfMemory
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
@@ -66,6 +66,13 @@ class NullDevice(ServedDevice):
 
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
         assert 0 <= offset <= offset + size <= buffer.size
+
+    def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
+        assert 0 <= rows.offset <= rows.offset + rows.extent <= buffer.size
+        assert len(data) == rows.copies * rows.size
+
+    def read_rows(self, buffer: Buffer, rows: Rows) -> Bytes:
+        return bytes(rows.copies * rows.size)
 
     def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
         assert source_offset + size <= source.size

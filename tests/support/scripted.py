@@ -27,6 +27,7 @@ HANG_UP = object()
 SILENCE = object()
 """As an answer: none."""
 GIB = 1 << 30
+MOST_GRAPHS = 1024
 
 Answer = Any  # a message, bytes for the whole answer as they are, HANG_UP or SILENCE
 
@@ -35,7 +36,7 @@ Answer = Any  # a message, bytes for the whole answer as they are, HANG_UP or SI
 class Scripted:
     """``answers``: by command, what is answered instead of the truth (or a function of the message that gives it).
     ``name_length``: like a native server's, None for one that takes any. ``hello``: bytes to answer HELLO with.
-    ``last_words``: what is sent before hanging up."""
+    ``last_words``: what is sent before hanging up. ``kept``: uids of graphs that came (of all devices together)."""
 
     dialect: Dialect = field(default_factory=newest)
     name_length: int | None = 64
@@ -47,6 +48,7 @@ class Scripted:
     on_graph: Callable[[Scripted, graphs.Received], None] | None = None
     log: list[tuple[Command, Any]] = field(default_factory=list)
     memory: dict[int, bytearray] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
     greetings: int = 0
     port: int = 0
     problems: list[BaseException] = field(default_factory=list)
@@ -160,11 +162,14 @@ class Scripted:
                 graph = graphs.decode_graph(
                     message.payload, self.dialect, lambda handle, at: (handle, at - base(handle))
                 )
+                if len(self.kept) >= MOST_GRAPHS:
+                    self.kept.clear()
+                self.kept.add(graphs.split(message.payload, self.dialect).uid)
                 if self.on_graph:
                     self.on_graph(self, graph)
                 return SILENCE
             case Command.GRAPH_RECOMPUTE:
-                return SILENCE
+                return SILENCE if message.uid in self.kept else HANG_UP
             case Command.FREE_BUFFER:
                 return m.Ack()
         raise AssertionError(f"the client under test does not use {command.name}")

@@ -52,7 +52,13 @@ class Example(NamedTuple):
     reply: bytes
 
 
-GRAPH = pack("<IIQI", 3, 1, TENSOR.id, 1)
+UID = 2**63 + 1
+
+
+def graph(dialect: Dialect) -> bytes:
+    """A graph's head, before its one tensor."""
+    return pack("<I", 3) + (pack("<Q", UID) if dialect.has_graph_uids else b"") + pack("<IQI", 1, TENSOR.id, 1)
+
 
 EXAMPLES: dict[Command, Example] = {
     Command.ALLOC_BUFFER: Example(
@@ -82,7 +88,7 @@ EXAMPLES: dict[Command, Example] = {
         m.GetTensor(TENSOR, 8, 24), lambda d, t: t + pack("<QQ", 8, 24), m.GetTensorReply(DATA[:24]), DATA[:24]
     ),
     Command.COPY_TENSOR: Example(m.CopyTensor(TENSOR, TENSOR), lambda d, t: t + t, m.CopyTensorReply(0), b"\0"),
-    Command.GRAPH_COMPUTE: Example(m.GraphCompute(GRAPH), lambda d, t: GRAPH + t, None, b""),
+    Command.GRAPH_COMPUTE: Example(m.GraphCompute(b""), lambda d, t: graph(d) + t, None, b""),
     Command.GET_DEVICE_MEMORY: Example(
         m.GetDeviceMemory(3), lambda d, t: pack("<I", 3), m.GetDeviceMemoryReply(1, 2), pack("<QQ", 1, 2)
     ),
@@ -94,10 +100,32 @@ EXAMPLES: dict[Command, Example] = {
         pack("<Q", 77),
     ),
     Command.DEVICE_COUNT: Example(m.DeviceCount(), lambda d, t: b"", m.DeviceCountReply(2), pack("<I", 2)),
-    Command.GRAPH_RECOMPUTE: Example(m.GraphRecompute(3), lambda d, t: pack("<I", 3), None, b""),
+    Command.GRAPH_RECOMPUTE: Example(
+        m.GraphRecompute(3, UID), lambda d, t: pack("<I", 3) + (pack("<Q", UID) if d.has_graph_uids else b""), None, b""
+    ),
     Command.MEMSET_TENSOR: Example(
         m.MemsetTensor(TENSOR, 4, 8, 7), lambda d, t: t + pack("<QQB", 4, 8, 7), m.Ack(), b""
     ),
+    Command.SET_TENSOR_2D: Example(
+        m.SetTensor2d(TENSOR, 4, 8, 2, 16, DATA[:16]),
+        lambda d, t: t + pack("<QQQQ", 4, 8, 2, 16) + DATA[:16],
+        None,
+        b"",
+    ),
+    Command.GET_TENSOR_2D: Example(
+        m.GetTensor2d(TENSOR, 4, 8, 2, 16),
+        lambda d, t: t + pack("<QQQQ", 4, 8, 2, 16),
+        m.GetTensorReply(DATA[:16]),
+        DATA[:16],
+    ),
+    Command.COMM_INIT: Example(
+        m.CommInit(3, 1, 2, 51052, b"10.0.0.7".ljust(64, b"\0")),
+        lambda d, t: pack("<IIII64s", 3, 1, 2, 51052, b"10.0.0.7"),
+        m.CommInitReply(0),
+        b"\0",
+    ),
+    Command.COMM_ALLREDUCE: Example(m.CommAllreduce(3, TENSOR), lambda d, t: pack("<I", 3) + t, None, b""),
+    Command.COMM_FREE: Example(m.CommFree(3), lambda d, t: pack("<I", 3), None, b""),
     Command.SET_TENSOR_DIGEST: Example(
         m.SetTensorDigest(TENSOR, 8, bytes(range(32))),
         lambda d, t: t + pack("<Q", 8) + bytes(range(32)),
@@ -107,14 +135,26 @@ EXAMPLES: dict[Command, Example] = {
 }
 
 
+SINCE = {
+    (5, 0, 0): {Command.MEMSET_TENSOR},
+    (8, 0, 0): {
+        Command.SET_TENSOR_2D, Command.GET_TENSOR_2D, Command.COMM_INIT, Command.COMM_ALLREDUCE, Command.COMM_FREE
+    },
+}  # fmt: skip
+"""Commands that came with a version."""
+
+
 def commands(dialect: Dialect) -> list[Command]:
-    return [command for command in EXAMPLES if command is not Command.MEMSET_TENSOR or dialect.has_memset_tensor]
+    later = {command for version, new in SINCE.items() if dialect.triple < version for command in new}
+    return [command for command in EXAMPLES if command not in later]
 
 
-def message(command: Command, name_length: int) -> NamedTuple:
+def message(command: Command, dialect: Dialect, name_length: int) -> NamedTuple:
     """The example's message; a graph's payload contains a record."""
     if command is Command.GRAPH_COMPUTE:
-        return m.GraphCompute(GRAPH + record(TENSOR, name_length))
+        return m.GraphCompute(graph(dialect) + record(TENSOR, name_length))
+    if command is Command.GRAPH_RECOMPUTE and not dialect.has_graph_uids:
+        return m.GraphRecompute(3)
     return EXAMPLES[command].message
 
 

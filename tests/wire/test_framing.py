@@ -14,6 +14,7 @@ from sdrpc.wire import messages as m
 from sdrpc.wire.framing import (
     BEAT,
     ERROR_MARK,
+    FEEDS,
     ErrorReply,
     Received,
     RequestReader,
@@ -54,7 +55,7 @@ def test_every_command_has_an_example_and_an_exchange() -> None:
 @every_name_length
 def test_requests_are_the_bytes_written_by_hand(dialect: Dialect, name_length: int) -> None:
     for command in commands(dialect):
-        encoded = b"".join(encode_request(message(command, name_length), dialect, name_length))
+        encoded = b"".join(encode_request(message(command, dialect, name_length), dialect, name_length))
         assert encoded == frame(command, dialect, name_length), command.name
 
 
@@ -67,9 +68,9 @@ def test_requests_are_read(dialect: Dialect, name_length: int, piece: int, known
         names = NameLength(name_length, certain=True) if known else NameLength()
         reader = RequestReader(dialect, known=names, ours=True)
         stream = Stream(frame(command, dialect, name_length) + TRAILING, piece)
-        assert read(stream, reader) == (command, message(command, name_length))
+        assert read(stream, reader) == (command, message(command, dialect, name_length))
         assert stream.rest == TRAILING, command.name
-        if command in (Command.SET_TENSOR, Command.GRAPH_COMPUTE) or m.layout(EXCHANGES[command].request).records:
+        if command in (*FEEDS, Command.GRAPH_COMPUTE) or m.layout(EXCHANGES[command].request).records:
             assert reader.names == NameLength(name_length, certain=True), command.name
 
 
@@ -97,7 +98,7 @@ def test_replies(dialect: Dialect, piece: int) -> None:
         data = b"".join(parts)
         assert data == pack("<Q", len(example.reply)) + example.reply
         stream = Stream(data + TRAILING, piece)
-        bulk = len(example.reply) if command is Command.GET_TENSOR else 0
+        bulk = len(example.reply) if command in (Command.GET_TENSOR, Command.GET_TENSOR_2D) else 0
         reply = stream.drive(read_reply(command, dialect, bulk))
         expected = m.GetTensorReply(b"") if bulk else example.answer
         assert reply == expected
@@ -114,7 +115,9 @@ def test_commands_of_ours_are_unknown_to_others(dialect: Dialect) -> None:
 
 def test_which_commands_answer_is_the_dialects_to_say() -> None:
     empty = {Command.FREE_BUFFER, Command.BUFFER_CLEAR, Command.INIT_TENSOR, Command.MEMSET_TENSOR}
-    silent = {Command.SET_TENSOR, Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE}
+    silent = {
+        *FEEDS, Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE, Command.COMM_ALLREDUCE, Command.COMM_FREE
+    }  # fmt: skip
     for dialect in DIALECTS:
         without = {command for command in EXCHANGES if response_class(command, dialect) is None}
         assert without == (silent if dialect.acks_buffer_commands else silent | empty)
@@ -175,7 +178,7 @@ def test_sizes_are_checked_before_anything_is_read(dialect: Dialect, known: Name
             except RemoteProtocolError:
                 assert stream.wanted == [9]
             except EndOfStream:  # within limits, for the two whose size is free: of tensor data nothing is asked for
-                assert command in (Command.SET_TENSOR, Command.GRAPH_COMPUTE), (command, size)
+                assert command in (*FEEDS, Command.GRAPH_COMPUTE), (command, size)
                 assert stream.wanted[1] < 2048
 
 
@@ -186,9 +189,9 @@ def test_limits_are_the_callers() -> None:
 
 
 @every_dialect
-@pytest.mark.parametrize("number", [14, 17, 18, 19, 100, 255])
+@pytest.mark.parametrize("number", [14, 17, 18, 19, 20, 21, 22, 23, 100, 255])
 def test_unknown_commands(dialect: Dialect, number: int) -> None:
-    if number == Command.MEMSET_TENSOR and dialect.has_memset_tensor:
+    if number in commands(dialect):
         return
     with pytest.raises(RemoteProtocolError, match="second HELLO" if number == 14 else f"no command {number}"):
         Stream(pack("<BQ", number, 24)).drive(RequestReader(dialect).read())
@@ -242,19 +245,22 @@ def test_received_is_a_frozen_value() -> None:
 def test_dialects_differ_where_the_protocol_says_so() -> None:
     """One look at what the parametrised tests above rest on."""
     sizes = {version: len(payload(Command.SET_TENSOR, dialect, 64)) for version, dialect in dialects().items()}
-    assert sizes["7.0.0"] == 232 + 64 + 1 + 8 + 32
-    assert {size for version, size in sizes.items() if version != "7.0.0"} == {232 + 64 + 8 + 32}
+    assert sizes.pop("7.0.0") == sizes.pop("8.0.0") == 232 + 64 + 1 + 8 + 32
+    assert set(sizes.values()) == {232 + 64 + 8 + 32}
+    sizes = {version: len(payload(Command.GRAPH_RECOMPUTE, dialect, 64)) for version, dialect in dialects().items()}
+    assert sizes.pop("8.0.0") == 12
+    assert set(sizes.values()) == {4}
 
 
 def test_7_0_came_in_two_steps() -> None:
-    """6.0 stands between: answers went, the cache flag was still to come, and operations stayed as they were."""
+    """6.0 stands between: answers went and a GLU operation came, the cache flag was still to come."""
     before, six, after = (dialects()[version] for version in ("5.1.0", "6.0.0", "7.0.0"))
     assert before.ops == six.ops == after.ops
     assert len(six.ops) == 101
     assert (before.unary_ops, before.type_numbers, before.tensor_flags) == (
         six.unary_ops, six.type_numbers, six.tensor_flags
     )  # fmt: skip
-    assert six.glu_ops == before.glu_ops == after.glu_ops[: len(six.glu_ops)]
+    assert six.glu_ops == after.glu_ops == (*before.glu_ops, "SWIGLU_CLAMP")
     assert [d.acks_buffer_commands for d in (before, six, after)] == [True, False, False]
     assert [d.set_tensor_has_cache_flag for d in (before, six, after)] == [False, False, True]
     assert all(d.has_use_count and d.has_memset_tensor for d in (before, six, after))

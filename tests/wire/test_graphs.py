@@ -69,10 +69,10 @@ UNET_OPS = {
 @pytest.mark.parametrize(("name", "counts"), RECORDINGS.items(), ids=RECORDINGS)
 def test_graphs_of_a_real_client(name: str, counts: tuple[int, int]) -> None:
     payload = recording(name)
-    assert split(payload).name_length == 160
+    assert split(payload, RECORDED).name_length == 160
     device, graph = decode_graph(payload, RECORDED, same)
     assert device == 0
-    assert (len(graph.nodes), len(split(payload).tensors) // 392) == counts
+    assert (len(graph.nodes), len(split(payload, RECORDED).tensors) // 392) == counts
     again = encode_graph(graph, device, RECORDED, 160, same)
     assert described(decode_graph(again, RECORDED, same).graph) == described(graph)
 
@@ -122,7 +122,7 @@ def test_round_trip(dialect: Dialect, name_length: int) -> None:
 @every_dialect
 def test_what_native_servers_need_to_see(dialect: Dialect) -> None:
     graph = small(dialect)
-    parts = split(encode_graph(graph, 0, dialect, 64, lambda key, offset: (key * 100, key * 1000 + offset)))
+    parts = split(encode_graph(graph, 0, dialect, 64, lambda key, offset: (key * 100, key * 1000 + offset)), dialect)
     a, b, added, viewed, unary, cast, attention = decode_records(parts.tensors, 64)
     assert list(parts.node_ids) == [3, 4, 5, 6, 7]
     assert [one.id for one in (a, b, added, viewed, unary, cast, attention)] == list(range(1, 8))
@@ -142,7 +142,7 @@ def test_strides_over_4_gib() -> None:
     big = tensor(1 << 20, 1 << 10, 3, 2, buffer=1)
     view = tensor(4, op="VIEW", src=(big,), view_src=big, buffer=1)
     payload = encode_graph(Graph((view,)), 0, newest(), 64, same)
-    assert decode_records(split(payload).tensors, 64)[0].nb == (4, 1 << 22, 0, 0)
+    assert decode_records(split(payload, newest()).tensors, 64)[0].nb == (4, 1 << 22, 0, 0)
     assert decode_graph(payload, newest(), same).graph.leaves[0].nb == big.nb == (4, 1 << 22, 1 << 32, 3 << 32)
 
 
@@ -177,7 +177,9 @@ def test_memory_that_an_earlier_graph_filled_is_a_leaf() -> None:
 def test_nodes_that_are_not_marked_are_memory(dialect: Dialect) -> None:
     """A branch that a client has not chosen: its nodes, whatever they are, keep the bytes that they have."""
     chosen, other = {"op": dialect.op_numbers["SQRT"]}, {"op": dialect.op_numbers["MAP_CUSTOM1"], "flags": 0}
-    graph = decode_graph(Payload(chain(NONE, other, other, chosen), [2, 3, 4]).bytes, dialect, same).graph
+    graph = decode_graph(
+        Payload(chain(NONE, other, other, chosen), [2, 3, 4], dialect=dialect).bytes, dialect, same
+    ).graph
     (node,) = graph.nodes
     (leaf,) = graph.leaves
     assert (node.op, node.src, leaf.op, leaf.src) == ("SQRT", (leaf,), "NONE", ())
@@ -219,7 +221,7 @@ def test_a_concat_with_nothing_is_a_copy(order: tuple[int, int]) -> None:
 def test_clients_that_mark_nothing(dialect: Dialect) -> None:
     """Protocol 3.6.0 has no such mark, and its clients can't be told from those of 3.6.1."""
     nodes = [{"op": dialect.op_numbers["SQRT"], "flags": 0}] * 2
-    graph = decode_graph(Payload(chain(NONE, *nodes), [2, 3]).bytes, dialect, same).graph
+    graph = decode_graph(Payload(chain(NONE, *nodes), [2, 3], dialect=dialect).bytes, dialect, same).graph
     assert len(graph.nodes) == (2 if dialect.version.startswith("3.6") else 0)
 
 
@@ -229,8 +231,11 @@ PLAIN: dict[str, Any] = {"ne": (4, 1, 1, 1), "nb": (4, 16, 16, 16), "flags": COM
 class Payload:
     """A GRAPH_COMPUTE payload put together by hand."""
 
-    def __init__(self, records: list[Record], nodes: list[int], name_length: int = 64, device: int = 0) -> None:
-        self.head = pack(f"<II{len(nodes)}QI", device, len(nodes), *nodes, len(records))
+    def __init__(
+        self, records: list[Record], nodes: list[int], name_length: int = 64, dialect: Dialect | None = None
+    ) -> None:
+        uid = pack("<Q", 2**64 - 1) if (dialect or newest()).has_graph_uids else b""
+        self.head = pack("<I", 0) + uid + pack(f"<I{len(nodes)}QI", len(nodes), *nodes, len(records))
         self.bytes = self.head + b"".join(record(one, name_length) for one in records)
 
 
@@ -265,14 +270,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "T18 part of a block": (Payload(chain({"type": 2, "ne": (31, 1, 1, 1)}, NONE), [2]).bytes, "31 elements a row"),
     "T32 operation numbers": (
         Payload(chain(NONE, {"op": 101}, {"op": 2**32 - 1}), [2, 3]).bytes,
-        r"operations \[101, 4294967295\] do not exist in protocol 7.0.0",
+        r"operations \[101, 4294967295\] do not exist in protocol 8.0.0",
     ),
     "T32 a unary operation's number": (
         Payload(chain(NONE, {"op": newest().op_numbers["UNARY"], "op_params": b"\xff" * 64}), [2]).bytes,
         "UNARY number -1 does not exist",
     ),
     "T35 data in no buffer": (Payload(chain({"buffer": 0}, NONE), [2]).bytes, "an address in no buffer"),
-    "nodes without tensors": (pack("<IIQI", 0, 1, 1, 0), "1 nodes but no tensor"),
+    "nodes without tensors": (pack("<IQIQI", 0, 0, 1, 1, 0), "1 nodes but no tensor"),
 }  # fmt: skip
 
 
@@ -285,13 +290,13 @@ def test_hostile(payload: bytes, reason: str) -> None:
 GOOD = Payload(chain(NONE, NONE, NONE), [2, 3]).bytes
 COUNTS = {
     "nothing": b"",
-    "T25 no counts": GOOD[:11],
-    "T25 2^32-1 nodes": GOOD[:4] + pack("<I", 2**32 - 1) + GOOD[8:],
-    "T25 one node more": GOOD[:4] + pack("<I", 3) + GOOD[8:],
-    "T25 one node fewer": GOOD[:4] + pack("<I", 1) + GOOD[8:],
-    "T26 2^32-1 tensors": GOOD[:24] + pack("<I", 2**32 - 1) + GOOD[28:],
-    "T26 no tensors": GOOD[:24] + pack("<I", 0) + GOOD[28:],
-    "T26 one tensor": GOOD[:24] + pack("<I", 1) + GOOD[28:],
+    "T25 no counts": GOOD[:19],
+    "T25 2^32-1 nodes": GOOD[:12] + pack("<I", 2**32 - 1) + GOOD[16:],
+    "T25 one node more": GOOD[:12] + pack("<I", 3) + GOOD[16:],
+    "T25 one node fewer": GOOD[:12] + pack("<I", 1) + GOOD[16:],
+    "T26 2^32-1 tensors": GOOD[:32] + pack("<I", 2**32 - 1) + GOOD[36:],
+    "T26 no tensors": GOOD[:32] + pack("<I", 0) + GOOD[36:],
+    "T26 one tensor": GOOD[:32] + pack("<I", 1) + GOOD[36:],
     "a byte short": GOOD[:-1],
     "a byte more": GOOD + b"\0",
 }
@@ -305,7 +310,7 @@ def test_counts_and_sizes(payload: bytes) -> None:
 
 def test_the_graph_that_these_were_made_of_is_good() -> None:
     assert len(decode_graph(GOOD, newest(), same).graph.nodes) == 2
-    assert decode_graph(pack("<III", 9, 0, 0), newest(), same) == (9, Graph(()))
+    assert decode_graph(pack("<IQII", 9, 7, 0, 0), newest(), same) == (9, Graph(()))
 
 
 def test_chains_of_any_depth() -> None:
@@ -316,11 +321,11 @@ def test_chains_of_any_depth() -> None:
     table["id"] = np.arange(1, count + 1)
     table["src"][:, 0] = np.arange(count)
     nodes = np.arange(2, count + 1, dtype="<u8").tobytes()
-    payload = pack("<II", 0, count - 1) + nodes + pack("<I", count) + bytes(block)
+    payload = pack("<IQI", 0, 0, count - 1) + nodes + pack("<I", count) + bytes(block)
     graph = decode_graph(payload, newest(), same).graph
     assert len(graph.nodes) == count - 1
     assert graph.nodes[-1].src == (graph.nodes[-2],)
-    backwards = pack("<II", 0, count - 1) + nodes[::-1] + pack("<I", count) + bytes(block)
+    backwards = pack("<IQI", 0, 0, count - 1) + nodes[::-1] + pack("<I", count) + bytes(block)
     with pytest.raises(RemoteProtocolError):
         decode_graph(backwards, newest(), same)
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.wire.framing import RequestReader
-from sdrpc.wire.messages import Command, SetTensor, layout
-from sdrpc.wire.name_length import ALL, COMMON, UNKNOWN, NameLength, learn, learn_set_tensor
+from sdrpc.wire.messages import Command, SetTensor, SetTensor2d, layout
+from sdrpc.wire.name_length import ALL, COMMON, UNKNOWN, NameLength, learn, learn_feed
 from sdrpc.wire.records import Record
 from tests.support.stream import Stream
-from tests.wire.examples import DIALECTS, TENSOR, frame, record
+from tests.wire.examples import DIALECTS, TENSOR, commands, frame, record
 
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 BY_SIZE = (
     Command.INIT_TENSOR, Command.GET_TENSOR, Command.COPY_TENSOR, Command.GET_ALLOC_SIZE, Command.MEMSET_TENSOR,
-    Command.SET_TENSOR_HASH, Command.SET_TENSOR_DIGEST,
+    Command.SET_TENSOR_HASH, Command.SET_TENSOR_DIGEST, Command.GET_TENSOR_2D, Command.COMM_ALLREDUCE,
 )  # fmt: skip
 
 
@@ -31,14 +31,14 @@ def set_tensor(tensor: Record, data: bytes, dialect: Dialect, length: int, offse
 
 
 def learnt(payload: bytes, dialect: Dialect) -> NameLength:
-    return learn_set_tensor(UNKNOWN, payload[:1024], len(payload), dialect)
+    return learn_feed(UNKNOWN, SetTensor, payload[:1024], len(payload), dialect)
 
 
 @every_dialect
 def test_one_size_one_length(dialect: Dialect) -> None:
     for length in ALL:
         for command in BY_SIZE:
-            if command is Command.MEMSET_TENSOR and not dialect.has_memset_tensor:
+            if command not in commands(dialect):
                 continue
             size = len(frame(command, dialect, length)) - 9
             assert learn(UNKNOWN, command, size, dialect) == NameLength(length, certain=True)
@@ -69,6 +69,16 @@ def test_part_of_a_tensor(dialect: Dialect, length: int, offset: int) -> None:
     assert found == NameLength(length, certain=length == min(COMMON))
 
 
+@pytest.mark.parametrize("length", [*COMMON, 32, 256])
+@pytest.mark.parametrize("data", [bytes(4096), b"\x3f\x80\x01\x02" * 1024], ids=["zeros", "numbers"])
+@pytest.mark.parametrize("rows", [(4096, 1, 0), (2048, 2, 8192), (1, 4096, 1024)])
+def test_rows_are_certain(length: int, data: bytes, rows: tuple[int, int, int]) -> None:
+    """SET_TENSOR_2D says how many bytes there are: with another length that would have to be so by chance."""
+    payload = record(BIG, length) + pack("<QQQQ", 64, *rows) + data
+    found = learn_feed(UNKNOWN, SetTensor2d, payload[:1024], len(payload), newest())
+    assert found == NameLength(length, certain=True)
+
+
 def test_zeros_in_a_part_of_a_tensor_leave_a_guess_that_is_corrected() -> None:
     dialect = newest()
     payload = set_tensor(BIG, bytes(4096), dialect, 64)
@@ -90,7 +100,7 @@ def test_a_stride_over_4_gib_is_cut() -> None:
     tensor = TENSOR._replace(ne=(1 << 20, 1 << 10, 1, 1), nb=(4, 1 << 22, 0, 0), name=b"huge")
     payload = set_tensor(tensor, b"\xff" * 1024, newest(), 128)
     size = len(payload) - 1024 + (1 << 32)
-    assert learn_set_tensor(UNKNOWN, payload, size, newest()) == NameLength(128, certain=True)
+    assert learn_feed(UNKNOWN, SetTensor, payload, size, newest()) == NameLength(128, certain=True)
 
 
 @every_dialect
@@ -136,8 +146,8 @@ def test_padding_is_zero_where_there_is_no_use_count() -> None:
 @given(st.binary(max_size=1024), st.sampled_from(DIALECTS), st.integers(0, 2**44))
 def test_any_bytes_have_a_length_or_none(data: bytes, dialect: Dialect, more: int) -> None:
     try:
-        found = learn_set_tensor(UNKNOWN, data, len(data) + more, dialect)
+        found = learn_feed(UNKNOWN, SetTensor, data, len(data) + more, dialect)
     except RemoteProtocolError:
         return
     assert found.value in ALL
-    assert len(data) + more >= layout(SetTensor, dialect.set_tensor_has_cache_flag).size(found.value)
+    assert len(data) + more >= layout(SetTensor, dialect.switches).size(found.value)

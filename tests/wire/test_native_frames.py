@@ -78,7 +78,7 @@ def test_the_graph() -> None:
 
 def normalised(payload: bytes) -> list[tuple[object, ...]]:
     """The tensors of a graph, with ids replaced by what they are: all that a native server looks at, use counts too."""
-    records = decode_records(split(payload).tensors, 64)
+    records = decode_records(split(payload, DIALECT).tensors, 64)
     places = {one.id: (one.data, one.op) for one in records} | {0: ()}
     return [
         tuple(one._replace(id=0, src=tuple(places[i] for i in one.src), view_src=places[one.view_src]))  # type: ignore[arg-type]

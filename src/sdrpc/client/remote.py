@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from itertools import count
 from typing import Any
 
@@ -34,6 +35,7 @@ from ..wire import messages
 from ..wire.framing import byte_length
 from ..wire.graphs import encode_graph
 from ..wire.hello import NATIVE, Capability
+from ..wire.kept_graphs import KeptGraphs
 from ..wire.limits import MAX_NAME_LENGTH
 from ..wire.records import Record, is_name_length
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
@@ -46,7 +48,11 @@ MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""
 ADDRESSES = 1 << 64
 
+LAST = 0
+"""The uid of all graphs in protocols that have none: the server keeps the last one."""
+
 _keys = count(1)
+_uids = count(LAST + 1)
 
 
 @dataclass(eq=False)
@@ -65,15 +71,15 @@ class RemoteBuffer:
 @dataclass(eq=False)
 class Server:
     """What the devices of one server share. ``reconnect`` gives another connection and the number of devices there;
-    ``life`` counts how often that was done. ``last_graphs``: by device, the payload that GRAPH_RECOMPUTE would run
-    again (servers forget all of them when any buffer is freed). ``computing``: the device whose graph was started and
-    of whose end no answer has told yet."""
+    ``life`` counts how often that was done. ``graphs``: digests of those that GRAPH_RECOMPUTE would run again (native
+    servers forget all of them when any buffer is freed). ``computing``: the device whose graph was started and of whose
+    end no answer has told yet."""
 
     connection: Connection
     reconnect: Callable[[], tuple[Connection, int]]
     life: int = 0
     buffers: list[RemoteBuffer] = field(default_factory=list)
-    last_graphs: dict[int, bytes] = field(default_factory=dict)
+    graphs: KeptGraphs[bytes] = field(default_factory=KeptGraphs)
     computing: str = ""
     names: Names = field(default_factory=Names)
     devices: list[RemoteDevice] = field(default_factory=list)
@@ -127,7 +133,7 @@ class Server:
         self.connection = connection
         self.life += 1
         self.buffers.clear()
-        self.last_graphs.clear()
+        self.graphs = KeptGraphs()
         self.computing = ""
         for device in self.devices:
             device.meet()
@@ -232,7 +238,7 @@ class RemoteDevice(Device):
         remote = self._own(buffer)
         remote.alive = False
         self._server.buffers.remove(remote)
-        self._server.last_graphs.clear()
+        self._server.graphs.drop(lambda _: True)
         with suppress(DeviceLost):
             self._ask(messages.FreeBuffer(remote.handle), "freeing a buffer")
 
@@ -292,19 +298,20 @@ class RemoteDevice(Device):
             return used[key].handle, used[key].base + offset
 
         connection = self._server.connection
-        payload = encode_graph(graph, self.index, connection.dialect, connection.name_length, locate)
-        return RemoteProgram(self, payload, tuple(used.values()))
+        uid = next(_uids) if connection.dialect.has_graph_uids else LAST
+        payload = encode_graph(graph, self.index, connection.dialect, connection.name_length, locate, uid)
+        return RemoteProgram(self, payload, uid, tuple(used.values()))
 
     def run(self, program: RemoteProgram) -> None:
         """Start a program of this device; see :meth:`RemoteProgram.run`."""
         if any(not buffer.alive for buffer in program.buffers):
             raise LocalProtocolError(f"{self.name}: a buffer of the program was freed")
         server = self._server
-        if server.last_graphs.get(self.index) == program.payload:
-            self._ask(messages.GraphRecompute(self.index), "running a graph again")
+        if server.graphs.get(self.index, program.uid) == program.digest:
+            self._ask(messages.GraphRecompute(self.index, program.uid), "running a graph again")
         else:
             self._ask(messages.GraphCompute(program.payload), "sending a graph")
-            server.last_graphs[self.index] = program.payload
+            server.graphs.put(self.index, program.uid, program.digest)
         server.computing = self.name
 
     def close(self) -> None:
@@ -357,15 +364,17 @@ class _Sender:
 
 
 class RemoteProgram(Program):
-    """A graph as the bytes that a server gets."""
+    """A graph as the bytes that a server gets, with the number under which it keeps them."""
 
-    def __init__(self, device: RemoteDevice, payload: bytes, buffers: tuple[RemoteBuffer, ...]) -> None:
-        self.device, self.payload, self.buffers = device, payload, buffers
+    def __init__(self, device: RemoteDevice, payload: bytes, uid: int, buffers: tuple[RemoteBuffer, ...]) -> None:
+        self.device, self.payload, self.uid, self.buffers = device, payload, uid, buffers
+        self.digest = blake2b(payload, digest_size=32).digest()
 
     def run(self) -> None:
         """Start the computation and return: the protocol has no word for its end. A read waits for it.
 
-        The graph is sent only if it is not the last one that the device ran. A failure is raised by whatever is
+        The graph is sent only if the server does not keep it (before protocol 8.0: the last one that the device ran).
+        A failure is raised by whatever is
         answered next (mostly a read): :class:`ComputeError` with the reason from our own servers,
         :class:`ConnectionLost` from native ones, which hang up or die.
         """

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, ServedDevice, ServedProgram, Target, Watch
+from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Target, Watch
 from sdrpc.errors import DeviceError, OutOfMemory
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
@@ -164,8 +164,7 @@ class LocalDevice(ServedDevice):
             mine.host[offset : offset + len(source)] = source
         elif len(source):
             with translated(self.name, "writing"):
-                writable = source if not source.readonly else memoryview(bytearray(source))
-                mine.data[offset : offset + len(source)].copy_(torch.frombuffer(writable, dtype=torch.uint8))
+                mine.data[offset : offset + len(source)].copy_(_as_tensor(source))
 
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes:
         """``size`` bytes; on the CPU a view of the memory itself, which later computing changes."""
@@ -194,6 +193,19 @@ class LocalDevice(ServedDevice):
         self._weights.drop(buffer.key, offset, offset + size)
         with translated(self.name, "filling"):
             mine.data[offset : offset + size].fill_(value)
+
+    def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
+        """Write ``data`` to ``rows``, one row behind the other."""
+        mine = self._range(buffer, rows.offset, rows.extent)
+        self._weights.drop(buffer.key, rows.offset, rows.offset + rows.extent)
+        with translated(self.name, "writing rows"):
+            _row_view(mine, rows).copy_(_as_tensor(memoryview(data)).view(rows.copies, rows.size))
+
+    def read_rows(self, buffer: Buffer, rows: Rows) -> Bytes:
+        """The bytes of ``rows``, one row behind the other."""
+        mine = self._range(buffer, rows.offset, rows.extent)
+        with translated(self.name, "reading rows"):
+            return _row_view(mine, rows).contiguous().cpu().numpy().data.cast("B")
 
     def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
         """Copy ``size`` bytes, also within one buffer."""
@@ -333,6 +345,17 @@ class LocalDevice(ServedDevice):
             for buffer in list(self._buffers.values()):
                 self.free(buffer)
             self._programs.clear()
+
+
+def _as_tensor(data: memoryview) -> torch.Tensor:
+    """``data``, which is not written to, as bytes of torch's."""
+    return torch.frombuffer(data if not data.readonly else bytearray(data), dtype=torch.uint8)
+
+
+def _row_view(buffer: LocalBuffer, rows: Rows) -> torch.Tensor:
+    return buffer.data.as_strided(
+        (rows.copies, rows.size), (rows.stride, 1), buffer.data.storage_offset() + rows.offset
+    )
 
 
 def _forget_frames(error: BaseException) -> None:

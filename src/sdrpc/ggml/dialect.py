@@ -1,11 +1,6 @@
 """What differs between protocol versions, as data: ``dialects.json`` read into frozen values.
 
 No version number is compared anywhere else: code asks a dialect for its tables and switches.
-
-6.0.0 is not read off a program, but derived from its neighbours. Its switches are what the protocol's history says: the
-acknowledgements of buffer commands went with 6.0, the cache flag came with 7.0. Its operations are those of 5.1.0 and
-7.0.0, which have the same 101 in the same order: as many as its own headers assert. The other tables are those of
-5.1.0, from which 7.0.0 differs by a GLU operation at the end and by more names of precisions.
 """
 
 from __future__ import annotations
@@ -27,12 +22,18 @@ class Dialect:
     version: str
     seen_in: tuple[str, ...]
     """Programs that are known to speak it."""
+    brief: bool
+    """Whether releases spoke it for a few weeks only, so that its clients are rarely met."""
     hello_request_bytes: int
     hello_response_bytes: int
     has_memset_tensor: bool
     acks_buffer_commands: bool
     set_tensor_has_cache_flag: bool
     has_use_count: bool
+    has_graph_uids: bool
+    """Clients number their graphs, and run any of them again (:class:`sdrpc.wire.kept_graphs.KeptGraphs`)."""
+    has_tensor_2d: bool
+    has_comm: bool
     ops: tuple[str, ...]
     unary_ops: tuple[str, ...]
     glu_ops: tuple[str, ...]
@@ -43,6 +44,11 @@ class Dialect:
     def triple(self) -> Version:
         major, minor, patch = (int(part) for part in self.version.split("."))
         return major, minor, patch
+
+    @cached_property
+    def switches(self) -> frozenset[str]:
+        """The names of what it has, of all that only some dialects have."""
+        return frozenset(name for name in self.__dataclass_fields__ if getattr(self, name) is True)
 
     @cached_property
     def marks_computed(self) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from ..content import pieces
-from ..errors import ConnectionLost, SdrpcError, Stopped
+from ..content import PIECE, pieces
+from ..errors import ConnectionLost, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
-from ..wire.framing import Received, RequestReader, drive, encode_error, encode_reply
+from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import Command
 from .door import Door
@@ -92,8 +93,8 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         stream.expect(0)
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
-        if request.command == Command.SET_TENSOR:
-            _receive_tensor(stream, session, request)
+        if past := _PAST_THE_SESSION.get(request.command):
+            past(stream, session, request)
         else:
             reply = session.answer(request.message)
             stream.write(encode_reply(request.command, reply, session.dialect))
@@ -153,6 +154,39 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
                 device.write(region.buffer, start + offset, piece)
             if writer is not None:
                 writer.feed(piece)
+
+
+def _receive_rows(stream: Stream, session: Session, request: Received) -> None:
+    """The data of a SET_TENSOR_2D, in pieces of many rows or of a part of one."""
+    head = memoryview(request.message.data)
+    region, rows = session.rows(request.message)
+    total = len(head) + request.bulk
+    if total != rows.size * rows.copies:
+        raise RemoteProtocolError(f"{total} bytes for {request.message.n_copies} rows of {request.message.size}")
+    stream.expect(total)
+    for part in rows.parts(PIECE):
+        piece = stream.staging(part.size * part.copies)
+        ahead = min(len(head), len(piece))
+        piece[:ahead] = head[:ahead]
+        stream.read_into(piece[ahead:])
+        head = head[ahead:]
+        session.devices[region.device].write_rows(region.buffer, part, piece)
+
+
+def _send_rows(stream: Stream, session: Session, request: Received) -> None:
+    """The answer to a GET_TENSOR_2D, piece by piece: it is never in memory as a whole."""
+    region, rows = session.rows(request.message)
+    stream.write([REPLY_HEADER.pack(rows.size * rows.copies)])
+    for part in rows.parts(PIECE):
+        stream.write([session.devices[region.device].read_rows(region.buffer, part)])
+
+
+_PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = {
+    Command.SET_TENSOR: _receive_tensor,
+    Command.SET_TENSOR_2D: _receive_rows,
+    Command.GET_TENSOR_2D: _send_rows,
+}
+"""Commands whose data goes straight between socket and device."""
 
 
 def _tell(stream: Stream, session: Session, agreed: Capability, reason: str) -> None:

@@ -60,6 +60,9 @@ class Limits:
     """Tensors in a graph: today's largest models have below ten thousand, and each takes a millisecond to compile."""
     graphs: int = 32
     """Graphs of a client that are kept ready under the digest of their bytes, for clients that send them again."""
+    graph_bytes: int = 64 << 20
+    """Graphs of a client, packed, that it may ask for by number (protocol 8.0). Of a large model's, which take 0.1 MB
+    each, it has a thousand at most."""
     compute_seconds: float = 600.0
     """One run of one graph: a graph can be small and its work without end."""
     computing: int = 256

@@ -11,6 +11,8 @@ from threading import Lock
 from ..errors import OverQuota
 from .limits import Limits
 
+NO_DEVICE = -1
+"""Where the graphs of a client are that are kept for it."""
 REMEMBERED = 1024
 """Accounts without a connection that are remembered for what was computed for them."""
 
@@ -68,6 +70,18 @@ class Account:
         with self._lock:
             self.buffers -= 1
             self._held[device] -= size
+
+    def hold(self, size: int) -> bool:
+        """Count ``size`` bytes that are in no buffer, if they may be had."""
+        with self._lock:
+            if self._held.total() + size > self._limits.buffer_bytes:
+                return False
+            self._held[NO_DEVICE] += size
+            return True
+
+    def give_up(self, size: int) -> None:
+        with self._lock:
+            self._held[NO_DEVICE] -= size
 
 
 class Accounts:
@@ -166,7 +180,7 @@ class Spent:
 
 
 class Buffers:
-    """How many buffers all clients have, and of how many bytes. For any thread."""
+    """How many buffers all clients have, and of how many bytes, with graphs that are kept for them. For any thread."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self._lock = limits, Lock()
@@ -189,4 +203,16 @@ class Buffers:
     def give_back(self, size: int) -> None:
         with self._lock:
             self.count -= 1
+            self.held -= size
+
+    def hold(self, size: int) -> bool:
+        """Count ``size`` bytes that are in no buffer, if they may be had."""
+        with self._lock:
+            if self.held + size > self._limits.bytes_of_all:
+                return False
+            self.held += size
+            return True
+
+    def give_up(self, size: int) -> None:
+        with self._lock:
             self.held -= size

@@ -15,17 +15,19 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..content import pieces
-from ..device import NOBODY, Buffer, Bytes, Client, Memory, ServedDevice, ServedProgram, Watch
+from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Watch
 from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph, contiguous_strides, extent
 from ..ggml.types import Type
 from ..wire import graphs, messages
+from ..wire.kept_graphs import KeptGraphs
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
 from .client_cache import CacheService, CacheWriter, ClientCache
 from .limits import Limits
+from .packed_graphs import PackedGraphs
 from .quotas import Account, Accounts, Buffers
 from .version_memory import Versions
 from .visitor import Visitor
@@ -60,6 +62,15 @@ class Ready(NamedTuple):
     versions: Versions
 
 
+class Kept(NamedTuple):
+    """A graph that a client may ask for again: the digest of its bytes, the buffers without which it means nothing, and
+    the graph itself where its bytes are not kept."""
+
+    digest: bytes
+    handles: frozenset[int]
+    ready: Ready | None
+
+
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
@@ -87,8 +98,9 @@ class Session:
         """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
         self._watch = watch
         self._space = AddressSpace()
-        self._graphs: OrderedDict[bytes, Ready] = OrderedDict()
-        self._last: dict[int, Ready] = {}
+        self._ready: OrderedDict[bytes, Ready] = OrderedDict()
+        self._kept: KeptGraphs[Kept] = KeptGraphs()
+        self._packed = PackedGraphs(limits.graph_bytes, self._hold, self._give_up)
         self._missed: dict[tuple[int, int, int], int | None] = {}
 
     @property
@@ -114,7 +126,8 @@ class Session:
             self.cache = self._cache_service.client_cache(visitor.owner)
 
     def answer(self, message: Any) -> Any:
-        """Do what ``message`` (any request but SET_TENSOR) asks; the reply's value, None where it has no fields."""
+        """Do what ``message`` asks; the reply's value, None where it has no fields. Data of SET_TENSOR, SET_TENSOR_2D
+        and GET_TENSOR_2D goes past the session: :meth:`destination` and :meth:`rows` say where."""
         return _COMMANDS[type(message)](self, message)
 
     def destination(self, message: messages.SetTensor, size: int) -> Place:
@@ -131,8 +144,8 @@ class Session:
 
     def close(self) -> None:
         """Free everything."""
-        self._graphs.clear()
-        self._last.clear()
+        self._ready.clear()
+        self._forget(lambda _: True)
         for handle in [region.handle for region in self._space]:
             self._free(handle)
         if self.visitor is not None:
@@ -176,7 +189,20 @@ class Session:
 
     def _holds(self, working: int = 0) -> None:
         """Note what the client has now."""
-        self.most_held = max(self.most_held, self._space.held + working)
+        self.most_held = max(self.most_held, self._space.held + self._packed.held + working)
+
+    def _hold(self, size: int) -> bool:
+        """Count ``size`` bytes of graphs that are kept for the client, if they may be had."""
+        if not self._account.hold(size):
+            return False
+        if self._buffers.hold(size):
+            return True
+        self._account.give_up(size)
+        return False
+
+    def _give_up(self, size: int) -> None:
+        self._account.give_up(size)
+        self._buffers.give_up(size)
 
     # --- buffers
 
@@ -210,9 +236,9 @@ class Session:
     def _free(self, handle: int) -> None:
         region = self._space.remove(handle)
         self._missed = {place: name for place, name in self._missed.items() if place[0] != handle}
-        for table in (self._graphs, self._last):
-            for key in [key for key, ready in table.items() if handle in ready.handles]:
-                del table[key]  # type: ignore[arg-type]
+        self._forget(lambda kept: handle in kept.handles)
+        for digest in [digest for digest, ready in self._ready.items() if handle in ready.handles]:
+            del self._ready[digest]
         self.devices[region.device].free(region.buffer)
         self._buffers.give_back(region.size)
         self._account.give_back(region.device, region.size)
@@ -232,6 +258,19 @@ class Session:
             raise RemoteProtocolError(f"{_named(tensor)} is in no buffer")
         region = self._space[tensor.buffer]
         return Place(region, region.offset(tensor.data, nbytes) + offset, size)
+
+    def rows(self, asked: messages.SetTensor2d | messages.GetTensor2d) -> tuple[Region, Rows]:
+        """Where the rows of a 2D message are in a buffer. Raises :class:`RemoteProtocolError` for rows that overlap: no
+        client has a use for them, and a few bytes of memory would be as many as it likes on the wire."""
+        tensor, offset, size, count, stride = asked[:5]
+        if not size or not count:
+            raise RemoteProtocolError(f"{count} rows of {size} bytes of {_named(tensor)}")
+        if count > 1 and stride < size:
+            raise RemoteProtocolError(f"rows of {size} bytes, {stride} apart, of {_named(tensor)} overlap")
+        rows = Rows(offset, size, count, stride)
+        region, start, extent = self._place(tensor, offset, rows.extent)
+        one = stride == size or count == 1
+        return region, Rows(start, extent, 1, extent) if one else rows._replace(offset=start)
 
     def _type(self, tensor: Record) -> Type:
         try:
@@ -326,15 +365,62 @@ class Session:
             data = reader.read(source.region.buffer, source.offset + at, size)
             writer.write(target.region.buffer, target.offset + at, data)
 
+    # --- devices of several servers
+
+    def _comm_init(self, _: messages.CommInit) -> messages.CommInitReply:
+        """No: a client would choose where this server listens, or what it connects to. It can do without."""
+        return messages.CommInitReply(0)
+
+    def _comm_allreduce(self, asked: messages.CommAllreduce) -> None:
+        self._device(asked.device)
+        raise RemoteProtocolError(f"COMM_ALLREDUCE: device {asked.device} was joined with no other")
+
+    def _comm_free(self, asked: messages.CommFree) -> None:
+        self._device(asked.device)
+
     # --- graphs
 
     def _graph_compute(self, asked: messages.GraphCompute) -> None:
-        digest = blake2b(asked.payload, digest_size=32).digest()
-        ready = self._graphs.pop(digest, None) or self._compile(asked.payload, digest)
-        self._graphs[digest] = self._last[ready.device] = ready
-        if len(self._graphs) > self.limits.graphs:
-            self._graphs.popitem(last=False)
+        parts = graphs.split(asked.payload, self.framing)
+        digest = blake2b(parts.body, digest_size=32, salt=parts.device.to_bytes(4, "little")).digest()
+        ready = self._get_ready(digest, asked.payload)
+        if not self.framing.has_graph_uids:
+            self._kept.put(parts.device, 0, Kept(digest, ready.handles, ready))
+        elif parts.uid:
+            self._packed.put(digest, asked.payload)
+            if self._kept.put(parts.device, parts.uid, Kept(digest, ready.handles, None)):
+                self._forget(lambda _: False)
         self._run(ready)
+
+    def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
+        self._device(asked.device)
+        kept = self._kept.get(asked.device, asked.uid)
+        if kept is None:
+            which = f"graph {asked.uid}" if self.framing.has_graph_uids else "graph"
+            raise RemoteProtocolError(
+                f"GRAPH_RECOMPUTE: device {asked.device} has no {which}, or not its buffers any more"
+            )
+        self._run(kept.ready or self._get_ready(kept.digest))
+
+    def _get_ready(self, digest: bytes, payload: Bytes | None = None) -> Ready:
+        """The graph with this ``digest``, compiled if it is not ready: from ``payload``, or from what was kept."""
+        ready = self._ready.pop(digest, None)
+        if ready is None:
+            if payload is None and (payload := self._packed.get(digest)) is None:
+                raise RemoteProtocolError(
+                    "GRAPH_RECOMPUTE: the graph is forgotten, since this client's later ones fill the "
+                    f"{self.limits.graph_bytes / 2**20:,.1f} MiB for graphs, or all clients together have no more room"
+                )
+            ready = self._compile(payload, digest)
+        self._ready[digest] = ready
+        if len(self._ready) > self.limits.graphs:
+            self._ready.popitem(last=False)
+        return ready
+
+    def _forget(self, lost: Callable[[Kept], bool]) -> None:
+        """Graphs for which ``lost`` is true are not kept any more, nor the bytes of those that none is."""
+        self._kept.drop(lost)
+        self._packed.retain(kept.digest for kept in self._kept)
 
     def _run(self, ready: Ready) -> None:
         """Run a graph, for a client that is still there: the requests of one that is gone may lie in the socket."""
@@ -353,19 +439,11 @@ class Session:
         with self._accounts.computing(self._account):
             ready.program.run(self._watch, self._client)
 
-    def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
-        self._device(asked.device)
-        if asked.device not in self._last:
-            raise RemoteProtocolError(
-                f"GRAPH_RECOMPUTE: device {asked.device} has no graph, or not its buffers any more"
-            )
-        self._run(self._last[asked.device])
-
     def _compile(self, payload: Bytes, digest: bytes) -> Ready:
         """The graph in ``payload``, which has this ``digest``, as the likeliest version has it in which it makes sense;
         those in which it does not are none of this client's. When it makes sense in none, raises what is wrong with it
         in the likeliest: the first that has all its numbers, if one has."""
-        parts = graphs.split(payload)
+        parts = graphs.split(payload, self.framing)
         meanings = graphs.meanings(parts, self.versions)
         reads: list[Read] = []
         faults: list[tuple[Versions, SdrpcError]] = []
@@ -399,9 +477,9 @@ class Session:
     def _narrow(self, versions: Sequence[Dialect]) -> None:
         """Only ``versions`` are left. What was computed as if the client spoke another one is not kept for it."""
         self.versions = tuple(versions)
-        for table in (self._graphs, self._last):
-            for key in [key for key, ready in table.items() if self.dialect not in ready.versions]:
-                del table[key]  # type: ignore[arg-type]
+        self._forget(lambda kept: kept.ready is not None and self.dialect not in kept.ready.versions)
+        for digest in [digest for digest, ready in self._ready.items() if self.dialect not in ready.versions]:
+            del self._ready[digest]
 
     def _read(self, parts: graphs.Parts, versions: Versions) -> Read:
         self._device(parts.device)
@@ -442,7 +520,10 @@ _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
     messages.GetTensor: Session._get_tensor,
     messages.MemsetTensor: Session._memset_tensor,
     messages.CopyTensor: Session._copy_tensor,
+    messages.CommInit: Session._comm_init,
+    messages.CommAllreduce: Session._comm_allreduce,
+    messages.CommFree: Session._comm_free,
     messages.GraphCompute: Session._graph_compute,
     messages.GraphRecompute: Session._graph_recompute,
 }
-"""Request → method: all commands but HELLO, which comes before a session, and SET_TENSOR, whose data is on the way."""
+"""Request → method: all commands but HELLO, which comes before a session, and those whose data goes past it."""

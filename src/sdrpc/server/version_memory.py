@@ -5,7 +5,7 @@ it gives up, mostly with abort(), on every other. So one *offer* for each major 
 that is known, serves all its clients. A HELLO without payload is protocol 3.x, and our own clients say who they are;
 all others send the same bytes whatever they speak. Those are learnt by their address: one that leaves right after HELLO
 did not like the offer, and the next time it gets the next; one that sends a request did. What was right at an address
-is offered there first, then what was right elsewhere, then the newest, and last what no program is known to speak.
+is offered there first, then what was right elsewhere, then the newest, and last what hardly any client speaks.
 
 Clients that share an address (a machine, or a network behind NAT) and speak different versions can't be told apart: a
 refusal counts for all of them. What was right for one of them is then tried before what was right for none, so that
@@ -58,11 +58,11 @@ def accepting(told: Dialect) -> Versions:
 
 @cache
 def families() -> dict[str, Versions]:
-    """All versions by offer (the lowest minor version of each major), newest first, but those of which no version was
-    ever met behind the others: a search through them would cost everybody else a run."""
+    """All versions by offer (the lowest minor version of each major), newest first, but those that hardly any client
+    speaks (``Dialect.brief``) behind the others: a search through them would cost everybody else a run."""
     by_major = groupby(reversed(dialects().values()), lambda dialect: dialect.triple[0])
     members = [tuple(group) for _, group in by_major]
-    members.sort(key=lambda family: not any(dialect.seen_in for dialect in family))
+    members.sort(key=lambda family: all(dialect.brief for dialect in family))
     return {_minor(family[-1].version): family for family in members}
 
 

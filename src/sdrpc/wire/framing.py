@@ -6,8 +6,9 @@ A reader yields how many bytes it needs next, is sent exactly those, and returns
     received = drive(reader, receive_exactly)
 
 A size is checked before anything of the payload is asked for. A tensor's data is not read at all: SET_TENSOR and the
-answer to GET_TENSOR end with ``bulk``, the number of bytes that follow and that the caller receives straight into their
-destination. What is to be sent is a list of buffers, the caller's own tensor data among them.
+answer to GET_TENSOR (and their 2D forms) end with ``bulk``, the number of bytes that follow and that the caller
+receives straight into their destination. What is to be sent is a list of buffers, the caller's own tensor data among
+them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .messages import (
     Command,
     GraphCompute,
     SetTensor,
+    SetTensor2d,
     command_known,
     decode,
     encode,
@@ -63,11 +65,16 @@ def byte_length(buffer: Bytes) -> int:
 
 
 class Received(NamedTuple):
-    """A request, and how many bytes of tensor data follow it on the wire (SET_TENSOR only; after ``message.data``)."""
+    """A request, and how many bytes of tensor data follow it on the wire (of :data:`FEEDS` only; after
+    ``message.data``)."""
 
     command: Command
     message: Any
     bulk: int = 0
+
+
+FEEDS = (Command.SET_TENSOR, Command.SET_TENSOR_2D)
+"""Commands that end with tensor data."""
 
 
 class ErrorReply(NamedTuple):
@@ -93,10 +100,10 @@ class RequestReader:
         """One request. Raises :class:`RemoteProtocolError`, after which the stream has no meaning any more."""
         command, size = self.header((yield REQUEST_HEADER.size))
         request = EXCHANGES[command].request
-        if request is SetTensor:
-            return (yield from self._read_set_tensor(size))
+        if command in FEEDS:
+            return (yield from self._read_feed(command, size))
         payload = (yield size) if size else b""
-        if request is GraphCompute and (length := graphs.split(payload).name_length):
+        if request is GraphCompute and (length := graphs.split(payload, self.dialect).name_length):
             self.names = name_length.settle(self.names, command, length)
         return Received(command, decode(request, payload, self.dialect, self.names.value or MAX_NAME_LENGTH))
 
@@ -115,20 +122,21 @@ class RequestReader:
         low = shape.size(name_length.ALL[0])
         high = low if not shape.records else shape.size(MAX_NAME_LENGTH)
         if shape.bulk:
-            high += self.limits.tensor_bytes if command == Command.SET_TENSOR else self.limits.graph_bytes
+            high += self.limits.tensor_bytes if command in FEEDS else self.limits.graph_bytes
         if not low <= size <= high:
             raise RemoteProtocolError(
                 f"{command.name}: {size} bytes instead of {low}{f' to {high}' if high > low else ''}"
             )
         return command, size
 
-    def _read_set_tensor(self, size: int) -> Generator[int, Bytes, Received]:
-        shape = message_layout(SetTensor, self.dialect)
+    def _read_feed(self, command: Command, size: int) -> Generator[int, Bytes, Received]:
+        request: type[SetTensor] | type[SetTensor2d] = EXCHANGES[command].request
+        shape = message_layout(request, self.dialect)
         certain = self.names.value if self.names.certain else MAX_NAME_LENGTH
         head = yield min(size, shape.size(certain))
-        self.names = name_length.learn_set_tensor(self.names, bytes(head), size, self.dialect)
-        message = decode(SetTensor, head, self.dialect, self.names.value)
-        return Received(Command.SET_TENSOR, message, size - len(head))
+        self.names = name_length.learn_feed(self.names, request, bytes(head), size, self.dialect)
+        message = decode(request, head, self.dialect, self.names.value)
+        return Received(command, message, size - len(head))
 
 
 def encode_request(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
@@ -157,8 +165,8 @@ def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool =
     """A client's end of :func:`encode_reply`: the response, or an :class:`ErrorReply` where ``errors`` were agreed on.
     Beats are passed over then.
 
-    The answer to GET_TENSOR must announce ``bulk`` bytes; they stay on the wire, and its ``data`` is empty. Must not be
-    called for a command that has no answer.
+    The answer to GET_TENSOR or GET_TENSOR_2D must announce ``bulk`` bytes; they stay on the wire, and its ``data`` is
+    empty. Must not be called for a command that has no answer.
     """
     response = response_class(command, dialect)
     if response is None:

@@ -1,6 +1,6 @@
 """GRAPH_COMPUTE's payload ↔ :class:`sdrpc.ggml.tensor.Graph`.
 
-    device u32 | n_nodes u32 | node ids u64[n_nodes] | n_tensors u32 | rpc_tensor[n_tensors]
+    device u32 | uid u64 (from 8.0) | n_nodes u32 | node ids u64[n_nodes] | n_tensors u32 | rpc_tensor[n_tensors]
 
 Tensors refer to each other by ids that the client chose. What is checked here is structure: that counts and sizes
 agree, ids are unique and known, numbers of operations and types exist in the dialect, and every node comes after the
@@ -32,7 +32,8 @@ from ..ggml.tensor import MAX_SRC, Dims, Graph, Tensor, contiguous_strides
 from ..ggml.types import Type
 from .records import Columns, Record, columns, encode_records, is_name_length, record_bytes
 
-COUNTS = Struct("<II")
+DEVICE = Struct("<I")
+DEVICE_AND_UID = Struct("<IQ")
 COUNT = Struct("<I")
 ID_BYTES = 8
 WORD = 1 << 32
@@ -53,21 +54,30 @@ class Received(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A payload taken apart: nothing but counts and sizes is checked."""
+    """A payload taken apart: nothing but counts and sizes is checked. ``uid`` is 0 where the dialect has none;
+    ``body`` is all that follows it."""
 
     device: int
+    uid: int
+    body: Bytes
     node_ids: NDArray[np.uint64]
     tensors: Bytes
     name_length: int  # 0 when there is no tensor to tell it
 
 
-def split(payload: Bytes) -> Parts:
+def _head(dialect: Dialect) -> Struct:
+    return DEVICE_AND_UID if dialect.has_graph_uids else DEVICE
+
+
+def split(payload: Bytes, dialect: Dialect) -> Parts:
     """Take a payload apart by its two counts. Raises :class:`RemoteProtocolError` when they don't fit its size."""
-    view, size = memoryview(payload), len(payload)
-    if size < COUNTS.size + COUNT.size:
+    view, size, head = memoryview(payload), len(payload), _head(dialect)
+    first = head.size + COUNT.size
+    if size < first + COUNT.size:
         raise RemoteProtocolError(f"GRAPH_COMPUTE: {size} bytes are too few")
-    device, n_nodes = COUNTS.unpack_from(view)
-    at = COUNTS.size + ID_BYTES * n_nodes
+    device, uid = (*head.unpack_from(view), 0)[:2]
+    (n_nodes,) = COUNT.unpack_from(view, head.size)
+    at = first + ID_BYTES * n_nodes
     if size < at + COUNT.size:
         raise RemoteProtocolError(f"GRAPH_COMPUTE: {n_nodes} nodes in {size} bytes")
     (n_tensors,) = COUNT.unpack_from(view, at)
@@ -78,7 +88,7 @@ def split(payload: Bytes) -> Parts:
         name_length = record - record_bytes(0)
         if rest or not is_name_length(name_length):
             raise RemoteProtocolError(f"GRAPH_COMPUTE: {n_tensors} tensors in {len(tensors)} bytes")
-    return Parts(device, np.frombuffer(view[COUNTS.size : at], "<u8"), tensors, name_length)
+    return Parts(device, uid, view[head.size :], np.frombuffer(view[first:at], "<u8"), tensors, name_length)
 
 
 def meanings(parts: Parts, dialects: Sequence[Dialect]) -> list[tuple[Dialect, ...]]:
@@ -104,7 +114,8 @@ def decode_graph(payload: Bytes | Parts, dialect: Dialect, resolve: Resolve) -> 
     Raises :class:`RemoteProtocolError` naming the tensor to blame. Strides that were cut to 32 bits are restored where
     the tensor is dense.
     """
-    device, node_ids, block, name_length = payload if isinstance(payload, Parts) else split(payload)
+    parts = payload if isinstance(payload, Parts) else split(payload, dialect)
+    device, node_ids, block, name_length = parts.device, parts.node_ids, parts.tensors, parts.name_length
     if not name_length:
         if len(node_ids):
             raise RemoteProtocolError(f"GRAPH_COMPUTE: {len(node_ids)} nodes but no tensor")
@@ -307,8 +318,9 @@ def _restored(type: Type, ne: Dims, nb: Dims) -> Dims:
     return dense if dense[3] >= WORD and all(d % WORD == n for d, n in zip(dense, nb, strict=True)) else nb
 
 
-def encode_graph(graph: Graph, device: int, dialect: Dialect, name_length: int, locate: Locate) -> bytes:
-    """The payload that asks ``device`` to compute ``graph``, the same bytes for the same graph and addresses.
+def encode_graph(graph: Graph, device: int, dialect: Dialect, name_length: int, locate: Locate, uid: int = 0) -> bytes:
+    """The payload that asks ``device`` to compute ``graph``, the same bytes for the same graph and addresses. ``uid``
+    is left out where the dialect has none.
 
     ``locate`` is asked for tensors in a buffer; the others get handle and address 0. ``use_count``, where the dialect
     has it, says how many operands are this tensor (native servers fuse what is used once).
@@ -354,7 +366,9 @@ def encode_graph(graph: Graph, device: int, dialect: Dialect, name_length: int, 
 
     block = encode_records([record(tensor) for tensor in graph.tensors], name_length)
     node_ids = np.array([ids[node] for node in graph.nodes], "<u8").tobytes()
-    return COUNTS.pack(device, len(graph.nodes)) + node_ids + COUNT.pack(len(ids)) + block
+    head = _head(dialect)
+    start = head.pack(*(device, uid)[: 2 if dialect.has_graph_uids else 1])
+    return start + COUNT.pack(len(graph.nodes)) + node_ids + COUNT.pack(len(ids)) + block
 
 
 def _is_cast(node: Tensor) -> bool:

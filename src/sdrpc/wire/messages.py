@@ -25,9 +25,12 @@ U32 = Annotated[int, "I"]
 U64 = Annotated[int, "Q"]
 Digest = Annotated[bytes, "32s"]
 """What :func:`sdrpc.content.digest` gives."""
+Host = Annotated[bytes, "64s"]
+"""A name that ends at its first zero byte."""
 Sources = Annotated[tuple[Record, ...], MAX_SRC]
-CacheFlag = Annotated[int, "cache_flag"]
-"""A byte that is on the wire only where ``Dialect.set_tensor_has_cache_flag``."""
+CacheFlag = Annotated[int, "B", "set_tensor_has_cache_flag"]
+Uid = Annotated[int, "Q", "has_graph_uids"]
+"""As :data:`CacheFlag` on the wire only where the dialect has that switch; elsewhere it is 0."""
 Bulk = Annotated[Bytes, "bulk"]
 """All remaining bytes of the payload, by reference."""
 
@@ -51,11 +54,26 @@ class Command(IntEnum):
     DEVICE_COUNT = 15
     GRAPH_RECOMPUTE = 16
     MEMSET_TENSOR = 17
+    SET_TENSOR_2D = 18
+    GET_TENSOR_2D = 19
+    COMM_INIT = 20
+    COMM_ALLREDUCE = 21
+    COMM_FREE = 22
     SET_TENSOR_DIGEST = 240
 
 
 OURS = frozenset({Command.SET_TENSOR_DIGEST})
 """Commands between our own peers (``Capability.CACHE``), far from where ggml will get with its own."""
+
+NEWER = {
+    Command.MEMSET_TENSOR: "has_memset_tensor",
+    Command.SET_TENSOR_2D: "has_tensor_2d",
+    Command.GET_TENSOR_2D: "has_tensor_2d",
+    Command.COMM_INIT: "has_comm",
+    Command.COMM_ALLREDUCE: "has_comm",
+    Command.COMM_FREE: "has_comm",
+}
+"""Commands that only some dialects have, and the switch that says so."""
 
 
 class AllocBuffer(NamedTuple):
@@ -195,7 +213,10 @@ class DeviceCountReply(NamedTuple):
 
 
 class GraphRecompute(NamedTuple):
+    """Run the graph of ``device`` again that came with this ``uid``: the last one, where graphs have none."""
+
     device: U32
+    uid: Uid = 0
 
 
 class MemsetTensor(NamedTuple):
@@ -203,6 +224,56 @@ class MemsetTensor(NamedTuple):
     offset: U64
     size: U64
     value: U8
+
+
+class SetTensor2d(NamedTuple):
+    """``n_copies`` times ``size`` bytes, which lie one behind the other in ``data`` and ``stride`` bytes apart in the
+    tensor, from ``offset`` on. ``data`` is as that of :class:`SetTensor`."""
+
+    tensor: Record
+    offset: U64
+    size: U64
+    n_copies: U64
+    stride: U64
+    data: Annotated[Bytes | Sequence[Bytes], "bulk"]
+
+
+class GetTensor2d(NamedTuple):
+    """The opposite of :class:`SetTensor2d`."""
+
+    tensor: Record
+    offset: U64
+    size: U64
+    n_copies: U64
+    stride: U64
+
+
+class CommInit(NamedTuple):
+    """Join device ``device`` with others, of which there are ``world`` in all: rank 0 listens at ``port``, the others
+    connect to it at ``host``."""
+
+    device: U32
+    rank: U32
+    world: U32
+    port: U32
+    host: Host
+
+
+class CommInitReply(NamedTuple):
+    """0: there is no such connection, and the client does its sums itself."""
+
+    ok: U8
+
+
+class CommAllreduce(NamedTuple):
+    """Add up ``tensor`` over the devices that were joined."""
+
+    device: U32
+    tensor: Record
+
+
+class CommFree(NamedTuple):
+    device: U32
 
 
 class Ack(NamedTuple):
@@ -234,6 +305,11 @@ EXCHANGES: dict[Command, Exchange] = {
     Command.DEVICE_COUNT: Exchange(DeviceCount, DeviceCountReply),
     Command.GRAPH_RECOMPUTE: Exchange(GraphRecompute, None),
     Command.MEMSET_TENSOR: Exchange(MemsetTensor, Ack),
+    Command.SET_TENSOR_2D: Exchange(SetTensor2d, None),
+    Command.GET_TENSOR_2D: Exchange(GetTensor2d, GetTensorReply),
+    Command.COMM_INIT: Exchange(CommInit, CommInitReply),
+    Command.COMM_ALLREDUCE: Exchange(CommAllreduce, None),
+    Command.COMM_FREE: Exchange(CommFree, None),
     Command.SET_TENSOR_DIGEST: Exchange(SetTensorDigest, SetTensorHashReply),
 }
 """All commands but HELLO, which comes before there is a dialect (:mod:`sdrpc.wire.hello`)."""
@@ -246,8 +322,8 @@ COMMANDS: dict[type, Command] = {exchange.request: command for command, exchange
 
 def command_known(command: int, dialect: Dialect, ours: bool = False) -> bool:
     """Whether ``command`` exists in ``dialect``, HELLO included; ``ours``: as it is spoken between our own peers."""
-    if command == Command.MEMSET_TENSOR:
-        return dialect.has_memset_tensor
+    if command in NEWER:
+        return NEWER[Command(command)] in dialect.switches
     return command in _NUMBERS and (ours or command not in OURS)
 
 
@@ -271,20 +347,18 @@ class Layout(NamedTuple):
 
 
 @cache
-def layout(cls: type, cache_flag: bool = False) -> Layout:
-    """The layout of a message class; ``cache_flag`` is ``Dialect.set_tensor_has_cache_flag``."""
+def layout(cls: type, switches: frozenset[str] = frozenset()) -> Layout:
+    """The layout of a message class in a dialect that has ``switches``."""
     codes: list[str | int] = []
-    hints = get_type_hints(cls, include_extras=True)
-    marks = [_mark(hints[field]) for field in cls._fields]  # type: ignore[attr-defined]
-    for mark in marks:
-        if isinstance(mark, int):
+    marks = [_mark(hint) for hint in _hints(cls)]
+    left_out = _left_out(cls, switches)
+    for at, mark in enumerate(marks):
+        if mark == "bulk" or at in left_out:
+            continue
+        if isinstance(mark, str) and codes and isinstance(codes[-1], str):
+            codes[-1] += mark
+        else:
             codes.append(mark)
-        elif mark not in ("bulk", "cache_flag") or (mark == "cache_flag" and cache_flag):
-            code = "B" if mark == "cache_flag" else mark
-            if codes and isinstance(codes[-1], str):
-                codes[-1] += code
-            else:
-                codes.append(code)
     runs = tuple(Struct("<" + code) if isinstance(code, str) else code for code in codes)
     return Layout(
         runs=runs,
@@ -303,8 +377,20 @@ def _mark(hint: Any) -> str | int:
     return mark
 
 
+def _hints(cls: type) -> list[Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    return [hints[field] for field in cls._fields]  # type: ignore[attr-defined]
+
+
+@cache
+def _left_out(cls: type, switches: frozenset[str]) -> tuple[int, ...]:
+    """Positions of the fields that are not on the wire in a dialect that has ``switches``."""
+    marks = [get_args(hint)[2:] for hint in _hints(cls)]
+    return tuple(at for at, needs in enumerate(marks) if needs and needs[0] not in switches)
+
+
 def message_layout(cls: type, dialect: Dialect) -> Layout:
-    return layout(cls, dialect.set_tensor_has_cache_flag)
+    return layout(cls, dialect.switches)
 
 
 def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
@@ -312,22 +398,22 @@ def encode(message: Any, dialect: Dialect, name_length: int) -> list[Bytes]:
 
     Raises :class:`LocalProtocolError` for a number that does not fit its field.
     """
-    shape = message_layout(type(message), dialect)
-    values = list(message)
-    if isinstance(message, SetTensor) and not dialect.set_tensor_has_cache_flag:
-        del values[SetTensor._fields.index("cache_flag")]
+    cls: type = type(message)
+    shape = message_layout(cls, dialect)
+    left_out = _left_out(cls, dialect.switches)
+    values = [value for at, value in enumerate(message) if at not in left_out]
     bulk = _buffers(values.pop()) if shape.bulk else []
     parts: list[bytes] = []
     for run in shape.runs:
         if isinstance(run, Struct):
             count = sum(map(str.isalpha, run.format))
-            parts.append(_packed(run, type(message), values[:count]))
+            parts.append(_packed(run, cls, values[:count]))
             del values[:count]
         else:
             value = values.pop(0)
             records = value if run > 1 else (value,)
             if len(records) != run:
-                raise LocalProtocolError(f"{type(message).__name__}: {len(records)} tensors instead of {run}")
+                raise LocalProtocolError(f"{cls.__name__}: {len(records)} tensors instead of {run}")
             parts.append(encode_records(records, name_length))
     head = b"".join(parts)
     return [head, *bulk] if head else bulk
@@ -365,8 +451,8 @@ def decode(cls: type, payload: Bytes, dialect: Dialect, name_length: int) -> Any
             records = decode_records(view[at:end], name_length)
             values.append(tuple(records) if run > 1 else records[0])
             at = end
-    if cls is SetTensor and not dialect.set_tensor_has_cache_flag:
-        values.insert(SetTensor._fields.index("cache_flag"), 0)
+    for position in _left_out(cls, dialect.switches):
+        values.insert(position, 0)
     if shape.bulk:
         values.append(view[at:])
     return cls(*values)

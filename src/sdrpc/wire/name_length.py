@@ -15,7 +15,7 @@ from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import contiguous_strides, extent
 from .limits import MAX_NAME_LENGTH
-from .messages import EXCHANGES, Command, SetTensor, decode, message_layout, name_length_of
+from .messages import COMMANDS, EXCHANGES, Command, SetTensor, SetTensor2d, decode, message_layout, name_length_of
 from .records import FIXED_BYTES, NAME_STEP, record_bytes
 
 COMMON = (64, 128, 160)
@@ -60,31 +60,34 @@ def settle(known: NameLength, command: Command, length: int) -> NameLength:
     return NameLength(length, certain=True)
 
 
-def learn_set_tensor(known: NameLength, head: bytes, size: int, dialect: Dialect) -> NameLength:
-    """What a SET_TENSOR of ``size`` bytes that begins with ``head`` adds (enough bytes for the longest name).
+def learn_feed(
+    known: NameLength, request: type[SetTensor] | type[SetTensor2d], head: bytes, size: int, dialect: Dialect
+) -> NameLength:
+    """What a ``request`` of ``size`` bytes that begins with ``head`` adds (enough bytes for the longest name).
 
     Raises :class:`RemoteProtocolError` when no length explains it.
     """
     if known.certain:
         return known
     for candidates in (COMMON, ALL):
-        fits = [length for length in candidates if _fits(head, size, length, dialect)]
+        found = {length: _fits(request, head, size, length, dialect) for length in candidates}
+        fits = [length for length, fit in found.items() if fit]
         if not fits:
             continue
-        exact = [length for length in fits if _fits(head, size, length, dialect) == "exactly"]
+        exact = [length for length in fits if found[length] == "exactly"]
         if len(exact) == 1 or len(fits) == 1:
             return NameLength((exact or fits)[0], certain=True)
         # The rest of a long name looks like zeros at the start of the data, and seldom the other way round.
         return NameLength(max(exact or fits), certain=False)
-    raise RemoteProtocolError(f"{Command.SET_TENSOR.name}: {size} bytes that are right for no length of names")
+    raise RemoteProtocolError(f"{COMMANDS[request].name}: {size} bytes that are right for no length of names")
 
 
-def _fits(head: bytes, size: int, length: int, dialect: Dialect) -> Fit:
+def _fits(request: type[SetTensor] | type[SetTensor2d], head: bytes, size: int, length: int, dialect: Dialect) -> Fit:
     """Whether this can be a record with a name of ``length`` bytes, and the data all of the tensor's."""
-    prefix = message_layout(SetTensor, dialect).size(length)
+    prefix = message_layout(request, dialect).size(length)
     if size < prefix or len(head) < prefix or not _is_name(head[FIXED_BYTES - 4 :][:length]):
         return ""
-    message = decode(SetTensor, head[:prefix], dialect, length)
+    message = decode(request, head[:prefix], dialect, length)
     tensor, data = message.tensor, size - prefix
     kind = dialect.types.get(tensor.type)
     if kind is None or not all(tensor.ne) or tensor.ne[0] % kind.block:
@@ -93,7 +96,11 @@ def _fits(head: bytes, size: int, length: int, dialect: Dialect) -> Fit:
         return ""
     # Strides are cut to 32 bits: a dense tensor is at least as large as its shape says.
     nbytes = max(extent(kind, tensor.ne, tensor.nb), contiguous_strides(kind, tensor.ne)[3] * tensor.ne[3])
-    if not data or message.offset + data > nbytes or message.cache_flag > 1:
+    if not data or message.offset + data > nbytes:
+        return ""
+    if isinstance(message, SetTensor2d):
+        return "exactly" if message.size * message.n_copies == data else ""
+    if message.cache_flag > 1:
         return ""
     return "exactly" if message.offset == 0 and data == nbytes else "partly"
 
