@@ -37,12 +37,12 @@ OTHERWISE: dict[str, set[str]] = {
     "4.0.2": {"SSM_SCAN", "CONV_TRANSPOSE_2D", "graph-blocks", "a-tensor-is-filled-in-part"},
     "3.6.1": {
         *("SSM_SCAN", "GATED_DELTA_NET", "CONV_TRANSPOSE_2D", "NORM", "L2_NORM"),
-        *("graph-blocks", "a-tensor-is-filled-in-part"),
+        *("graph-blocks", "a-tensor-is-filled-in-part", "rows-are-set-and-got"),
     },
 }
 """What can't be compared: ggml's function takes other arguments than the newest one's, which the cases call (SSM_SCAN,
 GATED_DELTA_NET); the version's own CPU backend stops (DSV4_HC_POST, norms, graph-blocks) or computes the first image
-of a batch only (CONV_TRANSPOSE_2D); there is no such command yet (filling a part)."""
+of a batch only (CONV_TRANSPOSE_2D); there is no such command or function yet (filling a part, rows)."""
 LATER = re.compile(
     "undefined symbol: ggml_(clamp_inplace|prec_set_acc|rope_set_offset|dsv4_hc_pre_gated|swiglu_clamp)"
     "|ggml does not support"

@@ -99,7 +99,7 @@ def test_a_client_of_a_later_protocol_at_an_old_server(
     with Server([device], dialects()["3.6.1"]) as server, Scene(server, caplog) as scene:
         client = scene.client(capabilities=None)
         client.command(Command.HELLO, bytes(24))
-        scene.ends(client, r"one of the protocols 4\.0\.0 to 7\.0\.0, this server 3\.6\.1; .* --protocol 7\.0\.0")
+        scene.ends(client, r"one of the protocols 4\.0\.0 to 8\.0\.0, this server 3\.6\.1; .* --protocol 8\.0\.0")
 
 
 def test_a_client_that_did_not_like_our_version(scene: Scene) -> None:

@@ -34,7 +34,7 @@ TYPES = {
     "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "F64": 28,
     "IQ1_M": 29, "BF16": 30, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41, "Q2_0": 42,
 }  # fmt: skip
-for _newer in {"3.6.1": ("NVFP4", "Q1_0", "Q2_0")}.get(PROTOCOL, ()):
+for _newer in {"3.6.1": ("Q1_0", "Q2_0")}.get(PROTOCOL, ()):
     del TYPES[_newer]
 NAMES = {number: name for name, number in TYPES.items()}
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
