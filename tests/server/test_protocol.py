@@ -18,6 +18,7 @@ from sdrpc.ggml import params
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.server import Learning, Limits, Server
 from sdrpc.server.negotiation import MAX_BYTES, default_path
+from sdrpc.server.version_memory import families
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually
@@ -45,7 +46,7 @@ def native(port: int, dialect: Dialect, name_length: int = 64, reset: bool = Fal
 
 def starts(server: Server, dialect: Dialect, logged: Callable[[], int], reset: bool = False) -> int:
     """How often such a client has to be started until it computes; each time the server has seen it leave."""
-    for times in range(1, 7):
+    for times in range(1, 2 * len(families()) + 1):
         before = logged()
         try:
             with native(server.port, dialect, reset=reset) as client:
