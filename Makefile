@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint interop interop-all operations families parity demo newcomer bench clean
+.PHONY: setup test lint interop interop-all operations families parity demo newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -47,6 +47,10 @@ demo: setup
 
 newcomer: setup
 	$(BIN)/python -m tools.newcomer
+
+MINUTES ?= 20
+soak: setup
+	$(BIN)/python -m tests.soak $(MINUTES)
 
 bench: setup
 	$(BIN)/python -m bench

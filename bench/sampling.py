@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import prod
 from statistics import median
 from typing import Any, NamedTuple
@@ -73,16 +72,6 @@ class InProcess:
             weights[name] = stored.reshape(weight.shape).to(device, dtype)
         self.unet.load_state_dict(weights, assign=True)
         self.unet.eval()
-
-    @contextmanager
-    def compiled(self) -> Iterator[None]:
-        """The model as Inductor makes it, for shapes that stay."""
-        plain = self.unet
-        self.unet = torch.compile(plain, dynamic=False)
-        try:
-            yield
-        finally:
-            self.unet = plain
 
     @torch.inference_mode()
     def sample(self, request: Settings, context: F32, *, graph: bool = False) -> Sampled:

@@ -8,7 +8,7 @@
     ├── DeviceError               a device could not do what was asked of it
     │   ├── OutOfMemory             it has too little memory left
     │   ├── DoesNotFit              a component's weights are more than it has room for
-    │   ├── OverQuota               a client wants more of a device's time than it may have
+    │   ├── OverQuota               a server gives a client no place, or no more of something
     │   └── ComputeError            a graph failed while it ran, or ran too long
     │       └── Stopped               it was told to stop, since nobody waits for its result
     ├── ConnectionFailed          nobody answers at an endpoint, or nobody who lets us in
@@ -81,11 +81,19 @@ class DeviceError(SdrpcError):
 
 
 class OutOfMemory(DeviceError):
-    """A device has too little memory left for an allocation of ``size`` bytes."""
+    """A device has too little memory left for an allocation of ``size`` bytes: ``free`` bytes are, and ``others`` are
+    other clients' of its server, as far as that is known."""
 
-    def __init__(self, device: str, size: int, hint: str = "") -> None:
-        self.device, self.size = device, size
-        super().__init__(f"{device}: no room for {size / 2**20:,.1f} MiB" + (f"; {hint}" if hint else ""))
+    def __init__(
+        self, device: str, size: int, hint: str = "", free: int | None = None, others: int | None = None
+    ) -> None:
+        self.device, self.size, self.hint, self.free, self.others = device, size, hint, free, others
+        known = [f"{device}: no room for {size / 2**20:,.1f} MiB"]
+        if free is not None:
+            known.append(f"{free / 2**20:,.1f} MiB are free")
+        if others:
+            known.append(f"{others / 2**20:,.1f} MiB are other clients'")
+        super().__init__("; ".join([*known, hint] if hint else known))
 
 
 class DoesNotFit(DeviceError):
@@ -100,7 +108,12 @@ class DoesNotFit(DeviceError):
 
 
 class OverQuota(DeviceError):
-    """A client wants more of a device's time than it may have."""
+    """A server, that at ``endpoint`` if we are its client, has no place for another client, or gives one no more of
+    something: buffers, time."""
+
+    def __init__(self, reason: str, endpoint: str = "") -> None:
+        self.endpoint, self.reason = endpoint, reason
+        super().__init__(f"{endpoint}: {reason}" if endpoint else reason)
 
 
 class ComputeError(DeviceError):

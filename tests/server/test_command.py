@@ -164,6 +164,8 @@ def test_devices_are_listed_without_serving(run: Run) -> None:
 
 
 MISTAKES = {
+    "--grace -1": "--grace.*-1",
+    "--compute-limit 0": "--compute-limit.*0",
     "--device CUDA99": "device CUDA99: there is no such device; there are .*CPU",
     "--device CPU,CPU": "a device is named twice",
     "--protocol 2.0": "--protocol 2.0: there are auto, 3.6.0, .* 8.0.0",

@@ -17,7 +17,16 @@ import pytest
 
 from sdrpc.client import Endpoint, Keychain, RemoteDevice, connect
 from sdrpc.client.secure import secured
-from sdrpc.errors import ConnectionFailed, ConnectionLost, InvalidValue, KeyNeeded, KeyRefused, UsageError, WrongServer
+from sdrpc.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    InvalidValue,
+    KeyNeeded,
+    KeyRefused,
+    OverQuota,
+    UsageError,
+    WrongServer,
+)
 from sdrpc.key import Key, nonce
 from sdrpc.server import Door, Keys, Limits, Policy, Server
 from sdrpc.server.attempts import ADDRESSES, Attempts
@@ -376,7 +385,7 @@ def test_clients_with_one_key_have_a_limit(tmp_path: Path, caplog: pytest.LogCap
     one, other = house.ring.add("laptop").key, house.ring.add("other").key
     with house.server:
         held = [house.enter(one, client="one") for _ in range(2)]
-        with pytest.raises((ConnectionFailed, ConnectionLost)):
+        with pytest.raises(OverQuota, match=r"2 clients like this one .laptop. are connected already"):
             house.enter(one, client="one")
         assert eventually(lambda: "2 clients like this one (laptop) are connected already" in caplog.text)
         held.append(house.enter(other, client="other"))

@@ -78,7 +78,6 @@ def rpc_server(**chosen: Any) -> int:
         chosen["threads"] or None,
         compute_limit=limits.compute_seconds,
         dequant_cache=chosen["dequant_cache"],
-        compile=chosen["compile"],
     )
     if chosen["list_devices"]:
         print(*map(described, found), sep="\n")
@@ -90,7 +89,7 @@ def rpc_server(**chosen: Any) -> int:
             raise InvalidValue("announce", "on", f"nobody else can reach {server.host}; listen with -H 0.0.0.0")
         announce(server)
         with announced(server) if chosen["announce"] else nullcontext():
-            serve(server)
+            serve(server, chosen["grace"])
     end(server)
     return 0
 
@@ -114,6 +113,7 @@ def limited(chosen: Chosen) -> Limits:
         "compute_seconds_of_client": chosen["max_compute_per_client"],
         "bytes_of_all": chosen["max_memory"],
         "buffer_bytes": chosen["max_memory_per_client"],
+        "compute_seconds": chosen["compute_limit"],
     }
     return replace(Limits(), **{field: value for field, value in asked.items() if value is not None})
 
@@ -218,12 +218,13 @@ def announce_keys(server: Server) -> None:
         print(f"  other machines : by key; there are {names} (rpc-server keys show {known[0].name})")
 
 
-def serve(server: Server) -> None:
-    """Until Ctrl-C or SIGTERM; a second one ends the process at once."""
+def serve(server: Server, grace: float) -> None:
+    """Until Ctrl-C, or SIGTERM and what clients are at then, for ``grace`` seconds; a second one ends the process at
+    once."""
 
     def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        server.stop()
+        server.stop(grace if number == signal.SIGTERM else 0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -13,6 +13,9 @@ AUTO = "auto"
 LISTENING, DEVICES, TRUST, CLIENTS = "Listening", "Devices", "Who may come", "Clients"
 CACHE, ABOUT = "Cache", "About"
 
+GRACE_SECONDS = 5.0
+"""Less than what service managers allow before they kill (docker: 10 seconds)."""
+
 OPTIONS = (
     Option(LISTENING, "-H", "--host", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on."),
     Option(LISTENING, "-p", "--port", type=click.IntRange(0, 65535), default=50052, metavar="NUMBER",
@@ -31,9 +34,6 @@ OPTIONS = (
            "made for it."),
     Option(DEVICES, "--dequant-cache", type=Size(), metavar="SIZE", shown="256M; a quarter of an accelerator",
            help="Memory of each device for weights in the form that they are computed in."),
-    Option(DEVICES, "--compile", type=OneOf("auto", "off"), default="auto", metavar="auto|off",
-           help="auto: programs that repeat are compiled in the background, on GPUs in fast precision; code is kept "
-           "for the next start."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print this machine's devices and exit."),
 
     Option(TRUST, "--allow-from", type=Networks(), metavar="NETWORK,...", default=(),
@@ -59,6 +59,11 @@ OPTIONS = (
            help="Computing for all clients within an hour."),
     Option(CLIENTS, "--max-compute-per-client", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
            shown="no limit; clients take fair turns", help="The same for one client."),
+
+    Option(CLIENTS, "--compute-limit", type=click.FloatRange(min=1), metavar="SECONDS", default=Limits.compute_seconds,
+           help="How long one run of a graph may take."),
+    Option(CLIENTS, "--grace", type=click.FloatRange(min=0), metavar="SECONDS", default=GRACE_SECONDS,
+           help="After SIGTERM: time for clients to finish what they are at. New ones are refused, idle ones leave."),
 
     Option(CACHE, "-c", "--cache", is_flag=True,
            help="Keep weights on disk: clients that come again need not send them."),

@@ -24,24 +24,24 @@ from ..errors import (
     ConnectionFailed,
     ConnectionLost,
     KeyNeeded,
-    RemoteError,
     RemoteProtocolError,
     VersionMismatch,
 )
 from ..ggml import dialect as dialects
 from ..ggml.dialect import Dialect
-from ..text import printable
 from ..wire import framing, hello, messages
 from ..wire.hello import NATIVE, Capability, HelloReply
 from ..wire.messages import COMMANDS, Command
 from ..wire.name_length import COMMON
 from ..wire.records import Record
+from ..wire.refusals import from_text
 from .endpoint import Endpoint
 from .keychain import Credential, Keychain
 from .liveness import is_gone, keep_asking
+from .refused import Refused
 from .secure import secured, show_key
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS | Capability.REASONS
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
 _JOIN_BELOW = 1 << 14
@@ -104,7 +104,10 @@ class Connection:
         request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
             self._send(request)
-            return self._reply(command) if answered else None
+            reply = self._reply(command) if answered else None
+        if isinstance(reply, framing.ErrorReply):
+            raise self._refusal(reply)
+        return reply
 
     def call_all(self, messages: Sequence[Any], doing: str) -> list[Any]:
         """Send ``messages``, then read their answers, of which each must have one: a single round trip. They must be
@@ -154,12 +157,12 @@ class Connection:
     def _reply(self, command: Command, bulk: int = 0) -> Any:
         errors = bool(self.capabilities & Capability.ERRORS)
         reply = framing.drive(framing.read_reply(command, self.dialect, bulk, errors), self._receive)
-        if isinstance(reply, framing.ErrorReply):
+        if isinstance(reply, framing.ErrorReply) and not reply.goes_on:
             raise self._refusal(reply)
         return reply
 
-    def _refusal(self, reply: framing.ErrorReply) -> RemoteError:
-        return RemoteError(str(self.endpoint), printable(reply.reason))
+    def _refusal(self, reply: framing.ErrorReply) -> Refused:
+        return Refused(str(self.endpoint), from_text(reply.reason))
 
     def _receive(self, size: int) -> Bytes:
         return _receive(self._socket, size, self._wait)
@@ -288,7 +291,10 @@ def _connection(endpoint: Endpoint, sock: socket.socket, reply: HelloReply, time
 
 
 def _count_devices(connection: Connection) -> int:
-    count: int = connection.call(messages.DeviceCount(), "asking for its devices").device_count
+    try:
+        count: int = connection.call(messages.DeviceCount(), "asking for its devices").device_count
+    except Refused as refused:
+        raise refused.meant() from refused
     if count == 0:
         raise ConnectionFailed(str(connection.endpoint), "the server offers no device")
     if count > MAX_DEVICES:

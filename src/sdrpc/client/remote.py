@@ -19,12 +19,10 @@ import numpy as np
 
 from ..device import Buffer, Bytes, Content, Device, Memory, Program, Silence, Target, Turns
 from ..errors import (
-    ComputeError,
     ConnectionFailed,
     DeviceLost,
     LocalProtocolError,
     OutOfMemory,
-    RemoteError,
     RemoteProtocolError,
     UsageError,
 )
@@ -42,6 +40,7 @@ from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
 from .endpoint import parse_endpoint
 from .keychain import Keychain
 from .names import Names
+from .refused import Refused
 from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Scheme, by_hash, upload
 
 MAX_ALIGNMENT = 1 << 20
@@ -97,26 +96,24 @@ class Server:
         large = any(content.size > NATIVE_THRESHOLD and content.origin for content in contents)
         return by_hash() if large else None
 
-    def ask(self, message: Any, doing: str, into: memoryview | None = None) -> Any:
-        """Send a message and return its answer; that of a GET_TENSOR is received in ``into``."""
+    def ask(self, device: str, message: Any, doing: str, into: memoryview | None = None) -> Any:
+        """Send a message for ``device`` and return its answer; that of a GET_TENSOR is received in ``into``."""
         if into is None:
-            return self._answer(doing, lambda doing: self.connection.call(message, doing))
-        return self._answer(doing, lambda doing: self.connection.fetch(message, into, doing))
+            return self._answer(device, doing, lambda doing: self.connection.call(message, doing))
+        return self._answer(device, doing, lambda doing: self.connection.fetch(message, into, doing))
 
-    def ask_all(self, messages: Sequence[Any], doing: str) -> list[Any]:
+    def ask_all(self, device: str, messages: Sequence[Any], doing: str) -> list[Any]:
         """Send messages and return their answers."""
-        answers: list[Any] = self._answer(doing, lambda doing: self.connection.call_all(messages, doing))
+        answers: list[Any] = self._answer(device, doing, lambda doing: self.connection.call_all(messages, doing))
         return answers
 
-    def _answer(self, doing: str, exchange: Callable[[str], Any]) -> Any:
+    def _answer(self, device: str, doing: str, exchange: Callable[[str], Any]) -> Any:
         if self.computing:
             doing = f"{doing} (after a graph was started on {self.computing})"
         try:
             reply = exchange(doing)
-        except RemoteError as error:
-            if self.computing:
-                raise ComputeError(f"{self.computing} ({error.endpoint}): {error.reason}") from error
-            raise
+        except Refused as refused:
+            raise refused.meant(self.computing or device, bool(self.computing)) from refused
         if reply is not None:
             self.computing = ""
         return reply
@@ -274,7 +271,7 @@ class RemoteDevice(Device):
         if not questions:
             return []
         doing = f"offering {len(questions)} tensors on device {self.index}"
-        return [bool(answer.result) for answer in self._server.ask_all(questions, doing)]
+        return [bool(answer.result) for answer in self._server.ask_all(self.name, questions, doing)]
 
     def read(self, buffer: Buffer, offset: int, size: int) -> memoryview:
         remote = self._range(buffer, offset, size)
@@ -322,7 +319,7 @@ class RemoteDevice(Device):
                 self._server.connection.close()
 
     def _ask(self, message: Any, doing: str, into: memoryview | None = None) -> Any:
-        return self._server.ask(message, f"{doing} on device {self.index}", into)
+        return self._server.ask(self.name, message, f"{doing} on device {self.index}", into)
 
     def _own(self, buffer: Buffer) -> RemoteBuffer:
         if not isinstance(buffer, RemoteBuffer) or buffer not in self._server.buffers:

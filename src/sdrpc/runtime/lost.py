@@ -20,6 +20,7 @@ from ..errors import (
     DeviceLost,
     DoesNotFit,
     OutOfMemory,
+    OverQuota,
     RemoteError,
     SdrpcError,
     VersionMismatch,
@@ -35,7 +36,7 @@ is not for it."""
 _PAUSE = (0.1, 2.0)
 """Seconds between two tries: at first, and at most. Each pause is half as long again as the one before."""
 
-NOT_YET = (ConnectionFailed, DeviceLost, DoesNotFit, OutOfMemory, RemoteError, VersionMismatch)
+NOT_YET = (ConnectionFailed, DeviceLost, DoesNotFit, OutOfMemory, OverQuota, RemoteError, VersionMismatch)
 """What may change while one waits for a device."""
 
 T = TypeVar("T")

@@ -9,11 +9,13 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 from ..content import PIECE, pieces
-from ..errors import ConnectionLost, RemoteProtocolError, SdrpcError, Stopped
+from ..device import Bytes
+from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
-from ..wire.messages import Command
+from ..wire.messages import AllocBufferReply, Command
+from ..wire.refusals import Refusal, refusal, to_text
 from .door import Door
 from .negotiation import Protocol
 from .session import Session
@@ -22,7 +24,7 @@ from .version_memory import Offer
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS | Capability.REASONS
 """What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it has one."""
 
 
@@ -34,9 +36,9 @@ class Greeting(NamedTuple):
     agreed: Capability
 
 
-def converse(stream: Stream, session: Session, protocol: Protocol, door: Door) -> None:
-    """Serve one client, if ``door`` lets it in, until it leaves or breaks the rules. Never raises; how it ended is
-    logged in one line."""
+def converse(stream: Stream, session: Session, protocol: Protocol, door: Door, full: str = "") -> None:
+    """Serve one client, if ``door`` lets it in, until it leaves or breaks the rules; or tell it why there is no place
+    for it, if that is ``full``. Never raises; how it ended is logged in one line."""
     agreed = NATIVE
     try:
         stream.doing = "greeting"
@@ -45,23 +47,38 @@ def converse(stream: Stream, session: Session, protocol: Protocol, door: Door) -
         if visitor is None:
             return
         stream.owner = visitor.owner
-        session.admit(visitor)
+        refused = OverQuota(full) if full else None
+        try:
+            session.admit(visitor)
+        except OverQuota as error:
+            refused = error
         greeting = _greet(stream, session, protocol)
         agreed = greeting.agreed
+        if refused is not None:
+            raise refused
         _serve(stream, session, protocol, greeting)
-    except Stopped as stopped:
-        log.info("%s: %s; %s", stream.peer, printable(str(stopped)), _account(stream, session))
-    except ConnectionLost as error:
-        if stream.aborted:
-            log.info("%s: disconnected: %s; %s", stream.peer, stream.aborted, _account(stream, session))
-        else:
-            log.warning("%s; %s", printable(str(error)), _account(stream, session))
+    except (Stopped, ConnectionLost) as error:
+        _ended(stream, session, agreed, error)
     except SdrpcError as error:
         log.warning("%s: %sdisconnected: %s", stream.peer, _spoken(session), printable(str(error)))
-        _tell(stream, session, agreed, str(error))
+        _tell(stream, session, agreed, refusal(error))
     except Exception:  # the boundary: a fault of ours ends this client, not the server
         log.exception("%s: disconnected: a fault in this server while %s", stream.peer, stream.doing)
-        _tell(stream, session, agreed, f"a fault in the server while {stream.doing}; its log says more")
+        _tell(stream, session, agreed, Refusal("", f"a fault in the server while {stream.doing}; its log says more"))
+
+
+def _ended(stream: Stream, session: Session, agreed: Capability, error: Stopped | ConnectionLost) -> None:
+    """Log an end that is nobody's fault. If it was us who ended it, the client is told."""
+    account = _account(stream, session)
+    if stream.aborted:
+        log.info("%s: disconnected: %s; %s", stream.peer, stream.aborted.reason, account)
+        _tell(stream, session, agreed, stream.aborted)
+    elif isinstance(error, Stopped):
+        log.info("%s: %s; %s", stream.peer, printable(str(error)), account)
+        if not stream.hung_up():
+            _tell(stream, session, agreed, refusal(error))
+    else:
+        log.warning("%s; %s", printable(str(error)), account)
 
 
 def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
@@ -96,8 +113,7 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         if past := _PAST_THE_SESSION.get(request.command):
             past(stream, session, request)
         else:
-            reply = session.answer(request.message)
-            stream.write(encode_reply(request.command, reply, session.dialect))
+            stream.write(_answer(session, request, greeting.agreed))
         stream.done()
         session.requests += 1
         if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
@@ -105,9 +121,20 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
             protocol.accepted(stream.address, greeting.hello, spoken)
         stream.doing = "waiting for a request"
     if stream.aborted:
-        log.info("%s: disconnected: %s; %s", stream.peer, stream.aborted, _account(stream, session))
-    else:
-        log.info("%s: left after %s", stream.peer, _account(stream, session))
+        raise Stopped(stream.aborted.reason, stream.aborted.reason)
+    log.info("%s: left after %s", stream.peer, _account(stream, session))
+
+
+def _answer(session: Session, request: Received, agreed: Capability) -> list[Bytes]:
+    """A request's answer in bytes. A buffer that can't be had is no reason to end the connection."""
+    try:
+        return encode_reply(request.command, session.answer(request.message), session.dialect)
+    except (OutOfMemory, OverQuota) as error:
+        if request.command != Command.ALLOC_BUFFER:
+            raise
+        if Capability.REASONS in agreed:
+            return [encode_error(to_text(refusal(error)), goes_on=True)]
+        return encode_reply(request.command, AllocBufferReply(0, 0), session.dialect)
 
 
 def _account(stream: Stream, session: Session) -> str:
@@ -189,12 +216,12 @@ _PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = 
 """Commands whose data goes straight between socket and device."""
 
 
-def _tell(stream: Stream, session: Session, agreed: Capability, reason: str) -> None:
+def _tell(stream: Stream, session: Session, agreed: Capability, why: Refusal) -> None:
     """Send the reason to a client that knows what to make of it."""
     if Capability.ERRORS not in agreed:
         return
     try:
-        stream.write([encode_error(reason)])
+        stream.write([encode_error(to_text(why) if Capability.REASONS in agreed else why.reason)])
         stream.linger(session.limits.linger_seconds)
     except SdrpcError as error:
         log.debug("%s: could not be told: %s", stream.peer, error)

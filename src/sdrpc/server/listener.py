@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ..device import ServedDevice
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
+from ..wire.refusals import Refusal
 from .client_cache import CacheService
 from .door import Door
 from .handler import converse
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 _REVOKE_SECONDS = 1.0  # how often it is looked whether keys of clients were revoked
 _JOIN_SECONDS = 3.0  # how long threads may take to end; a kernel that runs then dies with the process
+_DOORKEEPERS = 16  # threads that tell clients that all places are taken; when they are busy, clients are not told
+_QUIET_SECONDS = 1.0  # between two requests of a client that is at work lies less
+_STOPPING = Refusal("stopping", "this server is stopping")
 _REST_SECONDS = 0.1  # after something went wrong with a connection for which others are not to blame
 
 
@@ -70,6 +74,8 @@ class Server:
         self.address = self._listening.getsockname()[0].partition("%")[0]
         self._waker, self._wakened = socket.socketpair()
         self._closing = threading.Event()
+        self._grace = 0.0
+        self._doorkeepers = threading.Semaphore(_DOORKEEPERS)
         self._lock = threading.Lock()
         self._clients: dict[threading.Thread, Client] = {}
         self._buffers, self._payloads = Buffers(self.limits), Payloads(self.limits.payload_bytes)
@@ -115,8 +121,10 @@ class Server:
         finally:
             self._end()
 
-    def stop(self) -> None:
-        """Make :meth:`serve` return soon. For any thread, and for signal handlers."""
+    def stop(self, grace: float = 0.0) -> None:
+        """Make :meth:`serve` return soon: no new client is let in, and those that are at work have ``grace`` seconds to
+        finish. For any thread, and for signal handlers."""
+        self._grace = grace
         self._closing.set()
         with contextlib.suppress(OSError):  # it has returned already
             self._waker.send(b"!")
@@ -144,11 +152,13 @@ class Server:
             return
         peer = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
         try:
-            if reason := self._full(normal(address[0])):
-                log.warning("%s: refused, %s", peer, reason)
+            full = self._full(normal(address[0]))
+            if full:
+                log.warning("%s: refused, %s", peer, full)
+            if full and not self._doorkeepers.acquire(blocking=False):
                 connection.close()
                 return
-            self._start(Stream(connection, peer, normal(address[0]), self.limits, self._payloads))
+            self._start(Stream(connection, peer, normal(address[0]), self.limits, self._payloads), full)
         except (OSError, RuntimeError, MemoryError) as error:  # it is gone already; or the system has no room left
             log.warning("%s: refused: %s", peer, error or type(error).__name__)
             connection.close()
@@ -182,8 +192,18 @@ class Server:
         with self._lock:
             client = self._clients.pop(thread, None)
         if client is not None:
-            client.stream.abort("it did nothing, and another client wants its place")
+            client.stream.abort(Refusal("quota", "it did nothing, and another client wants its place"))
         return True
+
+    def _at_work(self) -> bool:
+        """Whether a client is in the middle of something. Those that are not are told that it is over."""
+        now = time.monotonic()
+        with self._lock:
+            clients = list(self._clients.values())
+        quiet = [c for c in clients if c.stream.idle_since is not None and now - c.stream.idle_since >= _QUIET_SECONDS]
+        for client in quiet:
+            client.stream.abort(_STOPPING)
+        return len(quiet) < len(clients)
 
     def _expel(self) -> None:
         """End the connections of clients whose key was revoked since the last time."""
@@ -196,9 +216,10 @@ class Server:
         for stream, session in clients:
             visitor = session.visitor
             if visitor is not None and visitor.key is not None and self.door.revoked(visitor.key):
-                stream.abort(f"its key {visitor} was revoked")
+                stream.abort(Refusal("key", f"its key {visitor} was revoked"))
 
-    def _start(self, stream: Stream) -> None:
+    def _start(self, stream: Stream, full: str) -> None:
+        """Give a client its thread; when all is ``full``, only to tell it so."""
         session = Session(
             self.devices,
             self.limits,
@@ -208,36 +229,49 @@ class Server:
             self._accounts,
         )
         client = Client(stream, session)
-        thread = threading.Thread(target=self._talk, args=(client,), name=f"sdrpc client {stream.peer}", daemon=True)
-        with self._lock:
-            self._clients[thread] = client
+        thread = threading.Thread(
+            target=self._talk, args=(client, full), name=f"sdrpc client {stream.peer}", daemon=True
+        )
+        if not full:
+            with self._lock:
+                self._clients[thread] = client
         try:
             thread.start()
         except RuntimeError:
-            with self._lock:
-                del self._clients[thread]
+            self._left(thread, full)
             raise
 
-    def _talk(self, client: Client) -> None:
+    def _left(self, thread: threading.Thread, full: str) -> None:
+        """A client's place is free again."""
+        if full:
+            self._doorkeepers.release()
+        with self._lock:
+            self._clients.pop(thread, None)
+
+    def _talk(self, client: Client, full: str) -> None:
         stream, session = client
         try:
-            converse(stream, session, self.protocol, self.door)
+            converse(stream, session, self.protocol, self.door, full)
         finally:
             session.close()
             stream.done()
-            with self._lock:
-                self._clients.pop(threading.current_thread(), None)
+            self._left(threading.current_thread(), full)
             stream.close()
 
     def _end(self) -> None:
         self._listening.close()
+        until = time.monotonic() + self._grace
+        while self._at_work() and time.monotonic() < until:
+            time.sleep(_REST_SECONDS)
         with self._lock:
             clients = dict(self._clients)
         for client in clients.values():
-            client.stream.abort("this server is stopping")
+            client.stream.abort(_STOPPING)
         until = time.monotonic() + _JOIN_SECONDS
-        for thread in clients:
+        for thread, client in clients.items():
             thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                client.stream.cut()
         self._waker.close()
         self._wakened.close()
 
@@ -245,7 +279,9 @@ class Server:
 def _why_stop(stream: Stream) -> str:
     """Why nothing more shall be computed for a client, if so; if not, it is told that we are at it."""
     stream.beat()
-    return stream.aborted or ("its client is gone" if stream.hung_up() else "")
+    if stream.aborted:
+        return stream.aborted.reason
+    return "its client is gone" if stream.hung_up() else ""
 
 
 def _listen(host: str, port: int, backlog: int) -> socket.socket:

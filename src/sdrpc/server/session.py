@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..content import pieces
 from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Watch
-from ..errors import GraphError, OutOfMemory, RemoteProtocolError, SdrpcError, Stopped
+from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph, contiguous_strides, extent
@@ -115,11 +115,11 @@ class Session:
         return max(self.versions, key=lambda dialect: dialect.triple)
 
     def admit(self, visitor: Visitor) -> None:
-        """From now on the client is ``visitor``. Raises :class:`RemoteProtocolError` where there are too many of it."""
+        """From now on the client is ``visitor``. Raises :class:`OverQuota` where there are too many of it."""
         account = self._accounts.enter(visitor.account)
         if account is None:
             most = self.limits.connections_of_address
-            raise RemoteProtocolError(f"{most} clients like this one ({visitor}) are connected already")
+            raise OverQuota(f"{most} clients like this one ({visitor}) are connected already")
         self.visitor, self._account = visitor, account
         self._client = Client((account.name, id(self)), partial(self._accounts.charge, account))
         if self._cache_service is not None:
@@ -207,25 +207,31 @@ class Session:
     # --- buffers
 
     def _alloc_buffer(self, asked: messages.AllocBuffer) -> messages.AllocBufferReply:
-        device = self._device(asked.device)
+        """Raises :class:`OutOfMemory` and :class:`OverQuota`, after which the session is as it was before."""
+        device, size = self._device(asked.device), asked.size
         memory = self._memory(asked.device)
-        if asked.size > memory.free or not self._space.has_room(asked.size):
-            return messages.AllocBufferReply(0, 0)
-        if not self._account.take(asked.device, asked.size, memory.total):
-            return messages.AllocBufferReply(0, 0)
+        share = f"{memory.total / 2**20:,.1f} MiB are one client's share"
+        if size > memory.free:
+            raise OutOfMemory(device.name, size, share, memory.free, self._others())
+        if not self._space.has_room(size) or not self._account.take(asked.device, size, memory.total):
+            raise OverQuota(f"{device.name}: one client may have {self.limits.buffers:,} buffers; {share}")
         given: list[Buffer] = []
         try:
-            self._buffers.take(asked.size, lambda: given.append(device.allocate(asked.size)))
-        except OutOfMemory:
-            pass
+            if not self._buffers.take(size, lambda: given.append(device.allocate(size))):
+                raise OverQuota(f"{device.name}: all clients together have as much as they may have")
+        except OutOfMemory as error:
+            raise OutOfMemory(device.name, size, error.hint, error.free, self._others()) from error
         finally:
             if not given:
-                self._account.give_back(asked.device, asked.size)
-        if not given:
-            return messages.AllocBufferReply(0, 0)
-        region = self._space.add(asked.device, asked.size, given[0])
+                self._account.give_back(asked.device, size)
+        region = self._space.add(asked.device, size, given[0])
         self._holds()
         return messages.AllocBufferReply(region.handle, region.size)
+
+    def _others(self) -> int:
+        """Bytes that other clients hold."""
+        own = sum(map(self._held_on, range(len(self.devices))))
+        return max(self._buffers.held - own, 0)
 
     def _buffer_get_base(self, asked: messages.BufferGetBase) -> messages.BufferGetBaseReply:
         return messages.BufferGetBaseReply(self._space[asked.remote_ptr].base)
@@ -434,6 +440,8 @@ class Session:
                 working,
                 f"the graph takes so much while it runs, and {share / 2**20:,.1f} MiB are one client's share, of which "
                 f"{held / 2**20:,.1f} MiB are in use",
+                max(share - held, 0),
+                self._others(),
             )
         self._holds(working)
         with self._accounts.computing(self._account):

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..device import Bytes
-from ..errors import ConnectionLost, RemoteProtocolError
+from ..errors import ConnectionLost, OverQuota, RemoteProtocolError
 from ..wire.framing import BEAT
+from ..wire.refusals import Refusal
 from .limits import Limits
 from .quotas import Payloads
 
@@ -44,13 +45,13 @@ class Stream:
     ) -> None:
         self.peer, self.address = peer, address
         self.owner = address
-        self.aborted = ""
+        self.aborted: Refusal | None = None
         self.doing = "connecting"
         self.deadline: float | None = None
         self.received = self.sent = 0
         self.began = time.monotonic()
         self.idle_since: float | None = self.began
-        self.beats = False
+        self.beats = self._sending = False
         self._told = self.began
         self._socket, self._limits, self._payloads = connection, limits, payloads
         self._stall = limits.stall_seconds
@@ -117,7 +118,7 @@ class Stream:
             piece = data[start : start + _COUNTED]
             if self._payloads is not None:
                 if not self._payloads.take(self.owner, len(piece)):
-                    raise RemoteProtocolError("too many large graphs are on their way to this server; try again later")
+                    raise OverQuota("too many large graphs are on their way to this server; try again later")
                 self._counted += len(piece)
             self.read_into(piece)
         return data
@@ -188,10 +189,15 @@ class Stream:
         poll.register(self._socket, select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
 
-    def abort(self, reason: str) -> None:
-        """End whatever another thread is doing with this socket."""
-        self.aborted = reason
+    def abort(self, why: Refusal) -> None:
+        """Let whatever another thread is doing with this socket end; it can still tell the client ``why``."""
+        self.aborted = why
         with contextlib.suppress(OSError):  # the client may have ended it already
+            _shut(self._socket, socket.SHUT_RDWR if self._sending else socket.SHUT_RD)
+
+    def cut(self) -> None:
+        """End whatever another thread is doing with this socket, at once."""
+        with contextlib.suppress(OSError):
             _shut(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -231,6 +237,7 @@ class Stream:
 
     def _send(self, rest: memoryview) -> None:
         self._socket.settimeout(self._stall)
+        self._sending = True
         try:
             while rest:
                 count = self._socket.send(rest[:_SENT])
@@ -240,6 +247,8 @@ class Stream:
             raise RemoteProtocolError("the client does not read its replies") from None
         except OSError as error:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
+        finally:
+            self._sending = False
 
 
 def _shut(connection: socket.socket, how: int) -> None:

@@ -42,6 +42,8 @@ REPLY_HEADER = Struct("<Q")
 ERROR_MARK = 2**64 - 1
 """As the size of an answer: an error reply follows (``Capability.ERRORS``)."""
 ERROR_HEADER = Struct("<I")
+REFUSAL_MARK = 2**64 - 3
+"""The same, in answer to ALLOC_BUFFER alone, and the connection goes on (``Capability.REASONS``)."""
 BEAT_MARK = 2**64 - 2
 BEAT = REPLY_HEADER.pack(BEAT_MARK)
 """Between two answers: the server is there and works on what comes next (``Capability.BEATS``)."""
@@ -78,9 +80,11 @@ FEEDS = (Command.SET_TENSOR, Command.SET_TENSOR_2D)
 
 
 class ErrorReply(NamedTuple):
-    """An sdrpc server refused; what it answers to may be an earlier command that has no answer of its own."""
+    """An sdrpc server refused; what it answers to may be an earlier command that has no answer of its own. If it
+    ``goes_on``, that is all; else the connection is over."""
 
     reason: str
+    goes_on: bool = False
 
 
 class RequestReader:
@@ -172,8 +176,8 @@ def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool =
     if response is None:
         raise ValueError(f"{command.name} has no answer in protocol {dialect.version}")
     size = yield from _read_size(errors)
-    if size == ERROR_MARK and errors:
-        return (yield from _read_reason(DEFAULT_LIMITS))
+    if errors and (size == ERROR_MARK or (size == REFUSAL_MARK and command == Command.ALLOC_BUFFER)):
+        return ErrorReply((yield from _read_reason(DEFAULT_LIMITS)), size == REFUSAL_MARK)
     shape = message_layout(response, dialect)
     if size != shape.size(0) + bulk:
         raise RemoteProtocolError(f"{command.name}: an answer of {size} bytes instead of {shape.size(0) + bulk}")
@@ -181,10 +185,11 @@ def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool =
     return decode(response, payload, dialect, MAX_NAME_LENGTH)
 
 
-def encode_error(reason: str, limits: Limits = DEFAULT_LIMITS) -> bytes:
-    """An error reply: u64 2**64-1, u32 length, the reason as UTF-8 (cut to ``Limits.error_bytes``)."""
+def encode_error(reason: str, limits: Limits = DEFAULT_LIMITS, goes_on: bool = False) -> bytes:
+    """An error reply: u64 2**64-1 (2**64-3 if the connection ``goes_on``), u32 length, the reason as UTF-8 (cut to
+    ``Limits.error_bytes``)."""
     text = reason.encode("utf-8", "replace")[: limits.error_bytes].decode("utf-8", "ignore").encode()
-    return REPLY_HEADER.pack(ERROR_MARK) + ERROR_HEADER.pack(len(text)) + text
+    return REPLY_HEADER.pack(REFUSAL_MARK if goes_on else ERROR_MARK) + ERROR_HEADER.pack(len(text)) + text
 
 
 def read_error() -> Generator[int, Bytes, ErrorReply]:
@@ -192,7 +197,7 @@ def read_error() -> Generator[int, Bytes, ErrorReply]:
     size = yield from _read_size(beats=True)
     if size != ERROR_MARK:
         raise RemoteProtocolError(f"an answer of {size} bytes that nobody asked for")
-    return (yield from _read_reason(DEFAULT_LIMITS))
+    return ErrorReply((yield from _read_reason(DEFAULT_LIMITS)))
 
 
 def _read_size(beats: bool) -> Generator[int, Bytes, int]:
@@ -203,9 +208,9 @@ def _read_size(beats: bool) -> Generator[int, Bytes, int]:
             return int(size)
 
 
-def _read_reason(limits: Limits) -> Generator[int, Bytes, ErrorReply]:
+def _read_reason(limits: Limits) -> Generator[int, Bytes, str]:
     (size,) = ERROR_HEADER.unpack((yield ERROR_HEADER.size))
     if size > limits.error_bytes:
         raise RemoteProtocolError(f"an error reply of {size} bytes; at most {limits.error_bytes} are read")
     text = (yield size) if size else b""
-    return ErrorReply(bytes(text).decode("utf-8", "replace"))
+    return bytes(text).decode("utf-8", "replace")

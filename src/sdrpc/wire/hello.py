@@ -38,6 +38,9 @@ class Capability(IntFlag):
     """Of a server: it says nothing more to this client, which needs a key (:mod:`sdrpc.key`)."""
     BEATS = 16
     """A server that works on something says so every few seconds (:data:`sdrpc.wire.framing.BEAT`)."""
+    REASONS = 32
+    """What a server says when it refuses tells programs, too (:mod:`sdrpc.wire.refusals`); where it has no memory it
+    says so and goes on."""
 
 
 NATIVE = Capability(0)

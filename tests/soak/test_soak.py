@@ -1,0 +1,58 @@
+"""A little of the soak in every run of the tests: each kind of client once, and more clients than there are places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sdrpc.runtime.cache import Cache
+from tests.soak.clients import KINDS, Scene
+from tests.soak.crowd import crowd
+from tests.soak.watch import Usage, quiet
+from tests.support.process import ServerProcess
+
+PLACES = 20
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    options = ("--precision", "exact", "-d", "CPU", "--protocol", "7.0", "--max-clients", str(PLACES))
+    with ServerProcess(*options) as server:
+        yield server
+        assert server.process.poll() is None
+        assert "fault in this server" not in server.output
+
+
+@pytest.fixture(scope="module")
+def scene(server: ServerProcess, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    scene = Scene(server.port, tiny, Cache(tmp_path_factory.mktemp("graphs")))
+    scene.right[7] = scene.draw(scene.endpoint, 7)[0].image
+    return scene
+
+
+@pytest.fixture(scope="module")
+def before(scene: Scene, server: ServerProcess) -> Usage:
+    """What the server takes when its first client has gone."""
+    return quiet(server.process.pid)
+
+
+@pytest.mark.usefixtures("before")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_client_comes_and_goes(kind: Callable[[Scene], None], scene: Scene) -> None:
+    kind(scene)
+
+
+def test_the_server_is_as_it_was(before: Usage, server: ServerProcess) -> None:
+    after = quiet(server.process.pid)
+    assert (after.files, after.threads) == (before.files, before.threads)
+    assert after.memory < before.memory + 100
+
+
+def test_more_clients_than_places(scene: Scene) -> None:
+    """Those that draw draw right; the others have a place or are told that there is none. Nobody waits for ever."""
+    gathered = crowd(scene, 2 * PLACES, 3)
+    assert gathered.right, gathered
+    assert gathered.connected + gathered.refused == 2 * PLACES
+    assert gathered.refused >= PLACES - 1
