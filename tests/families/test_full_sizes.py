@@ -21,6 +21,26 @@ QWEN3_4B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 
+QWEN3_8B = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288}
+MISTRAL = {
+    "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e9, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def flux2(heads: int, layers: int, single_layers: int, text: int, guidance: bool = False) -> dict[str, Any]:
+    return {
+        "in_channels": 128, "out_channels": 128, "num_layers": layers, "num_single_layers": single_layers,
+        "attention_head_dim": 128, "num_attention_heads": heads, "joint_attention_dim": text, "mlp_ratio": 3.0,
+        "timestep_guidance_channels": 256, "axes_dims_rope": [32, 32, 32, 32], "guidance_embeds": guidance,
+    }  # fmt: skip
+
+
+FLUX2_VAE = {
+    "latent_channels": 32, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
+    "use_quant_conv": True, "use_post_quant_conv": True, "batch_norm_eps": 1e-4, "patch_size": [2, 2],
+}  # fmt: skip
+
 PUBLISHED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "z-image": (
         "zimage",
@@ -32,6 +52,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "llm": QWEN3_4B,
         },
     ),
+    "flux2-klein-4b": ("flux2-klein", {"diffusion": flux2(24, 5, 20, 7680), "llm": QWEN3_4B, "vae": FLUX2_VAE}),
+    "flux2-klein-9b": ("flux2-klein", {"diffusion": flux2(32, 8, 24, 12288), "llm": QWEN3_8B, "vae": FLUX2_VAE}),
+    "flux2-dev": ("flux2", {"diffusion": flux2(48, 8, 48, 15360, True), "llm": MISTRAL, "vae": FLUX2_VAE}),
 }  # fmt: skip
 """By checkpoint: the family, and of its components' configurations (config.json of the published directories) what
 their modules are made with."""

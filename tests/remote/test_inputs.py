@@ -100,9 +100,11 @@ def test_what_a_mask_leaves_stays_as_in_diffusers(
     assert psnr(picture, wanted) >= BOUNDS["exact"]
 
 
-def test_a_reference_is_seen_as_in_diffusers(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+@pytest.mark.parametrize("case", [Case("flux1-dev", "parts"), Case("flux2-klein-4b", "parts")], ids=str)
+def test_a_reference_is_seen_as_in_diffusers(
+    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+) -> None:
     """FLUX.1 Kontext has the tensors of dev."""
-    case = Case("flux1-dev", "parts")
     picture = drawn(checkpoints, case, device, graphs, replace(request(case), ref_images=(scene(),)))
     wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), shown=Image.fromarray(scene()))).pixels
     assert psnr(picture, wanted) >= BOUNDS["exact"]

@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from sdrpc.device import Device
-from sdrpc.diffusion.predictions import prediction
+from sdrpc.diffusion.predictions import Prediction, prediction
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.schedules import make_sigmas
@@ -27,8 +28,6 @@ from tools.checkpoints import Made, make
 WIDTH, HEIGHT, STEPS, SEED = 128, 64, 3, 42
 FRAMES = 5
 """Of films: two latent ones."""
-PIXELS = 8
-"""Of a latent's side."""
 
 BOUNDS = {"exact": 45.0, "fast": 28.0, "native": 30.0}
 """dB that our picture has to be from diffusers' one, by what computes it.
@@ -55,7 +54,8 @@ FAMILIES = {
     "sdxl": "Stable Diffusion XL", "flux1-dev": "FLUX.1 dev", "flux1-schnell": "FLUX.1 schnell",
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
-    "chroma": "Chroma", "z-image": "Z-Image", "wan": "Wan 2.1",
+    "chroma": "Chroma", "z-image": "Z-Image", "flux2-klein-4b": "FLUX.2 klein", "flux2-dev": "FLUX.2 dev",
+    "wan": "Wan 2.1",
 }  # fmt: skip
 
 FORMS = {
@@ -77,8 +77,9 @@ CASES = (
     *(Case("sd3-without-t5", form) for form in ("safetensors", "parts", "diffusers")),
     *(Case("sd3.5-medium", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
     Case("sd3.5-large", "safetensors"), Case("sd3.5-medium", "gguf-parts", "Q8_0"),
-    *(Case("z-image", form) for form in ("safetensors", "sharded")), Case("z-image", "parts", "F8_E4M3"),
-    Case("z-image", "gguf-parts", "Q4_K"),
+    *(Case("z-image", form) for form in ("safetensors", "sharded")), Case("z-image", "gguf-parts", "Q4_K"),
+    Case("flux2-klein-4b", "safetensors"), Case("flux2-klein-4b", "gguf-parts", "Q8_0"),
+    Case("flux2-dev", "sharded"), Case("flux2-dev", "gguf-parts", "Q4_K"),
     *(Case("wan", form) for form in ("safetensors", "diffusers")), Case("wan", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
@@ -119,41 +120,62 @@ def _wanted(folder: Path, case: Case) -> np.ndarray:
     return draw(_made(folder, case).pipeline(), drawing(case)).pixels
 
 
+@dataclass(frozen=True)
+class Latents:
+    """Of a family's diffusion model: channels, and pixels on a side that one of them stands for."""
+
+    channels: int
+    pixels: int = 8
+
+
+def _latents(family: str) -> Latents:
+    if family.startswith("flux2"):
+        return Latents(128, 16)
+    return Latents(4) if family.startswith(("sd1", "sd2", "sdxl")) else Latents(16)
+
+
 def request(case: Case) -> Request:
-    """Guidance by a negative prompt for all but FLUX.1."""
-    flux = case.family.startswith("flux1")
+    """Guidance by a negative prompt for all but FLUX.1 and FLUX.2 dev."""
+    distilled = case.family.startswith(("flux1", "flux2-dev"))
     return Request(
-        "a lovely cat, in the style of nobody", "" if flux else "blurry, dark", WIDTH, HEIGHT, STEPS,
-        cfg_scale=1.0 if flux else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
+        "a lovely cat, in the style of nobody", "" if distilled else "blurry, dark", WIDTH, HEIGHT, STEPS,
+        cfg_scale=1.0 if distilled else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
         prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=FRAMES,
     )  # fmt: skip
 
 
 def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
-    asked = request(case)
-    flux = case.family.startswith(("flux1", "chroma"))
-    sd3 = case.family.startswith(("sd3", "z-image"))
-    if flux:
-        predicts = prediction("flux_flow", shift=_shift(case))
-    else:
-        predicts = prediction("sd3_flow" if sd3 else "v" if case.family == "sd2" else "eps")
-    shape = (16 if flux or sd3 else 4, HEIGHT // PIXELS, WIDTH // PIXELS)
+    asked, latents = request(case), _latents(case.family)
+    shape = (latents.channels, HEIGHT // latents.pixels, WIDTH // latents.pixels)
     if case.family == "wan":
-        predicts, shape = prediction("sd3_flow", shift=5.0), (16, 1 + (FRAMES - 1) // 4, *shape[1:])
+        shape = (shape[0], 1 + (FRAMES - 1) // 4, *shape[1:])
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
-        asked.prompt, noise, make_sigmas("discrete", STEPS, predicts).tolist(), asked.negative_prompt,
+        asked.prompt, noise, make_sigmas("discrete", STEPS, _predicts(case.family)).tolist(), asked.negative_prompt,
         asked.cfg_scale or 1.0, asked.guidance or 0.0,
-        prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family),
+        prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family), pixels=latents.pixels,
     )  # fmt: skip
 
 
-def _shift(case: Case) -> float:
-    """1 for FLUX.1 schnell and Chroma; dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096."""
-    if case.family in ("flux1-schnell", "chroma"):
-        return 1.0
+def _predicts(family: str) -> Prediction:
+    if family == "wan":
+        return prediction("sd3_flow", shift=5.0)
+    if family.startswith(("sd3", "z-image")):
+        return prediction("sd3_flow")
+    if family.startswith(("flux", "chroma")):
+        return prediction("flux_flow", shift=_shift(family))
+    return prediction("v" if family == "sd2" else "eps")
+
+
+def _shift(family: str) -> float:
+    """1 for FLUX.1 schnell and Chroma; FLUX.1 dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096;
+    FLUX.2's by its pipeline."""
     tokens = (WIDTH // 16) * (HEIGHT // 16)
+    if family.startswith("flux2"):
+        return float(compute_empirical_mu(tokens, STEPS))
+    if family in ("flux1-schnell", "chroma"):
+        return 1.0
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
 
 

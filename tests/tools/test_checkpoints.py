@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ Weights = dict[str, torch.Tensor]
 CLIP_G, CLIP_H = "conditioner.embedders.1.model.", "cond_stage_model.model."
 SD3_CLIP_G = "text_encoders.clip_g.transformer."
 DIFFUSION = "model.diffusion_model."
-QWEN3 = "text_encoders.qwen3_4b.transformer.model."
+LANGUAGE_MODEL = r"^text_encoders\.\w+\.transformer\.model\."
 FLUX_CLIP, FLUX_T5 = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."
 
 
@@ -44,6 +45,17 @@ def from_gguf(path: Path) -> Weights:
     return weights
 
 
+ONLY_BARE = {
+    "z-image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
+    **{
+        name: converters.convert_flux2_transformer_checkpoint_to_diffusers
+        for name in FAMILIES
+        if name.startswith("flux2")
+    },
+}
+"""Converters of diffusers' that break on the prefix that whole files have."""
+
+
 def converted(family: str, component: Component, module: Any, weights: Weights) -> Weights:
     """A whole file's tensors by the module's names, by diffusers' converters."""
     if family == "wan" and component.name == "diffusion":
@@ -51,15 +63,19 @@ def converted(family: str, component: Component, module: Any, weights: Weights) 
         return converters.convert_wan_transformer_to_diffusers(ours)
     if component.folder == "unet":
         return converters.convert_ldm_unet_checkpoint(weights, module.config)
+    if component.name == "vae" and family.startswith("flux2"):
+        renamed = {re.sub(r"(en|de)coder\.((post_)?quant_conv)", r"\2", name): w for name, w in weights.items()}
+        found = converters.convert_ldm_vae_checkpoint(renamed, module.config)
+        return found | {name: weights[f"vae.{name}"] for name in ("bn.running_mean", "bn.running_var")}
     if component.name == "vae":
         return converters.convert_ldm_vae_checkpoint(weights, module.config)
     if component.name == "clip_g" and family.startswith("sd3"):
         return converters.convert_ldm_clip_checkpoint(weights, SD3_CLIP_G)
     if component.name == "llm":
-        return {name.removeprefix(QWEN3): weight for name, weight in weights.items() if name.startswith(QWEN3)}
-    if family == "z-image" and component.name == "diffusion":
-        ours = {name: weight for name, weight in weights.items() if name.startswith(DIFFUSION)}
-        return converters.convert_z_image_transformer_checkpoint_to_diffusers(ours)
+        return {re.sub(LANGUAGE_MODEL, "", name): weight for name, weight in weights.items()}
+    if family in ONLY_BARE and component.name == "diffusion":
+        ours = {name.removeprefix(DIFFUSION): w for name, w in weights.items() if name.startswith(DIFFUSION)}
+        return ONLY_BARE[family](ours)
     if component.folder == "transformer":
         return converters.convert_sd3_transformer_checkpoint_to_diffusers(weights)
     if component.name == "clip_g":
@@ -83,9 +99,9 @@ def assert_same(found: Weights, module: Any) -> None:
 
 
 WRITTEN = [
-    *((family, "safetensors", "BF16") for family in FAMILIES),
+    *((family, "safetensors", "BF16") for family in FAMILIES if family != "flux2-klein-9b"),  # as small as 4B
     # the vocabularies of language models and of UMT5 take long to quantize
-    *((family, "gguf", kind) for family in FAMILIES if family not in ("z-image", "wan") for kind in ("Q5_1", "Q4_K")),
+    *((family, "gguf", kind) for family in FAMILIES if family not in (*ONLY_BARE, "wan") for kind in ("Q5_1", "Q4_K")),
 ]
 
 

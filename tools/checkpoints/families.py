@@ -20,8 +20,10 @@ from .names import Naming, Shape, prefixed
 
 # diffusers' classes have no annotations
 AutoencoderKL: Any = diffusers.AutoencoderKL
+AutoencoderKLFlux2: Any = diffusers.AutoencoderKLFlux2
 EulerDiscreteScheduler: Any = diffusers.EulerDiscreteScheduler
 FlowMatchEulerDiscreteScheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler
+Flux2Transformer2DModel: Any = diffusers.Flux2Transformer2DModel
 FluxTransformer2DModel: Any = diffusers.FluxTransformer2DModel
 SD3Transformer2DModel: Any = diffusers.SD3Transformer2DModel
 ChromaTransformer2DModel: Any = diffusers.ChromaTransformer2DModel
@@ -30,7 +32,8 @@ ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
 WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
 
-CLIP_WORDS, CLIP_LENGTH, T5_WORDS, UMT5_WORDS, QWEN_WORDS = 49408, 77, 32128, 256384, 151936
+CLIP_WORDS, CLIP_LENGTH, T5_WORDS, UMT5_WORDS = 49408, 77, 32128, 256384
+QWEN_WORDS, MISTRAL_WORDS = 151936, 131072
 HEAD = 64
 """Width of an attention head in all text encoders, and in the UNets of SD 2.x and SDXL."""
 
@@ -61,7 +64,7 @@ class Component:
 def saved_tensors(module: Any) -> dict[str, torch.Tensor]:
     """A module's parameters and the tables that it saves with them, each once, by :func:`tensor_name`."""
     saved = module.state_dict()
-    tables = {name: table for name, table in module.named_buffers() if name in saved}
+    tables = {name: table for name, table in module.named_buffers() if name in saved and table.is_floating_point()}
     return {tensor_name(name): tensor for name, tensor in (*module.named_parameters(), *tables.items())}
 
 
@@ -326,6 +329,62 @@ def _qwen3(whole: str, width: int, inner: int, heads: tuple[int, int], head: int
         lambda: transformers.Qwen3Model(config),
         prefixed(f"text_encoders.{whole}.transformer.model.", names.unchanged),
         prefixed("model.", names.unchanged),
+    )
+
+
+def _mistral(whole: str, width: int, inner: int, heads: tuple[int, int], layers: int) -> Component:
+    """Mistral Small 3, arguments as those of :func:`_qwen3`."""
+    config = transformers.MistralConfig(
+        vocab_size=MISTRAL_WORDS,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e9},
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+    )
+    return Component(
+        "llm",
+        "text_encoder",
+        lambda: transformers.MistralModel(config),
+        prefixed(f"text_encoders.{whole}.transformer.model.", names.unchanged),
+        prefixed("language_model.model.", names.unchanged),
+    )
+
+
+def _flux2(heads: int, head: int, blocks: int, single_blocks: int, text: int, guidance: bool) -> Component:
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: Flux2Transformer2DModel(
+            num_layers=blocks,
+            num_single_layers=single_blocks,
+            attention_head_dim=head,
+            num_attention_heads=heads,
+            joint_attention_dim=text,
+            axes_dims_rope=(head // 4,) * 4,
+            guidance_embeds=guidance,
+        ),
+        prefixed("model.diffusion_model.", names.flux2),
+        names.flux2,
+    )
+
+
+def _flux2_vae(widths: tuple[int, ...], layers: int) -> Component:
+    return Component(
+        "vae",
+        "vae",
+        lambda: AutoencoderKLFlux2(
+            block_out_channels=widths,
+            layers_per_block=layers,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+        ),
+        prefixed("vae.", names.flux2_vae),
+        names.flux2_vae,
     )
 
 
@@ -640,10 +699,63 @@ WAN = Family(
 )
 """Wan 2.1 of 14B and (``small``) 1.3B."""
 
+QWEN3_8B: tuple[int, int, tuple[int, int], int, int] = (4096, 12288, (32, 8), 128, 36)
+
+
+def _flux2_scheduler() -> Any:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+
+
+_TINY_KLEIN = (
+    _flux2(2, 64, 2, 2, 3 * 64, guidance=False), _flux2_vae(*TINY_VAE), _qwen3("qwen3_4b", 64, 160, (4, 2), 32, 28),
+)  # fmt: skip
+FLUX2_KLEIN_4B = Family(
+    "flux2-klein-4b",
+    diffusers.Flux2KleinPipeline,
+    {
+        "full": (
+            _flux2(24, 128, 5, 20, 3 * QWEN3_4B[0], guidance=False), _flux2_vae(*FULL_VAE),
+            _qwen3("qwen3_4b", *QWEN3_4B),
+        ),
+        "tiny": _TINY_KLEIN,
+    },
+    _flux2_scheduler,
+    "flux",
+)  # fmt: skip
+FLUX2_KLEIN_9B = Family(
+    "flux2-klein-9b",
+    diffusers.Flux2KleinPipeline,
+    {
+        "full": (
+            _flux2(32, 128, 8, 24, 3 * QWEN3_8B[0], guidance=False), _flux2_vae(*FULL_VAE),
+            _qwen3("qwen3_8b", *QWEN3_8B),
+        ),
+        "tiny": _TINY_KLEIN,
+    },
+    _flux2_scheduler,
+    "flux",
+)  # fmt: skip
+FLUX2_DEV = Family(
+    "flux2-dev",
+    diffusers.Flux2Pipeline,
+    {
+        "full": (
+            _flux2(48, 128, 8, 48, 15360, guidance=True), _flux2_vae(*FULL_VAE),
+            _mistral("mistral3_24b", 5120, 32768, (32, 8), 40),
+        ),
+        "tiny": (
+            _flux2(2, 64, 2, 2, 3 * 64, guidance=True), _flux2_vae(*TINY_VAE),
+            _mistral("mistral3_24b", 64, 160, (2, 1), 31),
+        ),
+    },
+    _flux2_scheduler,
+    "flux",
+)  # fmt: skip
+
 FAMILIES = {
     family.name: family
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
-        SD35_LARGE, CHROMA, Z_IMAGE, WAN,
+        SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN,
     )
 }  # fmt: skip

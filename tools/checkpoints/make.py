@@ -16,7 +16,14 @@ from .families import FAMILIES, Component, Family, saved_tensors
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
 from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
-from .tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer, umt5_tokenizer, vocabulary_entries
+from .tokenizers import (
+    clip_tokenizer,
+    mistral_tokenizer,
+    qwen_tokenizer,
+    t5_tokenizer,
+    umt5_tokenizer,
+    vocabulary_entries,
+)
 
 SEED = 0
 
@@ -123,10 +130,12 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "chroma":
         return {"tokenizer": t5_tokenizer()}
-    if family.name == "z-image":
+    if family.name == "z-image" or family.name.startswith("flux2-klein"):
         return {"tokenizer": qwen_tokenizer()}
     if family.name.startswith("wan"):
         return {"tokenizer": umt5_tokenizer()}
+    if family.name == "flux2-dev":
+        return {"tokenizer": mistral_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     if family.name.startswith("sd3"):
@@ -147,6 +156,8 @@ def _rest(family: Family) -> dict[str, Any]:
         return {"scheduler": scheduler, **nothing, "requires_safety_checker": False}
     if family.name == "sdxl":
         return {"scheduler": scheduler, "add_watermarker": False}
+    if family.name.startswith("flux2-klein"):
+        return {"scheduler": scheduler, "is_distilled": False}
     if family.name.startswith("sd3") and not _has_t5(family):
         return {"scheduler": scheduler, "text_encoder_3": None, "tokenizer_3": None}
     return {"scheduler": scheduler}
@@ -256,9 +267,14 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
             one = Filed(component, names.llama_cpp_t5, kind, seed)
             write_gguf(path, one.planned(), "t5encoder", numbers=_t5_numbers(component))
         elif name == "llm":
-            one = Filed(component, names.llama_cpp_qwen3, kind, seed)
-            numbers, entries = _qwen3_facts(component)
-            write_gguf(path, one.planned(), "qwen3", numbers=numbers, entries=entries)
+            mistral = family.name == "flux2-dev"
+            one = Filed(component, names.llama_cpp_mistral if mistral else names.llama_cpp_qwen3, kind, seed)
+            architecture = "llama" if mistral else "qwen3"
+            tokenizer, words = (mistral_tokenizer(), "tekken") if mistral else (qwen_tokenizer(), "qwen2")
+            write_gguf(
+                path, one.planned(), architecture, numbers=_llm_numbers(component, architecture),
+                entries=vocabulary_entries(tokenizer, words),
+            )  # fmt: skip
         else:
             one = Filed(component, component.alone, kind if kind in ("F32", "F16", "BF16") else "F16", seed)
             write_safetensors(path, one.planned())
@@ -281,22 +297,22 @@ def _t5_numbers(component: Component) -> dict[str, int]:
     }
 
 
-def _qwen3_facts(component: Component) -> tuple[dict[str, float], dict[str, Any]]:
-    """Numbers, and the vocabulary, as llama.cpp's converter writes them."""
+def _llm_numbers(component: Component, architecture: str) -> dict[str, float]:
+    """What llama.cpp's converter says of a language model besides its tensors and its vocabulary."""
     with torch.device("meta"):
         config = component.build().config
     numbers = {
-        "qwen3.block_count": config.num_hidden_layers,
-        "qwen3.embedding_length": config.hidden_size,
-        "qwen3.feed_forward_length": config.intermediate_size,
-        "qwen3.attention.head_count": config.num_attention_heads,
-        "qwen3.attention.head_count_kv": config.num_key_value_heads,
-        "qwen3.attention.key_length": config.head_dim,
-        "qwen3.attention.value_length": config.head_dim,
-        "qwen3.rope.freq_base": config.rope_parameters["rope_theta"],
-        "qwen3.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
-    return numbers, vocabulary_entries(qwen_tokenizer(), "qwen2")
+    return {f"{architecture}.{key}": number for key, number in numbers.items()}
 
 
 def _write_directory(family: Family, folder: Path, components: Components, seed: int, shards: int = 1) -> Written:
@@ -313,7 +329,9 @@ def _write_directory(family: Family, folder: Path, components: Components, seed:
     for name, tokenizer in _tokenizers(family).items():
         tokenizer.save_pretrained(folder / name)
         index[name] = ["transformers", type(tokenizer).__name__]
-    index |= {name: [None, None] for name, value in _rest(family).items() if value is None}
+    rest = _rest(family)
+    index |= {name: [None, None] for name, value in rest.items() if value is None}
+    index |= {name: value for name, value in rest.items() if isinstance(value, bool)}
     write_json(folder / "model_index.json", index)
     return {"model": folder}, filed
 

@@ -39,6 +39,19 @@ ROWS = Layout(
 TRANSPOSED = Layout(lambda parts: parts[0].T, lambda whole, _: [whole.T])
 SWAPPED = Layout(lambda parts: _halves_swapped(parts[0]), lambda whole, _: [_halves_swapped(whole)])
 """Scale above shift in the module, shift above scale in the file."""
+
+
+def _interleaved(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (-1, 2, LLAMA_HEAD // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _in_halves(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (-1, LLAMA_HEAD // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+LLAMA_HEAD = 128
+HALVES_INTERLEAVED = Layout(lambda parts: _interleaved(parts[0]), lambda whole, _: [_in_halves(whole)])
+"""Rows of the two halves of a head one after the other in the module, in turns in the file."""
 ONE_TAP = Layout(lambda parts: parts[0][:, :, None, None], lambda whole, _: [whole[:, :, 0, 0]])
 """A matrix in the module, a convolution of 1 by 1 in the file."""
 
@@ -201,6 +214,13 @@ def llama_cpp_qwen3(shapes: Shapes) -> Iterator[Entry]:
     return _llama_cpp(shapes, "QWEN3", "layers.", "model.")
 
 
+def llama_cpp_mistral(shapes: Shapes) -> Iterator[Entry]:
+    """Mistral as llama.cpp's converter names it, whose architecture is llama's: queries and keys are permuted."""
+    for entry in _llama_cpp(shapes, "LLAMA", "layers.", "model."):
+        permuted = re.search(r"\.attn_[qk]\.weight", entry.name) is not None
+        yield entry._replace(layout=HALVES_INTERLEAVED) if permuted else entry
+
+
 def _llama_cpp(shapes: Shapes, architecture: str, block: str, prefix: str = "") -> Iterator[Entry]:
     """The gguf library's names of an architecture. ``block``: the beginning of names of numbered blocks; ``prefix``:
     what the library's table has before the class's names."""
@@ -272,6 +292,50 @@ def flux(shapes: Shapes) -> Iterator[Entry]:
             yield Entry(original, tuple(sources), ROWS)
         else:
             yield Entry(original, (name,))
+
+
+_FLUX2_RULES: Rules = (
+    (r"time_guidance_embed\.timestep_embedder\.linear_1\.(.*)", r"time_in.in_layer.\1"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_2\.(.*)", r"time_in.out_layer.\1"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_1\.(.*)", r"guidance_in.in_layer.\1"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_2\.(.*)", r"guidance_in.out_layer.\1"),
+    (
+        r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear\.(.*)",
+        r"\1.lin.\2",
+    ),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_in\.(.*)", r"double_blocks.\1.img_mlp.0.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_out\.(.*)", r"double_blocks.\1.img_mlp.2.\2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in\.(.*)", r"double_blocks.\1.txt_mlp.0.\2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out\.(.*)", r"double_blocks.\1.txt_mlp.2.\2"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj\.(.*)", r"single_blocks.\1.linear1.\2"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_out\.(.*)", r"single_blocks.\1.linear2.\2"),
+    *_FLUX_RULES,
+)
+
+
+def flux2(shapes: Shapes) -> Iterator[Entry]:
+    """FLUX.2's transformer: queries, keys and values of double blocks in one matrix, as FLUX.1's."""
+    for name in shapes:
+        if re.search(_FLUX_FUSED, name):
+            continue
+        original = _renamed(name, _FLUX2_RULES)
+        if name.startswith("norm_out."):
+            yield Entry(original, (name,), SWAPPED)
+        elif ".to_q." in name:
+            yield Entry(original, tuple(name.replace("to_q", other) for other in ("to_q", "to_k", "to_v")), ROWS)
+        elif ".add_q_proj." in name:
+            yield Entry(original, tuple(name.replace("add_q", f"add_{letter}") for letter in "qkv"), ROWS)
+        else:
+            yield Entry(original, (name,))
+
+
+def flux2_vae(shapes: Shapes) -> Iterator[Entry]:
+    """FLUX.2's autoencoder: its outer convolutions are within encoder and decoder."""
+    normalized = {name: shape for name, shape in shapes.items() if name.startswith("bn.")}
+    for entry in ldm_vae({name: shape for name, shape in shapes.items() if name not in normalized}):
+        name = re.sub(r"^post_quant_conv\.", "decoder.post_quant_conv.", entry.name)
+        yield entry._replace(name=re.sub(r"^quant_conv\.", "encoder.quant_conv.", name))
+    yield from (Entry(name, (name,)) for name in normalized)
 
 
 _Z_IMAGE_RULES: Rules = (

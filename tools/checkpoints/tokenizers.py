@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import Unigram
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 WORDS = 49408
@@ -36,6 +36,21 @@ QWEN_TEMPLATE = (
 """What Qwen3's template makes of messages of system and user without tools."""
 
 
+MISTRAL_SPECIAL = 1000
+MISTRAL_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""As in the published tekken.json."""
+MISTRAL_TEMPLATE = (
+    "{{- '<s>' }}{%- for message in messages %}{%- if message.role == 'system' %}"
+    "{{- '[SYSTEM_PROMPT]' + message.content[0].text + '[/SYSTEM_PROMPT]' }}{%- else %}"
+    "{{- '[INST]' + message.content[0].text + '[/INST]' }}{%- endif %}{%- endfor %}"
+)
+"""What Mistral Small 3.2's template makes of messages of system and user."""
+
+
 def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
     """CLIP's, from the package openai-clip's file of merges; ``padding`` is "!" for OpenCLIP's."""
     # found without importing the package, which needs others
@@ -55,6 +70,7 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, model_max_length=512)
 
 
+@cache
 def qwen_tokenizer() -> Any:
     """Qwen3's, from the pairs that sdrpc ships."""
     lines = lzma.decompress((VOCABULARIES / "qwen_merges.txt.xz").read_bytes()).decode("utf-8").split("\n")
@@ -65,6 +81,31 @@ def qwen_tokenizer() -> Any:
         vocab=vocabulary, merges=merges, model_max_length=131072, extra_special_tokens=QWEN_ADDED
     )
     tokenizer.chat_template = QWEN_TEMPLATE
+    return tokenizer
+
+
+@cache
+def mistral_tokenizer() -> Any:
+    """Mistral Small 3's, from the tokens that sdrpc ships; the pairs that are joined follow from their order."""
+    tokens = lzma.decompress((VOCABULARIES / "mistral_tokens.txt.xz").read_bytes()).decode("utf-8").split("\n")
+    numbers = {token: number for number, token in enumerate(tokens)}
+    special = tokens[:MISTRAL_SPECIAL]
+    merges = [
+        (token[:at], token[at:])
+        for token in tokens[MISTRAL_SPECIAL:]
+        for at in sorted(range(1, len(token)), key=lambda at: numbers.get(token[:at], -1))
+        if token[:at] in numbers and token[at:] in numbers
+    ]
+    made = Tokenizer(BPE(vocab=numbers, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(MISTRAL_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", pad_token="<pad>", padding_side="left")
+    tokenizer.chat_template = MISTRAL_TEMPLATE
     return tokenizer
 
 

@@ -23,14 +23,14 @@ class Autoencoder:
     def encode(self, picture: F32, rng: Rng | None = None) -> F32:
         """A picture (1, 3, height, width) of -1 … 1 → latents (1, c, h, w), of models of films (1, c, 1, h, w).
 
-        The VAE tells how they are distributed, ``rng`` draws them; None: their mean. Raises :class:`CheckpointError`
-        for a VAE without an encoder."""
+        The VAE tells how they are distributed, ``rng`` draws them; None: their mean, which some VAEs tell alone. Raises
+        :class:`CheckpointError` for a VAE without an encoder."""
         with self._devices.telling.stage("encode", "vae"):
             (told,) = self._devices.run("vae", {ENCODES: True}, {"picture": picture})
-        mean, log_variance = np.split(finite(told, "what the VAE makes of a picture"), 2, axis=1)
-        latents = mean
-        if rng is not None:
-            deviation = np.exp(f32(0.5) * np.clip(log_variance, f32(-30), f32(20)))
+        told = finite(told, "what the VAE makes of a picture")
+        latents, log_variance = np.split(told, [self._model.latent_channels], axis=1)
+        if rng is not None and log_variance.size:
+            mean, deviation = latents, np.exp(f32(0.5) * np.clip(log_variance, f32(-30), f32(20)))
             latents = mean + deviation * rng.normal(mean.size).reshape(mean.shape)
         scaled = (latents - f32(self._model.shift)) * f32(self._model.scale)
         return scaled[:, :, None] if self._model.frames else scaled

@@ -230,7 +230,14 @@ class FluxFlow(Flow):
         return flux_shifted((f32(timestep) + f32(1)) / f32(TIMESTEPS), self.shift)
 
 
-PREDICTIONS: dict[str, Prediction] = {made.name: made for made in (Eps(), V(), EdmV(), Flow(), FluxFlow())}
+@dataclass(frozen=True)
+class Flux2Flow(FluxFlow):
+    """The same, for FLUX.2, whose shift follows from size and steps (:func:`flux2_shift`)."""
+
+    name: ClassVar[str] = "flux2_flow"
+
+
+PREDICTIONS: dict[str, Prediction] = {made.name: made for made in (Eps(), V(), EdmV(), Flow(), FluxFlow(), Flux2Flow())}
 """What models predict, by the names of sd-cli's --prediction."""
 
 ELSEWHERE = frozenset({"sefi_flow"})
@@ -263,6 +270,18 @@ def flux_shift_by_size(tokens: int) -> float:
     """
     slope = (1.15 - 0.5) / (4096 - 256)
     return tokens * slope + (0.5 - slope * 256)
+
+
+def flux2_shift(tokens: int, steps: int) -> float:
+    """FLUX.2's shift for a picture of that many tokens (16×16 pixels each) in so many steps.
+
+    For :class:`Flux2Flow`; as in stable-diffusion.cpp and in diffusers' Flux2Pipeline (compute_empirical_mu).
+    """
+    of_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return of_200
+    of_10 = 8.73809524e-05 * tokens + 1.89833333
+    return of_200 + (of_200 - of_10) / 190 * (steps - 200)
 
 
 def flux_shifted(t: f32, shift: Real) -> f32:

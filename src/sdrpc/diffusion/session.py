@@ -40,7 +40,7 @@ from .inputs import (
 from .loras import Loras
 from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
 from .placement import assigned
-from .predictions import Prediction, flux_shift_by_size, prediction
+from .predictions import Prediction, flux2_shift, flux_shift_by_size, prediction
 from .request import APPLY_MODES, Applied, Request, Settings
 from .rng import make_rng
 from .samplers import denoiser, kept_outside, sample
@@ -53,8 +53,8 @@ PROMPTS = 16
 """Texts whose conditions a session remembers: the next picture of the same text, with another seed, needs no text
 encoder, whose weights may have left their device meanwhile."""
 
-TOKEN_SIDE = 2
-"""Latents on a side that FLUX.1 makes one token of: its shift follows from the number of tokens."""
+TOKEN_SIDES = {"flux_flow": 2, "flux2_flow": 1}
+"""Latents on a side that FLUX.1 and FLUX.2 make one token of: their shifts follow from the number of tokens."""
 
 
 class Session:
@@ -286,9 +286,10 @@ class Session:
             with self.timer("sample"):
                 name = family.probe(self.predict, self.model["diffusion"].config)
         shift = settings.flow_shift
-        if shift is None and name == "flux_flow":
-            side = self.model.pixels * TOKEN_SIDE
-            shift = flux_shift_by_size(settings.width // side * (settings.height // side))
+        if shift is None and name in TOKEN_SIDES:
+            side = self.model.pixels * TOKEN_SIDES[name]
+            tokens = settings.width // side * (settings.height // side)
+            shift = flux_shift_by_size(tokens) if name == "flux_flow" else flux2_shift(tokens, settings.steps)
         found = prediction(name, shift=shift)
         if settings.timestep_shift and found.flow:
             raise InvalidValue("timestep_shift", settings.timestep_shift, f"models that predict {name} have none")

@@ -22,13 +22,13 @@ METADATA_KEY = "sdrpc.config"
 MAX_SAMPLE_SIZE = 2048
 """Latents on a side that a file may say that it was trained at: pictures of 16,384 pixels."""
 
-PREDICTIONS = ("eps", "v", "edm_v", "sd3_flow", "flux_flow")
+PREDICTIONS = ("eps", "v", "edm_v", "sd3_flow", "flux_flow", "flux2_flow")
 
 _SCHEDULERS = {"epsilon": "eps", "v_prediction": "v"}
 """diffusers' names of predictions."""
 
-_AXES = {"axes_dims_rope": 3, "axes_dims": 3}
-"""Keys that say how positions share a head, and among how many."""
+_AXES = ("axes_dims_rope", "axes_dims")
+"""Keys that say how positions share a head."""
 
 _ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu", "quick_gelu")
 
@@ -131,9 +131,10 @@ def axes(head: int, part: int, whole: int) -> list[int]:
     return [head - 2 * rows, rows, rows]
 
 
-def check_axes(found: Found, config: Config, key: str, head: int) -> None:
-    """Raises :class:`CheckpointError` unless the parts of a head that ``key`` gives to positions make up ``head``."""
-    if sum(config[key]) != head:
+def check_axes(found: Found, config: Config, key: str, head: int, count: int = 3) -> None:
+    """Raises :class:`CheckpointError` unless the parts of a head that ``key`` gives to positions are ``count`` and make
+    up ``head``."""
+    if len(config[key]) != count or sum(config[key]) != head:
         raise found.error(f"{key} {config[key]} is no division of heads of {head}")
 
 
@@ -151,6 +152,5 @@ def _sensible(key: str, value: object) -> bool:
         sides = value if isinstance(value, list) and len(value) == 2 else [value]
         return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
     if key in _AXES:
-        parts = value if isinstance(value, list) and len(value) == _AXES[key] else [0]
-        return all(type(n) is int and n > 0 and not n % 2 for n in parts)
+        return isinstance(value, list) and all(type(n) is int and n > 0 and not n % 2 for n in value)
     return isinstance(value, int | list)

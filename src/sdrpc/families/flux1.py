@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.expressions import swap_halves
-from ..ggml.weight import Weight
 from ..prompts import clip_chunks, t5_chunks
 from .base import (
     F32,
@@ -121,10 +119,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return make(**config), call
 
 
-def _swapped(weight: Weight) -> tuple[Weight, ...]:
-    return (swap_halves(weight),)
-
-
 _EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
 _LINEAR = {
     rf"{flux.DOUBLE}\.img_mod\.lin": f"{flux.DOUBLES}.norm1.linear",
@@ -139,10 +133,10 @@ _ORIGINAL = table(
     [
         *flux.RULES,
         *flux.linear(_LINEAR),
-        *((rf"final_layer\.adaLN_modulation\.1\.{kind}", f"norm_out.linear.{kind}", _swapped) for kind in flux.BOTH),
+        *flux.LAST_NORM,
     ]
 )
-"""Black Forest Labs' names. Its final layer gives shift and scale, diffusers' scale and shift."""
+"""Black Forest Labs' names."""
 
 
 TRANSFORMER = Component(

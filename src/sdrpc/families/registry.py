@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .chroma import CHROMA
 from .flux1 import FLUX1
+from .flux2 import FLUX2_DEV, FLUX2_KLEIN
 from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
@@ -11,10 +12,9 @@ from .sdxl import SDXL
 from .wan import WAN
 from .zimage import Z_IMAGE
 
-FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, Z_IMAGE, WAN)
+FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN)
 
 STRANGERS = (
-    (r"\bdouble_stream_modulation_img", "FLUX.2"),
     (r"\bnerf_blocks\.", "Chroma Radiance"),
     (r"\btime_mixer\.mix_factor|\btime_mix_blocks", "Stable Video Diffusion"),
     (r"\bvace_blocks\.|\bvace_patch_embedding\.", "Wan VACE"),

@@ -2,7 +2,7 @@
 
 from .attention import Piece, parse
 from .byte_pairs import gguf_tokenizer, mistral_tokenizer, qwen_tokenizer
-from .chunks import Template, Tokens, clip_chunks, llm_tokens, t5_chunks
+from .chunks import Template, Tokens, clip_chunks, llm_tokens, number_of, t5_chunks
 from .tokenizers import END_ID, START_ID, clip_tokenizer, t5_tokenizer, tokenizer_from, umt5_tokenizer
 from .weights import apply_weights
 
@@ -18,6 +18,7 @@ __all__ = [
     "gguf_tokenizer",
     "llm_tokens",
     "mistral_tokenizer",
+    "number_of",
     "parse",
     "qwen_tokenizer",
     "t5_chunks",

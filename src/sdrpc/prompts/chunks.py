@@ -47,7 +47,7 @@ def clip_chunks(
     Raises :class:`InvalidValue` for a prompt that can't be read, or a tokenizer without CLIP's start and end tokens.
     """
     tokenizer = tokenizer or clip_tokenizer()
-    start, end = (_number(tokenizer, token) for token in (START, END))
+    start, end = (number_of(tokenizer, token) for token in (START, END))
     pad = end if pad is None else pad
     ids, weights = _weighted(tokenizer, parse(prompt), room=length - 2, fill=end if breaks else None)
     tokens = _chunked(ids, weights, length, (start,), (end,), pad)
@@ -65,7 +65,7 @@ def t5_chunks(prompt: str, *, length: int = 256, tokenizer: Tokenizer | None = N
     and padding tokens.
     """
     tokenizer = tokenizer or t5_tokenizer()
-    end, pad = (_number(tokenizer, token) for token in (T5_END, T5_PAD))
+    end, pad = (number_of(tokenizer, token) for token in (T5_END, T5_PAD))
     ids, weights = _weighted(tokenizer, parse(prompt), room=length - 1, fill=None)
     return _chunked(ids, weights, length, (), (end,), pad)
 
@@ -89,7 +89,8 @@ def llm_tokens(prompt: str, template: Template, tokenizer: Tokenizer) -> Tokens:
     return Tokens(np.array([ids], np.int32), np.array([weights], np.float32))
 
 
-def _number(tokenizer: Tokenizer, token: str) -> int:
+def number_of(tokenizer: Tokenizer, token: str) -> int:
+    """The number of a special token. Raises :class:`InvalidValue` where the tokenizer has none."""
     number = tokenizer.token_to_id(token)
     if number is None:
         raise InvalidValue("tokenizer", token, "the tokenizer has no such token; it belongs to another text encoder")

@@ -29,6 +29,9 @@ picture of ours equals one of these but for rounding:
 - Chroma: T5 has 512 tokens, and of its padding the transformer sees the first token alone. T5 itself reads padding, as
   with stable-diffusion.cpp; diffusers' pipeline masks it there, and gives the transformer a mask of floats, which
   attention adds to its scores instead of masking with it. Here the mask is one of bools.
+- FLUX.2: the text is three of the language model's hidden states of 512 tokens, side by side: klein's Qwen3 is padded
+  behind the text, dev's Mistral before it (ComfyUI does so too). Guidance by a negative prompt is the pipeline's for
+  klein; its negative prompt is "" unless its embeddings are given.
 - Z-Image: the text is Qwen3's last hidden states but one, of a user's message in Qwen3's template; the pipeline's
   ``guidance_scale`` is ``cfg`` less one, and its timesteps count backwards.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
@@ -66,7 +69,8 @@ F32 = NDArray[np.float32]
 class Drawing:
     """What to draw. ``prediction`` (``epsilon``, ``v_prediction``) is the pipeline's own unless given.
 
-    ``zeros``: what of an empty negative prompt is zero for SDXL: ``text``, ``both`` (with the vector) or ``nothing``.
+    ``pixels``: on a side, that a latent stands for. ``zeros``: what of an empty negative prompt is zero for SDXL:
+    ``text``, ``both`` (with the vector) or ``nothing``.
     """
 
     prompt: str
@@ -84,6 +88,7 @@ class Drawing:
     masked_noise: F32 | None = None
     shown: Image.Image | None = None
     left_out: int = 0
+    pixels: int = 8
 
     @property
     def steps(self) -> int:
@@ -91,24 +96,24 @@ class Drawing:
 
     @property
     def height(self) -> int:
-        return 8 * self.noise.shape[-2]
+        return self.pixels * self.noise.shape[-2]
 
     @property
     def width(self) -> int:
-        return 8 * self.noise.shape[-1]
+        return self.pixels * self.noise.shape[-1]
 
 
 class Picture(NamedTuple):
     """``pixels`` (height, width, 3) of 0 … 1, clipped, of a film (frames, height, width, 3); and the ``latents`` that
-    they were decoded from, in the sampler's scale, shape (channels, height / 8, width / 8), of a film (channels,
-    frames, …)."""
+    they were decoded from, in the sampler's scale (FLUX.2: the VAE's own), shape (channels, height / 8, width / 8), of
+    a film (channels, frames, …)."""
 
     pixels: F32
     latents: F32
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
-    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, Chroma,
+    """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, FLUX.2, Chroma,
     Z-Image or Wan."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
@@ -124,7 +129,7 @@ def _unscaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
     if "latents_mean" in config:
         mean, deviation = (torch.tensor(config[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
         return latents * deviation + mean
-    return latents / config.scaling_factor + (config.shift_factor or 0.0)
+    return latents / getattr(config, "scaling_factor", 1.0) + (getattr(config, "shift_factor", None) or 0.0)
 
 
 def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -410,12 +415,44 @@ def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).frames
 
 
+def _flux2_klein(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    negative, _ = pipeline.encode_prompt(drawing.negative, device="cpu")
+    return _flux2(pipeline, drawing, guidance_scale=drawing.cfg, negative_prompt_embeds=negative)
+
+
+def _flux2_dev(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    """The pipeline gives tokens, and makes the VAE's latents of them only to decode them."""
+    tokens = _flux2(pipeline, drawing, guidance_scale=drawing.guidance)
+    latents = tokens.transpose(1, 2).reshape(1, *drawing.noise.shape)
+    normal = pipeline.vae.bn
+    deviation = torch.sqrt(normal.running_var + pipeline.vae.config.batch_norm_eps)
+    latents = latents * deviation[None, :, None, None] + normal.running_mean[None, :, None, None]
+    return pipeline._unpatchify_latents(latents)
+
+
+def _flux2(pipeline: Any, drawing: Drawing, **guidance: Any) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return pipeline(
+        prompt=drawing.prompt,
+        image=None if drawing.shown is None else [drawing.shown],
+        height=drawing.height,
+        width=drawing.width,
+        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+        **guidance,
+    ).images
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "ChromaPipeline": _chroma,
+    "Flux2KleinPipeline": _flux2_klein,
+    "Flux2Pipeline": _flux2_dev,
     "ZImagePipeline": _z_image,
     "WanPipeline": _wan,
 }

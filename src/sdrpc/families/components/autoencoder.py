@@ -25,23 +25,23 @@ ENCODES = "encodes"
 """Option of the module: from a picture to latents."""
 
 
-def _configure(found: Found, told: Config) -> dict[str, Any]:
+def configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKL."""
     levels = found.count("decoder.up_blocks.")
-    channels = [found.shape(f"decoder.up_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels)]
-    channels.reverse()  # the decoder counts from the coarse end
+    widths = [found.shape(f"decoder.up_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in range(levels)]
+    widths.reverse()  # the decoder counts from the coarse end
     _, latent, *_ = found.shape("decoder.conv_in.weight", 4)
     image, *_ = found.shape("decoder.conv_out.weight", 4)
     inferred = {
-        "in_channels": image, "out_channels": image, "latent_channels": latent, "block_out_channels": channels,
+        "in_channels": image, "out_channels": image, "latent_channels": latent, "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": found.count("decoder.up_blocks.0.resnets.") - 1,
         "mid_block_add_attention": found.has("decoder.mid_block.attentions."),
         "use_post_quant_conv": found.has("post_quant_conv."), "use_quant_conv": found.has("quant_conv."),
-        "norm_num_groups": math.gcd(GROUPS, *channels), "act_fn": "silu", "sample_size": 512,
+        "norm_num_groups": math.gcd(GROUPS, *widths), "act_fn": "silu", "sample_size": 512,
     }  # fmt: skip
     config = configs.merged(found, inferred, told, ("norm_num_groups", "act_fn"))
-    configs.check_divides(found, config, "norm_num_groups", channels)
+    configs.check_divides(found, config, "norm_num_groups", widths)
     return config
 
 
@@ -97,14 +97,14 @@ _modernized = substituted(
 _UP = re.compile(r"\.up_blocks\.(\d{1,4})\.")
 
 
-def _from_ldm(weights: Weights) -> dict[str, Weight]:
+def from_ldm(weights: Weights) -> dict[str, Weight]:
     """LDM counts the decoder's levels from the fine end, diffusers from the coarse one."""
     found = {_to_diffusers(name): weight for name, weight in weights.items()}
     last = max((int(match[1]) for name in found if (match := _UP.search(name))), default=0)
     return {_UP.sub(lambda m: f".up_blocks.{last - int(m[1])}.", name): weight for name, weight in found.items()}
 
 
-def _from_diffusers(weights: Weights) -> dict[str, Weight]:
+def from_diffusers(weights: Weights) -> dict[str, Weight]:
     return {_modernized(name): weight for name, weight in weights.items()}
 
 
@@ -113,10 +113,10 @@ VAE = VaeComponent(
     "VAE",
     ("first_stage_model.", "vae.", ""),
     (
-        Naming("decoder.mid.block_1.conv1.weight", _from_ldm),
-        Naming("decoder.mid_block.resnets.0.conv1.weight", _from_diffusers),
+        Naming("decoder.mid.block_1.conv1.weight", from_ldm),
+        Naming("decoder.mid_block.resnets.0.conv1.weight", from_diffusers),
     ),
-    _configure,
+    configure,
     build,
     "vae",
     sometimes=("encoder.", "quant_conv."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoints.expressions import split
+from ...checkpoints.expressions import split, swap_halves
 from ...ggml.weight import Weight
 from .. import configs
 from ..base import Config, Found
@@ -37,10 +37,10 @@ def inferred(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def merged(found: Found, config: dict[str, Any], told: Config) -> dict[str, Any]:
-    """The configuration with what only the file can say: how positions share a head."""
+def merged(found: Found, config: dict[str, Any], told: Config, axes: int = 3) -> dict[str, Any]:
+    """The configuration with what only the file can say: how the positions of ``axes`` kinds share a head."""
     config = configs.merged(found, config, told, ("axes_dims_rope",))
-    configs.check_axes(found, config, "axes_dims_rope", config["attention_head_dim"])
+    configs.check_axes(found, config, "axes_dims_rope", config["attention_head_dim"], axes)
     return config
 
 
@@ -115,14 +115,18 @@ BOTH = ("weight", "bias")
 DOUBLE, SINGLE = r"double_blocks\.(\d+)", r"single_blocks\.(\d+)"
 DOUBLES, SINGLES = r"transformer_blocks.\1", r"single_transformer_blocks.\1"
 _LINEAR = {
+    rf"{DOUBLE}\.img_attn\.proj": f"{DOUBLES}.attn.to_out.0",
+    rf"{DOUBLE}\.txt_attn\.proj": f"{DOUBLES}.attn.to_add_out",
+    "txt_in": "context_embedder",
+    "img_in": "x_embedder",
+    r"final_layer\.linear": "proj_out",
+}
+_MLPS = {
     rf"{DOUBLE}\.img_mlp\.0": f"{DOUBLES}.ff.net.0.proj",
     rf"{DOUBLE}\.img_mlp\.2": f"{DOUBLES}.ff.net.2",
     rf"{DOUBLE}\.txt_mlp\.0": f"{DOUBLES}.ff_context.net.0.proj",
     rf"{DOUBLE}\.txt_mlp\.2": f"{DOUBLES}.ff_context.net.2",
-    rf"{DOUBLE}\.img_attn\.proj": f"{DOUBLES}.attn.to_out.0",
-    rf"{DOUBLE}\.txt_attn\.proj": f"{DOUBLES}.attn.to_add_out",
     rf"{SINGLE}\.linear2": f"{SINGLES}.proj_out",
-    "txt_in": "context_embedder", "img_in": "x_embedder", r"final_layer\.linear": "proj_out",
 }  # fmt: skip
 
 
@@ -131,20 +135,19 @@ def linear(names: dict[str, str]) -> list[Rule]:
     return [(rf"{old}\.(weight|bias)", rf"{new}.\{old.count('(') + 1}") for old, new in names.items()]
 
 
-RULES: tuple[Rule, ...] = (
+def _swapped(weight: Weight) -> tuple[Weight, ...]:
+    return (swap_halves(weight),)
+
+
+LAST_NORM: tuple[Rule, ...] = tuple(
+    (rf"final_layer\.adaLN_modulation\.1\.{kind}", f"norm_out.linear.{kind}", _swapped) for kind in BOTH
+)
+"""Black Forest Labs' final layer gives shift and scale, diffusers' scale and shift."""
+
+COMMON: tuple[Rule, ...] = (
     *linear(_LINEAR),
     *_qkv(BOTH, rf"{DOUBLE}\.img_attn\.qkv", f"{DOUBLES}.attn", ("to_q", "to_k", "to_v")),
     *_qkv(BOTH, rf"{DOUBLE}\.txt_attn\.qkv", f"{DOUBLES}.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
-    *(
-        (
-            rf"{SINGLE}\.linear1\.{kind}",
-            [
-                rf"{SINGLES}.{name}.{kind}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-            ],
-            _single,
-        )
-        for kind in BOTH
-    ),
     *(
         (rf"{DOUBLE}\.{stream}_attn\.norm\.{old}_norm\.(?:scale|weight)", f"{DOUBLES}.attn.{new}.weight")
         for stream, old, new in (
@@ -158,5 +161,21 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 """From Black Forest Labs' names to those of diffusers' classes: what all of these transformers have."""
+
+RULES: tuple[Rule, ...] = (
+    *COMMON,
+    *linear(_MLPS),
+    *(
+        (
+            rf"{SINGLE}\.linear1\.{kind}",
+            [
+                rf"{SINGLES}.{name}.{kind}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+            ],
+            _single,
+        )
+        for kind in BOTH
+    ),
+)  # fmt: skip
+"""What FLUX.1 and Chroma have besides."""
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "")

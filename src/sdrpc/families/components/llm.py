@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ...errors import InvalidValue
-from ...prompts import Template, apply_weights, llm_tokens
+from ...prompts import Template, apply_weights, llm_tokens, number_of
 from .. import configs
 from ..base import F32, Config, Encode, Found
 from ..keys import table
@@ -23,6 +24,8 @@ from ..keys import table
 NAME = "llm"
 """Of the component, and of the option that takes its file."""
 
+MOST_LAYERS = 512
+"""That a language model may have."""
 LENGTHS = 64
 """Texts are filled up to a multiple of so many tokens."""
 
@@ -88,7 +91,62 @@ def _number(found: Found, text: str) -> float:
     return float(str(np.float32(number)))
 
 
+def check_layers(found: Found, config: Config, layers: int) -> None:
+    """Raises :class:`CheckpointError` for a model of less than ``layers`` layers."""
+    if config["num_hidden_layers"] < layers:
+        reason = (
+            f"has {config['num_hidden_layers']} layers; what the diffusion model reads is the result of layer {layers}"
+        )
+        raise found.error(f"the {found.component.title} {reason}")
+
+
+def layers_from(first: int) -> tuple[str, ...]:
+    """How the names of the tensors of all layers behind ``first`` begin."""
+    return tuple(f"layers.{number}." for number in range(first, MOST_LAYERS))
+
+
 # Texts ----------------------------------------------------------------------------------------------------------------
+
+
+class Padding(NamedTuple):
+    """How texts are filled up that a diffusion model sees with their padding: to ``length`` tokens (texts beyond them
+    to a multiple of :data:`LENGTHS`) with ``token``, behind the text or, if ``left``, before it."""
+
+    token: str
+    length: int
+    left: bool = False
+
+
+def padded_hidden_states(
+    encode: Encode,
+    prompt: str,
+    template: Template,
+    tokenizer: Callable[[], Tokenizer],
+    states: Sequence[int],
+    padding: Padding,
+) -> F32:
+    """As :func:`hidden_states`, with those of the padding, which no token of the text sees."""
+    used = encode.tokenizer(NAME) or tokenizer()
+    tokens = llm_tokens(prompt, template, used)
+    _check_ids(encode, prompt, int(tokens.ids.max()))
+    length = tokens.ids.shape[1]
+    more = max(padding.length, length + -length % LENGTHS) - length
+    widths = ((0, 0), (more, 0) if padding.left else (0, more))
+    ids = np.pad(tokens.ids, widths, constant_values=number_of(used, padding.token))
+    weights = np.pad(tokens.weights, widths, constant_values=1)
+    seen = np.pad(np.ones(length, bool), widths[1])
+    inputs = {"ids": ids, "mask": causal_mask(seen)} | ({"seen": seen[None].astype(np.float32)} if padding.left else {})
+    (hidden,) = encode(NAME, inputs, states=list(states))
+    return apply_weights(hidden[0], weights[0])[None]
+
+
+def causal_mask(seen: NDArray[np.bool_]) -> F32:
+    """What is added to scores (1, 1, tokens, tokens) where each token sees those before it and itself, if they are
+    ``seen`` (tokens,): 0, else -inf. A token that would see nothing at all sees itself."""
+    sees = np.tri(len(seen), dtype=bool) & seen
+    sees |= np.eye(len(seen), dtype=bool) & ~sees.any(1, keepdims=True)
+    mask: F32 = np.where(sees, np.float32(0), np.float32(-np.inf))[None, None]
+    return mask
 
 
 def hidden_states(

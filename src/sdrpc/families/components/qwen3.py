@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..base import Component, Config, Found, Naming
@@ -23,8 +24,9 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Input: ids, int (1, length). Output: the hidden states that ``states`` names, side by side (1, length, states ·
-    hidden_size); 1 is the result of the first layer. Layers behind the last of them are not there."""
+    """Inputs: ids, int (1, length), and, where some are padding, mask (1, 1, length, length), which is added to scores.
+    Output: the hidden states that ``states`` names, side by side (1, length, states · hidden_size); 1 is the result of
+    the first layer. Layers behind the last of them are not there."""
     import torch
     from torch import nn
     from transformers import Qwen3Config, Qwen3Model
@@ -33,13 +35,25 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     states = arguments.pop("states")
     arguments["num_hidden_layers"] = max(states)
 
-    def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden = module(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    def call(module: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        options = {"use_cache": False, "output_hidden_states": True}
+        hidden = module(input_ids=ids, attention_mask=mask, **options).hidden_states
         return (torch.cat([hidden[state] for state in states], -1),)
 
     module: Any = Qwen3Model(Qwen3Config(**arguments))
     module.norm = nn.Identity()
     return module, call
+
+
+def reading(*states: int) -> Component:
+    """Qwen3 of whose layers these results are needed, 1 for the first one's, and none behind them."""
+
+    def configure(found: Found, told: Config) -> dict[str, Any]:
+        config = _configure(found, told)
+        llm.check_layers(found, config, max(states))
+        return config
+
+    return replace(QWEN3, configure=configure, idle=(*QWEN3.idle, *llm.layers_from(max(states))))
 
 
 QWEN3 = Component(
