@@ -42,11 +42,11 @@ SWAPPED = Layout(lambda parts: _halves_swapped(parts[0]), lambda whole, _: [_hal
 
 
 def _interleaved(tensor: Tensor) -> Tensor:
-    return tensor.unflatten(0, (-1, 2, LLAMA_HEAD // 2)).transpose(1, 2).flatten(0, 2)
+    return tensor.reshape(-1, 2, LLAMA_HEAD // 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _in_halves(tensor: Tensor) -> Tensor:
-    return tensor.unflatten(0, (-1, LLAMA_HEAD // 2, 2)).transpose(1, 2).flatten(0, 2)
+    return tensor.reshape(-1, LLAMA_HEAD // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
 
 
 LLAMA_HEAD = 128

@@ -104,7 +104,8 @@ def mistral_tokenizer() -> Any:
         ]
     )
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", pad_token="<pad>", padding_side="left")
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=made, bos_token="<s>", pad_token="<pad>", padding_side="left")
     tokenizer.chat_template = MISTRAL_TEMPLATE
     return tokenizer
 
