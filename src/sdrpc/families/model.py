@@ -200,8 +200,11 @@ def _not_a_diffusion_model(checkpoint: Checkpoint) -> str:
 
 
 def seen_in(checkpoint: Checkpoint) -> list[Component]:
-    """The known components that a file has, each name once."""
-    components = {c.name: c for family in FAMILIES for c in family.components if find(c, checkpoint) is not None}
+    """The known components that a file has, each name once: of several that look alike, the one known longest."""
+    components: dict[str, Component] = {}
+    for component in (each for family in FAMILIES for each in family.components):
+        if component.name not in components and find(component, checkpoint) is not None:
+            components[component.name] = component
     return list(components.values())
 
 
