@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from sdrpc.diffusion.predictions import (
     NoiseScale,
     Prediction,
     f32,
+    flux2_shift,
     flux_shift_by_size,
     flux_shifted,
     prediction,
@@ -41,7 +43,7 @@ def named(key: str) -> Prediction:
 
 
 def test_levels_timesteps_and_scalings_are_those_of_sd_cpp(sdcpp: dict[str, Any]) -> None:
-    assert {key.partition(":")[0] for key in sdcpp["predictions"]} == set(PREDICTIONS)
+    assert {key.partition(":")[0] for key in sdcpp["predictions"]} == set(PREDICTIONS) - {"flux2_flow"}
     for key, expected in sdcpp["predictions"].items():
         made = named(key)
         row = [made.smallest, made.largest]
@@ -51,6 +53,17 @@ def test_levels_timesteps_and_scalings_are_those_of_sd_cpp(sdcpp: dict[str, Any]
         row += [made.sigma(timestep) for timestep in TIMESTEPS]
         assert all(isinstance(value, f32) for value in row)
         np.testing.assert_allclose(row, expected, rtol=RELATIVE, atol=1e-7, err_msg=key)
+
+
+def test_flux2_differs_from_flux1_in_its_shift_alone() -> None:
+    """As there, where it is a class of its own that sets the shift; the shift is that of diffusers."""
+    ones, twos = (prediction(name, shift=0.9) for name in ("flux_flow", "flux2_flow"))
+    for level in LEVELS:
+        assert (twos.timestep(level), twos.scaling(f32(level))) == (ones.timestep(level), ones.scaling(f32(level)))
+    assert [twos.sigma(timestep) for timestep in TIMESTEPS] == [ones.sigma(timestep) for timestep in TIMESTEPS]
+    for tokens in (1, 256, 4096, 4300, 4301, 16384):
+        for steps in (1, 4, 28, 50):
+            assert flux2_shift(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), rel=1e-12)
 
 
 def test_latents_with_noise_are_those_of_sd_cpp(sdcpp: dict[str, Any]) -> None:
