@@ -180,8 +180,11 @@ class Session:
     def _memory(self, number: int) -> Memory:
         """What this client may have of a device's memory, and what is left of that."""
         free, total = self._device(number).memory()
+        held = self._held_on(number)
         share = min(int(self.limits.share * total), self.limits.buffer_bytes, self.limits.bytes_of_all)
-        rest = min(share - self._held_on(number), self.limits.bytes_of_all - self._buffers.held)
+        # of what others, and other programs, have left there is a rest for those who come as well
+        free = int(self.limits.share * (free + held)) - held
+        rest = min(share - held, self.limits.bytes_of_all - self._buffers.held)
         return Memory(max(min(free, rest), 0), share)
 
     def _held_on(self, number: int) -> int:
