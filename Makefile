@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint interop interop-all operations families parity demo newcomer soak bench clean
+.PHONY: setup test lint fuzz interop interop-all operations families parity demo newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -38,6 +38,9 @@ operations: setup
 families: setup
 	$(BIN)/python tools/native_ggml.py
 	$(BIN)/python -m tests.interop.families_table
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5)
 
 parity: setup
 	$(BIN)/pytest -m parity tests/parity

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdrpc.engine import LocalDevice
-from sdrpc.engine.ops import attention
+from sdrpc.engine.ops import attention, products
 from sdrpc.errors import ComputeError
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import FlashAttn, MulMat
@@ -26,6 +26,17 @@ def test_queries_in_parts(
     monkeypatch.setattr(attention, "SCORES", 5 * 2 * 4 * 7)  # of five queries at a time
     leaves = Leaves()
     check(device, leaves, many_queries(leaves, bias, cap, sinks))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_products_by_number_in_parts(device: LocalDevice, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Long rows that are named often are gathered a few at a time."""
+    monkeypatch.setattr(products, "TILE", rows * 16)
+    leaves = Leaves()
+    ids = leaves.integers(0, 2, 4, 11)
+    check(
+        device, leaves, [b.node("MUL_MAT_ID", leaves.normal(16, 5, 2), leaves.normal(16, 1, 11), ids, params=MulMat())]
+    )
 
 
 @pytest.mark.parametrize("number", [-1, 4, 2**31 - 1])

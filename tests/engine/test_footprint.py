@@ -87,6 +87,10 @@ LARGE = {
         x, "MUL_MAT_ID", (8, 100, 16), [x.normal(5000, 8, 4), x.normal(5000, 1, 16), x.integers(0, 4, 100, 16)],
         params.MulMat(),
     ),
+    "MUL_MAT_ID of few rows, often": lambda x: _node(
+        x, "MUL_MAT_ID", (1, 1000, 8), [x.normal(100000, 1, 1), x.normal(100000, 1, 8), x.integers(0, 1, 1000, 8)],
+        params.MulMat(),
+    ),
     "CONV_2D": lambda x: _node(
         x, "CONV_2D", (190, 130, 24), [x.normal(3, 3, 16, 24), x.normal(190, 130, 16)],
         params.Conv2D(1, 1, 1, 1, 1, 1),

@@ -159,6 +159,9 @@ def test_01_pools_at_the_edges(server: ServerProcess, works: Adder) -> None:
 
 AMPLIFIERS: dict[str, tuple[str, list[tuple[str, Dims]], Dims, dict[str, object]]] = {
     "MUL_MAT, repeated": ("MUL_MAT", [("F32", (1000, 1000, 2)), ("F32", (1000, 1, 2, 500))], (1000, 1, 2, 500), {}),
+    "MUL_MAT_ID, few rows often": (
+        "MUL_MAT_ID", [("F32", (100000, 1, 1)), ("F32", (100000, 1, 8)), ("I32", (1000, 8))], (1, 1000, 8), {},
+    ),
     "IM2COL, padded": (
         "IM2COL", [("F32", (1, 1, 1, 1)), ("F32", (4, 4))], (1, 3, 3, 1),
         {"params": params.Im2Col(16000, 16000, 16000, 16000, 1, 1, 1)},

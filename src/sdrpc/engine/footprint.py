@@ -138,7 +138,7 @@ def _mul_mat_id(value: Value) -> int:
     a, ids = _source(value, 0), _source(value, 2)
     k, m, n = a.ne[0], a.ne[1], elements(ids)
     tiled = 2 * n + a.ne[2]  # rows in whole tiles: at most twice as many, and one tile of each matrix
-    tile = max(1, n // max(a.ne[2], 1))
+    tile = max(1, min(n // max(a.ne[2], 1), (1 << 24) // max(k, 1)))  # products.TILE
     rows = elements(_source(value, 1)) + tile * (k + m)
     return FLOAT * (rows + 2 * tiled * m + n * m + 2 * k * m) + 8 * INDEX * (n + tiled + a.ne[2])
 

@@ -15,6 +15,10 @@ from ..values import Value
 from .base import Autocast, Kernel, kernel, operand, within
 
 
+TILE = 1 << 24
+"""Numbers of the rows that MUL_MAT_ID gathers at a time: a few megabytes of rows may be named a thousand times."""
+
+
 def _mul_mat(_v: Value[MulMat], a: Tensor, b: Tensor) -> Tensor:
     """b · aᵀ; a's batches repeat, each for several consecutive ones of b."""
     b = b.to(a.dtype)
@@ -48,7 +52,7 @@ def _mul_mat_id(v: Value[MulMat], a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
     places = torch.arange(n, device=b.device)
     source = places // used * b.shape[2] + places % used % b.shape[2]  # the row of b that each product reads
     picked = within(ids.reshape(-1).long(), matrices)
-    tile = 1 << max(0, (n // matrices).bit_length() - 1)
+    tile = 1 << max(0, min(n // matrices, TILE // max(k, 1)).bit_length() - 1)
     tiles = n if tile == 1 else n // tile + matrices
 
     order = torch.argsort(picked, stable=True)
