@@ -14,7 +14,6 @@ from ..operations import EngineOp
 from ..values import Value
 from .base import Autocast, Kernel, kernel, operand, within
 
-
 TILE = 1 << 24
 """Numbers of the rows that MUL_MAT_ID gathers at a time: a few megabytes of rows may be named a thousand times."""
 
