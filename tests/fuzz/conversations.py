@@ -183,14 +183,14 @@ def machine(house: House) -> type[RuleBasedStateMachine]:
                 sources = [raw.record(buffer, shape, id=i + 1, at=1024 * i) for i, shape in enumerate(small[:-1])]
                 ids = [source.id for source in sources]
                 result = raw.record(buffer, small[-1], id=9, at=4096, op=op, src=ids, words=words)
-                raw.compute([9], [*sources, result])
+                raw.compute([9], [*sources, result], uid=which % 3)
                 raw.ask(messages.DeviceCount())
 
             self._do(talker, action)
 
-        @rule(talker=talkers)
-        def recomputes(self, talker: Talker) -> None:
-            self._do(talker, lambda raw: (raw.post(messages.GraphRecompute(0)), raw.ask(messages.DeviceCount())))
+        @rule(talker=talkers, uid=st.integers(0, 2))
+        def recomputes(self, talker: Talker, uid: int) -> None:
+            self._do(talker, lambda raw: (raw.post(messages.GraphRecompute(0, uid)), raw.ask(messages.DeviceCount())))
 
         @rule(talker=talkers, command=COMMANDS, payload=st.binary(max_size=400), lie=st.none() | NUMBERS)
         def sends_anything(self, talker: Talker, command: Command, payload: bytes, lie: int | None) -> None:
