@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,6 +159,67 @@ def test_c6_ctrl_c_while_sampling(checkpoint: Path, tmp_path: Path) -> None:
     assert err.count("interrupted") == 1
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+TIDYING = """
+import sys, time
+from sdrpc.cli import interrupts, report
+interrupts.SECONDS = float(sys.argv[1])
+interrupts.soon()
+def command():
+    print("at work", flush=True)
+    try:
+        time.sleep(300)
+    finally:
+        print("tidying up", flush=True)
+        time.sleep(300)
+sys.exit(report.guarded(command))
+"""
+
+
+@pytest.mark.parametrize(("seconds", "signals"), [(0.2, 1), (250, 2)], ids=["once", "twice"])
+def test_ctrl_c_does_not_wait_for_what_takes_long(seconds: float, signals: int) -> None:
+    """Once: it has a second. Twice: none."""
+    command = [sys.executable, "-c", TIDYING, str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for said, _ in zip(("at work\n", "tidying up\n"), range(signals), strict=False):
+            assert process.stdout.readline() == said
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_ctrl_c_while_this_machine_computes(tmp_path: Path) -> None:
+    """A step that takes minutes does not hold it."""
+    words = [
+        "-m",
+        "demo",
+        "--backend",
+        "CPU",
+        "-W",
+        "1024",
+        "-H",
+        "1024",
+        "-t",
+        "1",
+        "-p",
+        "x",
+        "-o",
+        tmp_path / "x.png",
+    ]
+    with subprocess.Popen([*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("diffusion:") and "weights loaded" in line:
+                break
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        err = process.stderr.read()
+        process.wait(120)
+    assert (process.returncode, err.splitlines()[-1:]) == (130, ["interrupted"])
+    assert time.monotonic() - asked < 30
 
 
 @pytest.mark.parametrize("module", ["numpy", "click", "sdrpc.diffusion.samplers"])

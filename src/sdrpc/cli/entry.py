@@ -4,15 +4,10 @@ are met from the first moment."""
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from importlib import import_module
-from types import FrameType
 
+from . import interrupts
 from .streams import prepare
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 
 def sd_cli() -> None:
@@ -38,11 +33,9 @@ def ready() -> None:
 
 def _run(module: str) -> None:
     ready()
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else whoever started us wants Ctrl-C ignored
-        signal.signal(signal.SIGINT, _leave)
+    interrupts.at_once()
     main = import_module(f"{__package__}.{module}").main
-    signal.signal(signal.SIGINT, before)
+    interrupts.soon()
     main()
 
 
@@ -53,10 +46,3 @@ def threads_sleep() -> None:
     have none. OpenMP reads the variable when torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C while modules are imported: an exception there could come out as anything."""
-    sys.stderr.write("interrupted\n")
-    sys.stderr.flush()
-    os._exit(INTERRUPTED)

@@ -21,8 +21,7 @@ from rich.text import Text
 from ..errors import InvalidValue, MissingComponent, SdrpcError, UsageError
 from ..key import Key
 from ..text import printable
-from . import streams
-from .entry import INTERRUPTED
+from . import interrupts, streams
 from .progress import Meter, StatusLine, mebibytes
 
 if TYPE_CHECKING:
@@ -104,8 +103,9 @@ def guarded(command: Callable[[], int | None], options: Mapping[str, str] | None
         complain(said(error, options or {}))
         ended = USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
-        say("interrupted")
-        ended = INTERRUPTED
+        if interrupts.is_news():
+            say("interrupted")
+        ended = interrupts.INTERRUPTED
     except OSError as error:  # a disk that filled up meanwhile, say
         complain(reason(error))
         ended = FAILURE

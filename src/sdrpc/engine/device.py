@@ -286,6 +286,7 @@ class LocalDevice(ServedDevice):
                     break
             under_way.result()
         except BaseException as error:
+            deadline.stop("nobody waits for its result any more")  # Ctrl-C comes to who waits
             _forget_frames(error)
             raise
         finally:
