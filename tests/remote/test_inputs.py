@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import sdrpc
+from sdrpc import models
 from sdrpc.device import Device
 from sdrpc.diffusion.inputs import steps_left_out
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.session import Session
+from sdrpc.diffusion.tiles import Tiling
 from sdrpc.errors import InvalidValue
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS, HEIGHT, STEPS, WIDTH, Case, Checkpoints, drawing, request
@@ -166,3 +168,17 @@ def test_skipped_layers_guide_as_in_diffusers(checkpoints: Checkpoints, device: 
     for refused, given in ((case, {"skip_layers": (3,)}), (CASES[0], {})):
         with pytest.raises(InvalidValue, match=r"skip_layers 3|slg_scale"):
             drawn(checkpoints, refused, device, graphs, replace(asked, **given))
+
+
+def test_a_server_with_little_memory_decodes_in_tiles(graphs: Cache) -> None:
+    """It refuses the whole, and closes the connection, as it does with what it can't do."""
+    latents = np.random.default_rng(1).normal(size=(1, 4, 40, 40)).astype(np.float32)
+    pictures = []
+    for limit, tiling in (("4G", Tiling(16, 16)), ("260M", Tiling(32, 32))):
+        with ServerProcess("--precision", "exact", "--device", "CPU", "--max-memory-per-client", limit) as server:
+            found = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}"])
+            with Session.open(models.named("demo"), found["RPC0"], graphs) as session:
+                pictures.append(session._vae.decode(latents, tiling, always=limit == "4G"))
+            for each in found.values():
+                each.close()
+    np.testing.assert_allclose(pictures[1], pictures[0], atol=1e-4)

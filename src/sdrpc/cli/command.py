@@ -113,6 +113,20 @@ class Numbers(click.ParamType):  # type: ignore[type-arg] # as above
             raise InvalidValue(field, value, "numbers with commas between them are needed") from error
 
 
+class Sides(click.ParamType):  # type: ignore[type-arg] # as above
+    """Width and height: ``32x24``, or ``32`` for both."""
+
+    name = "sides"
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", value.lower())
+        if match is None:
+            raise InvalidValue(str(param and param.name), value, "not a size; write it as 32x32")
+        return int(match[1]), int(match[2] or match[1])
+
+
 class Command(click.Command):
     """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
     reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``bare``: it has

@@ -12,12 +12,13 @@ from ..client import DEFAULT_TIMEOUTS
 from ..device import PRECISIONS
 from ..diffusion.easycache import MODES as MODES_OF_CACHE
 from ..diffusion.predictions import PREDICTIONS
+from ..diffusion.previews import MODES as PREVIEWS
 from ..diffusion.request import APPLY_MODES
 from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
-from .command import SHELLS, Numbers, OneOf, Option
+from .command import SHELLS, Numbers, OneOf, Option, Sides
 from .output import DEFAULT_OUTPUT
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
@@ -46,6 +47,15 @@ OPTIONS = (
            help="Folder with LoRAs, which a prompt applies by name: <lora:name:0.8>."),
     Option(MODEL, "--lora-apply-mode", type=OneOf(*APPLY_MODES), metavar="|".join(APPLY_MODES), default="auto",
            help="LoRAs merged into weights before they are sent, or beside them while drawing; auto: at_runtime."),
+    Option(MODEL, "--taesd", "--tae", type=FILE, metavar="PATH",
+           help="Tiny autoencoder (TAESD, TAESDXL, TAESD3, TAEF1), which decodes instead of the VAE."),
+    Option(MODEL, "--taesd-preview-only", is_flag=True, help="Let it make previews alone."),
+    Option(MODEL, "--vae-tiling", is_flag=True,
+           help="Let the VAE work in tiles; where memory would not do for the whole picture it does so anyway."),
+    Option(MODEL, "--vae-tile-size", type=Sides(), metavar="WIDTHxHEIGHT", default="32x32",
+           help="Of a tile, in latents."),
+    Option(MODEL, "--vae-tile-overlap", type=float, metavar="0..0.9", default=0.5,
+           help="Share of a tile's side that is the next one's as well."),
 
     Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
     Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
@@ -134,6 +144,8 @@ OPTIONS = (
     Option(DEVICES, "--diffusion-backend-device", default="", metavar="DEVICE", help="Device of the diffusion model."),
     Option(DEVICES, "--clip-backend-device", default="", metavar="DEVICE", help="Device of the text encoders."),
     Option(DEVICES, "--vae-backend-device", default="", metavar="DEVICE", help="Device of the VAE."),
+    Option(DEVICES, "--tae-backend-device", default="", metavar="DEVICE", shown="the VAE's",
+           help="Device of the tiny autoencoder."),
     Option(DEVICES, "--clip-on-cpu", is_flag=True, help="Same as --clip-backend-device CPU."),
     Option(DEVICES, "--vae-on-cpu", is_flag=True, help="Same as --vae-backend-device CPU."),
     Option(DEVICES, "-t", "--threads", type=int, metavar="NUMBER", default=-1,
@@ -144,6 +156,11 @@ OPTIONS = (
     Option(OUTPUT, "-o", "--output", type=FILE, metavar="PATH", default=DEFAULT_OUTPUT,
            help="Picture: .png, .jpg or .webp; %d or %03d numbers several. Film: .mp4, .webm, .avi, .webp, .gif, or "
            "frames: frame_%03d.png. With convert: a .gguf file."),
+    Option(OUTPUT, "--preview", type=OneOf(*PREVIEWS), metavar="|".join(PREVIEWS), default="none",
+           help="Show a picture while it is drawn: proj costs nothing, tae uses --taesd."),
+    Option(OUTPUT, "--preview-path", type=FILE, metavar="PATH", default="./preview.png", help="Where previews go."),
+    Option(OUTPUT, "--preview-interval", type=int, metavar="STEPS", default=1, help="How often."),
+    Option(OUTPUT, "--preview-noisy", is_flag=True, help="With the noise that is left."),
     Option(OUTPUT, "--output-begin-idx", type=click.IntRange(min=0), metavar="NUMBER", default=0,
            help="Number of the first picture."),
     Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
@@ -177,15 +194,11 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--pulid-id-embedding",
     ),
     "embeddings": ("--embd-dir",),
-    "previews and small autoencoders": (
-        "--taesd", "--tae", "--tae-backend-device", "--preview", "--preview-path", "--preview-interval",
-        "--preview-noisy", "--taesd-preview-only",
-    ),
     "upscaling and tiling": (
         "--upscale-model", "--upscale-repeats", "--upscale-tile-size", "--upscaler-backend-device", "--hires",
         "--hires-width", "--hires-height", "--hires-scale", "--hires-steps", "--hires-sigmas", "--hires-upscaler",
-        "--hires-upscalers-dir", "--hires-denoising-strength", "--hires-upscale-tile-size", "--vae-tiling",
-        "--vae-tile-size", "--vae-relative-tile-size", "--vae-tile-overlap", "--temporal-tiling", "--extra-tiling-args",
+        "--hires-upscalers-dir", "--hires-denoising-strength", "--hires-upscale-tile-size",
+        "--vae-relative-tile-size", "--temporal-tiling", "--extra-tiling-args",
         "--circular", "--circularx", "--circulary",
     ),
     "details drawn again": ("--ad-model", "--ad-prompt", "--ad-negative-prompt", "--extra-ad-args"),

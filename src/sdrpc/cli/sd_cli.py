@@ -39,6 +39,7 @@ from .progress import mebibytes
 
 if TYPE_CHECKING:
     from ..device import Device
+    from ..diffusion.events import Event, OnEvent
     from ..diffusion.metadata import Parameters
     from ..diffusion.pictures import Picture, Pixels, Video
     from ..diffusion.request import Request, Settings
@@ -102,7 +103,7 @@ def _draw(chosen: Chosen) -> int:
 
     from ..diffusion.metadata import parameters_of
     from ..diffusion.request import Request
-    from ..diffusion.session import Session
+    from ..diffusion.session import Session, settings_of
     from ..diffusion.stage_timer import STAGES, StageTimer
     from ..families.model import open_model
 
@@ -113,12 +114,13 @@ def _draw(chosen: Chosen) -> int:
     with timer("load"):
         opened = open_model(files)
     wanted = placement.wanted(list(opened.components), placed, chosen["main_backend_device"], by_option(chosen))
-    settings = request.resolved(opened.defaults, opened.size, opened.family.latents.multiple, opened.together(film))
+    settings = settings_of(opened, request, film)
     if singly:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
     _note_size(request, settings, film)
     check_sides(paths[0], settings.width, settings.height)
-    check_writable(paths)
+    preview_path = None if settings.previews is None else output_paths(chosen["preview_path"], 1)[0]
+    check_writable([*paths, *([preview_path] if preview_path else [])])
 
     def told(drawn: Picture | Video) -> Parameters | None:
         if chosen["disable_image_metadata"]:
@@ -136,7 +138,7 @@ def _draw(chosen: Chosen) -> int:
             opened, devices, timer=timer, retry=chosen["rpc_retry"], lora_dir=folder, lora_apply_mode=mode
         ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
-            drawn = (session.draw_video if film else session.draw)(settings, report.meter().tell)
+            drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))
             elsewhere = _keep_all(drawn, paths, singly, told)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
@@ -178,6 +180,22 @@ def _keep_all(
         else:
             elsewhere += _keep_film(next(left), one, parameters)
     return elsewhere
+
+
+def _teller(preview_path: Path | None) -> OnEvent:
+    """What shows a session's events, and keeps the newest preview in a file."""
+    from ..diffusion.metadata import encode
+
+    meter = report.meter()
+
+    def tell(event: Event) -> None:
+        meter.tell(event)
+        if preview_path is not None and event.preview is not None:
+            saved = save(preview_path, encode(event.preview, preview_path.suffix, None))
+            if saved.why:
+                report.warn(f"{preview_path}: {saved.why}; the preview is in {saved.path}")
+
+    return tell
 
 
 def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:

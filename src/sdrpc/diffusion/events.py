@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from .pictures import Pixels
 
 Stage = Literal["capture", "upload", "release", "encode", "sample", "decode", "waiting", "reconnected", "moved"]
 
@@ -21,7 +23,8 @@ class Event:
     when it begins and 1 of 1 when it is over.
     ``sent``: bytes of an upload that the device did not have yet; None where the device is this machine's own.
     ``picture`` and ``pictures``: which one of how many, counted from 1; 0 where it is for all of them. ``seconds``:
-    since the stage began.
+    since the stage began. ``preview``: what the picture looks like after a step, where that was asked for: pixels
+    (height, width, 3) of any size.
     """
 
     stage: Stage
@@ -34,6 +37,7 @@ class Event:
     seconds: float = 0.0
     device: str = ""
     reason: str = ""
+    preview: Pixels | None = field(default=None, compare=False, repr=False)
 
     @property
     def over(self) -> bool:

@@ -27,7 +27,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "t5xxl": ("t5xxl", "t5"),
     "llm": ("llm",),
     "diffusion": ("diffusion", "model", "unet", "dit"),
-    "vae": ("vae", "firststage", "autoencoder", "tae"),
+    "vae": ("vae", "firststage", "autoencoder"),
+    "taesd": ("taesd", "tae"),
     TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
     REST: ("all", "default", "*"),
 }
@@ -100,7 +101,11 @@ def wanted(
 
 def keys_of(component: str) -> tuple[str, ...]:
     """The names that place a component, the strongest first, without the one for the rest."""
-    return (component,) if component in ("diffusion", "vae") else (component, TEXT_ENCODERS)
+    return (component, *_WITH.get(component, (TEXT_ENCODERS,)))
+
+
+_WITH: dict[str, tuple[str, ...]] = {"diffusion": (), "vae": (), "taesd": ("vae",)}
+"""What a component is placed with that has no device of its own; text encoders are with each other."""
 
 
 def assigned(components: Sequence[str], given: Mapping[str, T]) -> dict[str, T]:

@@ -19,9 +19,11 @@ from .easycache import find_options
 from .guidance import SKIPPED, LeftOut
 from .pictures import Pixels, fitted
 from .predictions import PREDICTIONS, TIMESTEPS
+from .previews import Previews, find_previews
 from .rng import RNGS, make_rng
 from .samplers import find_sampler
 from .schedules import ALIASES, SCHEDULES
+from .tiles import Tiling
 
 MAX_SIDE = 16384
 MAX_STEPS = 10000
@@ -30,6 +32,8 @@ MAX_FACTOR = 1e6
 MAX_REFERENCES = 16
 MAX_FRAMES = 10000
 MAX_FPS = 1000
+MIN_TILE = 8
+MAX_OVERLAP = 0.9
 
 APPLY_MODES = ("auto", "immediately", "at_runtime")
 """How LoRAs are applied, by stable-diffusion.cpp's names. ``at_runtime``: beside the weights, which stay as they are;
@@ -80,6 +84,11 @@ class Request:
     (:func:`sdrpc.diffusion.easycache.parse_options`).
 
     ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second.
+    ``preview``: what events show of a picture while it is drawn, after every ``preview_interval``-th step: ``proj``
+    (colours of latents, no network), ``tae`` (by the tiny autoencoder), ``vae``, ``none``; with ``preview_noisy`` of
+    latents with their noise. A tiny autoencoder decodes pictures as well, unless ``taesd_preview_only``.
+    ``vae_tiling``: let the VAE work in tiles of ``vae_tile_size`` latents (width, height) that share
+    ``vae_tile_overlap`` of a side; where memory would not do for the whole it does so anyway.
     """
 
     prompt: str
@@ -115,6 +124,13 @@ class Request:
     cache_option: str = ""
     video_frames: int | None = None
     fps: int | None = None
+    preview: str = "none"
+    preview_interval: int = 1
+    preview_noisy: bool = False
+    taesd_preview_only: bool = False
+    vae_tiling: bool = False
+    vae_tile_size: tuple[int, int] = (32, 32)
+    vae_tile_overlap: float = 0.5
 
     def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int, together: int = 0) -> Settings:
         """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
@@ -176,12 +192,22 @@ class Request:
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
             self._left_out(), find_options(self.cache_mode, self.cache_option),
             (frames - 1) // max(together, 1) * together + 1, fps,
+            find_previews(self.preview, self.preview_interval, self.preview_noisy), self.taesd_preview_only,
+            self.vae_tiling, self._tiling(),
         )  # fmt: skip
 
     def _timestep_shift(self) -> int:
         if not 0 <= self.timestep_shift <= TIMESTEPS:
             raise InvalidValue("timestep_shift", self.timestep_shift, f"it can be 0 (none) … {TIMESTEPS}")
         return self.timestep_shift
+
+    def _tiling(self) -> Tiling:
+        width, height = self.vae_tile_size
+        if not MIN_TILE <= min(width, height) <= max(width, height) <= MAX_SIDE:
+            raise InvalidValue("vae_tile_size", f"{width}x{height}", f"sides can be {MIN_TILE} … {MAX_SIDE} latents")
+        if not 0 <= self.vae_tile_overlap <= MAX_OVERLAP:
+            raise InvalidValue("vae_tile_overlap", self.vae_tile_overlap, f"it can be 0 … {MAX_OVERLAP}")
+        return Tiling(width, height, self.vae_tile_overlap)
 
     def _left_out(self) -> LeftOut | None:
         """Skip layer guidance, if there is any."""
@@ -268,3 +294,7 @@ class Settings:
     cache: EasyCacheOptions | None = None
     video_frames: int = 1
     fps: int = 16
+    previews: Previews | None = None
+    taesd_preview_only: bool = False
+    vae_tiling: bool = False
+    tiling: Tiling | None = None

@@ -21,7 +21,7 @@ from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.cache import Cache
 from ..runtime.lost import RETRY_SECONDS
-from .autoencoder import Autoencoder
+from .autoencoder import TINY, Autoencoder
 from .device_model import DeviceModel
 from .easycache import EasyCache
 from .events import Cancel, Event, OnEvent
@@ -41,6 +41,7 @@ from .loras import Loras
 from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
 from .placement import assigned
 from .predictions import Prediction, flux2_shift, flux_shift_by_size, prediction
+from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
 from .rng import make_rng
 from .samplers import denoiser, kept_outside, sample
@@ -48,6 +49,9 @@ from .schedules import make_sigmas
 from .stage_timer import StageTimer
 
 log = logging.getLogger(__name__)
+
+OnStep = Callable[..., None]
+"""Called with the steps that are done and how many there are, and with a preview, pixels, where one is wanted."""
 
 PROMPTS = 16
 """Texts whose conditions a session remembers: the next picture of the same text, with another seed, needs no text
@@ -123,30 +127,7 @@ class Session:
     def settings(self, request: Request, video: bool = False) -> Settings:
         """``request`` with everything filled in, for pictures or for films. Raises :class:`InvalidValue` for what can't
         be drawn."""
-        model = self.model
-        settings = request.resolved(model.defaults, model.size, model.family.latents.multiple, model.together(video))
-        if settings.ref_images and not model.family.references:
-            raise InvalidValue(
-                "ref_images", len(settings.ref_images), f"{model.family.title} draws without reference pictures"
-            )
-        if settings.left_out is not None:
-            self._check_layers(settings.left_out.layers)
-        if request.img_cfg_scale is not None and not self._inpaints:
-            reason = "the model is not shown what is around a mask (an inpainting model would be)"
-            raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
-        return settings
-
-    @property
-    def _inpaints(self) -> bool:
-        inpainting = self.model.family.inpainting
-        return inpainting is not None and inpainting.takes(self.model["diffusion"].config)
-
-    def _check_layers(self, layers: Sequence[int]) -> None:
-        family, config = self.model.family, self.model["diffusion"].config
-        if not family.skips_layers:
-            raise InvalidValue("slg_scale", "skip layer guidance", f"{family.title} has none; leave it 0")
-        if not 0 <= layers[0] <= layers[-1] < config["num_layers"]:
-            raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {config['num_layers'] - 1}")
+        return settings_of(self.model, request, video)
 
     def generate(
         self, request: Request, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
@@ -169,7 +150,7 @@ class Session:
         settings = replace(settings, video_frames=1)
         for latents, seed in self._sampled(settings, on_event, cancel):
             with self.timer("decode"), self._devices.telling.stage("decode", "vae"):
-                picture = to_pixels(self._vae.decode(latents)[0])
+                picture = self._shown(latents, settings, tiny=self._vae.has_tiny and not settings.taesd_preview_only)
             yield Picture(picture, seed)
 
     def generate_video(
@@ -204,9 +185,12 @@ class Session:
             seed = settings.seed + number
             began = time.perf_counter()
 
-            def on_step(done: int, total: int, number: int = number, began: float = began) -> None:
+            def on_step(
+                done: int, total: int, preview: Pixels | None = None, number: int = number, began: float = began
+            ) -> None:
                 seconds = time.perf_counter() - began
-                on_event(Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds))
+                event = Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds)
+                on_event(replace(event, preview=preview))
 
             with self.timer("sample"):
                 latents = self.sample(settings, seed, told, on_step, begin)
@@ -300,11 +284,12 @@ class Session:
         settings: Settings,
         seed: int,
         told: Told,
-        on_step: Callable[[int, int], None] = lambda *_: None,
+        on_step: OnStep = lambda *_: None,
         begin: Begin = NOTHING,
     ) -> F32:
         """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
-        films (1, c, frames, h, w). ``on_step`` is told the steps that are done, and how many there are."""
+        films (1, c, frames, h, w). ``on_step`` is told the steps that are done, how many there are, and a preview where
+        one is wanted."""
         model, predicts = self.model, self._prediction(settings)
         height, width = settings.height // model.pixels, settings.width // model.pixels
         if settings.sigmas:
@@ -328,10 +313,16 @@ class Session:
         denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:
             denoise = kept_outside(denoise, begin.latents, begin.anew)
+        watched = None
+        if settings.previews is not None:
+            denoise = watched = Watched(denoise, settings.previews, lambda x: self._preview(x, settings))
 
         def step_done(done: int, total: int) -> None:
             guide.step_done(done)
-            on_step(done, total)
+            if watched is None:
+                on_step(done, total)
+            else:
+                on_step(done, total, watched.of_step(done, total))
 
         flow, eta = predicts.flow, settings.eta
         latents = sample(
@@ -341,26 +332,78 @@ class Session:
             log.info("easycache: %d of %d steps were not computed", cache.reused, len(sigmas) - 1)
         return latents
 
+    def _shown(self, latents: F32, settings: Settings, tiny: bool) -> Pixels:
+        return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny)[0])
+
+    def _preview(self, latents: F32, settings: Settings) -> Pixels:
+        """What latents look like, as the settings' previews say."""
+        mode, colours = settings.previews and settings.previews.mode, self.model.family.latents.colours
+        if mode == "proj" and colours is not None:
+            return projected(latents, colours)
+        return self._shown(latents, settings, tiny=mode == "tae")
+
     def _encoded_pictures(self, settings: Settings) -> tuple[Begin, Beside]:
         """What a request's pictures mean to the diffusion model: to begin with, and as conditions."""
-        family = self.model.family
+        family, in_tiles = self.model.family, (settings.tiling, settings.vae_tiling)
         rng = make_rng(settings.rng, settings.seed)  # the first picture's, as in stable-diffusion.cpp
         begin = Begin()
         if settings.init_image is not None:
-            latents = self._vae.encode(from_pixels(settings.init_image), rng)
+            latents = self._vae.encode(from_pixels(settings.init_image), rng, *in_tiles)
             begin = Begin(latents, latent_mask(settings.mask, self.model.pixels))
         references = {}
         for number, picture in enumerate(settings.ref_images):
             size = reference_size(picture, settings, family.latents.multiple)
-            references[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)))
-        if family.inpainting is None or not self._inpaints:
+            references[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)), None, *in_tiles)
+        if family.inpainting is None or not inpaints(self.model):
             return begin, Beside(references, references)
         mask, picture_around = hidden(settings)
         side = self.model.pixels
         nothing = np.zeros((1, self.model.latent_channels, settings.height // side, settings.width // side), f32)
-        latents = nothing if picture_around is None else self._vae.encode(picture_around, rng)
+        latents = nothing if picture_around is None else self._vae.encode(picture_around, rng, *in_tiles)
         shown, unseen = (family.inpainting.around(mask, each) for each in (latents, nothing))
         return begin, Beside({AROUND: shown, **references}, {AROUND: unseen, **references})
+
+
+def settings_of(model: Model, request: Request, video: bool = False) -> Settings:
+    """``request`` with everything filled in, for pictures or for films. Raises :class:`InvalidValue` for what the model
+    can't draw."""
+    family = model.family
+    settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video))
+    if settings.ref_images and not family.references:
+        reason = f"{family.title} draws without reference pictures"
+        raise InvalidValue("ref_images", len(settings.ref_images), reason)
+    if request.img_cfg_scale is not None and not inpaints(model):
+        reason = "the model is not shown what is around a mask (an inpainting model would be)"
+        raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
+    if settings.left_out is not None:
+        _check_layers(model, settings.left_out.layers)
+    if video and settings.vae_tiling:
+        raise InvalidValue("vae_tiling", "on", "films are decoded frame by frame, not in tiles")
+    if family.latents.films and TINY in model.components:
+        raise InvalidValue("taesd", model[TINY].found.checkpoint.path, f"there is none for {family.title}")
+    if settings.previews is not None:
+        mode = settings.previews.mode
+        if family.latents.films:
+            raise InvalidValue("preview", mode, f"there are none of {family.title}'s latents, which have frames")
+        if mode == "tae" and TINY not in model.components:
+            raise InvalidValue("preview", mode, "there is no tiny autoencoder: name its file (taesd)")
+        if mode == "proj" and family.latents.colours is None:
+            raise InvalidValue("preview", mode, f"nobody has published the colours of {family.title}'s latents")
+    return settings
+
+
+def inpaints(model: Model) -> bool:
+    """Whether the model was made for inpainting: it is shown what is around a mask."""
+    inpainting = model.family.inpainting
+    return inpainting is not None and inpainting.takes(model["diffusion"].config)
+
+
+def _check_layers(model: Model, layers: Sequence[int]) -> None:
+    if not model.family.skips_layers:
+        raise InvalidValue("slg_scale", "skip layer guidance", f"{model.family.title} has none; leave it 0")
+    last = model["diffusion"].config["num_layers"] - 1
+    if not 0 <= layers[0] <= layers[-1] <= last:
+        raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {last}")
 
 
 class _Encode:

@@ -260,18 +260,27 @@ Predict = Callable[[F32, F32, Conditions], F32]
 """A diffusion model: latents (1, c, h, w), timestep (1,), conditions of b prompts → the prediction (b, c, h, w)."""
 
 
+class Colours(NamedTuple):
+    """What latents look like without a network: of each channel red, green and blue, and what is added; -1 … 1."""
+
+    factors: tuple[tuple[float, float, float], ...]
+    bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Latents:
     """The space that a family draws in.
 
     ``scale`` and ``shift``: the diffusion model's latents are (the VAE's - shift) · scale. ``multiple``: width and
-    height in pixels are multiples of it. ``films``: whether latents have frames.
+    height in pixels are multiples of it. ``films``: whether latents have frames. ``colours``: of the diffusion model's
+    latents, where they were published.
     """
 
     scale: float
     shift: float = 0.0
     multiple: int = 64
     films: bool = False
+    colours: Colours | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..prompts import t5_chunks
+from . import colours
 from .base import Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt, joined
 from .components import flux, t5
 from .components.autoencoder import VAE
@@ -176,7 +177,7 @@ CHROMA = Family(
     (replace(t5.T5, told_as="text_encoder"), TRANSFORMER, VAE),
     recognizes,
     conditions,
-    Latents(scale=0.3611, shift=0.1159, multiple=16),
+    Latents(scale=0.3611, shift=0.1159, multiple=16, colours=colours.FLUX1),
     settings,
     (
         Joint("t5xxl", lambda c: c["t5xxl"]["d_model"], "diffusion", flux.takes("joint_attention_dim")),

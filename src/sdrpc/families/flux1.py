@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..prompts import clip_chunks, t5_chunks
+from . import colours
 from .base import (
     F32,
     Component,
@@ -188,7 +189,7 @@ FLUX1 = Family(
     (clip.CLIP_L, t5.T5, TRANSFORMER, VAE),
     recognizes,
     conditions,
-    Latents(scale=0.3611, shift=0.1159, multiple=16),
+    Latents(scale=0.3611, shift=0.1159, multiple=16, colours=colours.FLUX1),
     settings,
     (
         Joint("t5xxl", lambda c: c["t5xxl"]["d_model"], "diffusion", flux.takes("joint_attention_dim")),

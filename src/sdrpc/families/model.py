@@ -15,7 +15,8 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, InvalidValue, MissingComponent
 from ..ggml.weight import Weight
 from ..prompts import gguf_tokenizer, tokenizer_from
-from .base import Component, Config, Defaults, Family, Found, ModuleSpec, find
+from .base import Component, Config, Defaults, Family, Found, Joint, ModuleSpec, find
+from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
 from .registry import FAMILIES, STRANGERS
 
@@ -32,6 +33,7 @@ class ModelFiles:
     clip_g: Path | None = None
     t5xxl: Path | None = None
     llm: Path | None = None
+    taesd: Path | None = None
 
     def of(self, component: Component) -> Path | None:
         """The component's own file."""
@@ -149,6 +151,9 @@ def open_model(files: ModelFiles) -> Model:
         for c in family.components
         if c.name in found
     }
+    if files.taesd is not None:
+        tiny = _component(TAESD, family, files, opened)
+        components[TAESD.name] = ModelComponent(tiny, TAESD.configure(tiny, {}))
     model = Model(
         family,
         components,
@@ -230,11 +235,18 @@ def _component(component: Component, family: Family, files: ModelFiles, opened: 
     raise CheckpointError(path, f"has no {component.title}, which {family.title} needs; what it has: {what}")
 
 
+def _tiny_joint(model: Model) -> tuple[Joint, ...]:
+    """That a tiny autoencoder, if there is one, decodes the model's latents."""
+    if TAESD.name not in model.components:
+        return ()
+    return (Joint(TAESD.name, lambda c: c[TAESD.name]["latent_channels"], "vae", lambda _: model.latent_channels),)
+
+
 def _check_joints(model: Model) -> None:
     """Whether what one component gives is what the next one takes; not of those that were left out."""
     configs: dict[str, Any] = {name: component.config for name, component in model.components.items()}
     left_out = model.family.optional - model.components.keys()
-    for joint in model.family.joints:
+    for joint in (*model.family.joints, *_tiny_joint(model)):
         if left_out & {joint.one, joint.other}:
             continue
         gives, takes = joint.gives(configs), joint.takes(configs)

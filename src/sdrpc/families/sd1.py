@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..prompts import apply_weights, clip_chunks
+from . import colours
 from .base import Conditions, Defaults, Encode, Family, Found, Joint, Latents, Prompt, joined
 from .components import clip, unet
 from .components.autoencoder import VAE
@@ -50,7 +51,7 @@ SD1 = Family(
     (clip.CLIP_L, unet.unet(unet.eight_heads, 64), VAE),
     recognizes,
     conditions,
-    Latents(scale=0.18215),
+    Latents(scale=0.18215, colours=colours.SD1),
     settings,
     (
         Joint(

@@ -15,7 +15,7 @@ from ..checkpoints.expressions import split, swap_halves
 from ..errors import InvalidValue
 from ..ggml.weight import Weight
 from ..prompts import apply_weights, clip_chunks, t5_chunks
-from . import configs
+from . import colours, configs
 from .base import (
     F32,
     Component,
@@ -283,7 +283,7 @@ SD3 = Family(
     (clip.CLIP_L, clip.CLIP_G, T5, TRANSFORMER, VAE),
     recognizes,
     conditions,
-    Latents(scale=1.5305, shift=0.0609, multiple=16),
+    Latents(scale=1.5305, shift=0.0609, multiple=16, colours=colours.SD3),
     settings,
     (
         Joint("clip_l and clip_g together", _text_width, "diffusion", _taken_by_attention),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..prompts import apply_weights, clip_chunks
+from . import colours
 from .base import Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Prompt, joined
 from .components import clip, unet
 from .components.autoencoder import VAE
@@ -54,7 +55,7 @@ SDXL = Family(
     (clip.CLIP_L, clip.CLIP_G, unet.unet(unet.heads_of_64, 128), VAE),
     unet.has_size_conditions,
     conditions,
-    Latents(scale=0.13025),
+    Latents(scale=0.13025, colours=colours.SDXL),
     settings,
     (
         Joint(

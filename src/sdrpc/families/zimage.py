@@ -11,7 +11,7 @@ from ..checkpoints.expressions import split
 from ..errors import InvalidValue
 from ..ggml.weight import Weight
 from ..prompts import Template, qwen_tokenizer
-from . import configs
+from . import colours, configs
 from .base import Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt
 from .components import llm
 from .components.autoencoder import VAE
@@ -158,7 +158,7 @@ Z_IMAGE = Family(
     (QWEN3, TRANSFORMER, VAE),
     recognizes,
     conditions,
-    Latents(scale=0.3611, shift=0.1159, multiple=16),
+    Latents(scale=0.3611, shift=0.1159, multiple=16, colours=colours.FLUX1),
     settings,
     (
         Joint(llm.NAME, lambda c: c[llm.NAME]["hidden_size"], "diffusion", lambda c: c["diffusion"]["cap_feat_dim"]),
