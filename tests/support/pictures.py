@@ -55,7 +55,7 @@ FAMILIES = {
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
     "chroma": "Chroma", "z-image": "Z-Image", "flux2-klein-4b": "FLUX.2 klein", "flux2-dev": "FLUX.2 dev",
-    "wan": "Wan 2.1",
+    "wan": "Wan 2.1", "qwen-image": "Qwen-Image",
 }  # fmt: skip
 
 FORMS = {
@@ -81,6 +81,7 @@ CASES = (
     Case("flux2-klein-4b", "safetensors"), Case("flux2-klein-4b", "gguf-parts", "Q8_0"),
     Case("flux2-dev", "sharded"), Case("flux2-dev", "gguf-parts", "Q4_K"),
     *(Case("wan", form) for form in ("safetensors", "diffusers")), Case("wan", "gguf-parts", "Q8_0"),
+    *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
 NATIVE_CASES = (
@@ -161,7 +162,7 @@ def drawing(case: Case) -> Drawing:
 def _predicts(family: str) -> Prediction:
     if family == "wan":
         return prediction("sd3_flow", shift=5.0)
-    if family.startswith(("sd3", "z-image")):
+    if family.startswith(("sd3", "z-image", "qwen-image")):
         return prediction("sd3_flow")
     if family.startswith(("flux", "chroma")):
         return prediction("flux_flow", shift=_shift(family))

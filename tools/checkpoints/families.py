@@ -29,11 +29,12 @@ SD3Transformer2DModel: Any = diffusers.SD3Transformer2DModel
 ChromaTransformer2DModel: Any = diffusers.ChromaTransformer2DModel
 UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
+QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
 WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
 
 CLIP_WORDS, CLIP_LENGTH, T5_WORDS, UMT5_WORDS = 49408, 77, 32128, 256384
-QWEN_WORDS, MISTRAL_WORDS = 151936, 131072
+QWEN_WORDS, QWEN25_WORDS, MISTRAL_WORDS = 151936, 152064, 131072
 HEAD = 64
 """Width of an attention head in all text encoders, and in the UNets of SD 2.x and SDXL."""
 
@@ -409,6 +410,45 @@ def _z_image(width: int, heads: int, layers: int, refiners: int, text: int) -> C
     )
 
 
+def _qwen25(width: int, inner: int, heads: tuple[int, int], layers: int, vision: Mapping[str, int]) -> Component:
+    """Qwen2.5-VL; ``heads``: of queries, and of keys; ``vision``: sizes of the part that sees pictures."""
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": QWEN25_WORDS, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+            "max_position_embeddings": 128000, "use_sliding_window": False,
+        },
+        vision_config={"out_hidden_size": width, **vision},
+        tie_word_embeddings=vision["depth"] < 32,
+    )  # fmt: skip
+    return Component(
+        "llm",
+        "text_encoder",
+        lambda: transformers.Qwen2_5_VLForConditionalGeneration(config),
+        prefixed("text_encoders.qwen25_7b.transformer.", names.qwen25),
+        names.qwen25,
+    )
+
+
+def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, channels: int = 16) -> Component:
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: QwenImageTransformer2DModel(
+            in_channels=4 * channels,
+            out_channels=channels,
+            num_layers=blocks,
+            attention_head_dim=head,
+            num_attention_heads=heads,
+            joint_attention_dim=text,
+            axes_dims_rope=(head - 14 * head // 16, 7 * head // 16, 7 * head // 16),
+        ),
+        prefixed("model.diffusion_model.", names.unchanged),
+        names.unchanged,
+    )
+
+
 def _wan(heads: int, inner: int, blocks: int, text: int, channels: int = 16) -> Component:
     """``inner`` is the width of the feed-forward layers."""
     return Component(
@@ -752,10 +792,31 @@ FLUX2_DEV = Family(
     "flux",
 )  # fmt: skip
 
+_QWEN25_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+_TINY_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+QWEN_IMAGE = Family(
+    "qwen-image",
+    diffusers.QwenImagePipeline,
+    {
+        "full": (
+            _qwen_image(24, 60, 3584), _film_vae(96, 2), _qwen25(3584, 18944, (28, 4), 28, _QWEN25_VISION),
+        ),
+        "tiny": (
+            _qwen_image(3, 2, 128, head=32), _film_vae(8, 1, dim_mult=[1, 2, 2, 2]),
+            _qwen25(128, 96, (1, 1), 2, _TINY_VISION),
+        ),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(
+        shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+        max_image_seq_len=8192, shift_terminal=0.02,
+    ),
+    "qwen_image",
+)  # fmt: skip
+
 FAMILIES = {
     family.name: family
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
-        SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN,
+        SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE,
     )
 }  # fmt: skip

@@ -130,7 +130,7 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "chroma":
         return {"tokenizer": t5_tokenizer()}
-    if family.name == "z-image" or family.name.startswith("flux2-klein"):
+    if family.name in ("z-image", "qwen-image") or family.name.startswith("flux2-klein"):
         return {"tokenizer": qwen_tokenizer()}
     if family.name.startswith("wan"):
         return {"tokenizer": umt5_tokenizer()}
@@ -249,6 +249,10 @@ def _write_parts(_family: Family, folder: Path, components: Components, seed: in
     return files, filed
 
 
+_WITH_VISION = (("qwen-image", "llm"),)
+"""Whose language models llama.cpp writes as two files; here they stay one."""
+
+
 def _write_gguf_parts(family: Family, folder: Path, components: Components, seed: int) -> Written:
     """Kernels of UNets are stored in rows of 256. CLIP and the VAE are F16: nobody shares them in blocks. Language
     models bring their vocabulary along."""
@@ -257,7 +261,7 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
     files, filed = {}, []
     for component, kind in components.items():
         name = component.name
-        blocks = name in ("diffusion", "t5xxl", "llm")
+        blocks = name in ("diffusion", "t5xxl", "llm") and (family.name, name) not in _WITH_VISION
         files[name] = path = folder / f"{name}.{'gguf' if blocks else 'safetensors'}"
         if name == "diffusion":
             reshaped = as_rows_of_256 if component.folder == "unet" else _as_it_is
@@ -266,7 +270,7 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
         elif name == "t5xxl":
             one = Filed(component, names.llama_cpp_t5, kind, seed)
             write_gguf(path, one.planned(), "t5encoder", numbers=_t5_numbers(component))
-        elif name == "llm":
+        elif name == "llm" and blocks:
             mistral = family.name == "flux2-dev"
             one = Filed(component, names.llama_cpp_mistral if mistral else names.llama_cpp_qwen3, kind, seed)
             architecture = "llama" if mistral else "qwen3"

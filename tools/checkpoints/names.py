@@ -385,6 +385,12 @@ def wan(shapes: Shapes) -> Iterator[Entry]:
     return (Entry(_renamed(name, _WAN_RULES), (name,)) for name in shapes)
 
 
+def qwen25(shapes: Shapes) -> Iterator[Entry]:
+    """Qwen2.5-VL as its authors publish it: the class has the language model below a name of its own."""
+    for name in shapes:
+        yield Entry(name.replace("model.language_model.", "model.").replace("model.visual.", "visual."), (name,))
+
+
 _FILM_PARTS: Rules = (
     (r"\.norm1\.", ".residual.0."), (r"\.conv1\.", ".residual.2."), (r"\.norm2\.", ".residual.3."),
     (r"\.conv2\.", ".residual.6."), (r"\.conv_shortcut\.", ".shortcut."),

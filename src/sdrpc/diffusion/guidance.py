@@ -3,7 +3,7 @@ what is around a mask, and without some layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -80,7 +80,9 @@ class Guide:
         img_cfg_scale: float,
         left_out: LeftOut | None = None,
         cache: EasyCache | None = None,
+        tempered: Callable[[F32, F32], F32] | None = None,
     ) -> None:
+        self._tempered = tempered
         self._ask, self._sigmas, self._left_out, self._cache = ask, sigmas, left_out, cache
         self._cfg, self._img_cfg = f32(cfg_scale), f32(img_cfg_scale)
         self._conditions = told.by_name
@@ -102,6 +104,8 @@ class Guide:
             guided = negative + self._img_cfg * (shown - negative) + self._cfg * (positive - shown)
         elif negative is not None:
             guided = negative + self._cfg * (positive - negative)
+        if guided is not positive and self._tempered is not None:
+            guided = self._tempered(guided, positive)
         if self._left_out is not None and self._left_out.at(self._done + 1, len(self._sigmas) - 1):
             layers = list(self._left_out.layers)
             without = self._asked(x, timestep, self._conditions["positive"], skip_layers=layers)

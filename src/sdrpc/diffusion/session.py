@@ -308,7 +308,7 @@ class Session:
         cache = None if settings.cache is None else EasyCache(settings.cache, predicts)
         guide = Guide(
             self.predict, told, sigmas, cfg_scale=settings.cfg_scale, img_cfg_scale=settings.img_cfg_scale,
-            left_out=settings.left_out, cache=cache,
+            left_out=settings.left_out, cache=cache, tempered=model.family.tempered,
         )  # fmt: skip
         denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:

@@ -335,7 +335,8 @@ class Family:
     its configuration, where nothing else tells. ``optional``: names of components that may be missing. ``references``:
     whether the diffusion model can be shown pictures, as conditions called :data:`REFERENCE`. ``inpainting``: of
     families with models that are made for it. ``skips_layers``: whether the diffusion model has the option
-    ``skip_layers``, numbers of blocks that it leaves out.
+    ``skip_layers``, numbers of blocks that it leaves out. ``tempered``: what becomes of a guided prediction, from
+    it and the one with the prompt alone.
     """
 
     name: str
@@ -352,6 +353,7 @@ class Family:
     references: bool = False
     inpainting: Inpainting | None = None
     skips_layers: bool = False
+    tempered: Callable[[F32, F32], F32] | None = None
 
     @property
     def diffusion(self) -> Component:

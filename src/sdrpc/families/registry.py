@@ -5,6 +5,7 @@ from __future__ import annotations
 from .chroma import CHROMA
 from .flux1 import FLUX1
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN
+from .qwen_image import QWEN_IMAGE
 from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
@@ -12,7 +13,7 @@ from .sdxl import SDXL
 from .wan import WAN
 from .zimage import Z_IMAGE
 
-FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN)
+FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE)
 
 STRANGERS = (
     (r"\bnerf_blocks\.", "Chroma Radiance"),
@@ -20,7 +21,6 @@ STRANGERS = (
     (r"\bvace_blocks\.|\bvace_patch_embedding\.", "Wan VACE"),
     (r"\bface_adapter\.|\bmotion_encoder\.", "Wan Animate"),
     (r"\bcasual_audio_encoder\.", "Wan S2V"),
-    (r"\btransformer_blocks\.0\.img_mod\.", "Qwen-Image"),
     (r"\bcap_embedder\.", "Lumina 2"),
     (r"\btxtfusion\.|\btext_fusion\.", "Krea 2"),
     (r"\badaln_single\.", "LTX-Video or PixArt"),

@@ -34,6 +34,8 @@ picture of ours equals one of these but for rounding:
   klein; its negative prompt is "" unless its embeddings are given.
 - Z-Image: the text is Qwen3's last hidden states but one, of a user's message in Qwen3's template; the pipeline's
   ``guidance_scale`` is ``cfg`` less one, and its timesteps count backwards.
+- Qwen-Image: the text is Qwen2.5-VL's last hidden states behind its norm, without the first 34 tokens of the template.
+  Guidance does not change how long the prediction for a token is.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
   transformer gets 1000 sigma.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
@@ -58,7 +60,7 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -114,12 +116,14 @@ class Picture(NamedTuple):
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
     """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, FLUX.2, Chroma,
-    Z-Image or Wan."""
+    Z-Image, Qwen-Image or Wan."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
         latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
         decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
+    if isinstance(pipeline, QwenImagePipeline):
+        decoded = decoded[:, :, 0]  # of a film of one picture
     pixels = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
     return Picture(pixels.numpy(), latents[0].numpy())
 
@@ -445,6 +449,23 @@ def _flux2(pipeline: Any, drawing: Drawing, **guidance: Any) -> torch.Tensor:
     ).images
 
 
+def _qwen_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    packed = pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        true_cfg_scale=drawing.cfg,
+        height=drawing.height,
+        width=drawing.width,
+        latents=pipeline._pack_latents(noise, *noise.shape),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+    ).images
+    return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
+
+
 _FAMILIES = {
     "StableDiffusionPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
@@ -455,4 +476,5 @@ _FAMILIES = {
     "Flux2Pipeline": _flux2_dev,
     "ZImagePipeline": _z_image,
     "WanPipeline": _wan,
+    "QwenImagePipeline": _qwen_image,
 }
