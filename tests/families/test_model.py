@@ -227,7 +227,6 @@ def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("double_stream_modulation_img.lin.weight", r"FLUX\.2"),
         ("model.diffusion_model.nerf_blocks.0.param_generator.weight", "Chroma Radiance"),
         ("lora_unet_down_blocks_0.lora_up.weight", "LoRA"),
     ],
