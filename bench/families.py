@@ -25,6 +25,7 @@ from sdrpc.families.model import Model, ModelFiles, open_model
 from sdrpc.ggml.memory_planner import place
 from sdrpc.runtime.cache import SUFFIX, Cache
 from sdrpc.runtime.lowered import from_bytes
+from tests.support.process import ServerProcess
 
 from .capturing import Shapes, in_new_process
 from .checkpoints import checkpoint
@@ -35,6 +36,7 @@ from .proxy import CountingProxy
 from .rows import Mark, Row
 from .sampling import DTYPES, Sampled, difference, sample, step_seconds
 from .setup import PROMPT, Setup, Variant, development_cache, read
+from .step import until_compiled
 from .upload import through_socket
 
 log = Console(stderr=True, highlight=False)
@@ -170,15 +172,33 @@ def _step(case: Case) -> Iterator[Row]:
             eager.append(theirs.sample(drawn))
             if not case.setup.on_cpu:
                 graph.append(theirs.sample(drawn, graph=True))
+        rows = list(_compiled(case, drawn, server, lambda: sample(session, case.request, conditions), theirs, layout))
     apart = difference(mine[-1].latents, eager[-1].latents)
     yield Row(
         f"same work, {case.title}", 100 * apart, "%", None, "", Mark(100 * SAME_WORK, "ours"),
         "distance (relative, L2) of the latents of both sides",
     )  # fmt: skip
     yield from _steps(case, drawn, mine, {f"diffusers{layout}": eager, f"diffusers, CUDA graph{layout}": graph})
+    yield from rows
 
 
-def _steps(case: Case, drawn: Drawing, mine: list[Sampled], theirs: Mapping[str, list[Sampled]]) -> Iterator[Row]:
+def _compiled(
+    case: Case, drawn: Drawing, server: ServerProcess, draw: Callable[[], Sampled], theirs: InProcess, layout: str
+) -> Iterator[Row]:
+    """The same where the server compiles, beside diffusers' model compiled and recorded."""
+    if not case.setup.compiles(case.variant):
+        return
+    took = until_compiled(server, draw)
+    yield Row(f"compiling, {case.title}", took, "s", None, "", None, "from the first picture on, beside drawing")
+    mine = [draw() for _ in range(ROUNDS)]
+    with theirs.compiled():
+        compiled = [theirs.sample(drawn, graph=True) for _ in range(ROUNDS)]
+    yield from _steps(case, drawn, mine, {f"diffusers compiled, CUDA graph{layout}": compiled}, "compiled step")
+
+
+def _steps(
+    case: Case, drawn: Drawing, mine: list[Sampled], theirs: Mapping[str, list[Sampled]], what: str = "step"
+) -> Iterator[Row]:
     """A row for each way to run diffusers; the mark is beside the better one."""
     ours = step_seconds(*mine)
     seconds = {name: step_seconds(*runs) for name, runs in theirs.items() if runs}
@@ -188,7 +208,7 @@ def _steps(case: Case, drawn: Drawing, mine: list[Sampled], theirs: Mapping[str,
     batch = len(drawn.conditions)
     for name, their in seconds.items():
         yield Row(
-            f"step, {case.title}", ours * 1e3, "ms", their * 1e3, name,
+            f"{what}, {case.title}", ours * 1e3, "ms", their * 1e3, name,
             case.mark(Mark(STEP_RATIO)) if their == best else None,
             f"{drawn.settings.width}×{drawn.settings.height}, {drawn.settings.steps} steps, batch of {batch}; "
             f"{1 / ours:.2f} against {1 / their:.2f} steps/s{dequantized}",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -104,6 +105,16 @@ class InProcess:
         best = min(seconds, key=lambda name: seconds[name])
         self.module.to(memory_format=layouts[best])
         return best
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """The model as Inductor makes it, for shapes that stay."""
+        plain = self.module
+        self.module = torch.compile(plain, dynamic=False)
+        try:
+            yield
+        finally:
+            self.module = plain
 
     @torch.inference_mode()
     def sample(self, drawn: Drawing, *, graph: bool = False) -> Sampled:

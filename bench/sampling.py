@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from statistics import median
 from typing import Any, NamedTuple
@@ -72,6 +73,16 @@ class InProcess:
             weights[name] = stored.reshape(weight.shape).to(device, dtype)
         self.unet.load_state_dict(weights, assign=True)
         self.unet.eval()
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """The model as Inductor makes it, for shapes that stay."""
+        plain = self.unet
+        self.unet = torch.compile(plain, dynamic=False)
+        try:
+            yield
+        finally:
+            self.unet = plain
 
     @torch.inference_mode()
     def sample(self, request: Settings, context: F32, *, graph: bool = False) -> Sampled:

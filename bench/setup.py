@@ -67,6 +67,10 @@ class Setup:
     def on_cpu(self) -> bool:
         return self.device == "CPU"
 
+    def compiles(self, variant: Variant) -> bool:
+        """Whether a server compiles programs that repeat."""
+        return not self.on_cpu and variant.precision == "fast"
+
     @property
     def torch_device(self) -> torch.device:
         return torch.device(self.device.lower().replace("cuda", "cuda:"))
@@ -99,7 +103,7 @@ class Setup:
     @contextmanager
     def server(self, variant: Variant, *options: str) -> Iterator[ServerProcess]:
         """An rpc-server process on the device, with all of torch's threads and further ``options``."""
-        usual = ("--threads", "0", "--device", self.device, "--precision", variant.precision)
+        usual = ("--verbose", "--threads", "0", "--device", self.device, "--precision", variant.precision)
         with ServerProcess(*usual, *options) as server:
             yield server
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
+from tests.support.process import ServerProcess
+
 from .rows import Mark, Row
-from .sampling import DTYPES, InProcess, difference, sample, step_seconds
+from .sampling import DTYPES, InProcess, Sampled, difference, sample, step_seconds
 from .setup import Setup, Variant
 
 ROUNDS = 2
 """Each side draws as often, in turn: what else the machine does then hits both."""
+
+COMPILED = 1 / 0.95
+COMPILE_SECONDS = 900.0
 
 SAME_WORK = 0.15
 """How far (relative, L2) the latents of both sides may be from each other: rounding in narrow types takes a few per
@@ -41,9 +47,41 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
             raise SystemExit(f"step, {variant}: the two sides draw different pictures ({apart:.0%} apart)")
         note = f"{settings.width}×{settings.height}, batch of 2; latents {apart:.2%} apart"
         yield _row(f"step, {variant}", step_seconds(*mine), step_seconds(*eager), "diffusers", note)
-        if theirs.device.type == "cuda":
+        if not setup.on_cpu:
             graphs = [theirs.sample(settings, text, graph=True) for _ in range(ROUNDS)]
             yield _row(f"step, {variant}", step_seconds(*mine), step_seconds(*graphs), "diffusers, CUDA graph", note)
+
+        if setup.compiles(variant):
+
+            def draw() -> Sampled:
+                return sample(session, request, conditions)
+
+            took = until_compiled(server, draw)
+            yield Row(f"compiling, {variant}", took, "s", None, "", None, "from the first picture on, beside drawing")
+            mine = [draw() for _ in range(ROUNDS)]
+            with theirs.compiled():
+                graphs = [theirs.sample(settings, text, graph=True) for _ in range(ROUNDS)]
+            apart = difference(mine[-1].latents, graphs[-1].latents)
+            note = f"{settings.width}×{settings.height}, batch of 2; latents {apart:.2%} apart"
+            against = "diffusers compiled, CUDA graph"
+            yield _row(f"compiled step, {variant}", step_seconds(*mine), step_seconds(*graphs), against, note, COMPILED)
+    if setup.compiles(variant):
+        start = time.perf_counter()
+        with setup.server(variant) as server, setup.session(variant, server.port) as session:
+            until_compiled(server, lambda: sample(session, request, conditions))
+            took = time.perf_counter() - start
+        note = "server's process start to the first compiled run, compiled before; upload and the first picture in it"
+        yield Row(f"full speed after a restart, {variant}", took, "s", None, "", Mark(10.0, "ours"), note)
+
+
+def until_compiled(server: ServerProcess, draw: Callable[[], object]) -> float:
+    """Let ``draw`` go on until the server's program runs compiled; how many seconds that took."""
+    start = time.perf_counter()
+    while "runs compiled" not in server.output:
+        if "is not compiled" in server.output or time.perf_counter() > start + COMPILE_SECONDS:
+            raise SystemExit(f"the diffusion model was not compiled:\n{server.output}")
+        draw()
+    return time.perf_counter() - start
 
 
 def _dtype(variant: Variant) -> torch.dtype:
@@ -51,6 +89,6 @@ def _dtype(variant: Variant) -> torch.dtype:
     return torch.float32 if variant.precision == "exact" else DTYPES[variant.type]
 
 
-def _row(what: str, ours: float, theirs: float, against: str, note: str) -> Row:
+def _row(what: str, ours: float, theirs: float, against: str, note: str, most: float = 1.10) -> Row:
     rates = f"{1 / ours:.2f} against {1 / theirs:.2f} steps/s; {note}"
-    return Row(what, ours * 1e3, "ms", theirs * 1e3, against, Mark(1.10), rates)
+    return Row(what, ours * 1e3, "ms", theirs * 1e3, against, Mark(most), rates)

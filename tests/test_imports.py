@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "targets": {"device", "errors", "ggml"},
     "key": {"errors"},
     "wire": {"errors", "text", "key", "ggml", "device"},
-    "engine": {"errors", "ggml", "device", "targets"},
+    "engine": {"errors", "storage", "ggml", "device", "targets"},
     "client": {"errors", "key", "text", "storage", "ggml", "device", "content", "targets", "wire"},
     "server": {"errors", "key", "text", "storage", "ggml", "device", "content", "targets", "wire"},
     "checkpoints": {"errors", "ggml"},

@@ -78,6 +78,7 @@ def rpc_server(**chosen: Any) -> int:
         chosen["threads"] or None,
         compute_limit=limits.compute_seconds,
         dequant_cache=chosen["dequant_cache"],
+        compile=chosen["compile"],
     )
     if chosen["list_devices"]:
         print(*map(described, found), sep="\n")

@@ -34,6 +34,9 @@ OPTIONS = (
            "made for it."),
     Option(DEVICES, "--dequant-cache", type=Size(), metavar="SIZE", shown="256M; a quarter of an accelerator",
            help="Memory of each device for weights in the form that they are computed in."),
+    Option(DEVICES, "--compile", type=OneOf("auto", "off"), default="auto", metavar="auto|off",
+           help="auto: programs that repeat are compiled in the background, on GPUs in fast precision; code is kept "
+           "for the next start."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print this machine's devices and exit."),
 
     Option(TRUST, "--allow-from", type=Networks(), metavar="NETWORK,...", default=(),

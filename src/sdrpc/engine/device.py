@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import traceback
 import weakref
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 
+from .compilation import Compiler, Faster, Origin, missing
 from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
@@ -31,6 +33,8 @@ from .replay import Pool, Replay
 from .system import host_memory, return_freed_memory, shared_resident
 from .weights import Weights
 from .worker import Worker
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 8
 """Runs of programs after which converted weights that none of them used make room for others. Programs that take turns
@@ -64,7 +68,7 @@ class LocalDevice(ServedDevice):
     """A device of torch. Safe to share between threads: one worker computes for all of them, in turn.
 
     ``compute_limit``: seconds that one run may take (None: no limit). ``dequant_cache``: bytes of weights that are kept
-    in the dtype that they are computed in.
+    in the dtype that they are computed in. ``compiler``: of programs that repeat, in *fast* precision.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class LocalDevice(ServedDevice):
         threads: int | None = None,
         compute_limit: float | None = None,
         dequant_cache: int = CPU_CACHE,
+        compiler: Compiler | None = None,
     ) -> None:
         self.name, self.torch_device, self.precision = name, torch_device, precision
         self.description = description or name
@@ -91,6 +96,8 @@ class LocalDevice(ServedDevice):
         self._runs: set[Deadline] = set()
         self._stopped = ""
         self._pool = Pool() if torch_device.type == "cuda" else None
+        self._compiler = compiler if precision.narrow is not None else None
+        self._threads = threads
         self._lock = RLock()
         self._worker = Worker(f"sdrpc-{name}", partial(_start, torch_device, threads))
 
@@ -246,10 +253,17 @@ class LocalDevice(ServedDevice):
             with translated(self.name, "binding a graph"):
                 steps = Bound(compiled, used, self._weights, self.torch_device)
             self._promise(steps, sum(compiled.scratch.values()))
-            bound = steps if self._pool is None else Replay(steps, self._pool)
+            bound = self._repeating(steps, Origin(graph, self.precision, sizes, {key: n for n, key in keys.items()}))
             with self._lock:
                 self._bound[known] = bound
         return LocalProgram(self, bound)
+
+    def _repeating(self, bound: Bound, origin: Origin) -> Bound | Replay:
+        """``bound`` as it is run: recorded or compiled when it repeats, where this device does that."""
+        faster = None
+        if self._compiler is not None:
+            faster = Faster(bound, origin, self._compiler, self._threads or torch.get_num_threads())
+        return bound if self._pool is None and faster is None else Replay(bound, self._pool, faster)
 
     def _promise(self, bound: Bound, scratch: int) -> None:
         """Count the scratch memory of ``bound`` for as long as it lives."""
@@ -371,13 +385,16 @@ def devices(
     *,
     compute_limit: float | None = None,
     dequant_cache: int | None = None,
+    compile: str = "auto",
 ) -> list[LocalDevice]:
     """Every accelerator that torch finds, then the CPU.
 
     ``precision``: exact, fast, ggml, or auto: fast where the hardware has narrow arithmetic. ``threads``: of the
     CPU (default: torch's). ``dequant_cache``: bytes per device (default: 256 MiB, or a quarter of an
-    accelerator's memory). Raises :class:`sdrpc.errors.UsageError` for another precision.
+    accelerator's memory). ``compile``: of programs that repeat in *fast* precision; auto: on GPUs, where there is a
+    compiler; off. Raises :class:`sdrpc.errors.UsageError` for another precision.
     """
+    compiler = Compiler() if compile == "auto" else None
     return [
         LocalDevice(
             name,
@@ -387,6 +404,17 @@ def devices(
             threads=threads if device.type == "cpu" else None,
             compute_limit=compute_limit,
             dequant_cache=default_cache(device) if dequant_cache is None else dequant_cache,
+            compiler=compiler if _compiles(device) else None,
         )
         for name, device, description in found()
     ]
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether programs are compiled on ``device`` unless somebody says otherwise; what is missing for that is logged.
+    A CPU gains little by it (bench/README.md)."""
+    if device.type != "cuda":
+        return False
+    if lacking := missing(device):
+        log.warning("%s: programs are not compiled, which would make them faster: %s", device, lacking)
+    return not lacking

@@ -79,15 +79,17 @@ class Bound:
     ) -> None:
         self.buffers = tuple(buffers)
         self.compiled = compiled
-        self._weights, self._device = weights, device
+        self._weights, self.device = weights, device
         memory: dict[int, Tensor] = {i: buffer.data for i, buffer in enumerate(buffers)}
         for number, size in compiled.scratch.items():
             memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._memory = memory
         self._dropped = 0
-        self._converted: list[Weight] = []
-        self._fixed: list[Tensor | None] = []
-        self._steps: list[Step] = []
+        self.weights: dict[int, Weight] = {}
+        """Converted weights by the register that they go to."""
+        self.fixed: list[Tensor | None] = []
+        """The registers before a run: views of the buffers."""
+        self.program: list[Step] = []
         self._build()
         self._stores = sorted({(p.memory, p.offset, p.end) for v in compiled.roots for p in [v.store or v.place] if p})
 
@@ -102,52 +104,53 @@ class Bound:
         for i, value in enumerate(values):
             if value.op is EngineOp.LEAF:
                 assert value.place is not None  # noqa: S101
-                self._fixed.append(typed(self._memory[value.place.memory], value.place))
+                self.fixed.append(typed(self._memory[value.place.memory], value.place))
                 continue
-            self._fixed.append(None)
+            self.fixed.append(None)
             store = None if value.store is None else typed(self._memory[value.store.memory], value.store)
-            self._steps.append(Step(
-                self._function(value), tuple(len(values) if s is None else number[s] for s in _trimmed(value.src)), i,
-                value.dtype, store, tuple(dying.get(i, ())), value.node,
-            ))  # fmt: skip
-        self._fixed.append(None)  # what a missing operand reads
+            args = tuple(len(values) if s is None else number[s] for s in _trimmed(value.src))
+            self.program.append(
+                Step(self._function(value, i), args, i, value.dtype, store, tuple(dying.get(i, ())), value.node)
+            )
+        self.fixed.append(None)  # what a missing operand reads
 
-    def _function(self, value: Value) -> Callable[..., Tensor]:
+    def _function(self, value: Value, register: int) -> Callable[..., Tensor]:
         if value.op in (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT):
-            return self._weight(value)
+            return self._weight(value, register)
         kernel = KERNELS[value.op]
         if kernel.takes_device:
-            run: Callable[..., Tensor] = partial(kernel.function, value, self._device)
+            run: Callable[..., Tensor] = partial(kernel.function, value, self.device)
         else:
-            run = stoppable(kernel.function, value, self._device)
+            run = stoppable(kernel.function, value, self.device)
         if value.type.plain or moves_blocks(value) or kernel.in_place:
             return run
         return lambda *operands: quantize(run(*operands), value.type)
 
-    def _weight(self, value: Value) -> Callable[[Tensor], Tensor]:
+    def _weight(self, value: Value, register: int) -> Callable[[Tensor], Tensor]:
         place, wanted = value.place, cast(WeightFormat, value.params)
         assert place is not None  # noqa: S101
         if place.memory < 0:
             return partial(convert, type=value.type, ne=value.ne, format=wanted)
         source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, wanted)
-        self._converted.append(Weight(self._weights, source, value.op is EngineOp.OPPORTUNISTIC_WEIGHT))
-        return self._converted[-1]
+        made = self.weights[register] = Weight(self._weights, source, value.op is EngineOp.OPPORTUNISTIC_WEIGHT)
+        return made
 
-    def refresh(self) -> bool:
-        """Whether converted weights that the last run used are gone, since their bytes were written."""
+    def begin(self) -> bool:
+        """Another run begins. Whether converted weights that the last one used are gone, since their bytes were
+        written."""
+        self._weights.begin()
         if self._weights.dropped == self._dropped:
             return False
         self._dropped = self._weights.dropped
-        changed = [each for each in self._converted if each.has_become_an_input()]
+        changed = [each for each in self.weights.values() if each.has_become_an_input()]
         return bool(changed)
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self.program)
 
     def run(self, deadline: Deadline) -> None:
         """Run the program."""
-        self._weights.begin()
-        self.refresh()
+        self.begin()
         self.steps(deadline)
 
     def steps(self, deadline: Deadline | None = None) -> None:
@@ -159,12 +162,12 @@ class Bound:
 
     def record(self) -> None:
         """Run all steps for a recording: nothing happens now, so nothing that comes out of it may be kept."""
-        for each in self._converted:
+        for each in self.weights.values():
             each.may_keep = False
         try:
             self._steps_in_order(None)
         finally:
-            for each in self._converted:
+            for each in self.weights.values():
                 each.may_keep = True
 
     def stored(self) -> None:
@@ -174,8 +177,8 @@ class Bound:
                 self._weights.drop(self.buffers[memory].key, start, end)
 
     def _steps_in_order(self, deadline: Deadline | None) -> None:
-        registers = list(self._fixed)
-        for run, args, out, dtype, store, free, node in self._steps:
+        registers = list(self.fixed)
+        for run, args, out, dtype, store, free, node in self.program:
             operands = [registers[i] for i in args]
             if deadline is not None:
                 deadline.node = node
@@ -186,7 +189,7 @@ class Bound:
                 if store is not None:
                     store.copy_(result)
             except Exception as error:
-                with translated(str(self._device), node):
+                with translated(str(self.device), node):
                     raise error
             registers[out] = result
             for i in free:

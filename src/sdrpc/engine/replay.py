@@ -1,8 +1,11 @@
-"""Programs recorded once and replayed: CUDA graphs.
+"""How a bound program that repeats runs: compiled where that is possible, and recorded as a CUDA graph on CUDA.
 
 A program reads its inputs from buffers and writes its outputs to buffers, whose addresses stay: so the launches of one
 run are those of the next one, and the second run of a program is recorded. Converted weights are baked into a recording
 by address; where one has been dropped since (its bytes were written), the recording is made anew.
+
+Compiled code comes when it is ready, between two runs. The run in which it comes is computed in both ways; where the
+results agree, the code takes over, and is recorded in its turn.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .compilation import CompiledProgram, Faster
 from .deadline import Deadline
 from .program import Bound, Compiled
 
@@ -41,10 +45,12 @@ class Pool:
 
 
 class Replay:
-    """Runs of one bound program on a CUDA (or ROCm) device."""
+    """Runs of one bound program. ``pool``: for recordings, on a CUDA (or ROCm) device. ``faster``: where it may be
+    compiled."""
 
-    def __init__(self, bound: Bound, pool: Pool) -> None:
-        self.bound, self._pool = bound, pool
+    def __init__(self, bound: Bound, pool: Pool | None, faster: Faster | None = None) -> None:
+        self.bound, self._pool, self._faster = bound, pool, faster
+        self._body: Bound | CompiledProgram = bound
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._attempts = 0
@@ -54,25 +60,34 @@ class Replay:
         return self.bound.compiled
 
     def run(self, deadline: Deadline) -> None:
-        if self.bound.refresh() and self._graph is not None:
+        if self.bound.begin():
             self._graph = None
-        if self._graph is None and self._warm and self._attempts < ATTEMPTS:
-            self._record()
+            if self._body is not self.bound:  # it holds weights that are gone
+                self._body, self._warm = self.bound, False
+        found = None if self._faster is None else self._faster.found()
+        if self._faster is not None and found is not None and self._faster.tried(found, lambda: self._run(deadline)):
+            self._body, self._graph, self._attempts = found, None, 0
+        elif found is None:
+            self._run(deadline)
+
+    def _run(self, deadline: Deadline) -> None:
+        if self._pool is not None and self._graph is None and self._warm and self._attempts < ATTEMPTS:
+            self._record(self._pool)
         if self._graph is not None:
             self._graph.replay()
             self.bound.stored()
         else:
-            self.bound.steps(deadline)
+            self._body.steps(deadline)
             self._warm = True
 
-    def _record(self) -> None:
+    def _record(self, pool: Pool) -> None:
         self._attempts += 1
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
             # other threads may allocate and copy meanwhile; that must not break this recording
-            with torch.cuda.graph(graph, pool=self._pool.handle(), capture_error_mode="thread_local"):
-                self.bound.record()
+            with torch.cuda.graph(graph, pool=pool.handle(), capture_error_mode="thread_local"):
+                self._body.record()
         except Exception as error:
             # a kernel that waits for the host can't be recorded; the same program runs step by step
             log.warning("a graph of %d steps is not recorded: %s", len(self.bound), str(error).split("\n")[0])

@@ -173,12 +173,30 @@ class Weight:
             kept.used = self._weights.runs
             return tensor
         if self._may_be_kept():
-            tensor = self._converted(raw, self._source.format)
+            tensor = self.whole(raw)
             self._kept = self._weights.keep(self._source, tensor)
             return tensor
+        return self.alone(raw)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """What is kept of it; None when each run converts it, or takes it as it is."""
+        return None if self._kept is None else self._kept.tensor
+
+    def touch(self) -> None:
+        """Note that this run uses what is kept."""
+        if self._kept is not None:
+            self._kept.used = self._weights.runs
+
+    def alone(self, raw: Tensor) -> Tensor:
+        """What a run gets of ``raw`` while nothing is kept."""
         if self._opportunistic:
             return raw
         return self._converted(raw, self._source.format._replace(channels_last=False))  # not worth it for a single use
+
+    def whole(self, raw: Tensor) -> Tensor:
+        """What would be kept of ``raw``."""
+        return self._converted(raw, self._source.format)
 
     def has_become_an_input(self) -> bool:
         """Whether the bytes of what the last run used were written since."""

@@ -1,0 +1,226 @@
+"""Who compiles: a thread that starts one process after the other, and the folder in which their code is kept."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from hashlib import blake2b
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from sdrpc.errors import ComputeError
+from sdrpc.storage import cache_folder, mark_used, read_own, shrink, write_whole
+
+from .job import Job, encode
+
+log = logging.getLogger(__name__)
+
+Function = Callable[..., Sequence[Tensor]]
+
+SUFFIX = ".compiled"
+MAGIC = b"sdrpc compiled 1\n"
+DIGEST_BYTES = 32
+BUDGET = 2 << 30
+"""Bytes that compiled programs may take on disk; those used longest ago go first."""
+SECONDS = 1800.0
+"""How long one program may take: ten times what the largest takes on a slow machine."""
+WAITING = 16
+"""Programs that wait to be compiled; further ones are not compiled, so that nobody can make us work for days."""
+LOADED = 32
+"""Programs that are kept loaded for clients that come with the same graph."""
+
+
+def missing(device: torch.device) -> str:
+    """What a compiler for ``device`` lacks here; empty when it is there."""
+    try:
+        from torch._inductor import standalone_compile  # type: ignore[attr-defined,unused-ignore]  # noqa: F401
+    except ImportError:
+        return "it needs torch 2.8 or newer"
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton does not support this GPU"
+        return ""
+    if device.type != "cpu":
+        return f"there is none for {device.type}"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return "there is no C++ compiler"
+    return ""
+
+
+class Compiler:
+    """Compiles programs, one at a time, for all devices of this process. Any thread may ask. ``folder``: where code is
+    kept for the next start, by default in the user's cache. Close it when done."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = cache_folder("compiled") if folder is None else folder
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Future[Function], Job]] = deque()
+        self._loaded: OrderedDict[str, Function] = OrderedDict()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def ask(self, job: Job) -> Future[Function]:
+        """The compiled program, later; :class:`ComputeError` says why there is none. Cancel it when it is not wanted
+        any more."""
+        future: Future[Function] = Future()
+        with self._changed:
+            if self._closed or len(self._waiting) >= WAITING:
+                future.set_exception(ComputeError("too many programs wait to be compiled"))
+                return future
+            self._waiting.append((future, job))
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="sdrpc-compiler", daemon=True)
+                self._thread.start()
+        return future
+
+    def close(self) -> None:
+        """End what is being compiled."""
+        with self._changed:
+            self._closed = True
+            for future, _ in self._waiting:
+                future.cancel()
+            self._waiting.clear()
+            self._changed.notify()
+            if self._process is not None:
+                self._process.kill()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                future, job = self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._made(job))
+                except Exception as error:
+                    future.set_exception(error)
+            del future, job
+
+    def _made(self, job: Job) -> Function:
+        """The program, loaded, from the disk, or compiled."""
+        key = job.key
+        if key in self._loaded:
+            self._loaded.move_to_end(key)
+            return self._loaded[key]
+        path = self.folder / (key + SUFFIX)
+        code = self._kept(path)
+        if code is None:
+            code = self._compiled(job)
+            self._keep(path, code)
+        self._loaded[key] = function = loaded(code)
+        while len(self._loaded) > LOADED:
+            self._loaded.popitem(last=False)
+        return function
+
+    def _kept(self, path: Path) -> bytes | None:
+        """The code in ``path``; None when there is none or it is damaged."""
+        data = read_own(path, BUDGET)
+        if data is None:
+            return None
+        start = len(MAGIC) + DIGEST_BYTES
+        code = data[start:]
+        if data[:start] != MAGIC + blake2b(code, digest_size=DIGEST_BYTES).digest():
+            return None
+        mark_used(path)
+        return code
+
+    def _keep(self, path: Path, code: bytes) -> None:
+        try:
+            write_whole(path, MAGIC + blake2b(code, digest_size=DIGEST_BYTES).digest() + code)
+            shrink(self.folder, SUFFIX, BUDGET)
+        except OSError as error:
+            log.warning("%s: compiled programs are not kept: %s", self.folder, error.strerror)
+
+    def _compiled(self, job: Job) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="sdrpc-compile-") as work:
+            result, said = Path(work) / "result", Path(work) / "said"
+            with said.open("wb") as errors:
+                process = self._start(work, job.threads, errors)
+                try:
+                    code = _told(process, encode(job, result))
+                finally:
+                    process.kill()
+                    process.wait()
+                    with self._changed:
+                        self._process = None
+            if code or not result.is_file():
+                raise ComputeError(f"compiling failed: {_last_line(said)}")
+            return result.read_bytes()
+
+    def _start(self, work: str, threads: int, errors: BinaryIO) -> subprocess.Popen[bytes]:
+        """The compiling process. It runs in its own empty folder, in which no module can stand before ours."""
+        paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(work) / "inductor"),
+            "TRITON_CACHE_DIR": str(Path(work) / "triton"),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+        }
+        with self._changed:
+            if self._closed:
+                raise ComputeError("the device is closed")
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", __package__], cwd=work, env=environment, stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=errors,
+            )  # fmt: skip
+            return self._process
+
+
+def _told(process: subprocess.Popen[bytes], job: bytes) -> int:
+    """Give ``job`` to ``process`` and wait for its end: the exit status. Its input stays open: that says that somebody
+    waits."""
+    assert process.stdin is not None  # noqa: S101
+    with process.stdin:
+        try:
+            process.stdin.write(job)
+            process.stdin.flush()
+        except OSError:  # it died before it had read all; its status tells
+            pass
+        try:
+            return process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise ComputeError(f"compiling took longer than {SECONDS:.0f} seconds") from None
+
+
+def _last_line(said: Path) -> str:
+    lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "the process said nothing"
+
+
+def loaded(code: bytes) -> Function:
+    """The function in ``code``, which a compiling process of ours has made."""
+    from torch._inductor import CompiledArtifact  # type: ignore[attr-defined,unused-ignore]
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+    folder = tempfile.mkdtemp(prefix="sdrpc-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "code"
+    path.write_bytes(code)
+    with temporary_cache_dir(folder):
+        function: Function = CompiledArtifact.load(path=str(path), format="binary")
+    path.unlink()
+    return function

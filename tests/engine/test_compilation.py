@@ -1,0 +1,269 @@
+"""Programs that repeat: as pure functions, compiled in another process, and how compiled code takes over."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.compilation import CompiledProgram, Compiler, Origin, missing
+from sdrpc.engine.compilation import compiler as compiling
+from sdrpc.engine.compilation.faster import REPEATS
+from sdrpc.engine.compilation.job import Job, encode, read
+from sdrpc.engine.compilation.pure import is_pure, pure
+from sdrpc.engine.precision import EXACT, Precision
+from sdrpc.engine.program import Bound
+from sdrpc.engine.replay import Replay
+from sdrpc.errors import ComputeError
+from sdrpc.ggml import build as b
+from sdrpc.ggml.params import Unary
+from sdrpc.ggml.tensor import Graph
+from sdrpc.ggml.tensor import Tensor as Node
+from sdrpc.ggml.types import F16, F32
+from tests.engine.compare import at
+
+CPU = torch.device("cpu")
+FAST = Precision("fast", torch.bfloat16)
+N = 32
+SECONDS = 800.0
+"""Compiling takes 40 seconds of a processor, most of them to import the compiler."""
+INPUT, WEIGHT, OUT, BETWEEN = 0, 4096, 8192, 12288
+
+
+def silu(x: Node) -> Node:
+    return b.node("UNARY", x, params=Unary("SILU"))
+
+
+def product(key: int) -> Graph:
+    """silu(w · x) to OUT, with w in F16."""
+    weight, x = b.leaf(F16, N, N, buffer=key, offset=WEIGHT), b.leaf(F32, N, 4, buffer=key, offset=INPUT)
+    between = b.mul_mat(weight, x)
+    return Graph((between, at(silu(between), key, OUT)))
+
+
+class Program:
+    """:func:`product` on a device with ``compiler``, run with other inputs each time."""
+
+    def __init__(self, compiler: object, precision: Precision = FAST) -> None:
+        self.device = LocalDevice("CPU", CPU, precision, threads=1, compiler=compiler)  # type: ignore[arg-type]
+        self.buffer = self.device.allocate(16384)
+        self.rng = np.random.default_rng(0)
+        self.weigh()
+        self.program = self.device.compile(product(self.buffer.key), {self.buffer.key: self.buffer})
+
+    def weigh(self) -> None:
+        self.w = self.rng.standard_normal((N, N)).astype("<f2")
+        self.device.write(self.buffer, WEIGHT, self.w.tobytes())
+
+    def __call__(self) -> None:
+        """Run it, and hold the result against numpy."""
+        x = self.rng.standard_normal((4, N)).astype("<f4")
+        self.device.write(self.buffer, INPUT, x.tobytes())
+        self.program.run()
+        found = np.frombuffer(bytes(self.device.read(self.buffer, OUT, 4 * 4 * N)), "<f4").reshape(4, N)
+        y = x.astype(np.float64) @ self.w.astype(np.float64).T
+        wanted = y / (1 + np.exp(-y))
+        assert np.linalg.norm(found - wanted) <= 2e-2 * np.linalg.norm(wanted)
+
+    @property
+    def runs_compiled(self) -> bool:
+        bound = self.program.bound
+        return isinstance(bound, Replay) and isinstance(bound._body, CompiledProgram)
+
+
+class Told:
+    """Stands for the compiler: ``answer`` makes the function, or the failure, of the job."""
+
+    def __init__(self, answer: Callable[[Job], Callable[..., Sequence[Tensor]]]) -> None:
+        self.jobs: list[Job] = []
+        self._answer = answer
+
+    def ask(self, job: Job) -> Future[Callable[..., Sequence[Tensor]]]:
+        self.jobs.append(job)
+        future: Future[Callable[..., Sequence[Tensor]]] = Future()
+        try:
+            future.set_result(self._answer(job))
+        except ComputeError as error:
+            future.set_exception(error)
+        return future
+
+
+def right(_: Job) -> Callable[..., Sequence[Tensor]]:
+    return lambda *inputs: [torch.nn.functional.silu(inputs[0].float() @ inputs[1].float().mT)]
+
+
+def test_a_program_as_a_pure_function() -> None:
+    program = Program(None)
+    program()
+    program()
+    bound = program.program.bound
+    assert isinstance(bound, Bound)
+    assert is_pure(bound.compiled.roots)
+    kept = {i: tensor for i, weight in bound.weights.items() if (tensor := weight.kept) is not None}
+    assert [(tensor.dtype, tensor.shape[-2:]) for tensor in kept.values()] == [(torch.bfloat16, (N, N))]
+    for given in (kept, {}):
+        function, inputs, stores = pure(bound, given)
+        assert (torch.bfloat16 in {each.dtype for each in inputs}) == bool(given)
+        (result,), (store,) = function(*inputs), stores
+        assert result.dtype is store.dtype is torch.float32
+        torch.testing.assert_close(result, store)
+    program.device.close()
+
+
+def in_place(key: int) -> list[Node]:
+    """x → x + x where x is, then what is there doubled."""
+    x = b.leaf(F32, N, buffer=key, offset=INPUT)
+    return [at(b.node("ADD", x, x), key, INPUT)]
+
+
+def read_after_two_wrote(key: int) -> list[Node]:
+    """Two nodes write the halves of what a third reads."""
+    x = b.leaf(F32, N, buffer=key, offset=INPUT)
+    halves = [at(b.node("ADD", x, x), key, BETWEEN + 4 * N * i) for i in range(2)]
+    whole = b.leaf(F32, 2 * N, buffer=key, offset=BETWEEN)
+    return [*halves, at(silu(whole), key, OUT)]
+
+
+@pytest.mark.parametrize(("nodes", "expected"), [(in_place, True), (read_after_two_wrote, False)])
+def test_what_reads_its_own_writing_is_no_pure_function(nodes: Callable[[int], list[Node]], expected: bool) -> None:
+    device = LocalDevice("CPU", CPU, EXACT, threads=1)
+    buffer = device.allocate(16384)
+    bound = device.compile(Graph(tuple(nodes(buffer.key))), {buffer.key: buffer}).bound
+    assert is_pure(bound.compiled.roots) is expected
+    device.close()
+
+
+def test_compiled_code_takes_over_when_it_agrees() -> None:
+    compiler = Told(right)
+    program = Program(compiler)
+    for _ in range(REPEATS):
+        program()
+    assert not compiler.jobs, "so far it might be a text encoder's"
+    program()
+    program()
+    assert program.runs_compiled
+    program()
+    assert len(compiler.jobs) == 1
+    assert compiler.jobs[0].kept == (False, True), "x is written before each run"
+    program.weigh()
+    program()
+    assert not program.runs_compiled, "the compiled program holds the weight as it was"
+    program()
+    program.device.close()
+
+
+def wrong(_: Job) -> Callable[..., Sequence[Tensor]]:
+    return lambda *inputs: [right(_)(*inputs)[0] * 1.2]
+
+
+def no_number(_: Job) -> Callable[..., Sequence[Tensor]]:
+    return lambda *inputs: [right(_)(*inputs)[0] * float("nan")]
+
+
+def raising(_: Job) -> Callable[..., Sequence[Tensor]]:
+    def function(*_: Tensor) -> Sequence[Tensor]:
+        raise RuntimeError("no kernel image\nis available")
+
+    return function
+
+
+def failing(_: Job) -> Callable[..., Sequence[Tensor]]:
+    raise ComputeError("compiling failed: no compiler")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (wrong, "gives other numbers"),
+        (no_number, "gives other numbers"),
+        (raising, "does not run: no kernel image"),
+        (failing, "is not compiled: compiling failed: no compiler"),
+    ],
+)
+def test_what_is_of_no_use_is_said_once(
+    answer: Callable[[Job], Callable[..., Sequence[Tensor]]], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = Program(Told(answer))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(REPEATS + 4):
+            program()
+    assert not program.runs_compiled
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+    program.device.close()
+
+
+def test_exact_stays_what_it_is() -> None:
+    compiler = Told(right)
+    program = Program(compiler, EXACT)
+    for _ in range(REPEATS + 4):
+        program()
+    assert not compiler.jobs
+    program.device.close()
+
+
+def job(precision: Precision = FAST, kept: bool = True) -> Job:
+    return Job(Origin(product(7), precision, {7: 16384}, {7: 0}), CPU, (False, kept), 1)
+
+
+def test_a_job_as_bytes() -> None:
+    made, result = read(io.BytesIO(encode(job(), Path("there"))))
+    assert result == Path("there")
+    assert made.key == job().key
+    assert made.origin.precision == FAST
+    others = {job(kept=False).key, job(Precision("fast", torch.float16)).key, job()._replace(threads=2).key}
+    assert len(others | {made.key}) == 4
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's about itself
+def test_a_real_compiler_and_what_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking := missing(CPU):
+        pytest.skip(lacking)
+    compiler = Compiler(tmp_path)
+    program = Program(compiler)
+    for _ in range(REPEATS + 1):
+        program()
+    replay = program.program.bound
+    assert isinstance(replay, Replay)
+    assert replay._faster is not None
+    asked = replay._faster._asked
+    assert asked is not None
+    asked.result(SECONDS)
+    program()
+    assert program.runs_compiled
+    program()
+    program.device.close()
+    compiler.close()
+
+    monkeypatch.setattr(compiling.Compiler, "_compiled", lambda _, job: failing(job))
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o077 == 0
+    again = Compiler(tmp_path)
+    function = again.ask(job()).result(SECONDS)
+    x, w = torch.randn(1, 1, 4, N), torch.randn(1, 1, N, N).bfloat16()
+    (result,) = function(x, w)
+    (wanted,) = right(job())(x, w)
+    torch.testing.assert_close(result.flatten(), wanted.flatten(), rtol=5e-2, atol=5e-2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ComputeError, match="no compiler"):
+        Compiler(tmp_path).ask(job()).result(SECONDS)
+
+
+def test_a_queue_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "WAITING", 0)
+    full = Compiler(tmp_path)
+    with pytest.raises(ComputeError, match="too many"):
+        full.ask(job()).result(10)
+    full.close()
+    with pytest.raises(ComputeError):
+        full.ask(job()).result(10)
