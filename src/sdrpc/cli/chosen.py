@@ -45,6 +45,7 @@ def by_option(chosen: Chosen) -> dict[str, str]:
     return {
         "te": chosen["clip_backend_device"] or ("CPU" if chosen["clip_on_cpu"] else ""),
         "diffusion": chosen["diffusion_backend_device"],
+        "control": chosen["control_net_backend_device"] or ("CPU" if chosen["control_net_cpu"] else ""),
         "vae": chosen["vae_backend_device"] or ("CPU" if chosen["vae_on_cpu"] else ""),
         "taesd": chosen["tae_backend_device"],
     }

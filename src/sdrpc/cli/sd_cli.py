@@ -229,6 +229,7 @@ def _pictures(chosen: Chosen) -> dict[str, Any]:
 
     return {
         "init_image": read("init_image", read_picture),
+        "control_image": read("control_image", read_picture),
         "mask": read("mask", read_mask),
         "ref_images": tuple(read_picture("ref_images", Path(path)) for path in chosen["ref_images"]),
     }

@@ -30,6 +30,22 @@ class Begin(NamedTuple):
 NOTHING = Begin()
 
 
+class Control(NamedTuple):
+    """What a ControlNet is shown: a picture (1, 3, height, width) of 0 … 1, and how much it counts (1,)."""
+
+    picture: F32
+    strength: F32
+
+
+def control_of(settings: Settings) -> Control | None:
+    """What a request shows a ControlNet; None where that is nothing, or counts for nothing."""
+    image = settings.control_image
+    if image is None or not settings.control_strength:
+        return None
+    picture = np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(f32) / f32(255)
+    return Control(picture, np.array([settings.control_strength], f32))
+
+
 class Beside(NamedTuple):
     """Conditions that pictures are, beside those of a text: with what is around a mask, and without."""
 

@@ -27,6 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "t5xxl": ("t5xxl", "t5"),
     "llm": ("llm",),
     "diffusion": ("diffusion", "model", "unet", "dit"),
+    "control": ("control", "controlnet"),
     "vae": ("vae", "firststage", "autoencoder"),
     "taesd": ("taesd", "tae"),
     TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
@@ -36,7 +37,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 module names, but that a text encoder can be placed on its own."""
 
 NOT_HERE_YET = (
-    "clipvision", "vision", "controlnet", "control", "photomaker", "pmid", "photo", "upscaler", "esrgan",
+    "clipvision", "vision", "photomaker", "pmid", "photo", "upscaler", "esrgan",
     "hires", "detector", "adetailer", "yolo",
 )  # fmt: skip
 
@@ -104,7 +105,7 @@ def keys_of(component: str) -> tuple[str, ...]:
     return (component, *_WITH.get(component, (TEXT_ENCODERS,)))
 
 
-_WITH: dict[str, tuple[str, ...]] = {"diffusion": (), "vae": (), "taesd": ("vae",)}
+_WITH: dict[str, tuple[str, ...]] = {"control": (), "diffusion": (), "vae": (), "taesd": ("vae",)}
 """What a component is placed with that has no device of its own; text encoders are with each other."""
 
 

@@ -14,6 +14,7 @@ from ..errors import InvalidValue
 from ..families.base import Defaults
 from ..prompts.tags import loras
 from ..prompts.text import check
+from .canny import canny
 from .easycache import Options as EasyCacheOptions
 from .easycache import find_options
 from .guidance import SKIPPED, LeftOut
@@ -83,6 +84,9 @@ class Request:
     leaves steps out in which little would change, as ``cache_option`` says
     (:func:`sdrpc.diffusion.easycache.parse_options`).
 
+    ``control_image``: pixels (height, width, 3), uint8, that a ControlNet is shown, cut and scaled likewise;
+    ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges.
+
     ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second.
     ``preview``: what events show of a picture while it is drawn, after every ``preview_interval``-th step: ``proj``
     (colours of latents, no network), ``tae`` (by the tiny autoencoder), ``vae``, ``none``; with ``preview_noisy`` of
@@ -109,6 +113,9 @@ class Request:
     prediction: str | None = None
     flow_shift: float | None = None
     loras: Sequence[tuple[str | Path, float]] = ()
+    control_image: Pixels | None = field(default=None, compare=False, repr=False)
+    control_strength: float = 0.9
+    canny: bool = False
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)
@@ -166,6 +173,7 @@ class Request:
         for name, number in (
             ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift),
             ("img_cfg_scale", self.img_cfg_scale), ("slg_scale", self.slg_scale),
+            ("control_strength", self.control_strength),
         ):  # fmt: skip
             if number is not None and not abs(number) < MAX_FACTOR:
                 raise InvalidValue(name, number, f"not a number below {MAX_FACTOR:.0e}")
@@ -186,7 +194,7 @@ class Request:
             seed, self.batch_count, method, scheduler, self.clip_skip, self.rng, self.sampler_rng or self.rng,
             sampler.eta if self.eta is None else self.eta, self.prediction or defaults.prediction,
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
-            text, summed([*named, *self.loras]),
+            text, summed([*named, *self.loras]), self._shown_to_control(width, height), self.control_strength,
             None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
@@ -229,10 +237,20 @@ class Request:
             _check_pixels("mask", self.mask, 2)
             if self.init_image is None:
                 raise InvalidValue("mask", "×".join(map(str, self.mask.shape[::-1])), "there is no init_image to mask")
+        if self.control_image is not None:
+            _check_pixels("control_image", self.control_image, 3)
+        elif self.canny:
+            raise InvalidValue("canny", True, "there is no control_image whose edges it could be")
         if len(self.ref_images) > MAX_REFERENCES:
             raise InvalidValue("ref_images", len(self.ref_images), f"up to {MAX_REFERENCES} are taken")
         for picture in self.ref_images:
             _check_pixels("ref_images", picture, 3)
+
+    def _shown_to_control(self, width: int, height: int) -> Pixels | None:
+        if self.control_image is None:
+            return None
+        picture = fitted(self.control_image, width, height)
+        return canny(picture) if self.canny else picture
 
 
 def _check_sigmas(sigmas: tuple[float, ...]) -> None:
@@ -283,6 +301,8 @@ class Settings:
     flow_shift: float | None
     text: str
     loras: tuple[Applied, ...]
+    control_image: Pixels | None = field(compare=False, repr=False)
+    control_strength: float
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from ..device import Device
 from ..errors import InvalidValue, UsageError
 from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
+from ..families.components import controlnet
+from ..families.components.unet import CONTROL
 from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.cache import Cache
@@ -31,6 +33,8 @@ from .inputs import (
     NOTHING_BESIDE,
     Begin,
     Beside,
+    Control,
+    control_of,
     hidden,
     latent_mask,
     reference_size,
@@ -103,6 +107,7 @@ class Session:
         self._vae = Autoencoder(model, self._devices)
         self._encoded: OrderedDict[tuple[Prompt, object, object], Conditions] = OrderedDict()
         self._loras = Loras(model, Path(lora_dir))
+        self._control: Control | None = None
         self._merge = lora_apply_mode == "immediately"
         self._text_loras: tuple[Lora | float, ...] = ()
         """The LoRAs that text encoders work with, each followed by its strength."""
@@ -176,6 +181,7 @@ class Session:
         telling = self._devices.telling
         telling.on_event, telling.cancel = on_event, cancel
         self._adapt(settings.loras)
+        self._control = control_of(settings)
         with self.timer("encode"):
             begin, beside = self._encoded_pictures(settings)
             with telling.stage("encode"):
@@ -235,8 +241,17 @@ class Session:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
         of b prompts. ``options`` are added to its configuration."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
-        (predicted,) = self._devices.run("diffusion", options, inputs)
+        (predicted,) = self._devices.run("diffusion", options, {**inputs, **self._controls(inputs)})
         return predicted
+
+    def _controls(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """What a ControlNet adds to the diffusion model that has these inputs, if there is one."""
+        if self._control is None:
+            return {}
+        read = {name: array for name, array in inputs.items() if name in controlnet.INPUTS}
+        shown = {"strength": self._control.strength, "picture": self._control.picture}
+        given = self._devices.run("control", {}, {**shown, **read})
+        return {f"{CONTROL}{n}": finite(each, "the ControlNet's output") for n, each in enumerate(given)}
 
     def conditions(self, settings: Settings, beside: Beside = NOTHING_BESIDE) -> Told:
         """What the diffusion model is told about the prompts of a request, and ``beside`` them about its pictures."""
@@ -372,6 +387,11 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
     if settings.ref_images and not family.references:
         reason = f"{family.title} draws without reference pictures"
         raise InvalidValue("ref_images", len(settings.ref_images), reason)
+    if settings.control_image is not None and "control" not in model.components:
+        known = "control" in {component.name for component in family.components}
+        reason = "needs a ControlNet: name its file (control_net)" if known else "has no ControlNets in sdrpc"
+        size = "×".join(map(str, settings.control_image.shape[1::-1]))
+        raise InvalidValue("control_image", size, f"{family.title} {reason}")
     if request.img_cfg_scale is not None and not inpaints(model):
         reason = "the model is not shown what is around a mask (an inpainting model would be)"
         raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)

@@ -58,6 +58,10 @@ class Naming:
         return {} if backwards is None else backwards(names)
 
 
+IMAGE_SIDE = ("control", "diffusion", "vae")
+"""Names of components that are no text encoders."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A network of a model.
@@ -83,7 +87,7 @@ class Component:
     @property
     def option(self) -> str:
         """The field of :class:`sdrpc.families.model.ModelFiles` for a file of its own."""
-        return "diffusion_model" if self.name == "diffusion" else self.name
+        return {"diffusion": "diffusion_model", "control": "control_net"}.get(self.name, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +372,7 @@ class Family:
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:
-        return tuple(c for c in self.components if c.name not in ("diffusion", "vae"))
+        return tuple(c for c in self.components if c.name not in IMAGE_SIDE)
 
 
 def joined(parts: Iterable[F32]) -> F32:

@@ -52,7 +52,8 @@ def open_lora(path: Path, model: Model) -> Lora:
         raise CheckpointError(path, f"is no LoRA: none of its tensors adds to a layer (they begin with {listed})")
     layers = {name: ("weight", delta) for name, delta in file.layers.items()}
     biases = {f"{name} ": ("bias", delta) for name, delta in file.biases.items()}
-    spellings = {name: _spellings(component.found) for name, component in model.components.items() if name != "vae"}
+    changed = {"diffusion", *(encoder.name for encoder in model.family.text_encoders)}
+    spellings = {n: _spellings(c.found) for n, c in model.components.items() if n in changed}
     found: dict[str, dict[Naming, dict[str, Delta]]] = {}
     unknown = list(file.unknown)
     for name, (kind, delta) in (layers | biases).items():

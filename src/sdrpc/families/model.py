@@ -34,6 +34,7 @@ class ModelFiles:
     t5xxl: Path | None = None
     llm: Path | None = None
     taesd: Path | None = None
+    control_net: Path | None = None
 
     def of(self, component: Component) -> Path | None:
         """The component's own file."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..prompts import apply_weights, clip_chunks
 from . import colours
 from .base import Conditions, Defaults, Encode, Family, Found, Joint, Latents, Prompt, joined
-from .components import clip, unet
+from .components import clip, controlnet, unet
 from .components.autoencoder import VAE
 
 CONTEXT = 1024
@@ -42,13 +42,14 @@ UNET_JOINTS = (
         lambda c: unet.latent_channels(c["diffusion"]),
     ),
     Joint("diffusion", lambda c: c["diffusion"]["out_channels"], "vae", lambda c: c["vae"]["latent_channels"]),
+    *controlnet.JOINTS,
 )
 """Of all families with a UNet."""
 
 SD1 = Family(
     "sd1",
     "Stable Diffusion 1.x",
-    (clip.CLIP_L, unet.unet(unet.eight_heads, 64), VAE),
+    (clip.CLIP_L, controlnet.controlnet(unet.eight_heads), unet.unet(unet.eight_heads, 64), VAE),
     recognizes,
     conditions,
     Latents(scale=0.18215, colours=colours.SD1),
@@ -61,4 +62,5 @@ SD1 = Family(
     ),
     aligned="sd1",
     inpainting=unet.INPAINTING,
+    optional=frozenset({"control"}),
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..prompts import apply_weights, clip_chunks
 from .base import Conditions, Config, Defaults, Encode, Found, Predict, Prompt, joined
-from .components import clip, unet
+from .components import clip, controlnet, unet
 from .components.autoencoder import VAE
 from .sd1 import SD1
 
@@ -69,7 +69,7 @@ SD2 = replace(
     SD1,
     name="sd2",
     title="Stable Diffusion 2.x",
-    components=(TEXT_ENCODER, unet.unet(unet.heads_of_64, 64), VAE),
+    components=(TEXT_ENCODER, controlnet.controlnet(unet.heads_of_64), unet.unet(unet.heads_of_64, 64), VAE),
     recognizes=recognizes,
     conditions=conditions,
     settings=settings,

@@ -9,7 +9,7 @@ import numpy as np
 from ..prompts import apply_weights, clip_chunks
 from . import colours
 from .base import Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Prompt, joined
-from .components import clip, unet
+from .components import clip, controlnet, unet
 from .components.autoencoder import VAE
 from .sd1 import UNET_JOINTS
 
@@ -52,7 +52,7 @@ def _text_width(configs: Mapping[str, Config]) -> int:
 SDXL = Family(
     "sdxl",
     "Stable Diffusion XL",
-    (clip.CLIP_L, clip.CLIP_G, unet.unet(unet.heads_of_64, 128), VAE),
+    (clip.CLIP_L, clip.CLIP_G, controlnet.controlnet(unet.heads_of_64), unet.unet(unet.heads_of_64, 128), VAE),
     unet.has_size_conditions,
     conditions,
     Latents(scale=0.13025, colours=colours.SDXL),
@@ -69,4 +69,5 @@ SDXL = Family(
     ),
     aligned="sdxl",
     inpainting=unet.INPAINTING,
+    optional=frozenset({"control"}),
 )  # fmt: skip

@@ -67,12 +67,20 @@ from PIL import Image
 F32 = NDArray[np.float32]
 
 
+class Control(NamedTuple):
+    """A ControlNet (diffusers' module), what it is shown (1, 3, height, width) of 0 … 1, and how much it counts."""
+
+    module: Any
+    picture: torch.Tensor
+    strength: float
+
+
 @dataclass(frozen=True)
 class Drawing:
     """What to draw. ``prediction`` (``epsilon``, ``v_prediction``) is the pipeline's own unless given.
 
     ``pixels``: on a side, that a latent stands for. ``zeros``: what of an empty negative prompt is zero for SDXL:
-    ``text``, ``both`` (with the vector) or ``nothing``.
+    ``text``, ``both`` (with the vector) or ``nothing``. ``control``: with a ControlNet.
     """
 
     prompt: str
@@ -91,6 +99,7 @@ class Drawing:
     shown: Image.Image | None = None
     left_out: int = 0
     pixels: int = 8
+    control: Control | None = None
 
     @property
     def steps(self) -> int:
@@ -130,7 +139,7 @@ def draw(pipeline: Any, drawing: Drawing) -> Picture:
 
 def _unscaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
     """The VAE's latents; Wan's autoencoder has a mean and a standard deviation for each channel."""
-    if "latents_mean" in config:
+    if config.get("latents_mean") is not None:
         mean, deviation = (torch.tensor(config[key])[:, None, None, None] for key in ("latents_mean", "latents_std"))
         return latents * deviation + mean
     return latents / getattr(config, "scaling_factor", 1.0) + (getattr(config, "shift_factor", None) or 0.0)
@@ -227,6 +236,11 @@ def _call(pipeline: Any, drawing: Drawing, latents: torch.Tensor, **arguments: A
     if drawing.shown is not None:
         pipeline = diffusers.FluxKontextPipeline(**pipeline.components)
         arguments |= {"image": drawing.shown, "max_area": drawing.width * drawing.height, "_auto_resize": False}
+    if drawing.control is not None:
+        name = type(pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
+        pipeline = getattr(diffusers, name)(**pipeline.components, controlnet=drawing.control.module)
+        arguments |= {"image": drawing.control.picture, "controlnet_conditioning_scale": drawing.control.strength}
+        pipeline.set_progress_bar_config(disable=True)
     if drawing.image is None:
         return pipeline(height=drawing.height, width=drawing.width, latents=latents, **arguments).images
     kind = getattr(diffusers, _relative(type(pipeline).__name__, drawing))

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 GROUPS = 32
 _EXTRA_INPUTS = {8: "InstructPix2Pix"}
 
+CONTROL = "control_"
+"""What the names of inputs that come from a ControlNet begin with; their numbers follow."""
+
 Heads = Callable[[Sequence[int]], int | list[int]]
 """Channels per level → the number of attention heads, of all levels or of each."""
 
@@ -87,30 +90,38 @@ def _configure(found: Found, told: Config, heads: Heads, sample_size: int) -> di
         raise found.error(f"this is an {_EXTRA_INPUTS[inputs]} model; they are not supported")
     outputs, *_ = found.shape("conv_out.weight", 4)
     levels = range(found.count("down_blocks."))
+    up = [found.has(f"up_blocks.{level}.attentions.") for level in levels]
+    embedding, _ = found.shape("time_embedding.linear_1.weight", 2)
+    own = {
+        "sample_size": sample_size, "out_channels": outputs,
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
+        "time_embedding_dim": None if embedding == 4 * first else embedding,
+    }  # fmt: skip
+    return down_path(found, told, heads) | configs.merged(found, own, told, ("sample_size",))
+
+
+def down_path(found: Found, told: Config, heads: Heads) -> dict[str, Any]:
+    """The arguments that the UNet has in common with ControlNets, which are copies of its way down."""
+    inputs = found.shape("conv_in.weight", 4)[1]
+    levels = range(found.count("down_blocks."))
     channels = [found.shape(f"down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels]
     layers = [found.count(f"down_blocks.{level}.resnets.") for level in levels]
     down = [found.has(f"down_blocks.{level}.attentions.") for level in levels]
-    up = [found.has(f"up_blocks.{level}.attentions.") for level in levels]
     depths = [found.count(f"down_blocks.{level}.attentions.0.transformer_blocks.") or 1 for level in levels]
     middle = found.count("mid_block.attentions.0.transformer_blocks.")
     if not down[-1] and middle:
         depths[-1] = middle  # diffusers gives the middle the last level's depth
-    embedding, _ = found.shape("time_embedding.linear_1.weight", 2)
     inferred = {
-        "sample_size": sample_size, "in_channels": inputs, "out_channels": outputs, "block_out_channels": channels,
+        "in_channels": inputs, "block_out_channels": channels,
         "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in down],
-        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if found.has("mid_block.") else None,
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
         "cross_attention_dim": context_width(found), "attention_head_dim": heads(channels),
         "norm_num_groups": math.gcd(GROUPS, *channels), "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True,
         "freq_shift": 0, "use_linear_projection": projects_by_matrix(found),
-        "time_embedding_dim": None if embedding == 4 * first else embedding,
     } | _size_conditions(found, told)  # fmt: skip
-    keys = (
-        "sample_size", "attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos", "freq_shift",
-    )  # fmt: skip
+    keys = ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos", "freq_shift")
     config = configs.merged(found, inferred, told, keys)
     configs.check_divides(found, config, "attention_head_dim", channels)
     configs.check_divides(found, config, "norm_num_groups", channels)
@@ -158,8 +169,8 @@ def pooled_width(config: Config) -> int:
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,), context (batch, length, width);
     for XL also pooled (batch, width) and sizes (batch, 6), pixels, for inpainting models around (batch, 1 + channels,
-    height, width). Output: the prediction (batch, channels, height,
-    width)."""
+    height, width), and control_0 … what a ControlNet gives, in its order. Output: the prediction (batch, channels,
+    height, width)."""
     import diffusers
     import torch
 
@@ -171,16 +182,31 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         pooled: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
         around: torch.Tensor | None = None,
+        **controls: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         batch = context.shape[0]
         latents, timestep = latents.expand(batch, -1, -1, -1), timestep.expand(batch)
         if around is not None:
             latents = torch.cat((latents, around), 1)
-        added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-        return (module(latents, timestep, context, added_cond_kwargs=added, return_dict=False)[0],)
+        *down, middle = (controls[f"{CONTROL}{n}"] for n in range(len(controls))) if controls else (None,)
+        predicted = module(
+            latents,
+            timestep,
+            context,
+            added_cond_kwargs=added(pooled, sizes),
+            down_block_additional_residuals=down or None,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+        return (predicted,)
 
     make: Any = diffusers.UNet2DConditionModel
     return make(**config), call
+
+
+def added(pooled: torch.Tensor | None = None, sizes: torch.Tensor | None = None) -> dict[str, Any] | None:
+    """What XL's models are told besides."""
+    return None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
 
 
 # LDM's names ----------------------------------------------------------------------------------------------------------
