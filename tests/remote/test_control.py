@@ -24,7 +24,7 @@ from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
 from sdrpc.errors import CheckpointError, InvalidValue
 from sdrpc.runtime.cache import Cache
-from tests.support.pictures import BOUNDS, HEIGHT, WIDTH, Case, Checkpoints, drawing, request
+from tests.support.pictures import BOUNDS, HEIGHT, STEPS, WIDTH, Case, Checkpoints, drawing, request
 from tests.support.process import ServerProcess
 from tests.support.references.draw import Control, draw, psnr
 from tools.checkpoints import names
@@ -116,10 +116,12 @@ def test_a_picture_with_a_controlnet_is_that_of_diffusers(
     shown = torch.from_numpy(hint().astype(np.float32) / 255).permute(2, 0, 1)[None]
     wanted = draw(pipeline, replace(drawing(case), control=Control(control, shown, STRENGTH))).pixels
     files = replace(checkpoints.files(case), control_net=stored(control, tmp_path / "control.safetensors", original))
-    _, (one, other) = wires
+    (_, proxy), (one, other) = wires
     with Session.open(files, {"control": other, "all": one}, graphs) as session:
         events: list[Event] = []
+        before = proxy.received
         (picture,) = session.generate(asked(case), events.append)
+        received = proxy.received - before
         (without,) = session.generate(request(case), events.append)
     assert psnr(picture.image, wanted) >= BOUNDS["exact"]
     plain = checkpoints.wanted(case)
@@ -127,15 +129,27 @@ def test_a_picture_with_a_controlnet_is_that_of_diffusers(
     assert psnr(without.image, plain) >= BOUNDS["exact"], "the UNet's weights are as they were"
     uploads = [event.component for event in events if event.stage == "upload" and event.over and event.total]
     assert uploads.count("diffusion") == 1, "and are sent once"
+    assert received < 1.1 * STEPS * _given(control, case), "what it gives comes once for each step"
+
+
+def _given(control: Any, case: Case) -> int:
+    """Bytes that the ControlNet gives for both prompts."""
+    context = torch.zeros(2, 77, control.config.cross_attention_dim)
+    latents, shown = torch.zeros(2, 4, HEIGHT // 8, WIDTH // 8), torch.zeros(2, 3, HEIGHT, WIDTH)
+    width = (control.config.projection_class_embeddings_input_dim or 0) - 6 * 256
+    told = {"text_embeds": torch.zeros(2, width), "time_ids": torch.zeros(2, 6)} if case is SDXL else None
+    with torch.inference_mode():
+        down, middle = control(latents, 1, context, shown, added_cond_kwargs=told, return_dict=False)
+    return sum(4 * each.numel() for each in (*down, middle))
 
 
 def test_refusals(checkpoints: Checkpoints, wires: tuple[list[CountingProxy], list[Device]], tmp_path: Path) -> None:
     _, (device, _) = wires
-    with (
-        Session.open(checkpoints.files(SD1), device) as session,
-        pytest.raises(InvalidValue, match="needs a ControlNet"),
-    ):
-        session.generate(asked(SD1))
+    with Session.open(checkpoints.files(SD1), device) as session:
+        with pytest.raises(InvalidValue, match=r"control_image 128×64: .* needs a ControlNet"):
+            session.generate(asked(SD1))
+        with pytest.raises(InvalidValue, match="canny"):
+            session.generate(replace(request(SD1), canny=True))
     strange = stored(made(checkpoints.made(SDXL).pipeline()), tmp_path / "xl.safetensors", False)
-    with pytest.raises(CheckpointError, match="do not belong to one Stable Diffusion 1.x"):
+    with pytest.raises(CheckpointError, match=r"do not belong to one Stable Diffusion 1.x"):
         Session.open(replace(checkpoints.files(SD1), control_net=strange), device)
