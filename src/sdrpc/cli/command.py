@@ -129,8 +129,9 @@ class Sides(click.ParamType):  # type: ignore[type-arg] # as above
 
 class Command(click.Command):
     """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
-    reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``bare``: it has
-    something to do without arguments; else its --help is printed."""
+    reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``within``: fields that
+    are part of what an option says, each with the option. ``bare``: it has something to do without arguments; else its
+    --help is printed."""
 
     def __init__(
         self,
@@ -139,17 +140,19 @@ class Command(click.Command):
         callback: Callable[..., int | None],
         refused: Mapping[str, str] | None = None,
         ignored: Iterable[str] = (),
+        within: Mapping[str, str] | None = None,
         bare: bool = False,
         **facts: Any,
     ) -> None:
         context = {"help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS}
         super().__init__(name, params=list(options), callback=callback, context_settings=context, **facts)
         self.options, self.refused, self.ignored, self.bare = options, refused or {}, frozenset(ignored), bare
+        self._within = dict(within or {})
 
     @property
     def fields(self) -> dict[str, str]:
         """The option that sets each parameter, in its longest form."""
-        return {str(option.name): max(option.opts, key=len) for option in self.options}
+        return {str(option.name): max(option.opts, key=len) for option in self.options} | self._within
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

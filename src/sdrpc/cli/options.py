@@ -243,3 +243,6 @@ REFUSED = {
 
 ALWAYS_SO = frozenset({"--mmap", "--color"})
 """Switches of stable-diffusion.cpp's sd-cli for what sdrpc does anyway: files are mapped, terminals get colours."""
+
+WITHIN = {"loras": "--prompt"}
+"""Fields of a request that no option sets by itself."""
