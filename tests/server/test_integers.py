@@ -44,9 +44,9 @@ class Linear:
         self.client.compute([self.tensors[name].id for name in nodes], list(self.tensors.values()))
 
 
-@pytest.fixture
-def scene(device: CountingDevice, caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
-    with Server([device], dialects()["5.0.1"]) as server, Scene(server, caplog) as scene:
+@pytest.fixture(params=["5.0.1", "7.0.0"])
+def scene(request: pytest.FixtureRequest, device: CountingDevice, caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
+    with Server([device], dialects()[request.param]) as server, Scene(server, caplog) as scene:
         yield scene
 
 

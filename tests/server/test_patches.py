@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Sequence
-from contextlib import nullcontext
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sdrpc.errors import GraphError, RemoteProtocolError, UnsupportedOperation
+from sdrpc.errors import GraphError, RemoteProtocolError
 from sdrpc.ggml import params
 from sdrpc.ggml.dialect import Dialect, dialects
 from sdrpc.server import Limits
@@ -135,15 +134,44 @@ def test_the_likeliest_stays_first_as_long_as_nothing_speaks_against_it() -> Non
         assert client.versions == [dialect.version for dialect in order]
 
 
-def test_an_operation_that_only_one_patch_has() -> None:
-    """5.0.1 has one operation more than 5.0.0 and 5.1.0, behind all others: it is named, whether it is computed."""
-    quantize = {"op": "QUANTIZE_I8_CONVROT", "type": "I8", "ne": (8, 12)}
-    for words, said in ((4,), None), ((1024,), "QUANTIZE_I8_CONVROT: rotation of 1024 numbers"):
-        client = Client(RECORDED, families()["5.0"])
-        nodes = client.nodes(RELU, {**quantize, "words": words})
-        with pytest.raises(UnsupportedOperation, match=said) if said else nullcontext():
-            client.compute(nodes)
-        assert client.versions == ["5.0.1"]
+QUANTIZE = {"type": "I8", "ne": (8, 12), "words": (4,)}
+
+
+@pytest.mark.parametrize("family", ["5.0", "7.0", "8.0"])
+@pytest.mark.parametrize("number", [101, 102, 104])
+def test_a_forks_operation_is_told_by_what_it_gives_whatever_its_number(number: int, family: str) -> None:
+    """stable-diffusion.cpp's QUANTIZE_I8_CONVROT was 101, then 102, then another."""
+    client = Client(families()[family][0], families()[family])
+    client.compute(client.nodes(RELU, {"op": number, **QUANTIZE}))
+    (graph,) = client.device.graphs
+    assert graph.nodes[1].op == "QUANTIZE_I8_CONVROT"
+    assert graph.nodes[1].params == params.Rotation(4)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "another type": ({"type": "F32", "ne": (8, 8)}, r"QUANTIZE_I8_CONVROT \(declared as F32, but the result is I8\)"),
+    "another shape": ({"ne": (8, 11)}, r"QUANTIZE_I8_CONVROT \(declared shape \[8, 11, 1, 1\]"),
+    "another rotation": ({"words": (1024,)}, r"QUANTIZE_I8_CONVROT \(rotation of 1024 numbers\)"),
+    "two sources": ({"src": (1, 1)}, r"QUANTIZE_I8_CONVROT \(wrong number of sources: 2\)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_can_not_be_told_is_refused_with_the_candidates_named(name: str) -> None:
+    fields, reason = OTHERS[name]
+    client = Client(RECORDED, families()["5.0"])
+    candidates = rf"'t': operation 101: .*: {reason}.*; REGULAR_HADAMARD \(what it computes is not known here\)"
+    with pytest.raises(RemoteProtocolError, match=candidates):
+        client.compute(client.nodes(RELU, {"op": 101, **QUANTIZE, **fields}))
+
+
+def test_numbers_that_nobody_has_had_are_none() -> None:
+    client = Client(RECORDED, families()["5.0"])
+    with pytest.raises(RemoteProtocolError, match=r"operations \[117\] do not exist in protocol 5\.\d\.\d"):
+        client.compute(client.nodes(RELU, {"op": 117, **QUANTIZE}))
+    client = Client(dialects()["4.0.3"], families()["4.0"])
+    with pytest.raises(RemoteProtocolError, match=r"operations \[101\] do not exist in protocol 4\.0\.\d"):
+        client.compute(client.nodes({"op": "ADD", "src": (1, 1)}, {"op": 101, **QUANTIZE}))
 
 
 def test_a_graph_that_makes_sense_in_no_patch_is_blamed_in_the_likeliest() -> None:

@@ -21,6 +21,8 @@ from sdrpc.wire.hello import NATIVE, Capability, encode_hello, read_hello_reply
 from sdrpc.wire.messages import COMMANDS, Command, encode
 from sdrpc.wire.records import Record, encode_records
 
+FORK = {"QUANTIZE_I8_CONVROT": 101}
+"""Operations of stable-diffusion.cpp's own, as its protocol 5.0.1 numbered them at first."""
 SECONDS = 20.0
 """How long a server may take to answer; far more than any of these tests needs."""
 
@@ -121,7 +123,7 @@ class RawClient:
         fields.setdefault("nb", (4, 16, 16, 16))
         fields["flags"] = fields.get("flags", 0) | (COMPUTE if op else 0)
         defaults = {"type": kind, "buffer": buffer[0], "ne": shape, "data": data, "name": b"t"}
-        defaults["op"] = self.dialect.op_numbers[op] if isinstance(op, str) else op
+        defaults["op"] = (FORK | self.dialect.op_numbers)[op] if isinstance(op, str) else op
         return Record(**{**defaults, **fields})
 
     def set(self, tensor: Record, values: np.ndarray | bytes, offset: int = 0) -> None:

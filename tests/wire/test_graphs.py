@@ -269,8 +269,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "T17 a retired type": (Payload(chain(NONE, {"type": 4}), [2]).bytes, "type 4 does not exist"),
     "T18 part of a block": (Payload(chain({"type": 2, "ne": (31, 1, 1, 1)}, NONE), [2]).bytes, "31 elements a row"),
     "T32 operation numbers": (
-        Payload(chain(NONE, {"op": 101}, {"op": 2**32 - 1}), [2, 3]).bytes,
-        r"operations \[101, 4294967295\] do not exist in protocol 8.0.0",
+        Payload(chain(NONE, {"op": 117}, {"op": 2**32 - 1}), [2, 3]).bytes,
+        r"operations \[117, 4294967295\] do not exist in protocol 8.0.0",
     ),
     "T32 a unary operation's number": (
         Payload(chain(NONE, {"op": newest().op_numbers["UNARY"], "op_params": b"\xff" * 64}), [2]).bytes,

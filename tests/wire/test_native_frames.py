@@ -1,9 +1,9 @@
 """Conversations of ggml's own RPC client with its own server (GGML_MAX_NAME 64), recorded between them.
 
-7.0.0: the client allocated tensors, set, copied and filled them, computed a graph twice (MUL_MAT, SCALE, UNARY in place,
-CPY), read results, asked for sizes, and freed. 8.0.0 (``python -m tests.interop.record``): rows set and got, three graphs
-that take turns by their numbers, tensors filled in part. All streams are read to their last byte, and written again from
-the messages.
+7.0.0: the client allocated tensors, set, copied and filled them, computed a graph twice (MUL_MAT, SCALE, UNARY in
+place, CPY), read results, asked for sizes, and freed. 8.0.0 (``python -m tests.interop.record``): rows set and got,
+three graphs that take turns by their numbers, tensors filled in part. All streams are read to their last byte, and
+written again from the messages.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ class Dialect:
     has_tensor_2d: bool
     has_comm: bool
     ops: tuple[str, ...]
+    fork_ops: tuple[str, ...]
+    """What a number behind the last of ``ops`` may stand for (:mod:`sdrpc.ggml.fork`)."""
     unary_ops: tuple[str, ...]
     glu_ops: tuple[str, ...]
     type_numbers: dict[str, int]
@@ -87,5 +89,5 @@ def for_server(version: Version) -> Dialect | None:
 
 def _dialect(version: str, facts: dict) -> Dialect:  # type: ignore[type-arg]
     switches = {name: facts[name] for name in Dialect.__dataclass_fields__ if name in facts and name != "version"}
-    lists = {name: tuple(facts[name]) for name in ("seen_in", "ops", "unary_ops", "glu_ops")}
+    lists = {name: tuple(facts[name]) for name in ("seen_in", "ops", "fork_ops", "unary_ops", "glu_ops")}
     return Dialect(**{**switches, **lists, "version": version, "type_numbers": facts["types"]})

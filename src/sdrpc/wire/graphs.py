@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Bytes
-from ..errors import LocalProtocolError, RemoteProtocolError, UnsupportedOperation
-from ..ggml import params
+from ..errors import GraphError, LocalProtocolError, RemoteProtocolError, UnsupportedOperation
+from ..ggml import fork, params
 from ..ggml.dialect import Dialect
 from ..ggml.ops import ALIASES, params_of
 from ..ggml.tensor import MAX_SRC, Dims, Graph, Tensor, contiguous_strides
@@ -226,10 +226,10 @@ def _check_numbers(table: Columns, dialect: Dialect) -> None:
     if (bad := ~np.isin(table["type"], list(dialect.types))).any():
         row = int(np.argmax(bad))
         raise _fail(table, row, f"type {int(table['type'][row])} does not exist in protocol {dialect.version}")
-    if (bad := table["op"] >= len(dialect.ops)).any():
-        row = int(np.argmax(bad))
-        numbers = sorted({int(number) for number in table["op"][bad]})
-        raise _fail(table, row, f"operations {numbers} do not exist in protocol {dialect.version}")
+    numbers = [int(number) for number in np.unique(table["op"]) if number >= len(dialect.ops)]
+    if unknown := [number for number in numbers if not fork.may_be(number, dialect)]:
+        row = int(np.argmax(np.isin(table["op"], unknown)))
+        raise _fail(table, row, f"operations {unknown} do not exist in protocol {dialect.version}")
     types = dialect.types
     blocks = np.array([types[number].block if number in types else 1 for number in range(max(types) + 1)])
     if (bad := table["ne"][:, 0] % blocks[table["type"]] != 0).any():
@@ -278,17 +278,23 @@ def _build(
         buffer, offset = resolve(buffer_of[row], data_of[row]) if buffer_of[row] else (0, 0)
         node = is_node[row]
         operands = [built[source] for source in src_of[row][:MAX_SRC]] if node else []
-        op = "NONE" if not node else "CONT" if copies[row] else ops[op_of[row]]
+        op = "NONE" if not node else "CONT" if copies[row] else ops[op_of[row]] if op_of[row] < len(ops) else ""
         if op == "CONT":
             operands = [operand for operand in operands if operand is not None]
         while operands and operands[-1] is None:
             operands.pop()
+        values = decode_params(row) if op and node and not copies[row] else params.NO_PARAMS
+        if not op:
+            try:
+                op, values = fork.tell(words_of[row], tuple(operands), kind, ne, dialect)
+            except GraphError as error:
+                raise _fail(table, row, f"operation {op_of[row]}: {error}") from error
         return Tensor(
             type=kind,
             ne=ne,
             nb=_restored(kind, ne, nb),
             op=op,
-            params=decode_params(row) if node and not copies[row] else params.NO_PARAMS,
+            params=values,
             src=tuple(operands),
             view_src=built[src_of[row][MAX_SRC]] if node else None,
             view_offset=offs_of[row] if node else 0,
