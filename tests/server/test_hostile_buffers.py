@@ -44,15 +44,17 @@ HANDLES: dict[str, tuple[Callable[[RawClient], int], str]] = {
     "T12-zero": (lambda c: 0, "does not exist|is in no buffer"),
     "T12-random": (lambda c: 0x7F3A_1234_5678, "buffer 0x7f3a12345678 does not exist"),
     "T12-freed": (freed, "buffer 0x1 has been freed"),
-    "T13-of-another-client": (lambda c: 1, "buffer 0x1 does not exist|overlap"),
+    "T13-of-another-client": (lambda c: 1, "buffer 0x1 does not exist"),
 }
 
 
 @pytest.mark.parametrize("handle", HANDLES)
 @pytest.mark.parametrize("command", BY_HANDLE)
 def test_handles_that_are_not_there(scene: Scene, flavour: Capability, command: str, handle: str) -> None:
-    """(The client at work has handle 1, and keeps it.)"""
+    """(The client at work has handle 1, and keeps it. Buffers of our own, for copies, come behind that.)"""
     find, reason = HANDLES[handle]
+    if handle == "T13-of-another-client" and command.startswith("copy"):
+        pytest.skip("the buffer that is the copy's other end has that handle")
     client = scene.client(flavour)
     client.post(BY_HANDLE[command](client, find(client)))
     scene.ends(client, reason)
@@ -239,9 +241,19 @@ COPIES: dict[str, tuple[Callable[[RawClient, Buffer], tuple[Record, Record]], st
     "T24-other-type": (lambda c, b: (c.record(b, (4,)), c.record(b, (4,), at=64, type="I32")), "are not alike"),
     "T24-other-strides": (lambda c, b: (c.record(b, (2, 2)), c.record(b, (2, 2), at=64, nb=(8, 4, 16, 16))), "alike"),
     "T24-larger-than-target": (lambda c, b: (c.record(b, (32,)), c.record(b, (32,), at=SIZE - 64)), "not inside"),
-    "T24-overlap": (lambda c, b: (c.record(b, (4,)), c.record(b, (4,), at=4)), "overlap"),
-    "T24-self": (lambda c, b: (c.record(b, (4,)), c.record(b, (4,))), "overlap"),
 }
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_t24_copies_that_overlap_are_left_to_the_client(scene: Scene, at: int) -> None:
+    """It is told that there was none, and reads and writes: to be refused would be its end."""
+    with scene.client() as client:
+        buffer = client.buffer(SIZE)
+        source = client.record(buffer, (4,))
+        client.set(source, bytes(range(16)))
+        assert client.ask(messages.CopyTensor(source, client.record(buffer, (4,), at=at))).result == 0
+        assert client.get(source, 16) == bytes(range(16))
+    scene.goes_on()
 
 
 @pytest.mark.parametrize("name", COPIES)

@@ -18,6 +18,7 @@ from .deadline import Deadline
 from .errors import translated
 from .footprint import check_work, peak_bytes
 from .fuse import Report, fuse
+from .last_resort import LastResort
 from .memory import LocalBuffer, typed
 from .operations import EngineOp
 from .ops import KERNELS, moves_blocks
@@ -26,6 +27,8 @@ from .precision import Precision, assign
 from .rounding import rounded
 from .values import Value, ordered, trace
 from .weights import Source, Weight, WeightFormat, Weights, convert
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,10 @@ class Bound:
     def _function(self, value: Value, register: int) -> Callable[..., Tensor]:
         if value.op in (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT):
             return self._weight(value, register)
-        kernel = KERNELS[value.op]
-        if kernel.takes_device:
-            run: Callable[..., Tensor] = partial(kernel.function, value, self.device)
-        else:
-            run = stoppable(kernel.function, value, self.device)
-        if value.type.plain or moves_blocks(value) or kernel.in_place:
+        run = _on(self.device, value)
+        if self.device == CPU:
             return run
-        return lambda *operands: quantize(run(*operands), value.type)
+        return LastResort(value.op, self.device, run, partial(_on, CPU, value), KERNELS[value.op].in_place)
 
     def _weight(self, value: Value, register: int) -> Callable[[Tensor], Tensor]:
         place, wanted = value.place, cast(WeightFormat, value.params)
@@ -196,6 +195,18 @@ class Bound:
                 registers[i] = None
             if deadline is not None:
                 deadline.check()
+
+
+def _on(device: torch.device, value: Value) -> Callable[..., Tensor]:
+    """What computes ``value`` of operands that are on ``device``."""
+    kernel = KERNELS[value.op]
+    if kernel.takes_device:
+        run: Callable[..., Tensor] = partial(kernel.function, value, device)
+    else:
+        run = stoppable(kernel.function, value, device)
+    if value.type.plain or moves_blocks(value) or kernel.in_place:
+        return run
+    return lambda *operands: quantize(run(*operands), value.type)
 
 
 def _trimmed(src: tuple[Value | None, ...]) -> tuple[Value | None, ...]:
