@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint fuzz interop interop-all operations families parity demo newcomer soak bench clean
+.PHONY: setup test lint fuzz interop interop-all operations families parity demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -47,6 +47,10 @@ parity: setup
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+serve: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[server]'
+	$(BIN)/sd-server
 
 newcomer: setup
 	$(BIN)/python -m tools.newcomer

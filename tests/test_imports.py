@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "prompts",
         "runtime",
     },
+    "web": {"errors", "storage", "device", "diffusion", "families"},
     "device_names": {"errors"},
     "runtime": {"errors", "storage", "ggml", "device", "checkpoints"},
     "lowering": {"errors", "ggml", "device", "targets", "runtime"},

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("pip", "sd-cli", "rpc-server", "make", "ssh", "eval", "SDRPC_TEST_DEVICE=CUDA0")
+PROGRAMS = ("pip", "sd-cli", "rpc-server", "sd-server", "make", "ssh", "eval", "SDRPC_TEST_DEVICE=CUDA0")
 """What a command begins with; other words in backquotes are names."""
 
 HOSTS = ("desktop:50052", "mini:50052")
@@ -41,12 +41,16 @@ PASSED_OVER = {
     r"SDRPC_TEST_DEVICE=CUDA0 .*": "needs a GPU",
     r"ssh .*": "needs another machine",
     r"eval .*": "a line of ~/.bashrc; tests/cli/test_terminal.py runs it",
+    r"sd-cli .*-M vid_gen .*": "takes hours without a GPU; tests/remote/test_families.py draws small ones",
     r"[a-z-]+": "names a program",
 }
 """Commands that are not run, as patterns, with the reason."""
 
 ENDS = ("--help", "--version", "--list-devices", "--discover", "keys")
-"""With these rpc-server ends by itself."""
+"""With these a server ends by itself."""
+
+SERVERS = {"rpc-server": ("-p", "endpoint"), "sd-server": ("--listen-port", "http://")}
+"""Command → its option for the port, and what stands in the line that says where it listens."""
 
 PIPELINE = """
     import sdrpc
@@ -133,22 +137,23 @@ class Reader:
         if command.kind == "python":
             prelude = "" if "Session" in text else textwrap.dedent(PIPELINE)
             self._finish(command, [self.bin / "python", "-c", prelude + text])
-        elif text.startswith("rpc-server") and not set(shlex.split(text)) & {*ENDS}:
-            self.serve(shlex.split(text)[1:])
+        elif text.split()[0] in SERVERS and not set(shlex.split(text)) & {*ENDS}:
+            self.serve(*shlex.split(text))
         else:
             self._finish(command, ["bash", "-c", text])
 
-    def serve(self, options: list[str]) -> str:
+    def serve(self, program: str, *options: str) -> str:
         """Start a server for the rest of the run; its endpoint on this machine."""
-        words = [str(self.bin / "rpc-server"), *options, "-p", "0"]
+        port, listens = SERVERS[program]
+        words = [str(self.bin / program), *options, port, "0"]
         process = self._servers.enter_context(_stopped(words, self.env, self.clone))
         assert process.stdout is not None
         for line in process.stdout:
             print("   ", line, end="")
             found = KEY.search(line)
             self.key = found[0] if found else self.key
-            if "endpoint" in line:
-                return f"127.0.0.1:{line.split()[-1].rpartition(':')[2]}"
+            if listens in line:
+                return f"127.0.0.1:{re.findall(r':([0-9]+)', line)[-1]}"
         raise SystemExit(f"{shlex.join(words)} ended before it listened")
 
     def _finish(self, command: Command, words: list[str | Path]) -> None:
@@ -204,7 +209,7 @@ def main() -> None:
             if why:
                 continue
             if HOSTS[0] in command.text and not reader.hosts:
-                reader.hosts = {host: reader.serve(["-H", "0.0.0.0", "-d", "CPU"]) for host in HOSTS}
+                reader.hosts = {host: reader.serve("rpc-server", "-H", "0.0.0.0", "-d", "CPU") for host in HOSTS}
             begin = time.monotonic()
             reader.run(command)
             print(f"    ({time.monotonic() - begin:.0f} s)", flush=True)

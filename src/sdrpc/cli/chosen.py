@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import models
-from ..client import Keychain, given_keys
+from ..client import Keychain, Timeouts, given_keys
 from . import report
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ def servers(chosen: Chosen) -> list[str]:
 def keychain(chosen: Chosen) -> Keychain:
     """The keys that the user named for these servers, and those of before."""
     return Keychain(given_keys(chosen["rpc_key"], chosen["rpc_key_file"]))
+
+
+def timeouts(chosen: Chosen) -> Timeouts:
+    """How long servers may take. One that sleeps for less than we would wait for it goes on where it was."""
+    return Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
 
 
 def by_option(chosen: Chosen) -> dict[str, str]:

@@ -24,7 +24,11 @@ class Found(NamedTuple):
 
 @contextmanager
 def every_device(
-    rpc: Sequence[str], precision: str, threads: int | None, keychain: Keychain | None = None
+    rpc: Sequence[str],
+    precision: str,
+    threads: int | None,
+    keychain: Keychain | None = None,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
 ) -> Iterator[Found]:
     """This machine's devices, then RPC0, RPC1 … of those servers at ``rpc`` that answer.
 
@@ -40,7 +44,7 @@ def every_device(
     with _opened(remote):
         for endpoint in endpoints:
             try:
-                found = _connected([str(endpoint)], DEFAULT_TIMEOUTS, keychain)
+                found = _connected([str(endpoint)], timeouts, keychain)
             except SdrpcError as error:
                 failures.append(error)
                 continue
@@ -68,13 +72,19 @@ def placed_devices(
         named = [name for names in wanted.values() for name in names]
         nothing_here = bool(remote) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
-            devices = {device.name: device for device in (*local, *remote)}
-            default = remote or local[:1]
+            yield resolved(wanted, [*local, *remote], remote or local[:1])
 
-            def meant(name: str) -> list[Device]:
-                return default if folded(name) == AUTO else [devices[resolve(name, devices, default[0].name)]]
 
-            yield {part: list(dict.fromkeys(chain(*map(meant, names)))) for part, names in wanted.items()}
+def resolved(
+    wanted: Mapping[str, Sequence[str]], devices: Sequence[Device], default: Sequence[Device]
+) -> dict[str, list[Device]]:
+    """Component → those of ``devices`` that its names mean, in order of preference; ``auto``: the ``default`` ones."""
+    by_name = {device.name: device for device in devices}
+
+    def meant(name: str) -> Sequence[Device]:
+        return default if folded(name) == AUTO else [by_name[resolve(name, by_name, default[0].name)]]
+
+    return {part: list(dict.fromkeys(chain(*map(meant, names)))) for part, names in wanted.items()}
 
 
 def _connected(rpc: Sequence[str], timeouts: Timeouts, keychain: Keychain) -> list[RemoteDevice]:

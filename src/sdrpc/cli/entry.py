@@ -20,6 +20,11 @@ def rpc_server() -> None:
     _run("rpc_server")
 
 
+def sd_server() -> None:
+    """The console script sd-server."""
+    _run("sd_server")
+
+
 def sdrpc() -> None:
     """The console script sdrpc, which holds the others."""
     _run("main")

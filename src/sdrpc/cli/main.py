@@ -11,6 +11,7 @@ from .report import USAGE
 COMMANDS = {
     "rpc-server": ("rpc_server", "offer this machine's devices"),
     "sd-cli": ("sd_cli", "draw a picture on the devices of this machine and of servers"),
+    "sd-server": ("sd_server", "draw for everybody on the network: a page, a queue, APIs"),
 }
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..client import Timeouts
 from ..diffusion import placement
 from ..errors import InvalidValue
 from . import discovery, report
-from .chosen import Chosen, by_option, files_of, keychain, servers, threads
+from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
 from .command import Command
 from .convert import convert
 from .devices import every_device, placed_devices
@@ -127,10 +126,8 @@ def _draw(chosen: Chosen) -> int:
             return None
         return parameters_of(settings, drawn, files, chosen["eta"], chosen["sampler_rng"])
 
-    # a server that sleeps for less than we would wait for it goes on where it was
-    timeouts = Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
     with placed_devices(
-        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts, keychain(chosen)
+        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
     ) as devices:
         _note_placement(opened, devices, settings)
         folder, mode = chosen["lora_model_dir"], chosen["lora_apply_mode"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,6 +40,10 @@ WORKING_ROOM = 1 << 30
 
 QUIET_SECONDS = 10.0
 """A device that says nothing for so long, though it should, is worth a word."""
+
+_ONE_AT_A_TIME = Lock()
+"""Sessions in several threads: one captures a graph, the others find it. What captures (a module that is imported when
+it is first used, torch's modes) is not made for several at once."""
 
 
 class Telling:
@@ -187,17 +192,15 @@ class DeviceComponent:
             with self._telling.stage("capture", self.name):
                 return captured(module, inputs, self.device, types)
 
-        with self._timer("capture"):
-            types = {name: weight.type for name, weight in self.component.found.tensors.items()}
-            lowered = self._cache.load(
-                key(
-                    self.device.target,
-                    module=module.digest,
-                    inputs={name: [str(array.dtype), *array.shape] for name, array in inputs.items()},
-                    types={name: stored.name for name, stored in types.items()},
-                ),
-                capture,
-            )
+        types = {name: weight.type for name, weight in self.component.found.tensors.items()}
+        wanted = key(
+            self.device.target,
+            module=module.digest,
+            inputs={name: [str(array.dtype), *array.shape] for name, array in inputs.items()},
+            types={name: stored.name for name, stored in types.items()},
+        )
+        with self._timer("capture"), _ONE_AT_A_TIME:
+            lowered = self._cache.load(wanted, capture)
         with self._timer("upload"):
             self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
             self._weights |= self._taken({p.name: p.shape for p in lowered.weights})

@@ -1,0 +1,204 @@
+"""sd-server: a queue, a page and the APIs of others before models on the devices of this machine and of rpc-servers."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..diffusion import placement
+from ..errors import InvalidValue, UsageError
+from ..storage import read_own, state_folder, write_whole
+from . import report
+from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
+from .command import Command
+from .devices import every_device, resolved
+from .entry import ready
+from .web_options import DAY, OPTIONS
+
+if TYPE_CHECKING:
+    from ..device import Device
+    from ..families.model import Model
+    from ..web.studio import Seat
+
+log = logging.getLogger(__name__)
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 # compared with
+KEY_BYTES = 18
+MAX_KEYS_FILE = 1 << 20
+CONNECTIONS = 512
+"""At one time; further ones are told that the server is busy."""
+
+
+def main() -> None:
+    """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
+    ready()
+    sys.exit(report.guarded(lambda: run(sys.argv[1:]), COMMAND.fields))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command with ``arguments``; its exit status."""
+    return COMMAND.run(arguments)
+
+
+def sd_server(**chosen: Any) -> int:
+    """Draw for everybody on the network: a page, a queue, the APIs of OpenAI, AUTOMATIC1111 and stable-diffusion.cpp.
+
+    Without options: the model that ships with sdrpc, this machine's devices, http://127.0.0.1:1234."""
+    report.logging_to_console(chosen["verbose"])
+    if chosen["version"]:
+        print(f"sd-server {__version__}")
+        return 0
+    if chosen["completion"]:
+        print(COMMAND.completion(chosen["completion"]))
+        return 0
+    _serve(chosen, keys_of(chosen))
+    return 0
+
+
+COMMAND = Command("sd-server", OPTIONS, sd_server, bare=True, help=sd_server.__doc__)
+
+
+def keys_of(chosen: Chosen) -> dict[str, str]:
+    """Name → key; none where nobody needs one. Raises :class:`UsageError` where everybody on the network would be let
+    in by mistake, and for a file that holds no keys."""
+    path = chosen["api_key_file"]
+    if path is None:
+        if chosen["listen_ip"] not in LOCAL and not chosen["no_auth"]:
+            raise InvalidValue(
+                "listen_ip", chosen["listen_ip"],
+                "others on the network could draw, and see what is drawn: name a file of keys with --api-key-file (it "
+                "is made where there is none), or let everybody in with --no-auth",
+            )  # fmt: skip
+        return {}
+    if chosen["no_auth"]:
+        raise UsageError("--no-auth and --api-key-file exclude each other")
+    return read_keys(Path(path))
+
+
+def read_keys(path: Path) -> dict[str, str]:
+    """The keys in a file, or a new one in a new file. Raises :class:`InvalidValue`."""
+    if not path.exists():
+        write_whole(path, f"home: {secrets.token_urlsafe(KEY_BYTES)}\n".encode())
+        report.say(f"a key was made; it is in {path}")
+    text = read_own(path, MAX_KEYS_FILE)
+    if text is None:
+        raise InvalidValue("api_key_file", path, "is no file of yours with keys")
+    keys: dict[str, str] = {}
+    for line in text.decode("utf-8", "replace").splitlines():
+        name, colon, key = (part.strip() for part in line.rpartition(":"))
+        if key and not line.startswith("#"):
+            keys[name if colon else f"key {len(keys) + 1}"] = key
+    if not keys:
+        raise InvalidValue("api_key_file", path, "holds no key")
+    return keys
+
+
+def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
+    try:
+        from ..web.app import create_app
+        from ..web.serving import serve
+    except ImportError as error:
+        raise UsageError(f"sd-server needs more packages ({error.name}): pip install 'sdrpc[server]'") from error
+    from ..web.board import Board
+    from ..web.context import Context
+    from ..web.gate import Rules
+    from ..web.metrics import Metrics
+    from ..web.shelf import Shelf
+    from ..web.store import JobStore
+    from ..web.studio import Adapters, Studio
+
+    named = files_of(chosen)
+    first = named.model or named.diffusion_model or next(iter(named.named.values()))
+    shelf = Shelf((first.stem, named), _folder(chosen["models_dir"]))
+    _, model = shelf.open(None)
+    listening = _listening(chosen["listen_ip"], chosen["listen_port"])
+    with (
+        listening,
+        every_device(
+            servers(chosen), chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)
+        ) as found,
+    ):
+        for failure in found.failures:
+            report.warn(str(failure))
+        seats = seats_of(chosen, model, found.devices, remote=bool(servers(chosen)))
+        data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
+        store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
+        board, metrics = Board(), Metrics(store)
+        adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"])
+        studio = Studio(store, shelf, seats, board, metrics, chosen["idle_unload"], chosen["rpc_retry"], adapters)
+        used = list(dict.fromkeys(device for seat in seats for part in seat.place(model).values() for device in part))
+        app = create_app(
+            Context(store, studio, board, shelf, metrics, used), Rules(keys, frozenset(chosen["allow_host"]))
+        )
+        studio.start()
+        try:
+            _announce(chosen, listening, model, seats, data, bool(keys))
+            serve(app, listening, CONNECTIONS, chosen["verbose"])
+        finally:
+            studio.stop()
+            store.close()
+
+
+def _folder(path: str | None) -> Path | None:
+    if path is None:
+        return None
+    if not Path(path).is_dir():
+        raise InvalidValue("models_dir", path, "is no folder")
+    return Path(path)
+
+
+def _listening(address: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises :class:`UsageError`."""
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((address, port))
+        listening.listen(CONNECTIONS)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"can't listen on {address}:{port}: {reason}; choose another port with --listen-port (0: any that is free)"
+        ) from error
+    return listening
+
+
+def seats_of(chosen: Chosen, model: Model, devices: Sequence[Device], remote: bool) -> list[Seat]:
+    """Who draws. Where the user placed components: one seat, there. Else each remote device is a seat with the whole
+    model on it, and without servers this machine's first device. Raises :class:`InvalidValue`."""
+    from ..web.studio import Seat
+
+    theirs = [device for device in devices if device.name.startswith("RPC")]
+    if remote and not theirs:
+        raise UsageError("none of the servers that --rpc names can be used")
+    placed, own = placement.parse(chosen["backend"]), by_option(chosen)
+    main = chosen["main_backend_device"]
+
+    def place(model: Model, default: Sequence[Device]) -> dict[str, list[Device]]:
+        return resolved(placement.wanted(list(model.components), placed, main, own), devices, default)
+
+    alone = placed or main or any(own.values()) or len(theirs) < 2
+    defaults = [theirs or devices[:1]] if alone else [[device] for device in theirs]
+    seats = [Seat(default[0].name, partial(place, default=default)) for default in defaults]
+    seats[0].place(model)  # what the options name is there
+    return seats
+
+
+def _announce(
+    chosen: Chosen, listening: socket.socket, model: Model, seats: Sequence[Seat], data: Path, keys: bool
+) -> None:
+    port = listening.getsockname()[1]
+    print(f"{model.family.title} on {', '.join(seat.name for seat in seats)}; queue and pictures in {data}")
+    address = chosen["listen_ip"]
+    shown = socket.gethostname() if address in EVERYWHERE else f"[{address}]" if ":" in address else address
+    print(f"http://{shown}:{port}" + ("  (with a key)" if keys else ""), flush=True)
+    if chosen["no_auth"] and address not in LOCAL:
+        report.warn("whoever reaches this address can draw, and see and delete what was drawn")

@@ -1,0 +1,156 @@
+"""What all APIs do: submit a request, wait for its job, answer with pictures or with a reason."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+
+from ...diffusion.image_files import read_mask, read_picture
+from ...diffusion.request import Request
+from ...errors import CheckpointError, InvalidValue, UsageError
+from ..board import Progress
+from ..context import Context
+from ..gate import error_body
+from ..jobs import Job, State
+from ..store import QueueFull
+from ..studio import PICTURES
+
+LOOK_SECONDS = 5.0
+"""How often somebody who waits looks at the job, should a bell have been missed."""
+
+MAX_PICTURES = 16
+"""Of one request."""
+
+MAX_PIXELS = 1 << 24
+"""Of one picture: 4096 × 4096. Who draws larger ones uses sd-cli."""
+
+MAX_STEPS = 500
+
+
+def context(request: HttpRequest) -> Context:
+    found: Context = request.app.state.context
+    return found
+
+
+def user(request: HttpRequest) -> str:
+    """Whose turn a request takes: its key's name, else its address."""
+    return str(request.state.user)
+
+
+class NoPicture(Exception):
+    """A job ended without pictures."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        super().__init__("the job was cancelled" if job.state is State.CANCELLED else job.error or "nothing was drawn")
+
+
+def submit(
+    here: Context,
+    who: str,
+    model: str | None,
+    asked: Mapping[str, Any],
+    pictures: Mapping[str, Sequence[bytes]] | None = None,
+    output_format: str = "png",
+    quality: int | None = None,
+    metadata: bool = True,
+) -> Job:
+    """Put a request of the fields ``asked`` into the queue, None meaning the model's default, with the files of the
+    ``pictures`` that it begins with.
+
+    Raises :class:`InvalidValue` for what can't be drawn, :class:`CheckpointError` and :class:`QueueFull`.
+    """
+    given = {name: files for name, files in (pictures or {}).items() if files}
+    read = {name: [_READ[name](name, data) for data in files] for name, files in given.items()}
+    decoded = {name: tuple(values) if name == "ref_images" else values[0] for name, values in read.items()}
+    request = Request(**{**{name: value for name, value in asked.items() if value is not None}, **decoded})
+    if not 1 <= request.batch_count <= MAX_PICTURES:
+        raise InvalidValue("batch_count", request.batch_count, f"it can be 1 … {MAX_PICTURES}")
+    if not 1 <= (request.steps or 1) <= MAX_STEPS:
+        raise InvalidValue("steps", request.steps, f"it can be 1 … {MAX_STEPS}")
+    if (request.width or 1) * (request.height or 1) > MAX_PIXELS:
+        raise InvalidValue("width", request.width, f"a picture can have {MAX_PIXELS >> 20} mebipixels")
+    job = here.store.submit(who, here.studio.resolved(model, request, output_format, quality, metadata), given)
+    here.board.ring()
+    return job
+
+
+_READ = {"init_image": read_picture, "mask": read_mask, "ref_images": read_picture}
+
+FIELDS = frozenset(entry.name for entry in fields(Request)) - {*PICTURES, "prompt"}
+"""Fields of a request that are no pictures."""
+
+
+def from_base64(name: str, text: str) -> bytes:
+    """The bytes of a picture in base64, or in a data URL of it. Raises :class:`InvalidValue`."""
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidValue(name, text[:24], "is no picture in base64") from error
+
+
+def as_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+async def over(here: Context, job: Job) -> Job:
+    """``job`` when it is over. Raises :class:`NoPicture` where it ended without pictures."""
+    with here.board.listen() as bell:
+        while True:
+            now = here.store.get(job.id)
+            if now is None:
+                raise NoPicture(job)
+            if now.state is State.DONE:
+                return now
+            if now.state.over:
+                raise NoPicture(now)
+            await here.board.news(bell, LOOK_SECONDS)
+
+
+async def watched(here: Context, job: Job) -> AsyncIterator[tuple[Job, Progress]]:
+    """``job`` and how far it is, whenever that or its place in the line has changed, until it is over."""
+    last: tuple[Job, Progress, int] | None = None
+    with here.board.listen() as bell:
+        while True:
+            now = here.store.get(job.id)
+            if now is None:
+                return
+            seen = now, here.board.get(job.id), here.store.place(now)
+            if seen != last:
+                yield seen[:2]
+            if now.state.over:
+                return
+            last = seen
+            await here.board.news(bell, LOOK_SECONDS)
+
+
+def pictures_of(here: Context, job: Job) -> list[bytes]:
+    """The files of a job's pictures."""
+    found = [here.store.picture(job, index) for index in range(len(job.seeds))]
+    return [data for data in found if data is not None]
+
+
+def server_sent(event: str, data: Any) -> str:
+    """An event of a text/event-stream."""
+    return f"event: {event}\ndata: {json.dumps(data)}\n\n"
+
+
+STATUS: dict[type[Exception], int] = {QueueFull: 429, CheckpointError: 500, UsageError: 400, NoPicture: 500}
+"""Error → status of the answer."""
+
+
+async def failed(_: HttpRequest, error: Exception) -> JSONResponse:
+    """The answer to a request that ``error`` ended."""
+    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    headers = {"Retry-After": "5"} if status == 429 else None
+    body = error_body(str(error), status)
+    if isinstance(error, InvalidValue):
+        body["error"]["param"] = error.field
+    return JSONResponse(body, status, headers)

@@ -1,0 +1,84 @@
+"""How far jobs are, for whoever looks: drawing threads write, requests of the event loop read and wait for news."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job is. ``stage`` and ``component``: of the session's last event; ``step`` of ``steps`` of ``picture``;
+    ``preview``: a small PNG of what is there so far, and its number, counted from 1; ``seat``: who draws it."""
+
+    stage: str = "queued"
+    component: str = ""
+    step: int = 0
+    steps: int = 0
+    picture: int = 1
+    done: int = 0
+    total: int = 0
+    preview: bytes | None = None
+    previews: int = 0
+    seat: str = ""
+
+
+class Board:
+    """Job → :class:`Progress`, and a bell that rings when anything on it, or in the queue, changed."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._progress: dict[str, Progress] = {}
+        self._bells: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+
+    def get(self, job: str) -> Progress:
+        with self._lock:
+            return self._progress.get(job, Progress())
+
+    def show(self, job: str, **changes: Any) -> None:
+        """Change what stands there about ``job``; any thread."""
+        with self._lock:
+            self._progress[job] = replace(self._progress.get(job, Progress()), **changes)
+        self.ring()
+
+    def clear(self, job: str) -> None:
+        with self._lock:
+            self._progress.pop(job, None)
+        self.ring()
+
+    def ring(self) -> None:
+        """Wake who waits for news; any thread."""
+        with self._lock:
+            bells = list(self._bells)
+        for loop, bell in bells:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(bell.set)
+
+    async def news(self, bell: asyncio.Event, seconds: float) -> None:
+        """Until ``bell``, one of :meth:`listen`, has rung, or for so many ``seconds``."""
+        try:
+            await asyncio.wait_for(bell.wait(), seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            return
+        bell.clear()
+
+    def listen(self) -> Listener:
+        """A context in which there is a bell."""
+        return Listener(self)
+
+
+class Listener:
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._entry = asyncio.get_running_loop(), asyncio.Event()
+
+    def __enter__(self) -> asyncio.Event:
+        with self._board._lock:
+            self._board._bells.add(self._entry)
+        return self._entry[1]
+
+    def __exit__(self, *_: object) -> None:
+        with self._board._lock:
+            self._board._bells.discard(self._entry)

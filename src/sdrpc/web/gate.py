@@ -1,0 +1,165 @@
+"""Who may come in: keys, hosts, origins, and how much a request may hold. A middleware, before anything is read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import json
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN = ("/", "/health", "/ready", "/page/")
+"""Paths that need no key: the page, which asks for one, and what a monitor calls."""
+
+SAFE = ("GET", "HEAD", "OPTIONS")
+TRIES, TRY_SECONDS = 20, 60.0
+"""Wrong keys from one address within so many seconds; then even a right one is refused."""
+
+MAX_ADDRESSES = 4096
+
+
+@dataclass(frozen=True)
+class Rules:
+    """``keys``: name → key; none: everybody comes in. ``hosts``: names of this server beside its addresses, those of
+    the machine and localhost. ``max_body``: bytes."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    hosts: frozenset[str] = frozenset()
+    max_body: int = 64 << 20
+
+
+class Refused(Exception):
+    """A request is answered with ``status`` and the reason."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Gate:
+    """Lets a request through to ``app`` when the ``rules`` do; it then knows its ``user`` (the key's name, else the
+    address) in the scope's state."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app, self._rules = app, rules
+        self._wrong: dict[str, deque[float]] = {}
+        self._names = {"localhost", *rules.hosts, *own_names()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        address = scope["client"][0] if scope.get("client") else ""
+        try:
+            self._check_host(headers, scope["method"])
+            user = self._user(headers, scope["path"], address)
+            received = self._bounded(receive, headers)
+        except Refused as refused:
+            await answer(send, refused)
+            return
+        scope.setdefault("state", {})["user"] = user
+        await self._app(scope, received, send)
+
+    def _check_host(self, headers: Headers, method: str) -> None:
+        """The name that a browser believes to talk to, and the page that made it do so: a foreign page whose name was
+        bound to our address (DNS rebinding), or one that posts a form here, is refused."""
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        if not (name in self._names or is_address(name)):
+            raise Refused(421, f"this server is not called {name!r}; if it is, start it with --allow-host {name}")
+        origin = headers.get("origin")
+        if method not in SAFE and origin is not None and urlsplit(origin).netloc != host:
+            raise Refused(403, f"pages of {origin} may not ask for anything here")
+
+    def _user(self, headers: Headers, path: str, address: str) -> str:
+        keys = self._rules.keys
+        if not keys or path in OPEN or path.startswith(OPEN[-1]):
+            return address
+        now = time.monotonic()
+        wrong = self._wrong.get(address, deque[float]())
+        while wrong and now - wrong[0] > TRY_SECONDS:
+            wrong.popleft()
+        if len(wrong) >= TRIES:
+            raise Refused(429, "too many wrong keys; wait a minute")
+        given = given_key(headers.get("authorization", ""))
+        for name, key in keys.items():
+            if given is not None and hmac.compare_digest(given.encode(), key.encode()):
+                return name
+        if given is not None:
+            wrong.append(now)
+            self._wrong[address] = wrong
+            while len(self._wrong) > MAX_ADDRESSES:
+                del self._wrong[next(iter(self._wrong))]
+        raise Refused(401, "a key is needed (Authorization: Bearer …)")
+
+    def _bounded(self, receive: Receive, headers: Headers) -> Receive:
+        most, got = self._rules.max_body, 0
+        said = headers.get("content-length", "0")
+        if not said.isdecimal() or int(said) > most:
+            raise Refused(413, f"a request may hold {most >> 20} MiB")
+
+        async def bounded() -> Message:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > most:
+                raise Refused(413, f"a request may hold {most >> 20} MiB")
+            return message
+
+        return bounded
+
+
+def given_key(authorization: str) -> str | None:
+    """The key of a Bearer or a Basic header (whose password it is, as A1111's clients send it)."""
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return None
+
+
+def is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def own_names() -> set[str]:
+    """What this machine is called on its network."""
+    name = socket.gethostname().lower()
+    short = name.partition(".")[0]
+    return {name, short, f"{short}.local", f"{short}.lan"} - {""}
+
+
+def error_body(reason: str, status: int) -> dict[str, Any]:
+    """An error as OpenAI's clients read it, with A1111's ``detail``."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": reason, "type": kind, "param": None, "code": str(status)}, "detail": reason}
+
+
+async def answer(send: Send, refused: Refused) -> None:
+    body = json.dumps(error_body(str(refused), refused.status)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status == 429:
+        headers.append((b"retry-after", b"60"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,93 @@
+"""What people ask for and what became of it, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class State(str, Enum):
+    """Where a job is. The values are those of stable-diffusion.cpp's sd-server."""
+
+    QUEUED = "queued"
+    RUNNING = "generating"
+    DONE = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def over(self) -> bool:
+        return self in (State.DONE, State.FAILED, State.CANCELLED)
+
+
+FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+"""Formats of pictures → what their files end with."""
+
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to draw: a model by name, and the fields of a :class:`sdrpc.Request` whose seed is settled, so that the same
+    pictures come out whenever it is drawn. ``inputs``: how many pictures there are for a field; the store has them.
+    ``quality``: of JPEG and WebP, 0 … 100; ``metadata``: pictures tell how they came about."""
+
+    model: str
+    request: Mapping[str, Any]
+    output_format: str = "png"
+    quality: int | None = None
+    metadata: bool = True
+    inputs: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> int:
+        return int(self.request.get("batch_count", 1))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task in the queue. Times are seconds since the epoch. ``user``: whose turn it takes; ``seeds``: of the pictures
+    that are there; ``error``: why there are none."""
+
+    id: str
+    user: str
+    task: Task
+    state: State
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    seeds: tuple[int, ...] = ()
+    error: str | None = None
+
+
+def in_turn(queued: Sequence[Job], served: Mapping[str, float]) -> list[Job]:
+    """``queued`` (oldest first) in the order in which they are drawn: users take turns. Whoever waited longest since a
+    job of theirs began goes first; each one's jobs stay in their order. ``served``: user → when a job of theirs began.
+    """
+    waiting: dict[str, list[Job]] = {}
+    for job in queued:
+        waiting.setdefault(job.user, []).append(job)
+    last = {user: served.get(user, 0.0) for user in waiting}
+    order = list[Job]()
+    turn = max(served.values(), default=0.0)
+    while waiting:
+        user = min(waiting, key=lambda name: (last[name], waiting[name][0].created))
+        order.append(waiting[user].pop(0))
+        turn += 1.0
+        last[user] = turn
+        if not waiting[user]:
+            del waiting[user]
+    return order
+
+
+def chosen(order: Sequence[Job], loaded: str | None, in_a_row: int, most: int) -> Job | None:
+    """The job to draw next, from ``order`` of :func:`in_turn`: the first; but one of the ``loaded`` model where there
+    is one and fewer than ``most`` went before others ``in_a_row``, because a change of the model takes longer than a
+    picture.
+    """
+    if not order:
+        return None
+    same = next((job for job in order if job.task.model == loaded), None)
+    return same if same and in_a_row < most else order[0]

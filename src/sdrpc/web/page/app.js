@@ -1,0 +1,406 @@
+// The page: a form that becomes jobs of /sdcpp/v1, the queue as it moves, and what was drawn.
+const API = "/sdcpp/v1";
+const $ = (id) => document.getElementById(id);
+const form = $("form");
+let key = localStorage.getItem("key");
+let defaults = {};      // model → what it draws with where nothing is said
+let opened = null;      // the job and picture that the viewer shows
+let lastOver = null;    // when a job was last over, as the server says
+
+// ---- talking to the server
+
+async function ask(path, options = {}) {
+  const headers = { ...(options.headers ?? {}), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  const answer = await fetch(path, { ...options, headers });
+  if (answer.status === 401) {
+    await comeIn();
+    return ask(path, options);
+  }
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({}));
+    throw new Error(told.error?.message ?? told.detail ?? `${answer.status} ${answer.statusText}`);
+  }
+  return answer;
+}
+
+const get = async (path) => (await ask(API + path)).json();
+const post = async (path, body) =>
+  (await ask(API + path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
+
+let door = null;
+function comeIn() {
+  door ??= new Promise((resolve) => {
+    $("key").value = "";
+    $("door").showModal();
+    $("door").addEventListener("close", () => {
+      key = $("key").value.trim();
+      localStorage.setItem("key", key);
+      door = null;
+      resolve();
+    }, { once: true });
+  });
+  return door;
+}
+
+const urls = new Map(); // picture → blob URL, so that pictures can be asked for with a key
+async function picture(path) {
+  if (!urls.has(path)) urls.set(path, ask(API + path).then((answer) => answer.blob()).then((blob) => URL.createObjectURL(blob)));
+  return urls.get(path);
+}
+
+async function* events(path) {
+  const reader = (await ask(API + path)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    let end;
+    while ((end = text.indexOf("\n\n")) >= 0) {
+      const data = text.slice(0, end).split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("");
+      text = text.slice(end + 2);
+      if (data) yield JSON.parse(data);
+    }
+  }
+}
+
+// ---- the form
+
+const NUMBERS = ["width", "height", "steps", "cfg_scale", "seed", "batch_count", "strength", "distilled_guidance"];
+const number = (name) => (form.elements[name].value === "" ? null : Number(form.elements[name].value));
+
+async function request() {
+  const body = {
+    prompt: form.elements.prompt.value, negative_prompt: form.elements.negative_prompt.value, model: form.elements.model.value,
+    width: number("width"), height: number("height"), seed: number("seed") ?? -1, batch_count: number("batch_count") ?? 1,
+    strength: number("strength") ?? 0.75,
+    sample_params: {
+      sample_steps: number("steps"), sample_method: form.elements.sample_method.value || null,
+      scheduler: form.elements.scheduler.value || null,
+      guidance: { txt_cfg: number("cfg_scale"), distilled_guidance: number("distilled_guidance") },
+    },
+  };
+  if (painting.image) {
+    body.init_image = painting.data;
+    if (painting.painted) body.mask_image = painting.mask();
+  }
+  return body;
+}
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  problem("");
+  $("draw").disabled = true;
+  try {
+    await post("/img_gen", await request());
+    save();
+  } catch (error) {
+    problem(error.message);
+  } finally {
+    $("draw").disabled = false;
+  }
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+
+function problem(text) {
+  $("problem").textContent = text;
+  $("problem").hidden = !text;
+}
+
+const SAVED = ["prompt", "negative_prompt", "model", "sample_method", "scheduler", ...NUMBERS];
+const save = () => localStorage.setItem("form", JSON.stringify(Object.fromEntries(SAVED.map((name) => [name, form.elements[name].value]))));
+
+function fill(values) {
+  for (const name of SAVED) if (values[name] !== undefined && values[name] !== null) form.elements[name].value = values[name];
+}
+
+function hints() {
+  const known = defaults[form.elements.model.value] ?? {};
+  for (const name of ["width", "height", "steps", "cfg_scale"]) form.elements[name].placeholder = known[name] ?? "";
+  form.elements.distilled_guidance.placeholder = known.guidance ?? "";
+}
+
+function options(select, values, first) {
+  select.replaceChildren(...(first ? [new Option(first, "")] : []), ...values.map((value) => new Option(value, value)));
+}
+
+// ---- a picture to begin with, and what of it is drawn anew
+
+const painting = {
+  image: null, data: "", painted: false,
+  canvas: $("canvas"), strokes: document.createElement("canvas"),
+  async begin(blob) {
+    this.data = await new Promise((resolve) => {
+      const reader = new FileReader();
+      reader.onload = () => resolve(reader.result);
+      reader.readAsDataURL(blob);
+    });
+    this.image = await createImageBitmap(blob);
+    for (const canvas of [this.canvas, this.strokes]) [canvas.width, canvas.height] = [this.image.width, this.image.height];
+    $("painting").hidden = false;
+    $("begin").open = true;
+    this.clear();
+  },
+  clear() {
+    this.painted = false;
+    this.strokes.getContext("2d").clearRect(0, 0, this.strokes.width, this.strokes.height);
+    this.show();
+  },
+  end() {
+    this.image = null;
+    $("painting").hidden = true;
+    $("init_file").value = "";
+  },
+  show() {
+    const context = this.canvas.getContext("2d");
+    context.globalAlpha = 1;
+    context.drawImage(this.image, 0, 0);
+    context.globalAlpha = 0.6;
+    context.drawImage(this.strokes, 0, 0);
+  },
+  stroke(from, to) {
+    const context = this.strokes.getContext("2d");
+    context.strokeStyle = "#fff";
+    context.lineCap = "round";
+    context.lineWidth = ($("brush").value / 100) * Math.max(this.strokes.width, this.strokes.height);
+    context.beginPath();
+    context.moveTo(...from);
+    context.lineTo(...to);
+    context.stroke();
+    this.painted = true;
+    this.show();
+  },
+  mask() {
+    const mask = document.createElement("canvas");
+    [mask.width, mask.height] = [this.strokes.width, this.strokes.height];
+    const context = mask.getContext("2d");
+    context.fillRect(0, 0, mask.width, mask.height);
+    context.drawImage(this.strokes, 0, 0);
+    return mask.toDataURL("image/png");
+  },
+};
+
+let pen = null;
+const place = (event) => {
+  const box = painting.canvas.getBoundingClientRect();
+  return [((event.clientX - box.left) / box.width) * painting.canvas.width, ((event.clientY - box.top) / box.height) * painting.canvas.height];
+};
+painting.canvas.addEventListener("pointerdown", (event) => {
+  painting.canvas.setPointerCapture(event.pointerId);
+  pen = place(event);
+  painting.stroke(pen, pen);
+});
+painting.canvas.addEventListener("pointermove", (event) => {
+  if (!pen) return;
+  const next = place(event);
+  painting.stroke(pen, next);
+  pen = next;
+});
+for (const end of ["pointerup", "pointercancel"]) painting.canvas.addEventListener(end, () => { pen = null; });
+$("init_file").addEventListener("change", (event) => {
+  const [file] = event.target.files;
+  if (file) painting.begin(file).catch(() => problem(`${file.name} is no picture that the browser reads`));
+});
+$("unpaint").addEventListener("click", () => painting.clear());
+$("remove").addEventListener("click", () => painting.end());
+
+// ---- the queue
+
+const rows = new Map(); // job → its row
+function words(job) {
+  if (job.status === "queued") return `waiting, number ${job.queue_position}`;
+  const { stage, component, step, steps, picture, done, total, seat } = job.progress ?? {};
+  const where = seat ? ` on ${seat}` : "";
+  if (stage === "sample") return `${job.request.batch_count > 1 ? `picture ${picture}, ` : ""}step ${step} of ${steps}${where}`;
+  if (stage === "upload") return `${component}: sending weights, ${Math.round((100 * done) / Math.max(total, 1))} %${where}`;
+  return `${{ capture: `preparing ${component}`, encode: "reading the prompt", decode: "finishing", starting: "starting" }[stage] ?? stage ?? ""}${where}`;
+}
+
+function showQueue(jobs) {
+  const now = new Set(jobs.map((job) => job.id));
+  for (const [id, row] of rows) if (!now.has(id)) { row.remove(); rows.delete(id); }
+  jobs.forEach((job, index) => {
+    let row = rows.get(job.id);
+    if (!row) {
+      row = $("job").content.firstElementChild.cloneNode(true);
+      row.querySelector(".cancel").addEventListener("click", () => post(`/jobs/${job.id}/cancel`).catch((error) => problem(error.message)));
+      rows.set(job.id, row);
+    }
+    if ($("queue").children[index] !== row) $("queue").insertBefore(row, $("queue").children[index] ?? null);
+    row.querySelector(".words").textContent = job.request.prompt;
+    row.querySelector(".state").textContent = words(job);
+    const progress = row.querySelector("progress");
+    progress.hidden = job.status === "queued";
+    if (job.progress?.stage === "sample") progress.value = job.progress.step / Math.max(job.progress.steps, 1);
+    else if (job.progress?.stage === "upload") progress.value = job.progress.done / Math.max(job.progress.total, 1);
+    if (job.progress?.preview && row.dataset.preview !== String(job.progress.preview)) {
+      row.dataset.preview = job.progress.preview;
+      preview(job.id, row.querySelector(".preview"));
+    }
+  });
+}
+
+async function preview(id, image) {
+  try {
+    const blob = await (await ask(`${API}/jobs/${id}/preview`)).blob();
+    URL.revokeObjectURL(image.src);
+    image.src = URL.createObjectURL(blob);
+    image.hidden = false;
+  } catch { /* the job is over meanwhile */ }
+}
+
+async function follow() {
+  for (;;) {
+    try {
+      for await (const state of events("/events")) {
+        showQueue(state.jobs);
+        if (state.over !== lastOver) {
+          lastOver = state.over;
+          await showGallery();
+        }
+      }
+    } catch { /* the server is gone for a moment */ }
+    await new Promise((resolve) => setTimeout(resolve, 2000));
+  }
+}
+
+// ---- the gallery
+
+const tiles = new Map(); // job/picture → its tile
+const seen = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    seen.unobserve(target);
+    picture(target.dataset.path).then((url) => { target.firstElementChild.src = url; });
+  }
+}, { rootMargin: "300px" });
+
+async function showGallery() {
+  const jobs = (await get("/jobs")).filter((job) => ["completed", "failed"].includes(job.status));
+  const wanted = [];
+  for (const job of jobs) {
+    if (job.status === "failed") wanted.push([`${job.id}/failed`, job, null]);
+    job.seeds.forEach((_, index) => wanted.push([`${job.id}/${index}`, job, index]));
+  }
+  const names = new Set(wanted.map(([name]) => name));
+  for (const [name, tile] of tiles) if (!names.has(name)) { tile.remove(); tiles.delete(name); }
+  wanted.forEach(([name, job, index], position) => {
+    if (!tiles.has(name)) tiles.set(name, index === null ? failure(job) : tile(job, index));
+    if ($("gallery").children[position] !== tiles.get(name)) $("gallery").insertBefore(tiles.get(name), $("gallery").children[position] ?? null);
+  });
+  $("empty").hidden = wanted.length > 0;
+}
+
+function tile(job, index) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.setAttribute("aria-label", job.request.prompt);
+  button.dataset.path = `/jobs/${job.id}/images/${index}`;
+  const image = document.createElement("img");
+  image.alt = job.request.prompt;
+  button.append(image);
+  button.addEventListener("click", () => view(job, index));
+  seen.observe(button);
+  return button;
+}
+
+function failure(job) {
+  const note = document.createElement("button");
+  note.type = "button";
+  note.className = "failed";
+  note.textContent = `${job.request.prompt}: ${job.error.message}`;
+  note.title = "Delete this note";
+  note.addEventListener("click", () => forget(job));
+  return note;
+}
+
+async function view(job, index) {
+  opened = { job, index };
+  const image = $("shown");
+  image.src = await picture(`/jobs/${job.id}/images/${index}`);
+  image.alt = job.request.prompt;
+  const facts = { Prompt: job.request.prompt, "Not in it": job.request.negative_prompt, Model: job.model, Seed: job.seeds[index],
+    Size: job.request.width && `${job.request.width}×${job.request.height ?? ""}`, Steps: job.request.steps, "CFG scale": job.request.cfg_scale,
+    Sampler: job.request.sampling_method, Schedule: job.request.scheduler, By: job.user };
+  $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
+    const [term, text] = [document.createElement("dt"), document.createElement("dd")];
+    [term.textContent, text.textContent] = [name, value];
+    return [term, text];
+  }));
+  $("viewer").showModal();
+}
+
+$("reuse").addEventListener("click", () => {
+  const { job, index } = opened;
+  for (const name of NUMBERS) if (name !== "strength" && name !== "batch_count") form.elements[name].value = "";
+  fill({ ...job.request, model: job.model, seed: job.seeds[index], sample_method: job.request.sampling_method ?? "",
+    scheduler: job.request.scheduler ?? "", distilled_guidance: job.request.guidance, batch_count: 1 });
+  hints();
+  $("viewer").close();
+  form.elements.prompt.focus();
+});
+$("continue").addEventListener("click", async () => {
+  const { job, index } = opened;
+  await painting.begin(await (await ask(`${API}/jobs/${job.id}/images/${index}`)).blob());
+  $("viewer").close();
+  $("begin").scrollIntoView({ block: "nearest" });
+});
+$("save").addEventListener("click", async () => {
+  const { job, index } = opened;
+  const link = document.createElement("a");
+  link.href = await picture(`/jobs/${job.id}/images/${index}`);
+  link.download = `${job.seeds[index]}.${job.output_format === "jpeg" ? "jpg" : job.output_format}`;
+  link.click();
+});
+$("forget").addEventListener("click", async () => {
+  $("viewer").close();
+  await forget(opened.job);
+});
+$("close").addEventListener("click", () => $("viewer").close());
+
+async function forget(job) {
+  try {
+    await ask(`${API}/jobs/${job.id}`, { method: "DELETE" });
+  } catch (error) {
+    problem(error.message);
+  }
+  await showGallery();
+}
+
+// ---- devices, theme, beginning
+
+const gigabytes = (bytes) => (bytes / 2 ** 30).toFixed(1);
+async function showDevices() {
+  try {
+    const devices = await get("/devices");
+    $("devices").textContent = devices.map(({ name, description, free, total }) =>
+      `${name}: ${description}${total ? `, ${gigabytes(free)} of ${gigabytes(total)} GB free` : ", gone"}`).join(" · ");
+  } catch { /* next time */ }
+}
+
+const root = document.documentElement;
+if (localStorage.getItem("theme")) root.dataset.theme = localStorage.getItem("theme");
+$("theme").addEventListener("click", () => {
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  localStorage.setItem("theme", root.dataset.theme);
+});
+
+async function begin() {
+  const can = await get("/capabilities");
+  defaults = Object.fromEntries(can.models.map((model) => [model.name, model.defaults]));
+  options(form.elements.model, can.models.map((model) => model.name));
+  options(form.elements.sample_method, can.samplers, "the model's own");
+  options(form.elements.scheduler, can.schedulers, "the sampler's own");
+  fill(JSON.parse(localStorage.getItem("form") ?? "{}"));
+  if (!form.elements.model.value) form.elements.model.selectedIndex = 0;
+  form.elements.model.addEventListener("change", hints);
+  hints();
+  follow();
+  showDevices();
+  setInterval(showDevices, 10000);
+}
+begin().catch((error) => problem(error.message));

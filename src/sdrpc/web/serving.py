@@ -1,0 +1,35 @@
+"""An application on a socket, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+GRACE_SECONDS = 2
+"""How long answers that are under way may take when the server ends; jobs stay in the queue."""
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        signal.signal(sig, signal.SIG_DFL)  # a second one ends the process at once
+        super().handle_exit(sig, frame)
+
+
+def serve(app: FastAPI, listening: socket.socket, connections: int, verbose: bool) -> None:
+    """Answer on ``listening``, up to ``connections`` at one time: further ones are told 503."""
+    config = uvicorn.Config(
+        app, log_config=None, access_log=verbose, limit_concurrency=connections, server_header=False, lifespan="off",
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )  # fmt: skip
+    before = {number: signal.signal(number, _over) for number in (signal.SIGINT, signal.SIGTERM)}
+    _Server(config).run(sockets=[listening])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _over(_number: int, _frame: FrameType | None) -> None:
+    """uvicorn repeats the signal that ended it, when it has ended: we have more to put away."""

@@ -1,0 +1,72 @@
+"""The models that can be asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+
+from ..errors import InvalidValue, SdrpcError
+from ..families.model import Model, ModelFiles, open_model
+
+SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt")
+"""Of files that may be whole models. A folder with a model_index.json is one as well."""
+
+
+class Shelf:
+    """``first``: name and files of the model that is meant where none is named; ``folder``: whole models, each under
+    its name without the suffix. What is no model (a VAE, a LoRA) is not on the shelf."""
+
+    def __init__(self, first: tuple[str, ModelFiles], folder: Path | None = None) -> None:
+        self.default = first[0]
+        self._first, self._folder = first, folder
+        self._judged: dict[tuple[Path, float], bool] = {}
+        self._opened: dict[str, tuple[object, Model]] = {}
+        self._lock = Lock()
+
+    def models(self) -> Mapping[str, ModelFiles]:
+        """Name → files, as they are now: files come and go."""
+        found = (
+            {}
+            if self._folder is None
+            else {path.stem: path for path in sorted(self._folder.iterdir()) if self._is(path)}
+        )
+        return {self.default: self._first[1]} | {
+            name: ModelFiles(path) for name, path in found.items() if name != self.default
+        }
+
+    def find(self, name: str | None) -> tuple[str, ModelFiles]:
+        """The model called ``name``, with or without its file's suffix; the default for None. Names are looked up,
+        never joined to a path. Raises :class:`InvalidValue`."""
+        models = self.models()
+        wanted = name or self.default
+        for known in (wanted, *(wanted.removesuffix(suffix) for suffix in SUFFIXES)):
+            if known in models:
+                return known, models[known]
+        raise InvalidValue("model", name, f"there is no such model; there are {', '.join(models)}")
+
+    def open(self, name: str | None) -> tuple[str, Model]:
+        """The model called ``name`` and its name. Raises :class:`InvalidValue`, and :class:`CheckpointError`."""
+        found, files = self.find(name)
+        stamp = tuple((path, path.stat().st_mtime) for path in files.named.values() if path.exists())
+        with self._lock:
+            known = self._opened.get(found)
+            if known is None or known[0] != stamp:
+                known = self._opened[found] = stamp, open_model(files)
+            return found, known[1]
+
+    def _is(self, path: Path) -> bool:
+        if path.name.startswith(".") or not (path.suffix in SUFFIXES or (path / "model_index.json").exists()):
+            return False
+        key = path, path.stat().st_mtime
+        if key not in self._judged:
+            self._judged[key] = _is_model(path)
+        return self._judged[key]
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        open_model(ModelFiles(path))
+    except (SdrpcError, OSError):
+        return False
+    return True

@@ -1,0 +1,39 @@
+"""sd-server as a process, with the model that ships and a tiny one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.web.process import WebServer
+
+TOOLS = Path(__file__).parent.parent.parent / "tools"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny SD 1.x model, a file that is none, and one of a component."""
+    folder = tmp_path_factory.mktemp("models")
+    tool = [
+        sys.executable,
+        TOOLS / "make_checkpoint.py",
+        "--size",
+        "tiny",
+        "--type",
+        "f16",
+        folder / "tiny.safetensors",
+    ]
+    subprocess.run([str(word) for word in tool], check=True)
+    (folder / "broken.safetensors").write_bytes(b"<!doctype html>")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """A server that lets everybody in."""
+    with WebServer(tmp_path_factory.mktemp("data"), "--models-dir", str(models)) as process:
+        yield process

@@ -1,0 +1,94 @@
+"""AUTOMATIC1111's API, with a client package of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.web.process import LONG, WebServer
+
+webuiapi = pytest.importorskip("webuiapi")
+
+SMALL: dict[str, Any] = {"prompt": "a cat", "steps": 1, "width": 64, "height": 64, "seed": 1, "cfg_scale": 4}
+TINY = {"override_settings": {"sd_model_checkpoint": "tiny"}}
+
+
+@pytest.fixture(scope="module")
+def client(server: WebServer) -> Any:
+    return webuiapi.WebUIApi(host="127.0.0.1", port=server.port)
+
+
+def test_txt2img(client: Any) -> None:
+    """What is said about pictures is what they were drawn with."""
+    result = client.txt2img(**SMALL, **TINY, sampler_name="DPM++ 2M Karras", batch_size=2)
+    assert [image.size for image in result.images] == [(64, 64)] * 2
+    assert result.info["all_seeds"] == [1, 2]
+    assert "Sampler: dpm++2m karras" in result.info["infotexts"][0]
+    assert result.parameters["steps"] == 1
+    assert "Seed: 1," in client.png_info(result.image).info
+
+
+def test_img2img(client: Any) -> None:
+    """Without noise it is the picture, but for the VAE; a mask goes with it."""
+    picture = Image.fromarray(np.full((32, 64, 3), (200, 30, 30), np.uint8))
+    mask = Image.fromarray(np.full((32, 64), 255, np.uint8))
+    given = {"images": [picture], **SMALL, **TINY, "steps": 4}
+    kept = client.img2img(**given, denoising_strength=0.0)
+    drawn = client.img2img(**given, denoising_strength=1.0, mask_image=mask, inpaint_full_res=False)
+    assert kept.image.size == drawn.image.size == (64, 64)
+    assert not np.array_equal(np.asarray(kept.image), np.asarray(drawn.image))
+
+
+def test_what_there_is(client: Any) -> None:
+    assert {model["title"] for model in client.get_sd_models()} == {"demo", "tiny"}
+    assert {"Euler a", "DPM++ 2M", "res_multistep"} <= {each["name"] for each in client.get_samplers()}
+    assert {"automatic", "karras"} <= {each["name"] for each in client.get_schedulers()}
+    assert client.get_loras() == []
+    assert client.get_memory()["cuda"]["system"]["total"] > 0
+
+
+def test_the_chosen_model(client: Any) -> None:
+    client.util_set_model("tiny")
+    assert client.util_get_current_model() == "tiny"
+    assert client.txt2img(**SMALL).info["sd_model_name"] == "tiny"
+    client.util_set_model("demo")
+
+
+def test_progress_and_interruption(client: Any, server: WebServer) -> None:
+    """A job in the queue shows, and ends, without what waits for it being hung up on."""
+    failures: list[Exception] = []
+
+    def draw() -> None:
+        try:
+            client.txt2img(**SMALL | {"steps": LONG["sample_params"]["sample_steps"]}, **TINY)
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    while not client.get_progress()["state"]["sampling_step"]:
+        assert thread.is_alive()
+    assert 0 < client.get_progress()["progress"] < 1
+    client.interrupt()
+    thread.join(120)
+    assert not thread.is_alive()
+    assert "the job was cancelled" in str(failures[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"enable_hr": True}, "enable_hr"),
+        ({"sampler_name": "PLMS"}, "sampler_name"),
+        ({"styles": ["x"]}, "styles"),
+        ({"script_name": "x/y plot"}, "script_name"),
+        ({"steps": 100_000}, "steps 100000: it can be 1 … 500"),
+    ],
+)
+def test_refusals(client: Any, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        client.txt2img(**SMALL | changes, **TINY)

@@ -1,0 +1,141 @@
+"""What was accepted is drawn, in turn, also after the server was killed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdrpc.errors import UsageError
+from sdrpc.web.jobs import Job, State, Task, chosen, in_turn
+from sdrpc.web.store import JobStore, QueueFull
+from tests.web.process import LONG, SMALL, WebServer
+
+TASK = Task("tiny", {"prompt": "a cat", "seed": 1})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[JobStore]:
+    opened = JobStore(tmp_path / "queue", 8, 3600, 1 << 20)
+    yield opened
+    opened.close()
+
+
+def job(name: str, user: str, model: str = "a", created: float = 0.0) -> Job:
+    return Job(name, user, replace(TASK, model=model), State.QUEUED, created)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.dictionaries(st.sampled_from("abc"), st.floats(0, 9)))
+def test_users_take_turns(users: list[str], served: dict[str, float]) -> None:
+    """Everybody's jobs are there, in their own order; between two of one user's no other waits who has any."""
+    queued = [job(str(number), user, created=number) for number, user in enumerate(users)]
+    order = in_turn(queued, served)
+    assert sorted(order, key=lambda each: each.created) == queued
+    for user in set(users):
+        mine = [each.created for each in order if each.user == user]
+        assert mine == sorted(mine)
+    for position, (one, next_one) in enumerate(pairwise(order)):
+        if one.user == next_one.user:
+            assert {each.user for each in order[position:]} == {one.user}
+
+
+def test_the_loaded_model_goes_first_but_not_for_ever() -> None:
+    order = [job("1", "a", "x"), job("2", "b", "y")]
+    assert chosen(order, "y", 0, 8) is order[1]
+    assert chosen(order, "y", 8, 8) is order[0]
+    assert chosen(order, None, 0, 8) is order[0]
+    assert chosen([], "y", 0, 8) is None
+
+
+def test_a_full_queue(store: JobStore) -> None:
+    for _ in range(8):
+        store.submit("anna", TASK, {})
+    with pytest.raises(QueueFull, match="8 jobs are waiting"):
+        store.submit("anna", TASK, {})
+
+
+def test_pictures_and_inputs_are_kept_until_they_are_old(store: JobStore) -> None:
+    made = store.submit("anna", TASK, {"init_image": [b"begin"]})
+    taken = store.take("CPU", None, 0)
+    assert taken is not None
+    assert (taken.id, taken.state) == (made.id, State.RUNNING)
+    store.add_picture(taken, 1, b"first")
+    store.add_picture(taken, 2, b"second")
+    store.finish(taken, State.DONE)
+    done = store.get(made.id)
+    assert done is not None
+    assert (done.seeds, store.picture(done, 1), store.picture(done, 2)) == ((1, 2), b"second", None)
+    assert store.inputs(done, "init_image") == [b"begin"]
+    store.prune()
+    assert store.get(made.id)
+    store.keep_seconds = -1
+    store.prune()
+    assert store.get(made.id) is None
+    assert list(store._pictures.iterdir()) == []
+
+
+def test_the_oldest_pictures_go_when_there_are_too_many(store: JobStore) -> None:
+    for seed in range(3):
+        store.submit("anna", TASK, {})
+        taken = store.take("CPU", None, 0)
+        assert taken is not None
+        store.add_picture(taken, seed, bytes(400 << 10))
+        store.finish(taken, State.DONE)
+    store.prune()
+    assert [each.seeds for each in store.jobs()] == [(2,), (1,)]
+
+
+def test_one_folder_has_one_server(store: JobStore, tmp_path: Path) -> None:
+    store.submit("anna", TASK, {})
+    with pytest.raises(UsageError, match="another sd-server uses it"):
+        JobStore(tmp_path / "queue", 8, 3600, 1 << 20)
+
+
+def test_a_killed_server_goes_on(tmp_path: Path, models: Path) -> None:
+    """kill -9 while one is drawn and two wait: all three are drawn when it comes back, with the pictures that they
+    would have had."""
+    options = ("--models-dir", str(models))
+    with WebServer(tmp_path, *options) as first:
+        first.until(first.submit(seed=1), "completed")
+        drawn = first.submit(seed=5, sample_params={"sample_steps": 60}, batch_count=2)
+        waiting = [first.submit(seed=1), first.submit(seed=7)]
+        first.until(drawn, "generating")
+        first.stop(signal.SIGKILL)
+    with WebServer(tmp_path, *options) as second:
+        jobs = [second.until(name, "completed") for name in (drawn, *waiting)]
+        assert [each["seeds"] for each in jobs] == [[5, 6], [1], [7]]
+        same = second.until(second.submit(seed=1), "completed")
+        assert same["result"]["images"] == jobs[1]["result"]["images"]
+
+
+def test_sigterm_puts_back_what_is_drawn(tmp_path: Path, models: Path) -> None:
+    options = ("--models-dir", str(models))
+    with WebServer(tmp_path, *options) as server:
+        name = server.submit(**{key: value for key, value in LONG.items() if key != "model"}, model="tiny")
+        server.until(name, "generating")
+        assert server.stop(signal.SIGTERM) == 0
+        assert "Traceback" not in "".join(server.lines)
+    store = JobStore(tmp_path, 8, 3600, 1 << 20)
+    assert [(each.id, each.state) for each in store.jobs()] == [(name, State.QUEUED)]
+    store.close()
+
+
+def test_many_users_at_once(server: WebServer) -> None:
+    """T61: more than the queue takes get 429 and when to come again; the rest are drawn."""
+    begin = server.submit(**LONG)
+    answers = [server.ask("/sdcpp/v1/img_gen", SMALL | {"seed": number}) for number in range(70)]
+    refused = [answer for answer in answers if answer.status == 429]
+    taken = [answer.json()["id"] for answer in answers if answer.status == 202]
+    assert len(refused) == len(answers) - len(taken) > 0
+    assert refused[0].headers["retry-after"] == "5"
+    server.ask(f"/sdcpp/v1/jobs/{begin}/cancel", {})
+    for name in taken[:60]:
+        server.ask(f"/sdcpp/v1/jobs/{name}/cancel", {})
+    for name in taken[60:]:
+        server.until(name, "completed")

@@ -1,0 +1,32 @@
+"""Several servers draw at once, and one that is lost takes no job with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.process import ServerProcess
+from tests.web.process import SMALL, WebServer
+
+OPTIONS = ("--precision", "exact", "--device", "CPU")
+
+
+def test_each_server_is_a_seat_and_a_lost_one_loses_nothing(tmp_path: Path, models: Path) -> None:
+    """Two jobs at once on two servers; then one server is killed while it draws, and the other one draws its job: the
+    same picture as ever."""
+    with ServerProcess(*OPTIONS) as one, ServerProcess(*OPTIONS) as other:
+        rpc = f"127.0.0.1:{one.port},127.0.0.1:{other.port}"
+        with WebServer(tmp_path, "--models-dir", str(models), "--rpc", rpc, "--rpc-retry", "1") as server:
+            assert [device["name"] for device in server.ask("/sdcpp/v1/devices").json()] == ["RPC0", "RPC1"]
+            steps = {"sample_steps": 40}
+            names = [server.submit(seed=1, sample_params=steps) for _ in range(2)]
+            at_once = [server.until(name, "generating") for name in names]
+            assert {job["progress"]["seat"] for job in at_once} == {"RPC0", "RPC1"}
+            first = [server.until(name, "completed") for name in names]
+            assert first[0]["result"] == first[1]["result"]
+            again = [server.submit(seed=1, sample_params=steps) for _ in range(3)]
+            for name in again[:2]:
+                server.until(name, "generating")
+            one.process.kill()
+            done = [server.until(name, "completed") for name in again]
+            assert [job["result"] for job in done] == [first[0]["result"]] * 3
+            assert server.ask("/sdcpp/v1/img_gen", SMALL).status == 202
