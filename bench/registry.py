@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import cache, families, graph, language, memory, operations, start, step, upload, wire
+from . import cache, encryption, families, graph, language, memory, operations, start, step, upload, wire
 from .rows import Benchmark
 
 BENCHMARKS = (
     Benchmark("step", "time of a sampling step through a server, over diffusers in process", step.run),
     Benchmark("wire", "bytes of a step on the wire, over what it needs", wire.run),
     Benchmark("upload", "speed of weights from the mapped file into the server's memory", upload.run),
+    Benchmark("encryption", "an upload and a step through TLS, over the same without", encryption.run),
     Benchmark("cache", "an upload of weights that the server has kept, over a plain one; speed of hashes", cache.run),
     Benchmark("memory", "peak of memory that is the client's and the server's own", memory.run),
     Benchmark("graph", "sd-cli's recorded UNet graph: fast over exact, per operation", graph.run),

@@ -85,7 +85,7 @@ class House:
         limits = Limits(
             hello_seconds=5.0, stall_seconds=5.0, linger_seconds=0.1, attempts=1 << 30, bytes_of_all=256 << 20
         )
-        door = Door(keys=Keys(ring, folder / "server.pem"))
+        door = Door(keys=Keys(ring, folder / "server.pem"), limits=limits)
         self.server = self._end.enter_context(Server([self.device], limits=limits, door=door))
         self.works = Adder(RawClient(self.server.port))
         self.works()

@@ -44,6 +44,8 @@ from .secure import secured, show_key
 CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS | Capability.REASONS
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
+_AT_ONCE = 1 << 18
+"""Bytes that are given to TLS together: it says nothing of its progress before they are all sent."""
 _JOIN_BELOW = 1 << 14
 """Bytes that are sent in one piece where buffers can't be sent together: one packet, and in TLS one record."""
 MAX_BUFFERS_PER_SEND = 64
@@ -363,7 +365,7 @@ def _send_all(sock: socket.socket, buffers: Sequence[Bytes], wait: Silence = _at
     since = time.monotonic()
     while views:
         try:
-            sent = sock.sendmsg(views[:MAX_BUFFERS_PER_SEND]) if together else sock.send(views[0])
+            sent = sock.sendmsg(views[:MAX_BUFFERS_PER_SEND]) if together else sock.send(views[0][:_AT_ONCE])
         except TimeoutError as error:
             if error.errno:  # the system gave up
                 raise

@@ -59,6 +59,7 @@ class Stream:
         self._ahead = memoryview(bytearray(_AHEAD))
         self._start = self._end = 0
         self._staging = memoryview(bytearray())
+        self._records: ssl.SSLSocket | None = None
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
@@ -74,7 +75,8 @@ class Stream:
     def secure(self, context: ssl.SSLContext) -> None:
         """Go on in TLS, as its server. Nothing must have been read before."""
         with self._errors():
-            self._socket = secured = context.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            secured = context.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            self._socket = self._records = secured
             if self.aborted:  # while the socket was changed, somebody may have ended the old one
                 raise ConnectionAbortedError
             secured.settimeout(self._patience(None))
@@ -138,7 +140,7 @@ class Stream:
                 self._start = taken
                 filled += taken
             else:
-                filled += self._received(rest)
+                filled += self._received(rest) if self._records is None else self._received_records(rest[:_SENT])
 
     def staging(self, size: int) -> memoryview:
         """Memory for ``size`` bytes on their way to somewhere else; the next call may return the same."""
@@ -208,6 +210,25 @@ class Stream:
         if not count:
             raise ConnectionLost(self.peer, self.doing)
         return count
+
+    def _received_records(self, target: memoryview) -> int:
+        """As many bytes of ``target``, which is wanted whole, as come in time. TLS gives 16 KiB at a time: what can be
+        done once for many of them is."""
+        assert self._records is not None  # noqa: S101
+        receive, filled = self._records.recv_into, 0
+        with self._errors():
+            patience = self._patience(self._stall)
+            self._socket.settimeout(patience)
+            until = time.monotonic() + (patience or self._stall)
+            while filled < len(target) and (not filled or time.monotonic() < until):
+                count = receive(target[filled:])
+                if not count:
+                    break
+                filled += count
+        self.received += filled
+        if not filled:
+            raise ConnectionLost(self.peer, self.doing)
+        return filled
 
     def _receive(self, target: memoryview, seconds: float | None) -> int:
         with self._errors():
