@@ -24,14 +24,11 @@ from sdrpc.errors import (
     SdrpcError,
     ServerStopping,
 )
-from sdrpc.ggml.build import leaf, node
-from sdrpc.ggml.params import MulMat
-from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor
-from sdrpc.ggml.types import F32
 from sdrpc.server import Limits, Server
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import FreeBuffer
 from tests.server.conftest import eventually
+from tests.support.products import products
 
 MIB = 1 << 20
 LIMITS = Limits(buffer_bytes=64 * MIB, connections=2, silent_seconds=1e6)
@@ -50,25 +47,6 @@ def connected(server: Server) -> Iterator[RemoteDevice]:
     (device,) = connect([server.endpoint])
     with closing(device):
         yield device
-
-
-def products(device: RemoteDevice, n: int, count: int) -> Callable[[], object]:
-    """A program of so many products of n × n matrices, one after the other."""
-    buffer = device.allocate(2 * 4 * n * n)
-    weight = replace(leaf(F32, n, n), buffer=buffer.key)
-    result: Tensor = weight
-    nodes = []
-    for _ in range(count):
-        result = node("MUL_MAT", weight, result, params=MulMat())
-        nodes.append(result)
-    nodes[-1] = replace(nodes[-1], buffer=buffer.key, offset=4 * n * n, flags=OUTPUT)
-    program = device.compile(Graph(tuple(nodes)), {buffer.key: buffer})
-
-    def run() -> object:
-        program.run()
-        return device.read(buffer, 4 * n * n, 4)
-
-    return run
 
 
 def test_a_buffer_for_which_there_is_no_room() -> None:

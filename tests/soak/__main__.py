@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from sdrpc.ggml.dialect import newest
 from sdrpc.runtime.cache import Cache
 from tests.soak.clients import Scene, come
 from tests.soak.crowd import crowd
@@ -21,6 +22,8 @@ from tests.soak.watch import Usage, quiet, usage
 from tests.support.process import ServerProcess
 from tools.make_checkpoint import tensors, write_safetensors
 
+OPTIONS = ("--precision", "exact", "-d", "CPU", "--protocol", newest().version)
+"""Raw clients speak one version, and take what they are offered for that."""
 AT_ONCE = 8
 WARM_SECONDS = 60.0
 """After that much of the time memory is compared with what it is at the end: what is kept for the next client is there
@@ -35,7 +38,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=200, help="connected at once, at the end")
     parser.add_argument("--drawing", type=int, default=16, help="of which draw")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, ServerProcess("--precision", "exact", "-d", "CPU") as server:
+    with tempfile.TemporaryDirectory() as folder, ServerProcess(*OPTIONS) as server:
         checkpoint = Path(folder) / "tiny.safetensors"
         write_safetensors(checkpoint, tensors("tiny"))
         scene = Scene(server.port, checkpoint, Cache(Path(folder) / "graphs"))
@@ -62,7 +65,7 @@ def soak(scene: Scene, pid: int, seconds: float) -> bool:
             with lock:
                 came[kind] += 1
                 if what:
-                    wrong.append(f"{kind}: {what}")
+                    wrong.append(f"{kind}: {' '.join(what.split())[:300]}")
 
     threads = [threading.Thread(target=keep_coming, daemon=True) for _ in range(AT_ONCE)]
     for thread in threads:
@@ -88,7 +91,7 @@ def soak(scene: Scene, pid: int, seconds: float) -> bool:
     assert warm is not None
     for name, row in (("most, in the beginning", warm), ("most", highest), ("with nobody there, at the end", after)):
         print(f"| {name} | {row.memory:,} | {row.files} | {row.threads} |")
-    print(*wrong[:20], sep="\n")
+    print(*(f"{count} x {what}" for what, count in Counter(wrong).most_common(20)), sep="\n")
     return not wrong and highest.memory <= warm.memory + 4 * GROWTH_MIB and after.files <= warm.files
 
 

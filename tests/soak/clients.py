@@ -23,7 +23,6 @@ from sdrpc.diffusion.pictures import Picture
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
 from sdrpc.errors import OutOfMemory, SdrpcError
-from sdrpc.ggml.dialect import dialects
 from sdrpc.runtime.cache import Cache
 from sdrpc.wire import messages
 from sdrpc.wire.hello import NATIVE, Capability
@@ -125,7 +124,7 @@ def offloads(scene: Scene) -> None:
 
 def is_native(scene: Scene) -> None:
     """A client of ggml's protocol that works for a while."""
-    with RawClient(scene.port, dialects()["7.0.0"]) as client:
+    with RawClient(scene.port) as client:
         adder = Adder(client, 4096)
         for _ in range(50):
             adder()

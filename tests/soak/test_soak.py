@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sdrpc.ggml.dialect import newest
 from sdrpc.runtime.cache import Cache
 from tests.soak.clients import KINDS, Scene
 from tests.soak.crowd import crowd
@@ -18,7 +19,7 @@ PLACES = 20
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    options = ("--precision", "exact", "-d", "CPU", "--protocol", "7.0", "--max-clients", str(PLACES))
+    options = ("--precision", "exact", "-d", "CPU", "--protocol", newest().version, "--max-clients", str(PLACES))
     with ServerProcess(*options) as server:
         yield server
         assert server.process.poll() is None

@@ -251,7 +251,9 @@ class Stream:
         """What goes wrong with the socket while something is received."""
         try:
             yield
-        except TimeoutError:
+        except TimeoutError as error:
+            if error.errno:  # the system's, not ours
+                raise ConnectionLost(self.peer, self.doing, "its machine does not answer any more") from None
             raise RemoteProtocolError(f"nothing more came in time while {self.doing}") from None
         except OSError as error:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
@@ -264,7 +266,9 @@ class Stream:
                 count = self._socket.send(rest[:_SENT])
                 self.sent += count
                 rest = rest[count:]
-        except TimeoutError:
+        except TimeoutError as error:
+            if error.errno:
+                raise ConnectionLost(self.peer, self.doing, "its machine does not answer any more") from None
             raise RemoteProtocolError("the client does not read its replies") from None
         except OSError as error:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None

@@ -1,0 +1,53 @@
+"""``python -m tests.support.island upload|compute``: a client and its server in a network that vanishes.
+
+To be run in a network namespace (``unshare -rn``). Prints, as JSON, what the client was told and after how many
+seconds, and the same of the server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+from sdrpc.client import RemoteDevice, connect
+from sdrpc.errors import SdrpcError
+from tests.server.conftest import eventually
+from tests.support.process import ServerProcess
+from tests.support.products import products
+
+
+def main(doing: str) -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    with ServerProcess("-v", "-d", "CPU") as server:
+        (device,) = connect([f"127.0.0.1:{server.port}"])
+        result: dict[str, object] = {}
+        worker = threading.Thread(target=lambda: result.update(work(device, doing)))
+        worker.start()
+        time.sleep(3)
+        subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+        vanished = time.monotonic()
+        worker.join()
+        result["client"] = time.monotonic() - vanished
+        eventually(lambda: server.output.count("sdrpc.server.handler") > 1, 60)
+        result["server"] = time.monotonic() - vanished
+        result["log"] = server.lines[-1]
+        print(json.dumps(result))
+
+
+def work(device: RemoteDevice, doing: str) -> dict[str, object]:
+    """Upload, or wait for a computation, until that fails."""
+    try:
+        if doing == "upload":
+            buffer = device.allocate(1 << 20)
+            while True:
+                device.write(buffer, 0, bytes(1 << 20))
+        products(device, 1024, 4000)()
+    except SdrpcError as error:
+        return {"said": f"{type(error).__name__}: {error}"}
+    return {"said": "nothing"}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
