@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 
 from tests.interop.tap import COMMANDS, HEADER
@@ -159,3 +160,55 @@ def spoilt(data: bytes) -> bytes:
     damaged = bytearray(data)
     damaged[len(damaged) // 2] ^= 0x10
     return bytes(damaged)
+
+
+class Damage:
+    """Passes bytes on, whatever they mean, to the server on ``port`` of this machine and back, and turns over one bit,
+    the one in the byte with number ``at`` of those that go ``up`` (from clients) or down, counted over all
+    connections."""
+
+    def __init__(self, port: int, at: int, up: bool) -> None:
+        self.port, self.left, self.up = port, at, up
+        self.connections = 0
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Damage:
+        self._run(self._accept)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for one in (self._listening, *self._open):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join(10)
+        for one in (self._listening, *self._open):
+            one.close()
+
+    def _run(self, target: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=target, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed: the end
+            while True:
+                client, _ = self._listening.accept()
+                self.connections += 1
+                server = socket.create_connection(("127.0.0.1", self.port))
+                self._open += [client, server]
+                self._run(partial(self._pass, client, server, self.up))
+                self._run(partial(self._pass, server, client, not self.up))
+
+    def _pass(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while piece := bytearray(source.recv(PIECE)):
+                if counted:
+                    if 0 <= self.left < len(piece):
+                        piece[self.left] ^= 0x10
+                    self.left -= len(piece)
+                target.sendall(piece)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
