@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.interop.conftest import NativeServer
 from tests.support.process import ServerProcess
+from tests.support.trouble import Passage, Trouble
 
 pytestmark = pytest.mark.interop
 
@@ -74,6 +75,22 @@ def test_parts_on_a_native_server_and_on_ours(
         both = f"{shared_native_server.endpoint},127.0.0.1:{ours.port}"
         drawn = draw(checkpoint, "both", "--rpc", both, "--backend", "te=RPC1,diffusion=RPC2,vae=RPC0")
     assert psnr(drawn, drawn_here) >= PSNR
+
+
+def test_a_native_server_that_dies_and_is_started_again(checkpoint: Path, native_server: NativeServer) -> None:
+    """In the middle of a run: the picture is the same, to the bit."""
+    port = int(native_server.endpoint.rpartition(":")[2])
+
+    def die(_: Passage) -> None:
+        native_server.kill()
+        native_server.start()
+
+    with Trouble(port) as trouble:
+        undisturbed = draw(checkpoint, "undisturbed", "--rpc", trouble.endpoint)
+        runs = [i for i, name in enumerate(trouble.requests) if name.startswith("GRAPH")]
+    with Trouble(port, runs[-3], die) as trouble:
+        np.testing.assert_array_equal(draw(checkpoint, "disturbed", "--rpc", trouble.endpoint), undisturbed)
+        assert trouble.connections > 1
 
 
 def test_native_devices_are_listed(checkpoint: Path, shared_native_server: NativeServer) -> None:
