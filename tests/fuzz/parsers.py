@@ -23,7 +23,15 @@ from sdrpc.checkpoints.checkpoint import open_checkpoint
 from sdrpc.client import Endpoint, Keychain
 from sdrpc.client.names import Names
 from sdrpc.diffusion.image_files import read_picture
-from sdrpc.errors import CheckpointError, GraphError, InvalidValue, RemoteProtocolError, UsageError
+from sdrpc.errors import (
+    CheckpointError,
+    GraphError,
+    InvalidValue,
+    OutOfMemory,
+    OverQuota,
+    RemoteProtocolError,
+    UsageError,
+)
 from sdrpc.ggml import validate
 from sdrpc.ggml.build import leaf, node
 from sdrpc.ggml.dialect import Dialect, dialects, newest
@@ -36,7 +44,7 @@ from sdrpc.runtime.lowered import from_bytes
 from sdrpc.server import Cache
 from sdrpc.server.key_ring import KeyRing, read
 from sdrpc.server.version_memory import VersionMemory
-from sdrpc.wire import graphs, key_exchange, service
+from sdrpc.wire import graphs, key_exchange, refusals, service
 from sdrpc.wire.framing import RequestReader, read_error, read_reply
 from sdrpc.wire.graphs import encode_graph
 from sdrpc.wire.hello import CAPS, Capability, encode_hello, encode_hello_reply, read_hello, read_hello_reply
@@ -95,6 +103,13 @@ def replies(data: bytes) -> None:
         with suppress(RemoteProtocolError, EndOfStream):
             stream.drive(reader)
     assert max(stream.wanted, default=0) <= LIMITS.error_bytes
+
+
+def reasons(data: bytes) -> None:
+    said = refusals.from_text(data.decode("utf-8", "replace"))
+    assert said.kind in ("", *refusals.KINDS)
+    assert all(0 <= number < refusals.MAX_NUMBER for number in said.numbers.values())
+    assert len(said.node) <= refusals.MAX_NODE
 
 
 def greetings(data: bytes) -> None:
@@ -232,6 +247,11 @@ def _replies() -> list[bytes]:
     ]
 
 
+def _reasons() -> list[bytes]:
+    made = (OutOfMemory("CPU", 1 << 30, "none left"), OverQuota("too much"), GraphError("no shape", "node 3 (ADD)"))
+    return [refusals.to_text(refusals.refusal(error)).encode() for error in made]
+
+
 def _greetings() -> list[bytes]:
     own = Capability.ERRORS | Capability.MANAGED
     return [
@@ -297,6 +317,7 @@ def _pictures() -> list[bytes]:
 PARSERS = (
     Parser("requests", "messages or RemoteProtocolError; no more is asked for than a limit", requests, _conversations),
     Parser("replies", "an answer or RemoteProtocolError; at most a reason's length is asked for", replies, _replies),
+    Parser("reasons", "a kind that is known and numbers of 64 bits, or words", reasons, _reasons),
     Parser("greetings", "HELLO and keys: a value or RemoteProtocolError, of bounded size", greetings, _greetings),
     Parser("graphs", "a sound graph or RemoteProtocolError; then valid, or GraphError", decoded_graphs, _graphs),
     Parser("announcements", "printable names, numbers", announcements, lambda: [b"pc\0CPU:1\x001\0" + b"0" * 32]),

@@ -58,9 +58,14 @@ def _message(text: Text) -> None:
     log.print(text, soft_wrap=True)
 
 
+def _somebody_is_there() -> bool:
+    """Whether questions reach a person, and answers us."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
 def ask_key(server: str) -> Key | None:
     """The key for a server, from somebody at a terminal, who has three tries; None where there is nobody, or no key."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not _somebody_is_there():
         return None
     status.clear()
     say(f"{server} lets clients in by key; rpc-server printed it there (rpc-server keys shows it again)")
