@@ -23,7 +23,10 @@ Sd = Callable[..., Outcome]
 NATIVE = json.loads((Path(__file__).parent.parent / "data" / "sd-cli-options.json").read_text())
 """The options of stable-diffusion.cpp's sd-cli, with where they come from."""
 
-FIELDS = [entry.name for kind in (Request, ModelFiles) for entry in fields(kind)]
+NO_OPTIONS = {"loras"}
+"""Fields of a request that a prompt fills."""
+
+FIELDS = [entry.name for kind in (Request, ModelFiles) for entry in fields(kind) if entry.name not in NO_OPTIONS]
 OTHER_FIELDS = ["backend", "output", "mode", "type", "precision", "completion"]
 """Fields of errors that are no field of a request or of a model's files."""
 

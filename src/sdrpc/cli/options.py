@@ -19,12 +19,13 @@ from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
 from .command import SHELLS, Numbers, OneOf, Option, Sides
+from .metadata import FORMATS as METADATA_FORMATS
 from .output import DEFAULT_OUTPUT
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 """The modes of stable-diffusion.cpp's sd-cli."""
 
-HERE = ("img_gen", "vid_gen", "convert")
+HERE = ("img_gen", "vid_gen", "convert", "metadata")
 """Those that sdrpc has."""
 
 MODEL, PICTURE, INPUT, SAMPLING = "Model", "Picture", "Pictures as input", "Sampling"
@@ -60,6 +61,7 @@ OPTIONS = (
            help="Share of a tile's side that is the next one's as well."),
 
     Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
+    Option(PICTURE, "--prompt-file", type=FILE, metavar="PATH", help="File with the prompt; -: standard input."),
     Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
     Option(PICTURE, "-W", "--width", type=int, metavar="PIXELS", shown="what the model is made for",
            help="Width; with -i that of its picture."),
@@ -164,8 +166,8 @@ OPTIONS = (
            help="How this machine's devices compute; auto: fast where the hardware is made for it."),
 
     Option(OUTPUT, "-o", "--output", type=FILE, metavar="PATH", default=DEFAULT_OUTPUT,
-           help="Picture: .png, .jpg or .webp; %d or %03d numbers several. Film: .mp4, .webm, .avi, .webp, .gif, or "
-           "frames: frame_%03d.png. With convert: a .gguf file."),
+           help="Picture: .png, .jpg or .webp; %d or %03d numbers several; -: PNG to standard output. "
+           "Film: .mp4, .webm, .avi, .webp, .gif, or frames: frame_%03d.png. With convert: a .gguf file."),
     Option(OUTPUT, "--preview", type=OneOf(*PREVIEWS), metavar="|".join(PREVIEWS), default="none",
            help="Show a picture while it is drawn: proj costs nothing, tae uses --taesd."),
     Option(OUTPUT, "--preview-path", type=FILE, metavar="PATH", default="./preview.png", help="Where previews go."),
@@ -175,7 +177,15 @@ OPTIONS = (
            help="Number of the first picture."),
     Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
     Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(HERE), default="img_gen",
-           help="Draw pictures or films, or write the model as .gguf."),
+           help="Draw pictures or films, write the model as .gguf, or show what a picture says of itself."),
+    Option(OUTPUT, "--image", type=FILE, metavar="PATH", help="With metadata: picture to read."),
+    Option(OUTPUT, "--metadata-format", type=OneOf(*METADATA_FORMATS), metavar="|".join(METADATA_FORMATS),
+           default="text", help="With metadata: how to write it."),
+    Option(OUTPUT, "--metadata-all", is_flag=True,
+           help="With metadata: also entries that say nothing of how it was made."),
+    Option(OUTPUT, "--metadata-raw", is_flag=True,
+           help="With metadata: also entries that are no text, as hexadecimal."),
+    Option(OUTPUT, "--metadata-brief", is_flag=True, help="With metadata: shorten long lines."),
     Option(OUTPUT, "--type", default="", metavar="NAME", shown="as they are",
            help="With convert: type of the weights, such as q8_0."),
 
@@ -229,8 +239,6 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--cache-preset", "--scm-mask", "--scm-policy",
         "--extra-sample-args",
     ),
-    "reading metadata": ("--image", "--metadata-format", "--metadata-raw", "--metadata-brief", "--metadata-all"),
-    "prompts from a file": ("--prompt-file",),
     "levels of the log; there is --verbose": ("--log-level",),
 }  # fmt: skip
 """Options of stable-diffusion.cpp's sd-cli that sdrpc refuses, grouped by what they belong to."""

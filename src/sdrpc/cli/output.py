@@ -20,6 +20,8 @@ _NUMBER = re.compile(r"%%|%(\d{0,3}d)")
 
 DEFAULT_OUTPUT = "./output.png"
 DEFAULT_SUFFIX = ".png"
+STANDARD = "-"
+"""Stands for standard output."""
 
 MAX_SIDES = {".png": 1 << 31, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 """Suffix of a picture's file → pixels that a side of such a file can have (libjpeg's and WebP's limits)."""
@@ -35,6 +37,10 @@ def output_paths(pattern: str, count: int, first: int = 0, suffixes: Collection[
     """The files of ``count`` pictures (or films): numbered where ``pattern`` has a %d (``out_%03d.png``), else with
     ``_0``, ``_1`` … before the suffix, one of ``suffixes``, when there are several. Raises :class:`InvalidValue` for a
     format that can't be written."""
+    if pattern == STANDARD:
+        if count > 1 or suffixes is not MAX_SIDES:
+            raise InvalidValue("output", pattern, "standard output takes one picture")
+        return [Path(STANDARD)]
     path = Path(pattern)
     if path.suffix and path.suffix.lower() not in suffixes:
         what = "pictures" if suffixes is MAX_SIDES else "films"
@@ -69,6 +75,7 @@ def _formatted(number: int, match: re.Match[str]) -> str:
 
 def check_writable(paths: Sequence[Path]) -> None:
     """Make the directories; raise :class:`InvalidValue` when something can't be written, before any work is done."""
+    paths = [path for path in paths if str(path) != STANDARD]
     writable = {directory: _why_not(directory) for directory in {path.parent for path in paths}}
     for path in paths:
         refusal = writable[path.parent]
@@ -99,7 +106,7 @@ def _why_not(directory: Path) -> str:
 
 def check_sides(path: Path, width: int, height: int) -> None:
     """Raises :class:`InvalidValue` when a picture has too many pixels on a side for its format."""
-    most = (MAX_SIDES | FILM_SIDES)[path.suffix.lower()]
+    most = (MAX_SIDES | FILM_SIDES)[path.suffix.lower() or DEFAULT_SUFFIX]
     for field, side in (("width", width), ("height", height)):
         if side > most:
             raise InvalidValue(field, side, f"{path.suffix} files have at most {most} pixels on a side; write a .png")

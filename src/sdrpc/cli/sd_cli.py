@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..diffusion import placement
-from ..errors import InvalidValue
-from . import discovery, report
+from ..errors import InvalidValue, UsageError
+from . import discovery, metadata, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
 from .command import Command
 from .convert import convert
@@ -25,8 +25,10 @@ from .output import (
     DEFAULT_ANIMATION,
     DEFAULT_FILM,
     DEFAULT_OUTPUT,
+    DEFAULT_SUFFIX,
     FILM_SIDES,
     MAX_SIDES,
+    STANDARD,
     check_sides,
     check_writable,
     frames_singly,
@@ -35,6 +37,7 @@ from .output import (
     save_as_made,
 )
 from .progress import mebibytes
+from .prompt_file import read_prompt
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -73,6 +76,8 @@ def sd_cli(**chosen: Any) -> int:
     if chosen["list_devices"]:
         return _list_devices(chosen)
     _check_mode(chosen["mode"], chosen["type"])
+    if chosen["mode"] == "metadata":
+        return metadata.show(chosen)
     if chosen["mode"] == "convert":
         convert(files_of(chosen), chosen["type"], chosen["output"], chosen["verbose"])
         return 0
@@ -98,6 +103,8 @@ def _draw(chosen: Chosen) -> int:
     singly = film and frames_singly(output)
     first, suffixes = chosen["output_begin_idx"], FILM_SIDES if film and not singly else MAX_SIDES
     paths = output_paths(output, chosen["batch_count"], first, suffixes)
+    if output == STANDARD and sys.stdout.isatty():
+        raise InvalidValue("output", output, "a picture is not for a terminal: send it to a file or a program")
     placed = placement.parse(chosen["backend"])
 
     from ..diffusion.metadata import parameters_of
@@ -147,6 +154,8 @@ def _film_output(output: str) -> str:
     """Where a film goes; raises :class:`InvalidValue` for what can't be written here."""
     from ..diffusion.films import check_format, has_videos
 
+    if output == STANDARD:
+        raise InvalidValue("output", output, "standard output takes pictures, no films")
     usual = DEFAULT_FILM if has_videos() else DEFAULT_ANIMATION
     if output == DEFAULT_OUTPUT:
         return usual
@@ -199,7 +208,12 @@ def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
     """Save a picture and print its name; whether it had to go elsewhere than to ``path``."""
     from ..diffusion.metadata import encode
 
-    saved = save(path, encode(picture.image, path.suffix, parameters))
+    data = encode(picture.image, path.suffix or DEFAULT_SUFFIX, parameters)
+    if str(path) == STANDARD:
+        report.status.clear()
+        sys.stdout.buffer.write(data)
+        return False
+    saved = save(path, data)
     if saved.why:
         report.warn(f"{path}: {saved.why}; the picture is in {saved.path}")
     report.result(saved.path)
@@ -233,6 +247,10 @@ def _pictures(chosen: Chosen) -> dict[str, Any]:
 
 
 def _prompt(chosen: Chosen) -> str:
+    if chosen["prompt_file"] is not None:
+        if chosen["prompt"] is not None:
+            raise UsageError("--prompt and --prompt-file: there is one prompt; name one of them")
+        return read_prompt(chosen["prompt_file"])
     if chosen["prompt"] is None:
         report.say("no prompt is given with -p: drawing without one")
         return ""

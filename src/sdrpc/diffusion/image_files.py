@@ -8,12 +8,15 @@ import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InvalidValue
 from .pictures import Pixels
+
+T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Of files that are read, by Pillow's names."""
@@ -36,15 +39,17 @@ def read_picture(field: str, source: Path | bytes) -> Pixels:
     ``field`` names it in errors. Raises :class:`InvalidValue` for what can't be read, is broken, or has more than
     :data:`MAX_PIXELS`; the latter before anything of it is decoded.
     """
-    return _read(field, source, _flattened)
+    return opened(field, source, lambda image: np.array(_flattened(ImageOps.exif_transpose(image))))
 
 
 def read_mask(field: str, source: Path | bytes) -> Pixels:
     """The mask in a file: (height, width), how light its pixels are. As :func:`read_picture`."""
-    return _read(field, source, lambda image: _flattened(image).convert("L"))
+    return opened(field, source, lambda image: np.array(_flattened(ImageOps.exif_transpose(image)).convert("L")))
 
 
-def _read(field: str, source: Path | bytes, convert: Callable[[Image.Image], Image.Image]) -> Pixels:
+def opened(field: str, source: Path | bytes, use: Callable[[Image.Image], T]) -> T:
+    """What ``use`` makes of a picture file whose header was read. Raises :class:`InvalidValue` as
+    :func:`read_picture`."""
     name = source if isinstance(source, Path) else f"{len(source)} bytes"
     try:
         data = source if isinstance(source, bytes) else _bytes(field, source)
@@ -53,7 +58,7 @@ def _read(field: str, source: Path | bytes, convert: Callable[[Image.Image], Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's limit is another, and it warns of what is cut off
-            return _decoded(field, name, data, convert)
+            return _used(field, name, data, use)
     except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise InvalidValue(field, name, f"is no picture that sdrpc reads ({known})") from error
@@ -61,13 +66,13 @@ def _read(field: str, source: Path | bytes, convert: Callable[[Image.Image], Ima
         raise InvalidValue(field, name, f"is a broken picture: {error or type(error).__name__}") from error
 
 
-def _decoded(field: str, name: object, data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Pixels:
+def _used(field: str, name: object, data: bytes, use: Callable[[Image.Image], T]) -> T:
     with Image.open(BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             most = f"up to {MAX_PIXELS // 2**20} mebipixels are read"
             raise InvalidValue(field, name, f"is {width}×{height} pixels; {most}")
-        return np.array(convert(ImageOps.exif_transpose(image)))
+        return use(image)
 
 
 def _bytes(field: str, path: Path) -> bytes:
