@@ -53,6 +53,7 @@ def by_option(chosen: Chosen) -> dict[str, str]:
         "control": chosen["control_net_backend_device"] or ("CPU" if chosen["control_net_cpu"] else ""),
         "vae": chosen["vae_backend_device"] or ("CPU" if chosen["vae_on_cpu"] else ""),
         "taesd": chosen["tae_backend_device"],
+        "upscaler": chosen["upscaler_backend_device"],
     }
 
 

@@ -25,7 +25,7 @@ from .output import DEFAULT_OUTPUT
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 """The modes of stable-diffusion.cpp's sd-cli."""
 
-HERE = ("img_gen", "vid_gen", "convert", "metadata")
+HERE = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 """Those that sdrpc has."""
 
 MODEL, PICTURE, INPUT, SAMPLING = "Model", "Picture", "Pictures as input", "Sampling"
@@ -77,6 +77,11 @@ OPTIONS = (
            help="How much noise it gets: 0 leaves it nearly as it is, 1 leaves nothing of it."),
     Option(INPUT, "--mask", type=FILE, metavar="PATH", shown="all of it",
            help="Where it is drawn anew: white; black stays, grey is in between."),
+    Option(INPUT, "--upscale-model", type=FILE, metavar="PATH",
+           help="Network that enlarges pictures, with -M upscale that of -i: ESRGAN and others that spandrel reads."),
+    Option(INPUT, "--upscale-repeats", type=int, metavar="NUMBER", default=1, help="How often."),
+    Option(INPUT, "--upscale-tile-size", type=int, metavar="PIXELS", default=128,
+           help="Side of what goes through it at once."),
     Option(INPUT, "-r", "--ref-image", "ref_images", type=FILE, multiple=True, metavar="PATH",
            help="Picture that the model is shown (FLUX.1 Kontext, FLUX.2); several times for several."),
 
@@ -158,6 +163,7 @@ OPTIONS = (
            help="Device of the tiny autoencoder."),
     Option(DEVICES, "--control-net-backend-device", default="", metavar="DEVICE", help="Device of the ControlNet."),
     Option(DEVICES, "--control-net-cpu", is_flag=True, help="Same as --control-net-backend-device CPU."),
+    Option(DEVICES, "--upscaler-backend-device", default="", metavar="DEVICE", help="Device of the upscaler."),
     Option(DEVICES, "--clip-on-cpu", is_flag=True, help="Same as --clip-backend-device CPU."),
     Option(DEVICES, "--vae-on-cpu", is_flag=True, help="Same as --vae-backend-device CPU."),
     Option(DEVICES, "-t", "--threads", type=int, metavar="NUMBER", default=-1,
@@ -177,7 +183,7 @@ OPTIONS = (
            help="Number of the first picture."),
     Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
     Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(HERE), default="img_gen",
-           help="Draw pictures or films, write the model as .gguf, or show what a picture says of itself."),
+           help="Draw pictures or films, enlarge a picture, write the model as .gguf, or show what a picture's file says."),
     Option(OUTPUT, "--image", type=FILE, metavar="PATH", help="With metadata: picture to read."),
     Option(OUTPUT, "--metadata-format", type=OneOf(*METADATA_FORMATS), metavar="|".join(METADATA_FORMATS),
            default="text", help="With metadata: how to write it."),
@@ -214,7 +220,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "embeddings": ("--embd-dir",),
     "upscaling and tiling": (
-        "--upscale-model", "--upscale-repeats", "--upscale-tile-size", "--upscaler-backend-device", "--hires",
+        "--hires",
         "--hires-width", "--hires-height", "--hires-scale", "--hires-steps", "--hires-sigmas", "--hires-upscaler",
         "--hires-upscalers-dir", "--hires-denoising-strength", "--hires-upscale-tile-size",
         "--vae-relative-tile-size", "--temporal-tiling", "--extra-tiling-args",

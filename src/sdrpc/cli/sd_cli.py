@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,7 @@ from .output import (
 )
 from .progress import mebibytes
 from .prompt_file import read_prompt
+from .upscale import UPSCALER, enlarging, upscaled
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ..diffusion.pictures import Picture, Pixels, Video
     from ..diffusion.request import Request, Settings
     from ..families.model import Model
+    from .upscale import Enlarge
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ def sd_cli(**chosen: Any) -> int:
     _check_mode(chosen["mode"], chosen["type"])
     if chosen["mode"] == "metadata":
         return metadata.show(chosen)
+    if chosen["mode"] == "upscale":
+        return _upscale(chosen)
     if chosen["mode"] == "convert":
         convert(files_of(chosen), chosen["type"], chosen["output"], chosen["verbose"])
         return 0
@@ -94,6 +98,16 @@ def _list_devices(chosen: Chosen) -> int:
         for failure in found.failures:
             report.complain(str(failure))
         return report.FAILURE if found.failures else 0
+
+
+def _upscale(chosen: Chosen) -> int:
+    """Enlarge a picture; the exit status."""
+    from ..diffusion.pictures import Picture
+
+    (path,) = output_paths(chosen["output"], 1)
+    check_writable([path])
+    image = upscaled(chosen, path)
+    return report.FAILURE if _keep(path, Picture(image, 0), None) else 0
 
 
 def _draw(chosen: Chosen) -> int:
@@ -119,7 +133,10 @@ def _draw(chosen: Chosen) -> int:
     timer = StageTimer()
     with timer("load"):
         opened = open_model(files)
-    wanted = placement.wanted(list(opened.components), placed, chosen["main_backend_device"], by_option(chosen))
+    enlarged = [] if chosen["upscale_model"] is None else [UPSCALER]
+    if film and enlarged:
+        raise InvalidValue("upscale_model", chosen["upscale_model"], "pictures are enlarged, no films")
+    wanted = placement.wanted([*opened.components, *enlarged], placed, chosen["main_backend_device"], by_option(chosen))
     settings = settings_of(opened, request, film)
     if singly:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
@@ -136,6 +153,10 @@ def _draw(chosen: Chosen) -> int:
     with placed_devices(
         wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
     ) as devices:
+        enlarge = None
+        if enlarged:
+            device = devices.pop(UPSCALER)[0]
+            enlarge = enlarging(chosen, device, settings.width, settings.height, paths[0])
         _note_placement(opened, devices, settings)
         folder, mode = chosen["lora_model_dir"], chosen["lora_apply_mode"]
         with Session(
@@ -143,11 +164,18 @@ def _draw(chosen: Chosen) -> int:
         ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))
+            if enlarge is not None:
+                drawn = _enlarged(drawn, enlarge)
             elsewhere = _keep_all(drawn, paths, singly, told)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
     report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
     return report.FAILURE if elsewhere else 0
+
+
+def _enlarged(drawn: Iterable[Picture | Video], enlarge: Enlarge) -> Iterator[Picture | Video]:
+    for one in drawn:
+        yield one._replace(image=enlarge(one.image)) if hasattr(one, "image") else one
 
 
 def _film_output(output: str) -> str:

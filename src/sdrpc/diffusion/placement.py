@@ -30,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "control": ("control", "controlnet"),
     "vae": ("vae", "firststage", "autoencoder"),
     "taesd": ("taesd", "tae"),
+    "upscaler": ("upscaler", "esrgan", "hires"),
     TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
     REST: ("all", "default", "*"),
 }
@@ -37,8 +38,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 module names, but that a text encoder can be placed on its own."""
 
 NOT_HERE_YET = (
-    "clipvision", "vision", "photomaker", "pmid", "photo", "upscaler", "esrgan",
-    "hires", "detector", "adetailer", "yolo",
+    "clipvision", "vision", "photomaker", "pmid", "photo", "detector", "adetailer", "yolo",
 )  # fmt: skip
 
 _MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
@@ -105,7 +105,7 @@ def keys_of(component: str) -> tuple[str, ...]:
     return (component, *_WITH.get(component, (TEXT_ENCODERS,)))
 
 
-_WITH: dict[str, tuple[str, ...]] = {"control": (), "diffusion": (), "vae": (), "taesd": ("vae",)}
+_WITH: dict[str, tuple[str, ...]] = {"control": (), "diffusion": (), "vae": (), "taesd": ("vae",), "upscaler": ()}
 """What a component is placed with that has no device of its own; text encoders are with each other."""
 
 

@@ -1,0 +1,60 @@
+"""``sd-cli --mode upscale``: a picture made larger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..client import Timeouts
+from ..diffusion import placement
+from ..errors import UsageError
+from . import report
+from .chosen import by_option, keychain, servers, threads
+from .devices import placed_devices
+from .output import check_sides
+
+if TYPE_CHECKING:
+    from ..device import Device
+    from ..diffusion.pictures import Pixels
+
+    Enlarge = Callable[[Pixels], Pixels]
+
+UPSCALER = "upscaler"
+
+
+def upscaled(chosen: Mapping[str, Any], path: Path) -> Pixels:
+    """The picture ``--init-img`` as large as ``--upscale-model`` makes it, on the device that was chosen; for
+    ``path``."""
+    from ..diffusion.image_files import read_picture
+
+    for field, option in (("init_image", "--init-img"), ("upscale_model", "--upscale-model")):
+        if chosen[field] is None:
+            raise UsageError(f"--mode upscale: name a file with {option}")
+    image = read_picture("init_image", Path(chosen["init_image"]))
+    placed = placement.parse(chosen["backend"])
+    wanted = placement.wanted([UPSCALER], placed, chosen["main_backend_device"], by_option(chosen))
+    timeouts = Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
+    with placed_devices(
+        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts, keychain(chosen)
+    ) as devices:
+        height, width = image.shape[:2]
+        return enlarging(chosen, devices[UPSCALER][0], width, height, path)(image)
+
+
+def enlarging(chosen: Mapping[str, Any], device: Device, width: int, height: int, path: Path) -> Enlarge:
+    """What enlarges pictures of this size for ``path``, on ``device``. Raises :class:`InvalidValue` for what can't be
+    done, before anything is drawn."""
+    from ..diffusion.upscaling import Upscaler
+
+    repeats, tile = chosen["upscale_repeats"], chosen["upscale_tile_size"]
+    upscaler = Upscaler(Path(chosen["upscale_model"]), device, chosen["rpc_retry"])
+    larger = upscaler.check(width, height, repeats, tile)
+    check_sides(path, *larger)
+    report.say(f"{upscaler.title} on {device.name}: {width}×{height} becomes {larger[0]}×{larger[1]}")
+    meter = report.meter()
+
+    def enlarge(image: Pixels) -> Pixels:
+        return upscaler(image, repeats, tile, lambda done, total: meter.steps("upscaling: tile", done, total))
+
+    return enlarge
