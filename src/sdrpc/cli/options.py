@@ -183,7 +183,7 @@ OPTIONS = (
            help="Number of the first picture."),
     Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
     Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(HERE), default="img_gen",
-           help="Draw pictures or films, enlarge a picture, write the model as .gguf, or show what a picture's file says."),
+           help="Draw pictures or films, enlarge a picture, write the model as .gguf, or tell what a picture says."),
     Option(OUTPUT, "--image", type=FILE, metavar="PATH", help="With metadata: picture to read."),
     Option(OUTPUT, "--metadata-format", type=OneOf(*METADATA_FORMATS), metavar="|".join(METADATA_FORMATS),
            default="text", help="With metadata: how to write it."),
