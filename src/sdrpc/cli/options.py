@@ -11,6 +11,7 @@ import click
 from ..client import DEFAULT_TIMEOUTS
 from ..device import PRECISIONS
 from ..diffusion.easycache import MODES as MODES_OF_CACHE
+from ..diffusion.hires import UPSCALERS as HIRES
 from ..diffusion.predictions import PREDICTIONS
 from ..diffusion.previews import MODES as PREVIEWS
 from ..diffusion.request import APPLY_MODES
@@ -77,6 +78,15 @@ OPTIONS = (
            help="How much noise it gets: 0 leaves it nearly as it is, 1 leaves nothing of it."),
     Option(INPUT, "--mask", type=FILE, metavar="PATH", shown="all of it",
            help="Where it is drawn anew: white; black stays, grey is in between."),
+    Option(PICTURE, "--hires", is_flag=True, help="Draw small, enlarge that, and draw on from there."),
+    Option(PICTURE, "--hires-scale", type=float, metavar="FACTOR", default=2.0, help="How much it is enlarged."),
+    Option(PICTURE, "--hires-width", type=int, metavar="PIXELS", help="Or to which width."),
+    Option(PICTURE, "--hires-height", type=int, metavar="PIXELS", help="Or to which height."),
+    Option(PICTURE, "--hires-steps", type=int, metavar="NUMBER", default=0, help="Steps of then; 0: as many."),
+    Option(PICTURE, "--hires-denoising-strength", type=float, metavar="0..1", default=0.7,
+           help="How much noise the enlarged picture gets."),
+    Option(PICTURE, "--hires-upscaler", type=OneOf(*HIRES), metavar="NAME", default=HIRES[0],
+           help=f"How it is enlarged: {', '.join(HIRES)}."),
     Option(INPUT, "--upscale-model", type=FILE, metavar="PATH",
            help="Network that enlarges pictures, with -M upscale that of -i: ESRGAN and others that spandrel reads."),
     Option(INPUT, "--upscale-repeats", type=int, metavar="NUMBER", default=1, help="How often."),
@@ -220,9 +230,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "embeddings": ("--embd-dir",),
     "upscaling and tiling": (
-        "--hires",
-        "--hires-width", "--hires-height", "--hires-scale", "--hires-steps", "--hires-sigmas", "--hires-upscaler",
-        "--hires-upscalers-dir", "--hires-denoising-strength", "--hires-upscale-tile-size",
+        "--hires-sigmas", "--hires-upscalers-dir", "--hires-upscale-tile-size",
         "--vae-relative-tile-size", "--temporal-tiling", "--extra-tiling-args",
         "--circular", "--circularx", "--circulary",
     ),

@@ -141,7 +141,7 @@ def _draw(chosen: Chosen) -> int:
     if singly:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
     _note_size(request, settings, film)
-    check_sides(paths[0], settings.width, settings.height)
+    check_sides(paths[0], *settings.final_size)
     preview_path = None if settings.previews is None else output_paths(chosen["preview_path"], 1)[0]
     check_writable([*paths, *([preview_path] if preview_path else [])])
 
@@ -156,7 +156,7 @@ def _draw(chosen: Chosen) -> int:
         enlarge = None
         if enlarged:
             device = devices.pop(UPSCALER)[0]
-            enlarge = enlarging(chosen, device, settings.width, settings.height, paths[0])
+            enlarge = enlarging(chosen, device, *settings.final_size, paths[0])
         _note_placement(opened, devices, settings)
         folder, mode = chosen["lora_model_dir"], chosen["lora_apply_mode"]
         with Session(
@@ -288,6 +288,8 @@ def _prompt(chosen: Chosen) -> str:
 def _note_size(request: Request, settings: Settings, film: bool) -> None:
     """Say when the picture or film gets another size than the one that was asked for."""
     theirs = (None, None) if request.init_image is None else request.init_image.shape[1::-1]
+    if request.init_image is not None and request.width is None and request.height is None:
+        report.say(f"drawing in {settings.width}×{settings.height}, the size of -i; -W and -H choose another")
     asked = (request.width or theirs[0] or settings.width, request.height or theirs[1] or settings.height)
     if asked != (settings.width, settings.height):
         given = f"{settings.width}×{settings.height}"

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
 from .guidance import SKIPPED, LeftOut
+from .hires import Hires
 from .pictures import Picture, Video
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Parameters:
     sigmas: tuple[float, ...] = ()
     timestep_shift: int = 0
     left_out: LeftOut | None = None
+    hires: Hires | None = None
     models: Mapping[str, str] = field(default_factory=dict)
     loras: Sequence[tuple[str, float]] = ()
     video_frames: int | None = None
@@ -109,12 +111,23 @@ class Parameters:
             f"Sampler: {self.sampler} {self._levels()}",
             *(f"{title}: {self.models[key]}" for title, key in files if key in self.models),
             *([f"Clip skip: {self.clip_skip}"] if self.clip_skip != -1 else []),
+            *self._second_pass(),
             f"Version: {GENERATOR}",
             f"SDCPP: {json.dumps(self._json(), sort_keys=True, separators=(',', ':'), ensure_ascii=False)}",
         ]
         text = "\n".join([*lines, ", ".join(pairs)])
         # names of files may be bytes that are no text
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    def _second_pass(self) -> list[str]:
+        if self.hires is None:
+            return []
+        return [
+            f"Hires upscaler: {self.hires.upscaler}",
+            f"Hires resize: {self.hires.width}x{self.hires.height}",
+            f"Hires steps: {self.hires.steps}",
+            f"Denoising strength: {self.hires.strength:.6f}",
+        ]
 
     def _skipped_layers(self) -> list[str]:
         if self.left_out is None:
@@ -160,6 +173,7 @@ class Parameters:
             "models": dict(self.models),
             **({"loras": [_lora(*each) for each in self.loras]} if self.loras else {}),
             "clip_skip": self.clip_skip,
+            **({} if self.hires is None else {"hires": asdict(self.hires)}),
             "strength": _single(self.strength),
             "control_strength": _single(0.9),
             "auto_resize_ref_image": True,
@@ -202,6 +216,7 @@ def parameters_of(
         sigmas=settings.sigmas,
         timestep_shift=settings.timestep_shift,
         left_out=settings.left_out,
+        hires=settings.hires,
         models={name: path.name for name, path in files.named.items()},
         loras=[(Path(lora.name).name, lora.strength) for lora in settings.loras],
         video_frames=None if film is None else film.count,

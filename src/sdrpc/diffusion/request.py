@@ -18,6 +18,7 @@ from .canny import canny
 from .easycache import Options as EasyCacheOptions
 from .easycache import find_options
 from .guidance import SKIPPED, LeftOut
+from .hires import LATENT, UPSCALERS, Hires, second_size
 from .pictures import Pixels, fitted
 from .predictions import PREDICTIONS, TIMESTEPS
 from .previews import Previews, find_previews
@@ -93,6 +94,10 @@ class Request:
     latents with their noise. A tiny autoencoder decodes pictures as well, unless ``taesd_preview_only``.
     ``vae_tiling``: let the VAE work in tiles of ``vae_tile_size`` latents (width, height) that share
     ``vae_tile_overlap`` of a side; where memory would not do for the whole it does so anyway.
+
+    ``hires``: draw in ``width`` and ``height``, enlarge that by ``hires_upscaler`` to ``hires_width`` and
+    ``hires_height`` (or ``hires_scale`` times), and draw on in that size, in ``hires_steps`` (0: as many), from
+    ``hires_denoising_strength`` of the noise.
     """
 
     prompt: str
@@ -138,6 +143,13 @@ class Request:
     vae_tiling: bool = False
     vae_tile_size: tuple[int, int] = (32, 32)
     vae_tile_overlap: float = 0.5
+    hires: bool = False
+    hires_scale: float = 2.0
+    hires_width: int | None = None
+    hires_height: int | None = None
+    hires_steps: int = 0
+    hires_denoising_strength: float = 0.7
+    hires_upscaler: str = LATENT
 
     def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int, together: int = 0) -> Settings:
         """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
@@ -201,13 +213,32 @@ class Request:
             self._left_out(), find_options(self.cache_mode, self.cache_option),
             (frames - 1) // max(together, 1) * together + 1, fps,
             find_previews(self.preview, self.preview_interval, self.preview_noisy), self.taesd_preview_only,
-            self.vae_tiling, self._tiling(),
+            self.vae_tiling, self._tiling(), self._hires(width, height, multiple, steps),
         )  # fmt: skip
 
     def _timestep_shift(self) -> int:
         if not 0 <= self.timestep_shift <= TIMESTEPS:
             raise InvalidValue("timestep_shift", self.timestep_shift, f"it can be 0 (none) … {TIMESTEPS}")
         return self.timestep_shift
+
+    def _hires(self, width: int, height: int, multiple: int, steps: int) -> Hires | None:
+        if not self.hires:
+            return None
+        if self.hires_upscaler not in UPSCALERS:
+            reason = f"does not exist here; there are {', '.join(UPSCALERS)}"
+            raise InvalidValue("hires_upscaler", self.hires_upscaler, reason)
+        if not 0 <= self.hires_denoising_strength <= 1:
+            raise InvalidValue("hires_denoising_strength", self.hires_denoising_strength, "it can be 0 … 1")
+        if not 0 <= self.hires_steps <= MAX_STEPS:
+            raise InvalidValue("hires_steps", self.hires_steps, f"it can be 0 … {MAX_STEPS}")
+        wanted = self.hires_width, self.hires_height
+        for name, side in zip(("hires_width", "hires_height"), wanted, strict=True):
+            if side is not None and not 1 <= side <= MAX_SIDE:
+                raise InvalidValue(name, side, f"it can be 1 … {MAX_SIDE}")
+        larger = second_size(width, height, wanted, self.hires_scale, multiple)
+        if max(larger) > MAX_SIDE:
+            raise InvalidValue("hires_scale", self.hires_scale, f"{max(larger)} pixels on a side; {MAX_SIDE} can be")
+        return Hires(*larger, self.hires_upscaler, self.hires_steps or steps, self.hires_denoising_strength)
 
     def _tiling(self) -> Tiling:
         width, height = self.vae_tile_size
@@ -318,3 +349,9 @@ class Settings:
     taesd_preview_only: bool = False
     vae_tiling: bool = False
     tiling: Tiling | None = None
+    hires: Hires | None = None
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of what comes out."""
+        return (self.width, self.height) if self.hires is None else (self.hires.width, self.hires.height)

@@ -28,6 +28,7 @@ from .device_model import DeviceModel
 from .easycache import EasyCache
 from .events import Cancel, Event, OnEvent
 from .guidance import Guide, Told
+from .hires import LATENT_FILTERS, Hires, enlarged_latents, enlarged_pixels
 from .inputs import (
     NOTHING,
     NOTHING_BESIDE,
@@ -200,6 +201,8 @@ class Session:
 
             with self.timer("sample"):
                 latents = self.sample(settings, seed, told, on_step, begin)
+            if settings.hires is not None:
+                latents = self._second_pass(settings, settings.hires, seed, latents, beside, on_step)
             yield latents, seed
 
     def _film(self, latents: F32, count: int, on_event: OnEvent) -> Iterator[Pixels]:
@@ -347,6 +350,25 @@ class Session:
             log.info("easycache: %d of %d steps were not computed", cache.reused, len(sigmas) - 1)
         return latents
 
+    def _second_pass(
+        self, first: Settings, hires: Hires, seed: int, latents: F32, beside: Beside, on_step: OnStep
+    ) -> F32:
+        """Latents that are enlarged and drawn on from there."""
+        side = self.model.pixels
+        second = replace(
+            first, width=hires.width, height=hires.height, steps=hires.steps, strength=hires.strength, sigmas=()
+        )  # fmt: skip
+        with self.timer("encode"):
+            if hires.upscaler in LATENT_FILTERS:
+                larger = enlarged_latents(latents, hires.upscaler, hires.height // side, hires.width // side)
+            else:
+                picture = enlarged_pixels(self._shown(latents, first, False), hires.upscaler, hires.height, hires.width)
+                rng = make_rng(first.rng, seed)
+                larger = self._vae.encode(from_pixels(picture), rng, first.tiling, first.vae_tiling)
+            told = self.conditions(second, beside)
+        with self.timer("sample"):
+            return self.sample(second, seed, told, on_step, Begin(larger))
+
     def _shown(self, latents: F32, settings: Settings, tiny: bool) -> Pixels:
         return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny)[0])
 
@@ -395,6 +417,8 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
     if request.img_cfg_scale is not None and not inpaints(model):
         reason = "the model is not shown what is around a mask (an inpainting model would be)"
         raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
+    if settings.hires is not None and (video or family.latents.films or inpaints(model) or settings.mask is not None):
+        raise InvalidValue("hires", "on", "it is for pictures without a mask, of models that are not for inpainting")
     if settings.left_out is not None:
         _check_layers(model, settings.left_out.layers)
     if video and settings.vae_tiling:

@@ -1,0 +1,85 @@
+"""Pictures in two passes are those of two requests, one begun with the other's picture, enlarged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdrpc.diffusion.events import Event
+from sdrpc.diffusion.hires import UPSCALERS, enlarged_latents, second_size
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import Session
+from sdrpc.engine.device import LocalDevice
+from sdrpc.engine.precision import EXACT
+from sdrpc.errors import InvalidValue
+from sdrpc.families.base import Defaults
+from sdrpc.runtime.cache import Cache
+
+SMALL = Request("a cat", width=64, height=64, steps=3, sampling_method="euler", cfg_scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def session(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT)
+    with Session.open(tiny, device, Cache(tmp_path_factory.mktemp("graphs"))) as made:
+        yield made
+    device.close()
+
+
+def test_the_second_pass_begins_with_the_first_ones_picture(session: Session) -> None:
+    (small,) = session.generate(SMALL)
+    larger = np.asarray(Image.fromarray(small.image).resize((128, 128), Image.Resampling.LANCZOS))
+    (wanted,) = session.generate(replace(SMALL, width=128, height=128, init_image=larger, strength=0.7))
+    events: list[Event] = []
+    (picture,) = session.generate(replace(SMALL, hires=True, hires_upscaler="Lanczos"), events.append)
+    np.testing.assert_array_equal(picture.image, wanted.image)
+    assert [(event.done, event.total) for event in events if event.stage == "sample" and event.over] == [(3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("upscaler", UPSCALERS)
+def test_every_way_of_enlarging_draws(session: Session, upscaler: str) -> None:
+    asked = replace(SMALL, hires=True, hires_upscaler=upscaler, hires_width=128, hires_steps=2, steps=2)
+    (picture,) = session.generate(asked)
+    assert picture.image.shape == (128, 128, 3)
+    assert picture.image.std() > 5
+
+
+def test_latents_are_enlarged_as_torch_does_it() -> None:
+    latents = np.random.default_rng(1).normal(size=(1, 4, 6, 5)).astype(np.float32)
+    wanted = torch.nn.functional.interpolate(torch.from_numpy(latents), (12, 15), mode="bilinear").numpy()
+    np.testing.assert_allclose(enlarged_latents(latents, "Latent", 12, 15), wanted, atol=1e-6)
+    nearest = torch.nn.functional.interpolate(torch.from_numpy(latents), (12, 15), mode="nearest").numpy()
+    np.testing.assert_array_equal(enlarged_latents(latents, "Latent (nearest)", 12, 15), nearest)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "scale", "size"),
+    [((None, None), 2.0, (1024, 512)), ((None, None), 1.5, (768, 384)), ((1024, None), 9.0, (1024, 512)),
+     ((None, 512), 9.0, (1024, 512)), ((640, 640), 9.0, (640, 640))],
+)  # fmt: skip
+def test_the_size_of_the_second_pass(wanted: Any, scale: float, size: tuple[int, int]) -> None:
+    assert second_size(512, 256, wanted, scale, 64) == size
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hires_scale", 0.5), ("hires_scale", 17.0), ("hires_scale", float("nan")), ("hires_width", 256),
+     ("hires_height", 1 << 20), ("hires_steps", -1), ("hires_denoising_strength", 1.5), ("hires_upscaler", "ESRGAN")],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        Request("", hires=True, **{field: value}).resolved(Defaults(512), (512, 512), 64)
+    assert caught.value.field == field
+
+
+def test_masks_have_no_second_pass(session: Session) -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(InvalidValue, match="hires on"):
+        session.settings(replace(SMALL, hires=True, init_image=pixels, mask=pixels[..., 0]))
