@@ -164,9 +164,7 @@ def _draw(chosen: Chosen) -> int:
         ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))
-            if enlarge is not None:
-                drawn = _enlarged(drawn, enlarge)
-            elsewhere = _keep_all(drawn, paths, singly, told)
+            elsewhere = _keep_all(drawn if enlarge is None else _enlarged(drawn, enlarge), paths, singly, told)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
     report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
@@ -174,8 +172,11 @@ def _draw(chosen: Chosen) -> int:
 
 
 def _enlarged(drawn: Iterable[Picture | Video], enlarge: Enlarge) -> Iterator[Picture | Video]:
+    """Pictures enlarged, films as they are."""
+    from ..diffusion.pictures import Picture
+
     for one in drawn:
-        yield one._replace(image=enlarge(one.image)) if hasattr(one, "image") else one
+        yield Picture(enlarge(one.image), one.seed) if isinstance(one, Picture) else one
 
 
 def _film_output(output: str) -> str:
