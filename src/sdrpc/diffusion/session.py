@@ -354,9 +354,10 @@ class Session:
         self, first: Settings, hires: Hires, seed: int, latents: F32, beside: Beside, on_step: OnStep
     ) -> F32:
         """Latents that are enlarged and drawn on from there."""
-        side = self.model.pixels
+        side, hint = self.model.pixels, first.control_image
         second = replace(
-            first, width=hires.width, height=hires.height, steps=hires.steps, strength=hires.strength, sigmas=()
+            first, width=hires.width, height=hires.height, steps=hires.steps, strength=hires.strength, sigmas=(),
+            control_image=None if hint is None else fitted(hint, hires.width, hires.height),
         )  # fmt: skip
         with self.timer("encode"):
             if hires.upscaler in LATENT_FILTERS:
@@ -366,8 +367,12 @@ class Session:
                 rng = make_rng(first.rng, seed)
                 larger = self._vae.encode(from_pixels(picture), rng, first.tiling, first.vae_tiling)
             told = self.conditions(second, beside)
-        with self.timer("sample"):
-            return self.sample(second, seed, told, on_step, Begin(larger))
+        before, self._control = self._control, control_of(second)
+        try:
+            with self.timer("sample"):
+                return self.sample(second, seed, told, on_step, Begin(larger))
+        finally:
+            self._control = before
 
     def _shown(self, latents: F32, settings: Settings, tiny: bool) -> Pixels:
         return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny)[0])
