@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..client import Timeouts
 from ..diffusion import placement
 from ..errors import UsageError
 from . import report
-from .chosen import by_option, keychain, servers, threads
+from .chosen import by_option, keychain, servers, threads, timeouts
 from .devices import placed_devices
 from .output import check_sides
 
@@ -34,9 +33,8 @@ def upscaled(chosen: Mapping[str, Any], path: Path) -> Pixels:
     image = read_picture("init_image", Path(chosen["init_image"]))
     placed = placement.parse(chosen["backend"])
     wanted = placement.wanted([UPSCALER], placed, chosen["main_backend_device"], by_option(chosen))
-    timeouts = Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
     with placed_devices(
-        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts, keychain(chosen)
+        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
     ) as devices:
         height, width = image.shape[:2]
         return enlarging(chosen, devices[UPSCALER][0], width, height, path)(image)

@@ -17,7 +17,7 @@ from ..diffusion.image_files import read_mask, read_picture
 from ..diffusion.loras import SUFFIXES, find
 from ..diffusion.metadata import QUALITY, encode, parameters_of
 from ..diffusion.request import Request
-from ..diffusion.session import Session
+from ..diffusion.session import Session, settings_of
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError
 from ..families.model import Model
 from .board import Board
@@ -112,9 +112,7 @@ class Studio:
         """A task with its seed settled, from a request that can be drawn. Raises :class:`InvalidValue`, and
         :class:`CheckpointError` for a model that can't be used."""
         name, opened = self.shelf.open(model)
-        settings = request.resolved(
-            opened.defaults, opened.size, opened.family.latents.multiple, opened.together(False)
-        )
+        settings = settings_of(opened, request)
         for lora in settings.loras:
             find(self.adapters.folder, lora.name)
         fields = {
