@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint fuzz interop interop-all operations families parity demo serve newcomer soak bench clean
+.PHONY: setup test lint fuzz interop interop-all operations accepted families parity demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -34,6 +34,10 @@ interop-all: setup
 operations: setup
 	$(BIN)/python tools/native_ggml.py
 	$(BIN)/python -m tests.interop.table
+
+accepted: setup
+	$(BIN)/python tools/native_ggml.py
+	$(BIN)/python -m tests.interop.accepted
 
 families: setup
 	$(BIN)/python tools/native_ggml.py

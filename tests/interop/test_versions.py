@@ -31,7 +31,7 @@ REFUSALS = {"7.0.0": 1, "6.0.0": 4, "5.1.0": 2, "5.0.0": 2, "4.0.2": 3, "3.6.1":
 """Runs that a client needs before our server knows what it speaks: 8.0 is tried first, then 7.0, 5.0, 4.0, 6.0 last."""
 OTHERWISE: dict[str, set[str]] = {
     "7.0.0": set(),
-    "6.0.0": set(),
+    "6.0.0": {"DSV4_HC_POST"},
     "5.1.0": {"DSV4_HC_POST", "CONV_TRANSPOSE_2D"},
     "5.0.0": {"DSV4_HC_POST", "CONV_TRANSPOSE_2D"},
     "4.0.2": {"SSM_SCAN", "CONV_TRANSPOSE_2D", "graph-blocks", "a-tensor-is-filled-in-part"},

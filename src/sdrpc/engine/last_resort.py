@@ -55,13 +55,13 @@ class LastResort:
         in_place: bool = False,
     ) -> None:
         self._op, self._device, self._in_place = op, device, in_place
-        self._there, self._make_here = there, make_here
+        self.there, self._make_here = there, make_here
         self._here: Callable[..., Tensor] | None = None
 
     def __call__(self, *operands: Tensor | None) -> Tensor:
         if self._here is None:
             try:
-                return self._there(*operands)
+                return self.there(*operands)
             except Exception as error:
                 if not refuses(error):
                     raise

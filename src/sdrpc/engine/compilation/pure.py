@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..intervals import Intervals
+from ..last_resort import LastResort
 from ..operations import EngineOp
 from ..ops import KERNELS
 from ..program import Bound
@@ -63,7 +64,8 @@ def pure(bound: Bound, kept: Mapping[int, Tensor]) -> Pure:
         for i, value in zip(read, values, strict=True):
             registers[i] = value
         results = []
-        for run, args, out, dtype, store, _, _ in steps:
+        for step, args, out, dtype, store, _, _ in steps:
+            run = step.there if isinstance(step, LastResort) else step  # what has no kernel there is not compiled
             weight = bound.weights.get(out)
             operands: list[Any] = [registers[i] for i in args]
             result = run(*operands) if weight is None else weight.alone(*operands)
