@@ -109,6 +109,25 @@ def test_a_server_that_stops_says_so_to_who_waits_and_who_computes() -> None:
             idle.memory()
 
 
+def test_who_asks_without_a_pause_is_told_as_well() -> None:
+    """Also in the middle of an upload: what is on its way is not waited for."""
+    with serving() as server, connected(server) as device:
+        buffer = device.allocate(32 * MIB)
+        asked: list[SdrpcError | None] = []
+
+        def upload() -> None:
+            while not asked:
+                if error := failure(lambda: device.write(buffer, 0, bytes(32 * MIB))):
+                    asked.append(error)
+
+        uploading = threading.Thread(target=upload)
+        uploading.start()
+        time.sleep(0.3)
+        server.stop()
+        uploading.join(20)
+        assert isinstance(asked[0], ServerStopping | ConnectionLost)
+
+
 def test_grace_lets_finish_what_is_under_way() -> None:
     """A client that is idle is told at once, one at work gets its result, and nobody new is let in."""
     with serving() as server, connected(server) as idle, connected(server) as busy:

@@ -132,7 +132,7 @@ class Meter:
     def _waiting(self, event: Event) -> None:
         if (event.device, event.component) != self._waited_for:
             self._waited_for = event.device, event.component
-            self._say(f"{event.component}: {event.device} is lost, waiting for it: {event.reason}")
+            self._say(f"{event.component}: waiting for {event.device}: {event.reason}")
         amount = f"{event.done} of {event.total} s"
         self._status.show(f"{event.component}: waiting for {event.device}", event.done / event.total, amount)
 

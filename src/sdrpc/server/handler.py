@@ -105,7 +105,7 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         remedy = protocol.refused(stream.address, greeting.hello, greeting.offer)
         log.warning("%s: left right after the greeting, %s", stream.peer, remedy)
         return
-    while stream.wait():
+    while stream.wait() and not stream.aborted:
         stream.doing = "receiving a request"
         stream.expect(0)
         request = drive(reader.read(), stream.read)

@@ -231,6 +231,8 @@ class Stream:
         return filled
 
     def _receive(self, target: memoryview, seconds: float | None) -> int:
+        if self.aborted:  # what is on its way still comes, also to a socket that was shut
+            return 0
         with self._errors():
             self._socket.settimeout(self._patience(seconds))
             count = self._socket.recv_into(target)
