@@ -162,7 +162,7 @@ BAD = [
     (("-m", "{checkpoint}", "--type", "q8_0"), 2, r"--type q8_0.*--mode convert"),
     (("-m", "{checkpoint}", "-H", "0"), 2, r"--height 0"),
     (("-m", "./demo"), 1, r"demo: No such file"),
-    (("-m", "{checkpoint}", "--embd-dir", "x"), 2, r"--embd-dir"),
+    (("-m", "{checkpoint}", "--embd-dir", "x", "-p", "y"), 2, r"--embd-dir x: is no folder"),
     (("-m", "{checkpoint}", "--lora-model-dir", "x", "-p", "<lora:y>"), 2, r"y: no such LoRA in x"),
     (("-m", "{checkpoint}", "-o", "picture.gif"), 2, r"--output picture\.gif: .*\.jpg"),
     (("-m", "{checkpoint}", "-o", "/proc/nowhere/picture.png"), 2, r"can't write"),

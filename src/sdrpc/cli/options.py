@@ -47,6 +47,8 @@ OPTIONS = (
            help="Language model that reads the prompt (Qwen3, Mistral) from a file of its own."),
     Option(MODEL, "--control-net", type=FILE, metavar="PATH",
            help="ControlNet for Stable Diffusion 1.x, 2.x and XL; with --control-image."),
+    Option(MODEL, "--embd-dir", type=FILE, metavar="PATH",
+           help="Folder with learnt words (textual inversion), which prompts use by name."),
     Option(MODEL, "--lora-model-dir", type=FILE, metavar="PATH", default=".",
            help="Folder with LoRAs, which a prompt applies by name: <lora:name:0.8>."),
     Option(MODEL, "--lora-apply-mode", type=OneOf(*APPLY_MODES), metavar="|".join(APPLY_MODES), default="auto",
@@ -228,7 +230,6 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--ip-adapter", "--ip-adapter-strength", "--ip-adapter-image", "--pulid-weights", "--pulid-id-weight",
         "--pulid-id-embedding",
     ),
-    "embeddings": ("--embd-dir",),
     "upscaling and tiling": (
         "--hires-sigmas", "--hires-upscalers-dir", "--hires-upscale-tile-size",
         "--vae-relative-tile-size", "--temporal-tiling", "--extra-tiling-args",

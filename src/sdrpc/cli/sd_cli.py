@@ -158,9 +158,15 @@ def _draw(chosen: Chosen) -> int:
             device = devices.pop(UPSCALER)[0]
             enlarge = enlarging(chosen, device, *settings.final_size, paths[0])
         _note_placement(opened, devices, settings)
-        folder, mode = chosen["lora_model_dir"], chosen["lora_apply_mode"]
+        folder, mode, words = chosen["lora_model_dir"], chosen["lora_apply_mode"], chosen["embd_dir"]
         with Session(
-            opened, devices, timer=timer, retry=chosen["rpc_retry"], lora_dir=folder, lora_apply_mode=mode
+            opened,
+            devices,
+            timer=timer,
+            retry=chosen["rpc_retry"],
+            lora_dir=folder,
+            lora_apply_mode=mode,
+            embd_dir=words,
         ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))

@@ -26,6 +26,7 @@ from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import TINY, Autoencoder
 from .device_model import DeviceModel
 from .easycache import EasyCache
+from .embeddings import Embeddings
 from .events import Cancel, Event, OnEvent
 from .guidance import Guide, Told
 from .hires import LATENT_FILTERS, Hires, enlarged_latents, enlarged_pixels
@@ -79,7 +80,7 @@ class Session:
     model that was finished: the picture is the same.
 
     ``lora_dir``: where LoRAs are found by name; ``lora_apply_mode``: one of
-    :data:`sdrpc.diffusion.request.APPLY_MODES`.
+    :data:`sdrpc.diffusion.request.APPLY_MODES`. ``embd_dir``: where learnt words (textual inversion) are.
 
     A session draws one picture at a time and is not thread-safe; its devices may be shared.
     """
@@ -94,6 +95,7 @@ class Session:
         *,
         lora_dir: Path | str = ".",
         lora_apply_mode: str = "auto",
+        embd_dir: Path | str | None = None,
     ) -> None:
         if not retry >= 0:
             raise InvalidValue("retry", retry, "it is a number of seconds")
@@ -108,6 +110,7 @@ class Session:
         self._vae = Autoencoder(model, self._devices)
         self._encoded: OrderedDict[tuple[Prompt, object, object], Conditions] = OrderedDict()
         self._loras = Loras(model, Path(lora_dir))
+        self._embeddings = Embeddings(model, None if embd_dir is None else Path(embd_dir))
         self._control: Control | None = None
         self._merge = lora_apply_mode == "immediately"
         self._text_loras: tuple[Lora | float, ...] = ()
@@ -261,6 +264,7 @@ class Session:
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
+            prompt = prompt._replace(learned=self._embeddings.of(text))
             known = prompt, shown, self._text_loras
             if known not in self._encoded:
                 encode = _Encode(self._devices, tuple(from_pixels(picture) for picture in settings.ref_images))

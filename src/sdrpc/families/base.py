@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..ggml.weight import Weight
+from ..prompts.learned import NOTHING, Learned
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,7 @@ class Prompt(NamedTuple):
 
     ``width`` and ``height`` in pixels; ``clip_skip`` as sd-cli counts it (1: the last layer, 2: the one before, below
     1: the family's own); ``guidance``: of models that were distilled with it; ``negative``: whether the text says what
-    not to draw.
+    not to draw; ``learned``: its learnt words.
     """
 
     text: str
@@ -221,6 +222,7 @@ class Prompt(NamedTuple):
     clip_skip: int
     guidance: float
     negative: bool = False
+    learned: Learned = NOTHING
 
 
 class Encode(Protocol):
@@ -333,14 +335,14 @@ class Family:
     """A kind of model.
 
     ``components``: in the order in which they work, the diffusion model and the VAE last. ``recognizes``: whether a
-    diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about a
-    prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align
-    Your Steps' published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and
-    its configuration, where nothing else tells. ``optional``: names of components that may be missing. ``references``:
-    whether the diffusion model can be shown pictures, as conditions called :data:`REFERENCE`. ``inpainting``: of
-    families with models that are made for it. ``skips_layers``: whether the diffusion model has the option
-    ``skip_layers``, numbers of blocks that it leaves out. ``tempered``: what becomes of a guided prediction, from
-    it and the one with the prompt alone.
+    diffusion model belongs to the family, from its tensors. ``conditions``: what the diffusion model is told about
+    a prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align Your Steps'
+    published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and its
+    configuration, where nothing else tells. ``optional``: names of components that may be missing. ``learns``: text
+    encoders that know learnt words (textual inversion). ``references``: whether the diffusion model can be shown
+    pictures, as conditions called :data:`REFERENCE`. ``inpainting``: of families with models that are made for it.
+    ``skips_layers``: whether the diffusion model has the option ``skip_layers``, numbers of blocks that it leaves
+    out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone.
     """
 
     name: str
@@ -354,6 +356,7 @@ class Family:
     aligned: str | None = None
     probe: Callable[[Predict, Config], str] | None = None
     optional: frozenset[str] = frozenset()
+    learns: tuple[str, ...] = ()
     references: bool = False
     inpainting: Inpainting | None = None
     skips_layers: bool = False

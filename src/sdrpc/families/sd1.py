@@ -24,7 +24,7 @@ def recognizes(diffusion: Found) -> bool:
 def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     """Each chunk's hidden states after the final norm, weighted, joined: (1, tokens, width)."""
     length = encode.config("clip_l")["max_position_embeddings"]
-    tokens = clip_chunks(prompt.text, length=length)
+    tokens = clip_chunks(prompt.text, learned=prompt.learned, length=length)
     hidden = clip.hidden_states(encode, "clip_l", tokens, skip=max(prompt.clip_skip, 1), final_norm=True)
     weighted = [apply_weights(h[0], w)[None] for h, w in zip(hidden, tokens.weights, strict=True)]
     return {"context": joined(weighted)}
@@ -61,6 +61,7 @@ SD1 = Family(
         *UNET_JOINTS,
     ),
     aligned="sd1",
+    learns=("clip_l",),
     inpainting=unet.INPAINTING,
     optional=frozenset({"control"}),
 )

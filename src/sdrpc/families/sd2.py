@@ -44,7 +44,7 @@ TEXT_ENCODER = replace(clip.OPENCLIP_H, configure=_configure)
 def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     """As SD 1.x's, but of the last layer but one."""
     config = encode.config("clip_l")
-    tokens = clip_chunks(prompt.text, length=config["max_position_embeddings"], pad=PAD)
+    tokens = clip_chunks(prompt.text, learned=prompt.learned, length=config["max_position_embeddings"], pad=PAD)
     skip = (prompt.clip_skip if prompt.clip_skip >= 1 else 2) - config["missing_layers"]
     hidden = clip.hidden_states(encode, "clip_l", tokens, skip=skip, final_norm=True)
     weighted = [apply_weights(h[0], w)[None] for h, w in zip(hidden, tokens.weights, strict=True)]

@@ -25,8 +25,8 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     """
     skip = prompt.clip_skip if prompt.clip_skip >= 1 else 2
     length = encode.config("clip_l")["max_position_embeddings"]
-    first = clip_chunks(prompt.text, length=length)
-    second = clip_chunks(prompt.text, length=length, pad=PAD, cut=True)
+    first = clip_chunks(prompt.text, learned=prompt.learned, length=length)
+    second = clip_chunks(prompt.text, learned=prompt.learned, length=length, pad=PAD, cut=True)
     ours = clip.hidden_states(encode, "clip_l", first, skip=skip, final_norm=False)
     theirs, pooled = clip.hidden_and_pooled(encode, "clip_g", second, skip=skip, final_norm=False, pooled="projected")
     both = [np.concatenate(pair, axis=-1) for pair in zip(ours, theirs, strict=True)]
@@ -68,6 +68,7 @@ SDXL = Family(
         *UNET_JOINTS,
     ),
     aligned="sdxl",
+    learns=("clip_l", "clip_g"),
     inpainting=unet.INPAINTING,
     optional=frozenset({"control"}),
 )  # fmt: skip

@@ -6,7 +6,8 @@ chunks, which are encoded one by one and joined afterwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +16,18 @@ from tokenizers import Tokenizer
 
 from ..errors import InvalidValue
 from .attention import Piece, joined, parse
+from .learned import NOTHING, Learned
 from .tokenizers import END, START, T5_END, T5_PAD, clip_tokenizer, encoded, t5_tokenizer
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Chunks of token numbers, int32 (chunks, length), and the weight of each, float32 of the same shape."""
+    """Chunks of token numbers, int32 (chunks, length), and the weight of each, float32 of the same shape. ``learned``:
+    the words whose numbers are above the vocabulary's."""
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
+    learned: Learned = NOTHING
 
 
 def clip_chunks(
@@ -33,6 +37,7 @@ def clip_chunks(
     pad: int | None = None,
     cut: bool = False,
     breaks: bool = True,
+    learned: Learned = NOTHING,
     tokenizer: Tokenizer | None = None,
 ) -> Tokens:
     """A prompt's tokens for a CLIP text encoder: start token, up to ``length`` - 2 tokens, end token, ``pad``.
@@ -49,8 +54,8 @@ def clip_chunks(
     tokenizer = tokenizer or clip_tokenizer()
     start, end = (number_of(tokenizer, token) for token in (START, END))
     pad = end if pad is None else pad
-    ids, weights = _weighted(tokenizer, parse(prompt), room=length - 2, fill=end if breaks else None)
-    tokens = _chunked(ids, weights, length, (start,), (end,), pad)
+    ids, weights = _weighted(tokenizer, parse(prompt), room=length - 2, fill=end if breaks else None, learned=learned)
+    tokens = replace(_chunked(ids, weights, length, (start,), (end,), pad), learned=learned)
     if cut:
         behind = np.cumsum(tokens.ids == end, axis=1) - (tokens.ids == end) > 0
         tokens.ids[behind] = pad
@@ -98,7 +103,7 @@ def number_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _weighted(
-    tokenizer: Tokenizer, pieces: tuple[Piece, ...], room: int, fill: int | None
+    tokenizer: Tokenizer, pieces: tuple[Piece, ...], room: int, fill: int | None, learned: Learned = NOTHING
 ) -> tuple[list[int], list[float]]:
     """Tokens and weights of all pieces. A BREAK fills its chunk of ``room`` tokens with ``fill``, if there is one."""
     ids: list[int] = []
@@ -107,7 +112,8 @@ def _weighted(
         if piece.is_break and fill is not None:
             new, weight = [fill] * (-len(ids) % room), 1.0
         else:
-            new, weight = encoded(tokenizer, piece.text), piece.weight
+            parts = [encoded(tokenizer, p) if isinstance(p, str) else p for p in learned.split(piece.text)]
+            new, weight = list(chain.from_iterable(parts)), piece.weight
         ids += new
         weights += [weight] * len(new)
     return ids, weights

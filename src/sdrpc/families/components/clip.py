@@ -6,6 +6,7 @@ pooled text is, is part of its configuration.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.expressions import split, transpose
@@ -54,7 +55,8 @@ def _configure(found: Found, told: Config, activation: str) -> dict[str, Any]:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Input: ids, int (1, length). Outputs: those that ``outputs`` names, in its order.
+    """Input: ids, int (1, length), and for learnt words kept and added, as
+    :meth:`sdrpc.prompts.learned.Learned.embedded` has them. Outputs: those that ``outputs`` names, in its order.
 
     ``hidden`` (1, length, width): the result of the layer that ``skip`` counts from the end (1: the last), after the
     final norm if ``final_norm``. ``pooled`` (1, width): the last layer's at the first end token, after the final norm.
@@ -66,8 +68,16 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     outputs, skip, final_norm = (arguments.pop(key) for key in ("outputs", "skip", "final_norm"))
     arguments.pop("missing_layers", None)  # what is not there does not decide the module
 
-    def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def call(
+        module: Any, ids: torch.Tensor, kept: torch.Tensor | None = None, added: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        hooks = []
+        if kept is not None and added is not None:
+            words = module.text_model.embeddings.token_embedding
+            hooks.append(words.register_forward_hook(lambda _module, _ids, vectors: vectors * kept + added))
         text = module.text_model(input_ids=ids, output_hidden_states=True)
+        for hook in hooks:
+            hook.remove()
 
         def output(name: str) -> Any:
             if name == "hidden":
@@ -87,7 +97,7 @@ def hidden_states(encode: Encode, name: str, tokens: Tokens, *, skip: int, final
     """
     _check_skip(encode, name, skip)
     options = {"outputs": ["hidden"], "skip": skip, "final_norm": final_norm}
-    return [encode(name, {"ids": ids[None]}, **options)[0] for ids in tokens.ids]
+    return [encode(name, tokens.learned.embedded(name, ids[None]), **options)[0] for ids in tokens.ids]
 
 
 def hidden_and_pooled(
@@ -97,8 +107,8 @@ def hidden_and_pooled(
     projection_dim)."""
     _check_skip(encode, name, skip)
     options = {"outputs": ["hidden", pooled], "skip": skip, "final_norm": final_norm}
-    first, text = encode(name, {"ids": tokens.ids[:1]}, **options)
-    rest = Tokens(tokens.ids[1:], tokens.weights[1:])
+    first, text = encode(name, tokens.learned.embedded(name, tokens.ids[:1]), **options)
+    rest = replace(tokens, ids=tokens.ids[1:], weights=tokens.weights[1:])
     return [first, *hidden_states(encode, name, rest, skip=skip, final_norm=final_norm)], text
 
 
