@@ -109,8 +109,9 @@ def test_a_reference_is_seen_as_in_diffusers(
     """FLUX.1 Kontext has the tensors of dev."""
     picture = drawn(checkpoints, case, device, graphs, replace(request(case), ref_images=(scene(),)))
     wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), shown=Image.fromarray(scene()))).pixels
-    assert psnr(picture, wanted) >= BOUNDS["exact"]
-    assert psnr(picture, checkpoints.wanted(case)) < BOUNDS["exact"] - 10, "it makes a difference"
+    near = psnr(picture, wanted)
+    assert near >= BOUNDS["exact"]
+    assert psnr(picture, checkpoints.wanted(case)) < near - 5, "it makes a difference"
 
 
 def test_several_references_are_seen(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
