@@ -47,6 +47,7 @@ def test_events(server: WebServer) -> None:
     assert jobs[-1]["result"]["images"]
     steps = [job["progress"]["step"] for job in jobs if job["progress"] and job["progress"]["steps"]]
     assert steps == sorted(steps)
+    assert any(job["progress"]["preview"] for job in jobs if job["progress"])
 
 
 def test_cancelling(server: WebServer) -> None:

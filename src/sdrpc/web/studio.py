@@ -6,16 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock, Thread
+
+from PIL import Image
 
 from ..device import Device
 from ..diffusion.events import Event
 from ..diffusion.image_files import read_mask, read_picture
 from ..diffusion.loras import SUFFIXES, find
 from ..diffusion.metadata import QUALITY, encode, parameters_of
+from ..diffusion.pictures import Pixels
 from ..diffusion.request import Request
 from ..diffusion.session import Session, settings_of
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError
@@ -35,6 +39,9 @@ LOOK_SECONDS = 1.0
 """How often a seat without work looks up: for idle models, and for the end."""
 
 PRUNE_SECONDS = 60.0
+
+PREVIEW_SIDE = 160
+"""Pixels: as large as a page or a phone shows it beside a job."""
 
 TRIES = 3
 """How often a job may lose its servers for good: it could be what ends them."""
@@ -189,7 +196,8 @@ class Studio:
             self.store.finish(job, State.CANCELLED)
 
     def _draw(self, seat: Seat, job: Job, session: Session) -> None:
-        settings = session.settings(self._request(job))
+        colours = session.model.family.latents.colours
+        settings = session.settings(replace(self._request(job), preview="proj" if colours else "none"))
         files = self.shelf.find(job.task.model)[1]
         suffix = FORMATS[job.task.output_format]
         quality = QUALITY if job.task.quality is None else job.task.quality
@@ -208,6 +216,8 @@ class Studio:
         shown = {"stage": event.stage, "component": event.component, "done": event.done, "total": event.total}
         if event.stage == "sample":
             shown |= {"step": event.done, "steps": event.total, "picture": event.picture}
+        if event.preview is not None:
+            shown |= {"preview": small(event.preview), "previews": self.board.get(job.id).previews + 1}
         self.board.show(job.id, **shown)
         self.metrics.told(seat.name, event)
 
@@ -254,6 +264,16 @@ class _Warm:
         if session:
             with suppress(SdrpcError):  # a device that is gone has freed it
                 session.close()
+
+
+def small(pixels: Pixels) -> bytes:
+    """A preview (height, width, 3) as a PNG file of :data:`PREVIEW_SIDE` pixels on its longer side."""
+    image = Image.fromarray(pixels)
+    factor = PREVIEW_SIDE / max(image.size)
+    buffer = BytesIO()
+    sides = [max(1, round(side * factor)) for side in image.size]
+    image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 _NOTHING = Request("")
