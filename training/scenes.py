@@ -211,17 +211,10 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def draw(
-    scenes: Scenes,
-    size: int,
-    device: torch.device | str = "cpu",
-    jitter: Tensor | None = None,
-    outline: float = 0.0,
-) -> Tensor:
+def draw(scenes: Scenes, size: int, device: torch.device | str = "cpu", jitter: Tensor | None = None) -> Tensor:
     """Pictures of the scenes: [n, 3, size, size], f32, 0 to 1, edges smoothed over a pixel.
 
-    ``jitter``, [n, MOST + 1, 3] of -1 to 1, moves the colours of shapes and (last) background a little. ``outline``:
-    how wide a black line runs around each shape, in sides of the picture.
+    ``jitter``, [n, MOST + 1, 3] of -1 to 1, moves the colours of shapes and (last) background a little.
     """
     palette = torch.tensor(list(COLOURS.values()), device=device)
     words = np.concatenate((scenes.colours, scenes.backgrounds[:, None]), 1).astype(np.int64)
@@ -241,10 +234,6 @@ def draw(
         for number, name in enumerate(SHAPES):
             here = kinds[:, j] == number
             distance[here] = DISTANCES[name](x[here], y[here])
-        beside = distance * radius * size
-        if outline:
-            ink = (0.5 + outline * size - beside).clamp(0, 1)[:, None]
-            picture = picture + ink * (palette[NAMES.index("black"), :, None, None] - picture)
-        cover = (0.5 - beside).clamp(0, 1)[:, None]
+        cover = (0.5 - distance * radius * size).clamp(0, 1)[:, None]
         picture = picture + cover * (colours[:, j, :, None, None] - picture)
     return picture

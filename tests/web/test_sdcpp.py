@@ -101,6 +101,7 @@ def test_what_there_is(server: WebServer) -> None:
         ({"sample_params": {"sample_method": "x"}}, 400, "sampling_method x: does not exist"),
         ({"sample_params": {"flow_shift": "NaN"}}, 400, "flow_shift nan"),
         ({"prompt": "<lora:x:1>"}, 400, "loras x: no such LoRA"),
+        ({"control_image": data_url()}, 400, "needs a ControlNet: name its file (control_net)"),
     ],
 )
 def test_refusals(server: WebServer, changes: dict[str, Any], status: int, says: str) -> None:

@@ -132,7 +132,8 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
         store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
         board, metrics = Board(), Metrics(store)
-        adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"])
+        words = chosen["embd_dir"] and Path(chosen["embd_dir"])
+        adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
         studio = Studio(store, shelf, seats, board, metrics, chosen["idle_unload"], chosen["rpc_retry"], adapters)
         used = list(dict.fromkeys(device for seat in seats for part in seat.place(model).values() for device in part))
         app = create_app(

@@ -60,10 +60,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class Adapters:
-    """Where LoRAs are found by name, and how they are applied (of :data:`sdrpc.diffusion.device_model.APPLY_MODES`)."""
+    """Where LoRAs are found by name, and how they are applied (of :data:`sdrpc.diffusion.request.APPLY_MODES`);
+    ``words``: where learnt words are."""
 
     folder: Path
     mode: str
+    words: Path | None = None
 
     def names(self) -> dict[str, Path]:
         """Name → file of those directly in the folder."""
@@ -224,7 +226,9 @@ class Studio:
     def _request(self, job: Job) -> Request:
         pictures = {field: self.store.inputs(job, field) for field in PICTURES}
         read = {
-            field: read_picture(field, data[0]) for field, data in pictures.items() if field == "init_image" and data
+            field: read_picture(field, pictures[field][0])
+            for field in ("init_image", "control_image")
+            if pictures[field]
         }
         if pictures["mask"]:
             read["mask"] = read_mask("mask", pictures["mask"][0])
@@ -253,7 +257,12 @@ class _Warm:
             _, model = self._shelf.open(name)
             placed, adapters = self._seat.place(model), self._adapters
             self._session = Session(
-                model, placed, retry=self._retry, lora_dir=adapters.folder, lora_apply_mode=adapters.mode
+                model,
+                placed,
+                retry=self._retry,
+                lora_dir=adapters.folder,
+                lora_apply_mode=adapters.mode,
+                embd_dir=adapters.words,
             )
             self.model = name
         self._used = time.monotonic()
@@ -278,5 +287,5 @@ def small(pixels: Pixels) -> bytes:
 
 _NOTHING = Request("")
 
-PICTURES = ("init_image", "mask", "ref_images")
+PICTURES = ("init_image", "mask", "ref_images", "control_image")
 """Fields of a request that are pictures."""

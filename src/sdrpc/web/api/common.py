@@ -82,7 +82,9 @@ def submit(
     return job
 
 
-_READ = {"init_image": read_picture, "mask": read_mask, "ref_images": read_picture}
+_READ = {
+    "init_image": read_picture, "mask": read_mask, "ref_images": read_picture, "control_image": read_picture
+}  # fmt: skip
 
 FIELDS = frozenset(entry.name for entry in fields(Request)) - {*PICTURES, "prompt"}
 """Fields of a request that are no pictures."""

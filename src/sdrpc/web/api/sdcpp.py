@@ -114,7 +114,6 @@ def check(asked: ImageRequest) -> None:
         ("sample_params.shifted_timestep", asked.sample_params.shifted_timestep),
         ("sample_params.custom_sigmas", asked.sample_params.custom_sigmas),
         ("sample_params.guidance.slg", slg.get("scale")),
-        ("control_image", asked.control_image),
         ("ip_adapter_image", asked.ip_adapter_image),
         ("lora.is_high_noise", any(lora.is_high_noise for lora in asked.lora)),
         ("hires", asked.hires.get("enabled")),
@@ -145,6 +144,7 @@ def fields_of(asked: ImageRequest) -> dict[str, Any]:
         "flow_shift": sampling.flow_shift,
         "cfg_scale": sampling.guidance.txt_cfg,
         "guidance": sampling.guidance.distilled_guidance,
+        "control_strength": asked.control_strength,
         "loras": [(lora.path, lora.multiplier) for lora in asked.lora],
     }
 
@@ -155,6 +155,7 @@ def pictures_in(asked: ImageRequest) -> dict[str, list[bytes]]:
         "init_image": [asked.init_image],
         "mask": [asked.mask_image],
         "ref_images": asked.ref_images,
+        "control_image": [asked.control_image],
     }
     return {name: [from_base64(name, text) for text in texts if text] for name, texts in given.items()}
 
