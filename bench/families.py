@@ -160,15 +160,15 @@ def _step(case: Case) -> Iterator[Row]:
         conditions = session.conditions(settings)
         drawn = drawing(session.model, settings, list(conditions.by_name.values()))
         before = session.timer.seconds.get("upload", 0.0)
-        mine = [sample(session, case.request, conditions)]
+        sample(session, case.request, conditions)  # uploads, and finds memory
         yield _upload(case, session.model["diffusion"].found.nbytes(), session.timer.seconds["upload"] - before)
         theirs = InProcess(session.model, case.setup.torch_device, _dtype(case))
         stack.callback(theirs.close)
         layout = f", {theirs.choose_layout(drawn)}" if theirs.convolves else ""
-        eager, graph = [], []
-        for number in range(ROUNDS):
-            if number:
-                mine.append(sample(session, case.request, conditions))
+        mine, eager, graph = [], [], []
+        theirs.sample(drawn)
+        for _ in range(ROUNDS):
+            mine.append(sample(session, case.request, conditions))
             eager.append(theirs.sample(drawn))
             if not case.setup.on_cpu:
                 graph.append(theirs.sample(drawn, graph=True))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import cache, encryption, families, graph, language, memory, operations, start, step, upload, wire
+from . import cache, encryption, families, graph, language, link, memory, operations, start, step, upload, wire
 from .rows import Benchmark
 
 BENCHMARKS = (
     Benchmark("step", "time of a sampling step through a server, over diffusers in process", step.run),
+    Benchmark("link", "a step over a link with 20 ms of round trip, over one on loopback", link.run, False),
     Benchmark("wire", "bytes of a step on the wire, over what it needs", wire.run),
     Benchmark("upload", "speed of weights from the mapped file into the server's memory", upload.run),
     Benchmark("encryption", "an upload and a step through TLS, over the same without", encryption.run),

@@ -25,20 +25,16 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 class Sampled(NamedTuple):
-    """The latents (1, c, h, w) of a picture, and the seconds that each step took."""
+    """The latents (1, c, h, w) of a picture, and the seconds of a step: the time from noise to latents that are here,
+    over the steps. (Steps are not timed one by one: nobody waits for each.)"""
 
     latents: F32
-    seconds: tuple[float, ...]
-
-    @property
-    def warm(self) -> tuple[float, ...]:
-        """The steps after the first one, which uploads, compiles and allocates."""
-        return self.seconds[1:]
+    seconds: float
 
 
 def step_seconds(*runs: Sampled) -> float:
-    """The median over the warm steps of all runs."""
-    return median(seconds for run in runs for seconds in run.warm)
+    """The median of all runs."""
+    return median(run.seconds for run in runs)
 
 
 def difference(one: F32, other: F32) -> float:
@@ -50,14 +46,10 @@ def sample(
     session: Session, request: Request, conditions: Told, noted: Callable[[int], None] = lambda _: None
 ) -> Sampled:
     """The first picture of ``request`` up to its latents, without the VAE. ``noted`` is called when a step is done."""
-    times: list[float] = []
-
-    def on_step(done: int, _total: int) -> None:
-        times.append(time.perf_counter())
-        noted(done)
-
-    latents = session.sample(session.settings(request), request.seed, conditions, on_step)
-    return Sampled(latents, tuple(np.diff(times).tolist()))
+    settings = session.settings(request)
+    start = time.perf_counter()
+    latents = session.sample(settings, request.seed, conditions, lambda done, _: noted(done))
+    return Sampled(latents, (time.perf_counter() - start) / settings.steps)
 
 
 class InProcess:
@@ -98,14 +90,14 @@ class InProcess:
         latents = torch.from_numpy(noise).to(self.device, self.dtype) * scheduler.init_noise_sigma
         text = torch.from_numpy(context).to(self.device, self.dtype)
         predict = self._recorded(latents, scheduler.timesteps[0], text) if graph else self._predict
-        times = [self._now()]
+        start = self._now()
         for timestep in scheduler.timesteps:
             pair = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
             negative, positive = predict(pair, timestep, text).chunk(2)
             predicted = negative + request.cfg_scale * (positive - negative)
             latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-            times.append(self._now())
-        return Sampled(latents.float().cpu().numpy(), tuple(np.diff(times).tolist()))
+        result = latents.float().cpu().numpy()
+        return Sampled(result, (self._now() - start) / request.steps)
 
     def _predict(self, pair: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         predicted: torch.Tensor = self.unet(pair, timestep, text, return_dict=False)[0]

@@ -36,10 +36,11 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
         settings = session.settings(request)
         conditions = session.conditions(settings)
         text = np.concatenate([each["context"] for each in conditions.by_name.values()])
-        mine = [sample(session, request, conditions)]  # uploads
+        sample(session, request, conditions)  # uploads, and finds memory
         theirs = InProcess(session.model, setup.torch_device, _dtype(variant))
-        eager = [theirs.sample(settings, text)]
-        for _ in range(1, ROUNDS):
+        theirs.sample(settings, text)
+        mine, eager = [], []
+        for _ in range(ROUNDS):
             mine.append(sample(session, request, conditions))
             eager.append(theirs.sample(settings, text))
         apart = difference(mine[-1].latents, eager[-1].latents)

@@ -117,6 +117,9 @@ class Device(ABC):
     """The hardware's name, or the endpoint and what it says of itself."""
     max_size: int = sys.maxsize
     """Bytes of the largest buffer that it gives, however much memory is free."""
+    queues: bool = False
+    """Whether it goes on by itself with what it was told to do, so that it pays to be ahead of it
+    (:mod:`sdrpc.runtime.ahead`)."""
     sent: int | None = None
     """Bytes of tensors that were sent to it over a network; None where there is none."""
 
@@ -167,6 +170,11 @@ class Device(ABC):
     @abstractmethod
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes: ...
 
+    def read_later(self, buffer: Buffer, offset: int, size: int) -> Callable[[], Bytes]:
+        """Ask for ``size`` bytes as they are after all that the device was told to do so far; the result waits for
+        them. Results must be asked for in the order of the questions."""
+        return lambda: self.read(buffer, offset, size)
+
     @abstractmethod
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> Program:
         """Check ``graph`` and get it ready to run, many times, on ``buffers`` (by key). Raises
@@ -213,6 +221,16 @@ NOBODY = Client()
 """Nobody else's concern."""
 
 
+class Soon(Protocol):
+    """Bytes that a device gives when it has done what it was told before."""
+
+    def ready(self) -> bool:
+        """Whether they are there."""
+
+    def wait(self) -> Bytes:
+        """The bytes, once they are there."""
+
+
 class ServedProgram(Program):
     """A program that may run for a client. ``peak``: bytes that a run takes at most at one time, besides buffers."""
 
@@ -256,6 +274,10 @@ class ServedDevice(Device):
     @abstractmethod
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`write`."""
+
+    def read_soon(self, buffer: Buffer, offset: int, size: int) -> Soon | None:  # noqa: ARG002
+        """As :meth:`read`, without waiting; None where :meth:`read` does not wait either, or for many bytes."""
+        return None
 
     @abstractmethod
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:

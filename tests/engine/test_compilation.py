@@ -49,6 +49,11 @@ def product(key: int) -> Graph:
     return Graph((between, at(silu(between), key, OUT)))
 
 
+@pytest.fixture(autouse=True)
+def small_programs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdrpc.engine.compilation.faster.SMALL", 0)
+
+
 class Program:
     """:func:`product` on a device with ``compiler``, run with other inputs each time."""
 

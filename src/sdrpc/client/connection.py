@@ -41,7 +41,9 @@ from .liveness import is_gone, keep_asking
 from .refused import Refused
 from .secure import secured, show_key
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS | Capability.REASONS
+CAPABILITIES = (
+    Capability.AHEAD | Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS | Capability.REASONS
+)
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
 _AT_ONCE = 1 << 18
@@ -124,6 +126,19 @@ class Connection:
         request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
             self._send(request)
+            self._reply(Command.GET_TENSOR, bulk=len(into))
+            _receive_into(self._socket, into, self._wait)
+            return messages.GetTensorReply(into)
+
+    def ask_later(self, message: messages.GetTensor, doing: str) -> None:
+        """Send ``message``; :meth:`answer_of` receives the answer, which must come before that of any other."""
+        request = framing.encode_request(message, self.dialect, self.name_length)
+        with self._guard(doing):
+            self._send(request)
+
+    def answer_of(self, into: memoryview, doing: str) -> messages.GetTensorReply:
+        """The answer to the first :meth:`ask_later` that was not received yet."""
+        with self._guard(doing):
             self._reply(Command.GET_TENSOR, bulk=len(into))
             _receive_into(self._socket, into, self._wait)
             return messages.GetTensorReply(into)

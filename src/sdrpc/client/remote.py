@@ -7,13 +7,14 @@ at the next answer, as :class:`ComputeError` when a graph was under way, and end
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from ..wire.graphs import encode_graph
 from ..wire.hello import NATIVE, Capability
 from ..wire.kept_graphs import KeptGraphs
 from ..wire.limits import MAX_NAME_LENGTH
+from ..wire.messages import COMMANDS
 from ..wire.records import Record, is_name_length
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
 from .endpoint import parse_endpoint
@@ -67,6 +69,14 @@ class RemoteBuffer:
     alive: bool = True
 
 
+class _Question(NamedTuple):
+    """A GET_TENSOR that was sent for a device: where its answer belongs."""
+
+    into: memoryview
+    device: str
+    doing: str
+
+
 @dataclass(eq=False)
 class Server:
     """What the devices of one server share. ``reconnect`` gives another connection and the number of devices there;
@@ -80,6 +90,8 @@ class Server:
     buffers: list[RemoteBuffer] = field(default_factory=list)
     graphs: KeptGraphs[bytes] = field(default_factory=KeptGraphs)
     computing: str = ""
+    questions: deque[_Question] = field(default_factory=deque)
+    """What was asked for and did not come yet."""
     names: Names = field(default_factory=Names)
     devices: list[RemoteDevice] = field(default_factory=list)
     """Those that are open."""
@@ -96,14 +108,39 @@ class Server:
         large = any(content.size > NATIVE_THRESHOLD and content.origin for content in contents)
         return by_hash() if large else None
 
+    def ask_later(self, device: str, message: messages.GetTensor, doing: str) -> Callable[[], memoryview]:
+        """Send ``message`` for ``device``; the result waits for its answer."""
+        self.connection.ask_later(message, doing)
+        question = _Question(np.empty(message.size, np.uint8).data, device, doing)
+        self.questions.append(question)
+
+        def answer() -> memoryview:
+            while question in self.questions:
+                self._next_answer()
+            return question.into
+
+        return answer
+
+    def _next_answer(self) -> None:
+        into, device, doing = self.questions.popleft()
+        self._answer(device, doing, lambda doing: self.connection.answer_of(into, doing))
+
+    def _answers(self) -> None:
+        """Receive what was asked for before."""
+        while self.questions:
+            self._next_answer()
+
     def ask(self, device: str, message: Any, doing: str, into: memoryview | None = None) -> Any:
         """Send a message for ``device`` and return its answer; that of a GET_TENSOR is received in ``into``."""
+        if self.questions and messages.response_class(COMMANDS[type(message)], self.connection.dialect) is not None:
+            self._answers()
         if into is None:
             return self._answer(device, doing, lambda doing: self.connection.call(message, doing))
         return self._answer(device, doing, lambda doing: self.connection.fetch(message, into, doing))
 
     def ask_all(self, device: str, messages: Sequence[Any], doing: str) -> list[Any]:
         """Send messages and return their answers."""
+        self._answers()
         answers: list[Any] = self._answer(device, doing, lambda doing: self.connection.call_all(messages, doing))
         return answers
 
@@ -131,6 +168,7 @@ class Server:
         self.life += 1
         self.buffers.clear()
         self.graphs = KeptGraphs()
+        self.questions.clear()
         self.computing = ""
         for device in self.devices:
             device.meet()
@@ -157,6 +195,8 @@ class RemoteDevice(Device):
         server, connection = self._server, self._server.connection
         kind = "sdrpc" if server.ours else "ggml"
         self.description = f"{connection.endpoint}, device {self.index} ({kind}, RPC protocol {connection.version})"
+        # graphs that take turns have to have numbers, or each would be sent again
+        self.queues = Capability.AHEAD in connection.capabilities and connection.dialect.has_graph_uids
         self._alignment = self._ask(messages.GetAlignment(self.index), "asking for the alignment").alignment
         self.max_size = self._ask(messages.GetMaxSize(self.index), "asking for the largest buffer").max_size
         if not 0 < self._alignment <= MAX_ALIGNMENT or self._alignment & (self._alignment - 1):
@@ -281,6 +321,11 @@ class RemoteDevice(Device):
             record = self._bytes_at(remote, offset + start, len(part))
             self._ask(messages.GetTensor(record, 0, len(part)), f"reading {size:,} bytes", part)
         return result
+
+    def read_later(self, buffer: Buffer, offset: int, size: int) -> Callable[[], Bytes]:
+        """Nothing is waited for: the question is sent, and the server answers it in its turn. ``size``: a few bytes."""
+        record = self._bytes_at(self._range(buffer, offset, size), offset, size)
+        return self._server.ask_later(self.name, messages.GetTensor(record, 0, size), f"reading {size:,} bytes later")
 
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> RemoteProgram:
         """Check and encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.

@@ -22,6 +22,7 @@ from ..families.model import Model, ModelComponent
 from ..ggml.types import Type
 from ..ggml.weight import Weight
 from ..runtime.adapters import STRENGTHS, Adapters, Changes, adapted, adapters
+from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache, key
 from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
@@ -34,6 +35,9 @@ T = TypeVar("T")
 GRAPHS = 16
 """Graphs (sizes of pictures, lengths of texts) that a component keeps on its device."""
 
+
+Shaped = Mapping[str, Any]
+"""Inputs by name, arrays here or on the device, of which shapes and dtypes decide the graph."""
 
 WORKING_ROOM = 1 << 30
 """Bytes that should stay free beside a component's weights, for what it computes with."""
@@ -110,6 +114,16 @@ class DeviceComponent:
     def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
         """Run the module; its outputs, float32, are read when they are asked for. Raises :class:`CheckpointError` and
         what the device raises."""
+        program, inputs = self._program(module, inputs)
+        return (output.astype(np.float32, copy=False) for output in program.results(**inputs))
+
+    def run_ahead(self, ahead: Ahead, module: ModuleSpec, inputs: Shaped) -> list[DeviceArray]:
+        """As :meth:`run`, with inputs on the device, and the outputs left there."""
+        program, inputs = self._program(module, inputs)
+        return ahead.run(program, inputs)
+
+    def _program(self, module: ModuleSpec, inputs: Shaped) -> tuple[Executable, dict[str, Any]]:
+        """The module's program for such inputs, and these with what its adapters are told."""
         if not self._adapted:
             self._adapt(*self._applied)
             self._adapted = True
@@ -120,9 +134,8 @@ class DeviceComponent:
         while len(self._programs) > GRAPHS:
             self._programs.popitem(last=False)[1].close()
         program = self._programs[name]
-        if any(entry.name == STRENGTHS for entry in program.lowered.inputs):
-            inputs = {**inputs, STRENGTHS: self._adapters.strengths}
-        return (output.astype(np.float32, copy=False) for output in program.results(**inputs))
+        adapted = any(entry.name == STRENGTHS for entry in program.lowered.inputs)
+        return program, {**inputs, **({STRENGTHS: self._adapters.strengths} if adapted else {})}
 
     def adapt(self, applied: Sequence[tuple[Changes, float]], merge: bool) -> None:
         """Compute from now on with these changes of its weights, each with its strength, instead of others.
@@ -187,7 +200,7 @@ class DeviceComponent:
         self._store = WeightStore(device, self._weights, self._uploaded, self.component.found.checkpoint.path)
         self._adapter_store = WeightStore(device, self._adapter_weights, self._uploaded, "the LoRAs")
 
-    def _prepared(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Executable:
+    def _prepared(self, module: ModuleSpec, inputs: Shaped) -> Executable:
         def capture() -> Lowered:
             with self._telling.stage("capture", self.name):
                 return captured(module, inputs, self.device, types)
@@ -221,9 +234,7 @@ class _Name(NamedTuple):
     adapters: Hashable
 
 
-def captured(
-    module: ModuleSpec, inputs: Mapping[str, np.ndarray], device: Device, types: Mapping[str, Type]
-) -> Lowered:
+def captured(module: ModuleSpec, inputs: Shaped, device: Device, types: Mapping[str, Type]) -> Lowered:
     """The module's graph for inputs of these shapes and dtypes. Nothing is computed and no weight exists."""
     import torch
 
@@ -266,6 +277,7 @@ class DeviceModel:
             for name, component in model.components.items()
         }
         self._uses = 0
+        self._aheads: dict[str, Ahead] = {}
 
     def check_fits(self) -> None:
         """Give each component the first of its devices that has room for its weights; nothing has been uploaded then.
@@ -298,6 +310,28 @@ class DeviceModel:
 
         return self._surviving(component, work)
 
+    def ahead(self, name: str) -> Ahead | None:
+        """For arrays that stay on component ``name``'s device; None where that does not queue what it is told."""
+        device = self.components[name].device
+        if not device.queues:
+            return None
+        found = self._aheads.get(name)
+        if found is None or (found.device, found.life) != (device, device.life):
+            with device.turns:
+                found = self._aheads[name] = Ahead(device)
+        return found
+
+    def run_ahead(self, name: str, options: Mapping[str, Any], inputs: Shaped, ahead: Ahead) -> list[DeviceArray]:
+        """As :meth:`run`, with inputs on the device, and the outputs left there. A device that is lost is an error."""
+        self.telling.check()
+        component = self.components[name]
+        with component.device.turns, self._listening(component):
+            component.settle(component.device)
+            self._begin(component)
+            found = component.run_ahead(ahead, component.component.module(**options), inputs)
+        ahead.tell()
+        return found
+
     def stream(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
         """As :meth:`run`, but an output is read from the device when it is asked for, so that they need not fit into
         this machine's memory together. That has to be before the component runs again."""
@@ -329,11 +363,15 @@ class DeviceModel:
         self, component: DeviceComponent, module: ModuleSpec, inputs: Mapping[str, np.ndarray]
     ) -> Iterator[F32]:
         """The outputs of a component that runs on its device, for which room is made first."""
+        self._begin(component)
+        return component.run(module, inputs)
+
+    def _begin(self, component: DeviceComponent) -> None:
+        """A component is used: it has room on its device."""
         if not component.resident:
             self._make_room(component)
         self._uses += 1
         component.last_used = self._uses
-        return component.run(module, inputs)
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
@@ -342,6 +380,11 @@ class DeviceModel:
 
     def close(self) -> None:
         """Free everything on the devices."""
+        for ahead in self._aheads.values():
+            if ahead.life == ahead.device.life:
+                with ahead.device.turns:
+                    ahead.close()
+        self._aheads.clear()
         for component in self.components.values():
             with component.device.turns:
                 component.release()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..families.base import F32, Conditions
+from ..runtime.ahead import DeviceArray
 from .easycache import EasyCache
 from .pictures import f32, finite
 from .samplers import Guess
@@ -126,11 +127,13 @@ class Guide:
 
     def _computed(self, x: F32, timestep: f32) -> Sequence[F32]:
         """One evaluation of a batch, or one of each where the texts differ in length."""
-        both = np.concatenate([self._asked(x, timestep, batch) for batch in self._batches])
-        return [both[number : number + 1] for number in range(len(both))]
+        predicted = (self._asked(x, timestep, batch) for batch in self._batches)
+        return [each[number : number + 1] for each in predicted for number in range(len(each))]
 
     def _asked(self, x: F32, timestep: f32, conditions: Conditions, **options: Any) -> F32:
         predicted = self._ask(x, np.array([timestep], f32), conditions, **options)
+        if isinstance(predicted, DeviceArray):  # nobody waits for its numbers: what comes of them is looked at
+            return predicted
         return finite(predicted, f"the diffusion model's prediction at timestep {timestep:.3g}")
 
 

@@ -7,20 +7,22 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..device import Device
-from ..errors import InvalidValue, UsageError
+from ..errors import DeviceLost, InvalidValue, UsageError
 from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
 from ..families.components import controlnet
 from ..families.components.unet import CONTROL
 from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
+from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache
 from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import TINY, Autoencoder
@@ -77,7 +79,8 @@ class Session:
 
     ``retry``: seconds to wait for a server that is lost in the middle, however that happened (0: that is an error at
     once). When it is back, what is missing is uploaded again, and drawing goes on after the last evaluation of the
-    model that was finished: the picture is the same.
+    model that was finished (or begins anew, where the latents were on that device: a GPU's steps are short); the
+    picture is the same.
 
     ``lora_dir``: where LoRAs are found by name; ``lora_apply_mode``: one of
     :data:`sdrpc.diffusion.request.APPLY_MODES`. ``embd_dir``: where learnt words (textual inversion) are.
@@ -247,6 +250,9 @@ class Session:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
         of b prompts. ``options`` are added to its configuration."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
+        if isinstance(latents, DeviceArray):
+            (there,) = self._devices.run_ahead("diffusion", options, inputs, latents.ahead)
+            return there
         (predicted,) = self._devices.run("diffusion", options, {**inputs, **self._controls(inputs)})
         return predicted
 
@@ -311,7 +317,36 @@ class Session:
     ) -> F32:
         """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
         films (1, c, frames, h, w). ``on_step`` is told the steps that are done, how many there are, and a preview where
-        one is wanted."""
+        one is wanted.
+
+        Where the diffusion model's device queues its work, latents stay there, and the steps are told ahead; what they
+        come to is the same. If that device is lost, the picture begins anew, with numbers here.
+        """
+        reached = -1
+
+        def once(done: int, total: int, *preview: Pixels | None) -> None:
+            nonlocal reached
+            if done > reached:
+                reached = done
+                on_step(done, total, *preview)
+
+        ahead = self._devices.ahead("diffusion") if self._may_be_ahead(settings) else None
+        if ahead is not None:
+            try:
+                return self._sample(settings, seed, told, once, begin, ahead)
+            except DeviceLost as lost:
+                log.info("the picture begins anew: %s", lost)
+        return self._sample(settings, seed, told, once, begin, None)
+
+    def _may_be_ahead(self, settings: Settings) -> bool:
+        """Whether drawing asks for no numbers between its steps."""
+        family = self.model.family
+        looks = settings.cache, settings.previews, self._control, family.tempered
+        return all(look is None for look in looks) and not self.model.frames
+
+    def _sample(
+        self, settings: Settings, seed: int, told: Told, on_step: OnStep, begin: Begin, ahead: Ahead | None
+    ) -> F32:
         model, predicts = self.model, self._prediction(settings)
         height, width = settings.height // model.pixels, settings.width // model.pixels
         if settings.sigmas:
@@ -325,6 +360,8 @@ class Session:
         shape = (1, model.latent_channels, *frames, height, width)
         rng = make_rng(settings.rng, seed)
         start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
+        if ahead is not None:
+            start = cast(F32, ahead.put(start))  # it has an array's arithmetic
         # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
         noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
         cache = None if settings.cache is None else EasyCache(settings.cache, predicts)
@@ -341,7 +378,9 @@ class Session:
 
         def step_done(done: int, total: int) -> None:
             guide.step_done(done)
-            if watched is None:
+            if ahead is not None:
+                ahead.then(partial(on_step, done, total))
+            elif watched is None:
                 on_step(done, total)
             else:
                 on_step(done, total, watched.of_step(done, total))
@@ -350,6 +389,9 @@ class Session:
         latents = sample(
             settings.sampling_method, denoise, start, sigmas, noise, flow=flow, eta=eta, on_step=step_done
         )  # fmt: skip
+        if ahead is not None:
+            latents = finite(np.asarray(latents), "the latents")
+            ahead.tell()
         if cache is not None:
             log.info("easycache: %d of %d steps were not computed", cache.reused, len(sigmas) - 1)
         return latents

@@ -6,6 +6,7 @@ import itertools
 import logging
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import wait
 from functools import partial
@@ -30,6 +31,7 @@ from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
 from .programs import Programs
 from .replay import Pool, Replay
+from .staging import Reading, Staging
 from .system import host_memory, return_freed_memory, shared_resident
 from .weights import Weights
 from .worker import Worker
@@ -41,6 +43,11 @@ PATIENCE = 8
 at the steps of a picture, or of several clients' pictures, shall not throw out each other's."""
 COMPILE_SECONDS = 120.0
 """One graph may take so long to compile: ten times what the largest takes that a server lets through."""
+AHEAD = 4
+"""Runs that a GPU may have before it: with none it waits for us between two of them, and of many nobody could be
+stopped."""
+SOON = 64 << 20
+"""Bytes that are read without waiting, at most: they take memory of the host's that is pinned."""
 MEASURED = 1 << 26
 """Runs that take less working memory than this start without a look at what the machine has left."""
 
@@ -95,6 +102,9 @@ class LocalDevice(ServedDevice):
         self._bound: WeakValueDictionary[tuple[bytes, tuple[int, ...]], Bound | Replay] = WeakValueDictionary()
         self._runs: set[Deadline] = set()
         self._stopped = ""
+        self._staging = Staging(torch_device) if torch_device.type == "cuda" else None
+        self.queues = torch_device.type == "cuda"
+        self._under_way: deque[torch.cuda.Event] = deque()
         self._pool = Pool() if torch_device.type == "cuda" else None
         self._compiler = compiler if precision.narrow is not None else None
         self._threads = threads
@@ -164,7 +174,11 @@ class LocalDevice(ServedDevice):
             mine.host[offset : offset + len(source)] = source
         elif len(source):
             with translated(self.name, "writing"):
-                mine.data[offset : offset + len(source)].copy_(_as_tensor(source))
+                part = mine.data[offset : offset + len(source)]
+                if self._staging is None:
+                    part.copy_(_as_tensor(source))
+                else:
+                    self._staging.write(part, source)
 
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes:
         """``size`` bytes; on the CPU a view of the memory itself, which later computing changes."""
@@ -174,7 +188,16 @@ class LocalDevice(ServedDevice):
         if not size:
             return b""
         with translated(self.name, "reading"):
+            if self._staging is not None:
+                return self._staging.read(mine.data[offset : offset + size])
             return memoryview(mine.data[offset : offset + size].cpu().numpy().tobytes())
+
+    def read_soon(self, buffer: Buffer, offset: int, size: int) -> Reading | None:
+        mine = self._range(buffer, offset, size)
+        if self._staging is None or not 0 < size <= SOON:
+            return None
+        with translated(self.name, "reading"):
+            return self._staging.read_soon(mine.data[offset : offset + size])
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``."""
@@ -322,8 +345,16 @@ class LocalDevice(ServedDevice):
             translated(self.name, "computing"),
         ):
             bound.run(deadline)
-            if self.compute_limit is not None and self.torch_device.type == "cuda":
-                torch.cuda.synchronize(self.torch_device)
+            if self.torch_device.type == "cuda":
+                self._queued()
+
+    def _queued(self) -> None:
+        """A run was queued on the GPU: wait until at most ``AHEAD`` runs are."""
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        self._under_way.append(done)
+        while len(self._under_way) > AHEAD:
+            self._under_way.popleft().synchronize()
 
     def trim(self) -> None:
         if self.torch_device.type == "cpu":

@@ -265,6 +265,15 @@ class Executable:
             yield self._result(output)
 
     def _run(self, inputs: Mapping[str, Any]) -> None:
+        missing = {entry.name for entry in self.lowered.inputs} - inputs.keys()
+        if missing:
+            raise UsageError(f"input {', '.join(sorted(missing))} is missing")
+        self.prepare(inputs)
+        self.start()
+
+    def prepare(self, inputs: Mapping[str, Any]) -> dict[str, list[Place]]:
+        """Send ``inputs`` as far as they changed, for :meth:`start`. Returns the places of all others, by name, which
+        the caller has to fill: each with the numbers in float32, dense. Raises :class:`UsageError` as a call does."""
         if self._bound_at != self._releases():
             self._free()
             self._bind()
@@ -274,9 +283,29 @@ class Executable:
                 self.device.write(self._io, self._offsets[leaf], data.data)
                 sent = data.copy()
             self._sent[leaf] = sent
+        others = [entry for entry in self.lowered.inputs if entry.name not in inputs]
+        for entry in others:
+            for leaf in entry.leaves:
+                self._sent.pop(leaf, None)
+                if leaf.type != F32:
+                    raise UsageError(f"input {entry.name} is {leaf.type}: it can't be filled on the device")
+        return {entry.name: [(self._io, self._offsets[leaf]) for leaf in entry.leaves] for entry in others}
+
+    def start(self) -> None:
+        """Run the graph with what its inputs hold."""
         if self._program is not None:
             self._program.run()
         self._runs += 1
+
+    def outputs(self) -> list[tuple[tuple[int, ...], Place]]:
+        """The shape and place of each output, of which the numbers are there, in float32, when the device has run.
+        Raises :class:`UsageError` where that is not so."""
+        found = []
+        for output in self.lowered.outputs:
+            if not isinstance(output.source, Tensor) or output.source.type != F32:
+                raise UsageError("an output of the graph is no float32 array of its device")
+            found.append((tuple(output.shape), (self._io, self._offsets[output.source])))
+        return found
 
     def close(self) -> None:
         """Free the graph's memory, and the weights unless they come from a store."""
@@ -338,13 +367,13 @@ class Executable:
         return buffer
 
     def _feeds(self, inputs: Mapping[str, Any]) -> Iterable[tuple[Tensor, np.ndarray]]:
-        """Each input leaf and its bytes, not copied where they are the caller's."""
+        """Each leaf of an input that is given, and its bytes, not copied where they are the caller's."""
         unknown = inputs.keys() - {entry.name for entry in self.lowered.inputs}
         if unknown:
             raise UsageError(f"the graph has no input {', '.join(sorted(unknown))}")
         for entry in self.lowered.inputs:
             if entry.name not in inputs:
-                raise UsageError(f"input {entry.name} is missing")
+                continue
             array = np.asarray(inputs[entry.name])
             if array.shape != entry.shape:
                 raise UsageError(f"input {entry.name} has the shape {list(array.shape)}, not {list(entry.shape)}")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
 from ..content import PIECE, pieces
-from ..device import Bytes
+from ..device import Bytes, Soon
 from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
-from ..wire.messages import AllocBufferReply, Command
+from ..wire.messages import AllocBufferReply, Command, GetTensorReply, response_class
 from ..wire.refusals import Refusal, refusal, to_text
 from .door import Door
 from .negotiation import Protocol
@@ -26,6 +27,14 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS | Capability.REASONS
 """What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it has one."""
+
+
+ANSWERS = 8
+"""Answers of a client that wait for a device, at most."""
+SMALL = 1 << 20
+"""Bytes of an answer from which on nothing else is dealt with before it is given."""
+PAUSE = 0.0002
+"""Seconds between two looks at a device that is not ready."""
 
 
 class Greeting(NamedTuple):
@@ -88,7 +97,10 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     stream.deadline = None
     offer = protocol.offer(stream.address, hello)
     session.versions = offer.versions
-    agreed = hello.capabilities & (CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE))
+    ours = CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE)
+    if any(device.queues for device in session.devices):
+        ours |= Capability.AHEAD
+    agreed = hello.capabilities & ours
     stream.write([encode_hello_reply(offer.told, agreed)])
     stream.beats = Capability.BEATS in agreed
     kind = "a client of ggml's protocol" if hello.capabilities == NATIVE else "a client of sdrpc"
@@ -105,14 +117,17 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         remedy = protocol.refused(stream.address, greeting.hello, greeting.offer)
         log.warning("%s: left right after the greeting, %s", stream.peer, remedy)
         return
-    while stream.wait() and not stream.aborted:
+    answers = Answers(stream, session)
+    while answers.catch_up() and stream.wait() and not stream.aborted:
         stream.doing = "receiving a request"
         stream.expect(0)
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
         if past := _PAST_THE_SESSION.get(request.command):
+            answers.before(request)
             past(stream, session, request)
-        else:
+        elif not answers.later(request):
+            answers.before(request)
             stream.write(_answer(session, request, greeting.agreed))
         stream.done()
         session.requests += 1
@@ -123,6 +138,54 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
     if stream.aborted:
         raise Stopped(stream.aborted.reason, stream.aborted.reason)
     log.info("%s: left after %s", stream.peer, _account(stream, session))
+
+
+class Answers:
+    """Answers that wait for a device, while the client's next requests are dealt with: a GPU then need not wait for
+    us. They are given in the order of the questions."""
+
+    def __init__(self, stream: Stream, session: Session) -> None:
+        self._stream, self._session = stream, session
+        self._waiting: deque[Soon] = deque()
+
+    def later(self, request: Received) -> bool:
+        """Whether ``request`` will be answered later."""
+        if request.command != Command.GET_TENSOR:
+            return False
+        if request.message.size > SMALL:
+            self._finish()
+        soon = self._session.read_soon(request.message)
+        if soon is None:
+            return False
+        self._waiting.append(soon)
+        if request.message.size > SMALL:
+            self._finish()
+        return True
+
+    def before(self, request: Received) -> None:
+        """Give the answers that ``request``'s own must not overtake."""
+        if response_class(request.command, self._session.dialect) is not None:
+            self._finish()
+
+    def catch_up(self) -> bool:
+        """Give the answers that are ready, and all while the client sends nothing; True."""
+        while self._waiting:
+            if not self._waiting[0].ready() and len(self._waiting) <= ANSWERS and self._stream.has_more:
+                break
+            self._give()
+        return True
+
+    def _finish(self) -> None:
+        while self._waiting:
+            self._give()
+
+    def _give(self) -> None:
+        soon = self._waiting.popleft()
+        while not soon.ready():
+            self._stream.beat()
+            time.sleep(PAUSE)
+        reply = GetTensorReply(soon.wait())
+        self._stream.write(encode_reply(Command.GET_TENSOR, reply, self._session.dialect))
 
 
 def _answer(session: Session, request: Received, agreed: Capability) -> list[Bytes]:

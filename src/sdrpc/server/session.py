@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..content import pieces
-from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Watch
+from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Soon, Watch
 from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
 from ..ggml.dialect import Dialect
@@ -100,6 +100,7 @@ class Session:
         self._space = AddressSpace()
         self._ready: OrderedDict[bytes, Ready] = OrderedDict()
         self._kept: KeptGraphs[Kept] = KeptGraphs()
+        self._shares: dict[int, int] = {}
         self._packed = PackedGraphs(limits.graph_bytes, self._hold, self._give_up)
         self._missed: dict[tuple[int, int, int], int | None] = {}
 
@@ -176,6 +177,12 @@ class Session:
 
     def _get_device_memory(self, asked: messages.GetDeviceMemory) -> messages.GetDeviceMemoryReply:
         return messages.GetDeviceMemoryReply(*self._memory(asked.device))
+
+    def _share(self, number: int) -> int:
+        """What this client may have of a device's memory at all. To ask a GPU takes long, beside a run."""
+        if number not in self._shares:
+            self._shares[number] = self._memory(number).total
+        return self._shares[number]
 
     def _memory(self, number: int) -> Memory:
         """What this client may have of a device's memory, and what is left of that."""
@@ -346,6 +353,11 @@ class Session:
         region, offset, size = self._place(asked.tensor, asked.offset, asked.size)
         return messages.GetTensorReply(self.devices[region.device].read(region.buffer, offset, size))
 
+    def read_soon(self, asked: messages.GetTensor) -> Soon | None:
+        """As GET_TENSOR, from a device that has other work before it; None where there is nothing to wait for."""
+        region, offset, size = self._place(asked.tensor, asked.offset, asked.size)
+        return self.devices[region.device].read_soon(region.buffer, offset, size)
+
     def _memset_tensor(self, asked: messages.MemsetTensor) -> None:
         self._fill(self._place(asked.tensor, asked.offset, asked.size), asked.value)
 
@@ -436,7 +448,7 @@ class Session:
         if reason := self._watch():
             raise Stopped(f"nothing more is computed: {reason}", reason)
         working, held = ready.program.peak, self._held_on(ready.device)
-        share = self._memory(ready.device).total
+        share = self._share(ready.device)
         if held + working > share:
             raise OutOfMemory(
                 self.devices[ready.device].name,

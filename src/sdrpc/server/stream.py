@@ -102,6 +102,17 @@ class Stream:
         self.idle_since = None
         return self._end > 0
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the client has sent something that was not read yet, or hung up."""
+        if self._start < self._end or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
+            return True
+        if sys.platform == "win32":
+            return bool(select.select([self._socket], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def read(self, size: int) -> Bytes:
         """The next ``size`` bytes, which are buffered here: many are counted among the ``payloads``."""
         if self._end - self._start >= size:

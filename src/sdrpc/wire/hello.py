@@ -41,6 +41,8 @@ class Capability(IntFlag):
     REASONS = 32
     """What a server says when it refuses tells programs, too (:mod:`sdrpc.wire.refusals`); where it has no memory it
     says so and goes on."""
+    AHEAD = 64
+    """The server's devices queue what they are to do, so that it pays to send it before it is their turn."""
 
 
 NATIVE = Capability(0)

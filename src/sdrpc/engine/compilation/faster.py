@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 REPEATS = 4
 """Runs after which a program is one that repeats: text encoders run once or twice for a picture."""
+SMALL = 64
+"""A program with fewer steps than this gains nothing that is worth a minute of a processor."""
 ROUNDINGS = 16
 """How far (relative, L2) a compiled program's results may be from those that it replaces, in the narrow dtype's
 roundings. It rounds less often, since it keeps in float32 what lies between operations that it fuses: 1 to 4 of them
@@ -75,7 +77,7 @@ class Faster:
         self._runs = 0
         self._asked: Future[Function] | None = None
         self._kept: tuple[bool, ...] = ()
-        self._over = not is_pure(bound.compiled.roots)
+        self._over = len(bound) < SMALL or not is_pure(bound.compiled.roots)
 
     def __del__(self) -> None:
         if self._asked is not None:

@@ -1,0 +1,93 @@
+"""Bytes to an accelerator and back, through memory of the host that it reads itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from threading import Condition
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PIECE = 1 << 20
+PIECES = 16
+
+
+class Slot(NamedTuple):
+    """Pinned memory, and the moment from which on nobody reads it any more."""
+
+    memory: Tensor
+    free: torch.cuda.Event
+
+
+class Reading(NamedTuple):
+    """Bytes on their way from the device, as :class:`sdrpc.device.Soon`."""
+
+    memory: Tensor
+    done: torch.cuda.Event
+
+    def ready(self) -> bool:
+        return bool(self.done.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> memoryview:
+        self.done.synchronize()
+        host: np.ndarray = self.memory.numpy()
+        return host.data
+
+
+class Staging:
+    """Pinned memory for one CUDA (or ROCm) device; any thread may use it.
+
+    A copy from ordinary memory waits for all that the device has to do. From here it is only queued, so that a client
+    can be steps ahead of the device; at most ``PIECES`` copies wait, then :meth:`write` does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots: deque[Slot] = deque()
+        self._made = 0
+        self._changed = Condition()
+
+    def write(self, target: Tensor, data: memoryview) -> None:
+        """Copy ``data`` to ``target`` (uint8, of as many elements), after all that is queued. ``data`` may change when
+        this returns."""
+        source = np.frombuffer(data, np.uint8)
+        with torch.cuda.device(self._device):
+            for start in range(0, len(source), PIECE):
+                piece = source[start : start + PIECE]
+                slot = self._take()
+                try:
+                    slot.free.synchronize()
+                    np.copyto(slot.memory.numpy()[: len(piece)], piece)
+                    target[start : start + len(piece)].copy_(slot.memory[: len(piece)], non_blocking=True)
+                    slot.free.record()
+                finally:
+                    self._give(slot)
+
+    def read(self, source: Tensor) -> memoryview:
+        """The bytes of ``source`` (uint8) when all that is queued before is done."""
+        return self.read_soon(source).wait()
+
+    def read_soon(self, source: Tensor) -> Reading:
+        """The same, without waiting."""
+        with torch.cuda.device(self._device):
+            memory = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
+            memory.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return Reading(memory, done)
+
+    def _take(self) -> Slot:
+        """The slot that was used longest ago."""
+        with self._changed:
+            if self._made < PIECES:
+                self._made += 1
+                return Slot(torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
+            self._changed.wait_for(lambda: self._slots)
+            return self._slots.popleft()
+
+    def _give(self, slot: Slot) -> None:
+        with self._changed:
+            self._slots.append(slot)
+            self._changed.notify()

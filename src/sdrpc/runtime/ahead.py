@@ -1,0 +1,432 @@
+"""Arrays that stay on a device: what is computed with them is told to the device, and nobody waits for it.
+
+A sampler's arithmetic over :class:`DeviceArray` makes expressions. They become a small graph when a lowered module
+needs one of them as its input, or somebody wants to see the numbers. Nothing is read before that, so a client is
+several steps ahead of its device, and the time that messages take does not count.
+
+Arithmetic is numpy's, operation by operation in float32: results are the same, bit for bit, on a device that computes
+float32 as it is written down. What is none of the operations here is done by numpy, with numbers that are read.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..device import Buffer, Bytes, Device, Program
+from ..ggml import build
+from ..ggml.memory_planner import aligned
+from ..ggml.params import Unary
+from ..ggml.tensor import OUTPUT, Graph, Tensor
+from ..ggml.types import F32
+from .run import Executable, Place
+
+Array = NDArray[np.float32]
+
+PROGRAMS = 64
+"""Small graphs that are kept: a sampler repeats a few."""
+NUMBERS = 64
+"""Single numbers of one graph, at most."""
+PACE = 0.05
+"""Seconds between two looks at how far the device is: so often it has nothing queued while it answers."""
+LOOKS = 2
+"""How many of them may be unanswered."""
+
+
+@dataclass(eq=False)
+class Node:
+    """An array on the device: at a place, or an operation on operands, which are nodes, numbers or numpy's arrays."""
+
+    shape: tuple[int, ...]
+    place: Place | None = None
+    op: str = ""
+    operands: tuple[Any, ...] = ()
+    handle: Callable[[], DeviceArray | None] = lambda: None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody can still ask for its numbers."""
+        return self.handle() is not None
+
+
+class DeviceArray:
+    """A float32 array on a device. It has numpy's arithmetic; ``np.asarray`` reads it."""
+
+    __array_ufunc__ = None  # so that numpy's numbers and arrays leave their operators to this class
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, ahead: Ahead, node: Node) -> None:
+        self.ahead, self._node = ahead, node
+        node.handle = weakref.ref(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._node.shape
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self.ahead.read(self).astype(dtype or np.float32, copy=False)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Rows of the first dimension, as an array on the device; anything else as numpy has it."""
+        found = self.ahead.rows(self, rows)
+        return np.asarray(self)[rows] if found is None else found
+
+    def __add__(self, other: Any) -> Any:
+        return self.ahead.apply("ADD", self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return self.ahead.apply("ADD", self, other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.ahead.apply("MUL", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self.ahead.apply("MUL", self, other)
+
+    def __sub__(self, other: Any) -> Any:
+        return self.ahead.apply("SUB", self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.ahead.apply("DIV", self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / np.asarray(self)
+
+    def __neg__(self) -> Any:
+        return self.ahead.apply("NEG", self)
+
+
+NUMPY: dict[str, Callable[..., Any]] = {
+    "ADD": np.add, "SUB": np.subtract, "MUL": np.multiply, "DIV": np.divide, "NEG": np.negative,
+}  # fmt: skip
+"""The operations, as numpy has them."""
+
+
+class Ahead:
+    """A device that is told what to compute before it is its turn. ``close`` frees what it has there."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._pending: list[weakref.ref[Node]] = []
+        self._results: list[weakref.ref[Node]] = []
+        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self._free: dict[int, list[Place]] = {}
+        self.life = device.life
+        """What it has is there only in this life of the device."""
+        self._buffers: list[Buffer] = []
+        self._step = aligned(4, device.alignment)
+        self._numbers = self._allocate(NUMBERS * self._step)
+        self._looks: deque[tuple[Callable[[], Bytes], list[Callable[[], None]]]] = deque()
+        self._later: list[Callable[[], None]] = []
+        self._due: list[Callable[[], None]] = []
+        self._every, self._since = 1, 0
+        self._seen = time.monotonic()
+
+    # --- arrays
+
+    def put(self, array: Array) -> DeviceArray:
+        """``array`` on the device."""
+        with self.device.turns:
+            place = self._slot(array.nbytes)
+            self.device.write(*place, np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8).data)
+        return self._array(self._stored(array.shape, place))
+
+    def read(self, array: DeviceArray) -> Array:
+        """Its numbers, when the device has done all that it was told."""
+        node = array._node
+        with self.device.turns:
+            if node.place is None:
+                self._compute([])
+            assert node.place is not None  # noqa: S101
+            data = self.device.read(*node.place, 4 * array.size)
+            while self._looks:  # they were answered before
+                self._answer()
+            self._due, self._later = self._due + self._later, []
+        return np.frombuffer(bytes(data), np.float32).reshape(array.shape)
+
+    def rows(self, array: DeviceArray, rows: Any) -> DeviceArray | None:
+        """Consecutive rows of the first dimension; None where they can't be a part of what is on the device."""
+        if not isinstance(rows, slice):
+            return None
+        start, stop, step = rows.indices(array.shape[0])
+        offset = start * 4 * prod(array.shape[1:])
+        node = array._node
+        if step != 1 or stop <= start or node.place is None or offset % self.device.alignment:
+            return None
+        buffer, at = node.place
+        part = Node((stop - start, *array.shape[1:]), (buffer, at + offset), "PART", (node,))
+        self._results.append(weakref.ref(part))
+        return self._array(part)
+
+    def apply(self, op: str, array: DeviceArray, *others: Any) -> Any:
+        """An operation with ``array`` as the first operand; by numpy where the second one is nothing for a device."""
+        for other in others:
+            if not self._takes(array, other):
+                return NUMPY[op](np.asarray(array), np.asarray(other) if isinstance(other, DeviceArray) else other)
+        operands = tuple(each._node if isinstance(each, DeviceArray) else each for each in (array, *others))
+        node = Node(array.shape, None, op, operands)
+        self._pending.append(weakref.ref(node))
+        made = self._array(node)
+        if len(self._pending) == NUMBERS:  # each has one number at most
+            with self.device.turns:
+                self._compute([])
+        return made
+
+    def _takes(self, array: DeviceArray, other: Any) -> bool:
+        if isinstance(other, DeviceArray):
+            return other.ahead is self and other.shape == array.shape
+        if isinstance(other, np.ndarray):
+            fits = other.ndim == len(array.shape) and all(
+                b in (1, a) for a, b in zip(array.shape, other.shape, strict=True)
+            )
+            return other.dtype == np.float32 and fits
+        return type(other) in (np.float32, float, int)
+
+    def _array(self, node: Node) -> DeviceArray:
+        return DeviceArray(self, node)
+
+    # --- modules
+
+    def run(self, program: Executable, inputs: Mapping[str, Any]) -> list[DeviceArray]:
+        """The module's outputs of ``inputs``, of which some are arrays on the device, in whose turn this is."""
+        saved = [node for each in self._results if (node := each()) is not None and node.wanted]
+        places = program.prepare({name: each for name, each in inputs.items() if not isinstance(each, DeviceArray)})
+        wanted = [
+            (each._node, place)
+            for name, each in inputs.items()
+            if isinstance(each, DeviceArray)
+            for place in places[name]
+        ]
+        self._compute(wanted, saved)
+        self._results.clear()
+        results = []
+        program.start()
+        for shape, place in program.outputs():
+            node = Node(shape, place)
+            self._results.append(weakref.ref(node))
+            results.append(self._array(node))
+        self._look()
+        return results
+
+    # --- how far the device is
+
+    def then(self, told: Callable[[], None]) -> None:
+        """Call ``told`` when it is known that the device has done all that it was told so far."""
+        self._later.append(told)
+
+    def finish(self) -> None:
+        """Wait until the device has done everything."""
+        with self.device.turns:
+            self._ask()
+            while self._looks:
+                self._answer()
+        self.tell()
+
+    def tell(self) -> None:
+        """Call those who wait for what the device has done, outside of its turn."""
+        due, self._due = self._due, []
+        for told in due:
+            told()
+
+    def _look(self) -> None:
+        self._since += 1
+        if self._since < self._every:
+            return
+        self._ask()
+        while len(self._looks) > LOOKS:
+            self._answer()
+
+    def _ask(self) -> None:
+        if not self._looks:  # nothing was under way: the time since then was nobody's
+            self._seen = time.monotonic()
+        self._looks.append((self.device.read_later(self._numbers, 0, 4), self._later))
+        self._later, self._since = [], 0
+
+    def _answer(self) -> None:
+        answer, told = self._looks.popleft()
+        answer()
+        now = time.monotonic()
+        took, self._seen = now - self._seen, now
+        self._every = max(1, min(2 * self._every, int(PACE * self._every / max(took, 1e-6))))
+        self._due += told
+
+    # --- graphs
+
+    def _compute(self, wanted: Sequence[tuple[Node, Place]], saved: Sequence[Node] = ()) -> None:
+        """Compute what somebody still has a handle of, and put ``wanted`` nodes where they are wanted; ``saved`` get a
+        place of their own, because theirs is written next."""
+        alive = [node for each in self._pending if (node := each()) is not None and node.wanted]
+        self._pending.clear()
+        if not (alive or wanted or saved):
+            return
+        graph = _Writer(self)
+        moved = [(node, self._slot(4 * prod(node.shape))) for node in saved]
+        for node, place in moved:
+            graph.copy(node, place)
+        stored = []
+        for node in alive:
+            if node.place is None:
+                place = self._slot(4 * prod(node.shape))
+                graph.store(node, place)
+                stored.append((node, place))
+        for node, place in wanted:
+            graph.copy(node, place)
+        graph.run()
+        for node, place in (*moved, *stored):
+            node.op, node.operands = "", ()
+            self._stored(node.shape, place, node)
+
+    def _stored(self, shape: tuple[int, ...], place: Place, node: Node | None = None) -> Node:
+        """A node at ``place``, which is free again when nobody has the node any more."""
+        found = node or Node(shape)
+        found.place = place
+        weakref.finalize(found, self._free.setdefault(4 * prod(shape), []).append, place)
+        return found
+
+    def _slot(self, size: int) -> Place:
+        free = self._free.setdefault(size, [])
+        if not free:
+            return self._allocate(size), 0
+        # always the oldest: steps then take the same places in turn, and their graphs repeat
+        return free.pop(min(range(len(free)), key=lambda i: free[i][0].key))
+
+    def _allocate(self, size: int) -> Buffer:
+        buffer = self.device.allocate(size)
+        self._buffers.append(buffer)
+        return buffer
+
+    def close(self) -> None:
+        """Free its memory on the device, in whose turn this is."""
+        for buffer in self._buffers:
+            self.device.free(buffer)
+        self._buffers.clear()
+
+
+class Line(NamedTuple):
+    """A tensor of a small graph: a leaf (``op`` empty) or an operation on the tensors of earlier lines, by number."""
+
+    op: str
+    shape: tuple[int, ...]
+    operands: tuple[int, ...]
+    place: tuple[int, int] | None
+    """The key of a buffer and an offset."""
+
+
+class _Writer:
+    """A graph that is being made of nodes. Its lines say all that decides it but numbers and arrays."""
+
+    def __init__(self, ahead: Ahead) -> None:
+        self._ahead = ahead
+        self._lines: list[Line] = []
+        self._line_of: dict[Node, int] = {}
+        self._numbers: list[float] = []
+        self._arrays: list[tuple[Place, Array]] = []
+        self._buffers: dict[int, Buffer] = {}
+        self._places: dict[Node, Place] = {}
+
+    def store(self, node: Node, place: Place) -> None:
+        """Compute ``node`` and write it to ``place``."""
+        if node in self._line_of:  # it was an operand before, and is written nowhere
+            self.copy(node, place)
+        else:
+            self._places[node] = place
+            self._line(node)
+
+    def copy(self, node: Node, place: Place) -> None:
+        """Write ``node`` to ``place``, beside where it is or belongs."""
+        self._add("CONT", node.shape, (self._line(node),), place)
+
+    def run(self) -> None:
+        ahead, device = self._ahead, self._ahead.device
+        for place, array in self._arrays:
+            device.write(*place, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if self._numbers:
+            table = np.zeros((len(self._numbers), ahead._step // 4), np.float32)
+            table[:, 0] = self._numbers
+            device.write(ahead._numbers, 0, table.reshape(-1).view(np.uint8).data)
+        key = tuple(self._lines)
+        program = ahead._programs.get(key)
+        if program is None:
+            program = ahead._programs[key] = device.compile(_graph(key), self._buffers)
+        ahead._programs.move_to_end(key)
+        while len(ahead._programs) > PROGRAMS:
+            ahead._programs.popitem(last=False)
+        program.run()
+        for place, array in self._arrays:
+            ahead._free.setdefault(array.nbytes, []).append(place)
+
+    def _line(self, node: Node) -> int:
+        waiting = [node]
+        while waiting:
+            now = waiting[-1]
+            below = [each for each in now.operands if isinstance(each, Node) and each not in self._line_of]
+            if now in self._line_of:
+                waiting.pop()
+            elif now.place is not None:
+                self._line_of[now] = self._add("", now.shape, (), now.place)
+                waiting.pop()
+            elif below:
+                waiting += below
+            else:
+                operands = tuple(self._operand(each) for each in now.operands)
+                self._line_of[now] = self._add(now.op, now.shape, operands, self._places.get(now))
+                waiting.pop()
+        return self._line_of[node]
+
+    def _operand(self, operand: Any) -> int:
+        if isinstance(operand, Node):
+            return self._line_of[operand]
+        if isinstance(operand, np.ndarray):
+            place = self._ahead._slot(operand.nbytes)
+            self._arrays.append((place, operand))
+            return self._add("", operand.shape, (), place)
+        at = len(self._numbers) * self._ahead._step
+        self._numbers.append(float(operand))
+        return self._add("", (1,), (), (self._ahead._numbers, at))
+
+    def _add(self, op: str, shape: tuple[int, ...], operands: tuple[int, ...], place: Place | None) -> int:
+        at = None
+        if place is not None:
+            buffer, offset = place
+            self._buffers[buffer.key] = buffer
+            at = buffer.key, offset
+        self._lines.append(Line(op, shape, operands, at))
+        return len(self._lines) - 1
+
+
+def _graph(lines: Sequence[Line]) -> Graph:
+    tensors: list[Tensor] = []
+    for op, shape, operands, place in lines:
+        sources = [tensors[number] for number in operands]
+        if not op:
+            assert place is not None  # noqa: S101
+            tensors.append(build.leaf(F32, *reversed(shape), buffer=place[0], offset=place[1]))
+            continue
+        if op == "CONT":
+            tensor = build.cont(sources[0], *sources[0].ne)
+        elif op == "NEG":
+            tensor = build.node("UNARY", *sources, params=Unary("NEG"))
+        else:
+            tensor = build.node(op, *sources)
+        if place is not None:
+            tensor = replace(tensor, buffer=place[0], offset=place[1], flags=OUTPUT)
+        tensors.append(tensor)
+    return Graph(tuple(tensor for tensor, line in zip(tensors, lines, strict=True) if line.op))

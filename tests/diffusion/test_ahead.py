@@ -1,0 +1,105 @@
+"""Samplers over arrays that stay on a device: the same numbers as numpy's, bit for bit, and nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sdrpc.diffusion.rng import make_rng
+from sdrpc.diffusion.samplers import SAMPLERS, Guess, kept_outside, sample
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.precision import EXACT
+from sdrpc.runtime.ahead import Ahead, DeviceArray
+
+f32 = np.float32
+SHAPE = (1, 4, 8, 8)
+SIGMAS = {
+    False: np.array([14.6, 6.5, 2.9, 1.1, 0.4, 0], f32),
+    True: np.array([1, 0.85, 0.6, 0.31, 0.1, 0], f32),
+}
+
+
+@pytest.fixture
+def device() -> Iterator[LocalDevice]:
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def ahead(device: LocalDevice) -> Iterator[Ahead]:
+    ahead = Ahead(device)
+    yield ahead
+    ahead.close()
+
+
+def denoise(x: Any, sigma: f32) -> Guess:
+    """Stands for the model: any arithmetic will do."""
+    negative, positive = x * f32(0.3) / (sigma + f32(1)), x * f32(0.7) - x * (sigma / f32(20))
+    return Guess(negative + f32(7) * (positive - negative), negative)
+
+
+def draw(name: str, flow: bool, start: Any, model: Callable[[Any, f32], Guess] = denoise) -> Any:
+    with np.errstate(all="ignore"):
+        return sample(name, model, start, SIGMAS[flow], make_rng("cuda", 3), flow=flow)
+
+
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(SHAPE).astype(f32)
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["eps", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_gives_what_it_gives_in_numpy(name: str, flow: bool, ahead: Ahead) -> None:
+    found = draw(name, flow, ahead.put(noise()))
+    assert isinstance(found, DeviceArray), "it never left the device"
+    np.testing.assert_array_equal(np.asarray(found), draw(name, flow, noise()))
+
+
+def test_what_is_kept_around_a_mask(ahead: Ahead) -> None:
+    mask = (np.arange(64).reshape(1, 1, 8, 8) % 3 > 0).astype(f32)
+    model = kept_outside(denoise, noise() + f32(1), mask)
+    found = draw("dpm++2m", False, ahead.put(noise()), model)
+    assert isinstance(found, DeviceArray)
+    np.testing.assert_array_equal(np.asarray(found), draw("dpm++2m", False, noise(), model))
+
+
+def test_steps_are_few_graphs_and_few_places(device: LocalDevice, ahead: Ahead) -> None:
+    x = ahead.put(noise())
+    wanted = noise()
+    for step in range(20):
+        x, wanted = x * f32(step) + x, wanted * f32(step) + wanted
+        np.testing.assert_array_equal(np.asarray(x), wanted)
+    assert len(ahead._programs) <= 3
+    assert len(ahead._buffers) <= 4
+
+
+def test_what_is_no_operation_of_a_device_is_numpys(ahead: Ahead) -> None:
+    x, wide = ahead.put(noise()), np.float64(1) / 3
+    assert (x * wide).dtype == np.float64
+    np.testing.assert_array_equal(x * wide, noise() * wide)
+    np.testing.assert_array_equal(1 / x, 1 / noise())
+    np.testing.assert_array_equal(x[0, 1], noise()[0, 1])
+    np.testing.assert_array_equal(np.asarray(noise() - x * 2), noise() - noise() * 2)
+    other = ahead.put(noise()[:, :1])
+    np.testing.assert_array_equal(x + other, noise() + noise()[:, :1])
+
+
+def test_rows_are_part_of_what_is_there(ahead: Ahead) -> None:
+    both = ahead.put(np.concatenate([noise(), noise() + f32(1)]))
+    negative, positive = both[0:1], both[1:2]
+    assert isinstance(positive, DeviceArray)
+    found = negative + f32(2) * (positive - negative)
+    np.testing.assert_array_equal(np.asarray(found), noise() + f32(2) * ((noise() + f32(1)) - noise()))
+
+
+def test_what_is_done_is_told_when_it_is_done(ahead: Ahead) -> None:
+    told: list[int] = []
+    ahead.then(lambda: told.append(1))
+    assert not told
+    ahead.finish()
+    assert told == [1]

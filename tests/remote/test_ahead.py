@@ -1,0 +1,112 @@
+"""A picture whose latents stay on the server: the same, step by step, and nobody waits for a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from sdrpc.client import connect
+from sdrpc.diffusion.events import Event
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import Session
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.precision import EXACT
+from sdrpc.errors import Cancelled
+from sdrpc.runtime.cache import Cache
+from tests.support.process import ServerProcess
+from tests.support.trouble import Passage, Trouble
+
+QUEUES = (
+    "from sdrpc.engine.device import LocalDevice; LocalDevice.queues = property(lambda _: True, lambda *_: None); "
+    "from sdrpc.cli.rpc_server import main; main()"
+)
+"""An rpc-server that is treated as if its CPU were a GPU: what it is told is queued, if only in the socket."""
+STEPS = 4
+
+
+def request(sampler: str) -> Request:
+    return Request("a cat", width=64, height=64, steps=STEPS, sampling_method=sampler, seed=1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with ServerProcess("--precision", "exact", python=(sys.executable, "-c", QUEUES)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(tmp_path_factory.mktemp("graphs"))
+
+
+def here(tiny: Path, graphs: Cache, sampler: str) -> NDArray[np.uint8]:
+    """The picture with numpy's arithmetic, on a device of this process."""
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    with Session.open(tiny, device, graphs) as session:
+        (picture,) = session.generate(request(sampler))
+    device.close()
+    return picture.image
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpm++2m", "heun"])
+def test_the_picture_is_the_same(sampler: str, server: ServerProcess, tiny: Path, graphs: Cache) -> None:
+    events: list[Event] = []
+    with Trouble(server.port) as trouble:
+        (device,) = connect([trouble.endpoint])
+        assert device.queues
+        with Session.open(tiny, device, graphs) as session:
+            (picture,) = session.generate(request(sampler), events.append)
+        device.close()
+        requests = trouble.requests
+    np.testing.assert_array_equal(picture.image, here(tiny, graphs, sampler))
+    assert [event.done for event in events if event.stage == "sample"] == list(range(STEPS + 1))
+    assert requests.count("GRAPH_RECOMPUTE") >= STEPS - 1, "the model's graph is sent once, whatever runs in between"
+    sampling = requests[requests.index("GRAPH_RECOMPUTE") :]
+    assert sampling.count("GET_TENSOR") <= STEPS * (2 if sampler == "heun" else 1) + 4, (
+        "looks, latents, texts, a picture"
+    )
+
+
+def test_a_server_that_dies_costs_a_new_beginning(server: ServerProcess, tiny: Path, graphs: Cache) -> None:
+    events: list[Event] = []
+
+    def cut(passage: Passage) -> None:
+        passage.cut()
+
+    with Trouble(server.port) as trouble:
+        (device,) = connect([trouble.endpoint])
+        with Session.open(tiny, device, graphs) as session:
+            list(session.generate(request("euler_a")))
+        device.close()
+        at = [i for i, name in enumerate(trouble.requests) if name == "GRAPH_RECOMPUTE"][-1]
+    with Trouble(server.port, at, cut) as trouble:
+        (device,) = connect([trouble.endpoint])
+        with Session.open(tiny, device, graphs) as session:
+            (picture,) = session.generate(request("euler_a"), events.append)
+        device.close()
+        assert trouble.connections == 2
+    np.testing.assert_array_equal(picture.image, here(tiny, graphs, "euler_a"))
+    assert [event.done for event in events if event.stage == "sample"] == list(range(STEPS + 1)), "none is told twice"
+
+
+def test_cancelling_ends_within_two_steps(server: ServerProcess, tiny: Path, graphs: Cache) -> None:
+    done: list[int] = []
+    (device,) = connect([f"127.0.0.1:{server.port}"])
+    with Session.open(tiny, device, graphs) as session:
+        drawing = session.generate(
+            Request("a cat", width=64, height=64, steps=200, sampling_method="euler"),
+            lambda event: done.append(event.done) if event.stage == "sample" else None,
+            lambda: len(done) > 5,
+        )
+        with pytest.raises(Cancelled):
+            next(drawing)
+        assert len(done) < 100
+        (picture,) = session.generate(request("euler"))
+    device.close()
+    np.testing.assert_array_equal(picture.image, here(tiny, graphs, "euler"))
