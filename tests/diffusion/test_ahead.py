@@ -97,6 +97,15 @@ def test_rows_are_part_of_what_is_there(ahead: Ahead) -> None:
     np.testing.assert_array_equal(np.asarray(found), noise() + f32(2) * ((noise() + f32(1)) - noise()))
 
 
+def test_who_was_cancelled_is_not_told(ahead: Ahead) -> None:
+    told: list[int] = []
+    ahead.then(lambda: told.append(1))
+    ahead.begin()
+    ahead.then(lambda: told.append(2))
+    ahead.finish()
+    assert told == [2]
+
+
 def test_what_is_done_is_told_when_it_is_done(ahead: Ahead) -> None:
     told: list[int] = []
     ahead.then(lambda: told.append(1))

@@ -107,6 +107,8 @@ def test_cancelling_ends_within_two_steps(server: ServerProcess, tiny: Path, gra
         with pytest.raises(Cancelled):
             next(drawing)
         assert len(done) < 100
+        told = len(done)
         (picture,) = session.generate(request("euler"))
+        assert len(done) == told, "nobody hears of the cancelled picture's steps any more"
     device.close()
     np.testing.assert_array_equal(picture.image, here(tiny, graphs, "euler"))

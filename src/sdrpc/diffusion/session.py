@@ -361,6 +361,7 @@ class Session:
         rng = make_rng(settings.rng, seed)
         start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
         if ahead is not None:
+            ahead.begin()
             start = cast(F32, ahead.put(start))  # it has an array's arithmetic
         # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
         noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)

@@ -435,16 +435,16 @@ def devices(
             threads=threads if device.type == "cpu" else None,
             compute_limit=compute_limit,
             dequant_cache=default_cache(device) if dequant_cache is None else dequant_cache,
-            compiler=compiler if _compiles(device) else None,
+            compiler=compiler if _compiles(device, precision) else None,
         )
         for name, device, description in found()
     ]
 
 
-def _compiles(device: torch.device) -> bool:
+def _compiles(device: torch.device, precision: str) -> bool:
     """Whether programs are compiled on ``device`` unless somebody says otherwise; what is missing for that is logged.
     A CPU gains little by it (bench/README.md)."""
-    if device.type != "cuda":
+    if device.type != "cuda" or choose(precision, device).narrow is None:
         return False
     if lacking := missing(device):
         log.warning("%s: programs are not compiled, which would make them faster: %s", device, lacking)

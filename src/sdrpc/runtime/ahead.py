@@ -140,6 +140,12 @@ class Ahead:
         self._every, self._since = 1, 0
         self._seen = time.monotonic()
 
+    def begin(self) -> None:
+        """Something new begins: who waited for what was told before is not told any more. (It may have been
+        cancelled.)"""
+        self._looks = deque((answer, []) for answer, _ in self._looks)
+        self._later, self._due = [], []
+
     # --- arrays
 
     def put(self, array: Array) -> DeviceArray:
