@@ -3,6 +3,7 @@ believed that makes no sense."""
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable
@@ -134,6 +135,21 @@ def test_error_replies_were_not_agreed_on_with_native_servers() -> None:
         pytest.raises(RemoteProtocolError, match="an answer of 18446744073709551615 bytes"),
     ):
         session(server.endpoint)
+
+
+@pytest.mark.parametrize("kind", ["", "memory", "quota", "graph"])
+def test_a_reason_changes_nothing_of_a_terminal(kind: str) -> None:
+    """Escape sequences, lines that look like ours, marks that turn the direction: whatever the error is made of."""
+    evil = "x\x1b]0;owned\x07\x1b[2J\r\x1b[Kok: saved\nerror: fake\u202e [/red]"
+    text = json.dumps({"kind": kind, "reason": evil, "node": evil, "asked": 5}).encode() if kind else evil.encode()
+    answers = {C.GET_DEVICE_MEMORY: b"\xff" * 8 + pack("<I", len(text)) + text}
+    with (
+        Scripted(name_length=None, capabilities=OURS | Capability.REASONS, answers=answers).listening() as server,
+        pytest.raises(SdrpcError) as error,
+    ):
+        session(server.endpoint)
+    assert str(error.value).isprintable()
+    assert "owned" in str(error.value)
 
 
 def test_endless_reasons() -> None:

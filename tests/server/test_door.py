@@ -346,16 +346,29 @@ def test_attempts_are_limited_and_so_is_the_log(tmp_path: Path, caplog: pytest.L
     assert "no more is said" in refused[-1]
 
 
-def test_attempts_are_counted_by_network_and_forgotten() -> None:
+@pytest.mark.parametrize("says", [b"", b"\x0e", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n"])
+def test_coming_and_going_does_not_fill_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture, says: bytes) -> None:
+    """From where a key is needed; whoever needs none is at home there."""
+    caplog.set_level(logging.DEBUG, "sdrpc.server.door")
+    house = House(tmp_path, limits=Limits(attempts=3, linger_seconds=0.0))
+    with house.server:
+        for coming in range(1, 9):
+            with socket.create_connection(("127.0.0.1", house.port), 20) as sock:
+                sock.sendall(says)
+            assert eventually(lambda coming=coming: len(caplog.records) == coming)  # type: ignore[misc]
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 3
+
+
+def test_attempts_are_counted_by_address_and_forgotten() -> None:
     now = [0.0]
     attempts = Attempts(2, 60.0, lambda: now[0])
     assert [attempts.failed("192.168.1.7") for _ in range(3)] == [1, 0, 0]
     assert attempts.exhausted("192.168.1.7")
     assert not attempts.exhausted("192.168.1.8")
-    for host in (1, 2):
-        attempts.failed(f"2001:db8::{host}")
-    assert attempts.exhausted("2001:db8::3")
-    assert not attempts.exhausted("2001:db8:0:1::3")
+    for _ in range(2):
+        attempts.failed("2001:db8::1")
+    assert attempts.exhausted("2001:db8::1")
+    assert not attempts.exhausted("2001:db8::2"), "a neighbour"
     now[0] = 61.0
     assert not attempts.exhausted("192.168.1.7")
     for number in range(ADDRESSES + 10):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -13,8 +12,10 @@ ADDRESSES = 1024
 
 
 class Attempts:
-    """Failed attempts by address, ``most`` within ``seconds``. Networks of IPv6 count as one address: each of their
-    machines has as many as it likes. For any thread."""
+    """Failed attempts by address, ``most`` within ``seconds``. For any thread.
+
+    An address of IPv6 counts alone, though a machine has as many as it likes: those of its neighbours look the same,
+    and nobody shall be kept out for what they do."""
 
     def __init__(self, most: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._most, self._seconds, self._clock = most, seconds, clock
@@ -24,9 +25,9 @@ class Attempts:
     def failed(self, address: str) -> int:
         """Note one; how many are left."""
         with self._lock:
-            times = self._failed.setdefault(_network(address), deque(maxlen=self._most))
+            times = self._failed.setdefault(address, deque(maxlen=self._most))
             times.append(self._clock())
-            self._failed.move_to_end(_network(address))
+            self._failed.move_to_end(address)
             if len(self._failed) > ADDRESSES:
                 self._failed.popitem(last=False)
             return self._most - self._recent(address)
@@ -38,10 +39,4 @@ class Attempts:
 
     def _recent(self, address: str) -> int:
         since = self._clock() - self._seconds
-        return sum(time > since for time in self._failed.get(_network(address), ()))
-
-
-def _network(address: str) -> str:
-    """What one user can have all of: an IPv4 address, the /64 of an IPv6 address."""
-    parsed = ipaddress.ip_address(address)
-    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else address
+        return sum(time > since for time in self._failed.get(address, ()))

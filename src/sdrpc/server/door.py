@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_EVERYBODY = "everybody"
 _UNKNOWN = "its key is none of this server's (rpc-server keys list shows those), or was revoked"
 ALLOW = "rpc-server --allow-from {address} lets clients from there in without one, --plain lets in everybody"
 
@@ -92,17 +93,21 @@ class Door:
         self.policy, self.keys = policy or Policy(), keys
         self._limits = limits or Limits()
         self._attempts = Attempts(self._limits.attempts, self._limits.attempt_seconds)
+        self._lines = Attempts(self._limits.attempt_lines, self._limits.attempt_seconds)
 
     def admit(self, stream: Stream) -> Visitor | None:
         """Who a client that has just connected is; None if it is sent away, which is told and logged by then.
 
         Raises :class:`ConnectionLost` for one that leaves, :class:`RemoteProtocolError` for one that says nothing.
         """
-        if stream.peek() == TLS_HANDSHAKE:
-            return self._by_key(stream)
         if self.policy.lets_in(stream.address):
-            return Visitor(stream.address, stream.peer)
-        self._refuse_plain(stream)
+            return self._by_key(stream) if stream.peek() == TLS_HANDSHAKE else Visitor(stream.address, stream.peer)
+        if self._exhausted(stream):
+            return None
+        with self._bounded(stream):
+            if stream.peek() == TLS_HANDSHAKE:
+                return self._by_key(stream)
+            self._refuse_plain(stream)
         return None
 
     def revoked(self, key: NamedKey) -> bool:
@@ -114,24 +119,34 @@ class Door:
             return True
 
     def _by_key(self, stream: Stream) -> Visitor | None:
-        if self._attempts.exhausted(stream.address):
-            log.debug("%s: refused, like those before it", stream.peer)
+        if self._exhausted(stream):
             return None
-        if self.keys is None:
-            self._refused(stream, "it has a key, this server has none")
-            return None
+        with self._bounded(stream):
+            if self.keys is None:
+                self._refused(stream, "it has a key, this server has none")
+            elif found := self._shown(stream, self.keys):
+                return Visitor(stream.address, stream.peer, found)
+        return None
+
+    def _exhausted(self, stream: Stream) -> bool:
+        """Whether there were so many failures at that address that this one is not worth a line in the log."""
+        if not self._attempts.exhausted(stream.address):
+            return False
+        log.debug("%s: refused, like those before it", stream.peer)
+        return True
+
+    @contextmanager
+    def _bounded(self, stream: Stream) -> Iterator[None]:
+        """While somebody may prove to be nobody: whatever goes wrong counts as an attempt, and is a line in the log as
+        long as there are any left."""
         try:
-            found = self._shown(stream, self.keys)
+            yield
         except UsageError as error:
             log.error("%s: nobody gets in by key: %s", stream.peer, error)
-            return None
         except RemoteProtocolError as error:
             self._refused(stream, str(error))
-            return None
         except ConnectionLost as error:
             self._refused(stream, f"{error.reason} while {error.doing}")
-            return None
-        return None if found is None else Visitor(stream.address, stream.peer, found)
 
     def _shown(self, stream: Stream, keys: Keys) -> NamedKey | None:
         """The key that the client proves to have; None when it has none of ours, which is told and logged."""
@@ -161,9 +176,6 @@ class Door:
 
     def _refuse_plain(self, stream: Stream) -> None:
         """A client of ours is told that it needs a key; one of ggml's protocol can't be told anything."""
-        if self._attempts.exhausted(stream.address):
-            log.debug("%s: refused, like those before it", stream.peer)
-            return
         hello = drive(read_hello(), stream.read)
         ours = hello.capabilities != NATIVE
         how = "give it one (rpc-server keys add NAME), or let it in without: " if ours else ""
@@ -176,6 +188,10 @@ class Door:
                 stream.linger(self._limits.linger_seconds)
 
     def _refused(self, stream: Stream, reason: str) -> None:
+        if self._exhausted(stream) or self._lines.exhausted(_EVERYBODY):
+            self._attempts.failed(stream.address)
+            return
+        self._lines.failed(_EVERYBODY)
         left = self._attempts.failed(stream.address)
         more = "" if left > 0 else "; for the next minute, no more is said about clients from there"
         log.warning("%s: refused: %s%s", stream.peer, reason, more)

@@ -23,6 +23,9 @@ class Limits:
     """Failures to get in, from one address within ``attempt_seconds``: no key can be found so, but each costs a TLS
     handshake and a line in the log."""
     attempt_seconds: float = 60.0
+    attempt_lines: int = 200
+    """Failures, from wherever, that are logged within ``attempt_seconds``: machines have as many addresses as they
+    like."""
     backlog: int = 1024
     """Connections that the kernel holds while we are busy accepting, so that a burst of clients is not refused."""
     hello_seconds: float = 10.0
