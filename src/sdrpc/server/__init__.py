@@ -12,6 +12,7 @@
     version_memory  what is learnt about clients' versions, and how
     session         what each command does; buffers and graphs of one client
     addresses       the handles and addresses that a client sees
+    packed_graphs   graphs as they were sent, which a client may ask for again
     cache           tensors on disk: a folder, its files and its budget
     client_cache    the cache at work for a client: bytes hashed, kept, and found again
     limits, quotas  what a client may take, and all of them together

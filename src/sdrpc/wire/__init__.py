@@ -6,5 +6,6 @@ records   rpc_tensor, for names of any length
 names     finding out how long a client's names are
 framing   headers and sizes; readers are generators, so that a socket loop and a test drive the same code
 graphs    GRAPH_COMPUTE's payload ↔ Graph
+kept_graphs  which graphs a server keeps, as both sides count them
 limits    what a peer may announce before anything is read or reserved for it
 """
