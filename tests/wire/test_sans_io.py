@@ -12,7 +12,10 @@ import pytest
 import sdrpc.wire
 
 FILES = sorted(Path(sdrpc.wire.__file__).parent.glob("*.py"))
-MAY_IMPORT = {"__future__", "collections", "dataclasses", "enum", "functools", "struct", "typing", "numpy"}
+MAY_IMPORT = {
+    "__future__", "collections", "dataclasses", "enum", "functools", "ipaddress", "json", "numpy", "re", "struct", "typing",
+}  # fmt: skip
+"""Nothing that reads or writes anything."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
