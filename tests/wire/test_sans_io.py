@@ -13,7 +13,8 @@ import sdrpc.wire
 
 FILES = sorted(Path(sdrpc.wire.__file__).parent.glob("*.py"))
 MAY_IMPORT = {
-    "__future__", "collections", "dataclasses", "enum", "functools", "ipaddress", "json", "numpy", "re", "struct", "typing",
+    "__future__", "collections", "dataclasses", "enum", "functools", "ipaddress", "json", "numpy", "re", "struct",
+    "typing",
 }  # fmt: skip
 """Nothing that reads or writes anything."""
 
