@@ -31,11 +31,12 @@ from ..ggml.weight import Weight
 CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that the gguf library can write and that are of use to a diffusion model."""
 
-ARCHITECTURES = {"flux1": "flux", "chroma": "flux", "zimage": "lumina2"}
+ARCHITECTURES = {"flux1": "flux", "chroma": "flux", "flux2-klein": "flux", "flux2": "flux", "zimage": "lumina2"}
 """What GGUF files call a family (``general.architecture``), where it is not its name here."""
 
 NOT_IN_BLOCKS = (
     "embedding", "time_embed.", "pos_embed", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.",
+    "pad_token",
 )  # fmt: skip
 """In names of matrices that are not quantized: they are small, and everything depends on them."""
 

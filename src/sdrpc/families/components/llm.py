@@ -108,6 +108,21 @@ def layers_from(first: int) -> tuple[str, ...]:
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 
+def hidden_states(
+    encode: Encode, prompt: str, template: Template, tokenizer: Callable[[], Tokenizer], states: Sequence[int]
+) -> F32:
+    """A prompt's hidden states (1, tokens, len(states) · hidden_size) in its template, side by side.
+
+    ``states``: the results of layers, the first of which is 1; without a final norm. ``tokenizer``: the family's own,
+    where the file of the model brings none. Raises :class:`InvalidValue` for a prompt that can't be read.
+    """
+    tokens = llm_tokens(prompt, template, encode.tokenizer(NAME) or tokenizer())
+    length = tokens.ids.shape[1]
+    ids = np.pad(tokens.ids, ((0, 0), (0, -length % LENGTHS)))
+    (hidden,) = encode(NAME, {"ids": _known(encode, prompt, ids)}, states=list(states))
+    return apply_weights(hidden[0, :length], tokens.weights[0])[None]
+
+
 class Padding(NamedTuple):
     """How texts are filled up that a diffusion model sees with their padding: to ``length`` tokens (texts beyond them
     to a multiple of :data:`LENGTHS`) with ``token``, behind the text or, if ``left``, before it."""
@@ -128,14 +143,15 @@ def padded_hidden_states(
     """As :func:`hidden_states`, with those of the padding, which no token of the text sees."""
     used = encode.tokenizer(NAME) or tokenizer()
     tokens = llm_tokens(prompt, template, used)
-    _check_ids(encode, prompt, int(tokens.ids.max()))
     length = tokens.ids.shape[1]
     more = max(padding.length, length + -length % LENGTHS) - length
     widths = ((0, 0), (more, 0) if padding.left else (0, more))
     ids = np.pad(tokens.ids, widths, constant_values=number_of(used, padding.token))
     weights = np.pad(tokens.weights, widths, constant_values=1)
     seen = np.pad(np.ones(length, bool), widths[1])
-    inputs = {"ids": ids, "mask": causal_mask(seen)} | ({"seen": seen[None].astype(np.float32)} if padding.left else {})
+    inputs = {"ids": _known(encode, prompt, ids), "mask": causal_mask(seen)}
+    if padding.left:
+        inputs["seen"] = seen[None].astype(np.float32)
     (hidden,) = encode(NAME, inputs, states=list(states))
     return apply_weights(hidden[0], weights[0])[None]
 
@@ -149,27 +165,13 @@ def causal_mask(seen: NDArray[np.bool_]) -> F32:
     return mask
 
 
-def hidden_states(
-    encode: Encode, prompt: str, template: Template, tokenizer: Callable[[], Tokenizer], states: Sequence[int]
-) -> F32:
-    """A prompt's hidden states (1, tokens, len(states) · hidden_size) in its template, side by side.
-
-    ``states``: the results of layers, the first of which is 1; without a final norm. ``tokenizer``: the family's own,
-    where the file of the model brings none. Raises :class:`InvalidValue` for a prompt that can't be read.
-    """
-    tokens = llm_tokens(prompt, template, encode.tokenizer(NAME) or tokenizer())
-    length = tokens.ids.shape[1]
-    _check_ids(encode, prompt, int(tokens.ids.max()))
-    ids = np.pad(tokens.ids, ((0, 0), (0, -length % LENGTHS)))
-    (hidden,) = encode(NAME, {"ids": ids}, states=list(states))
-    return apply_weights(hidden[0, :length], tokens.weights[0])[None]
-
-
-def _check_ids(encode: Encode, prompt: str, largest: int) -> None:
-    words = encode.config(NAME)["vocab_size"]
+def _known(encode: Encode, prompt: str, ids: NDArray[np.int32]) -> NDArray[Any]:
+    """``ids``. Raises :class:`InvalidValue` where the model has no such token."""
+    words, largest = encode.config(NAME)["vocab_size"], int(ids.max())
     if largest >= words:
         reason = f"has the token {largest}, but the language model knows {words}: its tokenizer is another model's"
         raise InvalidValue("prompt", prompt, reason)
+    return ids
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

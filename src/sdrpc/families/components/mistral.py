@@ -24,7 +24,7 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of transformers' MistralConfig."""
     inner = told.get("text_config")  # of a model that can see
     config = llm.inferred(found, HEAD) | {"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None}
-    return llm.merged(found, config, inner if isinstance(inner, Mapping) else told, ("llama", "mistral3"))
+    return llm.merged(found, config, inner if isinstance(inner, Mapping) else told, ("llama",))
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
