@@ -167,6 +167,13 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path: Path, parts: Tensors) -> N
         opened(tmp_path, {f"x.{name}": part for name, part in parts.items()})
 
 
+@pytest.mark.parametrize("magnitude", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
+def test_a_dora_is_refused(tmp_path: Path, magnitude: str) -> None:
+    """Without its magnitudes it would be another one."""
+    with pytest.raises(CheckpointError, match="is a DoRA"):
+        opened(tmp_path, {**LOW_RANK["kohya"], f"x.{magnitude}": random(ROWS)})
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_merging_keeps_the_type(tmp_path: Path, kind: str) -> None:
     """In pieces and as a whole, and as exactly as the type allows."""

@@ -43,6 +43,9 @@ _ROLES = [
 ]
 """(pattern of a whole name, the layer's name, what the tensor is to the layer), the first that matches."""
 
+_MAGNITUDE = re.compile(r"\.(?:dora_scale|lora_magnitude_vector)\b")
+"""What only DoRAs have."""
+
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 """Types in which an adapter's matrices are multiplied; others are cast."""
 
@@ -60,10 +63,13 @@ class LoraFile:
 
 
 def read(checkpoint: Checkpoint) -> LoraFile:
-    """What a LoRA file adds. Raises :class:`CheckpointError` for a layer whose tensors do not fit each other."""
+    """What a LoRA file adds. Raises :class:`CheckpointError` for a layer whose tensors do not fit each other, and for a
+    DoRA, which also scales the weight that it is added to."""
     found: dict[str, dict[str, Weight]] = {}
     unknown = list(checkpoint.skipped)
     for name, weight in checkpoint.tensors.items():
+        if _MAGNITUDE.search(name):
+            raise CheckpointError(checkpoint.path, "is a DoRA, which can't be applied yet; a plain LoRA can", name)
         for pattern, layer, role in _ROLES:
             if match := pattern.fullmatch(name):
                 found.setdefault(match.expand(layer), {})[match.expand(role)] = weight
