@@ -359,8 +359,8 @@ def _hint(endpoint: Endpoint, error: Exception) -> str:
     if endpoint.host == "localhost" or endpoint.host.startswith("127.") or endpoint.host == "::1":
         return "; is rpc-server running, on this port?"
     return (
-        "; rpc-server listens on its own machine only unless it is told another address: in a trusted network, "
-        "start it there with -H 0.0.0.0"
+        "; rpc-server listens on its own machine only unless it is told another address: start it there with "
+        "-H 0.0.0.0, which prints the key that this machine needs"
     )
 
 
