@@ -55,7 +55,8 @@ FAMILIES = {
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
     "chroma": "Chroma", "z-image": "Z-Image", "flux2-klein-4b": "FLUX.2 klein", "flux2-dev": "FLUX.2 dev",
-    "wan": "Wan 2.1", "qwen-image": "Qwen-Image",
+    "wan": "Wan 2.1", "wan2.2-a14b": "Wan 2.2 A14B",
+    "wan2.2-5b": "Wan 2.2 TI2V-5B", "qwen-image": "Qwen-Image",
 }  # fmt: skip
 
 FORMS = {
@@ -81,11 +82,12 @@ CASES = (
     Case("flux2-klein-4b", "safetensors"), Case("flux2-klein-4b", "gguf-parts", "Q8_0"),
     Case("flux2-dev", "sharded"), Case("flux2-dev", "gguf-parts", "Q4_K"),
     *(Case("wan", form) for form in ("safetensors", "diffusers")), Case("wan", "gguf-parts", "Q8_0"),
+    Case("wan2.2-a14b", "parts"), Case("wan2.2-a14b", "diffusers"), Case("wan2.2-5b", "safetensors"),
     *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
 NATIVE_CASES = (
-    *(Case(family, "safetensors") for family in FAMILIES),
+    *(Case(family, "safetensors") for family in FAMILIES if family != "wan2.2-a14b"),  # two of Wan 2.1's
     *(Case(family, "gguf", "Q8_0") for family in ("sd1", "sdxl", "flux1-dev")),
 )
 """What is drawn through ggml's own server as well: its graphs depend on the family and on types, not on forms."""
@@ -102,8 +104,9 @@ class Checkpoints:
 
     def files(self, case: Case) -> ModelFiles:
         paths = dict(self.made(case).files)
-        if "diffusion" in paths:
-            paths["diffusion_model"] = paths.pop("diffusion")
+        for name in ("diffusion", "high_noise_diffusion"):
+            if name in paths:
+                paths[f"{name}_model"] = paths.pop(name)
         return ModelFiles(**paths)
 
     def wanted(self, case: Case) -> np.ndarray:
@@ -132,6 +135,8 @@ class Latents:
 def _latents(family: str) -> Latents:
     if family.startswith("flux2"):
         return Latents(128, 16)
+    if family == "wan2.2-5b":
+        return Latents(48, 16)
     return Latents(4) if family.startswith(("sd1", "sd2", "sdxl")) else Latents(16)
 
 
@@ -149,7 +154,7 @@ def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
     asked, latents = request(case), _latents(case.family)
     shape = (latents.channels, HEIGHT // latents.pixels, WIDTH // latents.pixels)
-    if case.family == "wan":
+    if case.family.startswith("wan"):
         shape = (shape[0], 1 + (FRAMES - 1) // 4, *shape[1:])
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
@@ -160,7 +165,7 @@ def drawing(case: Case) -> Drawing:
 
 
 def _predicts(family: str) -> Prediction:
-    if family == "wan":
+    if family.startswith("wan"):
         return prediction("sd3_flow", shift=5.0)
     if family.startswith(("sd3", "z-image", "qwen-image")):
         return prediction("sd3_flow")

@@ -449,14 +449,14 @@ def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, channels: i
     )
 
 
-def _wan(heads: int, inner: int, blocks: int, text: int, channels: int = 16) -> Component:
-    """``inner`` is the width of the feed-forward layers."""
+def _wan(heads: int, inner: int, blocks: int, text: int, channels: int = 16, shown: int = 0) -> Component:
+    """``inner`` is the width of the feed-forward layers, ``shown`` further channels, of pictures."""
     return Component(
         "diffusion",
         "transformer",
         lambda: WanTransformer3DModel(
-            num_attention_heads=heads, in_channels=channels, out_channels=channels, text_dim=text, ffn_dim=inner,
-            num_layers=blocks,
+            num_attention_heads=heads, in_channels=channels + shown, out_channels=channels, text_dim=text,
+            ffn_dim=inner, num_layers=blocks,
         ),
         prefixed("model.diffusion_model.", names.wan),
         names.wan,
@@ -472,6 +472,21 @@ def _film_vae(width: int, layers: int, **options: Any) -> Component:
         prefixed("first_stage_model.", names.film_vae),
         names.film_vae,
     )
+
+
+WAN22_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.157,
+    -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322,
+    0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052,
+    0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+WAN22_DEVIATION = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165,
+    0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917,
+    0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06,
+    0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+"""Of the latents of Wan 2.2's autoencoder, by channel, as it is published."""
 
 
 FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
@@ -739,6 +754,49 @@ WAN = Family(
 )
 """Wan 2.1 of 14B and (``small``) 1.3B."""
 
+
+def _with_two_models(components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """Wan 2.2's A14B: the first of the components twice, the second for high noise."""
+    low, *rest = components
+    high = replace(low, name="high_noise_diffusion", whole=prefixed("model.high_noise_diffusion_model.", names.wan))
+    return (replace(low, folder="transformer_2"), high, *rest)
+
+
+WAN22_A14B = replace(
+    WAN, name="wan2.2-a14b", components={size: _with_two_models(WAN.components[size]) for size in ("full", "tiny")}
+)
+
+
+def _wan22_vae(width: int, up: int, layers: int, **options: Any) -> Component:
+    """2.2's autoencoder; ``up``: width of its finest level on the way up."""
+    return _film_vae(
+        width, layers, decoder_base_dim=up, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=16, latents_mean=list(WAN22_MEAN), latents_std=list(WAN22_DEVIATION), **options,
+    )  # fmt: skip
+
+
+WAN22_I2V = replace(
+    WAN,
+    name="wan2.2-i2v",
+    pipeline=diffusers.WanImageToVideoPipeline,
+    components={
+        size: _with_two_models((_wan(*shape, shown=20), *WAN.components[size][1:]))
+        for size, shape in {"full": (40, 13824, 40, 4096), "tiny": (2, 160, 2, 32)}.items()
+    },
+)
+
+
+WAN22_5B = replace(
+    WAN,
+    name="wan2.2-5b",
+    components={
+        "full": (_wan(24, 14336, 30, 4096, channels=48), _wan22_vae(160, 256, 2), WAN.components["full"][2]),
+        "tiny": (
+            _wan(2, 160, 2, 32, channels=48), _wan22_vae(8, 16, 1, dim_mult=[1, 2, 2, 2]), WAN.components["tiny"][2],
+        ),
+    },
+)  # fmt: skip
+
 QWEN3_8B: tuple[int, int, tuple[int, int], int, int] = (4096, 12288, (32, 8), 128, 36)
 
 
@@ -817,6 +875,7 @@ FAMILIES = {
     family.name: family
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
-        SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE,
+        SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
+        WAN22_5B, WAN22_I2V, QWEN_IMAGE,
     )
 }  # fmt: skip

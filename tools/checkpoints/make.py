@@ -154,6 +154,13 @@ def _rest(family: Family) -> dict[str, Any]:
     if family.pipeline.__name__ == "StableDiffusionPipeline":
         nothing = {"safety_checker": None, "feature_extractor": None}
         return {"scheduler": scheduler, **nothing, "requires_safety_checker": False}
+    if family.name == "wan2.2-a14b":
+        return {"scheduler": scheduler, "boundary_ratio": 0.875}
+    if family.name == "wan2.2-i2v":
+        unseen = {"image_encoder": None, "image_processor": None}
+        return {"scheduler": scheduler, "boundary_ratio": 0.9, **unseen}
+    if family.name == "wan2.2-5b":
+        return {"scheduler": scheduler, "expand_timesteps": True}
     if family.name == "sdxl":
         return {"scheduler": scheduler, "add_watermarker": False}
     if family.name.startswith("flux2-klein"):

@@ -39,6 +39,8 @@ OPTIONS = (
            help="Whole model: .safetensors, .gguf, a diffusers directory, or a name: demo."),
     Option(MODEL, "--diffusion-model", type=FILE, metavar="PATH",
            help="Diffusion model (UNet, DiT) from a file of its own."),
+    Option(MODEL, "--high-noise-diffusion-model", type=FILE, metavar="PATH",
+           help="Diffusion model for much noise, beside --diffusion-model (Wan 2.2 A14B)."),
     Option(MODEL, "--vae", type=FILE, metavar="PATH", help="VAE from a file of its own."),
     Option(MODEL, "--clip_l", type=FILE, metavar="PATH", help="CLIP-L (SD 2: OpenCLIP-H) from a file of its own."),
     Option(MODEL, "--clip_g", type=FILE, metavar="PATH", help="OpenCLIP-G from a file of its own."),
@@ -76,6 +78,7 @@ OPTIONS = (
            help="Pictures, with seeds counting up."),
 
     Option(INPUT, "-i", "--init-img", "init_image", type=FILE, metavar="PATH", help="Picture to begin with."),
+    Option(INPUT, "--end-img", "end_image", type=FILE, metavar="PATH", help="Picture that a film ends with."),
     Option(INPUT, "--strength", type=float, metavar="0..1", default=0.75,
            help="How much noise it gets: 0 leaves it nearly as it is, 1 leaves nothing of it."),
     Option(INPUT, "--mask", type=FILE, metavar="PATH", shown="all of it",
@@ -101,6 +104,8 @@ OPTIONS = (
            help="Frames of a film; one more than a multiple of 4."),
     Option(PICTURE, "--fps", type=int, metavar="NUMBER", shown="what the model is made for",
            help="Frames of a film that make a second."),
+    Option(PICTURE, "--moe-boundary", type=float, metavar="0..1", shown="0.875; image to video: 0.9",
+           help="Level of noise from which on --high-noise-diffusion-model predicts."),
 
     Option(INPUT, "--control-image", type=FILE, metavar="PATH", help="Picture that the ControlNet is shown."),
     Option(INPUT, "--control-strength", type=float, metavar="FACTOR", default=0.9, shown="0.9",
@@ -217,7 +222,7 @@ OPTIONS = (
 _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
         "--clip_vision", "--llm_vision", "--qwen2vl_vision", "--tokenizer",
-        "--high-noise-diffusion-model", "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
+        "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
         "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
         "--chroma-t5-mask-pad",
         "--qwen-image-zero-cond-t", "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
@@ -237,10 +242,10 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "details drawn again": ("--ad-model", "--ad-prompt", "--ad-negative-prompt", "--extra-ad-args"),
     "video": (
-        "--end-img", "--control-video", "--high-noise-steps", "--high-noise-cfg-scale",
+        "--control-video", "--high-noise-steps", "--high-noise-cfg-scale",
         "--high-noise-img-cfg-scale", "--high-noise-guidance", "--high-noise-slg-scale", "--high-noise-eta",
         "--high-noise-sampling-method", "--high-noise-skip-layers", "--high-noise-skip-layer-start",
-        "--high-noise-skip-layer-end", "--moe-boundary", "--vace-strength",
+        "--high-noise-skip-layer-end", "--vace-strength",
     ),
     "weights in another type or another place": (
         "--tensor-type-rules", "--params-backend", "--offload-to-cpu", "--max-vram", "--auto-fit", "--split-mode",

@@ -276,6 +276,7 @@ def _pictures(chosen: Chosen) -> dict[str, Any]:
     return {
         "init_image": read("init_image", read_picture),
         "control_image": read("control_image", read_picture),
+        "end_image": read("end_image", read_picture),
         "mask": read("mask", read_mask),
         "ref_images": tuple(read_picture("ref_images", Path(path)) for path in chosen["ref_images"]),
     }
@@ -294,8 +295,8 @@ def _prompt(chosen: Chosen) -> str:
 
 def _note_size(request: Request, settings: Settings, film: bool) -> None:
     """Say when the picture or film gets another size than the one that was asked for."""
-    theirs = (None, None) if request.init_image is None else request.init_image.shape[1::-1]
-    if request.init_image is not None and request.width is None and request.height is None:
+    theirs = (None, None) if film or request.init_image is None else request.init_image.shape[1::-1]
+    if theirs != (None, None) and request.width is None and request.height is None:
         report.say(f"drawing in {settings.width}×{settings.height}, the size of -i; -W and -H choose another")
     asked = (request.width or theirs[0] or settings.width, request.height or theirs[1] or settings.height)
     if asked != (settings.width, settings.height):

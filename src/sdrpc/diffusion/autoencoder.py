@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import ComputeError, OutOfMemory, Stopped
 from ..families.base import F32
 from ..families.components.autoencoder import ENCODES
+from ..families.components.film import FRAMES
 from ..families.model import Model
 from .device_model import DeviceModel
 from .pictures import f32, finite
@@ -60,6 +61,14 @@ class Autoencoder:
             latents = mean + deviation * rng.normal(mean.size).reshape(mean.shape)
         scaled = (latents - f32(self._model.shift)) * f32(self._model.scale)
         return scaled[:, :, None] if self._model.frames else scaled
+
+    def encode_film(self, first: F32, last: F32 | None, frames: int) -> F32:
+        """A film that is grey but for its first picture and perhaps its last one (1, 3, height, width) of -1 … 1 → the
+        mean of its latents (1, c, frames, h, w). Raises :class:`CheckpointError` for a VAE without an encoder."""
+        inputs = {"picture": first} | ({} if last is None else {"last": last})
+        with self._devices.telling.stage("encode", VAE):
+            (told,) = self._devices.run(VAE, {ENCODES: True, FRAMES: frames}, inputs)
+        return (finite(told, "what the VAE makes of a film") - f32(self._model.shift)) * f32(self._model.scale)
 
     def decode(self, latents: F32, tiling: Tiling | None = None, always: bool = False, tiny: bool = False) -> F32:
         """Latents → the picture (1, 3, height, width), about -1 … 1, by the VAE or the ``tiny`` one. ``tiling`` as for

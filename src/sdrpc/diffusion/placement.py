@@ -28,6 +28,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "llm": ("llm",),
     "diffusion": ("diffusion", "model", "unet", "dit"),
     "control": ("control", "controlnet"),
+    "high_noise_diffusion": ("highnoisediffusion", "highnoise", "highnoisediffusionmodel"),
     "vae": ("vae", "firststage", "autoencoder"),
     "taesd": ("taesd", "tae"),
     "upscaler": ("upscaler", "esrgan", "hires"),
@@ -105,7 +106,9 @@ def keys_of(component: str) -> tuple[str, ...]:
     return (component, *_WITH.get(component, (TEXT_ENCODERS,)))
 
 
-_WITH: dict[str, tuple[str, ...]] = {"control": (), "diffusion": (), "vae": (), "taesd": ("vae",), "upscaler": ()}
+_WITH: dict[str, tuple[str, ...]] = {
+    "control": (), "diffusion": (), "vae": (), "taesd": ("vae",), "upscaler": (), "high_noise_diffusion": ("diffusion",)
+}  # fmt: skip
 """What a component is placed with that has no device of its own; text encoders are with each other."""
 
 

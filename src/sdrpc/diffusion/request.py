@@ -88,7 +88,9 @@ class Request:
     ``control_image``: pixels (height, width, 3), uint8, that a ControlNet is shown, cut and scaled likewise;
     ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges.
 
-    ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second.
+    ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second. ``moe_boundary``: the
+    level of noise, 0 … 1, from which on a model for high noise predicts, if there is one. ``end_image``: what a film
+    ends with that begins with ``init_image``; both are cut and scaled to its size.
     ``preview``: what events show of a picture while it is drawn, after every ``preview_interval``-th step: ``proj``
     (colours of latents, no network), ``tae`` (by the tiny autoencoder), ``vae``, ``none``; with ``preview_noisy`` of
     latents with their noise. A tiny autoencoder decodes pictures as well, unless ``taesd_preview_only``.
@@ -136,6 +138,8 @@ class Request:
     cache_option: str = ""
     video_frames: int | None = None
     fps: int | None = None
+    moe_boundary: float | None = None
+    end_image: Pixels | None = field(default=None, compare=False, repr=False)
     preview: str = "none"
     preview_interval: int = 1
     preview_noisy: bool = False
@@ -164,7 +168,7 @@ class Request:
         check("prompt", text)
         check("negative_prompt", self.negative_prompt)
         self._check_pictures()
-        if self.init_image is not None:
+        if self.init_image is not None and not together:
             size = self.init_image.shape[1], self.init_image.shape[0]
         width = size[0] if self.width is None else self.width
         height = size[1] if self.height is None else self.height
@@ -174,6 +178,9 @@ class Request:
             steps = len(self.sigmas) - 1
         frames = (defaults.frames if self.video_frames is None else self.video_frames) if together else 1
         fps = defaults.fps if self.fps is None else self.fps
+        boundary = defaults.moe_boundary if self.moe_boundary is None else self.moe_boundary
+        if not 0 <= boundary <= 1:
+            raise InvalidValue("moe_boundary", boundary, "it can be 0 … 1")
         for name, value, largest in (
             ("width", width, MAX_SIDE), ("height", height, MAX_SIDE), ("steps", steps, MAX_STEPS),
             ("batch_count", self.batch_count, MAX_BATCH), ("video_frames", frames, MAX_FRAMES), ("fps", fps, MAX_FPS),
@@ -211,7 +218,8 @@ class Request:
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
             self._left_out(), find_options(self.cache_mode, self.cache_option),
-            (frames - 1) // max(together, 1) * together + 1, fps,
+            (frames - 1) // max(together, 1) * together + 1, fps, boundary,
+            None if self.end_image is None else fitted(self.end_image, width, height),
             find_previews(self.preview, self.preview_interval, self.preview_noisy), self.taesd_preview_only,
             self.vae_tiling, self._tiling(), self._hires(width, height, multiple, steps),
         )  # fmt: skip
@@ -264,6 +272,8 @@ class Request:
             raise InvalidValue("strength", self.strength, "it can be 0 … 1")
         if self.init_image is not None:
             _check_pixels("init_image", self.init_image, 3)
+        if self.end_image is not None:
+            _check_pixels("end_image", self.end_image, 3)
         if self.mask is not None:
             _check_pixels("mask", self.mask, 2)
             if self.init_image is None:
@@ -345,6 +355,8 @@ class Settings:
     cache: EasyCacheOptions | None = None
     video_frames: int = 1
     fps: int = 16
+    moe_boundary: float = 0.875
+    end_image: Pixels | None = field(default=None, compare=False, repr=False)
     previews: Previews | None = None
     taesd_preview_only: bool = False
     vae_tiling: bool = False

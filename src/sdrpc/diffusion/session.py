@@ -30,7 +30,7 @@ from .device_model import DeviceModel
 from .easycache import EasyCache
 from .embeddings import Embeddings
 from .events import Cancel, Event, OnEvent
-from .guidance import Guide, Told
+from .guidance import Ask, Guide, Told
 from .hires import LATENT_FILTERS, Hires, enlarged_latents, enlarged_pixels
 from .inputs import (
     NOTHING,
@@ -67,6 +67,10 @@ encoder, whose weights may have left their device meanwhile."""
 
 TOKEN_SIDES = {"flux_flow": 2, "flux2_flow": 1}
 """Latents on a side that FLUX.1 and FLUX.2 make one token of: their shifts follow from the number of tokens."""
+
+
+HIGH_NOISE = "high_noise_diffusion"
+"""The component that predicts instead of the diffusion model while there is much noise (Wan 2.2's A14B)."""
 
 
 class Session:
@@ -246,14 +250,17 @@ class Session:
 
     # --- the model as functions
 
-    def predict(self, latents: F32, timestep: F32, conditions: Conditions, **options: Any) -> F32:
+    def predict(
+        self, latents: F32, timestep: F32, conditions: Conditions, component: str = "diffusion", **options: Any
+    ) -> F32:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
-        of b prompts. ``options`` are added to its configuration."""
+        of b prompts. ``options`` are added to its configuration. ``component``: another one than the diffusion model
+        itself, where there is one for high noise."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
         if isinstance(latents, DeviceArray):
-            (there,) = self._devices.run_ahead("diffusion", options, inputs, latents.ahead)
+            (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead)
             return there
-        (predicted,) = self._devices.run("diffusion", options, {**inputs, **self._controls(inputs)})
+        (predicted,) = self._devices.run(component, options, {**inputs, **self._controls(inputs)})
         return predicted
 
     def _controls(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
@@ -264,6 +271,17 @@ class Session:
         shown = {"strength": self._control.strength, "picture": self._control.picture}
         given = self._devices.run("control", {}, {**shown, **read})
         return {f"{CONTROL}{n}": finite(each, "the ControlNet's output") for n, each in enumerate(given)}
+
+    def _ask(self, from_timestep: f32) -> Ask:
+        """:meth:`predict`, by the model for high noise from a timestep on, where there is one."""
+        if HIGH_NOISE not in self.model.components:
+            return self.predict
+
+        def ask(latents: F32, timestep: F32, conditions: Conditions, **options: Any) -> F32:
+            component = HIGH_NOISE if timestep[0] >= from_timestep else "diffusion"
+            return self.predict(latents, timestep, conditions, component, **options)
+
+        return ask
 
     def conditions(self, settings: Settings, beside: Beside = NOTHING_BESIDE) -> Told:
         """What the diffusion model is told about the prompts of a request, and ``beside`` them about its pictures."""
@@ -367,8 +385,9 @@ class Session:
         noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
         cache = None if settings.cache is None else EasyCache(settings.cache, predicts)
         guide = Guide(
-            self.predict, told, sigmas, cfg_scale=settings.cfg_scale, img_cfg_scale=settings.img_cfg_scale,
-            left_out=settings.left_out, cache=cache, tempered=model.family.tempered,
+            self._ask(predicts.timestep(settings.moe_boundary)), told, sigmas, cfg_scale=settings.cfg_scale,
+            img_cfg_scale=settings.img_cfg_scale, left_out=settings.left_out, cache=cache,
+            tempered=model.family.tempered,
         )  # fmt: skip
         denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:
@@ -435,7 +454,14 @@ class Session:
         """What a request's pictures mean to the diffusion model: to begin with, and as conditions."""
         family, in_tiles = self.model.family, (settings.tiling, settings.vae_tiling)
         rng = make_rng(settings.rng, settings.seed)  # the first picture's, as in stable-diffusion.cpp
-        begin = Begin()
+        begin, configs = Begin(), self.model.configs
+        if family.begun is not None and family.begun.takes(configs, settings.video_frames):
+            if settings.init_image is None:
+                return begin, NOTHING_BESIDE
+            first, end = from_pixels(settings.init_image), settings.end_image
+            last = None if end is None else from_pixels(end)
+            told = family.begun.conditions(self._vae.encode_film, configs, first, last, settings.video_frames)
+            return begin, Beside(told, told)
         if settings.init_image is not None:
             latents = self._vae.encode(from_pixels(settings.init_image), rng, *in_tiles)
             begin = Begin(latents, latent_mask(settings.mask, self.model.pixels))
@@ -475,6 +501,11 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         _check_layers(model, settings.left_out.layers)
     if video and settings.vae_tiling:
         raise InvalidValue("vae_tiling", "on", "films are decoded frame by frame, not in tiles")
+    if family.begun is not None:
+        first, last = settings.init_image is not None, settings.end_image is not None
+        family.begun.check(model.configs, settings.video_frames, first, last)
+    elif settings.end_image is not None:
+        raise InvalidValue("end_image", "a picture", f"{family.title} draws pictures, no films")
     if family.latents.films and TINY in model.components:
         raise InvalidValue("taesd", model[TINY].found.checkpoint.path, f"there is none for {family.title}")
     if settings.previews is not None:

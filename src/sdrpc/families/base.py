@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -59,8 +59,13 @@ class Naming:
         return {} if backwards is None else backwards(names)
 
 
-IMAGE_SIDE = ("control", "diffusion", "vae")
+IMAGE_SIDE = ("control", "high_noise_diffusion", "diffusion", "vae")
 """Names of components that are no text encoders."""
+
+OPTIONS = {
+    "diffusion": "diffusion_model", "high_noise_diffusion": "high_noise_diffusion_model", "control": "control_net",
+}  # fmt: skip
+"""Options for files of single components, where they do not have the component's name."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Component:
     the caller arranges it) and a function of its inputs; its arguments are a configuration as ``configure`` gives it.
     ``told_as``: how files that speak of their own configuration call the component; the folder of a diffusers
     directory. ``idle``: beginnings of names of tensors that no picture needs; ``sometimes``: of those that some need.
+    ``whole``: what stands before its names in a file of all components, from the names there, where that is not to be
+    told as in a file of its own.
     """
 
     name: str
@@ -84,11 +91,12 @@ class Component:
     told_as: str
     idle: tuple[str, ...] = ()
     sometimes: tuple[str, ...] = ()
+    whole: Callable[[Collection[str]], tuple[str, ...]] | None = None
 
     @property
     def option(self) -> str:
         """The field of :class:`sdrpc.families.model.ModelFiles` for a file of its own."""
-        return {"diffusion": "diffusion_model", "control": "control_net"}.get(self.name, self.name)
+        return OPTIONS.get(self.name, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +179,11 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
 
 
-def find(component: Component, checkpoint: Checkpoint) -> Found | None:
-    """The component in a checkpoint, or None."""
+def find(component: Component, checkpoint: Checkpoint, alone: bool = True) -> Found | None:
+    """The component in a checkpoint, its own or (not ``alone``) one of all components, or None."""
     names = checkpoint.tensors.keys() | checkpoint.skipped.keys()
-    for prefix in component.prefixes:
+    prefixes = component.prefixes if alone or component.whole is None else component.whole(names)
+    for prefix in prefixes:
         for naming in component.namings:
             if prefix + naming.anchor not in names:
                 continue
@@ -292,7 +301,8 @@ class Latents:
 @dataclass(frozen=True)
 class Defaults:
     """What a request means where it says nothing. ``size``: pixels on a side, or width and height, where neither file
-    nor shapes tell. ``frames`` and ``fps``: of films.
+    nor shapes tell. ``frames`` and ``fps``: of films. ``moe_boundary``: the level of noise from which on a model of
+    its own predicts, where there is one.
     ``prediction``: None where only an evaluation tells (:attr:`Family.probe`). ``flow_shift``: None where the
     prediction has none or it follows from the size."""
 
@@ -306,6 +316,7 @@ class Defaults:
     flow_shift: float | None = None
     frames: int = 1
     fps: int = 16
+    moe_boundary: float = 0.875
 
 
 class Joint(NamedTuple):
@@ -330,6 +341,33 @@ class Inpainting:
     around: Callable[[F32, F32], F32]
 
 
+class EncodeFilm(Protocol):
+    """The VAE of a model of films."""
+
+    def __call__(self, first: F32, last: F32 | None, frames: int) -> F32:
+        """A film of so many frames, grey but for the first and, if it is given, the last (1, 3, height, width) of
+        -1 … 1 → latents of the diffusion model (1, c, frames, h, w)."""
+        ...
+
+
+Configs = Mapping[str, Config]
+"""Of components, by name."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How diffusion models are shown the pictures that a film begins and ends with.
+
+    ``check``: raises :class:`InvalidValue` for what a model can't do: its configurations, the number of frames, whether
+    there is a first picture and a last one. ``takes``: whether it is shown a first picture at all, for films of so many
+    frames. ``conditions``: what it is told, from its configurations, the pictures and the number of frames.
+    """
+
+    check: Callable[[Configs, int, bool, bool], None]
+    takes: Callable[[Configs, int], bool]
+    conditions: Callable[[EncodeFilm, Configs, F32, F32 | None, int], Conditions]
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of model.
@@ -342,7 +380,8 @@ class Family:
     encoders that know learnt words (textual inversion). ``references``: whether the diffusion model can be shown
     pictures, as conditions called :data:`REFERENCE`. ``inpainting``: of families with models that are made for it.
     ``skips_layers``: whether the diffusion model has the option ``skip_layers``, numbers of blocks that it leaves
-    out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone.
+    out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone. ``begun``:
+    of families with models that make films of pictures.
     """
 
     name: str
@@ -361,6 +400,7 @@ class Family:
     inpainting: Inpainting | None = None
     skips_layers: bool = False
     tempered: Callable[[F32, F32], F32] | None = None
+    begun: Begun | None = None
 
     @property
     def diffusion(self) -> Component:

@@ -28,6 +28,7 @@ class ModelFiles:
 
     model: Path | None = None
     diffusion_model: Path | None = None
+    high_noise_diffusion_model: Path | None = None
     vae: Path | None = None
     clip_l: Path | None = None
     clip_g: Path | None = None
@@ -88,6 +89,11 @@ class Model:
     scale: float
     shift: float
     checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def configs(self) -> dict[str, Config]:
+        """Of the components, by name."""
+        return {name: component.config for name, component in self.components.items()}
 
     def __getitem__(self, component: str) -> ModelComponent:
         return self.components[component]
@@ -218,7 +224,7 @@ def _left_out(component: Component, family: Family, files: ModelFiles, opened: M
     """Whether the model does without the component: no file of its own was named, and the file of all has none."""
     if component.name not in family.optional or files.of(component) is not None:
         return False
-    return files.model is None or find(component, opened[files.model]) is None
+    return files.model is None or find(component, opened[files.model], alone=False) is None
 
 
 def _component(component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> Found:
@@ -226,7 +232,7 @@ def _component(component: Component, family: Family, files: ModelFiles, opened: 
     path = own or files.model
     if path is None:
         raise MissingComponent(component.option, f"no {component.title}, which {family.title} needs", "model")
-    found = find(component, opened[path])
+    found = find(component, opened[path], alone=own is not None)
     if found is not None:
         return found
     if own is None:

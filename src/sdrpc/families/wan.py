@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..errors import InvalidValue
 from ..prompts import t5_chunks, umt5_tokenizer
 from . import configs
 from .base import (
+    F32,
+    Begun,
     Component,
     Conditions,
     Config,
+    Configs,
     Defaults,
     Encode,
+    EncodeFilm,
     Family,
     Found,
     Joint,
@@ -34,8 +42,11 @@ if TYPE_CHECKING:
 
 HEAD_SIZE = 128
 """Of attention in all published models: no tensor tells it."""
+TIMESTEPS = 1000
 TOKENS = 512
 """Of a text, as in Wan's own code, diffusers and stable-diffusion.cpp."""
+MASKS = 4
+"""Channels that say which frames of each latent one are given, beside their latents."""
 PATCH = 2
 """Latents on a side that make one token."""
 
@@ -55,8 +66,11 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     if patch != [1, PATCH, PATCH]:
         raise found.error(f"makes tokens of {patch} latents, not of 1, {PATCH} and {PATCH}", "patch_embedding.weight")
     channels = outputs // PATCH**2
-    if inputs != channels:
-        raise found.error(f"takes {inputs} channels and gives {channels}: this is no text-to-video model")
+    if inputs not in (channels, 2 * channels + MASKS):
+        reason = "this is a model neither of text nor of pictures to video"
+        raise found.error(f"takes {inputs} channels and gives {channels}: {reason}")
+    if found.has("condition_embedder.image_embedder."):
+        raise found.error("this is Wan 2.1 image to video, which sees pictures by CLIP as well; it is not supported")
     inferred = {
         "patch_size": patch, "in_channels": inputs, "out_channels": channels, "attention_head_dim": HEAD_SIZE,
         "num_attention_heads": inner // HEAD_SIZE, "text_dim": text, "freq_dim": frequencies, "ffn_dim": feed_forward,
@@ -70,19 +84,37 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, frames, height, width), timestep (1 or batch,) of 0 … 1000, context
-    (batch, tokens, 4096). Output: the velocity (batch, channels, frames, height, width)."""
+    (batch, tokens, 4096). Output: the velocity (batch, channels, frames, height, width).
+
+    Models of pictures to video get ``given`` (batch, 4 + channels, frames, height, width): which frames are given, and
+    latents of them. TI2V-5B may get ``first`` (batch, channels, 1, height, width): its first latent frame is that one,
+    without any noise, and its velocity goes there at once.
+    """
     import diffusers
+    import torch
 
     def call(
-        module: Any, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+        module: Any,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        given: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         batch = context.shape[0]
-        predicted = module(
-            hidden_states=latents.expand(batch, -1, -1, -1, -1),
-            timestep=timestep.expand(batch),
-            encoder_hidden_states=context,
-            return_dict=False,
-        )[0]
+        shown, times = latents.expand(batch, -1, -1, -1, -1), timestep.expand(batch)
+        if given is not None:
+            shown = torch.cat((shown, given), 1)
+        if first is not None:
+            shown = torch.cat((first, shown[:, :, 1:]), 2)
+            frames, height, width = latents.shape[2:]
+            noisy = torch.ones(frames, height // PATCH * (width // PATCH))
+            noisy[0] = 0
+            times = times[:, None] * noisy.reshape(1, -1)
+        predicted = module(hidden_states=shown, timestep=times, encoder_hidden_states=context, return_dict=False)[0]
+        if first is not None:
+            there = (latents[:, :, :1] - first) * (TIMESTEPS / timestep.reshape(-1, 1, 1, 1, 1))
+            predicted = torch.cat((there, predicted[:, :, 1:]), 2)
         return (predicted,)
 
     make: Any = diffusers.WanTransformer3DModel
@@ -126,7 +158,7 @@ _ORIGINAL = table(
 TRANSFORMER = Component(
     "diffusion",
     "diffusion model",
-    ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", ""),
+    ("model.diffusion_model.", "diffusion_model.", "transformer_2.", "transformer.", "net.", ""),
     (
         Naming("blocks.0.self_attn.q.weight", _ORIGINAL),
         Naming("blocks.0.attn2.norm_k.weight", same),
@@ -135,6 +167,19 @@ TRANSFORMER = Component(
     build,
     "transformer",
 )
+
+_BOTH = "transformer_2.patch_embedding.weight"
+"""Diffusers' directories of 2.2 have the model for high noise where others have their only one."""
+
+
+def _high_noise_in_whole(names: Collection[str]) -> tuple[str, ...]:
+    return ("transformer.",) if _BOTH in names else ("model.high_noise_diffusion_model.",)
+
+
+HIGH_NOISE = replace(
+    TRANSFORMER, name="high_noise_diffusion", title="diffusion model for high noise", whole=_high_noise_in_whole
+)
+"""2.2's A14B: what predicts while there is much noise."""
 
 # The family -----------------------------------------------------------------------------------------------------------
 
@@ -153,6 +198,42 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     return {"context": joined(umt5.encode_chunks(encode, "t5xxl", tokens))}
 
 
+def takes(configs: Configs, frames: int) -> bool:
+    """Models of pictures to video do, and TI2V-5B for more than one picture."""
+    return _of_pictures(configs) or (_both(configs) and frames > 1)
+
+
+def _of_pictures(configs: Configs) -> bool:
+    return bool(configs["diffusion"]["in_channels"] != configs["diffusion"]["out_channels"])
+
+
+def _both(configs: Configs) -> bool:
+    """TI2V-5B, which is told by its autoencoder."""
+    return bool(configs["vae"]["is_residual"])
+
+
+def check_begun(configs: Configs, frames: int, first: bool, last: bool) -> None:
+    """Models of pictures to video need one to begin with, and take one to end with; TI2V-5B takes the former."""
+    if _of_pictures(configs) and not first:
+        raise InvalidValue("init_image", "none", "this model makes films of pictures: name the one to begin with")
+    if first and frames > 1 and not takes(configs, frames):
+        raise InvalidValue("init_image", "a picture", "this model makes films of texts alone, others of pictures (I2V)")
+    if last and (frames == 1 or not _of_pictures(configs)):
+        raise InvalidValue("end_image", "a picture", "only films of models of pictures to video (I2V) have an end")
+
+
+def begun(encode: EncodeFilm, configs: Configs, first: F32, last: F32 | None, frames: int) -> Conditions:
+    """``given`` of models of pictures to video, ``first`` of TI2V-5B, as in diffusers' pipeline."""
+    if not _of_pictures(configs):
+        return {"first": encode(first, None, 1)}
+    latents = encode(first, last, frames)
+    known = np.zeros((1, MASKS, *latents.shape[2:]), np.float32)
+    known[:, :, 0] = 1
+    if last is not None:
+        known[:, -1, -1] = 1
+    return {"given": np.concatenate((known, latents), 1)}
+
+
 def settings(found: Mapping[str, Found]) -> Defaults:
     """The shift is that of stable-diffusion.cpp; sizes, frames and guidance are those of diffusers' pipelines."""
     common: dict[str, Any] = {
@@ -160,13 +241,25 @@ def settings(found: Mapping[str, Found]) -> Defaults:
     }  # fmt: skip
     if found["vae"].has("decoder.up_blocks.0.upsampler."):  # 2.2's own autoencoder: TI2V-5B
         return Defaults(size=(1280, 704), frames=121, fps=24, **common)
-    return Defaults(size=(832, 480), frames=81, fps=16, **common)
+    of_pictures = found["diffusion"].shape("patch_embedding.weight", 5)[1] == 2 * 16 + MASKS
+    return Defaults(size=(832, 480), frames=81, fps=16, moe_boundary=0.9 if of_pictures else 0.875, **common)
+
+
+def _alike(key: str) -> Joint:
+    """Both diffusion models take and give the same."""
+    return Joint(
+        "high_noise_diffusion",
+        lambda c: int(c["high_noise_diffusion"][key]),
+        "diffusion",
+        lambda c: int(c["diffusion"][key]),
+        f"({key})",
+    )
 
 
 WAN = Family(
     "wan",
     "Wan",
-    (umt5.UMT5, TRANSFORMER, film.VAE),
+    (umt5.UMT5, HIGH_NOISE, TRANSFORMER, film.VAE),
     recognizes,
     conditions,
     Latents(scale=1.0, multiple=16, films=True),
@@ -174,5 +267,8 @@ WAN = Family(
     (
         Joint("t5xxl", lambda c: c["t5xxl"]["d_model"], "diffusion", lambda c: c["diffusion"]["text_dim"]),
         Joint("vae", lambda c: c["vae"]["z_dim"], "diffusion", lambda c: c["diffusion"]["out_channels"]),
+        *map(_alike, ("in_channels", "out_channels", "text_dim")),
     ),
+    optional=frozenset({"high_noise_diffusion"}),
+    begun=Begun(check_begun, takes, begun),
 )

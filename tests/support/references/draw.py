@@ -413,7 +413,20 @@ def _z_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).images
 
 
-def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+def film_of_pictures(pipeline: Any, drawing: Drawing, first: Image.Image, last: Image.Image | None) -> F32:
+    """What a film of Wan's is that begins with ``first`` and ends with ``last``, as :func:`draw` of one of a text.
+
+    TI2V-5B's pipeline is another one with the same parts.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.inference_mode():
+        latents = _wan(pipeline, drawing, image=first, last_image=last)
+        decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
+    pixels: F32 = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1).numpy()
+    return pixels
+
+
+def _wan(pipeline: Any, drawing: Drawing, **pictures: Any) -> torch.Tensor:
     """Scheduler and sigmas as FLUX.1's; the pipeline does not take sigmas, so they are set where it asks for steps."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     given = [float(sigma) for sigma in drawing.sigmas[:-1]]
@@ -430,6 +443,7 @@ def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
         latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
         num_inference_steps=len(given),
         output_type="latent",
+        **pictures,
     ).frames
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..base import Call
 
 COLOURS = 3
+FRAMES = "frames"
+"""Option of the module beside ``encodes``: of how many frames a film is that is encoded."""
 
 _MEANS = {
     16: (
@@ -105,7 +107,9 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     of each latent one, (1, 3, …) and then (4, 3, …) each, all -1 … 1.
 
     With ``encodes`` in the configuration the other way round. Input: a picture. Output: the mean of its latents and the
-    logarithm of their variance, one behind the other (1, 2 · channels, height, width).
+    logarithm of their variance, one behind the other (1, 2 · channels, height, width). With ``frames`` besides inputs
+    are the first picture of a film of so many and, as ``last``, perhaps its last one; what is between is grey. Output:
+    the mean of its latents (1, channels, frames, height, width).
     """
     import diffusers
     import torch
@@ -135,9 +139,24 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         mean = (mean - numbers("latents_mean")) / numbers("latents_std")
         return (torch.cat((mean, log_variance - 2 * numbers("latents_std").log()), 1)[:, :, 0],)
 
+    def encode_film(module: Any, picture: torch.Tensor, last: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        together = config["scale_factor_temporal"]
+        first = _squares(picture[:, :, None], patch)
+        grey = first * 0
+        end = grey if last is None else _squares(last[:, :, None], patch)
+        pieces = (config[FRAMES] - 1) // together
+        remembered: Any = defaultdict(lambda: None)
+        encoded = []
+        for number in range(pieces + 1):
+            frames = [first] if number == 0 else [*[grey] * (together - 1), end if number == pieces else grey]
+            encoded.append(module.encoder(torch.cat(frames, 2), feat_cache=remembered, feat_idx=[0]))
+        mean = module.quant_conv(torch.cat(encoded, 2)).chunk(2, 1)[0]
+        return ((mean - numbers("latents_mean")) / numbers("latents_std"),)
+
     make: Any = diffusers.AutoencoderKLWan
-    arguments = {name: value for name, value in config.items() if name != ENCODES}
-    return make(**arguments), encode if config.get(ENCODES) else decode
+    arguments = {name: value for name, value in config.items() if name not in (ENCODES, FRAMES)}
+    calls = {(False, False): decode, (True, False): encode, (True, True): encode_film}
+    return make(**arguments), calls[ENCODES in config, FRAMES in config]
 
 
 def _pixels(decoded: torch.Tensor, patch: int) -> torch.Tensor:
