@@ -13,6 +13,8 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	# without torchvision, which spandrel asks for and we don't: the registry's does not load beside a CPU's torch
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps spandrel einops
 	touch $@
 
 lint: setup
