@@ -69,7 +69,7 @@ def test_headers_with_keys(header: str, key: str | None) -> None:
     assert given_key(header) == key
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "192.168.1.7", *own_names()])
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]", "192.168.1.7", *sorted(own_names())])
 def test_names_of_this_server(server: WebServer, name: str) -> None:
     assert server.ask("/health", headers={"Host": f"{name}:{server.port}"}).status == 200
 
