@@ -276,7 +276,7 @@ def test_markup_in_paths(draw: Sd, checkpoint: Path, tmp_path: Path, folder: str
 def test_verbose_says_more(draw: Sd, servers: Servers, tmp_path: Path) -> None:
     quiet, loud = (draw("-o", tmp_path / "x.png", *more).err for more in ((), ("-v",)))
     for said in (
-        "sdrpc ", "Python ", f"RPC0 is 127.0.0.1:{servers[0].port}", "clip_l on RPC0: ", "sampling_method 'euler'",
+        "sdrpc ", "Python ", f"RPC0 is 127.0.0.1:{servers[0].port}", ": clip_l: ", "sampling_method 'euler'",
         "scheduler 'discrete'", "seed 42", "cfg_scale 7.0",
     ):  # fmt: skip
         assert said in loud

@@ -157,7 +157,7 @@ BAD = [
     (("-m", "{checkpoint}", "--rng", "dice"), 2, r"dice"),
     (("-m", "{checkpoint}", "--steps", "0"), 2, r"--steps 0"),
     (("-m", "{checkpoint}", "-W", "1000000"), 2, r"--width 1000000"),
-    (("-m", "{checkpoint}", "--mode", "vid_gen"), 2, r"vid_gen: sdrpc does not have it yet"),
+    (("-m", "{checkpoint}", "--mode", "vid_gen"), 2, r"--mode vid_gen: Stable Diffusion 1\.x draws pictures, no films"),
     (("-m", "{checkpoint}", "--mode", "daydream"), 2, r"daydream: does not exist"),
     (("-m", "{checkpoint}", "--type", "q8_0"), 2, r"--type q8_0.*--mode convert"),
     (("-m", "{checkpoint}", "-H", "0"), 2, r"--height 0"),
@@ -224,7 +224,7 @@ def test_a_server_that_dies_half_way_is_an_error_that_names_it(checkpoint: Path,
 
         killer = threading.Thread(target=kill)
         killer.start()
-        arguments = ("--rpc", tap.endpoint, "-m", checkpoint, *SMALL, "--steps", "5000")
+        arguments = ("--rpc", tap.endpoint, "-m", checkpoint, *SMALL, "--steps", "5000", "--rpc-retry", "0")
         outcome = sd(*arguments, "-o", tmp_path / "x.png")
         killer.join()
     assert outcome.status == 1

@@ -29,13 +29,14 @@ COMMAND = [sys.executable, "-m", "sdrpc", "sd-cli"]
 
 LASTING = (
     r"Stable Diffusion 1\.x: .*",
+    r"(RPC\d or )?RPC\d",
     r"(clip_l|diffusion|vae): captured its graph, once, in [\d.]+ s",
     r"(clip_l|diffusion|vae): [\d.]+ MiB of weights sent, in [\d.]+ s, [\d,.]+ MiB/s",
     r"picture \d of 2: 2 steps in [\d.]+ s, [\d.]+ (it/s|s/it)",
     r"load \d.*",
     r"[\d.]*s?",
 )
-"""Lines that stay on the screen, besides names of files; the last one may be just too long for a line of 80."""
+"""Lines that stay on the screen, besides names of files; the first and the last may be too long for a line of 80."""
 
 
 def shell(script: str, *words: object, **env: str) -> subprocess.CompletedProcess[str]:

@@ -29,7 +29,7 @@ GREETINGS = {
     "T1-unknown-first": Attack(lambda c: c.command(200), "first command is 200 instead of HELLO"),
     "T2-size-0": Attack(
         lambda c: c.command(Command.HELLO),
-        r"client speaks one of the protocols 3\.6\.0 to 3\.6\.1, this server 7\.0\.0; start .* --protocol 3\.6\.1",
+        r"client speaks one of the protocols 3\.6\.0 to 3\.6\.1, this server 8\.0\.0; start .* --protocol 3\.6\.1",
     ),
     "T2-size-25": Attack(lambda c: c.command(Command.HELLO, bytes(25)), "HELLO of 25 bytes"),
     "T2-size-2^63": Attack(lambda c: c.command(Command.HELLO, size=2**63), f"HELLO of {2**63} bytes"),
@@ -51,7 +51,7 @@ def test_greetings_that_are_none(scene: Scene, name: str) -> None:
 def test_t2_capabilities_that_mean_nothing_to_us_are_a_native_client(scene: Scene) -> None:
     with scene.client(capabilities=None) as client:
         client.command(Command.HELLO, bytes(range(24)))
-        assert client.receive(8 + 28) == pack("<Q", 28) + bytes((7, 0, 0, 0)) + bytes(24)
+        assert client.receive(8 + 28) == pack("<Q", 28) + bytes((8, 0, 0, 0)) + bytes(24)
         assert client.ask(messages.DeviceCount()).device_count == len(scene.devices)
 
 
@@ -64,7 +64,7 @@ def change_names(client: RawClient) -> None:
 
 COMMANDS = {
     "T3-second-hello": Attack(lambda c: c.send(encode_hello(Capability.ERRORS)), "second HELLO"),
-    "T4-command-18": Attack(lambda c: c.command(18), "no command 18"),
+    "T4-command-23": Attack(lambda c: c.command(23), "no command 23"),
     "T4-command-255": Attack(lambda c: c.command(255), "no command 255"),
     "T10-names-change": Attack(change_names, "names of 128 bytes after names of 64"),
     "T10-odd-length": Attack(lambda c: c.command(Command.INIT_TENSOR, bytes(232 + 63)), "right for no length of names"),

@@ -151,7 +151,7 @@ MEMORY = {
     "T35-leaf-without-memory": Attack(with_operand(buffer=0, data=0), "lives in no buffer"),
 }
 OPERATIONS = {
-    "T32-op-count": Attack(compute(op=101), r"operations \[101\] do not exist"),
+    "T32-op-count": Attack(compute(op=101), r"operation 101: an operation of stable-diffusion\.cpp's own"),
     "T32-op-2^31": Attack(compute(op=2**31), r"operations \[2147483648\] do not exist"),
     "T32-custom": Attack(compute(op="CUSTOM"), "CUSTOM.*not supported"),
     "T32-map-custom": Attack(compute(op="MAP_CUSTOM2", words=(1, 2, 3)), "MAP_CUSTOM2.*not supported"),
