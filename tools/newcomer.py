@@ -157,8 +157,9 @@ class Reader:
         raise SystemExit(f"{shlex.join(words)} ended before it listened")
 
     def _finish(self, command: Command, words: list[str | Path]) -> None:
+        env = self.env | {"SDRPC_RPC_KEY": self.key}  # which somebody at a terminal would be asked for
         done = subprocess.run(
-            words, cwd=self.clone, env=self.env, timeout=SECONDS, check=False, text=True,
+            words, cwd=self.clone, env=env, timeout=SECONDS, check=False, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         print(textwrap.indent("\n".join(done.stdout.splitlines()[-6:]), "    "), flush=True)
