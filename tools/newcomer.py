@@ -53,9 +53,9 @@ SERVERS = {"rpc-server": ("-p", "endpoint"), "sd-server": ("--listen-port", "htt
 """Command → its option for the port, and what stands in the line that says where it listens."""
 
 PIPELINE = """
-    import sdrpc
+    import sdrpc, torch
     from diffusers import StableDiffusionXLPipeline
-    pipe = StableDiffusionXLPipeline.from_pretrained("pipeline", local_files_only=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained("pipeline", torch_dtype=torch.float32, local_files_only=True)
 """
 """What comes before a block of Python that has a diffusers pipeline of its reader's."""
 
