@@ -193,7 +193,7 @@ _LATENTS = Latents(scale=1.0, multiple=16)
 FLUX2_KLEIN = Family(
     "flux2-klein",
     "FLUX.2 klein",
-    (qwen3.reading(*KLEIN_STATES), TRANSFORMER, VAE),
+    (llm.reading(qwen3.QWEN3, *KLEIN_STATES), TRANSFORMER, VAE),
     recognizes_klein,
     klein_conditions,
     _LATENTS,
@@ -204,7 +204,7 @@ FLUX2_KLEIN = Family(
 FLUX2_DEV = Family(
     "flux2",
     "FLUX.2 dev",
-    (mistral.reading(*DEV_STATES), TRANSFORMER, VAE),
+    (llm.reading(mistral.MISTRAL, *DEV_STATES), TRANSFORMER, VAE),
     recognizes_dev,
     dev_conditions,
     _LATENTS,

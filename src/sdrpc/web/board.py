@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -64,21 +66,14 @@ class Board:
             return
         bell.clear()
 
-    def listen(self) -> Listener:
-        """A context in which there is a bell."""
-        return Listener(self)
-
-
-class Listener:
-    def __init__(self, board: Board) -> None:
-        self._board = board
-        self._entry = asyncio.get_running_loop(), asyncio.Event()
-
-    def __enter__(self) -> asyncio.Event:
-        with self._board._lock:
-            self._board._bells.add(self._entry)
-        return self._entry[1]
-
-    def __exit__(self, *_: object) -> None:
-        with self._board._lock:
-            self._board._bells.discard(self._entry)
+    @contextmanager
+    def listen(self) -> Iterator[asyncio.Event]:
+        """A bell, in the running event loop, for as long as the context lasts."""
+        entry = asyncio.get_running_loop(), asyncio.Event()
+        with self._lock:
+            self._bells.add(entry)
+        try:
+            yield entry[1]
+        finally:
+            with self._lock:
+                self._bells.discard(entry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from ...errors import InvalidValue
 from ...prompts import Template, apply_weights, llm_tokens, number_of
 from .. import configs
-from ..base import F32, Config, Encode, Found
+from ..base import F32, Component, Config, Encode, Found
 from ..keys import table
 
 NAME = "llm"
@@ -98,6 +99,18 @@ def check_layers(found: Found, config: Config, layers: int) -> None:
             f"has {config['num_hidden_layers']} layers; what the diffusion model reads is the result of layer {layers}"
         )
         raise found.error(f"the {found.component.title} {reason}")
+
+
+def reading(component: Component, *states: int) -> Component:
+    """``component``, a language model, of whose layers these results are needed, 1 for the first one's, and none behind
+    them."""
+
+    def configure(found: Found, told: Config) -> dict[str, Any]:
+        config = component.configure(found, told)
+        check_layers(found, config, max(states))
+        return config
+
+    return replace(component, configure=configure, idle=(*component.idle, *layers_from(max(states))))
 
 
 def layers_from(first: int) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..base import Component, Config, Found, Naming
@@ -58,17 +57,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         return (torch.cat([hidden[state] for state in states], -1),)
 
     return module, call
-
-
-def reading(*states: int) -> Component:
-    """Mistral of whose layers these results are needed, 1 for the first one's, and none behind them."""
-
-    def configure(found: Found, told: Config) -> dict[str, Any]:
-        config = _configure(found, told)
-        llm.check_layers(found, config, max(states))
-        return config
-
-    return replace(MISTRAL, configure=configure, idle=(*MISTRAL.idle, *llm.layers_from(max(states))))
 
 
 _LANGUAGE = ("language_model.model.", "model.language_model.")

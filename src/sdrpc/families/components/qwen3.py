@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..base import Component, Config, Found, Naming
@@ -43,17 +42,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     module: Any = Qwen3Model(Qwen3Config(**arguments))
     module.norm = nn.Identity()
     return module, call
-
-
-def reading(*states: int) -> Component:
-    """Qwen3 of whose layers these results are needed, 1 for the first one's, and none behind them."""
-
-    def configure(found: Found, told: Config) -> dict[str, Any]:
-        config = _configure(found, told)
-        llm.check_layers(found, config, max(states))
-        return config
-
-    return replace(QWEN3, configure=configure, idle=(*QWEN3.idle, *llm.layers_from(max(states))))
 
 
 QWEN3 = Component(

@@ -6,7 +6,7 @@ from io import BytesIO
 
 from PIL import Image, ImageChops, ImageFilter
 
-from ...diffusion.image_files import read_mask
+from ...diffusion.image_files import read_mask, read_picture
 
 
 def from_alpha(data: bytes) -> bytes:
@@ -34,8 +34,6 @@ def prepared(data: bytes, invert: bool, blur: int) -> bytes:
 def stretched(data: bytes, width: int, height: int) -> bytes:
     """A picture as wide and high as that, whatever its shape was (A1111's "just resize"). Raises
     :class:`InvalidValue`."""
-    from ...diffusion.image_files import read_picture
-
     return _png(Image.fromarray(read_picture("init_images", data)).resize((width, height), Image.Resampling.LANCZOS))
 
 

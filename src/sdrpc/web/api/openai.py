@@ -31,6 +31,7 @@ from .common import (
     user,
     watched,
 )
+from .masks import from_alpha
 from .sdcpp import within
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -158,8 +159,6 @@ async def edits(request: Request, here: Here, who: User) -> JSONResponse | Strea
 
 def _opaque_where_kept(masks: list[bytes]) -> list[bytes]:
     """OpenAI's masks are transparent where a picture is drawn anew; ours are light there."""
-    from .masks import from_alpha
-
     return [from_alpha(data) for data in masks[:1]]
 
 
