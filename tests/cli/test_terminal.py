@@ -168,8 +168,8 @@ from sdrpc.cli import interrupts, report
 interrupts.SECONDS = float(sys.argv[1])
 interrupts.soon()
 def command():
-    print("at work", flush=True)
     try:
+        print("at work", flush=True)
         time.sleep(300)
     finally:
         print("tidying up", flush=True)

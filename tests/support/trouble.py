@@ -4,6 +4,7 @@ until then."""
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -42,10 +43,19 @@ class Restartable:
         self.server = self._stack.enter_context(ServerProcess(*self._options, "--port", str(self.port)))
         assert self.server.port == self.port
 
-    def sleep(self, seconds: float) -> None:
-        """Do nothing for a while, from now on, as a machine does whose lid was closed."""
+    def stop(self) -> None:
+        """Stand still, as a machine does whose lid is closed. None of its threads runs any more when this returns: the
+        signal alone does not say so."""
         self.server.process.send_signal(signal.SIGSTOP)
-        threading.Timer(seconds, self.server.process.send_signal, [signal.SIGCONT]).start()
+        os.waitid(os.P_PID, self.server.process.pid, os.WSTOPPED)
+
+    def go_on(self) -> None:
+        self.server.process.send_signal(signal.SIGCONT)
+
+    def sleep(self, seconds: float) -> None:
+        """Stand still for a while, from now on."""
+        self.stop()
+        threading.Timer(seconds, self.go_on).start()
 
 
 class Trouble:
