@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cache, encryption, families, graph, language, link, memory, operations, start, step, upload, wire
+from . import busy, cache, encryption, families, graph, language, link, memory, operations, start, step, upload, wire
 from .rows import Benchmark
 
 BENCHMARKS = (
@@ -17,5 +17,6 @@ BENCHMARKS = (
     Benchmark("operations", "operations of SD 1.5 and a whole UNet graph, over ggml's own server", operations.run),
     Benchmark("language", "llama.cpp's client: tokens per second with our server, over ggml's own", language.run),
     Benchmark("families", "SDXL and FLUX.1 at full size: step, memory, bytes, capture, start", families.run, False),
+    Benchmark("busy", "steps of the demo model on busy and on quiet cores: threads that sleep, over others", busy.run),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )

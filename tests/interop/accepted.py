@@ -33,7 +33,7 @@ def bound(name: str) -> float:
 def main(draws: int) -> None:
     device = open_device("exact")
     groups = {op: list(names) for op, names in OPERATIONS.items()}
-    for op in drawn.MAKERS:
+    for op in drawn.DRAWN:
         groups.setdefault(op, []).extend(f"{op}-drawn-{number}" for number in range(draws))
     accepted = agreed = total = 0
     wrong: list[str] = []
@@ -50,7 +50,7 @@ def main(draws: int) -> None:
     device.close()
     print(
         f"{device.description}: {accepted:,} of {total:,} valid graphs of {len(groups)} operations accepted "
-        f"({draws * len(drawn.MAKERS):,} of them drawn), {agreed:,} agree with ggml's CPU backend"
+        f"({draws * len(drawn.DRAWN):,} of them drawn), {agreed:,} agree with ggml's CPU backend"
     )
     if wrong:
         sys.exit("not so: " + ", ".join(wrong[:50]))

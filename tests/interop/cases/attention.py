@@ -6,7 +6,9 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-from tests.interop.cases.base import FLOATS, Builder, Case, sweep
+import numpy as np
+
+from tests.interop.cases.base import FLOATS, Builder, Case, draws, several, sweep
 from tests.interop.cases.products import WEIGHTS
 from tests.support import ggml
 
@@ -156,3 +158,18 @@ def _flashes() -> Iterator[Case]:
 
 
 CASES = [*_ropes(), *_soft_maxes(), *_flashes()]
+
+
+def _grouped(rng: np.random.Generator) -> Shape:
+    """Heads of queries and of keys."""
+    of_keys = int(rng.integers(1, 4))
+    return (of_keys * int(rng.integers(1, 4)), of_keys)
+
+
+DRAWN = {
+    "FLASH_ATTN_EXT": draws(
+        _flash, _attended, _masks, sizes=several(2, 1, 80), heads=_grouped, tokens=several(2, 1, 40), batch=(1, 2),
+        k=FLOATS, v=("", "F32", "F16"), mask=(None, (1, 1), (2, 1), (1, 2), (3, 2)), bias=(0.0, 8.0), cap=(0.0, 10.0),
+        sinks=(False, True), view=("dense", "0213", "part"), precise=(True, False),
+    ),
+}  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,6 +60,76 @@ def sweep(
         label = "-".join(filter(None, (_say(name, value) for name, value in combination.items())))
         limit = bound if isinstance(bound, str) else bound(**combination)
         yield Case(op, label, partial(build, **combination), limit)
+
+
+Choice = Sequence[Any] | Callable[[np.random.Generator], Any]
+"""Values of which one is drawn, or what draws one."""
+
+
+class Drawn(NamedTuple):
+    """An operation of which cases are drawn at random: ``build`` and ``bound`` as :func:`sweep` has them, of values
+    drawn from ``choices`` until they make sense."""
+
+    build: Callable[..., Any]
+    bound: str | Callable[..., str]
+    where: Callable[..., bool]
+    choices: Mapping[str, Choice]
+
+    def case(self, op: str, label: str) -> Case:
+        """The case with this label: the same each time, since it gives the seed."""
+        rng = np.random.default_rng(zlib.crc32(f"the choices of {op}-{label}".encode()))
+        chosen = self._choose(rng)
+        while not self.where(**chosen):
+            chosen = self._choose(rng)
+        limit = self.bound if isinstance(self.bound, str) else self.bound(**chosen)
+        return Case(op, label, partial(self.build, **chosen), limit)
+
+    def _choose(self, rng: np.random.Generator) -> dict[str, Any]:
+        return {
+            name: choice(rng) if callable(choice) else choice[int(rng.integers(len(choice)))]
+            for name, choice in self.choices.items()
+        }
+
+
+def draws(
+    build: Callable[..., Any],
+    /,
+    bound: str | Callable[..., str] = "f32",
+    where: Callable[..., bool] = lambda **_: True,
+    **choices: Choice,
+) -> Drawn:
+    """As :func:`sweep`, of single draws. What ``choices`` and ``where`` let through is what ggml's constructors and CPU
+    backend assert, not what sdrpc's shape rules say."""
+    return Drawn(build, bound, where, choices)
+
+
+SIZES = (1, 1, 2, 3, 4, 5, 8, 33)
+
+
+def shapes(dims: int = 4, empty: bool = False, first: Sequence[int] = SIZES) -> Callable[[np.random.Generator], Any]:
+    """Draws ``dims`` sizes, the first one from ``first``; ``empty``: one shape in ten has no elements."""
+
+    def shape(rng: np.random.Generator) -> tuple[int, ...]:
+        ne = [int(rng.choice(first)), *(int(n) for n in rng.choice(SIZES, dims - 1))]
+        if empty and rng.random() < 0.1:
+            ne[int(rng.integers(dims))] = 0
+        return tuple(ne)
+
+    return shape
+
+
+def several(count: int, low: int, high: int) -> Callable[[np.random.Generator], Any]:
+    """Draws ``count`` numbers between ``low`` and ``high``."""
+    return lambda rng: tuple(int(n) for n in rng.integers(low, high + 1, count))
+
+
+def uniform(low: float, high: float) -> Callable[[np.random.Generator], Any]:
+    return lambda rng: float(rng.uniform(low, high))
+
+
+def order(rng: np.random.Generator) -> tuple[int, ...]:
+    """Draws an order of the four dimensions."""
+    return tuple(int(axis) for axis in rng.permutation(4))
 
 
 def _say(name: str, value: Any) -> str:

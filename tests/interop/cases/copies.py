@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from tests.interop.cases.base import (
     ANY_VIEW,
@@ -15,6 +18,9 @@ from tests.interop.cases.base import (
     WRITTEN,
     Builder,
     Case,
+    draws,
+    order,
+    shapes,
     sweep,
 )
 from tests.support import ggml
@@ -45,8 +51,8 @@ def _shaped(type: str, ne: Shape = ODD) -> Shape:
 # Names
 
 
-def _reshaped(b: Builder, ne: Shape) -> Any:
-    return b.scale(b.reshape_4d(b.x(33, 5, 3, 2), *ne), 1.0)
+def _reshaped(b: Builder, ne: Shape, of: Shape = (33, 5, 3, 2)) -> Any:
+    return b.scale(b.reshape_4d(b.x(*of), *ne), 1.0)
 
 
 def _viewed(b: Builder, ne: Shape, nb: Shape, offset: int, of: str) -> Any:
@@ -61,8 +67,12 @@ def _view_of_view(b: Builder, of: str) -> Any:
     return b.cont(b.view_4d(view, 8, 2, 2, 1, nb[2], nb[1], nb[3], 4 * nb[0]))
 
 
-def _permuted_twice(b: Builder, axes: Shape, again: Shape) -> Any:
-    return b.cont(b.permute(b.permute(b.x(*ODD), *axes), *again))
+def _permuted_twice(b: Builder, axes: Shape, again: Shape, ne: Shape = ODD) -> Any:
+    return b.cont(b.permute(b.permute(b.x(*ne), *axes), *again))
+
+
+def _transposed(b: Builder, of: str, ne: Shape = ODD) -> Any:
+    return b.cont(b.transpose(_any(b, *ne, type=of)))
 
 
 def _names() -> Iterator[Case]:
@@ -75,20 +85,21 @@ def _names() -> Iterator[Case]:
     )  # fmt: skip
     yield from sweep("VIEW", _view_of_view, "exact", of=FLOATS)
     yield from sweep("PERMUTE", _permuted_twice, "exact", axes=orders, again=orders)
-    yield from sweep(
-        "TRANSPOSE", lambda b, of: b.cont(b.transpose(_any(b, *ODD, type=of))), "exact", of=(*FLOATS, *INTEGERS)
-    )
+    yield from sweep("TRANSPOSE", _transposed, "exact", of=(*FLOATS, *INTEGERS))
 
 
 # The same type
+
+
+def _copy(b: Builder, of: str, view: str, op: str = "", ne: Shape = ODD) -> Any:
+    return getattr(b, op.lower())(_any(b, *_shaped(of, ne), type=of, view=view))
 
 
 def _same() -> Iterator[Case]:
     plain = (*FLOATS, "F64", *INTEGERS)
     for op in ("DUP", "CONT"):
         yield from sweep(
-            op, lambda b, of, view, op=op: getattr(b, op.lower())(_any(b, *_shaped(of), type=of, view=view)),
-            "exact", of=(*plain, *QUANTIZED), view=ANY_VIEW,
+            op, partial(_copy, op=op), "exact", of=(*plain, *QUANTIZED), view=ANY_VIEW,
             where=lambda of, view: of in plain or view in FEW_VIEWS,
         )  # fmt: skip
     yield from sweep(
@@ -117,8 +128,8 @@ def _copied(b: Builder, of: str, view: str, into: str, to: str = "", ne: Shape =
 # Floats and integers
 
 
-def _cast(b: Builder, of: str, to: str, view: str) -> Any:
-    return b.cast(_any(b, *_shaped(of), type=of, view=view), ggml.TYPES[to])
+def _cast(b: Builder, of: str, to: str, view: str, ne: Shape = ODD) -> Any:
+    return b.cast(_any(b, *_shaped(of, ne), type=of, view=view), ggml.TYPES[to])
 
 
 def _floats() -> Iterator[Case]:
@@ -143,7 +154,7 @@ def _floats() -> Iterator[Case]:
 
 def _blocks() -> Iterator[Case]:
     yield from sweep(
-        "CPY", lambda b, of, to, view, ne: b.cast(_any(b, *ne, type=of, view=view), ggml.TYPES[to]), "exact",
+        "CPY", _cast, "exact",
         of=FLOATS, to=WRITTEN, view=FEW_VIEWS, ne=((256, 3, 2, 2), (1024, 2, 1, 1)),
         where=lambda of, view, **_: of == "F32" or view != "offset",
     )  # fmt: skip
@@ -241,13 +252,20 @@ def _padded(b: Builder, amounts: tuple[int, ...], circular: bool, view: str) -> 
     return (b.pad_ext_circular if circular else b.pad_ext)(b.operand(9, 8, 5, 3, view=view), *amounts)
 
 
+def _reflected(b: Builder, n: int, left: int, right: int, view: str, outer: Shape = (5, 2)) -> Any:
+    return b.pad_reflect_1d(b.operand(n, *outer, view=view), left, right)
+
+
+def _inside(*, n: int, left: int, right: int, **_: Any) -> bool:
+    return left < n and right < n
+
+
 def _paddings() -> Iterator[Case]:
     amounts = ((0, 1, 0, 1, 0, 0, 0, 0), (2, 3, 1, 0, 0, 4, 1, 1), (9, 20, 8, 0, 5, 7, 0, 3))
     yield from sweep("PAD", _padded, "exact", amounts=amounts, circular=(False, True), view=ANY_VIEW)
     yield from sweep(
-        "PAD_REFLECT_1D", lambda b, n, left, right, view: b.pad_reflect_1d(b.operand(n, 5, 2, view=view), left, right),
-        "exact", n=(1, 4, 33), left=(0, 1, 3, 32), right=(0, 2, 3), view=("dense", "offset"),
-        where=lambda n, left, right, **_: left < n and right < n,
+        "PAD_REFLECT_1D", _reflected, "exact", _inside, n=(1, 4, 33), left=(0, 1, 3, 32), right=(0, 2, 3),
+        view=("dense", "offset"),
     )  # fmt: skip
     yield from sweep(
         "ROLL", lambda b, shifts, view: b.roll(b.operand(*ODD, view=view), *shifts), "exact",
@@ -256,3 +274,48 @@ def _paddings() -> Iterator[Case]:
 
 
 CASES = [*_names(), *_same(), *_floats(), *_blocks(), *_joined(), *_picked(), *_set(), *_paddings()]
+
+
+def _within(*, ne: Shape, nb: Shape, offset: int, **_: Any) -> bool:
+    """Whether the view ends within the 1,408 elements that there are."""
+    dense: int = math.prod(ne)  # what ggml asks for before it knows the strides
+    return (
+        offset + dense <= 1408
+        and offset + ne[0] + sum((n - 1) * step for n, step in zip(ne[1:], nb, strict=True)) <= 1408
+    )
+
+
+def _factors(rng: np.random.Generator) -> Shape:
+    """A shape of 3,960 elements."""
+    ne = [1, 1, 1, 1]
+    for prime in (2, 2, 2, 3, 3, 5, 11):
+        ne[int(rng.integers(4))] *= prime
+    return tuple(ne)
+
+
+def _convertible(*, of: str, to: str, view: str, ne: Shape) -> bool:
+    return to in FLOATS or (ne[0] % 256 == 0 and (of == "F32" or view != "offset"))
+
+
+PLAIN = (*FLOATS, "F64", *INTEGERS)
+DRAWN = {
+    "RESHAPE": draws(_reshaped, "exact", of=_factors, ne=_factors),
+    "VIEW": draws(
+        _viewed, "exact", _within, ne=shapes(first=range(1, 40)),
+        nb=lambda rng: tuple(int(n) for n in rng.integers(1, (40, 200, 400))), offset=range(100), of=("F32", "F16"),
+    ),
+    "PERMUTE": draws(_permuted_twice, "exact", axes=order, again=order, ne=shapes(empty=True)),
+    "TRANSPOSE": draws(_transposed, "exact", of=(*FLOATS, *INTEGERS), ne=shapes(empty=True)),
+    **{
+        op: draws(partial(_copy, op=op), "exact", of=PLAIN, view=ANY_VIEW, ne=shapes(empty=True))
+        for op in ("DUP", "CONT")
+    },
+    "CPY": draws(
+        _cast, "exact", _convertible, of=FLOATS, to=(*FLOATS, *WRITTEN), view=FEW_VIEWS,
+        ne=shapes(first=(1, 7, 33, 256, 256, 256, 512, 768)),
+    ),
+    "PAD_REFLECT_1D": draws(
+        _reflected, "exact", _inside, n=range(1, 20), left=range(20), right=range(20), outer=shapes(3),
+        view=("dense", "offset"),
+    ),
+}  # fmt: skip

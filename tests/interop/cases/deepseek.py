@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tests.interop.cases.base import Builder, Case, sweep
+from tests.interop.cases.base import FLOATS, Builder, Case, draws, sweep
 
 STREAMS = 4
 
@@ -48,3 +48,21 @@ def _deepseek() -> Iterator[Case]:
 
 
 CASES = [*_deepseek()]
+
+
+def _whole_blocks(*, type: str, size: int, batch: int, masks: int, **_: Any) -> bool:
+    return batch % masks == 0 and (type in FLOATS or size % 32 == 0)
+
+
+SHAPES = {
+    "width": range(1, 40), "streams": range(1, 7), "tokens": range(1, 9), "view": ("dense", "part", "1023"),
+}  # fmt: skip
+DRAWN = {
+    "LIGHTNING_INDEXER": draws(
+        _indexer, where=_whole_blocks, type=(*FLOATS, "Q8_0", "Q4_0"), size=range(1, 97), heads=range(1, 7),
+        tokens=range(1, 9), keys=range(1, 40), batch=range(1, 4), masks=range(1, 4),
+    ),
+    "DSV4_HC_COMB": draws(_mixing, tokens=range(1, 70), rounds=range(1, 21), eps=(0.0, 1e-6, 1e-2)),
+    "DSV4_HC_PRE": draws(_gather, gated=(False, True), **SHAPES),
+    "DSV4_HC_POST": draws(_spread, mixed=(False, True), **SHAPES),
+}  # fmt: skip

@@ -7,20 +7,27 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tests.interop.cases.base import Builder, Case
+from tests.interop.cases import (
+    attention,
+    copies,
+    deepseek,
+    elementwise,
+    images,
+    products,
+    recurrent,
+    rows,
+    training,
+)
+from tests.interop.cases.base import Builder, Case, Drawn, draws, shapes
 from tests.support import ggml
 
-SIZES = (1, 1, 2, 3, 4, 5, 8, 33)
 UNARY = tuple(op for op in ggml.UNARY if op != "XIELU")  # it has parameters, and a constructor of its own
 Shape = tuple[int, ...]
 
 
 def _shape(b: Builder, dims: int = 4, empty: bool = True) -> list[int]:
     """Any shape; one in ten has no elements."""
-    ne = [int(n) for n in b.rng.choice(SIZES, dims)] + [1] * (4 - dims)
-    if empty and b.rng.random() < 0.1:
-        ne[int(b.rng.integers(dims))] = 0
-    return ne
+    return [*shapes(dims, empty)(b.rng), *[1] * (4 - dims)]
 
 
 def _of(b: Builder, *values: Any) -> Any:
@@ -164,13 +171,6 @@ def _interpolate(b: Builder) -> Any:
     return b.interpolate(b.x(*ne), _between(b, 1, 12), _between(b, 1, 12), *ne[2:], _of(b, 0, 1, 2, 256, 257, 258))
 
 
-def _top_k(b: Builder) -> Any:
-    ne = _shape(b, empty=False)
-    k = _between(b, 1, ne[0])
-    x = b.distinct(*ne)
-    return b.sum_rows(b.cast(b.top_k(x, k), ggml.TYPES["F32"]))  # in no order that ggml promises
-
-
 def _set_part(b: Builder, op: str) -> Any:
     ne = _shape(b, empty=False)
     part = [_between(b, 0 if i == 1 else 1, n) for i, n in enumerate(ne)]
@@ -188,7 +188,7 @@ MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
         for op, args in (
             ("sqr", ()), ("sqrt", ()), ("log", ()), ("sin", ()), ("cos", ()), ("scale", (0.3,)), ("sum", ()),
             ("sum_rows", ()), ("cumsum", ()), ("norm", (1e-5,)), ("rms_norm", (1e-5,)), ("l2_norm", (1e-5,)),
-            ("group_norm", (2, 1e-5)), ("soft_max", ()), ("diag_mask_inf", (1,)), ("diag_mask_zero", (0,)),
+            ("group_norm", (2, 1e-5)), ("diag_mask_inf", (1,)), ("diag_mask_zero", (0,)),
             ("leaky_relu", (0.1, False)),
         )
     },
@@ -200,13 +200,18 @@ MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
     "CONV_2D": (partial(_windowed, op="conv_2d_direct"), "f32"),
     "CONV_2D_DW": (partial(_windowed, op="conv_2d_dw_direct"), "f32"),
     "CONV_3D": (partial(_windowed, op="conv_3d_direct"), "f32"), "CONV_TRANSPOSE_2D": (_transposed, "f16"),
-    "POOL_2D": (_pool, "f32"), "UPSCALE": (_interpolate, "f32"), "SUM_ROWS": (_top_k, "exact"),
+    "POOL_2D": (_pool, "f32"), "UPSCALE": (_interpolate, "f32"),
     "SET": (partial(_set_part, op="set"), "exact"), "ACC": (partial(_set_part, op="acc"), "f32"),
 }  # fmt: skip
+DRAWN: dict[str, Drawn] = {op: draws(make, bound) for op, (make, bound) in MAKERS.items()}
+"""By operation: those above, and those that are drawn beside their written cases."""
+for module in (elementwise, rows, attention, copies, products, images, recurrent, deepseek, training):
+    if twice := DRAWN.keys() & module.DRAWN:
+        raise ValueError(f"drawn twice: {twice}")
+    DRAWN |= module.DRAWN
 
 
 def case(name: str) -> Case:
     """The case that is called ``OPERATION-drawn-NUMBER``: the same each time, since its name is the builder's seed."""
     op, number = name.split("-", 1)
-    make, bound = MAKERS[op]
-    return Case(op, number, make, bound)
+    return DRAWN[op].case(op, number)

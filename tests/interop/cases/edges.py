@@ -7,8 +7,6 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from tests.interop.cases.base import QUANTIZED, Builder, Case, sweep
 from tests.interop.cases.images import by_kernel
 from tests.support import ggml
@@ -70,14 +68,6 @@ def _at_any_byte(b: Builder, op: str, type: str, row: int) -> Any:
     return b.get_rows(one, b.indices(1, 2)) if op == "GET_ROWS" else b.cast(one, ggml.TYPES["F32"])
 
 
-def _adamw(b: Builder, ne: tuple[int, ...]) -> Any:
-    """The new weights and both moments, which are written over the old ones."""
-    weight, mean, square = b.x(*ne), b.x(*ne), b.x(*ne, low=0.0)
-    ggml.library().ggml_set_param(weight)
-    rates = b.put("F32", np.array([0.01, 0.9, 0.999, 1e-8, 0.1, 1.7, 3.1]))
-    return b.opt_step_adamw(weight, b.x(*ne), mean, square, rates), mean, square
-
-
 def _edges() -> Iterator[Case]:
     kinds = ("REGLU", "GEGLU", "SWIGLU", "GEGLU_ERF", "GEGLU_QUICK")
     yield from sweep(
@@ -121,7 +111,6 @@ def _edges() -> Iterator[Case]:
     for op in ("MUL_MAT", "GET_ROWS", "CPY"):
         bound = "quantized" if op == "MUL_MAT" else "exact"
         yield from sweep(op, _at_any_byte, bound, op=(op,), type=QUANTIZED, row=(1, 6))
-    yield from sweep("OPT_STEP_ADAMW", _adamw, ne=((33, 7, 2, 3), (257, 3, 1, 1), (1, 1, 1, 1)))
 
 
 CASES = [*_edges()]

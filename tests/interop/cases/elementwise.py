@@ -21,7 +21,10 @@ from tests.interop.cases.base import (
     WRITTEN,
     Builder,
     Case,
+    draws,
+    shapes,
     sweep,
+    uniform,
 )
 from tests.support import ggml
 
@@ -90,8 +93,10 @@ def _filled(b: Builder, value: float, type: str, ne: tuple[int, ...], inplace: b
     return (b.fill_inplace if inplace else b.fill)(b.x(*ne, type=type), value)
 
 
-def _one_more(b: Builder, types: tuple[str, str], view: str, inplace: bool) -> Any:
-    return (b.add1_inplace if inplace else b.add1)(b.operand(*ODD, view=view, type=types[0]), b.x(1, type=types[1]))
+def _one_more(
+    b: Builder, types: tuple[str, str], view: str, inplace: bool, ne: tuple[int, ...] = ODD
+) -> Any:  # fmt: skip
+    return (b.add1_inplace if inplace else b.add1)(b.operand(*ne, view=view, type=types[0]), b.x(1, type=types[1]))
 
 
 def _scales() -> Iterator[Case]:
@@ -172,19 +177,37 @@ def _masks() -> Iterator[Case]:
         yield from sweep(op, _masked, "exact", ne=shapes, past=(0, 1, 5, 40), zero=(zero,), inplace=(False, True))
 
 
+def _range(b: Builder, of: tuple[float, float, float]) -> Any:
+    return b.arange(*of)
+
+
+def _embedded(b: Builder, n: int, dim: int, period: int) -> Any:
+    return b.timestep_embedding(b.x(n, low=0, high=999), dim, period)
+
+
 def _out_of_nothing() -> Iterator[Case]:
     yield from sweep(
         "ARANGE",
-        lambda b, of: b.arange(*of),
+        _range,
         of=((0.0, 10.0, 1.0), (-1.5, 2.0, 0.3), (0.0, 1.0, 5.0), (3.0, 1000.0, 1.0), (0.25, 0.5, 0.01)),
     )
-    yield from sweep(
-        "TIMESTEP_EMBEDDING",
-        lambda b, n, dim, period: b.timestep_embedding(b.x(n, low=0, high=999), dim, period),
-        n=(1, 5),
-        dim=(1, 2, 16, 33, 320),
-        period=(100, 10000),
-    )
+    yield from sweep("TIMESTEP_EMBEDDING", _embedded, n=(1, 5), dim=(1, 2, 16, 33, 320), period=(100, 10000))
 
 
 CASES = [*_unary(), *_scales(), *_binary(), *_glu(), *_masks(), *_out_of_nothing()]
+
+
+def _steps(rng: np.random.Generator) -> tuple[float, float, float]:
+    start, length, step = rng.uniform(-9, 9), rng.uniform(0.1, 50), rng.uniform(0.1, 3)
+    return float(start), float(start + length), float(step)
+
+
+BOTH = (False, True)
+DRAWN = {
+    "FILL": draws(
+        _filled, "exact", value=uniform(-9, 9), type=("F32", "F16"), ne=shapes(empty=True), inplace=BOTH
+    ),
+    "ADD1": draws(_one_more, "exact", types=MIXED, view=PACKED, inplace=BOTH, ne=shapes()),
+    "ARANGE": draws(_range, of=_steps),
+    "TIMESTEP_EMBEDDING": draws(_embedded, n=range(1, 9), dim=range(1, 330), period=range(2, 20000)),
+}  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tests.interop.cases.base import ANY_VIEW, FLOATS, PACKED, ROWS_DENSE, Builder, Case, sweep
+from tests.interop.cases.base import ANY_VIEW, FLOATS, PACKED, ROWS_DENSE, Builder, Case, draws, several, shapes, sweep
 from tests.support import ggml
 
 WINDOWS = (
@@ -122,8 +122,12 @@ def _conv_3d(
     return b.conv_3d_direct(b.x(*k, channels * outputs, type=kernel), x, *window, *sizes)
 
 
-def _transposed_1d(b: Builder, k: int, s: int, kernel: str, view: str) -> Any:
-    return b.conv_transpose_1d(b.x(k, 5, 6, type=kernel), b.operand(9, 6, view=view), s, 0, 1)
+def _transposed_1d(b: Builder, k: int, s: int, kernel: str, view: str, sizes: tuple[int, int, int] = (9, 6, 5)) -> Any:
+    """``sizes``: the line's length, its channels, and the result's."""
+    length, channels, outputs = sizes
+    return b.conv_transpose_1d(
+        b.x(k, outputs, channels, type=kernel), b.operand(length, channels, view=view), s, 0, 1
+    )  # fmt: skip
 
 
 def _transposed_2d(b: Builder, k: tuple[int, int], s: int, kernel: str, view: str) -> Any:
@@ -237,32 +241,49 @@ def _pools() -> Iterator[Case]:
 # Windows of pictures and where they are
 
 
+def _parted(b: Builder, ne: tuple[int, ...], w: int) -> Any:
+    return b.win_part(b.x(*ne), w)
+
+
+def _unparted(b: Builder, ne: tuple[int, ...], w: int) -> Any:
+    return b.win_unpart(b.x(ne[0], w, w, -(-ne[1] // w) * -(-ne[2] // w)), ne[1], ne[2], w)
+
+
+def _relative(b: Builder, width: int, n: int) -> Any:
+    return b.get_rel_pos(b.x(width, 2 * n - 1, type="F16"), n, n)
+
+
+def _relative_added(b: Builder, k: int, rows: tuple[int, int, int], inplace: bool) -> Any:
+    add = b.add_rel_pos_inplace if inplace else b.add_rel_pos
+    return add(b.x(k * k, rows[0] * rows[1], rows[2]), b.x(k, *rows), b.x(k, *rows))
+
+
 def _partitions() -> Iterator[Case]:
-    shapes, sizes = ((3, 7, 5), (8, 14, 14), (1, 1, 9)), (1, 2, 4, 7, 14)
-    yield from sweep("WIN_PART", lambda b, ne, w: b.win_part(b.x(*ne), w), "exact", ne=shapes, w=sizes)
+    pictures, sizes = ((3, 7, 5), (8, 14, 14), (1, 1, 9)), (1, 2, 4, 7, 14)
+    yield from sweep("WIN_PART", _parted, "exact", ne=pictures, w=sizes)
+    yield from sweep("WIN_UNPART", _unparted, "exact", ne=pictures, w=sizes)
+    yield from sweep("GET_REL_POS", _relative, "exact", width=(1, 8, 33), n=(1, 4, 14))
     yield from sweep(
-        "WIN_UNPART",
-        lambda b, ne, w: b.win_unpart(b.x(ne[0], w, w, -(-ne[1] // w) * -(-ne[2] // w)), ne[1], ne[2], w),
-        "exact",
-        ne=shapes,
-        w=sizes,
-    )
-    yield from sweep(
-        "GET_REL_POS",
-        lambda b, width, n: b.get_rel_pos(b.x(width, 2 * n - 1, type="F16"), n, n),
-        "exact",
-        width=(1, 8, 33),
-        n=(1, 4, 14),
-    )
-    yield from sweep(
-        "ADD_REL_POS",
-        lambda b, k, rows, inplace: (b.add_rel_pos_inplace if inplace else b.add_rel_pos)(
-            b.x(k * k, rows[0] * rows[1], rows[2]), b.x(k, *rows), b.x(k, *rows)
-        ),
-        k=(1, 3, 7),
-        rows=((4, 4, 2), (5, 4, 1), (1, 1, 3)),
-        inplace=(False, True),
+        "ADD_REL_POS", _relative_added, k=(1, 3, 7), rows=((4, 4, 2), (5, 4, 1), (1, 1, 3)), inplace=(False, True)
     )
 
 
 CASES = [*_windows(), *_convolutions(), *_pools(), *_partitions()]
+DRAWN = {
+    "COL2IM_1D": draws(
+        _folded, _summed, lambda taps, steps, s, p, **_: (steps - 1) * s + taps > 2 * p, taps=range(1, 9),
+        channels=range(1, 7), steps=range(1, 20), s=range(1, 6), p=range(6), type=FLOATS,
+    ),
+    "CONV_TRANSPOSE_1D": draws(
+        _transposed_1d, by_kernel, k=range(1, 9), s=range(1, 9), kernel=KERNELS, sizes=several(3, 1, 20),
+        view=("dense", "offset", "part", "strided"),
+    ),
+    "POOL_1D": draws(
+        _pool_1d, where=lambda k, p, ne, **_: k <= ne[0] + 2 * p, op=(0, 1), k=range(1, 9), s=range(1, 9),
+        p=range(8), ne=shapes(), type=KERNELS, view=PACKED,
+    ),
+    "WIN_PART": draws(_parted, "exact", ne=several(3, 1, 20), w=range(1, 24)),
+    "WIN_UNPART": draws(_unparted, "exact", ne=several(3, 1, 20), w=range(1, 24)),
+    "GET_REL_POS": draws(_relative, "exact", width=range(1, 40), n=range(1, 20)),
+    "ADD_REL_POS": draws(_relative_added, k=range(1, 9), rows=several(3, 1, 9), inplace=(False, True)),
+}  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tests.interop.cases.base import FLOATS, ROWS_DENSE, Builder, Case, sweep
+from tests.interop.cases.base import FLOATS, ROWS_DENSE, Builder, Case, draws, several, sweep
 from tests.support import ggml
 
 Shape = tuple[int, ...]
@@ -133,3 +133,15 @@ def _out_prods() -> Iterator[Case]:
 
 
 CASES = [*_mul_mats(), *_mul_mat_ids(), *_add_ids(), *_out_prods()]
+
+
+DRAWN = {
+    "MUL_MAT_ID": draws(
+        _mul_mat_id, _bound, lambda used, experts, **_: used <= experts, type=FLOATS, kmn=several(3, 1, 40),
+        used=range(1, 6), experts=range(1, 9), shared=(False, True), view=("dense", "strided"),
+        second=("dense", "part", "0213"), routed=(False, True),
+    ),
+    "ADD_ID": draws(
+        _add_id, ne=several(3, 1, 40), rows=range(1, 34), view=("dense", "part", "0213"), second=("dense", "part")
+    ),
+}  # fmt: skip

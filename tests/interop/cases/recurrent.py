@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.interop.cases.base import Builder, Case, sweep
+from tests.interop.cases.base import Builder, Case, draws, sweep
 
 Dims = tuple[int, ...]
 
@@ -106,3 +106,34 @@ def _recurrences() -> Iterator[Case]:
 
 
 CASES = [*_recurrences()]
+
+
+def _heads(rng: np.random.Generator) -> Dims:
+    """Heads, and groups that share keys."""
+    groups = int(rng.integers(1, 4))
+    return (groups * int(rng.integers(1, 4)), groups)
+
+
+RWKV = {"size": range(1, 70), "heads": range(1, 5), "tokens": range(1, 9), "sequences": range(1, 4)}
+DRAWN = {
+    "SSM_CONV": draws(
+        _ssm_conv, channels=range(1, 40), taps=range(1, 10), tokens=range(1, 20), sequences=range(1, 4),
+        view=("dense", "offset"),
+    ),
+    "SSM_SCAN": draws(
+        _ssm_scan, where=lambda mamba, tokens, states, **_: states <= tokens and (mamba == 2 or states == 1),
+        mamba=(1, 2), heads=_heads, width=range(1, 12), size=range(1, 40), tokens=range(1, 10), sequences=range(1, 4),
+        states=range(1, 5), view=("dense", "offset"),
+    ),
+    "RWKV_WKV6": draws(_wkv6, **RWKV),
+    "RWKV_WKV7": draws(_wkv7, **RWKV | {"size": (64, 128)}),  # what ggml's vector code is right about
+    "GATED_LINEAR_ATTN": draws(_gated_linear_attn, scale=(1.0, 0.125, 0.3), **RWKV),
+    "GATED_DELTA_NET": draws(
+        _gated_delta_net, where=lambda tokens, states, **_: states <= tokens, gates=("one", "many"), heads=_heads,
+        size=range(1, 70), tokens=range(1, 10), sequences=range(1, 4), states=range(1, 5),
+        view=("dense", "offset", "part"),
+    ),
+    "SOLVE_TRI": draws(
+        _solve_tri, n=range(1, 40), columns=range(1, 40), batch=((1, 1), (3, 1), (2, 3), (1, 4))
+    ),
+}  # fmt: skip

@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from tests.interop.cases.base import ANY_VIEW, FLOATS, ODD, PACKED, ROWS_DENSE, Builder, Case, sweep
+from tests.interop.cases.base import (
+    ANY_VIEW,
+    FLOATS,
+    ODD,
+    PACKED,
+    ROWS_DENSE,
+    Builder,
+    Case,
+    draws,
+    shapes,
+    sweep,
+)
 
 SHAPES = (ODD, (1, 4, 3, 2), (1025, 3, 2, 1), (5, 1, 1, 1))
 ROUNDED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -78,10 +89,14 @@ def _top_k(b: Builder, k: int, ne: tuple[int, ...], view: str) -> Any:
     return b.set_rows(b.put("F32", np.zeros((count, ne[0], 1))), b.put("F32", np.ones((count, k, 1))), picked)
 
 
+def _largest(b: Builder, ne: tuple[int, ...], view: str) -> Any:
+    return b.argmax(b.operand(*ne, view=view, make=b.distinct))
+
+
 def _orders() -> Iterator[Case]:
     yield from sweep(
         "ARGMAX",
-        lambda b, ne, view: b.argmax(b.operand(*ne, view=view, make=b.distinct)),
+        _largest,
         "exact",
         ne=((100, 12), (1, 9), (17, 1), (1025, 3)),
         view=("dense", "offset", "strided", "part"),
@@ -99,12 +114,20 @@ def _equal(b: Builder, ne: tuple[int, ...], view: str, other: str) -> Any:
     return b.count_equal(x, y)
 
 
+def _triangle(b: Builder, part: int, ne: tuple[int, ...], view: str) -> Any:
+    return b.tri(b.operand(*ne, view=view), part)
+
+
+def _diagonal(b: Builder, ne: tuple[int, ...], view: str) -> Any:
+    return b.diag(b.operand(*ne, view=view))
+
+
 def _squares() -> Iterator[Case]:
     views = ("dense", "offset", "strided", "part", "1023")
     yield from sweep("COUNT_EQUAL", _equal, "exact", ne=((100, 12), (1, 9), (17, 1)), view=views, other=views)
     yield from sweep(
         "TRI",
-        lambda b, part, ne, view: b.tri(b.operand(*ne, view=view), part),
+        _triangle,
         "exact",
         part=range(4),
         ne=((8, 8, 3, 2), (33, 33), (1, 1, 5)),
@@ -112,7 +135,7 @@ def _squares() -> Iterator[Case]:
     )
     yield from sweep(
         "DIAG",
-        lambda b, ne, view: b.diag(b.operand(*ne, view=view)),
+        _diagonal,
         "exact",
         ne=((5, 1, 3, 2), (64, 1), (1, 1, 1, 4)),
         view=ROWS_DENSE,
@@ -120,3 +143,27 @@ def _squares() -> Iterator[Case]:
 
 
 CASES = [*_sums(), *_norms(), *_orders(), *_squares()]
+
+
+def _square(rng: np.random.Generator) -> tuple[int, ...]:
+    n = int(rng.integers(1, 20))
+    return (n, n, *shapes(2)(rng))
+
+
+def _line(rng: np.random.Generator) -> tuple[int, ...]:
+    n, *outer = shapes(3)(rng)
+    return (n, 1, *outer)
+
+
+DRAWN = {
+    "MEAN": draws(_reduced, op=("mean",), ne=shapes(), view=ROWS_DENSE),
+    "ARGMAX": draws(_largest, "exact", ne=shapes(2), view=("dense", "offset", "strided", "part")),
+    "ARGSORT": draws(_sorted, "exact", order=(0, 1), ne=shapes(), view=PACKED),
+    "TOP_K": draws(_top_k, "exact", lambda k, ne, **_: k <= ne[0], k=range(1, 34), ne=shapes(), view=PACKED),
+    "COUNT_EQUAL": draws(
+        _equal, "exact", ne=shapes(2), view=("dense", "offset", "strided", "part", "1023"),
+        other=("dense", "offset", "strided", "part", "1023"),
+    ),
+    "TRI": draws(_triangle, "exact", part=range(4), ne=_square, view=("dense", "offset")),
+    "DIAG": draws(_diagonal, "exact", ne=_line, view=ROWS_DENSE),
+}  # fmt: skip

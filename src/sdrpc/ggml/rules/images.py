@@ -23,6 +23,8 @@ from .base import FLOATS, READABLE, Call, Op, Result, declared, float_like, need
 
 NEAREST, BILINEAR, BICUBIC, ALIGN_CORNERS, ANTIALIAS = 0, 1, 2, 256, 512
 MAX_POOL, MEAN_POOL = 0, 1
+EXACT = 1 << 24
+"""Pools divide float32 numbers in ggml: beyond this the number of their outputs is rounded."""
 
 
 def window(n: int, k: int, s: int, p: int, d: int) -> int:
@@ -150,8 +152,7 @@ def _pool_2d(call: Call[Pool2D]) -> Result:
 def pooled(n: int, op: int, k: int, s: int, p: int) -> int:
     need(op in (MAX_POOL, MEAN_POOL), "pooling {}", op)
     need(k > 0, "a window of {}", k)
-    # what goes beyond half a window is written out, and is otherwise without bound
-    support(p <= n + k // 2, "padding {} of {} elements", p, n)
+    support(n + 2 * p <= EXACT, "padding {} of {} elements", p, n)
     # pools divide in floating point: here a window that is too large has no output
     need(s > 0 and p >= 0 and n + 2 * p - k >= -s, "a window of {} taps is larger than its input of {}", k, n)
     return window(n, k, s, p, 1) if n + 2 * p >= k else 0
