@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from sdrpc.ggml.dialect import newest
-from sdrpc.runtime.cache import Cache
 from tests.soak.clients import KINDS, Scene
 from tests.soak.crowd import crowd
 from tests.soak.watch import Usage, quiet
@@ -18,19 +16,21 @@ PLACES = 20
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    options = ("--precision", "exact", "-d", "CPU", "--protocol", newest().version, "--max-clients", str(PLACES))
-    with ServerProcess(*options) as server:
-        yield server
+def opened(tiny: Path) -> Iterator[tuple[Scene, ServerProcess]]:
+    with Scene.opened(tiny, 1, "--max-clients", str(PLACES)) as (scene, server):
+        yield scene, server
         assert server.process.poll() is None
         assert "fault in this server" not in server.output
 
 
 @pytest.fixture(scope="module")
-def scene(server: ServerProcess, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    scene = Scene(server.port, tiny, Cache(tmp_path_factory.mktemp("graphs")))
-    scene.right[7] = scene.draw(scene.endpoint, 7)[0].image
-    return scene
+def scene(opened: tuple[Scene, ServerProcess]) -> Scene:
+    return opened[0]
+
+
+@pytest.fixture(scope="module")
+def server(opened: tuple[Scene, ServerProcess]) -> ServerProcess:
+    return opened[1]
 
 
 @pytest.fixture(scope="module")
