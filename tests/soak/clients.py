@@ -176,9 +176,9 @@ def vanishes_while_it_computes(scene: Scene) -> None:
 def asks_on_and_leaves(scene: Scene) -> None:
     """Many computations lie in its socket when it goes."""
     with RawClient(scene.port) as client:
-        busy(client, products=20, n=256)
+        busy(client, products=20, n=256, uid=1)
         for _ in range(300):
-            client.post(messages.GraphRecompute(0))
+            client.post(messages.GraphRecompute(0, 1))
 
 
 def does_not_read(scene: Scene) -> None:

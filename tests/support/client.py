@@ -184,8 +184,9 @@ class Adder:
         np.testing.assert_array_equal(got, a + b)
 
 
-def busy(client: RawClient, products: int = 4000, n: int = 512) -> None:
-    """Send a graph that computes for a long time: products of n × n matrices, one after the other."""
+def busy(client: RawClient, products: int = 4000, n: int = 512, uid: int = 0) -> None:
+    """Send a graph that computes for a long time: products of n × n matrices, one after the other. The server keeps it
+    as ``uid``, unless that is 0."""
     buffer = client.buffer(3 * 4 * n * n)
     weight = client.record(buffer, (n, n), id=1)
     places = (4 * n * n, 8 * n * n)
@@ -193,4 +194,4 @@ def busy(client: RawClient, products: int = 4000, n: int = 512) -> None:
         client.record(buffer, (n, n), at=places[i % 2], id=i, op="MUL_MAT", src=(1, i - 1))
         for i in range(2, products + 2)
     ]
-    client.compute(range(2, products + 2), [weight, *nodes])
+    client.compute(range(2, products + 2), [weight, *nodes], uid=uid)
