@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -17,11 +18,12 @@ import torch
 from PIL import Image
 
 import sdrpc
-from sdrpc.client import Timeouts, connect
+from sdrpc.cli.devices import placed_devices
+from sdrpc.client import Keychain, Timeouts, connect
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
-from sdrpc.errors import ConnectionLost, DeviceGone
+from sdrpc.errors import ConnectionFailed, ConnectionLost, DeviceGone, KeyNeeded
 from sdrpc.runtime.cache import Cache
 from tests.support.process import ServerProcess
 from tests.support.trouble import Passage, Restartable, Trouble
@@ -158,6 +160,52 @@ def test_sd_cli_says_what_happens_and_goes_on(
     assert len(lines) == 2, done.stderr
     assert re.fullmatch(rf"\w+: waiting for RPC0: {trouble.endpoint}: .*", lines[0])
     assert re.fullmatch(r"\w+: RPC0 is there again after [\d.]+ s, going on", lines[1])
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An endpoint at which nobody listens, nor will."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+def test_a_server_that_is_not_there_at_the_start(
+    server: Restartable, nobody: str, undisturbed: list[np.ndarray], tiny: Path, graphs: Path, tmp_path: Path
+) -> None:
+    """Keeps its number; who has another device goes on with that."""
+    drawing = ["-m", tiny, "-p", REQUEST.prompt, "-W", 64, "-H", 64, "--steps", REQUEST.steps]
+    drawing += ["--sampling-method", REQUEST.sampling_method, "-o", tmp_path / "x.png"]
+    servers = ["--rpc", f"{nobody},127.0.0.1:{server.port}", "--backend", "diffusion=RPC0,RPC1,all=auto"]
+    done = sd_cli(*servers, *drawing, graphs=graphs)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(pixels(tmp_path / "x.png"), undisturbed[0])
+    refused = re.escape(
+        f"warning: RPC0 is not there, others do its work: {nobody}: nobody answers (Connection refused)"
+    )
+    assert re.search(rf"^{refused}", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"diffusion on RPC1, ", done.stderr)
+
+
+@pytest.mark.parametrize("names", [("RPC0",), ("auto",)])
+def test_a_component_for_which_no_device_is_there(names: tuple[str, ...], nobody: str) -> None:
+    with (
+        pytest.raises(ConnectionFailed, match=f"{nobody}: nobody answers"),
+        placed_devices({"diffusion": names}, [nobody], "exact", 1),
+    ):
+        pass
+
+
+def test_a_server_that_wants_a_key_is_not_passed_over(server: Restartable, tmp_path: Path) -> None:
+    """Somebody has to give one, or take the server off the list."""
+    with ServerProcess("--require-key", "-d", "CPU") as locked:
+        rpc = [f"127.0.0.1:{port}" for port in (locked.port, server.port)]
+        choice = {"diffusion": ("RPC0", "RPC1")}
+        with (
+            pytest.raises(KeyNeeded),
+            placed_devices(choice, rpc, "exact", 1, keychain=Keychain([], tmp_path / "none")),
+        ):
+            pass
 
 
 def test_sd_cli_need_not_wait(server: Restartable, tiny: Path, graphs: Path, tmp_path: Path) -> None:

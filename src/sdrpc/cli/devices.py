@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
@@ -10,16 +10,27 @@ from typing import NamedTuple
 from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
 from ..device import Device
 from ..device_names import AUTO, folded, only_remote, resolve
-from ..errors import KeyNeeded, SdrpcError, UsageError
+from ..errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    KeyNeeded,
+    KeyRefused,
+    OverQuota,
+    SdrpcError,
+    ServerStopping,
+    UsageError,
+    WrongServer,
+)
 from . import report
 from .discovery import located
 
 
 class Found(NamedTuple):
-    """Devices that are there, and for each server that is not what is wrong with it."""
+    """Devices that are there, and by its name what is wrong with each that is not: one for each server that can't be
+    used, since nobody knows how many it has."""
 
     devices: list[Device]
-    failures: list[SdrpcError]
+    absent: dict[str, SdrpcError]
 
 
 @contextmanager
@@ -30,29 +41,15 @@ def every_device(
     keychain: Keychain | None = None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
 ) -> Iterator[Found]:
-    """This machine's devices, then RPC0, RPC1 … of those servers at ``rpc`` that answer.
+    """This machine's devices, then RPC0, RPC1 … of the servers at ``rpc``, whatever is wrong with some of them.
 
     Raises :class:`UsageError` for what is no server's address, or is given twice.
     """
-    rpc, keychain = located(rpc, keychain or Keychain())
-    endpoints = [parse_endpoint(text) for text in rpc]
-    for position, endpoint in enumerate(endpoints):
-        if endpoint in endpoints[:position]:
-            raise UsageError(f"{endpoint} is given twice")
-    remote: list[Device] = []
-    failures: list[SdrpcError] = []
-    with _opened(remote):
-        for endpoint in endpoints:
-            try:
-                found = _connected([str(endpoint)], timeouts, keychain)
-            except SdrpcError as error:
-                failures.append(error)
-                continue
-            for device in found:
-                device.name = f"RPC{len(remote)}"
-                remote.append(device)
-        with _opened(_local(precision, threads)) as local:
-            yield Found([*local, *remote], failures)
+    with (
+        _servers(rpc, timeouts, keychain, lambda _: True) as remote,
+        _opened(_local(precision, threads)) as local,
+    ):
+        yield Found([*local, *remote.devices], remote.absent)
 
 
 @contextmanager
@@ -66,32 +63,79 @@ def placed_devices(
 ) -> Iterator[dict[str, list[Device]]]:
     """Component → devices in order of preference, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of
     the servers' when there are any, else this machine's first. This machine's devices, and torch with them, are left
-    alone when no component can be there."""
-    rpc, keychain = located(rpc, keychain or Keychain())
-    with _opened(list(_connected(rpc, timeouts, keychain))) as remote:
+    alone when no component can be there. A server that does not answer is passed over, and the user told so, where all
+    components have other devices; what else is wrong with one is an error."""
+    with _servers(rpc, timeouts, keychain, _is_away) as remote:
         named = [name for names in wanted.values() for name in names]
-        nothing_here = bool(remote) and all(only_remote(name) or folded(name) == AUTO for name in named)
+        nothing_here = bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
-            yield resolved(wanted, [*local, *remote], remote or local[:1])
+            there = Found([*local, *remote.devices], remote.absent)
+            placed = resolved(wanted, there, remote.devices if rpc else local[:1])
+            for name, why in remote.absent.items():
+                report.warn(f"{name} is not there, others do its work: {why}")
+            yield placed
 
 
-def resolved(
-    wanted: Mapping[str, Sequence[str]], devices: Sequence[Device], default: Sequence[Device]
-) -> dict[str, list[Device]]:
-    """Component → those of ``devices`` that its names mean, in order of preference; ``auto``: the ``default`` ones."""
-    by_name = {device.name: device for device in devices}
+def resolved(wanted: Mapping[str, Sequence[str]], found: Found, default: Sequence[Device]) -> dict[str, list[Device]]:
+    """Component → those devices that its names mean and that are there, in order of preference; ``auto``: the
+    ``default`` ones. Raises what is wrong with the first one of a component for which none is left."""
+    by_name: dict[str, Device | SdrpcError] = {device.name: device for device in found.devices} | found.absent
 
-    def meant(name: str) -> Sequence[Device]:
-        return default if folded(name) == AUTO else [by_name[resolve(name, by_name, default[0].name)]]
+    def meant(name: str) -> Sequence[Device | SdrpcError]:
+        if folded(name) == AUTO:
+            return [*default, *(() if default else found.absent.values())]
+        return [by_name[resolve(name, by_name, AUTO)]]
 
-    return {part: list(dict.fromkeys(chain(*map(meant, names)))) for part, names in wanted.items()}
+    placed: dict[str, list[Device]] = {}
+    for part, names in wanted.items():
+        choices = list(dict.fromkeys(chain(*map(meant, names))))
+        placed[part] = [choice for choice in choices if isinstance(choice, Device)]
+        if not placed[part]:
+            raise next(choice for choice in choices if isinstance(choice, SdrpcError))
+    return placed
 
 
-def _connected(rpc: Sequence[str], timeouts: Timeouts, keychain: Keychain) -> list[RemoteDevice]:
-    """The devices of the servers at ``rpc``. Somebody at a terminal is asked for keys that are missing."""
+@contextmanager
+def _servers(
+    rpc: Sequence[str],
+    timeouts: Timeouts,
+    keychain: Keychain | None,
+    borne: Callable[[SdrpcError], bool],
+) -> Iterator[Found]:
+    """RPC0, RPC1 … of the servers at ``rpc``; one that raises what can be ``borne`` stands for one device."""
+    rpc, keychain = located(rpc, keychain or Keychain())
+    endpoints = [parse_endpoint(text) for text in rpc]
+    for position, endpoint in enumerate(endpoints):
+        if endpoint in endpoints[:position]:
+            raise UsageError(f"{endpoint} is given twice")
+    with _opened([]) as remote:
+        absent: dict[str, SdrpcError] = {}
+        for endpoint in endpoints:
+            number = len(remote) + len(absent)
+            try:
+                found = _connected(str(endpoint), timeouts, keychain)
+            except SdrpcError as error:
+                if not borne(error):
+                    raise
+                absent[f"RPC{number}"] = error
+                continue
+            for index, device in enumerate(found, number):
+                device.name = f"RPC{index}"
+            remote += found
+        yield Found(remote, absent)
+
+
+def _is_away(error: SdrpcError) -> bool:
+    """Whether it says that a server is not there, or has no place: not that one is another than the user thinks."""
+    somebody = isinstance(error, KeyNeeded | KeyRefused | WrongServer)
+    return isinstance(error, ConnectionFailed | ConnectionLost | OverQuota | ServerStopping) and not somebody
+
+
+def _connected(rpc: str, timeouts: Timeouts, keychain: Keychain) -> list[RemoteDevice]:
+    """The devices of the server at ``rpc``. Somebody at a terminal is asked for a key that is missing."""
     while True:
         try:
-            return connect(rpc, timeouts, keychain=keychain)
+            return connect([rpc], timeouts, keychain=keychain)
         except KeyNeeded as error:
             key = report.ask_key(error.endpoint)
             if key is None:

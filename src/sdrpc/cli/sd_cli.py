@@ -95,9 +95,9 @@ def _list_devices(chosen: Chosen) -> int:
     """Devices that answer on standard output, servers that don't on standard error; then the exit status is 1."""
     with every_device(servers(chosen), chosen["precision"], threads(chosen), keychain(chosen)) as found:
         report.table(report.device_table(found.devices))
-        for failure in found.failures:
-            report.complain(str(failure))
-        return report.FAILURE if found.failures else 0
+        for why in found.absent.values():
+            report.complain(str(why))
+        return report.FAILURE if found.absent else 0
 
 
 def _upscale(chosen: Chosen) -> int:

@@ -18,7 +18,7 @@ from ..storage import read_own, state_folder, write_whole
 from . import report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
 from .command import Command
-from .devices import every_device, resolved
+from .devices import Found, every_device, resolved
 from .entry import ready
 from .web_options import DAY, OPTIONS
 
@@ -126,9 +126,9 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
             servers(chosen), chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)
         ) as found,
     ):
-        for failure in found.failures:
-            report.warn(str(failure))
-        seats = seats_of(chosen, model, found.devices, remote=bool(servers(chosen)))
+        for name, why in found.absent.items():
+            report.warn(f"{name} is not there: {why}")
+        seats = seats_of(chosen, model, found)
         data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
         store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
         board, metrics = Board(), Metrics(store)
@@ -172,22 +172,23 @@ def _listening(address: str, port: int) -> socket.socket:
     return listening
 
 
-def seats_of(chosen: Chosen, model: Model, devices: Sequence[Device], remote: bool) -> list[Seat]:
+def seats_of(chosen: Chosen, model: Model, found: Found) -> list[Seat]:
     """Who draws. Where the user placed components: one seat, there. Else each remote device is a seat with the whole
-    model on it, and without servers this machine's first device. Raises :class:`InvalidValue`."""
+    model on it, and without servers this machine's first device. Raises :class:`InvalidValue`, and what is wrong with a
+    server that is not there where a component has no other device."""
     from ..web.studio import Seat
 
-    theirs = [device for device in devices if device.name.startswith("RPC")]
-    if remote and not theirs:
+    theirs = [device for device in found.devices if device.name.startswith("RPC")]
+    if found.absent and not theirs:
         raise UsageError("none of the servers that --rpc names can be used")
     placed, own = placement.parse(chosen["backend"]), by_option(chosen)
     main = chosen["main_backend_device"]
 
     def place(model: Model, default: Sequence[Device]) -> dict[str, list[Device]]:
-        return resolved(placement.wanted(list(model.components), placed, main, own), devices, default)
+        return resolved(placement.wanted(list(model.components), placed, main, own), found, default)
 
     alone = placed or main or any(own.values()) or len(theirs) < 2
-    defaults = [theirs or devices[:1]] if alone else [[device] for device in theirs]
+    defaults = [theirs or found.devices[:1]] if alone else [[device] for device in theirs]
     seats = [Seat(default[0].name, partial(place, default=default)) for default in defaults]
     seats[0].place(model)  # what the options name is there
     return seats
