@@ -108,7 +108,7 @@ def test_a_reference_is_seen_as_in_diffusers(
 ) -> None:
     """FLUX.1 Kontext has the tensors of dev."""
     picture = drawn(checkpoints, case, device, graphs, replace(request(case), ref_images=(scene(),)))
-    wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), shown=Image.fromarray(scene()))).pixels
+    wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), shown=(Image.fromarray(scene()),))).pixels
     near = psnr(picture, wanted)
     assert near >= BOUNDS["exact"]
     assert psnr(picture, checkpoints.wanted(case)) < near - 5, "it makes a difference"

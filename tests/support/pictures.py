@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
 
 from sdrpc.device import Device
 from sdrpc.diffusion.predictions import Prediction, prediction
@@ -56,7 +57,7 @@ FAMILIES = {
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
     "chroma": "Chroma", "z-image": "Z-Image", "flux2-klein-4b": "FLUX.2 klein", "flux2-dev": "FLUX.2 dev",
     "wan": "Wan 2.1", "wan2.2-a14b": "Wan 2.2 A14B",
-    "wan2.2-5b": "Wan 2.2 TI2V-5B", "qwen-image": "Qwen-Image",
+    "wan2.2-5b": "Wan 2.2 TI2V-5B", "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
 FORMS = {
@@ -84,6 +85,7 @@ CASES = (
     *(Case("wan", form) for form in ("safetensors", "diffusers")), Case("wan", "gguf-parts", "Q8_0"),
     Case("wan2.2-a14b", "parts"), Case("wan2.2-a14b", "diffusers"), Case("wan2.2-5b", "safetensors"),
     *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
+    Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
 NATIVE_CASES = (
@@ -140,13 +142,22 @@ def _latents(family: str) -> Latents:
     return Latents(4) if family.startswith(("sd1", "sd2", "sdxl")) else Latents(16)
 
 
+def shown(case: Case) -> tuple[np.ndarray, ...]:
+    """The pictures that a case refers to, (height, width, 3), which Qwen2.5-VL sees in these sizes."""
+    if case.family != "qwen-image-edit":
+        return ()
+    rows, columns = np.mgrid[:224, :672]
+    scene = np.stack([rows, columns * 255 // 671, 255 - rows], -1).astype(np.uint8)
+    return scene, np.ascontiguousarray(scene.transpose(1, 0, 2)[::-1])
+
+
 def request(case: Case) -> Request:
     """Guidance by a negative prompt for all but FLUX.1 and FLUX.2 dev."""
     distilled = case.family.startswith(("flux1", "flux2-dev"))
     return Request(
         "a lovely cat, in the style of nobody", "" if distilled else "blurry, dark", WIDTH, HEIGHT, STEPS,
         cfg_scale=1.0 if distilled else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
-        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=FRAMES,
+        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=FRAMES, ref_images=shown(case),
     )  # fmt: skip
 
 
@@ -161,6 +172,7 @@ def drawing(case: Case) -> Drawing:
         asked.prompt, noise, make_sigmas("discrete", STEPS, _predicts(case.family)).tolist(), asked.negative_prompt,
         asked.cfg_scale or 1.0, asked.guidance or 0.0,
         prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family), pixels=latents.pixels,
+        shown=tuple(map(Image.fromarray, shown(case))),
     )  # fmt: skip
 
 

@@ -431,7 +431,9 @@ def _qwen25(width: int, inner: int, heads: tuple[int, int], layers: int, vision:
     )
 
 
-def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, channels: int = 16) -> Component:
+def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, zero: bool = False) -> Component:
+    """``zero``: whether pictures that it is shown have the timestep 0, which files say by a tensor more."""
+    channels = 16
     return Component(
         "diffusion",
         "transformer",
@@ -443,9 +445,11 @@ def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, channels: i
             num_attention_heads=heads,
             joint_attention_dim=text,
             axes_dims_rope=(head - 14 * head // 16, 7 * head // 16, 7 * head // 16),
+            zero_cond_t=zero,
         ),
         prefixed("model.diffusion_model.", names.unchanged),
         names.unchanged,
+        {"__index_timestep_zero__": (1,)} if zero else {},
     )
 
 
@@ -851,7 +855,7 @@ FLUX2_DEV = Family(
 )  # fmt: skip
 
 _QWEN25_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-_TINY_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+_TINY_VISION = {"depth": 1, "hidden_size": 80, "intermediate_size": 48, "num_heads": 1}
 QWEN_IMAGE = Family(
     "qwen-image",
     diffusers.QwenImagePipeline,
@@ -871,11 +875,22 @@ QWEN_IMAGE = Family(
     "qwen_image",
 )  # fmt: skip
 
+QWEN_IMAGE_EDIT = replace(
+    QWEN_IMAGE,
+    name="qwen-image-edit",
+    pipeline=diffusers.QwenImageEditPlusPipeline,
+    components={
+        "full": (_qwen_image(24, 60, 3584, zero=True), *QWEN_IMAGE.components["full"][1:]),
+        "tiny": (_qwen_image(3, 2, 128, head=32, zero=True), *QWEN_IMAGE.components["tiny"][1:]),
+    },
+)
+"""Qwen-Image-Edit-2511; 2509 has the tensors of Qwen-Image."""
+
 FAMILIES = {
     family.name: family
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
-        WAN22_5B, WAN22_I2V, QWEN_IMAGE,
+        WAN22_5B, WAN22_I2V, QWEN_IMAGE, QWEN_IMAGE_EDIT,
     )
 }  # fmt: skip

@@ -17,6 +17,7 @@ from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safete
 from .names import Entry, Naming, Shape
 from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
 from .tokenizers import (
+    QwenProcessor,
     clip_tokenizer,
     mistral_tokenizer,
     qwen_tokenizer,
@@ -130,7 +131,7 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "chroma":
         return {"tokenizer": t5_tokenizer()}
-    if family.name in ("z-image", "qwen-image") or family.name.startswith("flux2-klein"):
+    if family.name in ("z-image", "qwen-image", "qwen-image-edit") or family.name.startswith("flux2-klein"):
         return {"tokenizer": qwen_tokenizer()}
     if family.name.startswith("wan"):
         return {"tokenizer": umt5_tokenizer()}
@@ -163,6 +164,8 @@ def _rest(family: Family) -> dict[str, Any]:
         return {"scheduler": scheduler, "expand_timesteps": True}
     if family.name == "sdxl":
         return {"scheduler": scheduler, "add_watermarker": False}
+    if family.name == "qwen-image-edit":
+        return {"scheduler": scheduler, "processor": QwenProcessor()}
     if family.name.startswith("flux2-klein"):
         return {"scheduler": scheduler, "is_distilled": False}
     if family.name.startswith("sd3") and not _has_t5(family):
@@ -231,7 +234,7 @@ def _whole(components: Components, seed: int) -> tuple[Filed, ...]:
 
 
 def _alone(components: Components, seed: int) -> tuple[Filed, ...]:
-    return tuple(Filed(c, c.alone, kind, seed) for c, kind in components.items())
+    return tuple(Filed(c, c.alone, kind, seed, unused=c.name == "diffusion") for c, kind in components.items())
 
 
 def _write_single(family: Family, folder: Path, components: Components, seed: int) -> Written:
@@ -256,7 +259,7 @@ def _write_parts(_family: Family, folder: Path, components: Components, seed: in
     return files, filed
 
 
-_WITH_VISION = (("qwen-image", "llm"),)
+_WITH_VISION = (("qwen-image", "llm"), ("qwen-image-edit", "llm"))
 """Whose language models llama.cpp writes as two files; here they stay one."""
 
 
@@ -272,7 +275,7 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
         files[name] = path = folder / f"{name}.{'gguf' if blocks else 'safetensors'}"
         if name == "diffusion":
             reshaped = as_rows_of_256 if component.folder == "unet" else _as_it_is
-            one = Filed(component, component.alone, kind, seed, reshaped)
+            one = Filed(component, component.alone, kind, seed, reshaped, unused=True)
             write_gguf(path, one.planned(), family.architecture, one.original_shapes())
         elif name == "t5xxl":
             one = Filed(component, names.llama_cpp_t5, kind, seed)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
+from transformers import BatchFeature, CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 WORDS = 49408
 VOCABULARIES = Path(__file__).parents[2] / "src" / "sdrpc" / "prompts" / "data"
@@ -34,6 +35,23 @@ QWEN_TEMPLATE = (
     "{%- endif %}"
 )
 """What Qwen3's template makes of messages of system and user without tools."""
+
+
+class QwenProcessor:
+    """Qwen2.5-VL's processor: transformers' own one of pictures, with its tokens in texts. (The class that joins the
+    two wants torchvision, for films.)"""
+
+    def __init__(self) -> None:
+        make: Any = Qwen2VLImageProcessorPil
+        self.pictures, self.image = make(), "<|image_pad|>"
+
+    def __call__(self, text: list[str], images: Any, **_: Any) -> BatchFeature:
+        seen = self.pictures(images=images, return_tensors="pt")
+        (words,) = text
+        pieces = words.split(self.image)
+        counts = [int(grid.prod()) // self.pictures.merge_size**2 for grid in seen["image_grid_thw"]]
+        words = pieces[0] + "".join(self.image * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+        return BatchFeature({**qwen_tokenizer()([words], return_tensors="pt"), **seen})
 
 
 MISTRAL_SPECIAL = 1000

@@ -47,6 +47,8 @@ OPTIONS = (
     Option(MODEL, "--t5xxl", type=FILE, metavar="PATH", help="T5-XXL from a file of its own."),
     Option(MODEL, "--llm", "--qwen2vl", type=FILE, metavar="PATH",
            help="Language model that reads the prompt (Qwen3, Mistral) from a file of its own."),
+    Option(MODEL, "--llm_vision", "--qwen2vl_vision", type=FILE, metavar="PATH",
+           help="What it sees pictures with (mmproj of Qwen2.5-VL), where its own file lacks that."),
     Option(MODEL, "--control-net", type=FILE, metavar="PATH",
            help="ControlNet for Stable Diffusion 1.x, 2.x and XL; with --control-image."),
     Option(MODEL, "--embd-dir", type=FILE, metavar="PATH",
@@ -98,7 +100,7 @@ OPTIONS = (
     Option(INPUT, "--upscale-tile-size", type=int, metavar="PIXELS", default=128,
            help="Side of what goes through it at once."),
     Option(INPUT, "-r", "--ref-image", "ref_images", type=FILE, multiple=True, metavar="PATH",
-           help="Picture that the model is shown (FLUX.1 Kontext, FLUX.2); several times for several."),
+           help="Picture that the model is shown (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit); repeat it for several."),
 
     Option(PICTURE, "--video-frames", type=int, metavar="NUMBER", shown="what the model is made for",
            help="Frames of a film; one more than a multiple of 4."),
@@ -221,7 +223,7 @@ OPTIONS = (
 
 _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
-        "--clip_vision", "--llm_vision", "--qwen2vl_vision", "--tokenizer",
+        "--clip_vision", "--tokenizer",
         "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
         "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
         "--chroma-t5-mask-pad",

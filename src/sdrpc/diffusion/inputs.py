@@ -12,9 +12,6 @@ from ..families.base import Conditions
 from .pictures import F32, Pixels, f32, from_pixels
 from .request import Settings
 
-REFERENCE_MULTIPLE = 16
-"""Width and height of reference pictures are multiples of it, at least."""
-
 REFERENCE_PIXELS = 1 << 20
 """Pixels that a reference picture is scaled to, or as many as the picture that is drawn has, if those are fewer."""
 
@@ -81,8 +78,9 @@ def hidden(settings: Settings) -> tuple[F32, F32 | None]:
 
 
 def reference_size(picture: Pixels, settings: Settings, multiple: int) -> tuple[int, int]:
-    """Width and height that a reference picture is scaled to: its own shape, as sd-cli does it."""
-    pixels, multiple = min(REFERENCE_PIXELS, settings.width * settings.height), max(REFERENCE_MULTIPLE, multiple)
+    """Width and height that a reference picture is scaled to, multiples of ``multiple``: its own shape, as sd-cli does
+    it."""
+    pixels = min(REFERENCE_PIXELS, settings.width * settings.height)
     rows, columns = picture.shape[:2]
     width = sqrt(pixels * columns / rows)
     height = width * rows / columns

@@ -26,6 +26,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "clip_g": ("clipg",),
     "t5xxl": ("t5xxl", "t5"),
     "llm": ("llm",),
+    "llm_vision": ("llmvision", "qwen2vlvision"),
     "diffusion": ("diffusion", "model", "unet", "dit"),
     "control": ("control", "controlnet"),
     "high_noise_diffusion": ("highnoisediffusion", "highnoise", "highnoisediffusionmodel"),

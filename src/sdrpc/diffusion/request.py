@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InvalidValue
-from ..families.base import Defaults
+from ..families.base import Defaults, Resize
 from ..prompts.tags import loras
 from ..prompts.text import check
 from .canny import canny
@@ -155,12 +155,20 @@ class Request:
     hires_denoising_strength: float = 0.7
     hires_upscaler: str = LATENT
 
-    def resolved(self, defaults: Defaults, size: tuple[int, int], multiple: int, together: int = 0) -> Settings:
+    def resolved(
+        self,
+        defaults: Defaults,
+        size: tuple[int, int],
+        multiple: int,
+        together: int = 0,
+        drawn: Resize | None = None,
+    ) -> Settings:
         """The request with everything filled in: a model's ``defaults``, and its ``size`` (width and height in pixels),
         rounded up to a ``multiple`` as stable-diffusion.cpp does. Pictures have the size that is drawn.
 
         ``together``: frames of a film that are drawn together behind the first one, so that the number of frames is
-        rounded down to one more than a multiple of it; 0 for a picture.
+        rounded down to one more than a multiple of it; 0 for a picture. ``drawn``: the size of what is drawn of a
+        reference picture, where that decides it.
 
         Raises :class:`InvalidValue` for what can't be drawn, so that nothing is loaded in vain.
         """
@@ -168,6 +176,9 @@ class Request:
         check("prompt", text)
         check("negative_prompt", self.negative_prompt)
         self._check_pictures()
+        if self.ref_images and drawn is not None:
+            rows, columns = self.ref_images[-1].shape[:2]
+            size = drawn(columns, rows)
         if self.init_image is not None and not together:
             size = self.init_image.shape[1], self.init_image.shape[0]
         width = size[0] if self.width is None else self.width

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..device import Device
-from ..errors import DeviceLost, InvalidValue, UsageError
+from ..errors import DeviceLost, InvalidValue, MissingComponent, UsageError
 from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
 from ..families.components import controlnet
 from ..families.components.unet import CONTROL
@@ -291,7 +291,7 @@ class Session:
             prompt = prompt._replace(learned=self._embeddings.of(text))
             known = prompt, shown, self._text_loras
             if known not in self._encoded:
-                encode = _Encode(self._devices, tuple(from_pixels(picture) for picture in settings.ref_images))
+                encode = _Encode(self._devices, tuple(self._seen(settings.ref_images)))
                 self._encoded[known] = self.model.family.conditions(encode, prompt)
             self._encoded.move_to_end(known)
             while len(self._encoded) > PROMPTS:
@@ -306,6 +306,13 @@ class Session:
         negative = encoded(settings.negative_prompt, True)
         told = Told(positive, {**negative, **beside.hidden}, {**negative, **beside.shown} if apart else None)
         return Told(positive, told.shown) if apart and settings.img_cfg_scale == 1 else told
+
+    def _seen(self, pictures: Sequence[Pixels]) -> Iterator[F32]:
+        """What text encoders see of reference pictures, if they see any."""
+        references = self.model.family.references
+        if references is not None and references.seen is not None:
+            for picture in pictures:
+                yield from_pixels(fitted(picture, *references.seen(picture.shape[1], picture.shape[0])))
 
     def _prediction(self, settings: Settings) -> Prediction:
         """What the model predicts; a family whose files don't tell asks the model itself."""
@@ -465,9 +472,9 @@ class Session:
         if settings.init_image is not None:
             latents = self._vae.encode(from_pixels(settings.init_image), rng, *in_tiles)
             begin = Begin(latents, latent_mask(settings.mask, self.model.pixels))
-        references = {}
+        references, multiple = {}, 1 if family.references is None else family.references.multiple
         for number, picture in enumerate(settings.ref_images):
-            size = reference_size(picture, settings, family.latents.multiple)
+            size = reference_size(picture, settings, multiple)
             references[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)), None, *in_tiles)
         if family.inpainting is None or not inpaints(self.model):
             return begin, Beside(references, references)
@@ -483,10 +490,15 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
     """``request`` with everything filled in, for pictures or for films. Raises :class:`InvalidValue` for what the model
     can't draw."""
     family = model.family
-    settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video))
-    if settings.ref_images and not family.references:
+    shown = family.references
+    drawn = None if shown is None else shown.drawn
+    settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video), drawn)
+    if settings.ref_images and shown is None:
         reason = f"{family.title} draws without reference pictures"
         raise InvalidValue("ref_images", len(settings.ref_images), reason)
+    if settings.ref_images and shown is not None and shown.needs and shown.needs not in model.components:
+        needed = family.component(shown.needs)
+        raise MissingComponent(needed.option, f"no {needed.title}, which {family.title} sees pictures with")
     if settings.control_image is not None and "control" not in model.components:
         known = "control" in {component.name for component in family.components}
         reason = "needs a ControlNet: name its file (control_net)" if known else "has no ControlNets in sdrpc"

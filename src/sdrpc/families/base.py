@@ -79,7 +79,7 @@ class Component:
     ``told_as``: how files that speak of their own configuration call the component; the folder of a diffusers
     directory. ``idle``: beginnings of names of tensors that no picture needs; ``sometimes``: of those that some need.
     ``whole``: what stands before its names in a file of all components, from the names there, where that is not to be
-    told as in a file of its own.
+    told as in a file of its own. ``within``: another component whose file may have it as well.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Component:
     idle: tuple[str, ...] = ()
     sometimes: tuple[str, ...] = ()
     whole: Callable[[Collection[str]], tuple[str, ...]] | None = None
+    within: str = ""
 
     @property
     def option(self) -> str:
@@ -256,8 +257,8 @@ class Encode(Protocol):
 
     @property
     def pictures(self) -> tuple[F32, ...]:
-        """The pictures that a request refers to, each (1, 3, height, width) of -1 … 1, in their own sizes. Families
-        that are shown none (:attr:`Family.references`) have none."""
+        """The pictures that a request refers to, each (1, 3, height, width) of -1 … 1, in the sizes in which text
+        encoders see them; none where they see none (:attr:`References.seen`)."""
         ...
 
 
@@ -341,6 +342,25 @@ class Inpainting:
     around: Callable[[F32, F32], F32]
 
 
+Resize = Callable[[int, int], tuple[int, int]]
+"""From a picture's width and height in pixels to those that it is scaled to."""
+
+
+@dataclass(frozen=True)
+class References:
+    """How diffusion models are shown the pictures that a request refers to, as conditions called :data:`REFERENCE`.
+
+    ``multiple``: width and height in pixels of what the VAE encodes are multiples of it. ``seen``: of what text
+    encoders see of a picture, if they see any, by the component ``needs``. ``drawn``: of what is drawn where a request
+    doesn't say, from the last picture; None: as without pictures.
+    """
+
+    multiple: int = 16
+    seen: Resize | None = None
+    needs: str = ""
+    drawn: Resize | None = None
+
+
 class EncodeFilm(Protocol):
     """The VAE of a model of films."""
 
@@ -377,8 +397,8 @@ class Family:
     a prompt. ``settings``: the defaults of one model, from its tensors. ``aligned``: which of Align Your Steps'
     published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and its
     configuration, where nothing else tells. ``optional``: names of components that may be missing. ``learns``: text
-    encoders that know learnt words (textual inversion). ``references``: whether the diffusion model can be shown
-    pictures, as conditions called :data:`REFERENCE`. ``inpainting``: of families with models that are made for it.
+    encoders that know learnt words (textual inversion). ``references``: of families whose models can be shown
+    pictures. ``inpainting``: of families with models that are made for it.
     ``skips_layers``: whether the diffusion model has the option ``skip_layers``, numbers of blocks that it leaves
     out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone. ``begun``:
     of families with models that make films of pictures.
@@ -396,7 +416,7 @@ class Family:
     probe: Callable[[Predict, Config], str] | None = None
     optional: frozenset[str] = frozenset()
     learns: tuple[str, ...] = ()
-    references: bool = False
+    references: References | None = None
     inpainting: Inpainting | None = None
     skips_layers: bool = False
     tempered: Callable[[F32, F32], F32] | None = None

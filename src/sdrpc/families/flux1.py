@@ -23,6 +23,7 @@ from .base import (
     Latents,
     Naming,
     Prompt,
+    References,
     joined,
 )
 from .components import clip, flux, t5
@@ -196,6 +197,6 @@ FLUX1 = Family(
         Joint("clip_l", lambda c: c["clip_l"]["hidden_size"], "diffusion", flux.takes("pooled_projection_dim")),
         Joint("vae", lambda c: c["vae"]["latent_channels"] * flux.PATCH**2, "diffusion", flux.takes("out_channels")),
     ),
-    references=True,
+    references=References(),
     inpainting=Inpainting(fills, _around),
 )

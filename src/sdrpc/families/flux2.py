@@ -9,7 +9,20 @@ import numpy as np
 
 from ..prompts import Template, mistral_tokenizer, qwen_tokenizer
 from ..prompts.byte_pairs import MISTRAL_PAD, QWEN_PAD
-from .base import Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt
+from .base import (
+    Component,
+    Conditions,
+    Config,
+    Defaults,
+    Encode,
+    Family,
+    Found,
+    Joint,
+    Latents,
+    Naming,
+    Prompt,
+    References,
+)
 from .components import flux, llm, mistral, qwen3
 from .components.autoencoder_flux2 import VAE
 from .keys import same, table
@@ -199,7 +212,7 @@ FLUX2_KLEIN = Family(
     _LATENTS,
     klein_settings,
     _JOINTS,
-    references=True,
+    references=References(),
 )
 FLUX2_DEV = Family(
     "flux2",
@@ -210,5 +223,5 @@ FLUX2_DEV = Family(
     _LATENTS,
     dev_settings,
     _JOINTS,
-    references=True,
+    references=References(),
 )

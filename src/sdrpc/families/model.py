@@ -34,6 +34,7 @@ class ModelFiles:
     clip_g: Path | None = None
     t5xxl: Path | None = None
     llm: Path | None = None
+    llm_vision: Path | None = None
     taesd: Path | None = None
     control_net: Path | None = None
 
@@ -221,25 +222,35 @@ def seen_in(checkpoint: Checkpoint) -> list[Component]:
 
 
 def _left_out(component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> bool:
-    """Whether the model does without the component: no file of its own was named, and the file of all has none."""
+    """Whether the model does without the component: no file of its own was named, and no other one has it."""
     if component.name not in family.optional or files.of(component) is not None:
         return False
-    return files.model is None or find(component, opened[files.model], alone=False) is None
+    return _found_elsewhere(component, family, files, opened) is None
+
+
+def _found_elsewhere(
+    component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]
+) -> Found | None:
+    """The component in the file of one that it may be within, or in the file of all; None where neither has it."""
+    host = files.of(family.component(component.within)) if component.within else None
+    found = None if host is None else find(component, opened[host])
+    if found is None and files.model is not None:
+        found = find(component, opened[files.model], alone=False)
+    return found
 
 
 def _component(component: Component, family: Family, files: ModelFiles, opened: Mapping[Path, Checkpoint]) -> Found:
     own = files.of(component)
-    path = own or files.model
-    if path is None:
-        raise MissingComponent(component.option, f"no {component.title}, which {family.title} needs", "model")
-    found = find(component, opened[path], alone=own is not None)
+    found = _found_elsewhere(component, family, files, opened) if own is None else find(component, opened[own])
     if found is not None:
         return found
+    if own is None and files.model is None:
+        raise MissingComponent(component.option, f"no {component.title}, which {family.title} needs", "model")
     if own is None:
-        raise MissingComponent(component.option, f"{path}: has no {component.title}, which {family.title} needs")
-    seen = seen_in(opened[path])
+        raise MissingComponent(component.option, f"{files.model}: has no {component.title}, which {family.title} needs")
+    seen = seen_in(opened[own])
     what = " and ".join(f"{other.title} ({other.name})" for other in seen) or "none that sdrpc knows"
-    raise CheckpointError(path, f"has no {component.title}, which {family.title} needs; what it has: {what}")
+    raise CheckpointError(own, f"has no {component.title}, which {family.title} needs; what it has: {what}")
 
 
 def _tiny_joint(model: Model) -> tuple[Joint, ...]:

@@ -1,4 +1,5 @@
-"""Qwen-Image: 60 blocks of picture and text side by side; Qwen2.5-VL reads the prompt."""
+"""Qwen-Image and Qwen-Image-Edit (2509, 2511): 60 blocks of picture and text side by side; Qwen2.5-VL reads the prompt
+and, of models that are shown pictures, sees these as well."""
 
 from __future__ import annotations
 
@@ -10,8 +11,22 @@ import numpy as np
 from ..errors import InvalidValue
 from ..prompts import Template, qwen_tokenizer
 from . import configs
-from .base import F32, Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt
-from .components import film, flux, llm
+from .base import (
+    F32,
+    Component,
+    Conditions,
+    Config,
+    Defaults,
+    Encode,
+    Family,
+    Found,
+    Joint,
+    Latents,
+    Naming,
+    Prompt,
+    References,
+)
+from .components import film, flux, llm, qwen25_vision
 from .components.qwen25 import QWEN25
 from .keys import same
 
@@ -32,16 +47,30 @@ TEMPLATE = Template(
 )
 HIDDEN = 34
 """Tokens of the template before the text, which the diffusion model is not told."""
+EDITING = Template(
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where "
+    "appropriate.<|im_end|>\n<|im_start|>user\n",
+    TEMPLATE.after,
+)
+HIDDEN_EDITING = 64
+"""The same of a request that refers to pictures."""
+SEEN_PIXELS, DRAWN_PIXELS = 384**2, 1024**2
+"""Of a picture that Qwen2.5-VL sees, and of what is drawn of it, about."""
+MULTIPLE = 32
+"""Of their sides, and of those of pictures that the diffusion model is shown."""
 
 # The diffusion model --------------------------------------------------------------------------------------------------
+
+ZERO_TIMESTEP = "__index_timestep_zero__"
+"""A tensor that says, by being there, that pictures which are shown have the timestep 0: Qwen-Image-Edit-2511."""
 
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of diffusers' QwenImageTransformer2DModel."""
     if found.has("time_text_embed.addition_t_embedding."):
         raise found.error("this is Qwen-Image-Layered; it is not supported")
-    if "__index_timestep_zero__" in found.tensors or told.get("zero_cond_t"):
-        raise found.error("this is Qwen-Image-Edit-2511; it is not supported")
     inner, inputs = found.shape("img_in.weight", 2)
     outputs, _ = found.shape("proj_out.weight", 2)
     _, text = found.shape("txt_in.weight", 2)
@@ -52,6 +81,7 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
         "patch_size": PATCH, "in_channels": inputs, "out_channels": outputs // PATCH**2,
         "num_layers": found.count("transformer_blocks."), "attention_head_dim": head,
         "num_attention_heads": inner // head, "joint_attention_dim": text, "axes_dims_rope": configs.axes(head, 7, 16),
+        "zero_cond_t": ZERO_TIMESTEP in found.tensors or told.get("zero_cond_t") is True,
     }  # fmt: skip
     config = configs.merged(found, inferred, told, ("axes_dims_rope",))
     configs.check_axes(found, config, "axes_dims_rope", head)
@@ -60,22 +90,30 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,) of 0 … 1000, context (batch,
-    tokens, 3584). Output: the velocity (batch, channels, height, width)."""
+    tokens, 3584), and the latents of pictures that the model is shown (batch, channels, …) in sizes of their own.
+    Output: the velocity (batch, channels, height, width)."""
     import diffusers
+    import torch
 
     def call(
-        module: Any, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+        module: Any,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        context: torch.Tensor,
+        **references: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        height, width = latents.shape[2:]
         batch = context.shape[0]
+        pictures = [latents.expand(batch, -1, -1, -1), *references.values()]
+        shapes = [(1, picture.shape[2] // PATCH, picture.shape[3] // PATCH) for picture in pictures]
         predicted = module(
-            hidden_states=flux.to_tokens(latents.expand(batch, -1, -1, -1)),
+            hidden_states=torch.cat([flux.to_tokens(picture) for picture in pictures], 1),
             timestep=timestep.expand(batch) / TIMESTEPS,
             encoder_hidden_states=context,
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
+            img_shapes=[shapes] * batch,
             return_dict=False,
         )[0]
-        return (flux.to_latents(predicted, height, width),)
+        height, width = latents.shape[2:]
+        return (flux.to_latents(predicted[:, : shapes[0][1] * shapes[0][2]], height, width),)
 
     make: Any = diffusers.QwenImageTransformer2DModel
     return make(**config), call
@@ -89,7 +127,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
-    idle=("__index_timestep_zero__",),
+    idle=(ZERO_TIMESTEP,),
 )
 """Files have the names of diffusers' class."""
 
@@ -102,14 +140,28 @@ def recognizes(diffusion: Found) -> bool:
 
 
 def conditions(encode: Encode, prompt: Prompt) -> Conditions:
-    """Hidden states behind Qwen2.5-VL's final norm (1, tokens, 3584), without those of the template before the text.
-    Raises :class:`InvalidValue` for a text that is too long."""
-    layers = encode.config(llm.NAME)["num_hidden_layers"]
-    context = llm.hidden_states(encode, prompt.text, TEMPLATE, qwen_tokenizer, [layers])[:, HIDDEN:]
-    if context.shape[1] > TOKENS:
-        reason = f"has {context.shape[1]} tokens with the end of its template; Qwen-Image reads {TOKENS}"
+    """Hidden states behind Qwen2.5-VL's final norm (1, tokens, 3584), of the text with its pictures before it, without
+    those of the template before these. Raises :class:`InvalidValue` for a text that is too long."""
+    layers, seen = encode.config(llm.NAME)["num_hidden_layers"], qwen25_vision.see(encode)
+    shown = "".join(f"Picture {number}: {each.text}" for number, each in enumerate(seen, 1))
+    template, hidden = (Template(EDITING.before + shown, EDITING.after), HIDDEN_EDITING) if seen else (TEMPLATE, HIDDEN)
+    among = qwen25_vision.among(seen)
+    context = llm.hidden_states(encode, prompt.text, template, qwen_tokenizer, [layers], among)[:, hidden:]
+    words = context.shape[1] - sum(len(each.tokens) for each in seen)
+    if words > TOKENS:
+        reason = f"has {words} tokens with the end of its template; Qwen-Image reads {TOKENS}"
         raise InvalidValue("negative_prompt" if prompt.negative else "prompt", prompt.text, reason)
     return {"context": context}
+
+
+def seen_size(width: int, height: int) -> tuple[int, int]:
+    """Of what Qwen2.5-VL sees of a picture, as by diffusers' pipeline and transformers' processor in turn."""
+    return qwen25_vision.processed_size(*qwen25_vision.size(width, height, SEEN_PIXELS, MULTIPLE))
+
+
+def drawn_size(width: int, height: int) -> tuple[int, int]:
+    """Of what is drawn of a picture, as by diffusers' pipeline."""
+    return qwen25_vision.size(width, height, DRAWN_PIXELS, MULTIPLE)
 
 
 def tempered(guided: F32, positive: F32) -> F32:
@@ -135,7 +187,7 @@ def settings(_: Mapping[str, Found]) -> Defaults:
 QWEN_IMAGE = Family(
     "qwen-image",
     "Qwen-Image",
-    (QWEN25, TRANSFORMER, film.VAE),
+    (qwen25_vision.VISION, QWEN25, TRANSFORMER, film.VAE),
     recognizes,
     conditions,
     Latents(scale=1.0, multiple=16),
@@ -144,7 +196,13 @@ QWEN_IMAGE = Family(
         Joint(
             llm.NAME, lambda c: c[llm.NAME]["hidden_size"], "diffusion", lambda c: c["diffusion"]["joint_attention_dim"]
         ),
+        Joint(
+            qwen25_vision.NAME, lambda c: c[qwen25_vision.NAME]["out_hidden_size"], llm.NAME,
+            lambda c: c[llm.NAME]["hidden_size"],
+        ),
         Joint("vae", lambda c: c["vae"]["z_dim"] * PATCH**2, "diffusion", lambda c: c["diffusion"]["in_channels"]),
     ),
+    optional=frozenset({qwen25_vision.NAME}),
+    references=References(MULTIPLE, seen_size, qwen25_vision.NAME, drawn_size),
     tempered=tempered,
 )  # fmt: skip

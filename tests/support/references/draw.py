@@ -44,7 +44,10 @@ picture of ours equals one of these but for rounding:
   first of the steps that are not ``left_out``. It is the family's Img2ImgPipeline, or with ``mask`` (white is drawn
   anew) its InpaintPipeline. What models that are made for inpainting are shown is encoded with ``masked_noise``.
 - With ``skip`` SD 3 is guided away from what it predicts without layers: scale, layers, from where to where.
-- With ``shown`` FLUX.1 Kontext's pipeline draws, which is shown that picture.
+- With ``shown`` FLUX.1 Kontext's pipeline draws, which is shown the first picture.
+- Qwen-Image-Edit is shown several. They are scaled as ours are, and to as many pixels as the picture has that is drawn.
+  Qwen2.5-VL is told which tokens are pictures' (the pipeline doesn't, and transformers 5 then counts these as words,
+  where it counted rows and columns, as the model was trained, before).
 """
 
 from __future__ import annotations
@@ -56,13 +59,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from numpy.typing import NDArray
 from PIL import Image
+
+from sdrpc.diffusion.pictures import fitted
 
 F32 = NDArray[np.float32]
 
@@ -96,7 +109,7 @@ class Drawing:
     mask: Image.Image | None = None
     skip: tuple[float, tuple[int, ...], float, float] | None = None
     masked_noise: F32 | None = None
-    shown: Image.Image | None = None
+    shown: tuple[Image.Image, ...] = ()
     left_out: int = 0
     pixels: int = 8
     control: Control | None = None
@@ -131,7 +144,7 @@ def draw(pipeline: Any, drawing: Drawing) -> Picture:
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
         latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
         decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
-    if isinstance(pipeline, QwenImagePipeline):
+    if isinstance(pipeline, QwenImagePipeline | QwenImageEditPlusPipeline):
         decoded = decoded[:, :, 0]  # of a film of one picture
     pixels = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
     return Picture(pixels.numpy(), latents[0].numpy())
@@ -233,9 +246,9 @@ def _sampled(pipeline: Any, drawing: Drawing, **conditions: torch.Tensor) -> tor
 
 def _call(pipeline: Any, drawing: Drawing, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """What the pipeline draws from ``latents``, or its relative of the picture to begin with."""
-    if drawing.shown is not None:
+    if drawing.shown:
         pipeline = diffusers.FluxKontextPipeline(**pipeline.components)
-        arguments |= {"image": drawing.shown, "max_area": drawing.width * drawing.height, "_auto_resize": False}
+        arguments |= {"image": drawing.shown[0], "max_area": drawing.width * drawing.height, "_auto_resize": False}
     if drawing.control is not None:
         name = type(pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
         pipeline = getattr(diffusers, name)(**pipeline.components, controlnet=drawing.control.module)
@@ -466,7 +479,7 @@ def _flux2(pipeline: Any, drawing: Drawing, **guidance: Any) -> torch.Tensor:
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return pipeline(
         prompt=drawing.prompt,
-        image=None if drawing.shown is None else [drawing.shown],
+        image=list(drawing.shown) or None,
         height=drawing.height,
         width=drawing.width,
         latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
@@ -477,7 +490,7 @@ def _flux2(pipeline: Any, drawing: Drawing, **guidance: Any) -> torch.Tensor:
     ).images
 
 
-def _qwen_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+def _qwen_image(pipeline: Any, drawing: Drawing, **pictures: Any) -> torch.Tensor:
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
     packed = pipeline(
@@ -490,8 +503,26 @@ def _qwen_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
         sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
         num_inference_steps=len(drawing.sigmas) - 1,
         output_type="latent",
+        **pictures,
     ).images
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
+
+
+def _qwen_image_edit(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    class Scaled(VaeImageProcessor):
+        def resize(self, image: Image.Image, height: int, width: int, **_: Any) -> Image.Image:
+            return Image.fromarray(fitted(np.asarray(image), width, height))
+
+    def with_kinds(_: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kinds = (given["input_ids"] == pipeline.text_encoder.config.image_token_id).int()
+        return args, {**given, "mm_token_type_ids": kinds}
+
+    pipeline.image_processor = Scaled(vae_scale_factor=2 * drawing.pixels)
+    hook = pipeline.text_encoder.register_forward_pre_hook(with_kinds, with_kwargs=True)
+    with patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", drawing.width * drawing.height):
+        latents = _qwen_image(pipeline, drawing, image=list(drawing.shown))
+    hook.remove()
+    return latents
 
 
 _FAMILIES = {
@@ -505,4 +536,5 @@ _FAMILIES = {
     "ZImagePipeline": _z_image,
     "WanPipeline": _wan,
     "QwenImagePipeline": _qwen_image,
+    "QwenImageEditPlusPipeline": _qwen_image_edit,
 }

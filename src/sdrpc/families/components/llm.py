@@ -121,18 +121,29 @@ def layers_from(first: int) -> tuple[str, ...]:
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 
+Beside = Callable[[NDArray[np.int32], Tokenizer], Mapping[str, NDArray[Any]]]
+"""What a language model is given beside tokens (1, length): its further inputs."""
+
+
 def hidden_states(
-    encode: Encode, prompt: str, template: Template, tokenizer: Callable[[], Tokenizer], states: Sequence[int]
+    encode: Encode,
+    prompt: str,
+    template: Template,
+    tokenizer: Callable[[], Tokenizer],
+    states: Sequence[int],
+    beside: Beside = lambda *_: {},
 ) -> F32:
     """A prompt's hidden states (1, tokens, len(states) · hidden_size) in its template, side by side.
 
     ``states``: the results of layers, the first of which is 1; without a final norm. ``tokenizer``: the family's own,
     where the file of the model brings none. Raises :class:`InvalidValue` for a prompt that can't be read.
     """
-    tokens = llm_tokens(prompt, template, encode.tokenizer(NAME) or tokenizer())
+    used = encode.tokenizer(NAME) or tokenizer()
+    tokens = llm_tokens(prompt, template, used)
     length = tokens.ids.shape[1]
     ids = np.pad(tokens.ids, ((0, 0), (0, -length % LENGTHS)))
-    (hidden,) = encode(NAME, {"ids": _known(encode, prompt, ids)}, states=list(states))
+    inputs = {"ids": _known(encode, prompt, ids), **beside(ids, used)}
+    (hidden,) = encode(NAME, inputs, states=list(states))
     return apply_weights(hidden[0, :length], tokens.weights[0])[None]
 
 

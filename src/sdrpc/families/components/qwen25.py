@@ -31,9 +31,10 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Input: ids, int (1, length). Output: the hidden states behind the final norm (1, length, hidden_size).
-
-    Text has the same position in time, in rows and in columns.
+    """Input: ids, int (1, length); where pictures are among the words also kept (1, length, 1) and added (1, length,
+    hidden_size): what of a word's vector stays, and what is added; and positions, int (3, 1, length), in time, in rows
+    and in columns, which are the same for text. Output: the hidden states behind the final norm (1, length,
+    hidden_size).
     """
     from transformers import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
@@ -44,8 +45,17 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         "mrope_section": [HEAD_SIZE // 8, HEAD_SIZE * 3 // 16, HEAD_SIZE * 3 // 16],
     }  # fmt: skip
 
-    def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (module(input_ids=ids, use_cache=False).last_hidden_state,)
+    def call(
+        module: Any,
+        ids: torch.Tensor,
+        kept: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        if kept is None or added is None:
+            return (module(input_ids=ids, use_cache=False).last_hidden_state,)
+        words = module.embed_tokens(ids) * kept + added
+        return (module(inputs_embeds=words, position_ids=positions, use_cache=False).last_hidden_state,)
 
     make: Any = Qwen2_5_VLTextModel
     return make(Qwen2_5_VLTextConfig(**arguments, rope_parameters=positions)), call
