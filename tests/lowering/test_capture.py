@@ -78,6 +78,15 @@ def test_zeros_are_one_element() -> None:
                 np.testing.assert_array_equal(mine, theirs.numpy())
 
 
+def test_native_servers_add_rows_whose_elements_lie_side_by_side() -> None:
+    """Also those of one element: ggml's CPU backend ends itself where it finds another stride."""
+    graph = check(lambda x: x.permute(0, 2, 1) + x.mean(), numbers(4, 1, 6))
+    nodes = lower(graph, PORTABLE, {}).graph.nodes
+    added = [node for node in nodes if node.op == "ADD"]
+    assert added
+    assert all(source is None or source.nb[0] == source.type.size for node in added for source in node.src)
+
+
 def test_undefined_tensors_take_no_memory() -> None:
     """Where there is only room for what is small, as rotary embeddings of a film are written into a large one."""
 

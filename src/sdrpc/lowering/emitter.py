@@ -19,7 +19,7 @@ from ..errors import CaptureError
 from ..ggml import build
 from ..ggml.ops import OPS
 from ..ggml.params import NO_PARAMS, Concat, MulMat, Params, Permute, Scale, Unary
-from ..ggml.tensor import Dims, Tensor, root
+from ..ggml.tensor import Dims, Tensor, contiguous_strides, root
 from ..ggml.types import F32, I32, NUMPY_DTYPES, Type
 
 Shape = tuple[int, ...]
@@ -157,9 +157,16 @@ class Emitter:
         return Value(self.node("CONT", value.tensor), value.shape, value.kind, value.array)
 
     def dense(self, value: Value) -> Value:
-        """F32 in the layout that element-wise operations take: native backends differ in which strides they take."""
+        """F32 in the layout that element-wise operations take: native backends differ in which strides they take, and
+        look at that of a dimension of one element, too."""
         value = self.f32(value)
-        return value if self.target.managed else self.contiguous(value)
+        if self.target.managed:
+            return value
+        dense = self.contiguous(value).tensor
+        if dense.nb != contiguous_strides(dense.type, dense.ne):
+            source = dense
+            dense = self._once(("RESHAPE", source, source.ne), lambda: build.reshape(source, *source.ne))
+        return Value(dense, value.shape, value.kind, value.array)
 
     def reshape(self, value: Value, shape: Shape) -> Value:
         ne = dims_of(shape)
