@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "runtime",
     },
     "web": {"errors", "storage", "device", "diffusion", "families"},
+    "cluster": {"errors", "models", "device", "client", "diffusion", "families", "web"},
     "device_names": {"errors"},
     "runtime": {"errors", "storage", "ggml", "device", "checkpoints"},
     "lowering": {"errors", "ggml", "device", "targets", "runtime"},

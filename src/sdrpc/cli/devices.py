@@ -89,7 +89,7 @@ def resolved(wanted: Mapping[str, Sequence[str]], found: Found, default: Sequenc
     placed: dict[str, list[Device]] = {}
     for part, names in wanted.items():
         choices = list(dict.fromkeys(chain(*map(meant, names))))
-        placed[part] = [choice for choice in choices if isinstance(choice, Device)]
+        placed[part] = [choice for choice in choices if not isinstance(choice, SdrpcError)]
         if not placed[part]:
             raise next(choice for choice in choices if isinstance(choice, SdrpcError))
     return placed

@@ -6,17 +6,19 @@ import logging
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..diffusion import placement
 from ..errors import InvalidValue, UsageError
 from ..storage import read_own, state_folder, write_whole
-from . import report
+from . import discovery, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
+from .cluster import cluster_seats
 from .command import Command
 from .devices import Found, every_device, resolved
 from .entry import ready
@@ -25,7 +27,7 @@ from .web_options import DAY, OPTIONS
 if TYPE_CHECKING:
     from ..device import Device
     from ..families.model import Model
-    from ..web.studio import Seat
+    from ..web.studio import Seat, Shown
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ def sd_server(**chosen: Any) -> int:
     if chosen["completion"]:
         print(COMMAND.completion(chosen["completion"]))
         return 0
+    if chosen["discover"]:
+        return discovery.show()
     _serve(chosen, keys_of(chosen))
     return 0
 
@@ -120,22 +124,17 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
     shelf = Shelf((first.stem, named), _folder(chosen["models_dir"]))
     _, model = shelf.open(None)
     listening = _listening(chosen["listen_ip"], chosen["listen_port"])
-    with (
-        listening,
-        every_device(
-            servers(chosen), chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)
-        ) as found,
-    ):
-        for name, why in found.absent.items():
-            report.warn(f"{name} is not there: {why}")
-        seats = seats_of(chosen, model, found)
+    with listening, _seats(chosen, model) as seats:
         data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
         store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
         board, metrics = Board(), Metrics(store)
         words = chosen["embd_dir"] and Path(chosen["embd_dir"])
         adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
         studio = Studio(store, shelf, seats, board, metrics, chosen["idle_unload"], chosen["rpc_retry"], adapters)
-        used = list(dict.fromkeys(device for seat in seats for part in seat.place(model).values() for device in part))
+
+        def used() -> Sequence[Shown]:
+            return list(dict.fromkeys(device for seat in seats for device in seat.devices(model)))
+
         app = create_app(
             Context(store, studio, board, shelf, metrics, used), Rules(keys, frozenset(chosen["allow_host"]))
         )
@@ -172,26 +171,63 @@ def _listening(address: str, port: int) -> socket.socket:
     return listening
 
 
-def seats_of(chosen: Chosen, model: Model, found: Found) -> list[Seat]:
-    """Who draws. Where the user placed components: one seat, there. Else each remote device is a seat with the whole
-    model on it, and without servers this machine's first device. Raises :class:`InvalidValue`, and what is wrong with a
-    server that is not there where a component has no other device."""
-    from ..web.studio import Seat
+@contextmanager
+def _seats(chosen: Chosen, model: Model) -> Iterator[Sequence[Seat]]:
+    """Who draws. Raises :class:`UsageError`, and what is wrong with a server that is not there where a component has no
+    other device."""
+    where = Where(placement.parse(chosen["backend"]), chosen["main_backend_device"], by_option(chosen))
+    if chosen["ray"]:
+        with cluster_seats(chosen, partial(placed_far, where), where.said) as theirs:
+            yield theirs
+        return
+    rpc = servers(chosen)
+    with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
+        for name, why in found.absent.items():
+            report.warn(f"{name} is not there: {why}")
+        yield own_seats(where, model, found)
 
-    theirs = [device for device in found.devices if device.name.startswith("RPC")]
+
+class Where(NamedTuple):
+    """What the user said of where components run."""
+
+    backend: Mapping[str, placement.Names]
+    main: str
+    by_option: Mapping[str, str]
+
+    @property
+    def said(self) -> bool:
+        return bool(self.backend or self.main or any(self.by_option.values()))
+
+
+def placed(where: Where, found: Found, default: Sequence[Device], model: Model) -> dict[str, list[Device]]:
+    """Component → its devices, the ``default`` ones where the user said nothing. Raises :class:`InvalidValue`, and what
+    is wrong with a device that is not there."""
+    wanted = placement.wanted(list(model.components), where.backend, where.main, where.by_option)
+    return resolved(wanted, found, default)
+
+
+def placed_far(where: Where, model: Model, devices: Sequence[Device]) -> dict[str, list[Device]]:
+    """The same of an actor's devices, of which those of servers are the default."""
+    return placed(where, Found(list(devices), {}), _remote(devices), model)
+
+
+def _remote(devices: Sequence[Device]) -> list[Device]:
+    return [device for device in devices if device.name.startswith("RPC")]
+
+
+def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
+    """Seats at devices that this process has. Where the user placed components: one seat, there. Else each remote
+    device is a seat with the whole model on it, and without servers this machine's first device."""
+    from ..web.studio import OwnSeat
+
+    theirs = _remote(found.devices)
     if found.absent and not theirs:
         raise UsageError("none of the servers that --rpc names can be used")
-    placed, own = placement.parse(chosen["backend"]), by_option(chosen)
-    main = chosen["main_backend_device"]
-
-    def place(model: Model, default: Sequence[Device]) -> dict[str, list[Device]]:
-        return resolved(placement.wanted(list(model.components), placed, main, own), found, default)
-
-    alone = placed or main or any(own.values()) or len(theirs) < 2
+    alone = where.said or len(theirs) < 2
     defaults = [theirs or found.devices[:1]] if alone else [[device] for device in theirs]
-    seats = [Seat(default[0].name, partial(place, default=default)) for default in defaults]
+    seats = [OwnSeat(default[0].name, partial(placed, where, found, default)) for default in defaults]
     seats[0].place(model)  # what the options name is there
-    return seats
+    return [*seats]
 
 
 def _announce(

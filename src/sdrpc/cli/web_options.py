@@ -28,6 +28,9 @@ OPTIONS = (
            help="A name that browsers know this machine by, beside its own."),
 
     *(option for option in SD_CLI if option.group == DEVICES and option.name != "list_devices"),
+    Option(DEVICES, "--ray", default="", metavar="auto|HOST:PORT",
+           help="Draw in a Ray cluster, on the servers that its nodes offer as resources: ray start --resources "
+           "'{\"rpc:desktop:50052\": 1}'. auto: this machine's cluster. --rpc names those to use, else all."),
 
     Option(QUEUE, "--data", type=FILE, metavar="PATH", shown="sd-server in the user's state folder",
            help="Folder of the queue and of the pictures."),

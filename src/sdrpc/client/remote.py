@@ -39,7 +39,7 @@ from ..wire.limits import MAX_NAME_LENGTH
 from ..wire.messages import COMMANDS
 from ..wire.records import Record, is_name_length
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
-from .endpoint import parse_endpoint
+from .endpoint import Endpoint, parse_endpoint
 from .keychain import Keychain
 from .names import Names
 from .refused import Refused
@@ -203,6 +203,11 @@ class RemoteDevice(Device):
             raise server.accuse(f"an alignment of {self._alignment} bytes; it must be a power of two")
         if not self.max_size:
             raise server.accuse("a largest buffer of 0 bytes")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where its server is."""
+        return self._server.connection.endpoint
 
     @property
     def life(self) -> int:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..device import Device
 from ..errors import SdrpcError
 from .board import Board
 from .metrics import Metrics
 from .shelf import Shelf
 from .store import JobStore
-from .studio import Studio
+from .studio import Shown, Studio
 
 MEMORY_SECONDS = 2.0
 """How old what is said about a device's memory may be: a busy one answers between two steps."""
 
 
 class Context:
-    """The parts of one server. ``devices``: those that its seats draw on."""
+    """The parts of one server. ``devices`` gives those that its seats draw on now."""
 
     def __init__(
-        self, store: JobStore, studio: Studio, board: Board, shelf: Shelf, metrics: Metrics, devices: Sequence[Device]
-    ) -> None:
+        self, store: JobStore, studio: Studio, board: Board, shelf: Shelf, metrics: Metrics,
+        devices: Callable[[], Sequence[Shown]],
+    ) -> None:  # fmt: skip
         self.store, self.studio, self.board, self.shelf, self.metrics = store, studio, board, shelf, metrics
         self._devices = devices
         self._lock = Lock()
@@ -38,7 +38,7 @@ class Context:
         with self._lock:
             then, known = self._known
             if time.monotonic() - then > MEMORY_SECONDS:
-                known = [_said(device) for device in self._devices]
+                known = [_said(device) for device in self._devices()]
                 self._known = time.monotonic(), known
             return known
 
@@ -77,7 +77,7 @@ class Context:
             self._chosen = found
 
 
-def _said(device: Device) -> dict[str, Any]:
+def _said(device: Shown) -> dict[str, Any]:
     try:
         memory = device.memory()
     except SdrpcError:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock, Thread
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from ..device import Device
-from ..diffusion.events import Event
+from ..device import Device, Memory
+from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.image_files import read_mask, read_picture
 from ..diffusion.loras import SUFFIXES, find
 from ..diffusion.metadata import QUALITY, encode, parameters_of
-from ..diffusion.pictures import Pixels
-from ..diffusion.request import Request
+from ..diffusion.pictures import Picture, Pixels
+from ..diffusion.request import Request, Settings
 from ..diffusion.session import Session, settings_of
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError
-from ..families.model import Model
+from ..families.model import Model, ModelFiles
 from .board import Board
 from .jobs import FORMATS, Job, State, Task
 from .metrics import Metrics
@@ -50,12 +52,70 @@ PAUSE_SECONDS = 10.0
 """How long a seat that lost its servers takes no job."""
 
 
-@dataclass(frozen=True)
-class Seat:
-    """A name, and where models go there."""
+class Opening(NamedTuple):
+    """A model that is to be drawn with. ``options``: those of :class:`Session`, by name."""
+
+    model: Model
+    files: ModelFiles
+    options: Mapping[str, Any]
+
+
+class Drawing(Protocol):
+    """What a seat draws with: a :class:`Session`, or what stands for one in another process."""
+
+    @property
+    def model(self) -> Model: ...
+
+    def settings(self, request: Request) -> Settings: ...
+
+    def draw(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Picture]: ...
+
+    def close(self) -> None: ...
+
+
+class Shown(Protocol):
+    """What is said of a device that a seat draws on."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def memory(self) -> Memory:
+        """Raises :class:`SdrpcError` where it can't be known."""
+
+
+class Seat(ABC):
+    """Where one picture is drawn at a time."""
+
+    name: str
+
+    def ready(self) -> bool:
+        """Whether it can take a job now. May wait for up to a second to find out."""
+        return True
+
+    @abstractmethod
+    def open(self, opening: Opening) -> Drawing:
+        """Something to draw with. Raises :class:`InvalidValue` where the devices that were asked for are not there."""
+
+    @abstractmethod
+    def devices(self, model: Model) -> Sequence[Shown]:
+        """Those that ``model`` uses here."""
+
+
+@dataclass
+class OwnSeat(Seat):
+    """A name, and where models go there: on devices of this process."""
 
     name: str
     place: Place
+
+    def open(self, opening: Opening) -> Session:
+        return Session(opening.model, self.place(opening.model), **opening.options)
+
+    def devices(self, model: Model) -> Sequence[Device]:
+        return list(dict.fromkeys(device for part in self.place(model).values() for device in part))
 
 
 @dataclass(frozen=True)
@@ -152,6 +212,9 @@ class Studio:
         warm = _Warm(seat, self.shelf, self._retry, self.adapters)
         pruned, first = 0.0, seat is next(iter(self.seats.values()))
         while not self._stopping.is_set():
+            if not seat.ready():
+                self._stopping.wait(LOOK_SECONDS)
+                continue
             job = self.store.take(seat.name, warm.model, LOOK_SECONDS)
             if first and time.monotonic() - pruned > PRUNE_SECONDS:
                 pruned = time.monotonic()
@@ -197,7 +260,7 @@ class Studio:
         else:
             self.store.finish(job, State.CANCELLED)
 
-    def _draw(self, seat: Seat, job: Job, session: Session) -> None:
+    def _draw(self, seat: Seat, job: Job, session: Drawing) -> None:
         colours = session.model.family.latents.colours
         settings = session.settings(replace(self._request(job), preview="proj" if colours else "none"))
         files = self.shelf.find(job.task.model)[1]
@@ -241,7 +304,7 @@ class _Warm:
 
     def __init__(self, seat: Seat, shelf: Shelf, retry: float, adapters: Adapters) -> None:
         self._seat, self._shelf, self._retry, self._adapters = seat, shelf, retry, adapters
-        self._session: Session | None = None
+        self._session: Drawing | None = None
         self._used = 0.0
         self.model: str | None = None
 
@@ -250,20 +313,17 @@ class _Warm:
         """Since the last job; 0 where there is nothing to put aside."""
         return time.monotonic() - self._used if self._session else 0.0
 
-    def session(self, name: str) -> Session:
-        """A session with the model called ``name``. Raises what :meth:`Shelf.open` and the seat's place raise."""
+    def session(self, name: str) -> Drawing:
+        """A session with the model called ``name``. Raises what :meth:`Shelf.open` and :meth:`Seat.open` raise."""
         if self._session is None or self.model != name:
             self.close()
             _, model = self._shelf.open(name)
-            placed, adapters = self._seat.place(model), self._adapters
-            self._session = Session(
-                model,
-                placed,
-                retry=self._retry,
-                lora_dir=adapters.folder,
-                lora_apply_mode=adapters.mode,
-                embd_dir=adapters.words,
-            )
+            adapters = self._adapters
+            options = {
+                "retry": self._retry, "lora_dir": adapters.folder, "lora_apply_mode": adapters.mode,
+                "embd_dir": adapters.words,
+            }  # fmt: skip
+            self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options))
             self.model = name
         self._used = time.monotonic()
         return self._session

@@ -1,0 +1,94 @@
+"""sd-server in a Ray cluster of two nodes that each reach a server: real processes of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.process import ServerProcess
+from tests.web.conftest import models as models
+from tests.web.process import SMALL, WebServer
+
+pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt '.[ray]'")
+
+SERVER = ("--precision", "exact", "--device", "CPU")
+STORE_BYTES = 80 << 20
+STEPS = {"sample_steps": 100}
+"""Enough that something can happen in the middle."""
+SECONDS = 120.0
+
+
+@contextmanager
+def cluster(*offers: str) -> Iterator[str]:
+    """A head, and a node for each of ``offers``; the head's address. All on this machine, and ended at the end."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 0, "object_store_memory": STORE_BYTES}
+    nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    try:
+        for offer in offers:
+            nodes.add_node(**small, resources={offer: 1})
+        yield nodes.address
+    finally:
+        nodes.shutdown()
+
+
+def actors() -> list[psutil.Process]:
+    """The processes that draw, of the cluster that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Painter"):
+                found.append(process)
+    return found
+
+
+def until_there(server: WebServer, *names: str) -> None:
+    """Wait for the seats of these servers."""
+    end = time.monotonic() + SECONDS
+    while {device["name"] for device in server.ask("/sdcpp/v1/devices").json()} != set(names):
+        assert time.monotonic() < end, server.lines
+        time.sleep(0.1)
+
+
+def test_actors_draw_and_those_that_end_are_started_again(tmp_path: Path, models: Path) -> None:
+    """Two jobs at once on two nodes; all actors are killed in the middle and draw the same pictures when they are there
+    again; then a server is killed, and the other node draws what it had."""
+    with ServerProcess(*SERVER) as one, ServerProcess(*SERVER) as other:
+        names = [f"127.0.0.1:{process.port}" for process in (one, other)]
+        with (
+            cluster(*(f"rpc:{name}" for name in names)) as address,
+            WebServer(tmp_path, "--models-dir", str(models), "--ray", address, "--rpc-retry", "1") as server,
+        ):
+            until_there(server, *names)
+            first = [server.submit(sample_params=STEPS) for _ in range(2)]
+            at_once = [server.until(name, "generating") for name in first]
+            assert {job["progress"]["seat"] for job in at_once} == set(names)
+            drawn = [server.until(name, "completed")["result"] for name in first]
+            assert drawn[0] == drawn[1]
+
+            killed = [server.submit(sample_params=STEPS) for _ in range(2)]
+            for name in killed:
+                server.until(name, "generating")
+            assert len(actors()) == 2
+            for process in actors():
+                process.kill()
+            assert [server.until(name, "completed")["result"] for name in killed] == drawn
+
+            cancelled = server.submit(sample_params={"sample_steps": 500})
+            server.until(cancelled, "generating")
+            assert server.ask(f"/sdcpp/v1/jobs/{cancelled}/cancel", method="POST").status == 200
+            assert server.until(cancelled, "cancelled")["result"] is None
+
+            again = [server.submit(sample_params=STEPS) for _ in range(2)]
+            for name in again:
+                server.until(name, "generating")
+            one.process.kill()
+            assert [server.until(name, "completed")["result"] for name in again] == drawn
+            assert server.ask("/sdcpp/v1/img_gen", SMALL).status == 202
+            assert server.stop() == 0
