@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint fuzz interop interop-all operations accepted families parity demo serve newcomer soak bench clean
+.PHONY: setup test lint docs ray fuzz interop interop-all operations accepted families parity demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -60,6 +60,12 @@ serve: setup
 
 newcomer: setup
 	$(BIN)/python -m tools.newcomer
+
+# Ray's wheel is 80 MB, and a cluster takes a minute of computing: neither is part of make test.
+ray: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/pytest tests/cluster
+	$(BIN)/python -m bench cluster
 
 MINUTES ?= 20
 soak: setup

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import busy, cache, encryption, families, graph, language, link, memory, operations, start, step, upload, wire
+from . import (
+    busy, cache, cluster, encryption, families, graph, language, link, memory, operations, start, step, upload, wire,
+)  # fmt: skip
 from .rows import Benchmark
 
 BENCHMARKS = (
@@ -18,5 +20,6 @@ BENCHMARKS = (
     Benchmark("language", "llama.cpp's client: tokens per second with our server, over ggml's own", language.run),
     Benchmark("families", "SDXL and FLUX.1 at full size: step, memory, bytes, capture, start", families.run, False),
     Benchmark("busy", "steps of the demo model on busy and on quiet cores: threads that sleep, over others", busy.run),
+    Benchmark("cluster", "pictures a minute of sd-server in a Ray cluster, over one device's", cluster.run, False),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )

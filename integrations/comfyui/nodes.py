@@ -65,7 +65,7 @@ class Place:
     ) -> tuple[Any, Any, Any]:
         devices = connected(servers, key)
         wanted = ((model, model_on), (clip, clip_on), (vae, vae_on))
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             part if part is None or where.strip().lower() == HERE else put(part, devices[where.strip().upper()])
             for put, (part, where) in zip(PUT, wanted, strict=True)
         )

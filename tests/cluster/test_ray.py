@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.cluster.process import cluster, until_there
 from tests.support.process import ServerProcess
 from tests.web.conftest import models as models
 from tests.web.process import SMALL, WebServer
@@ -17,25 +16,8 @@ from tests.web.process import SMALL, WebServer
 pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt '.[ray]'")
 
 SERVER = ("--precision", "exact", "--device", "CPU")
-STORE_BYTES = 80 << 20
-STEPS = {"sample_steps": 100}
+STEPS = {"sample_steps": 60}
 """Enough that something can happen in the middle."""
-SECONDS = 120.0
-
-
-@contextmanager
-def cluster(*offers: str) -> Iterator[str]:
-    """A head, and a node for each of ``offers``; the head's address. All on this machine, and ended at the end."""
-    from ray.cluster_utils import Cluster
-
-    small = {"num_cpus": 0, "object_store_memory": STORE_BYTES}
-    nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    try:
-        for offer in offers:
-            nodes.add_node(**small, resources={offer: 1})
-        yield nodes.address
-    finally:
-        nodes.shutdown()
 
 
 def actors() -> list[psutil.Process]:
@@ -46,14 +28,6 @@ def actors() -> list[psutil.Process]:
             if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Painter"):
                 found.append(process)
     return found
-
-
-def until_there(server: WebServer, *names: str) -> None:
-    """Wait for the seats of these servers."""
-    end = time.monotonic() + SECONDS
-    while {device["name"] for device in server.ask("/sdcpp/v1/devices").json()} != set(names):
-        assert time.monotonic() < end, server.lines
-        time.sleep(0.1)
 
 
 def test_actors_draw_and_those_that_end_are_started_again(tmp_path: Path, models: Path) -> None:

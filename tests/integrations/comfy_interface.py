@@ -144,7 +144,8 @@ def sample(patcher: ModelPatcher, steps: int = 2, control: bool = False) -> Tens
         for sigma in sigmas[:-1]:
             options = {
                 **copy.copy(patcher.model_options["transformer_options"]), "sigmas": sigma[None],
-                "sample_sigmas": sigmas, "cond_or_uncond": [1, 0], "uuids": [uuid.uuid4(), uuid.uuid4()], "callbacks": {}, "wrappers": {},
+                "sample_sigmas": sigmas, "cond_or_uncond": [1, 0],
+                "uuids": [uuid.uuid4(), uuid.uuid4()], "callbacks": {}, "wrappers": {},
             }  # fmt: skip
             given = {"input": [], "middle": [], "output": [hint.clone(), hint.clone()]} if control else None
             both = patcher.model.apply_model(x.repeat(2, 1, 1, 1), sigma.repeat(2), context, given, options)

@@ -40,11 +40,8 @@ def pack() -> Iterator[ModuleType]:
 def server(pack: ModuleType) -> Iterator[str]:
     with ServerProcess("--precision", "exact", "--device", "CPU") as process:
         yield f"127.0.0.1:{process.port}"
-        connected = sys.modules["sdrpc_comfyui.nodes"].connected
-        for devices in [connected(f"127.0.0.1:{process.port}", "")]:
-            for device in devices.values():
-                device.close()
-        connected.cache_clear()
+        for device in sys.modules["sdrpc_comfyui.nodes"].connected(f"127.0.0.1:{process.port}", "").values():
+            device.close()
 
 
 @pytest.fixture
@@ -122,13 +119,9 @@ def test_code_that_belongs_inside_is_refused_by_name(pack: ModuleType, options: 
 
 
 def test_options_that_are_numbers_stay(pack: ModuleType) -> None:
-    options = {
-        "rope_options": {"scale_x": 2.0},
-        "sigmas": torch.ones(1),
-        "patches": {},
-        "wrappers": {"outer_sample": 1},
-    }
-    assert sys.modules["sdrpc_comfyui.placing"].plain(options) == {"rope_options": {"scale_x": 2.0}}
+    numbers = {"rope_options": {"scale_x": 2.0}}
+    others = {"sigmas": torch.ones(1), "patches": {}, "wrappers": {"outer_sample": 1}}
+    assert sys.modules["sdrpc_comfyui.placing"].plain(numbers | others) == numbers
 
 
 @pytest.mark.parametrize("skip", [False, True])
