@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = {command.name: command for command in (rpc_server.COMMAND, sd_cli.COMMAND, sd_server.COMMAND)}
 OURS = {name for command in COMMANDS.values() for option in command.options for name in option.opts} | {"-h", "--help"}
 
-OF_OTHERS = {"-L"}
-"""Options of ssh."""
+OF_OTHERS = {"-L", "--address", "--resources"}
+"""Options of ssh and ray."""
 
 
 def test_its_options_are_options() -> None:

@@ -40,6 +40,7 @@ PASSED_OVER = {
     r"make (?!demo).*": "long: CI and people run them",
     r"SDRPC_TEST_DEVICE=CUDA0 .*": "needs a GPU",
     r"ssh .*": "needs another machine",
+    r"pip install '\.\[ray\]'|sd-server --ray .*": "needs a Ray cluster; make ray has one",
     r"eval .*": "a line of ~/.bashrc; tests/cli/test_terminal.py runs it",
     r"sd-cli .*-M vid_gen .*": "takes hours without a GPU; tests/remote/test_families.py draws small ones",
     r"[a-z-]+": "names a program",
