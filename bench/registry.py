@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from . import (
-    busy, cache, cluster, encryption, families, graph, language, link, memory, operations, start, step, upload, wire,
-)  # fmt: skip
+    busy,
+    cache,
+    cluster,
+    encryption,
+    families,
+    graph,
+    language,
+    link,
+    memory,
+    operations,
+    start,
+    step,
+    upload,
+    wire,
+)
 from .rows import Benchmark
 
 BENCHMARKS = (
