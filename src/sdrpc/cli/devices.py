@@ -8,7 +8,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
-from ..device import Device
+from ..device import Device, Memory
 from ..device_names import AUTO, folded, only_remote, resolve
 from ..errors import (
     ConnectionFailed,
@@ -33,6 +33,14 @@ class Found(NamedTuple):
     absent: dict[str, SdrpcError]
 
 
+class Listed(NamedTuple):
+    """What a list of devices says of one."""
+
+    name: str
+    description: str
+    memory: Memory
+
+
 @contextmanager
 def every_device(
     rpc: Sequence[str],
@@ -50,6 +58,25 @@ def every_device(
         _opened(_local(precision, threads)) as local,
     ):
         yield Found([*local, *remote.devices], remote.absent)
+
+
+def listed(rpc: Sequence[str], keychain: Keychain) -> tuple[list[Listed], list[SdrpcError]]:
+    """The same for a list. Torch is left alone where this machine has nothing but its CPU."""
+    with _servers(rpc, DEFAULT_TIMEOUTS, keychain, lambda _: True) as remote:
+        return [*_listed_here(), *map(_listed, remote.devices)], list(remote.absent.values())
+
+
+def _listed_here() -> list[Listed]:
+    from ..engine.system import accelerator_possible, host_memory, processor
+
+    if not accelerator_possible():
+        return [Listed("CPU", processor(), host_memory())]
+    with _opened(_local("auto", None)) as local:
+        return [_listed(device) for device in local]
+
+
+def _listed(device: Device) -> Listed:
+    return Listed(device.name, device.description, device.memory())
 
 
 @contextmanager

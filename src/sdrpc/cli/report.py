@@ -25,7 +25,7 @@ from . import interrupts, streams
 from .progress import Meter, StatusLine, mebibytes
 
 if TYPE_CHECKING:
-    from ..device import Device
+    from .devices import Listed
 
 FAILURE, USAGE = 1, 2
 """Exit statuses: something failed; an option is wrong."""
@@ -171,18 +171,15 @@ _HANDLER = _Handler()
 _HANDLER.setFormatter(Printable("%(levelname)s %(name)s: %(message)s"))
 
 
-def device_table(devices: Iterable[Device]) -> Table:
+def device_table(devices: Iterable[Listed]) -> Table:
     """Name, description and memory of each device."""
     table = Table(box=rich.box.SIMPLE, pad_edge=False)
     table.add_column("device")
     table.add_column("what it is", overflow="fold")
     table.add_column("free", justify="right")
     table.add_column("total", justify="right")
-    for device in devices:
-        memory = device.memory()
-        table.add_row(
-            Text(device.name), Text(printable(device.description)), mebibytes(memory.free), mebibytes(memory.total)
-        )
+    for name, description, memory in devices:
+        table.add_row(Text(name), Text(printable(description)), mebibytes(memory.free), mebibytes(memory.total))
     return table
 
 

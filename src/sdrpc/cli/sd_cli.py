@@ -18,7 +18,7 @@ from . import discovery, metadata, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
 from .command import Command
 from .convert import convert
-from .devices import every_device, placed_devices
+from .devices import listed, placed_devices
 from .entry import ready
 from .options import ALWAYS_SO, HERE, OPTIONS, REFUSED, WITHIN
 from .output import (
@@ -93,11 +93,11 @@ COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, WITHIN, help=sd
 
 def _list_devices(chosen: Chosen) -> int:
     """Devices that answer on standard output, servers that don't on standard error; then the exit status is 1."""
-    with every_device(servers(chosen), chosen["precision"], threads(chosen), keychain(chosen)) as found:
-        report.table(report.device_table(found.devices))
-        for why in found.absent.values():
-            report.complain(str(why))
-        return report.FAILURE if found.absent else 0
+    devices, failures = listed(servers(chosen), keychain(chosen))
+    report.table(report.device_table(devices))
+    for failure in failures:
+        report.complain(str(failure))
+    return report.FAILURE if failures else 0
 
 
 def _upscale(chosen: Chosen) -> int:

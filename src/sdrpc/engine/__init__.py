@@ -1,5 +1,19 @@
-"""ggml graphs as torch programs: the devices of this process."""
+"""ggml graphs as torch programs: the devices of this process. Torch is imported when they are asked for."""
 
-from .device import LocalDevice, LocalProgram, devices
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .device import LocalDevice as LocalDevice
+    from .device import LocalProgram as LocalProgram
+    from .device import devices as devices
 
 __all__ = ["LocalDevice", "LocalProgram", "devices"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.device"), name)

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,22 @@ def _windows() -> Memory:
     status = Status(length=ctypes.sizeof(Status))
     ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined,unused-ignore]
     return Memory(int(status.available), int(status.total))
+
+
+DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvhost-gpu", "/dev/dxg", "/dev/kfd", "/dev/dri")
+"""What Linux has where torch can find a GPU: NVIDIA's driver (on Tegra, on Windows' Linux), AMD's, and anybody's."""
+
+
+def accelerator_possible() -> bool:
+    """Whether torch may find another device here than the CPU. Told in no time, which torch itself takes seconds for;
+    False only when it is sure."""
+    try:
+        build = version("torch").partition("+")[2]
+    except PackageNotFoundError:
+        return True
+    if sys.platform == "darwin":
+        return platform.machine() == "arm64"
+    return build != "cpu" and (sys.platform != "linux" or any(Path(driver).exists() for driver in DRIVERS))
 
 
 def processor() -> str:
