@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdrpc.cli import report
-from sdrpc.cli.options import ALWAYS_SO, OPTIONS, REFUSED
+from sdrpc.cli.options import ACTS_ON, ALWAYS_SO, OPTIONS, REFUSED
 from sdrpc.cli.sd_cli import COMMAND
 from sdrpc.diffusion.request import Request
 from sdrpc.errors import InvalidValue, MissingComponent, UsageError
@@ -139,3 +139,21 @@ def test_without_arguments_there_is_help(sd: Sd) -> None:
     outcome = sd()
     assert outcome.status == report.USAGE
     assert "Usage: sd-cli" in outcome.out
+
+
+IDLE = {"cache_option": "threshold=0.1", "hires_upscaler": "Lanczos", "preview_path": "x.png", "skip_layers": "7"}
+"""Values of options that take no number."""
+ASKED = {"cache_mode": "easycache", "preview": "proj", "slg_scale": "2.5"}
+"""Values of options that take no path."""
+
+
+@pytest.mark.parametrize("name", ACTS_ON)
+def test_an_option_that_has_no_effect_is_said_to_have_none(sd: Sd, name: str) -> None:
+    options = {str(option.name): option for option in OPTIONS}
+    acting, other = options[name], options[ACTS_ON[name]]
+    given = [COMMAND.fields[name], *([IDLE.get(name, "1")] if acting.takes_value else [])]
+    asked = [COMMAND.fields[ACTS_ON[name]], *([ASKED.get(ACTS_ON[name], "x")] if other.takes_value else [])]
+    warning = f"warning: {given[0]} has no effect without {asked[0]}\n"
+    assert sd("--version", *given).err == warning
+    assert sd("--version", *asked, *given).err == ""
+    assert sd("--version").err == ""

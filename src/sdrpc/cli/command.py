@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
 from ..errors import InvalidValue, UsageError
-from .report import USAGE
+from .report import USAGE, warn
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -130,8 +131,9 @@ class Sides(click.ParamType):  # type: ignore[type-arg] # as above
 class Command(click.Command):
     """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
     reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``within``: fields that
-    are part of what an option says, each with the option. ``bare``: it has something to do without arguments; else its
-    --help is printed."""
+    are part of what an option says, each with the option. ``acts_on``: parameters that change what another one asks
+    for; where only the first is given, a warning says that it has no effect. ``bare``: the command has something to do
+    without arguments; else its --help is printed."""
 
     def __init__(
         self,
@@ -141,13 +143,14 @@ class Command(click.Command):
         refused: Mapping[str, str] | None = None,
         ignored: Iterable[str] = (),
         within: Mapping[str, str] | None = None,
+        acts_on: Mapping[str, str] | None = None,
         bare: bool = False,
         **facts: Any,
     ) -> None:
         context = {"help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS}
         super().__init__(name, params=list(options), callback=callback, context_settings=context, **facts)
         self.options, self.refused, self.ignored, self.bare = options, refused or {}, frozenset(ignored), bare
-        self._within = dict(within or {})
+        self._within, self._acts_on = dict(within or {}), dict(acts_on or {})
 
     @property
     def fields(self) -> dict[str, str]:
@@ -172,12 +175,20 @@ class Command(click.Command):
             return USAGE
         try:
             with self.make_context(self.name, self.canonical(arguments)) as ctx:
+                self._warn_of_what_is_idle(ctx)
                 ended: int | None = self.invoke(ctx)
         except click.exceptions.Exit as error:
             return error.exit_code
         except click.ClickException as error:
             raise UsageError(error.format_message()) from error
         return ended or 0
+
+    def _warn_of_what_is_idle(self, ctx: click.Context) -> None:
+        by_name = {str(option.name): option for option in self.options}
+        for name, other in self._acts_on.items():
+            given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            if given and ctx.params[other] in (None, by_name[other].get_default(ctx)):
+                warn(f"{self.fields[name]} has no effect without {self.fields[other]}")
 
     def canonical(self, arguments: Sequence[str]) -> list[str]:
         """``arguments`` with every option in the spelling of the table. Values stay as they are.

@@ -276,3 +276,20 @@ ALWAYS_SO = frozenset({"--mmap", "--color"})
 
 WITHIN = {"loras": "--prompt"}
 """Fields of a request that no option sets by itself."""
+
+ACTS_ON = {
+    "strength": "init_image",
+    "taesd_preview_only": "taesd",
+    "moe_boundary": "high_noise_diffusion_model",
+    **dict.fromkeys(
+        ("hires_scale", "hires_width", "hires_height", "hires_steps", "hires_denoising_strength", "hires_upscaler"),
+        "hires",
+    ),
+    **dict.fromkeys(("upscale_repeats", "upscale_tile_size"), "upscale_model"),
+    "control_strength": "control_net",
+    "canny": "control_image",
+    **dict.fromkeys(("skip_layers", "skip_layer_start", "skip_layer_end"), "slg_scale"),
+    "cache_option": "cache_mode",
+    **dict.fromkeys(("preview_path", "preview_interval", "preview_noisy"), "preview"),
+}
+"""Options that do nothing unless another one is given."""

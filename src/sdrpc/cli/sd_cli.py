@@ -20,7 +20,7 @@ from .command import Command
 from .convert import convert
 from .devices import listed, placed_devices
 from .entry import ready
-from .options import ALWAYS_SO, HERE, OPTIONS, REFUSED, WITHIN
+from .options import ACTS_ON, ALWAYS_SO, HERE, OPTIONS, REFUSED, WITHIN
 from .output import (
     DEFAULT_ANIMATION,
     DEFAULT_FILM,
@@ -88,7 +88,7 @@ def sd_cli(**chosen: Any) -> int:
     return _draw(chosen)
 
 
-COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, WITHIN, help=sd_cli.__doc__)
+COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, WITHIN, ACTS_ON, help=sd_cli.__doc__)
 
 
 def _list_devices(chosen: Chosen) -> int:
