@@ -25,6 +25,11 @@ lint: setup
 test: setup
 	$(BIN)/pytest -n 2 -m 'not interop and not parity'
 
+docs: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
 interop: setup
 	$(BIN)/python tools/native_ggml.py
 	$(BIN)/pytest -m interop -n 2 tests/interop
