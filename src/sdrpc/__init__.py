@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from .diffusion.request import Request as Request
     from .diffusion.session import Session as Session
     from .families.model import ModelFiles as ModelFiles
+    from .runtime.chain import Chain as Chain
+    from .runtime.chain import Lanes as Lanes
 
 __all__ = [
-    "Device", "Devices", "Event", "ModelFiles", "Picture", "Request", "Session", "Video", "__version__", "devices",
-    "offload",
+    "Chain", "Device", "Devices", "Event", "Lanes", "ModelFiles", "Picture", "Request", "Session", "Video",
+    "__version__", "devices", "offload",
 ]  # fmt: skip
 
 _LAZY = {
-    "Device": "device", "Event": "diffusion.events", "ModelFiles": "families.model", "Picture": "diffusion.pictures",
+    "Chain": "runtime.chain", "Device": "device", "Event": "diffusion.events", "Lanes": "runtime.chain",
+    "ModelFiles": "families.model", "Picture": "diffusion.pictures",
     "Request": "diffusion.request", "Session": "diffusion.session", "Video": "diffusion.pictures",
 }  # fmt: skip
 """What is imported when it is first asked for: commands that draw nothing shall start at once."""

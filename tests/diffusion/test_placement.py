@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdrpc.device_names import resolve
-from sdrpc.diffusion.placement import ALIASES, NOT_HERE_YET, REST, assigned, parse, wanted
+from sdrpc.diffusion.placement import ALIASES, NOT_HERE_YET, REST, assigned, parse, side_by_side, wanted
 from sdrpc.errors import InvalidValue
 
 SD1 = ("clip_l", "diffusion", "vae")
@@ -108,7 +108,8 @@ def test_several_devices_in_order_of_preference(
         ("wheels=RPC0", "no such component"),
         ("te=", "no device is named"),
         ("te=RPC0,clip=RPC1", "placed twice"),
-        ("diffusion=rpc0&rpc1", "over several devices"),
+        ("diffusion=rpc0&", "before and after each"),
+        ("diffusion=rpc0||rpc1", "before and after each"),
         ("t5xxl=cpu", "this model has no t5xxl; it has clip_l, diffusion, vae"),
         *((f"{module}=cpu", "yet") for module in NOT_HERE_YET),
     ],
@@ -116,6 +117,20 @@ def test_several_devices_in_order_of_preference(
 def test_what_does_not_exist_is_refused(backend: str, says: str) -> None:
     with pytest.raises(InvalidValue, match=says):
         place(backend, "", {}, DEVICES, "RPC0")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rpc0", (("rpc0",),)),
+        ("rpc0 & rpc1", (("rpc0", "rpc1"),)),
+        ("rpc0|rpc1", (("rpc0",), ("rpc1",))),
+        ("rpc0&rpc1|rpc2&cpu", (("rpc0", "rpc1"), ("rpc2", "cpu"))),
+    ],
+)
+def test_several_devices_together(text: str, expected: tuple[tuple[str, ...], ...]) -> None:
+    assert side_by_side(text) == expected
+    assert parse(f"te=cpu,diffusion={text},rpc9") == {"te": ("cpu",), "diffusion": (text, "rpc9")}
 
 
 def test_gpu_needs_one() -> None:

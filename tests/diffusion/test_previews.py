@@ -186,11 +186,11 @@ def test_it_goes_on_in_tiles_where_memory_would_not_do(
 ) -> None:
     asked, run, tried = replace(SMALL, width=256, height=128, vae_tile_size=(16, 16)), DeviceModel.run, []
 
-    def limited(self: DeviceModel, name: str, options: Any, inputs: Any) -> Any:
+    def limited(self: DeviceModel, name: str, options: Any, inputs: Any, lane: int = 0) -> Any:
         if name == "vae" and inputs["latents"].size > 4 * 16 * 16:
             tried.append(inputs["latents"].shape)
             raise OutOfMemory("small", 1 << 30)
-        return run(self, name, options, inputs)
+        return run(self, name, options, inputs, lane)
 
     with Session.open(tiny, device, cache) as session:
         _, wanted = shown(session, replace(asked, vae_tiling=True))

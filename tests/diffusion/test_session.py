@@ -75,7 +75,7 @@ class Recorded:
         self.encoded = 0
         self.predictions: list[tuple[F32, F32, F32]] = []
         self.decoded: list[F32] = []
-        patch.setattr(DeviceModel, "run", lambda _, name, options, inputs: (self.run(name, **inputs),))
+        patch.setattr(DeviceModel, "run", lambda _, name, options, inputs, lane=0: (self.run(name, **inputs),))
 
     def run(self, name: str, **inputs: F32) -> F32:
         value = getattr(self, name)(**inputs)
@@ -267,7 +267,7 @@ def test_a_picture_from_three_devices_is_torchs(
     assert [e.stage for e in events if e.over and e.stage in ("encode", "sample", "decode")] == [
         "encode", "sample", "decode",
     ]  # fmt: skip
-    monkeypatch.setattr(DeviceModel, "run", lambda self, *call: in_process(model, *call))
+    monkeypatch.setattr(DeviceModel, "run", lambda self, *call, lane=0: in_process(model, *call))
     with Session(model, devices, cache) as session:
         assert psnr(picture.image, drawn(session, request)[0]) >= SAME_PICTURE
     assert picture.image.std() > 10, "something is to be seen"

@@ -10,9 +10,11 @@ from typing import NamedTuple
 from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
 from ..device import Device, Memory
 from ..device_names import AUTO, folded, only_remote, resolve
+from ..diffusion.placement import side_by_side
 from ..errors import (
     ConnectionFailed,
     ConnectionLost,
+    InvalidValue,
     KeyNeeded,
     KeyRefused,
     OverQuota,
@@ -21,6 +23,7 @@ from ..errors import (
     UsageError,
     WrongServer,
 )
+from ..runtime.chain import Chain, Lanes, lanes
 from . import report
 from .discovery import located
 
@@ -87,13 +90,13 @@ def placed_devices(
     threads: int | None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     keychain: Keychain | None = None,
-) -> Iterator[dict[str, list[Device]]]:
-    """Component → devices in order of preference, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of
-    the servers' when there are any, else this machine's first. This machine's devices, and torch with them, are left
-    alone when no component can be there. A server that does not answer is passed over, and the user told so, where all
-    components have other devices; what else is wrong with one is an error."""
+) -> Iterator[dict[str, list[Lanes]]]:
+    """Component → where it may be, in order of preference, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto``
+    is all of the servers' devices when there are any, else this machine's first. This machine's devices, and torch with
+    them, are left alone when no component can be there. A server that does not answer is passed over, and the user told
+    so, where all components have other devices; what else is wrong with one is an error."""
     with _servers(rpc, timeouts, keychain, _is_away) as remote:
-        named = [name for names in wanted.values() for name in names]
+        named = [name for names in wanted.values() for text in names for some in side_by_side(text) for name in some]
         nothing_here = bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
             there = Found([*local, *remote.devices], remote.absent)
@@ -103,17 +106,23 @@ def placed_devices(
             yield placed
 
 
-def resolved(wanted: Mapping[str, Sequence[str]], found: Found, default: Sequence[Device]) -> dict[str, list[Device]]:
-    """Component → those devices that its names mean and that are there, in order of preference; ``auto``: the
-    ``default`` ones. Raises what is wrong with the first one of a component for which none is left."""
+def resolved(wanted: Mapping[str, Sequence[str]], found: Found, default: Sequence[Device]) -> dict[str, list[Lanes]]:
+    """Component → those places that its names mean and whose devices are there, in order of preference; ``auto``: the
+    ``default`` ones. Raises what is wrong with the first one of a component for which none is left, and
+    :class:`InvalidValue` for what does not exist, or is named twice where devices have to differ."""
     by_name: dict[str, Device | SdrpcError] = {device.name: device for device in found.devices} | found.absent
 
-    def meant(name: str) -> Sequence[Device | SdrpcError]:
-        if folded(name) == AUTO:
-            return [*default, *(() if default else found.absent.values())]
-        return [by_name[resolve(name, by_name, AUTO)]]
+    def meant(text: str) -> Sequence[Lanes | SdrpcError]:
+        if folded(text) == AUTO:
+            return [*map(lanes, default), *(() if default else found.absent.values())]
+        chains = [[by_name[resolve(name, by_name, AUTO)] for name in names] for names in side_by_side(text)]
+        if len(set(chain(*chains))) < sum(map(len, chains)):
+            raise InvalidValue("backend", text, "'&' and '|' stand between different devices")
+        absent = [one for one in chain(*chains) if isinstance(one, SdrpcError)]
+        there = (tuple(one for one in some if not isinstance(one, SdrpcError)) for some in chains)
+        return absent[:1] or [Lanes(tuple(map(Chain, there)))]
 
-    placed: dict[str, list[Device]] = {}
+    placed: dict[str, list[Lanes]] = {}
     for part, names in wanted.items():
         choices = list(dict.fromkeys(chain(*map(meant, names))))
         placed[part] = [choice for choice in choices if not isinstance(choice, SdrpcError)]

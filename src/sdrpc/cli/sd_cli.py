@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..diffusion import placement
 from ..errors import InvalidValue, UsageError
+from ..runtime.chain import devices_of
 from . import discovery, metadata, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
 from .command import Command
@@ -41,12 +42,12 @@ from .prompt_file import read_prompt
 from .upscale import UPSCALER, enlarging, upscaled
 
 if TYPE_CHECKING:
-    from ..device import Device
     from ..diffusion.events import Event, OnEvent
     from ..diffusion.metadata import Parameters
     from ..diffusion.pictures import Picture, Pixels, Video
     from ..diffusion.request import Request, Settings
     from ..families.model import Model
+    from ..runtime.chain import Lanes
     from .upscale import Enlarge
 
 log = logging.getLogger(__name__)
@@ -155,8 +156,7 @@ def _draw(chosen: Chosen) -> int:
     ) as devices:
         enlarge = None
         if enlarged:
-            device = devices.pop(UPSCALER)[0]
-            enlarge = enlarging(chosen, device, *settings.final_size, paths[0])
+            enlarge = enlarging(chosen, devices.pop(UPSCALER)[0], *settings.final_size, paths[0])
         _note_placement(opened, devices, settings)
         folder, mode, words = chosen["lora_model_dir"], chosen["lora_apply_mode"], chosen["embd_dir"]
         with Session(
@@ -307,15 +307,15 @@ def _note_size(request: Request, settings: Settings, film: bool) -> None:
         report.say(f"{request.video_frames} frames are rounded down to {drawn}")
 
 
-def _note_placement(model: Model, devices: Mapping[str, Sequence[Device]], settings: Settings) -> None:
+def _note_placement(model: Model, places: Mapping[str, Sequence[Lanes]], settings: Settings) -> None:
     """Say what draws where, and with -v also how."""
-    where = ", ".join(f"{component} on {' or '.join(d.name for d in some)}" for component, some in devices.items())
+    where = ", ".join(f"{component} on {' or '.join(one.name for one in some)}" for component, some in places.items())
     report.say(f"{model.family.title}: {where}")
-    for device in dict.fromkeys(chain(*devices.values())):
+    for device in devices_of(chain(*places.values())):
         memory = device.memory()
         room = f"{mebibytes(memory.free)} of {mebibytes(memory.total)} free"
         log.debug("%s is %s, %s", device.name, device.description, room)
-    for component in devices:
+    for component in places:
         found = model[component].found
         log.debug("%s: %s in %s", component, mebibytes(found.nbytes()), found.checkpoint.path)
     told = [f"{entry.name} {getattr(settings, entry.name)!r}" for entry in fields(settings) if entry.repr]

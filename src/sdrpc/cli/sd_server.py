@@ -27,6 +27,7 @@ from .web_options import DAY, OPTIONS
 if TYPE_CHECKING:
     from ..device import Device
     from ..families.model import Model
+    from ..runtime.chain import Lanes
     from ..web.studio import Seat, Shown
 
 log = logging.getLogger(__name__)
@@ -199,14 +200,14 @@ class Where(NamedTuple):
         return bool(self.backend or self.main or any(self.by_option.values()))
 
 
-def placed(where: Where, found: Found, default: Sequence[Device], model: Model) -> dict[str, list[Device]]:
+def placed(where: Where, found: Found, default: Sequence[Device], model: Model) -> dict[str, list[Lanes]]:
     """Component → its devices, the ``default`` ones where the user said nothing. Raises :class:`InvalidValue`, and what
     is wrong with a device that is not there."""
     wanted = placement.wanted(list(model.components), where.backend, where.main, where.by_option)
     return resolved(wanted, found, default)
 
 
-def placed_far(where: Where, model: Model, devices: Sequence[Device]) -> dict[str, list[Device]]:
+def placed_far(where: Where, model: Model, devices: Sequence[Device]) -> dict[str, list[Lanes]]:
     """The same of an actor's devices, of which those of servers are the default."""
     return placed(where, Found(list(devices), {}), _remote(devices), model)
 

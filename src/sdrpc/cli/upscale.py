@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion import placement
-from ..errors import UsageError
+from ..errors import InvalidValue, UsageError
+from ..runtime.chain import devices_of
 from . import report
 from .chosen import by_option, keychain, servers, threads, timeouts
 from .devices import placed_devices
 from .output import check_sides
 
 if TYPE_CHECKING:
-    from ..device import Device
     from ..diffusion.pictures import Pixels
+    from ..runtime.chain import Lanes
 
     Enlarge = Callable[[Pixels], Pixels]
 
@@ -40,11 +41,14 @@ def upscaled(chosen: Mapping[str, Any], path: Path) -> Pixels:
         return enlarging(chosen, devices[UPSCALER][0], width, height, path)(image)
 
 
-def enlarging(chosen: Mapping[str, Any], device: Device, width: int, height: int, path: Path) -> Enlarge:
-    """What enlarges pictures of this size for ``path``, on ``device``. Raises :class:`InvalidValue` for what can't be
+def enlarging(chosen: Mapping[str, Any], place: Lanes, width: int, height: int, path: Path) -> Enlarge:
+    """What enlarges pictures of this size for ``path``, in ``place``. Raises :class:`InvalidValue` for what can't be
     done, before anything is drawn."""
     from ..diffusion.upscaling import Upscaler
 
+    device, *others = devices_of([place])
+    if others:
+        raise InvalidValue("backend", f"{UPSCALER}={place.name}", "the upscaler is on one device")
     repeats, tile = chosen["upscale_repeats"], chosen["upscale_tile_size"]
     upscaler = Upscaler(Path(chosen["upscale_model"]), device, chosen["rpc_retry"])
     larger = upscaler.check(width, height, repeats, tile)

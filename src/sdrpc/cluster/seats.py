@@ -21,6 +21,7 @@ from ..diffusion.request import Request, Settings
 from ..diffusion.session import settings_of
 from ..errors import ConnectionLost, UsageError
 from ..families.model import Model
+from ..runtime.chain import devices_of
 from ..web.studio import Opening, Seat
 from .lease import Lease, leases
 from .painter import About, Described, Failure, Painter, Place, Told, Work, path_of, raised
@@ -103,7 +104,7 @@ class ClusterSeat(Seat):
         if self._about is None or not self._about.devices:
             return []
         placed = self._place(model, self._about.devices)
-        used = list(dict.fromkeys(device for part in placed.values() for device in part))
+        used = devices_of(itertools.chain.from_iterable(placed.values()))
         titles = [self.name] if len(used) == 1 else [f"{self.name} {device.name}" for device in used]
         return [FarDevice(title, device, self._actor) for title, device in zip(titles, used, strict=True)]
 

@@ -70,13 +70,15 @@ class Autoencoder:
             (told,) = self._devices.run(VAE, {ENCODES: True, FRAMES: frames}, inputs)
         return (finite(told, "what the VAE makes of a film") - f32(self._model.shift)) * f32(self._model.scale)
 
-    def decode(self, latents: F32, tiling: Tiling | None = None, always: bool = False, tiny: bool = False) -> F32:
+    def decode(
+        self, latents: F32, tiling: Tiling | None = None, always: bool = False, tiny: bool = False, lane: int = 0
+    ) -> F32:
         """Latents → the picture (1, 3, height, width), about -1 … 1, by the VAE or the ``tiny`` one. ``tiling`` as for
-        :meth:`encode`."""
+        :meth:`encode`; ``lane``: where, if it is side by side on several devices."""
         name = TINY if tiny else VAE
 
         def run(piece: F32) -> F32:
-            (picture,) = self._devices.run(name, {}, {"latents": piece})
+            (picture,) = self._devices.run(name, {}, {"latents": piece}, lane=lane)
             return picture
 
         theirs = latents if tiny else self._unscaled(latents)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
-from threading import Lock
+from itertools import chain, count, islice
+from threading import Lock, RLock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..checkpoints.deltas import Delta, merged
-from ..device import Device
+from ..device import Device, Target
 from ..errors import Cancelled, DeviceLost, DoesNotFit
 from ..families.base import F32, ModuleSpec
 from ..families.lora import Lora
@@ -24,6 +25,8 @@ from ..ggml.weight import Weight
 from ..runtime.adapters import STRENGTHS, Adapters, Changes, adapted, adapters
 from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache, key
+from ..runtime.chain import Chain, Chained, Lanes
+from ..runtime.cutting import Part, parts, positions, profile, whole
 from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
@@ -31,6 +34,8 @@ from .events import Cancel, Event, OnEvent, Stage
 from .stage_timer import StageTimer
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 GRAPHS = 16
 """Graphs (sizes of pictures, lengths of texts) that a component keeps on its device."""
@@ -51,11 +56,18 @@ it is first used, torch's modes) is not made for several at once."""
 
 
 class Telling:
-    """Who wants to know what happens, and whether it shall stop; another one in each call of a session."""
+    """Who wants to know what happens, and whether it shall stop; another one in each call of a session. They hear of
+    one thing after the other, from whichever thread."""
 
     def __init__(self) -> None:
-        self.on_event: OnEvent = lambda _: None
+        self.listener: OnEvent = lambda _: None
         self.cancel: Cancel = lambda: False
+        self._one_at_a_time = RLock()
+
+    def on_event(self, event: Event) -> None:
+        """Something happened."""
+        with self._one_at_a_time:
+            self.listener(event)
 
     def check(self) -> None:
         """Raises :class:`Cancelled` when the caller wants no more."""
@@ -71,26 +83,64 @@ class Telling:
         self.on_event(Event(stage, component, 1, 1, seconds=time.perf_counter() - began))
 
 
-class DeviceComponent:
-    """A component on the first of ``devices``, or on another one of them where that does not do. Each combination of
-    module and input shapes is one graph; all share the uploaded weights."""
+class _Share:
+    """What a component has on one device: the weights of one part of its graphs, and the adapters' matrices for it."""
 
     def __init__(
-        self, component: ModelComponent, devices: Sequence[Device], cache: Cache, timer: StageTimer, telling: Telling
+        self, device: Device, weights: dict[str, Weight], added: dict[str, Weight], told: _OnUpload, source: object
     ) -> None:
-        self.component, self.devices = component, tuple(devices)
-        self._cache, self._timer, self._telling = cache, timer, telling
-        self._weights: dict[str, Weight] = {}
+        self.device, self.life = device, device.life
+        self._told = told
         self._began, self._sent_before = 0.0, 0
+        self.weights = WeightStore(device, weights, self._uploaded, source)
+        self.adapters = WeightStore(device, added, self._uploaded, "the LoRAs")
+
+    @property
+    def resident(self) -> bool:
+        """Whether there are weights on the device, in this life of it."""
+        return self.weights.resident and self.life == self.device.life
+
+    def leave(self) -> None:
+        """Free its memory, until it is needed again."""
+        self.weights.release()
+        self.adapters.release()
+        self.life = self.device.life
+
+    def _uploaded(self, done: int, total: int) -> None:
+        if not done:
+            self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
+        sent = None if self.device.sent is None else self.device.sent - self._sent_before
+        self._told(self.device, done, total, sent, time.perf_counter() - self._began)
+
+
+class DeviceComponent:
+    """A component on the first of the ``choices``, or on another one of them where that does not do. Each combination
+    of module and input shapes is one graph; all share the uploaded weights. Where it is on a chain of devices, each
+    graph is cut, all of them between the same weights.
+
+    ``make_room`` is called before it takes memory."""
+
+    def __init__(
+        self,
+        component: ModelComponent,
+        choices: Sequence[Chain],
+        cache: Cache,
+        timer: StageTimer,
+        telling: Telling,
+        make_room: Callable[[DeviceComponent], None],
+    ) -> None:
+        self.component, self.choices = component, tuple(dict.fromkeys(choices))
+        self._cache, self._timer, self._telling, self._make_room = cache, timer, telling, make_room
+        self._weights: dict[str, Weight] = {}
         self._adapter_weights: dict[str, Weight] = {}
-        self._settle(self.devices[0])
-        self._programs: OrderedDict[_Name, Executable] = OrderedDict()
+        self._programs: OrderedDict[_Name, Chained] = OrderedDict()
         self._applied: tuple[Sequence[tuple[Changes, float]], bool] = (), False
         self._adapted = True
         self._adapters = adapters(())
         self._merges: dict[str, list[tuple[Delta, float]]] = {}
         self.last_used = 0
         """Rises with each use of any component: which one was used longest ago."""
+        self._settle(self.choices[0], ())
 
     @property
     def name(self) -> str:
@@ -103,39 +153,63 @@ class DeviceComponent:
 
     @property
     def resident(self) -> bool:
-        """Whether it has memory on its device."""
-        return bool(self._programs) and self._life == self.device.life
+        """Whether it has its weights on its devices."""
+        return all(share.resident for share in self._shares)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights on the device, as they are stored."""
+        """Bytes of its weights, as they are stored."""
         return self.component.found.nbytes()
+
+    def needs(self, device: Device) -> int:
+        """Bytes of its weights that are on ``device`` at one time, or will be."""
+        sizes = [size for part, size in enumerate(self._sizes()) if self.chain.devices[part] is device]
+        return max(sizes, default=0)
+
+    def has(self, device: Device) -> int:
+        """Bytes of its weights that are on ``device`` now."""
+        return self.needs(device) if any(s.device is device and s.resident for s in self._shares) else 0
+
+    def _sizes(self) -> list[int]:
+        """Bytes of each part: those of the weights that are there, or a guess before a graph was cut."""
+        if len(self._shares) == 1:
+            return [self.nbytes]
+        if not self._part_of:
+            rooms = self._rooms or [1] * len(self._shares)
+            return [self.nbytes * room // max(sum(rooms), 1) for room in rooms]
+        sizes = [0] * len(self._shares)
+        for name, part in self._part_of.items():
+            sizes[part] += self._weights[name].nbytes
+        return sizes
 
     def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
         """Run the module; its outputs, float32, are read when they are asked for. Raises :class:`CheckpointError` and
-        what the device raises."""
-        program, inputs = self._program(module, inputs)
-        return (output.astype(np.float32, copy=False) for output in program.results(**inputs))
+        what the devices raise."""
+        program = self._program(module, inputs)
+        outputs = program.results({**inputs, STRENGTHS: self._adapters.strengths})
+        return (output.astype(np.float32, copy=False) for output in outputs)
 
     def run_ahead(self, ahead: Ahead, module: ModuleSpec, inputs: Shaped) -> list[DeviceArray]:
-        """As :meth:`run`, with inputs on the device, and the outputs left there."""
-        program, inputs = self._program(module, inputs)
-        return ahead.run(program, inputs)
+        """As :meth:`run` where it is on one device, with inputs on it, and the outputs left there."""
+        ((_, program),) = self._program(module, inputs).parts
+        adapted = any(entry.name == STRENGTHS for entry in program.lowered.inputs)
+        return ahead.run(program, {**inputs, **({STRENGTHS: self._adapters.strengths} if adapted else {})})
 
-    def _program(self, module: ModuleSpec, inputs: Shaped) -> tuple[Executable, dict[str, Any]]:
-        """The module's program for such inputs, and these with what its adapters are told."""
+    def _program(self, module: ModuleSpec, inputs: Shaped) -> Chained:
+        """The module's program for such inputs."""
         if not self._adapted:
             self._adapt(*self._applied)
             self._adapted = True
         name = _Name(module.digest, tuple(array.shape for array in inputs.values()), self._adapters.shape)
-        if name not in self._programs:
+        if name in self._programs:
+            if not self.resident:
+                self._make_room(self)
+        else:
             self._programs[name] = self._prepared(module, inputs)
         self._programs.move_to_end(name)
         while len(self._programs) > GRAPHS:
             self._programs.popitem(last=False)[1].close()
-        program = self._programs[name]
-        adapted = any(entry.name == STRENGTHS for entry in program.lowered.inputs)
-        return program, {**inputs, **({STRENGTHS: self._adapters.strengths} if adapted else {})}
+        return self._programs[name]
 
     def adapt(self, applied: Sequence[tuple[Changes, float]], merge: bool) -> None:
         """Compute from now on with these changes of its weights, each with its strength, instead of others.
@@ -146,7 +220,6 @@ class DeviceComponent:
         self._applied, self._adapted = (applied, merge), False
 
     def _adapt(self, applied: Sequence[tuple[Changes, float]], merge: bool) -> None:
-        self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
         self._merge(applied if merge else ())
         self._add(adapters(() if merge else applied))
 
@@ -156,14 +229,15 @@ class DeviceComponent:
         if added.shape != before.shape:
             for name in [name for name in self._programs if name.adapters == before.shape != ()]:
                 self._programs.pop(name).close()
-            self._adapter_store.release()
+            for share in self._shares:
+                share.adapters.release()
             self._adapter_weights.clear()
             self._adapter_weights |= weights
             return
         others = {name for name, weight in weights.items() if weight is not self._adapter_weights[name]}
         self._adapter_weights |= weights
-        if others:
-            self._adapter_store.renew(others)
+        for share in self._shares if others else ():
+            share.adapters.renew(others)
 
     def _merge(self, applied: Sequence[tuple[Changes, float]]) -> None:
         merges: dict[str, list[tuple[Delta, float]]] = {}
@@ -173,8 +247,8 @@ class DeviceComponent:
         others = {name for name in merges.keys() | self._merges.keys() if merges.get(name) != self._merges.get(name)}
         self._merges = merges
         self._weights |= self._taken({name: w.shape for name, w in self._weights.items() if name in others})
-        if others:
-            self._store.renew(others)
+        for share in self._shares if others else ():
+            share.weights.renew(others)
 
     def _taken(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
         """The weights of these names and shapes, with what is merged into them."""
@@ -182,32 +256,53 @@ class DeviceComponent:
         return {n: merged(w, self._merges[n]) if n in self._merges else w for n, w in found.items()}
 
     def release(self) -> None:
-        """Free what it has on the device."""
+        """Free what it has on its devices."""
         for program in self._programs.values():
             program.close()
         self._programs.clear()
-        self._store.close()
-        self._adapter_store.close()
+        for share in self._shares:
+            share.leave()
 
-    def settle(self, device: Device) -> None:
-        """Have its weights and graphs on ``device`` from now on, as it is in this life."""
-        if device is not self.device or device.life != self._life:
+    def leave(self, device: Device) -> None:
+        """Free what it has on ``device``, until it runs again."""
+        for part, share in enumerate(self._shares):
+            if share.device is device:
+                self._leave(part)
+
+    def _leave(self, part: int) -> None:
+        for program in self._programs.values():
+            program.suspend(part)
+        self._shares[part].leave()
+
+    def settle(self, chain: Chain, rooms: Sequence[int] = ()) -> None:
+        """Have its weights and graphs on ``chain`` from now on, as its devices are in this life. ``rooms``: bytes that
+        each part of it may take, where the chain does not say so itself; what is there counts as room."""
+        if chain != self.chain or chain.target != self._target:
             self.release()
-            self._settle(device)
+            self._settle(chain, rooms)
+        elif rooms and not chain.rooms and not self._part_of:
+            self._rooms = tuple(rooms)
+        for part, share in enumerate(self._shares):
+            if share.life != share.device.life:
+                self._leave(part)
 
-    def _settle(self, device: Device) -> None:
-        self.device, self._life = device, device.life
-        self._store = WeightStore(device, self._weights, self._uploaded, self.component.found.checkpoint.path)
-        self._adapter_store = WeightStore(device, self._adapter_weights, self._uploaded, "the LoRAs")
+    def _settle(self, chain: Chain, rooms: Sequence[int]) -> None:
+        self.chain, self._target, self._rooms = chain, chain.target, chain.rooms or tuple(rooms)
+        path = self.component.found.checkpoint.path
+        self._shares = [
+            _Share(device, self._weights, self._adapter_weights, self._uploaded, path) for device in chain.devices
+        ]
+        self._part_of: dict[str, int] = {}
+        """The part of each weight that a graph which was cut reads."""
 
-    def _prepared(self, module: ModuleSpec, inputs: Shaped) -> Executable:
+    def _prepared(self, module: ModuleSpec, inputs: Shaped) -> Chained:
         def capture() -> Lowered:
             with self._telling.stage("capture", self.name):
-                return captured(module, inputs, self.device, types)
+                return captured(module, inputs, self._target, types)
 
         types = {name: weight.type for name, weight in self.component.found.tensors.items()}
         wanted = key(
-            self.device.target,
+            self._target,
             module=module.digest,
             inputs={name: [str(array.dtype), *array.shape] for name, array in inputs.items()},
             types={name: stored.name for name, stored in types.items()},
@@ -215,15 +310,64 @@ class DeviceComponent:
         with self._timer("capture"), _ONE_AT_A_TIME:
             lowered = self._cache.load(wanted, capture)
         with self._timer("upload"):
-            self._began, self._sent_before = time.perf_counter(), self.device.sent or 0
             self._weights |= self._taken({p.name: p.shape for p in lowered.weights})
-            return Executable(adapted(lowered, self._adapters), self.device, self._store, adapters=self._adapter_store)
+            cut, devices = self._cut(lowered), self.chain.devices
+            if not self.resident:
+                self._make_room(self)
+            executables: list[tuple[Part, Executable]] = []
+            program = Chained(executables, self._leave)
+            try:
+                for part, share in zip(cut, self._shares, strict=True):
+                    graph, later = adapted(part.lowered, self._adapters), len(set(devices)) < len(devices)
+                    run = Executable(graph, share.device, share.weights, adapters=share.adapters, later=later)
+                    executables.append((part, run))
+            except BaseException:
+                program.close()
+                raise
+            return program
 
-    def _uploaded(self, done: int, total: int) -> None:
-        seconds = time.perf_counter() - self._began
-        sent = None if self.device.sent is None else self.device.sent - self._sent_before
-        self._telling.on_event(Event("upload", self.name, done, total, sent, seconds=seconds))
+    def _cut(self, lowered: Lowered) -> Sequence[Part]:
+        """A graph's parts, one for each device of the chain. Raises :class:`DoesNotFit` where it can't be cut so that
+        they have room."""
+        if len(self._shares) == 1:
+            return [whole(lowered)]
+        facts, known = profile(lowered), self._part_of
+        taken = [0] * len(self._shares)
+        for name, part in known.items():
+            taken[part] += self._weights[name].nbytes
+        rooms = [max(room - size, 0) for room, size in zip(self._rooms, taken, strict=True)]
+        cuts = positions(facts, rooms, known)
+        if cuts is None:
+            raise DoesNotFit(self.chain.name, self.name, self.nbytes, sum(self._rooms))
+        found = parts(lowered, cuts)
+        for number, each in enumerate(found):
+            for weight in each.lowered.weights:
+                known.setdefault(weight.name, number)
+        _tell_cut(self.name, self.chain, found, [int(facts.crossing[cut]) for cut in cuts])
+        return found
+
+    def _uploaded(self, device: Device, done: int, total: int, sent: int | None, seconds: float) -> None:
+        where = device.name if len(self._shares) > 1 else ""
+        self._telling.on_event(Event("upload", self.name, done, total, sent, seconds=seconds, device=where))
         self._telling.check()
+
+
+_OnUpload = Callable[[Device, int, int, "int | None", float], None]
+"""Called with bytes done, of how many, bytes that were sent over a network, and the seconds that it took."""
+
+
+def _tell_cut(component: str, chain: Chain, found: Sequence[Part], crossing: Sequence[int]) -> None:
+    """Where a graph was cut, and what crosses, for the log."""
+    where = [
+        f"{device.name}: {len(part.lowered.graph.nodes)} nodes with {_mebibytes(part.nbytes)} of weights"
+        for device, part in zip(chain.devices, found, strict=True)
+    ]
+    crosses = ", ".join(map(_mebibytes, crossing))
+    log.info("%s is cut: %s; %s cross in each evaluation", component, ", ".join(where), crosses)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"
 
 
 class _Name(NamedTuple):
@@ -234,7 +378,7 @@ class _Name(NamedTuple):
     adapters: Hashable
 
 
-def captured(module: ModuleSpec, inputs: Shaped, device: Device, types: Mapping[str, Type]) -> Lowered:
+def captured(module: ModuleSpec, inputs: Shaped, target: Target, types: Mapping[str, Type]) -> Lowered:
     """The module's graph for inputs of these shapes and dtypes. Nothing is computed and no weight exists."""
     import torch
 
@@ -251,7 +395,7 @@ def captured(module: ModuleSpec, inputs: Shaped, device: Device, types: Mapping[
         name: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device="meta")
         for name, array in inputs.items()
     }
-    return lower(capture(built.eval(), examples, by_name), device.target, types)
+    return lower(capture(built.eval(), examples, by_name), target, types)
 
 
 class DeviceModel:
@@ -263,7 +407,7 @@ class DeviceModel:
     def __init__(
         self,
         model: Model,
-        placement: Mapping[str, Sequence[Device]],
+        placement: Mapping[str, Sequence[Lanes]],
         cache: Cache,
         timer: StageTimer,
         retry: float = RETRY_SECONDS,
@@ -272,61 +416,84 @@ class DeviceModel:
         self.retry = retry
         """Seconds to wait for a device that was lost."""
         self.telling = Telling()
-        self.components = {
-            name: DeviceComponent(component, placement[name], cache, timer, self.telling)
+        self._lanes = {
+            name: [
+                DeviceComponent(component, choices, cache, timer, self.telling, self._make_room)
+                for choices in _of_each_lane(placement[name])
+            ]
             for name, component in model.components.items()
         }
-        self._uses = 0
-        self._aheads: dict[str, Ahead] = {}
+        self._uses = count(1)
+        self._aheads: dict[DeviceComponent, Ahead] = {}
+
+    def lanes(self, name: str) -> int:
+        """On how many chains of devices, side by side, component ``name`` is."""
+        return len(self._lanes[name])
+
+    def _component(self, name: str, lane: int = 0) -> DeviceComponent:
+        lanes = self._lanes[name]
+        return lanes[lane % len(lanes)]
+
+    @property
+    def _components(self) -> Iterator[DeviceComponent]:
+        return chain.from_iterable(self._lanes.values())
 
     def check_fits(self) -> None:
-        """Give each component the first of its devices that has room for its weights; nothing has been uploaded then.
+        """Give each component the first of its choices that has room for its weights; nothing has been uploaded then.
 
         Raises :class:`DoesNotFit`, with the numbers of the first one, when none has.
         """
-        for component in self.components.values():
+        for component in self._components:
             self._surviving(component, partial(self._choose, component))
 
     def adapt(self, loras: Sequence[tuple[Lora, float]], merge: bool) -> None:
         """Draw with these LoRAs from now on, each with its strength; ``merge``: into the weights."""
-        for name, component in self.components.items():
+        for name, lanes in self._lanes.items():
             applied = [(lora.components[name], strength) for lora, strength in loras if name in lora.components]
-            component.adapt(applied, merge)
+            for component in lanes:
+                component.adapt(applied, merge)
 
-    def run(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> tuple[F32, ...]:
-        """The outputs of component ``name``, float32; ``options`` are added to its module's configuration.
+    def run(
+        self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray], lane: int = 0
+    ) -> tuple[F32, ...]:
+        """The outputs of component ``name``, float32; ``options`` are added to its module's configuration. ``lane``:
+        where, if it is on several chains of devices.
 
         A device that is lost meanwhile is waited for, or another one of the component's takes its place: weights are
         uploaded again, and the outputs are those that it would have given.
         """
         self.telling.check()
-        component = self.components[name]
+        component = self._component(name, lane)
         module = component.component.module(**options)
 
         def work() -> tuple[F32, ...]:
-            with component.device.turns, self._listening(component):
-                component.settle(component.device)
+            with component.chain.turns, self._listening(component):
+                component.settle(component.chain)
                 return tuple(self._started(component, module, inputs))
 
         return self._surviving(component, work)
 
-    def ahead(self, name: str) -> Ahead | None:
-        """For arrays that stay on component ``name``'s device; None where that does not queue what it is told."""
-        device = self.components[name].device
-        if not device.queues:
+    def ahead(self, name: str, lane: int = 0) -> Ahead | None:
+        """For arrays that stay on component ``name``'s device; None where that does not queue what it is told, or is
+        several."""
+        component = self._component(name, lane)
+        device, *others = component.chain.devices
+        if others or not device.queues:
             return None
-        found = self._aheads.get(name)
+        found = self._aheads.get(component)
         if found is None or (found.device, found.life) != (device, device.life):
             with device.turns:
-                found = self._aheads[name] = Ahead(device)
+                found = self._aheads[component] = Ahead(device)
         return found
 
-    def run_ahead(self, name: str, options: Mapping[str, Any], inputs: Shaped, ahead: Ahead) -> list[DeviceArray]:
+    def run_ahead(
+        self, name: str, options: Mapping[str, Any], inputs: Shaped, ahead: Ahead, lane: int = 0
+    ) -> list[DeviceArray]:
         """As :meth:`run`, with inputs on the device, and the outputs left there. A device that is lost is an error."""
         self.telling.check()
-        component = self.components[name]
-        with component.device.turns, self._listening(component):
-            component.settle(component.device)
+        component = self._component(name, lane)
+        with component.chain.turns, self._listening(component):
+            component.settle(component.chain)
             self._begin(component)
             found = component.run_ahead(ahead, component.component.module(**options), inputs)
         ahead.tell()
@@ -335,20 +502,20 @@ class DeviceModel:
     def stream(self, name: str, options: Mapping[str, Any], inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
         """As :meth:`run`, but an output is read from the device when it is asked for, so that they need not fit into
         this machine's memory together. That has to be before the component runs again."""
-        component = self.components[name]
+        component = self._component(name)
         module = component.component.module(**options)
         outputs: Iterator[F32] = iter(())
-        place: tuple[Device, int] | None = None
-        """Where ``outputs`` are: a device in one of its lives."""
+        place: tuple[Chain, tuple[int, ...]] | None = None
+        """Where ``outputs`` are: devices in one of their lives."""
         given = 0
 
         def following() -> F32 | None:
             nonlocal outputs, place
-            with component.device.turns, self._listening(component):
-                component.settle(component.device)
-                if place != (component.device, component.device.life):
+            with component.chain.turns, self._listening(component):
+                component.settle(component.chain)
+                if place != (component.chain, component.chain.life):
                     outputs = islice(self._started(component, module, inputs), given, None)
-                    place = component.device, component.device.life
+                    place = component.chain, component.chain.life
                 return next(outputs, None)
 
         while True:
@@ -362,20 +529,17 @@ class DeviceModel:
     def _started(
         self, component: DeviceComponent, module: ModuleSpec, inputs: Mapping[str, np.ndarray]
     ) -> Iterator[F32]:
-        """The outputs of a component that runs on its device, for which room is made first."""
+        """The outputs of a component that runs on its devices."""
         self._begin(component)
         return component.run(module, inputs)
 
     def _begin(self, component: DeviceComponent) -> None:
-        """A component is used: it has room on its device."""
-        if not component.resident:
-            self._make_room(component)
-        self._uses += 1
-        component.last_used = self._uses
+        """A component is used: others leave before it."""
+        component.last_used = next(self._uses)
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
-        found = self.model.unused([weight for component in self.components.values() for weight in component.taken])
+        found = self.model.unused([weight for component in self._components for weight in component.taken])
         return {str(path): names for path, names in found.items()}
 
     def close(self) -> None:
@@ -385,45 +549,49 @@ class DeviceModel:
                 with ahead.device.turns:
                     ahead.close()
         self._aheads.clear()
-        for component in self.components.values():
-            with component.device.turns:
+        for component in self._components:
+            with component.chain.turns:
                 component.release()
 
     def _on(self, device: Device) -> list[DeviceComponent]:
-        return [component for component in self.components.values() if component.device is device]
+        """The components that have something on ``device``."""
+        return [component for component in self._components if component.has(device)]
 
     def _choose(self, component: DeviceComponent) -> None:
-        """Settle on the first device with room, if it has none yet."""
+        """Settle on the first choice with room, if it has none yet."""
         refusals: list[DoesNotFit] = []
-        for device in (component.device, *component.devices):
+        for place in (component.chain, *component.choices):
             try:
-                with device.turns:
-                    self._check_room(component, device)
-                    component.settle(device)
+                with place.turns:
+                    component.settle(place, self._check_room(component, place))
                 return
             except DoesNotFit as refusal:
                 refusals.append(refusal)
         raise refusals[0]
 
-    def _check_room(self, component: DeviceComponent, device: Device) -> None:
-        """Raises :class:`DoesNotFit` when the weights are more than the device has room for without all others'."""
-        if component.resident and component.device is device:
-            return
-        room = device.memory().free + sum(c.nbytes for c in self._on(device) if c.resident)
-        if component.nbytes > room:
-            raise DoesNotFit(device.name, component.name, component.nbytes, room)
+    def _check_room(self, component: DeviceComponent, place: Chain) -> tuple[int, ...]:
+        """Bytes that each device of ``place`` has for the component's weights without all others'. Raises
+        :class:`DoesNotFit` when they are too few."""
+        if component.resident and component.chain == place:
+            return ()
+        rooms = tuple(
+            device.memory().free + sum(other.has(device) for other in self._on(device)) for device in place.devices
+        )
+        if component.nbytes > sum(rooms):
+            raise DoesNotFit(place.name, component.name, component.nbytes, sum(rooms))
+        return rooms
 
     # --- devices that are lost
 
     def _surviving(self, component: DeviceComponent, work: Callable[[], T]) -> T:
-        """``work`` with the component, done again when that loses its device."""
+        """``work`` with the component, done again when that loses a device."""
 
         def have_again(lost: DeviceLost) -> None:
-            before, began = component.device, time.monotonic()
-            choices = (before, *(device for device in component.devices if device is not before))
-            found = first_back(choices, lost, self.retry, lambda device: self._check_room(component, device), absent)
+            before, began = component.chain, time.monotonic()
+            choices = (before, *(place for place in component.choices if place != before))
+            found = first_back(choices, lost, self.retry, lambda place: self._check_room(component, place), absent)
             with found.turns:
-                component.settle(found)
+                component.settle(found, self._check_room(component, found))
             stage: Stage = "reconnected" if found is before else "moved"
             seconds = time.monotonic() - began
             self.telling.on_event(Event(stage, component.name, 1, 1, seconds=seconds, device=found.name))
@@ -435,27 +603,28 @@ class DeviceModel:
 
     @contextmanager
     def _listening(self, component: DeviceComponent) -> Iterator[None]:
-        """Tell when the component's device says nothing for long, and when it does again."""
-        device, longest = component.device, 0.0
+        """Tell when a device of the component says nothing for long, and when it does again."""
+        longest: dict[Device, float] = {}
 
-        def silent(seconds: float) -> None:
-            nonlocal longest
+        def silent(device: Device, seconds: float) -> None:
             if seconds < QUIET_SECONDS:
-                speaks()
+                speaks(device)
                 return
-            longest = seconds
+            longest[device] = seconds
             self._tell_waiting(component, Absence(device, "it does not answer", seconds, self.retry))
 
-        def speaks() -> None:
-            nonlocal longest
-            if longest:
-                event = Event("reconnected", component.name, 1, 1, seconds=longest, device=device.name)
-                longest = 0.0
+        def speaks(device: Device) -> None:
+            if seconds := longest.pop(device, 0.0):
+                event = Event("reconnected", component.name, 1, 1, seconds=seconds, device=device.name)
                 self.telling.on_event(event)
 
-        with device.watched(silent):
+        devices = component.chain.devices
+        with ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(device.watched(partial(silent, device)))
             yield
-        speaks()
+        for device in devices:
+            speaks(device)
 
     def _tell_waiting(self, component: DeviceComponent, absence: Absence) -> None:
         device, reason, seconds, patience = absence
@@ -468,10 +637,18 @@ class DeviceModel:
         self.telling.check()
 
     def _make_room(self, component: DeviceComponent) -> None:
-        """Let weights leave the component's device, those that were used longest ago first, until its own fit."""
-        device = component.device
-        others = sorted((c for c in self._on(device) if c.resident), key=lambda c: c.last_used)
-        while others and device.memory().free < component.nbytes + WORKING_ROOM:
-            other = others.pop(0)
-            other.release()
-            self.telling.on_event(Event("release", other.name, other.nbytes, other.nbytes))
+        """Let weights leave the component's devices, those that were used longest ago first, until its own fit."""
+        for device in dict.fromkeys(component.chain.devices):
+            others = [other for other in self._on(device) if other is not component]
+            others.sort(key=lambda other: other.last_used)
+            while others and device.memory().free < component.needs(device) - component.has(device) + WORKING_ROOM:
+                other = others.pop(0)
+                size = other.has(device)
+                other.leave(device)
+                self.telling.on_event(Event("release", other.name, size, size))
+
+
+def _of_each_lane(choices: Sequence[Lanes]) -> Iterator[list[Chain]]:
+    """The chains of each lane, in order of preference: the first of the choices says how many lanes there are."""
+    for lane in range(len(choices[0].chains)):
+        yield [choice.chains[lane % len(choice.chains)] for choice in choices]

@@ -4,8 +4,10 @@ what is around a mask, and without some layers."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,12 +17,15 @@ from .easycache import EasyCache
 from .pictures import f32, finite
 from .samplers import Guess
 
+T = TypeVar("T")
+
 
 class Ask(Protocol):
     """The diffusion model as :meth:`sdrpc.diffusion.session.Session.predict`."""
 
-    def __call__(self, latents: F32, timestep: F32, conditions: Conditions, **options: Any) -> F32:
-        """Latents (1, c, h, w), a timestep (1,) and the conditions of b prompts → the prediction (b, c, h, w)."""
+    def __call__(self, latents: F32, timestep: F32, conditions: Conditions, *, lane: int = 0, **options: Any) -> F32:
+        """Latents (1, c, h, w), a timestep (1,) and the conditions of b prompts → the prediction (b, c, h, w), by the
+        model of that lane."""
         ...
 
 
@@ -69,7 +74,9 @@ SKIPPED = Skipped((7, 8, 9), 0.01, 0.2)
 
 
 class Guide:
-    """The model for one picture as a sampler asks it. ``step_done`` has to be told of every step that is over."""
+    """The model for one picture as a sampler asks it. ``step_done`` has to be told of every step that is over.
+
+    With several ``lanes`` the model is there as often, and what it is asked at one time is asked on all of them."""
 
     def __init__(
         self,
@@ -82,14 +89,15 @@ class Guide:
         left_out: LeftOut | None = None,
         cache: EasyCache | None = None,
         tempered: Callable[[F32, F32], F32] | None = None,
+        lanes: Sequence[int] = (0,),
     ) -> None:
-        self._tempered = tempered
+        self._tempered, self._lanes = tempered, lanes
         self._ask, self._sigmas, self._left_out, self._cache = ask, sigmas, left_out, cache
         self._cfg, self._img_cfg = f32(cfg_scale), f32(img_cfg_scale)
         self._conditions = told.by_name
         alike = len({tuple(array.shape for array in each.values()) for each in self._conditions.values()}) == 1
         everything = list(self._conditions.values())
-        self._batches = [_joined(everything)] if alike else everything
+        self._batches = [_joined(everything)] if alike and len(lanes) == 1 else everything
         self._done, self._first = 0, True
 
     def step_done(self, done: int) -> None:
@@ -109,7 +117,7 @@ class Guide:
             guided = self._tempered(guided, positive)
         if self._left_out is not None and self._left_out.at(self._done + 1, len(self._sigmas) - 1):
             layers = list(self._left_out.layers)
-            without = self._asked(x, timestep, self._conditions["positive"], skip_layers=layers)
+            without = self._asked(x, timestep, self._conditions["positive"], self._lanes[0], skip_layers=layers)
             guided = guided + (positive - without) * f32(self._left_out.scale)
         return Guess(guided, negative)
 
@@ -126,15 +134,31 @@ class Guide:
         return computed
 
     def _computed(self, x: F32, timestep: f32) -> Sequence[F32]:
-        """One evaluation of a batch, or one of each where the texts differ in length."""
-        predicted = (self._asked(x, timestep, batch) for batch in self._batches)
+        """One evaluation of a batch, or one of each where the texts differ in length or lanes are to be used."""
+        lanes, batches = self._lanes, self._batches
+
+        def of_lane(start: int) -> list[F32]:
+            return [self._asked(x, timestep, batch, lanes[start]) for batch in batches[start :: len(lanes)]]
+
+        by_lane = at_once([partial(of_lane, start) for start in range(min(len(lanes), len(batches)))])
+        predicted = [by_lane[number % len(lanes)][number // len(lanes)] for number in range(len(batches))]
         return [each[number : number + 1] for each in predicted for number in range(len(each))]
 
-    def _asked(self, x: F32, timestep: f32, conditions: Conditions, **options: Any) -> F32:
-        predicted = self._ask(x, np.array([timestep], f32), conditions, **options)
+    def _asked(self, x: F32, timestep: f32, conditions: Conditions, lane: int, **options: Any) -> F32:
+        predicted = self._ask(x, np.array([timestep], f32), conditions, lane=lane, **options)
         if isinstance(predicted, DeviceArray):  # nobody waits for its numbers: what comes of them is looked at
             return predicted
         return finite(predicted, f"the diffusion model's prediction at timestep {timestep:.3g}")
+
+
+def at_once(works: Sequence[Callable[[], T]]) -> list[T]:
+    """What ``works`` give, all at the same time. Nothing of it goes on when this is over: then the first error is
+    raised."""
+    if len(works) == 1:
+        return [works[0]()]
+    with ThreadPoolExecutor(len(works)) as pool:
+        waiting = [pool.submit(work) for work in works]
+    return [each.result() for each in waiting]
 
 
 def _joined(conditions: Sequence[Conditions]) -> Mapping[str, F32]:

@@ -4,9 +4,12 @@
     te=RPC1,diffusion=RPC0,vae=CPU    part by part; te is all text encoders, all= (default=, *=) the rest
     t5xxl=RPC1,te=CPU,all=RPC0        a component by its own name goes before te
     diffusion=RPC0,RPC1,vae=CPU       several devices, in order of preference
+    diffusion=RPC0&RPC1               its layers over two devices, one after the other
+    diffusion=RPC0|RPC1               on both, side by side: two prompts, or two pictures, at the same time
+    diffusion=RPC0&RPC1|RPC2&RPC3,CPU all of it: "&" binds before "|", and that before ","
 
-The first of several devices that has room is used, and the next one when it is lost. Names are case-insensitive, ``-``
-and ``_`` don't matter. How devices are named: :mod:`sdrpc.device_names`.
+The first of several preferences that has room is used, and the next one when it is lost. Names are case-insensitive,
+``-`` and ``_`` don't matter. How devices are named: :mod:`sdrpc.device_names`.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ _MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
 Names = tuple[str, ...]
-"""Of devices, in order of preference."""
+"""Of devices, in order of preference; each may be several, as :func:`side_by_side` takes it apart."""
 
 
 def parse(text: str) -> dict[str, Names]:
@@ -64,18 +67,29 @@ def parse(text: str) -> dict[str, Names]:
             name = _meant(module)
             if name in placed:
                 raise InvalidValue("backend", text, f"{module} is placed twice")
-        device = device if equals else module
-        if "&" in device:
-            raise InvalidValue("backend", item, "one component over several devices is not in sdrpc yet; name one")
-        if not device.strip():
+        device = (device if equals else module).strip()
+        if not device:
             raise InvalidValue("backend", item, "no device is named after '='")
-        placed[name] = (*placed.get(name, ()), device.strip())
+        side_by_side(device, item)
+        placed[name] = (*placed.get(name, ()), device)
     return placed
 
 
 def listed(text: str) -> Names:
-    """``RPC0,RPC1``: the value of an option for the devices of one component."""
-    return tuple(filter(None, (piece.strip() for piece in text.split(","))))
+    """``RPC0,RPC1``: the value of an option for the devices of one component. Raises as :func:`parse` does."""
+    names = tuple(filter(None, (piece.strip() for piece in text.split(","))))
+    for name in names:
+        side_by_side(name, text)
+    return names
+
+
+def side_by_side(text: str, item: str = "") -> tuple[Names, ...]:
+    """``RPC0&RPC1|RPC2`` as (("RPC0", "RPC1"), ("RPC2",)): what is side by side, each devices that compute one after
+    the other. Raises :class:`InvalidValue` where a name is missing (in ``item``)."""
+    found = tuple(tuple(name.strip() for name in chain.split("&")) for chain in text.split("|"))
+    if not all(name for chain in found for name in chain):
+        raise InvalidValue("backend", item or text, "a device is named before and after each '&' and '|'")
+    return found
 
 
 def wanted(

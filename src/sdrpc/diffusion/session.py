@@ -6,16 +6,18 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from queue import SimpleQueue
+from threading import Event as ThreadEvent
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ..device import Device
 from ..errors import DeviceLost, InvalidValue, MissingComponent, UsageError
 from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
 from ..families.components import controlnet
@@ -24,6 +26,7 @@ from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache
+from ..runtime.chain import Placed, choices
 from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import TINY, Autoencoder
 from .device_model import DeviceModel
@@ -58,6 +61,8 @@ from .stage_timer import StageTimer
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 OnStep = Callable[..., None]
 """Called with the steps that are done and how many there are, and with a preview, pixels, where one is wanted."""
 
@@ -77,9 +82,11 @@ class Session:
     """A model on devices. Use it as a context manager, or close it: then its memory on the devices is free again.
 
     ``placement``: the device of each component, by name; ``te`` stands for all text encoders, ``all`` for the rest.
-    Several devices, in order of preference: the first that has room, and the next when that one is lost. ``cache``: of
-    graphs that were captured before. Weights are uploaded when they are first needed, stay for the next picture, and
-    leave a device when another component needs the room.
+    Several devices, in order of preference: the first that has room, and the next when that one is lost. A
+    :class:`~sdrpc.runtime.chain.Chain` of devices computes a component together, each a part of its layers;
+    :class:`~sdrpc.runtime.chain.Lanes` have it side by side. ``cache``: of graphs that were captured before. Weights
+    are uploaded when they are first needed, stay for the next picture, and leave a device when another component needs
+    the room.
 
     ``retry``: seconds to wait for a server that is lost in the middle, however that happened (0: that is an error at
     once). When it is back, what is missing is uploaded again, and drawing goes on after the last evaluation of the
@@ -95,7 +102,7 @@ class Session:
     def __init__(
         self,
         model: Model,
-        placement: Mapping[str, Device | Sequence[Device]],
+        placement: Mapping[str, Placed | Sequence[Placed]],
         cache: Cache | None = None,
         timer: StageTimer | None = None,
         retry: float = RETRY_SECONDS,
@@ -109,8 +116,7 @@ class Session:
         if lora_apply_mode not in APPLY_MODES:
             raise InvalidValue("lora_apply_mode", lora_apply_mode, f"there are {', '.join(APPLY_MODES)}")
         self.model = model
-        given = {name: (put,) if isinstance(put, Device) else tuple(put) for name, put in placement.items()}
-        self.placement = assigned(list(model.components), given)
+        self.placement = assigned(list(model.components), {name: choices(put) for name, put in placement.items()})
         self.timer = timer or StageTimer()
         """Seconds of all pictures together, by stage."""
         self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer, retry)
@@ -127,7 +133,7 @@ class Session:
     def open(
         cls,
         files: ModelFiles | Path | str,
-        placement: Mapping[str, Device | Sequence[Device]] | Device,
+        placement: Mapping[str, Placed | Sequence[Placed]] | Placed,
         cache: Cache | None = None,
         **options: Any,
     ) -> Session:
@@ -138,7 +144,7 @@ class Session:
         belong together, and :class:`MissingComponent`.
         """
         model = open_model(files if isinstance(files, ModelFiles) else ModelFiles(Path(files)))
-        return cls(model, {"all": placement} if isinstance(placement, Device) else placement, cache, **options)
+        return cls(model, placement if isinstance(placement, Mapping) else {"all": placement}, cache, **options)
 
     def settings(self, request: Request, video: bool = False) -> Settings:
         """``request`` with everything filled in, for pictures or for films. Raises :class:`InvalidValue` for what can't
@@ -164,9 +170,13 @@ class Session:
     ) -> Iterator[Picture]:
         """As :meth:`generate`, of a request in which everything is filled in."""
         settings = replace(settings, video_frames=1)
-        for latents, seed in self._sampled(settings, on_event, cancel):
+
+        def decoded(latents: F32, lane: int) -> Pixels:
             with self.timer("decode"), self._devices.telling.stage("decode", "vae"):
-                picture = self._shown(latents, settings, tiny=self._vae.has_tiny and not settings.taesd_preview_only)
+                tiny = self._vae.has_tiny and not settings.taesd_preview_only
+                return self._shown(latents, settings, tiny, lane)
+
+        for picture, seed in self._drawn(settings, on_event, cancel, decoded):
             yield Picture(picture, seed)
 
     def generate_video(
@@ -180,17 +190,20 @@ class Session:
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[Video]:
         """As :meth:`generate_video`, of a request in which everything is filled in."""
-        for latents, seed in self._sampled(settings, on_event, cancel):
+        for latents, seed in self._drawn(settings, on_event, cancel, lambda latents, _: latents):
             frames = self._film(latents, settings.video_frames, on_event)
             yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed)
 
-    def _sampled(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[tuple[F32, int]]:
-        """Latents without noise, and the seed that they began as noise of."""
+    def _drawn(
+        self, settings: Settings, on_event: OnEvent, cancel: Cancel, finished: Callable[[F32, int], T]
+    ) -> Iterator[tuple[T, int]]:
+        """What ``finished`` makes of latents without noise (and the lane that they come from), and the seed that they
+        began as noise of. Several pictures are drawn at the same time where the diffusion model is there as often."""
         if settings.prediction is not None:
             self._prediction(settings)
         self._devices.check_fits()
         telling = self._devices.telling
-        telling.on_event, telling.cancel = on_event, cancel
+        telling.listener, telling.cancel = on_event, cancel
         self._adapt(settings.loras)
         self._control = control_of(settings)
         with self.timer("encode"):
@@ -198,22 +211,55 @@ class Session:
             with telling.stage("encode"):
                 told = self.conditions(settings, beside)
         settings = replace(settings, prediction=self._prediction(settings).name)
-        for number in range(settings.batch_count):
-            seed = settings.seed + number
-            began = time.perf_counter()
+        lanes = range(self._devices.lanes("diffusion"))
+        together = min(len(lanes), settings.batch_count) if settings.hires is None else 1
 
-            def on_step(
-                done: int, total: int, preview: Pixels | None = None, number: int = number, began: float = began
-            ) -> None:
-                seconds = time.perf_counter() - began
-                event = Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds)
-                on_event(replace(event, preview=preview))
+        def draw(number: int, lanes: Sequence[int]) -> T:
+            return finished(self._picture(settings, number, told, begin, beside, lanes), lanes[0])
 
-            with self.timer("sample"):
-                latents = self.sample(settings, seed, told, on_step, begin)
-            if settings.hires is not None:
-                latents = self._second_pass(settings, settings.hires, seed, latents, beside, on_step)
-            yield latents, seed
+        if together == 1:
+            for number in range(settings.batch_count):
+                yield draw(number, lanes), settings.seed + number
+            return
+        over, free = ThreadEvent(), SimpleQueue[Sequence[int]]()
+        telling.cancel = lambda: over.is_set() or cancel()
+        for lane in range(together):
+            free.put(lanes[lane::together])
+
+        def draw_where_there_is_room(number: int) -> T:
+            mine = free.get()
+            try:
+                return draw(number, mine)
+            finally:
+                free.put(mine)
+
+        pool = ThreadPoolExecutor(together)
+        try:
+            waiting = [pool.submit(draw_where_there_is_room, number) for number in range(settings.batch_count)]
+            for number, each in enumerate(waiting):
+                with self.timer("sample"):
+                    picture = each.result()
+                yield picture, settings.seed + number
+        finally:
+            over.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _picture(
+        self, settings: Settings, number: int, told: Told, begin: Begin, beside: Beside, lanes: Sequence[int]
+    ) -> F32:
+        """The latents of picture ``number``, without noise, drawn in these lanes."""
+        seed, began = settings.seed + number, time.perf_counter()
+
+        def on_step(done: int, total: int, preview: Pixels | None = None) -> None:
+            seconds = time.perf_counter() - began
+            event = Event("sample", "diffusion", done, total, None, number + 1, settings.batch_count, seconds)
+            self._devices.telling.on_event(replace(event, preview=preview))
+
+        with self.timer("sample"):
+            latents = self.sample(settings, seed, told, on_step, begin, lanes)
+        if settings.hires is not None:
+            latents = self._second_pass(settings, settings.hires, seed, latents, beside, on_step, lanes)
+        return latents
 
     def _film(self, latents: F32, count: int, on_event: OnEvent) -> Iterator[Pixels]:
         """The frames of a film, as they are asked for."""
@@ -251,16 +297,23 @@ class Session:
     # --- the model as functions
 
     def predict(
-        self, latents: F32, timestep: F32, conditions: Conditions, component: str = "diffusion", **options: Any
+        self,
+        latents: F32,
+        timestep: F32,
+        conditions: Conditions,
+        component: str = "diffusion",
+        *,
+        lane: int = 0,
+        **options: Any,
     ) -> F32:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
         of b prompts. ``options`` are added to its configuration. ``component``: another one than the diffusion model
-        itself, where there is one for high noise."""
+        itself, where there is one for high noise; ``lane``: which of several that are side by side."""
         inputs = {"latents": latents, "timestep": timestep, **conditions}
         if isinstance(latents, DeviceArray):
-            (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead)
+            (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead, lane)
             return there
-        (predicted,) = self._devices.run(component, options, {**inputs, **self._controls(inputs)})
+        (predicted,) = self._devices.run(component, options, {**inputs, **self._controls(inputs)}, lane=lane)
         return predicted
 
     def _controls(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
@@ -277,9 +330,9 @@ class Session:
         if HIGH_NOISE not in self.model.components:
             return self.predict
 
-        def ask(latents: F32, timestep: F32, conditions: Conditions, **options: Any) -> F32:
+        def ask(latents: F32, timestep: F32, conditions: Conditions, *, lane: int = 0, **options: Any) -> F32:
             component = HIGH_NOISE if timestep[0] >= from_timestep else "diffusion"
-            return self.predict(latents, timestep, conditions, component, **options)
+            return self.predict(latents, timestep, conditions, component, lane=lane, **options)
 
         return ask
 
@@ -339,10 +392,11 @@ class Session:
         told: Told,
         on_step: OnStep = lambda *_: None,
         begin: Begin = NOTHING,
+        lanes: Sequence[int] = (0,),
     ) -> F32:
         """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
         films (1, c, frames, h, w). ``on_step`` is told the steps that are done, how many there are, and a preview where
-        one is wanted.
+        one is wanted. ``lanes``: of the diffusion model, those that are used.
 
         Where the diffusion model's device queues its work, latents stay there, and the steps are told ahead; what they
         come to is the same. If that device is lost, the picture begins anew, with numbers here.
@@ -355,13 +409,14 @@ class Session:
                 reached = done
                 on_step(done, total, *preview)
 
-        ahead = self._devices.ahead("diffusion") if self._may_be_ahead(settings) else None
-        if ahead is not None:
-            try:
-                return self._sample(settings, seed, told, once, begin, ahead)
-            except DeviceLost as lost:
-                log.info("the picture begins anew: %s", lost)
-        return self._sample(settings, seed, told, once, begin, None)
+        if len(lanes) == 1 and self._may_be_ahead(settings):
+            ahead = self._devices.ahead("diffusion", lanes[0])
+            if ahead is not None:
+                try:
+                    return self._sample(settings, seed, told, once, begin, lanes, ahead)
+                except DeviceLost as lost:
+                    log.info("the picture begins anew: %s", lost)
+        return self._sample(settings, seed, told, once, begin, lanes, None)
 
     def _may_be_ahead(self, settings: Settings) -> bool:
         """Whether drawing asks for no numbers between its steps."""
@@ -370,7 +425,14 @@ class Session:
         return all(look is None for look in looks) and not self.model.frames
 
     def _sample(
-        self, settings: Settings, seed: int, told: Told, on_step: OnStep, begin: Begin, ahead: Ahead | None
+        self,
+        settings: Settings,
+        seed: int,
+        told: Told,
+        on_step: OnStep,
+        begin: Begin,
+        lanes: Sequence[int],
+        ahead: Ahead | None,
     ) -> F32:
         model, predicts = self.model, self._prediction(settings)
         height, width = settings.height // model.pixels, settings.width // model.pixels
@@ -394,7 +456,7 @@ class Session:
         guide = Guide(
             self._ask(predicts.timestep(settings.moe_boundary)), told, sigmas, cfg_scale=settings.cfg_scale,
             img_cfg_scale=settings.img_cfg_scale, left_out=settings.left_out, cache=cache,
-            tempered=model.family.tempered,
+            tempered=model.family.tempered, lanes=lanes,
         )  # fmt: skip
         denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:
@@ -424,7 +486,14 @@ class Session:
         return latents
 
     def _second_pass(
-        self, first: Settings, hires: Hires, seed: int, latents: F32, beside: Beside, on_step: OnStep
+        self,
+        first: Settings,
+        hires: Hires,
+        seed: int,
+        latents: F32,
+        beside: Beside,
+        on_step: OnStep,
+        lanes: Sequence[int],
     ) -> F32:
         """Latents that are enlarged and drawn on from there."""
         side, hint = self.model.pixels, first.control_image
@@ -443,12 +512,12 @@ class Session:
         before, self._control = self._control, control_of(second)
         try:
             with self.timer("sample"):
-                return self.sample(second, seed, told, on_step, Begin(larger))
+                return self.sample(second, seed, told, on_step, Begin(larger), lanes)
         finally:
             self._control = before
 
-    def _shown(self, latents: F32, settings: Settings, tiny: bool) -> Pixels:
-        return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny)[0])
+    def _shown(self, latents: F32, settings: Settings, tiny: bool, lane: int = 0) -> Pixels:
+        return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny, lane)[0])
 
     def _preview(self, latents: F32, settings: Settings) -> Pixels:
         """What latents look like, as the settings' previews say."""

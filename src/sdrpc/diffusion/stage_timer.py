@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 STAGES = ("load", "capture", "upload", "encode", "sample", "decode")
 
 
 class StageTimer:
-    """Stages may be entered inside of each other: the inner one's time is not the outer one's."""
+    """Stages may be entered inside of each other: the inner one's time is not the outer one's. What other threads do
+    meanwhile is a part of the stage that waits for them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._since = 0.0
+        self._thread = 0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        if self._running and get_ident() != self._thread:
+            yield
+            return
+        self._thread = get_ident()
         self._charge()
         self._running.append(stage)
         try:

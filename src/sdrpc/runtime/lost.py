@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-from ..device import Device
 from ..errors import (
     ConnectionFailed,
     DeviceGone,
@@ -42,10 +42,25 @@ NOT_YET = (ConnectionFailed, DeviceLost, DoesNotFit, OutOfMemory, OverQuota, Rem
 T = TypeVar("T")
 
 
+class Place(Protocol):
+    """A device, or several that are used together."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def turns(self) -> AbstractContextManager[None]: ...
+
+    def reopen(self) -> None: ...
+
+
+P = TypeVar("P", bound=Place)
+
+
 class Absence(NamedTuple):
     """``device`` is not there for a ``reason``; it has been waited for so many ``seconds``, of at most ``patience``."""
 
-    device: Device
+    device: Place
     reason: str
     seconds: float
     patience: float
@@ -67,12 +82,12 @@ def surviving(work: Callable[[], T], have_again: Callable[[DeviceLost], object])
 
 
 def first_back(
-    choices: Sequence[Device],
+    choices: Sequence[P],
     lost: DeviceLost,
     patience: float,
-    accept: Callable[[Device], object] = lambda _: None,
+    accept: Callable[[P], object] = lambda _: None,
     tell: Tell = lambda _: None,
-) -> Device:
+) -> P:
     """Wait for a device after the first of ``choices`` was lost, and return the first of them that is there and that
     ``accept`` has nothing against, as long as it takes, but at most ``patience`` seconds (0: don't wait).
 
@@ -101,9 +116,7 @@ def first_back(
         pause = min(pause * 1.5, most)
 
 
-def _first(
-    choices: Sequence[Device], accept: Callable[[Device], object]
-) -> tuple[Device, None] | tuple[None, SdrpcError | None]:
+def _first(choices: Sequence[P], accept: Callable[[P], object]) -> tuple[P, None] | tuple[None, SdrpcError | None]:
     """The first device that is there and accepted; else what speaks against the first of all."""
     against: SdrpcError | None = None
     for device in choices:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checkpoints.expressions import cast
-from ..device import Buffer, Content, Device
+from ..device import Buffer, Content, Device, Program
 from ..errors import CheckpointError, UsageError
 from ..ggml.memory_planner import aligned, bind, lay_out, place
 from ..ggml.tensor import Tensor, rewrite
@@ -95,6 +95,11 @@ class WeightStore:
         Raises :class:`CheckpointError` as that does.
         """
         return sum(chunk.size for chunk in self._chunks(self._new(parameters)))
+
+    @property
+    def resident(self) -> bool:
+        """Whether there are weights on the device."""
+        return bool(self._places)
 
     def has(self, name: str) -> bool:
         """Whether it is where the weight ``name`` comes from."""
@@ -214,7 +219,8 @@ class Executable:
     """A lowered module on a device. Call it with arrays by input name; it returns the outputs' arrays in order.
 
     ``weights`` are uploaded for this graph alone, or come from a store that several graphs share (whose owner closes
-    it); those that ``adapters`` has come from there. Float outputs are float32, integers int64. Use it as a context
+    it); those that ``adapters`` has come from there. It takes its memory now, or ``later``, when it first runs. Float
+    outputs are float32, integers int64. Use it as a context
     manager, or :meth:`close` it.
     """
 
@@ -225,6 +231,7 @@ class Executable:
         weights: Mapping[str, Weight] | WeightStore,
         progress: Progress | None = None,
         adapters: WeightStore | None = None,
+        later: bool = False,
     ) -> None:
         self.lowered = lowered
         self.device = device
@@ -232,9 +239,14 @@ class Executable:
         self._store = weights if isinstance(weights, WeightStore) else WeightStore(device, weights, progress)
         self._adapters = adapters
         self._buffers: list[Buffer] = []
+        self._bound_at: tuple[int, int] | None = None
+        """How often the stores had given up their weights when it was bound; None: it is bound to nothing."""
+        self._program: Program | None = None
         self._sent: dict[Tensor, np.ndarray] = {}
         self._runs = 0
         """Rises with every run, and when what the last one gave is freed."""
+        if later:
+            return
         try:
             self._bind()
         except BaseException:
@@ -306,6 +318,11 @@ class Executable:
                 raise UsageError("an output of the graph is no float32 array of its device")
             found.append((tuple(output.shape), (self._io, self._offsets[output.source])))
         return found
+
+    def suspend(self) -> None:
+        """Free the graph's memory until it is run again; the weights are their store's."""
+        self._free()
+        self._program, self._bound_at = None, None
 
     def close(self) -> None:
         """Free the graph's memory, and the weights unless they come from a store."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock, Thread
@@ -26,6 +27,7 @@ from ..diffusion.request import Request, Settings
 from ..diffusion.session import Session, settings_of
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError
 from ..families.model import Model, ModelFiles
+from ..runtime.chain import Lanes, devices_of
 from .board import Board
 from .jobs import FORMATS, Job, State, Task
 from .metrics import Metrics
@@ -34,8 +36,8 @@ from .store import JobStore
 
 log = logging.getLogger(__name__)
 
-Place = Callable[[Model], Mapping[str, Sequence[Device]]]
-"""A model → the devices of each of its components, in order of preference. Raises :class:`InvalidValue`."""
+Place = Callable[[Model], Mapping[str, Sequence[Lanes]]]
+"""A model → where each of its components may be, in order of preference. Raises :class:`InvalidValue`."""
 
 LOOK_SECONDS = 1.0
 """How often a seat without work looks up: for idle models, and for the end."""
@@ -115,7 +117,7 @@ class OwnSeat(Seat):
         return Session(opening.model, self.place(opening.model), **opening.options)
 
     def devices(self, model: Model) -> Sequence[Device]:
-        return list(dict.fromkeys(device for part in self.place(model).values() for device in part))
+        return devices_of(chain.from_iterable(self.place(model).values()))
 
 
 @dataclass(frozen=True)

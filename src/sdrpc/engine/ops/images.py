@@ -164,7 +164,7 @@ def _conv_2d_as_product(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tenso
         y = F.linear(columns.mT.contiguous(), matrix, bias).mT
     else:
         y = matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)
-    return y.reshape(len(matrix), x.shape[0], -1).transpose(0, 1).reshape(shape_of(v.ne))
+    return y.reshape(len(matrix), x.shape[0], -1).transpose(0, 1).contiguous().reshape(shape_of(v.ne))
 
 
 def _conv_2d_dw(v: Value[Conv2D], kernel: Tensor, x: Tensor) -> Tensor:

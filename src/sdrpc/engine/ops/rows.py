@@ -69,6 +69,8 @@ def _grouped(x: Tensor, groups: int, eps: float, weight: Tensor | None = None, b
     cut = alike * each
     # not torch.nn.functional's, which refuses groups of one element
     norm = torch.group_norm
+    if x.is_cpu:  # where torch else adds up in another order, so that results would depend on how x lies in memory
+        x = x.contiguous()
     if cut == channels:
         return norm(x, alike, weight, bias, eps)
     first, last = (slice(None, cut), alike), (slice(cut, None), 1)

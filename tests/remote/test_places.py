@@ -1,0 +1,171 @@
+"""One model over several devices of real servers: its layers one after the other, or all of it side by side."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sdrpc
+from sdrpc.client import connect
+from sdrpc.device import Device
+from sdrpc.diffusion.events import Event
+from sdrpc.diffusion.session import Session
+from sdrpc.errors import Cancelled
+from sdrpc.runtime.cache import Cache
+from sdrpc.runtime.chain import Chain, Lanes, Placed
+from tests.support.pictures import Case, Checkpoints, request
+from tests.support.process import ServerProcess
+from tests.support.trouble import Restartable
+
+SD_CLI = (sys.executable, "-m", "sdrpc", "sd-cli")
+REQUEST = sdrpc.Request("a cat", "a dog", width=64, height=64, steps=2, sampling_method="euler_a", batch_count=2)
+FAMILIES = ("sd1", "sdxl", "flux1-dev", "z-image")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def ports() -> Iterator[list[int]]:
+    """Of two servers in exact precision."""
+    with ExitStack() as stack:
+        options = ("--precision", "exact", "--device", "CPU")
+        yield [stack.enter_context(ServerProcess(*options)).port for _ in "ab"]
+
+
+@pytest.fixture(scope="module")
+def devices(ports: list[int]) -> Iterator[list[Device]]:
+    found = connect([f"127.0.0.1:{port}" for port in ports])
+    yield list(found)
+    for device in found:
+        device.close()
+
+
+def drawn(files: sdrpc.ModelFiles, placement: dict[str, Placed], graphs: Path, case: Case) -> list[np.ndarray]:
+    asked = replace(request(case), steps=2, video_frames=None)
+    with Session.open(files, placement, Cache(graphs)) as session:
+        return [picture.image for picture in session.generate(asked)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_cut_in_two_draws_the_same(
+    family: str, checkpoints: Checkpoints, devices: list[Device], graphs: Path
+) -> None:
+    """To the bit: each number is computed as on one device, only elsewhere."""
+    case = Case(family, "safetensors")
+    files = checkpoints.files(case)
+    first, second = devices
+    whole = drawn(files, {"all": first}, graphs, case)
+    cut = drawn(files, {"all": first, "diffusion": Chain((second, first)), "te": Chain((first, second))}, graphs, case)
+    np.testing.assert_array_equal(cut, whole)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, devices: list[Device], graphs: Path) -> list[np.ndarray]:
+    """Two pictures, drawn on one device."""
+    with Session.open(tiny, devices[0], Cache(graphs)) as session:
+        return [picture.image for picture in session.generate(REQUEST)]
+
+
+def test_the_rest_of_a_chain_waits_for_a_server_that_is_lost(
+    alone: list[np.ndarray], tiny: Path, devices: list[Device], graphs: Path
+) -> None:
+    """In the second of two pictures, at its first step: the same pictures, and only what was lost is sent again."""
+    events: list[Event] = []
+    with Restartable("--precision", "exact", "--device", "CPU") as server:
+        (other,) = connect([f"127.0.0.1:{server.port}"])
+
+        def tell(event: Event) -> None:
+            events.append(event)
+            if event.stage == "sample" and (event.picture, event.done) == (2, 1):
+                server.kill()
+                server.start()
+
+        chain = Chain((devices[0], other))
+        with Session.open(tiny, {"diffusion": chain, "all": devices[0]}, Cache(graphs)) as session:
+            pictures = [picture.image for picture in session.generate(REQUEST, tell)]
+        other.close()
+    np.testing.assert_array_equal(pictures, alone)
+    back = next(at for at, event in enumerate(events) if event.stage == "reconnected")
+    assert (events[back].component, events[back].device) == ("diffusion", chain.name)
+    sent = [(event.component, event.device) for event in events[back:] if event.stage == "upload" and event.over]
+    assert sent == [("diffusion", other.name)]
+
+
+def test_pictures_side_by_side(alone: list[np.ndarray], tiny: Path, devices: list[Device], graphs: Path) -> None:
+    """Each of two devices draws one of two pictures, to the bit as one device draws both; both are told of."""
+    events: list[Event] = []
+    everywhere = Lanes(tuple(Chain((device,)) for device in devices))
+    with Session.open(tiny, everywhere, Cache(graphs)) as session:
+        pictures = list(session.generate(REQUEST, events.append))
+    np.testing.assert_array_equal([picture.image for picture in pictures], alone)
+    assert [picture.seed for picture in pictures] == [42, 43]
+    uploads = sorted(event.component for event in events if event.stage == "upload" and event.over)
+    assert uploads == ["clip_l", "diffusion", "diffusion", "vae", "vae"]
+    steps = {(event.picture, event.done) for event in events if event.stage == "sample"}
+    assert steps == {(picture, done) for picture in (1, 2) for done in (0, 1, 2)}
+
+
+def test_prompts_side_by_side(alone: list[np.ndarray], tiny: Path, devices: list[Device], graphs: Path) -> None:
+    """The negative prompt on one device and the prompt on the other: as a batch of two, but for the order of sums."""
+    before = devices[1].sent or 0
+    lanes = Lanes(tuple(Chain((device,)) for device in devices))
+    with Session.open(tiny, {"diffusion": lanes, "all": devices[0]}, Cache(graphs)) as session:
+        (picture,) = session.generate(replace(REQUEST, batch_count=1))
+    assert (devices[1].sent or 0) > before
+    assert np.abs(picture.image.astype(int) - alone[0]).max() <= 1
+
+
+def test_cancelling_ends_all_that_is_side_by_side(tiny: Path, devices: list[Device], graphs: Path) -> None:
+    steps: list[Event] = []
+
+    def tell(event: Event) -> None:
+        if event.stage == "sample" and event.done:
+            steps.append(event)
+
+    everywhere = Lanes(tuple(Chain((device,)) for device in devices))
+    with Session.open(tiny, everywhere, Cache(graphs)) as session:
+        with pytest.raises(Cancelled):
+            list(session.generate(replace(REQUEST, steps=50), tell, lambda: bool(steps)))
+        assert len(steps) <= 2
+        assert len(list(session.generate(replace(REQUEST, steps=1)))) == 2, "the session goes on"
+
+
+def sd_cli(*words: object, graphs: Path) -> subprocess.CompletedProcess[str]:
+    command = [*SD_CLI, *map(str, words), "-t", "1"]
+    environment = os.environ | {"SDRPC_CACHE": str(graphs)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_sd_cli_says_where_it_was_cut(
+    alone: list[np.ndarray], ports: list[int], tiny: Path, graphs: Path, tmp_path: Path
+) -> None:
+    drawing = ["-m", tiny, "-p", REQUEST.prompt, "-n", REQUEST.negative_prompt, "-W", 64, "-H", 64, "--steps", 2]
+    servers = ",".join(f"127.0.0.1:{port}" for port in ports)
+    place = ("--rpc", servers, "--backend", "all=RPC0,diffusion=RPC1&RPC0")
+    done = sd_cli(*drawing, "-v", *place, "-o", tmp_path / "x.png", graphs=graphs)
+    assert done.returncode == 0, done.stderr
+    assert "clip_l on RPC0, diffusion on RPC1&RPC0, vae on RPC0" in done.stderr
+    size = r"[\d.]+ MiB"
+    part = rf"\d+ nodes with {size} of weights"
+    cut = rf"diffusion is cut: RPC1: {part}, RPC0: {part}; {size} cross in each evaluation"
+    assert re.search(cut, done.stderr), done.stderr
+    with Image.open(tmp_path / "x.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), alone[0])
