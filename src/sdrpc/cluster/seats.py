@@ -104,7 +104,7 @@ class ClusterSeat(Seat):
         if self._about is None or not self._about.devices:
             return []
         placed = self._place(model, self._about.devices)
-        used = devices_of(itertools.chain.from_iterable(placed.values()))
+        used: list[Any] = devices_of(itertools.chain.from_iterable(placed.values()))
         titles = [self.name] if len(used) == 1 else [f"{self.name} {device.name}" for device in used]
         return [FarDevice(title, device, self._actor) for title, device in zip(titles, used, strict=True)]
 
