@@ -25,10 +25,12 @@ class Asked:
     def __init__(self) -> None:
         self.options: list[dict[str, Any]] = []
         self.batches: list[int] = []
+        self.lanes: list[tuple[int, float]] = []
 
-    def __call__(self, latents: F32, timestep: F32, conditions: Any, **options: Any) -> F32:
+    def __call__(self, latents: F32, timestep: F32, conditions: Any, *, lane: int = 0, **options: Any) -> F32:
         self.options.append(options)
         self.batches.append(len(conditions["number"]))
+        self.lanes.append((lane, conditions["number"][0]))
         return latents * conditions["number"].reshape(-1, 1, 1, 1) * f32(0.5 if options else 1)
 
 
@@ -55,6 +57,17 @@ def test_guidance_is_a_sum_of_differences(told: Told, guided: float, uncondition
     if guess.unconditional is not None:
         np.testing.assert_allclose(guess.unconditional, unconditional)
     assert asked.batches == [len(told.by_name)]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "where"), [((4, 7), {(4, 1), (7, 2), (4, 5)}), ((1, 2, 3, 4), {(1, 1), (2, 2), (3, 5)})]
+)
+def test_lanes_share_what_is_asked(lanes: tuple[int, ...], where: set[tuple[int, float]]) -> None:
+    told = Told(number(5), number(1), number(2))
+    follow, asked = guide(told, lanes=lanes)
+    np.testing.assert_allclose(follow(X, f32(1)).guided, guide(told)[0](X, f32(1)).guided)
+    assert asked.batches == [1, 1, 1]
+    assert set(asked.lanes) == where
 
 
 def test_layers_are_left_out_in_some_steps_only() -> None:
