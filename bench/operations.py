@@ -148,7 +148,7 @@ def run(setup: Setup) -> Iterator[Row]:
     marks = MARKS if setup.on_cpu and part == "unet" else {}
     for options in (ROOM, ()):
         with _servers(setup, options) as devices:
-            whole = {name: _recorded(device, part) for name, device in devices.items()}
+            whole = {name: recorded_on(device, part) for name, device in devices.items()}
             what = " ".join(("128×128", *options))
             yield from _rows(f"recorded {part}", recorded.load(part).graph.nodes[-1].type, whole, what, marks)
             if options:
@@ -240,7 +240,7 @@ def _ready(device: RemoteDevice, case: Case, contents: Sequence[bytes]) -> Ready
     return Ready(device, program, (weights, nodes), (nodes, last.offset, last.nbytes))
 
 
-def _recorded(device: RemoteDevice, part: str) -> Ready:
+def recorded_on(device: RemoteDevice, part: str) -> Ready:
     buffers = {number: device.allocate(size) for number, size in recorded.load(part).sizes.items()}
     graph = recorded.load(part, {number: buffer.key for number, buffer in buffers.items()}).graph
     by_key: dict[int, Buffer] = {buffer.key: buffer for buffer in buffers.values()}

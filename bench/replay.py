@@ -1,0 +1,122 @@
+"""What an unmodified sd-cli of stable-diffusion.cpp gets from our server: the commands of an evaluation of the UNet, as
+they were recorded, over a real socket at full rate. It sends the whole graph each time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from sdrpc.client import connect
+from sdrpc.ggml.dialect import Dialect, dialects
+from sdrpc.ggml.tensor import MAX_SRC, Tensor
+from sdrpc.wire import messages
+from sdrpc.wire.graphs import encode_graph
+from sdrpc.wire.records import Record
+from tests.engine.recorded import Recorded, contents, load
+from tests.support.client import RawClient
+
+from .operations import recorded_on
+from .rows import Mark, Row
+from .setup import Setup
+
+PART = "unet"
+PROTOCOL = "5.0.1"
+"""stable-diffusion.cpp's."""
+ASKED = "FLASH_ATTN_EXT", 3
+"""What its allocator asks the size of, three times for each, before every graph."""
+WARM, ROUNDS = 5, 20
+A_STEP = 2
+"""Evaluations: of the prompt, and of the negative one."""
+STEPS_PER_SECOND = Mark(50, of="ours", at_least=True)
+
+
+class Replayed(NamedTuple):
+    """An evaluation's commands."""
+
+    sizes: list[messages.GetAllocSize]
+    inputs: list[tuple[Record, bytes]]
+    graph: messages.GraphCompute
+    result: tuple[Record, int]
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    dialect, recorded = dialects()[PROTOCOL], load(PART)
+    with ExitStack() as stack:
+        server = stack.enter_context(setup.server(setup.variant, "--protocol", PROTOCOL))
+        client = RawClient(server.port, dialect)
+        stack.callback(client.socket.close)
+        buffers = {number: client.buffer(size) for number, size in recorded.sizes.items()}
+        replayed = _commands(client, recorded, buffers, dialect)
+        theirs = _rate(partial(_evaluate, client, replayed))
+        (device,) = connect([f"127.0.0.1:{server.port}"])
+        stack.callback(device.close)
+        ours = _rate(recorded_on(device, PART).run)
+    what = f"recorded sd-cli, 128×128, {setup.variant}"
+    note = f"{len(replayed.graph.payload) / 1e6:.1f} MB of graph each time"
+    yield Row(
+        f"{what}, an evaluation", theirs * 1e3, "ms", ours * 1e3, "our own client's, of the same graph", None, note
+    )
+    rate = 1 / (A_STEP * theirs)
+    yield Row(
+        f"{what}, steps", rate, "steps/s", mark=None if setup.on_cpu else STEPS_PER_SECOND, note="two evaluations"
+    )
+
+
+def _commands(
+    client: RawClient, recorded: Recorded, buffers: Mapping[int, tuple[int, int]], dialect: Dialect
+) -> Replayed:
+    """Sends the weights on the way: what an evaluation does not change."""
+    graph, rng = recorded.graph, np.random.default_rng(0)
+    last = graph.nodes[-1]
+
+    def record(tensor: Tensor) -> Record:
+        return client.record(buffers[tensor.buffer], tensor.ne, type=tensor.type.name, at=tensor.offset)
+
+    def locate(buffer: int, offset: int) -> tuple[int, int]:
+        handle, address = buffers[buffer]
+        return handle, address + offset
+
+    inputs = []
+    for leaf in graph.leaves:
+        values = contents(leaf, rng).tobytes()
+        client.set(record(leaf), values)
+        if leaf.buffer == last.buffer:  # inputs lie beside the results
+            inputs.append((record(leaf), values))
+    op, times = ASKED
+    sizes = [
+        messages.GetAllocSize(0, client.record(ne=node.ne, op=op, params=node.params), _sources(client, node))
+        for node in graph.nodes
+        if node.op == op
+        for _ in range(times)
+    ]
+    payload = encode_graph(graph, 0, dialect, client.name_length, locate)
+    return Replayed(sizes, inputs, messages.GraphCompute(payload), (record(last), last.nbytes))
+
+
+def _sources(client: RawClient, node: Tensor) -> tuple[Record, ...]:
+    given = [client.record(ne=source.ne, type=source.type.name) for source in node.src if source is not None]
+    return (*given, *[Record()] * (MAX_SRC - len(given)))
+
+
+def _evaluate(client: RawClient, replayed: Replayed) -> None:
+    for size in replayed.sizes:
+        client.ask(size)
+    for tensor, values in replayed.inputs:
+        client.set(tensor, values)
+    client.ask(replayed.graph)
+    client.get(*replayed.result)
+
+
+def _rate(evaluate: Callable[[], object]) -> float:
+    """Seconds of an evaluation, one after the other."""
+    for _ in range(WARM):
+        evaluate()
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        evaluate()
+    return (time.perf_counter() - start) / ROUNDS
