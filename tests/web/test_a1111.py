@@ -43,6 +43,31 @@ def test_img2img(client: Any) -> None:
     assert not np.array_equal(np.asarray(kept.image), np.asarray(drawn.image))
 
 
+def test_a_second_pass(client: Any) -> None:
+    larger = client.txt2img(
+        **SMALL, **TINY, enable_hr=True, hr_upscaler="Lanczos", hr_scale=1.5, denoising_strength=0.5
+    )
+    assert larger.image.size == (128, 128)
+    assert "Hires resize: 128x128" in larger.info["infotexts"][0]
+
+
+def test_larger_pictures(client: Any) -> None:
+    """By a filter: as Pillow does it. In another shape what is around the middle is kept."""
+    picture = Image.fromarray(np.arange(32 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(32, 64, 3))
+    twice = client.extra_single_image(picture, upscaler_1="Lanczos", upscaling_resize=2)
+    wanted = picture.resize((128, 64), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(np.asarray(twice.image), np.asarray(wanted))
+    square = client.extra_single_image(
+        picture, upscaler_1="Nearest", resize_mode=1, upscaling_resize_w=64, upscaling_resize_h=64
+    )
+    wanted = picture.crop((16, 0, 48, 32)).resize((64, 64), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(np.asarray(square.image), np.asarray(wanted))
+    assert np.array_equal(np.asarray(client.extra_single_image(picture).image), np.asarray(picture))
+    assert {"None", "Lanczos", "Nearest"} <= {each["name"] for each in client.get_upscalers()}
+    with pytest.raises(RuntimeError, match="upscaler none: there is no such upscaler; there are Lanczos, Nearest"):
+        client.extra_single_image(picture, upscaler_1="none")
+
+
 def test_what_there_is(client: Any) -> None:
     assert {model["title"] for model in client.get_sd_models()} == {"demo", "tiny"}
     assert {"Euler a", "DPM++ 2M", "res_multistep"} <= {each["name"] for each in client.get_samplers()}
@@ -82,11 +107,11 @@ def test_progress_and_interruption(client: Any, server: WebServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"enable_hr": True}, "enable_hr"),
+        ({"enable_hr": True, "hr_upscaler": "x"}, "hires_upscaler x: does not exist here; there are Latent"),
         ({"sampler_name": "PLMS"}, "sampler_name"),
         ({"styles": ["x"]}, "styles"),
         ({"script_name": "x/y plot"}, "script_name"),
-        ({"steps": 100_000}, "steps 100000: it can be 1 … 500"),
+        ({"steps": 100_000}, "steps: Input should be less than or equal to 500"),
     ],
 )
 def test_refusals(client: Any, changes: dict[str, Any], says: str) -> None:

@@ -71,6 +71,44 @@ def test_pictures_to_begin_with(server: WebServer) -> None:
     assert server.ask(f"/sdcpp/v1/jobs/{done['id']}/inputs/..%2f..%2fjobs.sqlite/0").status == 404
 
 
+def test_the_queues_events(server: WebServer) -> None:
+    """One who opens the page sees what is there, then what changes."""
+    with urllib.request.urlopen(f"{server.url}/sdcpp/v1/events", timeout=DRAW_SECONDS) as stream:
+        states = (json.loads(line[6:]) for line in stream if line.startswith(b"data: "))
+        next(states)
+        name = server.submit(**LONG)
+        assert name in next([job["id"] for job in state["jobs"]] for state in states if state["jobs"])
+        while not any((job["progress"] or {}).get("step") for job in next(states)["jobs"]):
+            pass
+        server.ask(f"/sdcpp/v1/jobs/{name}/cancel", {})
+        while next(states)["jobs"]:
+            pass
+
+
+def test_what_is_usual_sampling_and_a_second_pass(server: WebServer) -> None:
+    """The body that stable-diffusion.cpp documents, with everything in it; then one where all of it means something."""
+    sampling = {
+        "scheduler": "karras", "sample_method": "euler", "sample_steps": 2, "eta": 0.0, "shifted_timestep": 0,
+        "custom_sigmas": [], "flow_shift": None,
+        "guidance": {"txt_cfg": 4.0, "img_cfg": 4.0, "distilled_guidance": 3.5,
+                     "slg": {"layers": [7, 8, 9], "layer_start": 0.01, "layer_end": 0.2, "scale": 0.0}},
+    }  # fmt: skip
+    usual = server.ask("/sdcpp/v1/capabilities").json()["defaults_by_mode"]["img_gen"]
+    whole = usual | SMALL | {"sample_params": sampling}
+    first = server.until(server.ask("/sdcpp/v1/img_gen", whole).json()["id"], "completed")
+    assert Image.open(BytesIO(base64.b64decode(first["result"]["images"][0]["b64_json"]))).size == (64, 64)
+    changed = {
+        "hires": {"enabled": True, "upscaler": "Latent", "target_width": 128, "steps": 1, "denoising_strength": 0.5},
+        "vae_tiling_params": {"enabled": True, "tile_size_x": 8, "tile_size_y": 8},
+        "sample_params": sampling | {"custom_sigmas": [14.6, 3.0, 0.0]},
+        "cache_mode": "easycache",
+    }
+    second = server.until(server.ask("/sdcpp/v1/img_gen", whole | changed).json()["id"], "completed")
+    drawn = Image.open(BytesIO(base64.b64decode(second["result"]["images"][0]["b64_json"])))
+    assert drawn.size == (128, 128)
+    assert "Custom Sigmas: [14.6, 3, 0]" in drawn.info["parameters"]
+
+
 def test_what_there_is(server: WebServer) -> None:
     can = server.ask("/sdcpp/v1/capabilities").json()
     assert {model["name"] for model in can["models"]} == {"demo", "tiny"}
@@ -83,24 +121,33 @@ def test_what_there_is(server: WebServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "says"),
     [
-        ({"width": "wide"}, 422, "width: "),
-        ({"wdith": 64}, 422, "wdith: "),
+        ({"width": "wide"}, 400, "width: "),
+        ({"wdith": 64}, 400, "wdith: this server knows no such field"),
         ({"lora": [{"path": "../x"}]}, 400, "loras ../x: is no name of a file in"),
         ({"lora": [{"path": "/etc/passwd"}]}, 400, "loras /etc/passwd: is no name"),
         ({"lora": [{"path": "none"}]}, 400, "loras none: no such LoRA"),
-        ({"lora": [{"path": "none", "multiplier": "x"}]}, 422, "lora.0.multiplier"),
-        ({"width": -8}, 400, "width -8: it can be 1 …"),
+        ({"lora": [{"path": "none", "multiplier": "x"}]}, 400, "lora.0.multiplier"),
+        ({"width": -8}, 400, "width: Input should be greater than or equal to 1"),
         ({"width": 1 << 80}, 400, "width"),
         ({"seed": 1 << 80}, 400, "seed"),
-        ({"batch_count": 10**6}, 400, "batch_count 1000000: it can be 1 … 16"),
+        ({"batch_count": 10**6}, 400, "batch_count: Input should be less than or equal to 16"),
         ({"model": "../tiny"}, 400, "model ../tiny: there is no such model"),
         ({"model": "/etc/passwd"}, 400, "there is no such model"),
         ({"model": "tiny\0"}, 400, "there is no such model"),
         ({"init_image": "!"}, 400, "init_image !: is no picture in base64"),
         ({"init_image": "AAAA"}, 400, "init_image '3 bytes': is no picture"),
         ({"sample_params": {"sample_method": "x"}}, 400, "sampling_method x: does not exist"),
-        ({"sample_params": {"flow_shift": "NaN"}}, 400, "flow_shift nan"),
+        ({"sample_params": {"flow_shift": float("nan")}}, 400, "sample_params.flow_shift: is no finite number"),
         ({"prompt": "<lora:x:1>"}, 400, "loras x: no such LoRA"),
+        ({"sample_params": {"flow_shift": 3}}, 400, "flow_shift 3.0: only flow models have a shift"),
+        ({"sample_params": {"guidance": {"img_cfg": 2}}}, 400, "img_cfg_scale 2.0: the model is not shown"),
+        ({"sample_params": {"guidance": {"slg": {"scale": 2}}}}, 400, "slg_scale"),
+        ({"cache_mode": "dbcache"}, 400, "cache_mode"),
+        ({"scm_mask": "1,0"}, 400, "scm_mask"),
+        ({"auto_resize_ref_image": False}, 400, "auto_resize_ref_image"),
+        ({"hires": {"enabled": True, "upscaler": "x"}}, 400, "hires_upscaler x"),
+        ({"hires": {"enabled": True, "scale": 1e9}}, 400, "hires_scale"),
+        ({"vae_tiling_params": {"enabled": True, "tile_size_x": 1, "tile_size_y": 1}}, 400, "vae_tile_size 1x1"),
         ({"control_image": data_url()}, 400, "needs a ControlNet: name its file (control_net)"),
     ],
 )

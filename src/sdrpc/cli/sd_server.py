@@ -22,13 +22,15 @@ from .cluster import cluster_seats
 from .command import Command
 from .devices import Found, every_device, resolved
 from .entry import ready
+from .upscale import UPSCALER
 from .web_options import DAY, OPTIONS
 
 if TYPE_CHECKING:
     from ..device import Device
     from ..families.model import Model
     from ..runtime.chain import Lanes
-    from ..web.studio import Seat, Shown
+    from ..web.places import Shown
+    from ..web.studio import Seat
 
 log = logging.getLogger(__name__)
 
@@ -114,46 +116,51 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         raise UsageError(f"sd-server needs more packages ({error.name}): pip install 'sdrpc[server]'") from error
     from ..web.board import Board
     from ..web.context import Context
+    from ..web.enlarging import Upscalers
     from ..web.gate import Rules
     from ..web.metrics import Metrics
+    from ..web.places import Places
     from ..web.shelf import Shelf
     from ..web.store import JobStore
     from ..web.studio import Adapters, Studio
 
     named = files_of(chosen)
     first = named.model or named.diffusion_model or next(iter(named.named.values()))
-    shelf = Shelf((first.stem, named), _folder(chosen["models_dir"]))
+    shelf = Shelf((first.stem, named), _folder(chosen, "models_dir"))
     _, model = shelf.open(None)
     listening = _listening(chosen["listen_ip"], chosen["listen_port"])
-    with listening, _seats(chosen, model) as seats:
+    with listening, _seats(chosen, model) as (seats, devices):
         data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
         store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
         board, metrics = Board(), Metrics(store)
         words = chosen["embd_dir"] and Path(chosen["embd_dir"])
         adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
-        studio = Studio(store, shelf, seats, board, metrics, chosen["idle_unload"], chosen["rpc_retry"], adapters)
+        upscalers = Upscalers(_folder(chosen, "hires_upscalers_dir"))
 
-        def used() -> Sequence[Shown]:
-            return list(dict.fromkeys(device for seat in seats for device in seat.devices(model)))
+        def elsewhere() -> Sequence[Shown]:
+            return [] if devices else list(dict.fromkeys(there for seat in seats for there in seat.devices(model)))
 
+        places = Places(devices, data / "placement.json", elsewhere)
+        studio = Studio(
+            store, shelf, seats, places, board, metrics, chosen["idle_unload"], chosen["rpc_retry"], adapters, upscalers
+        )
         app = create_app(
-            Context(store, studio, board, shelf, metrics, used), Rules(keys, frozenset(chosen["allow_host"]))
+            Context(store, studio, board, shelf, metrics, places), Rules(keys, frozenset(chosen["allow_host"]))
         )
         studio.start()
         try:
             _announce(chosen, listening, model, seats, data, bool(keys))
-            serve(app, listening, CONNECTIONS, chosen["verbose"])
+            serve(app, listening, CONNECTIONS, chosen["verbose"], board.close)
         finally:
             studio.stop()
             store.close()
 
 
-def _folder(path: str | None) -> Path | None:
-    if path is None:
-        return None
-    if not Path(path).is_dir():
-        raise InvalidValue("models_dir", path, "is no folder")
-    return Path(path)
+def _folder(chosen: Chosen, field: str) -> Path | None:
+    path = chosen[field]
+    if path is not None and not Path(path).is_dir():
+        raise InvalidValue(field, path, "is no folder")
+    return None if path is None else Path(path)
 
 
 def _listening(address: str, port: int) -> socket.socket:
@@ -173,19 +180,19 @@ def _listening(address: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _seats(chosen: Chosen, model: Model) -> Iterator[Sequence[Seat]]:
-    """Who draws. Raises :class:`UsageError`, and what is wrong with a server that is not there where a component has no
-    other device."""
+def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Sequence[Device]]]:
+    """Who draws, and this process's devices. Raises :class:`UsageError`, and what is wrong with a server that is not
+    there where a component has no other device."""
     where = Where(placement.parse(chosen["backend"]), chosen["main_backend_device"], by_option(chosen))
     if chosen["ray"]:
         with cluster_seats(chosen, partial(placed_far, where), where.said) as theirs:
-            yield theirs
+            yield theirs, ()
         return
     rpc = servers(chosen)
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
         for name, why in found.absent.items():
             report.warn(f"{name} is not there: {why}")
-        yield own_seats(where, model, found)
+        yield own_seats(where, model, found), found.devices
 
 
 class Where(NamedTuple):
@@ -203,8 +210,20 @@ class Where(NamedTuple):
 def placed(where: Where, found: Found, default: Sequence[Device], model: Model) -> dict[str, list[Lanes]]:
     """Component → its devices, the ``default`` ones where the user said nothing. Raises :class:`InvalidValue`, and what
     is wrong with a device that is not there."""
-    wanted = placement.wanted(list(model.components), where.backend, where.main, where.by_option)
+    backend = {name: names for name, names in where.backend.items() if name != UPSCALER}  # no component of a model
+    by_option = {name: names for name, names in where.by_option.items() if name != UPSCALER}
+    wanted = placement.wanted(list(model.components), backend, where.main, by_option)
     return resolved(wanted, found, default)
+
+
+def upscaler_on(where: Where, found: Found, default: Sequence[Device]) -> Device:
+    """Where networks run that enlarge pictures. Raises as :func:`placed`."""
+    from ..runtime.chain import devices_of
+
+    backend = {name: names for name, names in where.backend.items() if name in (UPSCALER, placement.REST)}
+    by_option = {UPSCALER: where.by_option.get(UPSCALER, "")}
+    wanted = placement.wanted([UPSCALER], backend, where.main, by_option)
+    return devices_of(resolved(wanted, found, default)[UPSCALER])[0]
 
 
 def placed_far(where: Where, model: Model, devices: Sequence[Device]) -> dict[str, list[Lanes]]:
@@ -226,8 +245,12 @@ def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
         raise UsageError("none of the servers that --rpc names can be used")
     alone = where.said or len(theirs) < 2
     defaults = [theirs or found.devices[:1]] if alone else [[device] for device in theirs]
-    seats = [OwnSeat(default[0].name, partial(placed, where, found, default)) for default in defaults]
+    seats = [
+        OwnSeat(default[0].name, partial(placed, where, found, default), partial(upscaler_on, where, found, default))
+        for default in defaults
+    ]
     seats[0].place(model)  # what the options name is there
+    seats[0].upscaler()
     return [*seats]
 
 

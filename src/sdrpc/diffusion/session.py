@@ -375,15 +375,7 @@ class Session:
                 raise UsageError(f"nothing tells what this {family.title} predicts: name it (prediction)")
             with self.timer("sample"):
                 name = family.probe(self.predict, self.model["diffusion"].config)
-        shift = settings.flow_shift
-        if shift is None and name in TOKEN_SIDES:
-            side = self.model.pixels * TOKEN_SIDES[name]
-            tokens = settings.width // side * (settings.height // side)
-            shift = flux_shift_by_size(tokens) if name == "flux_flow" else flux2_shift(tokens, settings.steps)
-        found = prediction(name, shift=shift)
-        if settings.timestep_shift and found.flow:
-            raise InvalidValue("timestep_shift", settings.timestep_shift, f"models that predict {name} have none")
-        return found
+        return _predicts(self.model, settings, name)
 
     def sample(
         self,
@@ -562,6 +554,8 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
     shown = family.references
     drawn = None if shown is None else shown.drawn
     settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video), drawn)
+    if settings.prediction is not None:
+        _predicts(model, settings, settings.prediction)
     if settings.ref_images and shown is None:
         reason = f"{family.title} draws without reference pictures"
         raise InvalidValue("ref_images", len(settings.ref_images), reason)
@@ -598,6 +592,20 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         if mode == "proj" and family.latents.colours is None:
             raise InvalidValue("preview", mode, f"nobody has published the colours of {family.title}'s latents")
     return settings
+
+
+def _predicts(model: Model, settings: Settings, name: str) -> Prediction:
+    """The prediction called ``name`` for pictures with these settings. Raises :class:`InvalidValue` for settings that
+    mean nothing with it."""
+    shift = settings.flow_shift
+    if shift is None and name in TOKEN_SIDES:
+        side = model.pixels * TOKEN_SIDES[name]
+        tokens = settings.width // side * (settings.height // side)
+        shift = flux_shift_by_size(tokens) if name == "flux_flow" else flux2_shift(tokens, settings.steps)
+    found = prediction(name, shift=shift)
+    if settings.timestep_shift and found.flow:
+        raise InvalidValue("timestep_shift", settings.timestep_shift, f"models that predict {name} have none")
+    return found
 
 
 def inpaints(model: Model) -> bool:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+from typing_extensions import TypedDict
 
 from .. import __version__
 from ..errors import SdrpcError
 from .api import a1111, openai, sdcpp
-from .api.common import NoPicture, failed
+from .api.common import Ending, NoPicture, failed
+from .api.described import describe, first_fault, refusals
 from .context import Context
 from .gate import Gate, Refused, Rules, error_body
 
@@ -33,35 +37,42 @@ PAGE_HEADERS = {
 
 def create_app(context: Context, rules: Rules) -> FastAPI:
     """The server's application, for uvicorn."""
-    app = FastAPI(title="sdrpc", version=__version__, description=__doc__ or "", docs_url=None, redoc_url=None)
+    app = FastAPI(title="sdrpc", version=__version__, description=ABOUT, docs_url=None, redoc_url=None)
     app.state.context = context
+    keyed = [Security(HTTPBearer(auto_error=False))] if rules.keys else []  # the gate checks; this is what is described
     for api in (openai, a1111, sdcpp):
-        app.include_router(api.router)
+        app.include_router(api.router, dependencies=keyed)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Gate, rules=rules)
+    describe(app)
 
-    @app.get("/health", tags=["server"])
-    def health() -> dict[str, str]:
+    @app.get("/health", tags=["server"], responses=refusals())
+    def health() -> Status:
         """The process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready", tags=["server"])
-    def ready() -> JSONResponse:
+    @app.get("/ready", tags=["server"], responses=refusals() | {503: {"model": Loading, "description": "Loading"}})
+    def ready() -> Status:
         """200 when jobs are drawn at once; 503, with how far it is, while a model is being loaded."""
-        loading = [
-            context.board.get(job.id) for job in context.studio.running() if context.board.get(job.id).stage in _LOADING
-        ]
+        progress = [context.board.get(job.id) for job in context.studio.running()]
+        loading = [each for each in progress if each.stage in _LOADING]
         if not loading:
-            return JSONResponse({"status": "ready"})
+            return {"status": "ready"}
         first = loading[0]
         told = {"stage": first.stage, "component": first.component, "done": first.done, "total": first.total}
-        return JSONResponse({"status": "loading", **told}, 503, {"Retry-After": "2"})
+        raise NotReady(told)
 
-    @app.get("/metrics", tags=["server"])
-    def metrics() -> Response:
+    @app.get(
+        "/metrics",
+        tags=["server"],
+        dependencies=keyed,
+        response_class=PlainTextResponse,
+        responses=refusals(),
+    )
+    def metrics() -> PlainTextResponse:
         """Prometheus' text format."""
-        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(context.metrics.text(), headers={"Content-Type": PROMETHEUS})
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:
@@ -77,20 +88,59 @@ def create_app(context: Context, rules: Rules) -> FastAPI:
     return app
 
 
+ABOUT = "Pictures and films for everyone on the network: the APIs of OpenAI, AUTOMATIC1111 and stable-diffusion.cpp."
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
 _LOADING = ("starting", "capture", "upload", "release")
 
 
-async def _invalid(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
+class Status(TypedDict):
+    status: str
+
+
+class Loading(TypedDict):
+    """``done`` of ``total`` of a ``stage``: bytes of weights that are sent, say."""
+
+    status: str
+    stage: str
+    component: str
+    done: int
+    total: int
+
+
+class NotReady(Exception):
+    """A model is being loaded; ``told``: how far it is."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        super().__init__("a model is being loaded")
+        self.told = told
+
+
+async def _not_ready(_: Request, error: NotReady) -> JSONResponse:
+    return JSONResponse({"status": "loading", **error.told}, 503, {"Retry-After": "2"})
+
+
+async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """The first field that is wrong, and why."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    body = error_body(f"{field}: {first['msg']}", 422)
+    field, reason = first_fault(list(error.errors()))
+    body = error_body(f"{field}: {reason}", 400)
     body["error"]["param"] = field
-    return JSONResponse(body, 422)
+    return JSONResponse(body, 400)
 
 
-async def _http(_: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse(error_body(str(error.detail), error.status_code), error.status_code, error.headers)
+async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request))) or headers.get("Allow", "")
+    return JSONResponse(error_body(str(error.detail), error.status_code), error.status_code, headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What can be done at a path: by all of its routes, where the framework names those of the first."""
+    routes = (route for api in (openai, a1111, sdcpp) for route in api.router.routes if isinstance(route, Route))
+    here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in here for method in route.methods or ()}
 
 
 async def _refused(_: Request, error: Refused) -> JSONResponse:
@@ -100,8 +150,9 @@ async def _refused(_: Request, error: Refused) -> JSONResponse:
 _HANDLERS: dict[type[Exception], Any] = {
     SdrpcError: failed,
     NoPicture: failed,
+    Ending: failed,
+    NotReady: _not_ready,
     RequestValidationError: _invalid,
-    ValidationError: _invalid,
     HTTPException: _http,
     Refused: _refused,
 }

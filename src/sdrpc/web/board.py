@@ -34,6 +34,8 @@ class Board:
         self._lock = Lock()
         self._progress: dict[str, Progress] = {}
         self._bells: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self.closed = False
+        """The server ends: nobody is to wait any longer."""
 
     def get(self, job: str) -> Progress:
         with self._lock:
@@ -48,6 +50,11 @@ class Board:
     def clear(self, job: str) -> None:
         with self._lock:
             self._progress.pop(job, None)
+        self.ring()
+
+    def close(self) -> None:
+        """Let go who waits for news; any thread."""
+        self.closed = True
         self.ring()
 
     def ring(self) -> None:

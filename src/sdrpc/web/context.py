@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..errors import SdrpcError
 from .board import Board
 from .metrics import Metrics
+from .places import Places
 from .shelf import Shelf
 from .store import JobStore
-from .studio import Shown, Studio
-
-MEMORY_SECONDS = 2.0
-"""How old what is said about a device's memory may be: a busy one answers between two steps."""
+from .studio import Studio
 
 
 class Context:
-    """The parts of one server. ``devices`` gives those that its seats draw on now."""
+    """The parts of one server."""
 
     def __init__(
-        self, store: JobStore, studio: Studio, board: Board, shelf: Shelf, metrics: Metrics,
-        devices: Callable[[], Sequence[Shown]],
-    ) -> None:  # fmt: skip
+        self, store: JobStore, studio: Studio, board: Board, shelf: Shelf, metrics: Metrics, devices: Places
+    ) -> None:
         self.store, self.studio, self.board, self.shelf, self.metrics = store, studio, board, shelf, metrics
-        self._devices = devices
+        self.devices = devices
         self._lock = Lock()
-        self._known: tuple[float, list[dict[str, Any]]] = (float("-inf"), [])
         self._chosen = shelf.default
 
-    def devices(self) -> list[dict[str, Any]]:
-        """Name, description, free and total bytes of each device, and who draws there; None for what a device that is
-        gone doesn't say."""
-        with self._lock:
-            then, known = self._known
-            if time.monotonic() - then > MEMORY_SECONDS:
-                known = [_said(device) for device in self._devices()]
-                self._known = time.monotonic(), known
-            return known
-
     def about(self, name: str | None) -> dict[str, Any]:
-        """A model's family, its defaults, and whether it is shown reference pictures. Raises :class:`InvalidValue`, and
-        :class:`CheckpointError` for a file that can't be used."""
+        """A model's family, its components, its defaults, and whether it is shown reference pictures or draws films.
+        Raises :class:`InvalidValue`, and :class:`CheckpointError` for a file that can't be used."""
         found, model = self.shelf.open(name)
         width, height = model.size
         defaults = model.defaults
+        films = {"video_frames": defaults.frames, "fps": defaults.fps} if model.frames else {}
         return {
             "name": found,
             "family": model.family.title,
+            "components": list(model.components),
             "references": bool(model.family.references),
+            "films": bool(model.frames),
             "defaults": {
                 "width": width, "height": height, "steps": defaults.steps, "cfg_scale": defaults.cfg_scale,
                 "guidance": defaults.guidance, "sampling_method": defaults.sampler, "scheduler": defaults.scheduler,
+                **films,
             },
         }  # fmt: skip
 
@@ -75,11 +63,3 @@ class Context:
         found, _ = self.shelf.find(name)
         with self._lock:
             self._chosen = found
-
-
-def _said(device: Shown) -> dict[str, Any]:
-    try:
-        memory = device.memory()
-    except SdrpcError:
-        return {"name": device.name, "description": device.description, "free": None, "total": None}
-    return {"name": device.name, "description": device.description, "free": memory.free, "total": memory.total}

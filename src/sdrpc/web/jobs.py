@@ -22,17 +22,34 @@ class State(str, Enum):
         return self in (State.DONE, State.FAILED, State.CANCELLED)
 
 
+class Kind(str, Enum):
+    """What a job makes: the modes of stable-diffusion.cpp."""
+
+    PICTURES = "img_gen"
+    FILM = "vid_gen"
+    LARGER = "upscale"
+
+
 FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 """Formats of pictures → what their files end with."""
 
-MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+FILM_FORMATS = {"webm": ".webm", "webp": ".webp", "avi": ".avi", "mp4": ".mp4", "gif": ".gif"}
+"""The same of films."""
+
+SUFFIXES = {**FORMATS, **FILM_FORMATS}
+
+MEDIA_TYPES = {
+    "png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp",
+    "webm": "video/webm", "avi": "video/x-msvideo", "mp4": "video/mp4", "gif": "image/gif",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Task:
     """What to draw: a model by name, and the fields of a :class:`sdrpc.Request` whose seed is settled, so that the same
     pictures come out whenever it is drawn. ``inputs``: how many pictures there are for a field; the store has them.
-    ``quality``: of JPEG and WebP, 0 … 100; ``metadata``: pictures tell how they came about."""
+    ``quality``: of JPEG and WebP, 0 … 100; ``metadata``: pictures tell how they came about. ``kind``: what comes out;
+    of :attr:`Kind.LARGER` the request has the fields of :class:`sdrpc.web.enlarging.Larger`, and there is no model."""
 
     model: str
     request: Mapping[str, Any]
@@ -40,6 +57,7 @@ class Task:
     quality: int | None = None
     metadata: bool = True
     inputs: Mapping[str, int] = field(default_factory=dict)
+    kind: Kind = Kind.PICTURES
 
     @property
     def pictures(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -14,19 +15,28 @@ GRACE_SECONDS = 2
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ending: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ending = ending
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         signal.signal(sig, signal.SIG_DFL)  # a second one ends the process at once
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ending()
+        await super().shutdown(sockets)
 
-def serve(app: FastAPI, listening: socket.socket, connections: int, verbose: bool) -> None:
-    """Answer on ``listening``, up to ``connections`` at one time: further ones are told 503."""
+
+def serve(app: FastAPI, listening: socket.socket, connections: int, verbose: bool, ending: Callable[[], None]) -> None:
+    """Answer on ``listening``, up to ``connections`` at one time: further ones are told 503. ``ending`` is called when
+    it ends, while answers are still under way."""
     config = uvicorn.Config(
         app, log_config=None, access_log=verbose, limit_concurrency=connections, server_header=False, lifespan="off",
         timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
     before = {number: signal.signal(number, _over) for number in (signal.SIGINT, signal.SIGTERM)}
-    _Server(config).run(sockets=[listening])
+    _Server(config, ending).run(sockets=[listening])
     for number, handler in before.items():
         signal.signal(number, handler)
 

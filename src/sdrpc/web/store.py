@@ -11,7 +11,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from threading import Condition
 
 from ..errors import SdrpcError, UsageError
 from ..storage import make_own, remove, write_whole
-from .jobs import FORMATS, Job, State, Task, chosen, in_turn
+from .jobs import SUFFIXES, Job, Kind, State, Task, chosen, in_turn
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -79,7 +79,7 @@ class JobStore:
         """A new job at the end of its user's, with the files of pictures that it begins with, by the request's fields.
         Raises :class:`QueueFull`."""
         with self._changed:
-            (pending,) = self._table.execute("SELECT count(*) FROM jobs WHERE state=?", (State.QUEUED,)).fetchone()
+            pending = self._pending()
             if pending >= self.max_pending:
                 raise QueueFull(f"{pending} jobs are waiting, more are not taken; try again later")
             task = replace(task, inputs={field: len(files) for field, files in inputs.items() if files})
@@ -92,14 +92,16 @@ class JobStore:
             self._changed.notify_all()
             return job
 
-    def take(self, seat: str, loaded: str | None, seconds: float) -> Job | None:
-        """The job that ``seat``, which has the model ``loaded``, draws next; None when there was none for so many
-        ``seconds``."""
+    def take(
+        self, seat: str, loaded: str | None, seconds: float, mine: Callable[[Job], bool] = lambda _: True
+    ) -> Job | None:
+        """The job that ``seat``, which has the model ``loaded``, draws next, of those that are for it (``mine``); None
+        when there was none for so many ``seconds``."""
         with self._changed:
-            order = self._in_turn()
+            order = list(filter(mine, self._in_turn()))
             if not order:
                 self._changed.wait(seconds)
-                order = self._in_turn()
+                order = list(filter(mine, self._in_turn()))
             in_a_row = self._in_a_row.get(seat, 0)
             job = chosen(order, loaded, in_a_row, SAME_MODEL)
             if job is None:
@@ -166,6 +168,11 @@ class JobStore:
             query = f"SELECT {COLUMNS} FROM jobs WHERE state IN ({marks}) ORDER BY number DESC LIMIT ?"  # noqa: S608
             return [_job(row) for row in self._table.execute(query, (*names, most))]
 
+    def pending(self) -> int:
+        """How many jobs wait."""
+        with self._changed:
+            return self._pending()
+
     def waiting(self) -> list[Job]:
         """The queue, in the order in which it is drawn."""
         with self._changed:
@@ -215,6 +222,10 @@ class JobStore:
                 remove(path)
             self._table.execute("DELETE FROM jobs WHERE id=?", (job.id,))
 
+    def _pending(self) -> int:
+        (count,) = self._table.execute("SELECT count(*) FROM jobs WHERE state=?", (State.QUEUED,)).fetchone()
+        return int(count)
+
     def _in_turn(self) -> list[Job]:
         query = f"SELECT {COLUMNS} FROM jobs WHERE state=? ORDER BY number"  # noqa: S608
         return in_turn([_job(row) for row in self._table.execute(query, (State.QUEUED,))], self._served)
@@ -224,7 +235,7 @@ class JobStore:
         return None if row is None else _job(row)
 
     def _path(self, job: Job, index: int) -> Path:
-        return self._pictures / f"{job.id}-{index}{FORMATS[job.task.output_format]}"
+        return self._pictures / f"{job.id}-{index}{SUFFIXES[job.task.output_format]}"
 
     def _input(self, job: Job, field: str, index: int) -> Path:
         return self._pictures / f"{job.id}-{field}-{index}"
@@ -241,7 +252,7 @@ def _size(path: Path) -> int:
 
 
 def _job(row: tuple[str, str, str, str, float, float | None, float | None, str, str | None]) -> Job:
-    name, user, task, state, created, started, finished, seeds, error = row
-    return Job(
-        name, user, Task(**json.loads(task)), State(state), created, started, finished, tuple(json.loads(seeds)), error
-    )
+    name, user, written, state, created, started, finished, seeds, error = row
+    fields = json.loads(written)
+    task = Task(**{**fields, "kind": Kind(fields.get("kind", Kind.PICTURES))})
+    return Job(name, user, task, State(state), created, started, finished, tuple(json.loads(seeds)), error)

@@ -8,36 +8,47 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock, Thread
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from PIL import Image
 
-from ..device import Device, Memory
+from ..device import Device
 from ..diffusion.events import Cancel, Event, OnEvent
+from ..diffusion.films import check_format
+from ..diffusion.films import encode as encode_film
 from ..diffusion.image_files import read_mask, read_picture
 from ..diffusion.loras import SUFFIXES, find
-from ..diffusion.metadata import QUALITY, encode, parameters_of
-from ..diffusion.pictures import Picture, Pixels
+from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
+from ..diffusion.pictures import Picture, Pixels, Video
 from ..diffusion.request import Request, Settings
 from ..diffusion.session import Session, settings_of
-from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError
+from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles
-from ..runtime.chain import Lanes, devices_of
+from ..runtime.chain import Lanes, devices_of, lanes
 from .board import Board
-from .jobs import FORMATS, Job, State, Task
+from .enlarging import COMPONENT, Larger, Upscalers, enlarged
+from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task
 from .metrics import Metrics
+from .places import Places, Shown
 from .shelf import Shelf
 from .store import JobStore
 
 log = logging.getLogger(__name__)
 
-Place = Callable[[Model], Mapping[str, Sequence[Lanes]]]
-"""A model → where each of its components may be, in order of preference. Raises :class:`InvalidValue`."""
+Placed = Mapping[str, Sequence[Lanes]]
+"""Where each component may be, in order of preference."""
+
+Place = Callable[[Model], Placed]
+"""A model → where its components may be. Raises :class:`InvalidValue`."""
+
+Made = tuple[int, bytes]
+"""A seed, and the file of what was drawn with it."""
 
 LOOK_SECONDS = 1.0
 """How often a seat without work looks up: for idle models, and for the end."""
@@ -47,6 +58,12 @@ PRUNE_SECONDS = 60.0
 PREVIEW_SIDE = 160
 """Pixels: as large as a page or a phone shows it beside a job."""
 
+MAX_PIXELS = 1 << 24
+"""Of one picture: 4096 × 4096. Who draws larger ones uses sd-cli."""
+
+MAX_FILM_PIXELS = 1 << 28
+"""Of all frames of a film: 129 of 1920 × 1080."""
+
 TRIES = 3
 """How often a job may lose its servers for good: it could be what ends them."""
 
@@ -55,11 +72,13 @@ PAUSE_SECONDS = 10.0
 
 
 class Opening(NamedTuple):
-    """A model that is to be drawn with. ``options``: those of :class:`Session`, by name."""
+    """A model that is to be drawn with. ``options``: those of :class:`Session`, by name. ``placed``: where its
+    components go, of a seat at devices of this process."""
 
     model: Model
     files: ModelFiles
     options: Mapping[str, Any]
+    placed: Placed | None = None
 
 
 class Drawing(Protocol):
@@ -75,23 +94,11 @@ class Drawing(Protocol):
     def close(self) -> None: ...
 
 
-class Shown(Protocol):
-    """What is said of a device that a seat draws on."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def description(self) -> str: ...
-
-    def memory(self) -> Memory:
-        """Raises :class:`SdrpcError` where it can't be known."""
-
-
 class Seat(ABC):
-    """Where one picture is drawn at a time."""
+    """Where one picture is drawn at a time. ``kinds``: of jobs that can be made there."""
 
     name: str
+    kinds: frozenset[Kind] = frozenset({Kind.PICTURES})
 
     def ready(self) -> bool:
         """Whether it can take a job now. May wait for up to a second to find out."""
@@ -108,13 +115,16 @@ class Seat(ABC):
 
 @dataclass
 class OwnSeat(Seat):
-    """A name, and where models go there: on devices of this process."""
+    """A name, and where models go there: on devices of this process. ``upscaler``: where networks run that enlarge
+    pictures."""
 
     name: str
     place: Place
+    upscaler: Callable[[], Device]
+    kinds: frozenset[Kind] = frozenset(Kind)
 
     def open(self, opening: Opening) -> Session:
-        return Session(opening.model, self.place(opening.model), **opening.options)
+        return Session(opening.model, opening.placed or self.place(opening.model), **opening.options)
 
     def devices(self, model: Model) -> Sequence[Device]:
         return devices_of(chain.from_iterable(self.place(model).values()))
@@ -137,7 +147,8 @@ class Adapters:
 
 
 class Studio:
-    """``seats`` that draw the jobs of ``store``; start and stop it once.
+    """``seats`` that draw the jobs of ``store``; start and stop it once. A model that somebody placed (``places``) is
+    drawn by the first of them, since others would want the same devices.
 
     ``idle_seconds``: after so long without a job a seat frees its devices' memory; 0: never. ``retry``: how long a job
     waits for a server that is lost before it is put back into the queue. What is being drawn when
@@ -149,15 +160,19 @@ class Studio:
         store: JobStore,
         shelf: Shelf,
         seats: Sequence[Seat],
+        places: Places,
         board: Board,
         metrics: Metrics,
         idle_seconds: float,
         retry: float,
         adapters: Adapters,
+        upscalers: Upscalers,
     ) -> None:
-        self.store, self.shelf, self.board, self.metrics = store, shelf, board, metrics
+        self.store, self.shelf, self.places, self.board, self.metrics = store, shelf, places, board, metrics
         self.seats = {seat.name: seat for seat in seats}
-        self._idle_seconds, self._retry, self.adapters = idle_seconds, retry, adapters
+        self._first = next(iter(self.seats.values()))
+        self._idle_seconds, self._retry = idle_seconds, retry
+        self.adapters, self.upscalers = adapters, upscalers
         self._stopping = Flag()
         self._lock = Lock()
         self._cancelled: set[str] = set()
@@ -178,12 +193,23 @@ class Studio:
     # --- for requests
 
     def resolved(
-        self, model: str | None, request: Request, output_format: str, quality: int | None, metadata: bool
+        self,
+        model: str | None,
+        request: Request,
+        output_format: str,
+        quality: int | None,
+        metadata: bool,
+        kind: Kind = Kind.PICTURES,
     ) -> Task:
         """A task with its seed settled, from a request that can be drawn. Raises :class:`InvalidValue`, and
         :class:`CheckpointError` for a model that can't be used."""
         name, opened = self.shelf.open(model)
-        settings = settings_of(opened, request)
+        film = kind is Kind.FILM
+        self._check_kind(kind)
+        settings = settings_of(opened, request, film)
+        _check_size(settings)
+        if film:
+            check_format(FILM_FORMATS[output_format])
         for lora in settings.loras:
             find(self.adapters.folder, lora.name)
         fields = {
@@ -191,7 +217,40 @@ class Studio:
             for entry, value in vars(request).items()
             if entry not in PICTURES and value is not None and value != getattr(_NOTHING, entry)
         }
-        return Task(name, {**fields, "prompt": request.prompt, "seed": settings.seed}, output_format, quality, metadata)
+        fields |= {"prompt": request.prompt, "seed": settings.seed}
+        if film:
+            fields |= {"video_frames": settings.video_frames, "fps": settings.fps}
+        return Task(name, fields, output_format, quality, metadata, kind=kind)
+
+    def enlarged(self, upscaler: str, width: int, height: int) -> Task:
+        """A task that makes a picture larger. Raises :class:`InvalidValue`."""
+        self.upscalers.find(upscaler)
+        self._check_kind(Kind.LARGER)
+        if width * height > MAX_PIXELS:
+            raise InvalidValue("width", width, f"a picture can have {MAX_PIXELS >> 20} mebipixels")
+        return Task("", vars(Larger(upscaler, max(width, 1), max(height, 1))), metadata=False, kind=Kind.LARGER)
+
+    def _check_kind(self, kind: Kind) -> None:
+        if not any(kind in seat.kinds for seat in self.seats.values()):
+            raise InvalidValue("mode", kind.value, "this server's cluster draws pictures alone")
+
+    def placed(self, model: str) -> dict[str, list[str]]:
+        """Where the components of a model are, or will be: names of devices by component, in order of preference.
+        Raises what :meth:`Shelf.open` raises."""
+        name, opened = self.shelf.open(model)
+        found = self._placement(self._first, name, opened)
+        if found is None:
+            names = [device.name for device in self._first.devices(opened)]
+            return dict.fromkeys(opened.components, names)
+        return {component: [place.name for place in places] for component, places in found.items()}
+
+    def _placement(self, seat: Seat, name: str, model: Model) -> Placed | None:
+        """Where the components of a model are on this process's devices; None at a seat that has others."""
+        if not isinstance(seat, OwnSeat):
+            return None
+        chosen = self.places.chosen(name)
+        by_hand = {part: map(lanes, self.places.devices(chosen[part])) for part in chosen.keys() & model.components}
+        return {part: tuple(places) for part, places in {**seat.place(model), **by_hand}.items()}
 
     def cancel(self, id: str) -> bool:
         """End a job, waiting or being drawn; whether there was anything to end."""
@@ -211,13 +270,17 @@ class Studio:
     # --- a seat
 
     def _work(self, seat: Seat) -> None:
-        warm = _Warm(seat, self.shelf, self._retry, self.adapters)
-        pruned, first = 0.0, seat is next(iter(self.seats.values()))
+        warm = _Warm(seat, self.shelf, partial(self._placement, seat), self._retry, self.adapters)
+        pruned, first = 0.0, seat is self._first
+
+        def mine(job: Job) -> bool:
+            return job.task.kind in seat.kinds and (first or not self.places.chosen(job.task.model))
+
         while not self._stopping.is_set():
             if not seat.ready():
                 self._stopping.wait(LOOK_SECONDS)
                 continue
-            job = self.store.take(seat.name, warm.model, LOOK_SECONDS)
+            job = self.store.take(seat.name, warm.model, LOOK_SECONDS, mine)
             if first and time.monotonic() - pruned > PRUNE_SECONDS:
                 pruned = time.monotonic()
                 self.store.prune()
@@ -234,7 +297,7 @@ class Studio:
             self._running[job.id] = job
         self.board.show(job.id, stage="starting", seat=seat.name)
         try:
-            self._draw(seat, job, warm.session(job.task.model))
+            self._make(seat, job, warm)
         except Cancelled:
             self._ended(job)
         except (DeviceLost, ConnectionFailed) as error:
@@ -251,6 +314,7 @@ class Studio:
             self.store.finish(job, State.FAILED, f"{type(error).__name__}: {error}")
             warm.close()
         finally:
+            self.places.end(job.id)
             with self._lock:
                 del self._running[job.id]
                 self._cancelled.discard(job.id)
@@ -262,22 +326,58 @@ class Studio:
         else:
             self.store.finish(job, State.CANCELLED)
 
-    def _draw(self, seat: Seat, job: Job, session: Drawing) -> None:
-        colours = session.model.family.latents.colours
-        settings = session.settings(replace(self._request(job), preview="proj" if colours else "none"))
-        files = self.shelf.find(job.task.model)[1]
-        suffix = FORMATS[job.task.output_format]
-        quality = QUALITY if job.task.quality is None else job.task.quality
+    def _make(self, seat: Seat, job: Job, warm: _Warm) -> None:
+        """Draw ``job`` to its end."""
 
         def cancel() -> bool:
             return self._stopping.is_set() or job.id in self._cancelled
 
-        for picture in session.draw(settings, lambda event: self._tell(seat, job, event), cancel):
-            parameters = parameters_of(settings, picture, files) if job.task.metadata else None
-            self.store.add_picture(job, picture.seed, encode(picture.image, suffix, parameters, quality))
+        for seed, data in _MAKERS[job.task.kind](self, seat, job, warm, cancel):
+            self.store.add_picture(job, seed, data)
             self.metrics.drawn(seat.name, job.task.model)
             self.board.ring()
         self.store.finish(job, State.DONE)
+
+    def _pictures(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:
+        session, task = self._session(job, warm), job.task
+        colours = session.model.family.latents.colours
+        settings = session.settings(replace(self._request(job), preview="proj" if colours else "none"))
+        quality = QUALITY if task.quality is None else task.quality
+        for picture in session.draw(settings, lambda event: self._tell(seat, job, event), cancel):
+            told = self._told(task, settings, picture)
+            yield picture.seed, encode(picture.image, FORMATS[task.output_format], told, quality)
+
+    def _film(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:
+        session, task = cast(Session, self._session(job, warm)), job.task  # no other seats take films
+        settings = session.settings(self._request(job), video=True)
+        for film in session.draw_video(settings, lambda event: self._tell(seat, job, event), cancel):
+            file = BytesIO()
+            encode_film(film, FILM_FORMATS[task.output_format], file, self._told(task, settings, film))
+            yield film.seed, file.getvalue()
+
+    def _session(self, job: Job, warm: _Warm) -> Drawing:
+        session = warm.session(job.task.model)
+        self.places.begin(job.id, warm.devices)
+        return session
+
+    def _larger(self, seat: Seat, job: Job, _: _Warm, cancel: Cancel) -> Iterator[Made]:
+        wanted = Larger(**job.task.request)
+        path = self.upscalers.find(wanted.upscaler)
+        image = read_picture("image", self.store.inputs(job, "image")[0])
+
+        def on_tile(done: int, total: int) -> None:
+            self._tell(seat, job, Event("decode", COMPONENT, done, total))
+
+        network = None
+        if path is not None:
+            device = cast(OwnSeat, seat).upscaler()  # no others take such jobs
+            self.places.begin(job.id, [device])
+            network = path, device, self._retry
+        yield 0, encode(enlarged(image, wanted, network, on_tile, cancel), FORMATS[job.task.output_format], None)
+
+    def _told(self, task: Task, settings: Settings, drawn: Picture | Video) -> Parameters | None:
+        """What the file of something drawn says of how it came about."""
+        return parameters_of(settings, drawn, self.shelf.find(task.model)[1]) if task.metadata else None
 
     def _tell(self, seat: Seat, job: Job, event: Event) -> None:
         shown = {"stage": event.stage, "component": event.component, "done": event.done, "total": event.total}
@@ -290,25 +390,26 @@ class Studio:
 
     def _request(self, job: Job) -> Request:
         pictures = {field: self.store.inputs(job, field) for field in PICTURES}
-        read = {
-            field: read_picture(field, pictures[field][0])
-            for field in ("init_image", "control_image")
-            if pictures[field]
-        }
-        if pictures["mask"]:
-            read["mask"] = read_mask("mask", pictures["mask"][0])
+        read = {field: _READ[field](field, data[0]) for field, data in pictures.items() if data}
         references = tuple(read_picture("ref_images", data) for data in pictures["ref_images"])
-        return Request(**{**job.task.request, **read, "ref_images": references})
+        asked = {name: _tuples(value) for name, value in job.task.request.items()}
+        return Request(**{**asked, **read, "ref_images": references})
 
 
 class _Warm:
-    """The session of a seat, with the model of its last job."""
+    """The session of a seat, with the model of its last job. ``place``: a model and its name → where its components
+    are to be."""
 
-    def __init__(self, seat: Seat, shelf: Shelf, retry: float, adapters: Adapters) -> None:
-        self._seat, self._shelf, self._retry, self._adapters = seat, shelf, retry, adapters
+    def __init__(
+        self, seat: Seat, shelf: Shelf, place: Callable[[str, Model], Placed | None], retry: float, adapters: Adapters
+    ) -> None:
+        self._seat, self._shelf, self._place, self._retry, self._adapters = seat, shelf, place, retry, adapters
         self._session: Drawing | None = None
+        self._placed: Placed | None = None
         self._used = 0.0
         self.model: str | None = None
+        self.devices: Sequence[Shown] = ()
+        """Those that its components are on."""
 
     @property
     def idle_seconds(self) -> float:
@@ -316,17 +417,20 @@ class _Warm:
         return time.monotonic() - self._used if self._session else 0.0
 
     def session(self, name: str) -> Drawing:
-        """A session with the model called ``name``. Raises what :meth:`Shelf.open` and :meth:`Seat.open` raise."""
-        if self._session is None or self.model != name:
+        """A session with the model called ``name``, where it is to be now. Raises what :meth:`Shelf.open` and
+        :meth:`Seat.open` raise."""
+        _, model = self._shelf.open(name)
+        placed = self._place(name, model)
+        if self._session is None or (self.model, self._placed) != (name, placed):
             self.close()
-            _, model = self._shelf.open(name)
             adapters = self._adapters
             options = {
                 "retry": self._retry, "lora_dir": adapters.folder, "lora_apply_mode": adapters.mode,
                 "embd_dir": adapters.words,
             }  # fmt: skip
-            self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options))
-            self.model = name
+            self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options, placed))
+            self.model, self._placed = name, placed
+            self.devices = self._seat.devices(model) if placed is None else devices_of(chain(*placed.values()))
         self._used = time.monotonic()
         return self._session
 
@@ -347,7 +451,32 @@ def small(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
+def _check_size(settings: Settings) -> None:
+    """Raises :class:`InvalidValue` for more than this server draws."""
+    width, height = settings.final_size
+    for field, value, pixels, most in (
+        ("width", width, width * height, MAX_PIXELS),
+        ("video_frames", settings.video_frames, width * height * settings.video_frames, MAX_FILM_PIXELS),
+    ):
+        if pixels > most:
+            what = "a picture" if field == "width" else "a film"
+            raise InvalidValue(field, value, f"{what} can have {most >> 20} mebipixels, and {pixels >> 20} are wanted")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where a request has tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 _NOTHING = Request("")
 
-PICTURES = ("init_image", "mask", "ref_images", "control_image")
+_READ: dict[str, Callable[[str, bytes], Pixels]] = {
+    "init_image": read_picture, "end_image": read_picture, "control_image": read_picture, "mask": read_mask,
+    "ref_images": read_picture,
+}  # fmt: skip
+
+PICTURES = tuple(_READ)
 """Fields of a request that are pictures."""
+
+_MAKERS = {Kind.PICTURES: Studio._pictures, Kind.FILM: Studio._film, Kind.LARGER: Studio._larger}
+"""Kind of a job → what makes it: seeds and files."""

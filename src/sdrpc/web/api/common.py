@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -18,20 +17,12 @@ from ...errors import CheckpointError, InvalidValue, UsageError
 from ..board import Progress
 from ..context import Context
 from ..gate import error_body
-from ..jobs import Job, State
+from ..jobs import Job, Kind, State, Task
 from ..store import QueueFull
-from ..studio import PICTURES
+from .described import MAX_PICTURES, MAX_STEPS
 
 LOOK_SECONDS = 5.0
 """How often somebody who waits looks at the job, should a bell have been missed."""
-
-MAX_PICTURES = 16
-"""Of one request."""
-
-MAX_PIXELS = 1 << 24
-"""Of one picture: 4096 × 4096. Who draws larger ones uses sd-cli."""
-
-MAX_STEPS = 500
 
 
 def context(request: HttpRequest) -> Context:
@@ -52,6 +43,13 @@ class NoPicture(Exception):
         super().__init__("the job was cancelled" if job.state is State.CANCELLED else job.error or "nothing was drawn")
 
 
+class Ending(Exception):
+    """The server ends before the job is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is ending; the job stays in its queue and is drawn when it is there again")
+
+
 def submit(
     here: Context,
     who: str,
@@ -61,6 +59,7 @@ def submit(
     output_format: str = "png",
     quality: int | None = None,
     metadata: bool = True,
+    kind: Kind = Kind.PICTURES,
 ) -> Job:
     """Put a request of the fields ``asked`` into the queue, None meaning the model's default, with the files of the
     ``pictures`` that it begins with.
@@ -75,19 +74,20 @@ def submit(
         raise InvalidValue("batch_count", request.batch_count, f"it can be 1 … {MAX_PICTURES}")
     if not 1 <= (request.steps or 1) <= MAX_STEPS:
         raise InvalidValue("steps", request.steps, f"it can be 1 … {MAX_STEPS}")
-    if (request.width or 1) * (request.height or 1) > MAX_PIXELS:
-        raise InvalidValue("width", request.width, f"a picture can have {MAX_PIXELS >> 20} mebipixels")
-    job = here.store.submit(who, here.studio.resolved(model, request, output_format, quality, metadata), given)
+    return submit_task(here, who, here.studio.resolved(model, request, output_format, quality, metadata, kind), given)
+
+
+def submit_task(here: Context, who: str, task: Task, pictures: Mapping[str, Sequence[bytes]]) -> Job:
+    """Put a task into the queue, with the files of its pictures. Raises :class:`QueueFull`."""
+    job = here.store.submit(who, task, pictures)
     here.board.ring()
     return job
 
 
 _READ = {
-    "init_image": read_picture, "mask": read_mask, "ref_images": read_picture, "control_image": read_picture
+    "init_image": read_picture, "mask": read_mask, "ref_images": read_picture, "control_image": read_picture,
+    "end_image": read_picture,
 }  # fmt: skip
-
-FIELDS = frozenset(entry.name for entry in fields(Request)) - {*PICTURES, "prompt"}
-"""Fields of a request that are no pictures."""
 
 
 def from_base64(name: str, text: str) -> bytes:
@@ -113,6 +113,8 @@ async def over(here: Context, job: Job) -> Job:
                 return now
             if now.state.over:
                 raise NoPicture(now)
+            if here.board.closed:
+                raise Ending
             await here.board.news(bell, LOOK_SECONDS)
 
 
@@ -127,7 +129,7 @@ async def watched(here: Context, job: Job) -> AsyncIterator[tuple[Job, Progress]
             seen = now, here.board.get(job.id), here.store.place(now)
             if seen != last:
                 yield seen[:2]
-            if now.state.over:
+            if now.state.over or here.board.closed:
                 return
             last = seen
             await here.board.news(bell, LOOK_SECONDS)
@@ -144,14 +146,20 @@ def server_sent(event: str, data: Any) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"
 
 
-STATUS: dict[type[Exception], int] = {QueueFull: 429, CheckpointError: 500, UsageError: 400, NoPicture: 500}
+STATUS: dict[type[Exception], int] = {
+    QueueFull: 429,
+    CheckpointError: 500,
+    UsageError: 400,
+    NoPicture: 500,
+    Ending: 503,
+}
 """Error → status of the answer."""
 
 
 async def failed(_: HttpRequest, error: Exception) -> JSONResponse:
     """The answer to a request that ``error`` ended."""
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
-    headers = {"Retry-After": "5"} if status == 429 else None
+    headers = {"Retry-After": "5"} if status in (429, 503) else None
     body = error_body(str(error), status)
     if isinstance(error, InvalidValue):
         body["error"]["param"] = error.field

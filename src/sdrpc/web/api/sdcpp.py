@@ -1,240 +1,191 @@
 """stable-diffusion.cpp's own API: jobs that are submitted and polled. What its sd-server lacks is here too: the list of
-jobs, their progress as events, and their pictures as files.
+jobs, their progress as events, their pictures as files, and the devices.
 
-Fields, states and answers as in examples/server/api.md of stable-diffusion.cpp.
+States and answers as in examples/server/api.md of stable-diffusion.cpp.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Response
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response
+from typing_extensions import NotRequired, TypedDict
 
+from ...diffusion.films import has_videos
+from ...diffusion.hires import UPSCALERS
 from ...diffusion.samplers import SAMPLERS
 from ...diffusion.schedules import SCHEDULES
-from ...errors import InvalidValue
 from ..context import Context
-from ..jobs import FORMATS, MEDIA_TYPES, Job, State
-from .common import (
-    LOOK_SECONDS,
-    MAX_PICTURES,
-    as_base64,
-    context,
-    from_base64,
-    pictures_of,
-    server_sent,
-    submit,
-    user,
-    watched,
-)
+from ..jobs import FILM_FORMATS, FORMATS, MEDIA_TYPES, Job, Kind, State
+from ..places import Said
+from .common import LOOK_SECONDS, as_base64, context, pictures_of, server_sent, submit, user, watched
+from .described import MAX_PICTURES, MAX_SIDE, Body, EventStream, events, files, refusals
+from .native import ImageRequest, VideoRequest, check, fields_of, kind_of, pictures_in
 
 router = APIRouter(prefix="/sdcpp/v1", tags=["sdcpp"])
 Here = Annotated[Context, Depends(context)]
 User = Annotated[str, Depends(user)]
+Id = Annotated[str, Path(min_length=1, max_length=64)]
+Index = Annotated[int, Path(ge=0, lt=1 << 16)]
 
 NEWEST = 200
 """Jobs in a list."""
 
 
-class Strict(BaseModel):
-    """A field that is not here is refused by its name."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Guidance(Strict):
-    txt_cfg: float | None = None
-    img_cfg: float | None = None
-    distilled_guidance: float | None = None
-    slg: dict[str, Any] = {}
+class Image(TypedDict):
+    index: int
+    b64_json: str
 
 
-class Sampling(Strict):
-    scheduler: str | None = None
-    sample_method: str | None = None
-    sample_steps: int | None = None
-    eta: float | None = None
-    shifted_timestep: int = 0
-    custom_sigmas: list[float] = []
-    flow_shift: float | None = None
-    guidance: Guidance = Guidance()
+class Result(TypedDict):
+    """Pictures have ``images``; a film is one file, ``b64_json``."""
+
+    output_format: str
+    images: NotRequired[list[Image]]
+    b64_json: NotRequired[str]
+    mime_type: NotRequired[str]
+    fps: NotRequired[int]
+    frame_count: NotRequired[int]
 
 
-class LoraEntry(Strict):
-    """``path``: a name in the folder of LoRAs."""
+class Failure(TypedDict):
+    code: Literal["generation_failed", "cancelled"]
+    message: str
 
+
+class Progress(TypedDict):
+    """``step`` of ``steps`` of ``picture``, counted from 1; ``done`` of ``total`` of the ``stage``; ``seat``: who
+    draws; ``preview``: the number of the newest one, 0 where there is none yet."""
+
+    stage: str
+    component: str
+    step: int
+    steps: int
+    picture: int
+    done: int
+    total: int
+    seat: str
+    preview: int
+
+
+class JobShown(TypedDict):
+    """A job. Times are seconds since the epoch; ``queue_position`` is counted from 1, and 0 where it does not wait.
+    ``request``: the fields by sd-cli's names; ``inputs``: how many pictures it has for a field."""
+
+    id: str
+    kind: Kind
+    status: State
+    created: int
+    started: int | None
+    completed: int | None
+    queue_position: int
+    result: Result | None
+    error: Failure | None
+    model: str
+    user: str
+    request: dict[str, Any]
+    inputs: dict[str, int]
+    seeds: list[int]
+    output_format: str
+    progress: Progress | None
+
+
+class Accepted(TypedDict):
+    id: str
+    kind: Kind
+    status: State
+    created: int
+    poll_url: str
+
+
+class Named(TypedDict):
+    name: str
+
+
+class NamedFile(TypedDict):
+    name: str
     path: str
-    multiplier: float = 1.0
-    is_high_noise: bool = False
 
 
-class ImageRequest(Strict):
-    """A request for pictures; what is null or missing is the model's default."""
+class Capabilities(TypedDict):
+    """``defaults``, ``output_formats`` and ``features`` repeat those of the ``current_mode``."""
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    clip_skip: int = -1
-    width: int | None = None
-    height: int | None = None
-    strength: float = 0.75
-    seed: int = -1
-    batch_count: int = 1
-    sample_params: Sampling = Sampling()
-    init_image: str | None = None
-    mask_image: str | None = None
-    ref_images: list[str] = []
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
-    embed_image_metadata: bool = True
-    model: str | None = None
-    auto_resize_ref_image: bool = True
-    increase_ref_index: bool = False
-    control_image: str | None = None
-    control_strength: float = 0.9
-    ip_adapter_image: str | None = None
-    ip_adapter_strength: float = 1.0
-    lora: list[LoraEntry] = []
-    hires: dict[str, Any] = {}
-    vae_tiling_params: dict[str, Any] = {}
-    cache_mode: str = "disabled"
-    cache_option: str = ""
-    scm_mask: str = ""
-    scm_policy_dynamic: bool = True
+    model: dict[str, str]
+    models: list[dict[str, Any]]
+    current_mode: Kind
+    supported_modes: list[Kind]
+    defaults: dict[str, Any]
+    defaults_by_mode: dict[Kind, dict[str, Any]]
+    output_formats: list[str]
+    output_formats_by_mode: dict[Kind, list[str]]
+    features: dict[str, bool]
+    features_by_mode: dict[Kind, dict[str, bool]]
+    samplers: list[str]
+    schedulers: list[str]
+    loras: list[NamedFile]
+    upscalers: list[Named]
+    limits: dict[str, int]
 
 
-def check(asked: ImageRequest) -> None:
-    """Raises :class:`InvalidValue` for what sdrpc's server can't do yet, by its field."""
-    slg = asked.sample_params.guidance.slg
-    for field, refused in (
-        ("sample_params.shifted_timestep", asked.sample_params.shifted_timestep),
-        ("sample_params.custom_sigmas", asked.sample_params.custom_sigmas),
-        ("sample_params.guidance.slg", slg.get("scale")),
-        ("ip_adapter_image", asked.ip_adapter_image),
-        ("lora.is_high_noise", any(lora.is_high_noise for lora in asked.lora)),
-        ("hires", asked.hires.get("enabled")),
-        ("vae_tiling_params", asked.vae_tiling_params.get("enabled")),
-        ("cache_mode", asked.cache_mode != "disabled" and asked.cache_mode),
-        ("increase_ref_index", asked.increase_ref_index),
-    ):
-        if refused:
-            raise InvalidValue(field, refused, "this server does not have it yet")
-
-
-def fields_of(asked: ImageRequest) -> dict[str, Any]:
-    """The fields of a :class:`sdrpc.Request`; None where the model's default is meant."""
-    sampling = asked.sample_params
-    return {
-        "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "clip_skip": asked.clip_skip,
-        "width": asked.width,
-        "height": asked.height,
-        "strength": asked.strength,
-        "seed": asked.seed,
-        "batch_count": asked.batch_count,
-        "scheduler": sampling.scheduler,
-        "sampling_method": sampling.sample_method,
-        "steps": sampling.sample_steps,
-        "eta": sampling.eta,
-        "flow_shift": sampling.flow_shift,
-        "cfg_scale": sampling.guidance.txt_cfg,
-        "guidance": sampling.guidance.distilled_guidance,
-        "control_strength": asked.control_strength,
-        "loras": [(lora.path, lora.multiplier) for lora in asked.lora],
-    }
-
-
-def pictures_in(asked: ImageRequest) -> dict[str, list[bytes]]:
-    """The files of pictures that a request begins with."""
-    given: dict[str, Sequence[str | None]] = {
-        "init_image": [asked.init_image],
-        "mask": [asked.mask_image],
-        "ref_images": asked.ref_images,
-        "control_image": [asked.control_image],
-    }
-    return {name: [from_base64(name, text) for text in texts if text] for name, texts in given.items()}
-
-
-def within(prompt: str) -> tuple[str, str | None, dict[str, Any]]:
-    """A prompt of another API without the JSON of this one that it may carry between ``<sd_cpp_extra_args>`` tags; the
-    model and the fields that this names. Raises :class:`InvalidValue`."""
-    found = EXTRA_ARGUMENTS.search(prompt)
-    if not found:
-        return prompt, None, {}
-    try:
-        extra = json.loads(found[1])
-        asked = ImageRequest.model_validate(extra)
-    except (ValueError, RecursionError) as error:
-        raise InvalidValue("sd_cpp_extra_args", found[1], str(error).partition("\n")[0]) from error
+def submitted(here: Context, who: str, asked: ImageRequest | VideoRequest) -> Job:
     check(asked)
-    sampled = asked.sample_params.model_fields_set | asked.sample_params.guidance.model_fields_set
-    named = asked.model_fields_set | ({"scheduler", "sampling_method", "steps", "eta", "flow_shift", "cfg_scale",
-                                       "guidance"} if sampled else set())  # fmt: skip
-    fields = {name: value for name, value in fields_of(asked).items() if name in named and value is not None}
-    fields.pop("prompt", None)
-    return EXTRA_ARGUMENTS.sub("", prompt).strip(), asked.model, fields
-
-
-EXTRA_ARGUMENTS = re.compile(r"<sd_cpp_extra_args>(.*?)</sd_cpp_extra_args>", re.DOTALL)
-
-
-def submitted(here: Context, who: str, asked: ImageRequest) -> Job:
-    check(asked)
+    metadata = not isinstance(asked, ImageRequest) or asked.embed_image_metadata
     return submit(
         here, who, asked.model, fields_of(asked), pictures_in(asked), asked.output_format, asked.output_compression,
-        asked.embed_image_metadata,
+        metadata, kind_of(asked),
     )  # fmt: skip
 
 
-def shown(here: Context, job: Job, result: bool = False) -> dict[str, Any]:
+def shown(here: Context, job: Job, result: bool = False) -> JobShown:
     """A job as answers have it, with its pictures where ``result`` is wanted."""
-    progress = here.board.get(job.id)
-    error = None
-    if job.state is State.FAILED:
-        error = {"code": "generation_failed", "message": job.error}
-    elif job.state is State.CANCELLED:
-        error = {"code": "cancelled", "message": "job cancelled by client"}
-    pictures = pictures_of(here, job) if result and job.state is State.DONE else []
     return {
         "id": job.id,
-        "kind": "img_gen",
-        "status": job.state.value,
+        "kind": job.task.kind,
+        "status": job.state,
         "created": int(job.created),
-        "started": job.started and int(job.started),
-        "completed": job.finished and int(job.finished),
+        "started": None if job.started is None else int(job.started),
+        "completed": None if job.finished is None else int(job.finished),
         "queue_position": here.store.place(job) if job.state is State.QUEUED else 0,
-        "result": {
-            "output_format": job.task.output_format,
-            "images": [{"index": index, "b64_json": as_base64(data)} for index, data in enumerate(pictures)],
-        }
-        if pictures
-        else None,
-        "error": error,
+        "result": _result(here, job) if result and job.state is State.DONE else None,
+        "error": _failure(job),
         "model": job.task.model,
         "user": job.user,
         "request": dict(job.task.request),
         "inputs": dict(job.task.inputs),
         "seeds": list(job.seeds),
         "output_format": job.task.output_format,
-        "progress": {
-            "stage": progress.stage,
-            "component": progress.component,
-            "step": progress.step,
-            "steps": progress.steps,
-            "picture": progress.picture,
-            "done": progress.done,
-            "total": progress.total,
-            "seat": progress.seat,
-            "preview": progress.previews,
-        }
-        if job.state is State.RUNNING
-        else None,
+        "progress": _progress(here, job) if job.state is State.RUNNING else None,
     }
+
+
+def _result(here: Context, job: Job) -> Result | None:
+    found, task = pictures_of(here, job), job.task
+    if not found:
+        return None
+    if task.kind is Kind.FILM:
+        return {
+            "output_format": task.output_format, "mime_type": MEDIA_TYPES[task.output_format],
+            "fps": task.request["fps"], "frame_count": task.request["video_frames"], "b64_json": as_base64(found[0]),
+        }  # fmt: skip
+    images: list[Image] = [{"index": index, "b64_json": as_base64(data)} for index, data in enumerate(found)]
+    return {"output_format": task.output_format, "images": images}
+
+
+def _failure(job: Job) -> Failure | None:
+    if job.state is State.FAILED:
+        return {"code": "generation_failed", "message": job.error or "nothing was drawn"}
+    if job.state is State.CANCELLED:
+        return {"code": "cancelled", "message": "job cancelled by client"}
+    return None
+
+
+def _progress(here: Context, job: Job) -> Progress:
+    now = here.board.get(job.id)
+    return {
+        "stage": now.stage, "component": now.component, "step": now.step, "steps": now.steps, "picture": now.picture,
+        "done": now.done, "total": now.total, "seat": now.seat, "preview": now.previews,
+    }  # fmt: skip
 
 
 def found(here: Context, id: str) -> Job:
@@ -244,62 +195,83 @@ def found(here: Context, id: str) -> Job:
     return job
 
 
-@router.get("/capabilities")
-def capabilities(here: Here) -> dict[str, Any]:
+@router.get("/capabilities", responses=refusals())
+def capabilities(here: Here) -> Capabilities:
     """What this server can draw with."""
-    defaults = ImageRequest().model_dump()
-    models = here.shelf.models()
+    models = [here.about(name) for name in here.shelf.models()]
+    modes = [Kind.PICTURES, *([Kind.FILM] if any(model["films"] for model in models) else [])]
+    first = here.about(None)
+    current = Kind.FILM if first["films"] else Kind.PICTURES
+    control = any("control" in model["components"] for model in models)
+    shared = {"init_image": True, "lora": True, "cache": True, "cancel_queued": True, "cancel_generating": True}
     features = {
-        "init_image": True, "mask_image": True, "control_image": False, "ip_adapter_image": False, "ref_images": True,
-        "lora": True, "vae_tiling": False, "hires": False, "cache": False, "cancel_queued": True,
-        "cancel_generating": True,
+        Kind.PICTURES: {
+            **shared, "mask_image": True, "control_image": control, "ip_adapter_image": False, "ref_images": True,
+            "vae_tiling": True, "hires": True,
+        },
+        Kind.FILM: {
+            **shared, "end_image": True, "control_frames": False, "high_noise_sample_params": False,
+            "vae_tiling": False,
+        },
     }  # fmt: skip
+    defaults = {Kind.PICTURES: ImageRequest().model_dump(), Kind.FILM: VideoRequest().model_dump()}
+    written = [name for name in FILM_FORMATS if has_videos() or name in ("webp", "gif")]
+    formats = {Kind.PICTURES: list(FORMATS), Kind.FILM: written}
     return {
         "model": {"name": here.shelf.default, "stem": here.shelf.default, "path": here.shelf.default},
-        "models": [here.about(name) for name in models],
-        "current_mode": "img_gen",
-        "supported_modes": ["img_gen"],
-        "defaults": defaults,
-        "defaults_by_mode": {"img_gen": defaults},
-        "output_formats": list(FORMATS),
-        "output_formats_by_mode": {"img_gen": list(FORMATS)},
-        "features": features,
-        "features_by_mode": {"img_gen": features},
+        "models": models,
+        "current_mode": current,
+        "supported_modes": modes,
+        "defaults": defaults[current],
+        "defaults_by_mode": {mode: defaults[mode] for mode in modes},
+        "output_formats": formats[current],
+        "output_formats_by_mode": {mode: formats[mode] for mode in modes},
+        "features": features[current],
+        "features_by_mode": {mode: features[mode] for mode in modes},
         "samplers": list(SAMPLERS),
         "schedulers": list(SCHEDULES),
         "loras": [{"name": name, "path": path.name} for name, path in here.studio.adapters.names().items()],
-        "upscalers": [],
+        "upscalers": [{"name": name} for name in UPSCALERS],
         "limits": {
-            "min_width": 8, "max_width": 4096, "min_height": 8, "max_height": 4096, "max_batch_count": MAX_PICTURES,
-            "max_queue_size": here.store.max_pending,
+            "min_width": 8, "max_width": MAX_SIDE, "min_height": 8, "max_height": MAX_SIDE,
+            "max_batch_count": MAX_PICTURES, "max_queue_size": here.store.max_pending,
         },
     }  # fmt: skip
 
 
-@router.post("/img_gen", status_code=202)
-def img_gen(asked: ImageRequest, here: Here, who: User) -> dict[str, Any]:
-    """Put a request into the queue."""
-    job = submitted(here, who, asked)
+@router.post("/img_gen", status_code=202, responses=refusals(500))
+def img_gen(asked: ImageRequest, here: Here, who: User) -> Accepted:
+    """Put a request for pictures into the queue."""
+    return _accepted(submitted(here, who, asked))
+
+
+@router.post("/vid_gen", status_code=202, responses=refusals(500))
+def vid_gen(asked: VideoRequest, here: Here, who: User) -> Accepted:
+    """Put a request for a film into the queue, for a model that draws films."""
+    return _accepted(submitted(here, who, asked))
+
+
+def _accepted(job: Job) -> Accepted:
     return {
-        "id": job.id, "kind": "img_gen", "status": job.state.value, "created": int(job.created),
+        "id": job.id, "kind": job.task.kind, "status": job.state, "created": int(job.created),
         "poll_url": f"{router.prefix}/jobs/{job.id}",
     }  # fmt: skip
 
 
-@router.get("/jobs")
-def jobs(here: Here, most: Annotated[int, Query(ge=1, le=NEWEST)] = NEWEST) -> list[dict[str, Any]]:
+@router.get("/jobs", responses=refusals())
+def jobs(here: Here, most: Annotated[int, Query(ge=1, le=NEWEST)] = NEWEST) -> list[JobShown]:
     """The newest jobs, newest first, without their pictures."""
     return [shown(here, job) for job in here.store.jobs(most=most)]
 
 
-@router.get("/jobs/{id}")
-def job(id: str, here: Here) -> dict[str, Any]:
+@router.get("/jobs/{id}", responses=refusals(404))
+def job(id: Id, here: Here) -> JobShown:
     """A job, and its pictures when it is over."""
     return shown(here, found(here, id), result=True)
 
 
-@router.post("/jobs/{id}/cancel")
-def cancel(id: str, here: Here) -> dict[str, Any]:
+@router.post("/jobs/{id}/cancel", responses=refusals(404, 409))
+def cancel(id: Id, here: Here) -> JobShown:
     """End a job: at once where it waits, within a step where it is drawn."""
     known = found(here, id)
     if not here.studio.cancel(id):
@@ -307,17 +279,21 @@ def cancel(id: str, here: Here) -> dict[str, Any]:
     return shown(here, found(here, id))
 
 
-@router.delete("/jobs/{id}", status_code=204)
-def forget(id: str, here: Here) -> None:
+@router.delete("/jobs/{id}", status_code=204, responses=refusals(404, 409))
+def forget(id: Id, here: Here) -> None:
     """Delete a job that is over, and its pictures."""
     found(here, id)
     if not here.store.forget(id):
         raise HTTPException(409, f"job {id} is not over; cancel it first")
 
 
-@router.get("/jobs/{id}/images/{index}")
-def image(id: str, index: int, here: Here) -> Response:
-    """A picture's file."""
+@router.get(
+    "/jobs/{id}/images/{index}",
+    response_class=Response,
+    responses=refusals(404) | files(*dict.fromkeys(MEDIA_TYPES.values())),
+)
+def image(id: Id, index: Index, here: Here) -> Response:
+    """A picture's or a film's file."""
     known = found(here, id)
     data = here.store.picture(known, index)
     if data is None:
@@ -326,18 +302,22 @@ def image(id: str, index: int, here: Here) -> Response:
     return Response(data, media_type=MEDIA_TYPES[known.task.output_format], headers=headers)
 
 
-@router.get("/jobs/{id}/inputs/{field}/{index}")
-def input_image(id: str, field: str, index: int, here: Here) -> Response:
+@router.get(
+    "/jobs/{id}/inputs/{field}/{index}",
+    response_class=Response,
+    responses=refusals(404) | files("application/octet-stream"),
+)
+def input_image(id: Id, field: str, index: Index, here: Here) -> Response:
     """The file of a picture that a job began with."""
     known = found(here, id)
-    files = here.store.inputs(known, field)
-    if not 0 <= index < len(files):
+    found_files = here.store.inputs(known, field)
+    if index >= len(found_files):
         raise HTTPException(404, f"job {id} has no {field} {index}")
-    return Response(files[index], media_type="application/octet-stream")
+    return Response(found_files[index], media_type="application/octet-stream")
 
 
-@router.get("/jobs/{id}/preview")
-def preview(id: str, here: Here) -> Response:
+@router.get("/jobs/{id}/preview", response_class=Response, responses=refusals(404) | files(MEDIA_TYPES["png"]))
+def preview(id: Id, here: Here) -> Response:
     """What is there so far of the picture that is being drawn, as a small PNG."""
     found(here, id)
     data = here.board.get(id).preview
@@ -346,21 +326,29 @@ def preview(id: str, here: Here) -> Response:
     return Response(data, media_type=MEDIA_TYPES["png"], headers={"Cache-Control": "no-store"})
 
 
-@router.get("/jobs/{id}/events")
-async def job_events(id: str, here: Here) -> StreamingResponse:
+@router.get(
+    "/jobs/{id}/events",
+    response_class=EventStream,
+    responses=refusals(404) | {200: {"content": events(job="JobShown"), "description": "Until the job is over"}},
+)
+async def job_events(id: Id, here: Here) -> EventStream:
     """A job whenever it has changed, as server-sent events called ``job``; the last one has the pictures."""
     known = found(here, id)
 
-    async def events() -> AsyncIterator[str]:
+    async def told() -> AsyncIterator[str]:
         async for now, _ in watched(here, known):
             yield server_sent("job", shown(here, now, result=True))
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=_UNBUFFERED)
+    return EventStream(told(), headers=_UNBUFFERED)
 
 
-@router.get("/events")
-async def all_events(here: Here) -> StreamingResponse:
-    """All that waits or is drawn, whenever something changed, as server-sent events called ``queue``."""
+@router.get(
+    "/events",
+    response_class=EventStream,
+    responses=refusals() | {200: {"content": events(queue=""), "description": "Without end"}},
+)
+async def all_events(here: Here) -> EventStream:
+    """All that waits or is drawn, whenever something changed, as server-sent events called ``queue``, without end."""
 
     def state() -> Mapping[str, Any]:
         active = [*here.store.jobs([State.RUNNING]), *here.store.waiting()[:NEWEST]]
@@ -368,22 +356,54 @@ async def all_events(here: Here) -> StreamingResponse:
         return {"jobs": [shown(here, job) for job in active], "newest": newest[0].id if newest else None,
                 "over": here.store.last_over()}  # fmt: skip
 
-    async def events() -> AsyncIterator[str]:
+    async def told() -> AsyncIterator[str]:
         last: Mapping[str, Any] | None = None
         with here.board.listen() as bell:
-            while True:
+            while not here.board.closed:
                 now = state()
                 yield server_sent("queue", now) if now != last else ": still here\n\n"
                 last = now
                 await here.board.news(bell, LOOK_SECONDS)
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=_UNBUFFERED)
+    return EventStream(told(), headers=_UNBUFFERED)
 
 
-@router.get("/devices")
-def devices(here: Here) -> list[dict[str, Any]]:
-    """The devices that are drawn with: memory in bytes."""
-    return here.devices()
+@router.get("/devices", responses=refusals())
+def devices(here: Here) -> list[Said]:
+    """The devices that components can be on: memory in bytes, and how busy they are."""
+    return here.devices.said()
+
+
+class Placement(TypedDict):
+    """Component → its devices, in order of preference; ``chosen``: those components that somebody put there, the others
+    are where the command line says."""
+
+    model: str
+    components: dict[str, list[str]]
+    chosen: list[str]
+
+
+class Placing(Body):
+    """Where to put components; those that are not named go where the command line says."""
+
+    model: str | None = None
+    components: dict[str, list[str]]
+
+
+@router.get("/placement", responses=refusals())
+def placement(here: Here, model: str | None = None) -> Placement:
+    """Where the components of a model are."""
+    name, _ = here.shelf.find(model)
+    return {"model": name, "components": here.studio.placed(name), "chosen": list(here.devices.chosen(name))}
+
+
+@router.put("/placement", responses=refusals())
+def place(asked: Placing, here: Here) -> Placement:
+    """Put components of a model on other devices, from its next picture on."""
+    name, opened = here.shelf.open(asked.model)
+    here.devices.choose(name, opened.components, asked.components)
+    here.board.ring()
+    return placement(here, name)
 
 
 _UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -1,0 +1,180 @@
+"""The devices that there are, how busy they are, and what somebody chose to put where."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from typing_extensions import TypedDict
+
+from ..device import Device, Memory
+from ..errors import InvalidValue, SdrpcError
+from ..storage import read_own, write_whole
+
+log = logging.getLogger(__name__)
+
+MEMORY_SECONDS = 2.0
+"""How old what is said about a device's memory may be: a busy one answers between two steps."""
+
+LOAD_SECONDS = 60.0
+"""The time whose share a device's load is."""
+
+MAX_FILE = 1 << 20
+"""Bytes of a file of placements."""
+
+Chosen = Mapping[str, tuple[str, ...]]
+"""Component → names of its devices, in order of preference."""
+
+
+class Said(TypedDict):
+    """A device. ``free`` and ``total``: bytes, None of one that is gone. ``load``: the share of the last minute in
+    which this server's jobs were drawn on it, 0 … 1; ``jobs``: those that are now."""
+
+    name: str
+    description: str
+    free: int | None
+    total: int | None
+    load: float
+    jobs: list[str]
+
+
+class Shown(Protocol):
+    """What is said of a device that a seat draws on."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def memory(self) -> Memory:
+        """Raises :class:`SdrpcError` where it can't be known."""
+
+
+class Places:
+    """``devices`` of this process, and which components somebody put on them, by model; that is kept in the file
+    ``path``. ``elsewhere`` gives those that seats have in other processes. For any thread."""
+
+    def __init__(
+        self, devices: Sequence[Device], path: Path, elsewhere: Callable[[], Sequence[Shown]] = lambda: ()
+    ) -> None:
+        self._devices = {device.name: device for device in devices}
+        self._elsewhere = elsewhere
+        self._path = path
+        self._lock, self._asking = Lock(), Lock()
+        self._known: tuple[float, list[tuple[Shown, Memory | None]]] = (float("-inf"), [])
+        self._now: dict[str, tuple[tuple[str, ...], float]] = {}
+        self._before: deque[tuple[tuple[str, ...], float, float]] = deque()
+        self._chosen = self._read()
+
+    # --- what is chosen
+
+    def chosen(self, model: str) -> Chosen:
+        """What somebody put where, of a model; nothing where the command line decides."""
+        with self._lock:
+            return self._chosen.get(model, {})
+
+    def choose(self, model: str, components: Iterable[str], wanted: Mapping[str, Sequence[str]]) -> None:
+        """Put what is ``wanted`` of a model's ``components`` on devices, from its next job on; nothing: as the command
+        line says. Raises :class:`InvalidValue` for a component or device that is not there."""
+        known = set(components)
+        for component, names in wanted.items():
+            if component not in known:
+                raise InvalidValue("components", component, f"this model has {', '.join(sorted(known))}")
+            for name in names:
+                if name not in self._devices:
+                    raise InvalidValue("components", name, f"there is no such device; {', '.join(self._devices)} are")
+        placed = {component: tuple(dict.fromkeys(names)) for component, names in wanted.items() if names}
+        with self._lock:
+            self._chosen = {name: there for name, there in self._chosen.items() if name != model}
+            if placed:
+                self._chosen[model] = placed
+            write_whole(self._path, json.dumps(self._chosen).encode())
+
+    def devices(self, names: Iterable[str]) -> list[Device]:
+        return [self._devices[name] for name in names]
+
+    def _read(self) -> dict[str, Chosen]:
+        """What was chosen before; what of it names devices that are not there any more is as if it had not been."""
+        data = read_own(self._path, MAX_FILE)
+        if data is None:
+            return {}
+        try:
+            kept: dict[str, Chosen] = {
+                str(model): {
+                    str(component): tuple(name for name in names if name in self._devices)
+                    for component, names in there.items()
+                }
+                for model, there in json.loads(data).items()
+            }
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            log.warning("%s is no file of placements: components go where the command line says", self._path)
+            return {}
+        return {
+            model: found for model, there in kept.items() if (found := {part: on for part, on in there.items() if on})
+        }
+
+    # --- what they are doing
+
+    def begin(self, job: str, devices: Iterable[Shown]) -> None:
+        """``job`` is drawn on these from now on."""
+        with self._lock:
+            self._now[job] = tuple(device.name for device in devices), time.monotonic()
+
+    def end(self, job: str) -> None:
+        with self._lock:
+            names, began = self._now.pop(job, ((), 0.0))
+            if names:
+                self._before.append((names, began, time.monotonic()))
+
+    def said(self) -> list[Said]:
+        """All devices, as they are."""
+        known = self._remembered()
+        with self._lock:
+            now = time.monotonic()
+            while self._before and self._before[0][2] < now - LOAD_SECONDS:
+                self._before.popleft()
+            spans = [*self._before, *((names, began, now) for names, began in self._now.values())]
+            running = {job: names for job, (names, _) in self._now.items()}
+        return [_said(device, memory, spans, running, now) for device, memory in known]
+
+    def _remembered(self) -> list[tuple[Shown, Memory | None]]:
+        """Devices and their memory. One who asks waits for the devices, others get what was known before."""
+        if self._asking.acquire(blocking=not self._known[1]):
+            try:
+                if time.monotonic() - self._known[0] > MEMORY_SECONDS:
+                    there = [*self._devices.values(), *self._elsewhere()]
+                    self._known = time.monotonic(), [(device, _memory(device)) for device in there]
+            finally:
+                self._asking.release()
+        return self._known[1]
+
+
+def _memory(device: Shown) -> Memory | None:
+    try:
+        return device.memory()
+    except SdrpcError:
+        return None
+
+
+def _said(
+    device: Shown,
+    memory: Memory | None,
+    spans: Sequence[tuple[tuple[str, ...], float, float]],
+    running: Mapping[str, tuple[str, ...]],
+    now: float,
+) -> Said:
+    name, since = device.name, now - LOAD_SECONDS
+    busy = sum(end - max(began, since) for names, began, end in spans if name in names)
+    return {
+        "name": name, "description": device.description,
+        "free": None if memory is None else memory.free, "total": None if memory is None else memory.total,
+        "load": round(min(busy / LOAD_SECONDS, 1.0), 3),
+        "jobs": [job for job, names in running.items() if name in names],
+    }  # fmt: skip
