@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sdrpc.client import Timeouts, connect
+from sdrpc.diffusion.device_model import QUIET_SECONDS
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
@@ -109,7 +110,7 @@ FAULTS: list[tuple[Callable[[Passage, Restartable], None], str]] = [
     *((cut_the_answer, phase) for phase in PHASES if phase.startswith("reading")),
     *((stall, phase) for phase in ("uploading the diffusion model", "reading a prediction")),
     *((kill, phase) for phase in ("uploading the diffusion model", "reading a later prediction")),
-    *((sleep, phase) for phase in ("uploading the VAE", "reading a later prediction")),
+    (sleep, "uploading the VAE"),
 ]
 
 
@@ -145,3 +146,22 @@ def test_the_picture_is_the_same(
     else:
         assert trouble.connections > 1
         assert [(event.device, event.over) for event in back] == [("RPC0", True)]
+
+
+def test_a_server_that_stands_still_for_half_a_minute(
+    server: Restartable, undisturbed: tuple[Pictures, list[str]], tiny: Path, graphs: Cache
+) -> None:
+    """In the middle of a step, as a machine does whose lid was closed: the user is told, then it goes on."""
+    pictures, requests = undisturbed
+    events: list[Event] = []
+    with Trouble(server.port, points(requests)["a later step"], lambda _: server.sleep(30.0)) as trouble:
+        drawn = draw(trouble.endpoint, tiny, graphs, timeouts=Timeouts(), on_event=events.append)
+    np.testing.assert_array_equal(drawn, pictures)
+    assert trouble.connections == 1
+    waiting = [event.seconds for event in events if event.stage == "waiting"]
+    assert waiting[0] >= QUIET_SECONDS
+    assert waiting == sorted(waiting)
+    (back,) = (event for event in events if event.stage == "reconnected")
+    assert back.seconds == waiting[-1] > 20
+    steps = [event.done for event in events if event.stage == "sample"]
+    assert steps == list(range(REQUEST.steps + 1)), "no step is done twice"
