@@ -28,14 +28,14 @@ def possible() -> bool:
 @pytest.mark.skipif(not possible(), reason="needs unshare, ip, and user namespaces")
 @pytest.mark.parametrize("doing", ["compute", "upload"])
 def test_a_network_that_vanishes(doing: str) -> None:
-    """After ten seconds, far before anything else would end it (60 seconds without beats, 30 within a message)."""
+    """Found out by TCP, after ten seconds: nothing else would end it within 30, at either end."""
     command = [*NAMESPACE, sys.executable, "-m", "tests.support.island", doing]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     assert "its machine does not answer any more while" in told["said"], told
-    assert told["client"] < 25
-    assert "held at most" in told["log"] or "disconnected" in told["log"]
-    assert told["server"] < 25
+    found = {"compute": "its client is gone", "upload": "its machine does not answer any more"}[doing]
+    assert found in told["log"], told
+    assert max(told["client"], told["server"]) < 30
 
 
 def test_silence_of_a_server_that_says_when_it_is_at_work() -> None:

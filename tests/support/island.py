@@ -23,9 +23,10 @@ def main(doing: str) -> None:
     with ServerProcess("-v", "-d", "CPU") as server:
         (device,) = connect([f"127.0.0.1:{server.port}"])
         result: dict[str, object] = {}
-        worker = threading.Thread(target=lambda: result.update(work(device, doing)))
+        begun = threading.Event()
+        worker = threading.Thread(target=lambda: result.update(work(device, doing, begun)))
         worker.start()
-        time.sleep(3)
+        assert begun.wait(120)
         subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
         vanished = time.monotonic()
         worker.join()
@@ -36,14 +37,16 @@ def main(doing: str) -> None:
         print(json.dumps(result))
 
 
-def work(device: RemoteDevice, doing: str) -> dict[str, object]:
+def work(device: RemoteDevice, doing: str, begun: threading.Event) -> dict[str, object]:
     """Upload, or wait for a computation, until that fails."""
     try:
         if doing == "upload":
             buffer = device.allocate(1 << 20)
             while True:
                 device.write(buffer, 0, bytes(1 << 20))
-        products(device, 1024, 4000)()
+                begun.set()
+        with device.watched(lambda _: begun.set()):  # it waits for the answer
+            products(device, 1024, 4000)()
     except SdrpcError as error:
         return {"said": f"{type(error).__name__}: {error}"}
     return {"said": "nothing"}
