@@ -102,6 +102,11 @@ def id_twice(client: RawClient, make: Make) -> None:
     make.compute(node)
 
 
+def rope(**fields: Any) -> params.Rope:
+    """The parameters of a rotation, with ``fields`` of its own."""
+    return params.Rope(0, 4, 0, 0, 0, 10000.0, 1.0, 0.0, 1.0, 32.0, 1.0)._replace(**fields)
+
+
 COUNTS = {
     "T25-n-nodes-2^32-1": Attack(payload(pack("<IQIQ", 0, 0, 2**32 - 1, 1)), "4294967295 nodes in 24 bytes"),
     "T25-n-nodes-over-payload": Attack(payload(pack("<IQIQI", 0, 0, 3, 1, 0)), "3 nodes in 28 bytes"),
@@ -200,6 +205,22 @@ OPERATIONS = {
     "T33-concat-dim-7": Attack(node("CONCAT", (4,), (4,), ne=(8,), params=params.Concat(7)), "CONCAT"),
     "T33-arange-nan": Attack(node("ARANGE", ne=(4,), params=params.Arange(0.0, float("nan"), 1.0)), "ARANGE"),
     "T33-arange-endless": Attack(node("ARANGE", ne=(4,), params=params.Arange(0.0, 1e30, 1e-30)), "ARANGE"),
+    "T33-rope-odd": Attack(node("ROPE", (4, 2, 1), ((1,), "I32"), ne=(4, 2, 1), params=rope(n_dims=3)), "3 rotated"),
+    "T33-rope-too-wide": Attack(node("ROPE", (4, 2), ((1,), "I32"), ne=(4, 2), params=rope(n_dims=6)), "6 rotated"),
+    "T33-rope-negative": Attack(node("ROPE", (4, 2), ((1,), "I32"), ne=(4, 2), params=rope(n_offset=-2)), "from -2 on"),
+    "T33-rope-mode": Attack(node("ROPE", (4, 2), ((1,), "I32"), ne=(4, 2), params=rope(mode=99)), "rotary mode 99"),
+    "T33-rope-nan": Attack(
+        node("ROPE", (4, 2), ((1,), "I32"), ne=(4, 2), params=rope(freq_base=float("nan"))), "a parameter is nan"
+    ),
+    "T33-rope-inf": Attack(
+        node("ROPE", (4, 2), ((1,), "I32"), ne=(4, 2), params=rope(freq_scale=float("inf"))), "a parameter is inf"
+    ),
+    "T34-set-rows-shape": Attack(
+        node("SET_ROWS", (4, 2), ((3,), "I64"), (4, 8), ne=(4, 8), type="F32"), "SET_ROWS"
+    ),
+    "T34-set-rows-width": Attack(
+        node("SET_ROWS", (4, 2), ((2,), "I64"), (5, 8), ne=(5, 8), type="F32"), "SET_ROWS"
+    ),
     "T34-get-rows-shape": Attack(node("GET_ROWS", (4, 3), ((2, 2), "I32"), ne=(4, 9)), "GET_ROWS"),
     "T34-get-rows-of-floats": Attack(node("GET_ROWS", (4, 3), (2,), ne=(4, 2)), "GET_ROWS"),
 }  # fmt: skip
