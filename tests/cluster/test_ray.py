@@ -15,6 +15,7 @@ from tests.web.process import SMALL, WebServer
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt '.[ray]'")
 
+SECONDS = 120.0
 SERVER = ("--precision", "exact", "--device", "CPU")
 STEPS = {"sample_steps": 60}
 """Enough that something can happen in the middle."""
@@ -28,6 +29,13 @@ def actors() -> list[psutil.Process]:
             if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Painter"):
                 found.append(process)
     return found
+
+
+def test_where_no_cluster_answers_that_is_said_at_once(tmp_path: Path) -> None:
+    with WebServer(tmp_path, "--ray", "127.0.0.1:1") as server:
+        assert server.process.wait(SECONDS) == 2
+        server.stop()
+    assert "no Ray cluster can be joined at 127.0.0.1:1: Connection refused; start one" in server.lines[-1]
 
 
 def test_actors_draw_and_those_that_end_are_started_again(tmp_path: Path, models: Path) -> None:

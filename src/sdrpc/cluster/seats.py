@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from .. import __version__
+from ..client import parse_endpoint
 from ..device import Device, Memory
 from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.pictures import Picture
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.1
 """How often it is asked, while an actor draws, whether to stop."""
 READY_SECONDS = 1.0
+ANSWER_SECONDS = 10.0
+AUTO = "auto"
 MEMORY_SECONDS = 2.0
 CLOSE_SECONDS = 10.0
 CALLS = 4
@@ -41,9 +45,11 @@ CALLS = 4
 def joined(address: str) -> Iterator[None]:
     """This process in the cluster at ``address`` (auto: that of this machine). Raises :class:`UsageError`."""
     try:
+        if address != AUTO:  # Ray asks for minutes
+            socket.create_connection(parse_endpoint(address), ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RayError, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0].partition(". ")[0]
         raise UsageError(
             f"no Ray cluster can be joined at {address}: {reason}; start one with ray start --head"
         ) from error
