@@ -33,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             devices = sdrpc.devices(rpc=given.rpc.split(","), rpc_key=given.rpc_key)
             for device in devices.values():
                 opened.callback(device.close)
+            where = {part: devices[name] for part, name in placed(given.on).items()}
             # the type that weights are sent in; a server computes in its own precision
             pipe = load(given.pipeline, getattr(torch, given.dtype))
-            move(pipe, placed(given.on), devices)
+            move(pipe, where)
             pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
             size = {name: value for name in ("height", "width") if (value := getattr(given, name)) is not None}
             generator = torch.Generator().manual_seed(given.seed)
@@ -51,15 +52,15 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     return pipe.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
 
-def move(pipe: Any, where: Mapping[str, str], devices: Mapping[str, sdrpc.Device]) -> None:
-    """Let ``devices`` compute the parts of ``pipe`` that ``where`` (part → device's name) names."""
+def move(pipe: Any, where: Mapping[str, sdrpc.Device]) -> None:
+    """Let devices compute the parts of ``pipe`` that are named."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     if strangers := where.keys() - parts.keys() - {REST}:
         raise ValueError(f"the pipeline has no {', '.join(sorted(strangers))}; it has {', '.join(parts)}")
     for name, part in parts.items():
         device = where.get(name, where.get(REST))
         if device is not None:
-            setattr(pipe, name, sdrpc.offload(part, devices[device]))
+            setattr(pipe, name, sdrpc.offload(part, device))
 
 
 def placed(text: str) -> dict[str, str]:

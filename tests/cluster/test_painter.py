@@ -29,9 +29,14 @@ from sdrpc.errors import (
     UsageError,
 )
 from sdrpc.families.model import ModelFiles
+from tools.checkpoints import make
 
-FILES = ModelFiles(models.named("demo"))
 REQUEST = sdrpc.Request("a red circle", width=64, height=64, steps=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return ModelFiles(make("sd1", tmp_path_factory.mktemp("models")).files["model"])
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +62,16 @@ def told_of(painter: Painter, number: int, work: Work, settings: Any) -> list[To
     return [told for batch in batches for told in batch]
 
 
-def test_it_draws_what_a_session_draws_and_tells_how_far_it_is(cpu: Device) -> None:
-    work = Work.of(FILES, {})
-    assert work.paths == {"model": "demo"}  # wherever the package is on the other machine
-    with Session.open(FILES, cpu) as session:
+def test_a_model_that_ships_is_meant_by_name() -> None:
+    """Wherever the package is on the other machine."""
+    shipped = ModelFiles(models.named("demo"))
+    assert Work.of(shipped, {}).paths == {"model": "demo"}
+    assert Work.of(shipped, {}).files() == shipped
+
+
+def test_it_draws_what_a_session_draws_and_tells_how_far_it_is(cpu: Device, files: ModelFiles) -> None:
+    work = Work.of(files, {})
+    with Session.open(files, cpu) as session:
         settings = session.settings(REQUEST)
         (wanted,) = session.draw(settings)
     far = painter(cpu)
@@ -82,11 +93,13 @@ def test_a_server_that_is_not_there_is_asked_again(cpu: Device) -> None:
     assert far.about().failure is None
 
 
-def test_a_model_that_is_not_on_the_node_is_a_failure_that_says_so(cpu: Device, tmp_path: Path) -> None:
+def test_a_model_that_is_not_on_the_node_is_a_failure_that_says_so(
+    cpu: Device, files: ModelFiles, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(models.named("demo").read_bytes())
+    path.write_bytes(files.named["model"].read_bytes())
     work = Work.of(ModelFiles(path), {})
-    with Session.open(FILES, cpu) as session:
+    with Session.open(files, cpu) as session:
         settings = session.settings(REQUEST)
     path.write_bytes(b"something else")
     far = painter(cpu)

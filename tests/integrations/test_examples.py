@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +73,12 @@ def test_a_pipeline_draws_the_same_with_its_parts_elsewhere(
     assert found.shape == wanted.shape == (SIZE, SIZE, 3)
     assert wanted.std() > 5
     assert np.abs(found.astype(int) - wanted).max() <= LEVELS
-    for words, said in (("unet2=RPC0", "has no unet2; it has"), ("RPC7", "no device RPC7")):
+
+
+def test_what_is_not_there_is_named(example: ModuleType, server: str, tmp_path: Path) -> None:
+    for words, said in (("RPC7", "no device RPC7"), ("unet=RPC0", "no file named model_index.json")):
         with pytest.raises(SystemExit, match=said):
-            example.main([str(folder), "a cat", "--rpc", server, "--on", words, *options])
+            example.main([str(tmp_path), "a cat", "--rpc", server, "--on", words])
+    pipe = SimpleNamespace(components={"unet": torch.nn.Identity(), "scheduler": None})
+    with pytest.raises(ValueError, match="has no vae, vae2; it has unet"):
+        example.move(pipe, dict.fromkeys(("unet", "vae", "vae2")))
