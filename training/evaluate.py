@@ -235,7 +235,10 @@ def opened(model: Path, device: str, precision: str, meter: Meter) -> Iterator[A
         if event.stage == "capture":
             meter.tell(event)
 
-    with placed_devices({"all": device}, (), precision, None) as devices, Session.open(model, devices) as session:
+    with (
+        placed_devices({"all": (device,)}, (), precision, None) as (places, _),
+        Session.open(model, places) as session,
+    ):
         yield Artist(session, tell)
 
 

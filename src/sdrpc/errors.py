@@ -36,6 +36,8 @@ Messages say what was wrong, where, and what to do about it; facts that a caller
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SdrpcError(Exception):
     """Base of everything that sdrpc raises on purpose."""
@@ -97,13 +99,17 @@ class OutOfMemory(DeviceError):
 
 
 class DoesNotFit(DeviceError):
-    """The weights of ``component`` take ``size`` bytes; ``device`` has ``room`` for fewer."""
+    """The weights of ``component`` take ``size`` bytes; ``device`` has ``room`` for fewer, each of several its part of
+    ``rooms``. ``hint``: what would do."""
 
-    def __init__(self, device: str, component: str, size: int, room: int) -> None:
-        self.device, self.component, self.size, self.room = device, component, size, room
+    def __init__(
+        self, device: str, component: str, size: int, room: int, rooms: Sequence[int] = (), hint: str = ""
+    ) -> None:
+        self.device, self.component, self.size, self.room, self.rooms = device, component, size, room, tuple(rooms)
+        free = " + ".join(f"{each / 2**20:,.0f}" for each in rooms or [room])
         super().__init__(
-            f"{device}: {component} takes {size / 2**20:,.0f} MiB, {room / 2**20:,.0f} MiB are free; "
-            "place it on another device, or use a quantized file"
+            f"{device}: {component} takes {size / 2**20:,.0f} MiB, {free} MiB are free; "
+            + (hint or "place it on another device, or use a quantized file")
         )
 
 

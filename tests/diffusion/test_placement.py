@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from sdrpc.device_names import resolve
-from sdrpc.diffusion.placement import ALIASES, NOT_HERE_YET, REST, assigned, parse, side_by_side, wanted
+from sdrpc.diffusion.placement import (
+    ALIASES,
+    NOT_HERE_YET,
+    REST,
+    assigned,
+    limits,
+    parse,
+    side_by_side,
+    waiting,
+    wanted,
+)
 from sdrpc.errors import InvalidValue
 
 SD1 = ("clip_l", "diffusion", "vae")
@@ -131,6 +141,37 @@ def test_what_does_not_exist_is_refused(backend: str, says: str) -> None:
 def test_several_devices_together(text: str, expected: tuple[tuple[str, ...], ...]) -> None:
     assert side_by_side(text) == expected
     assert parse(f"te=cpu,diffusion={text},rpc9") == {"te": ("cpu",), "diffusion": (text, "rpc9")}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8", {"": 8 << 30}),
+        ("512M", {"": 512 << 20}),
+        ("RPC0=6, RPC1=1.5G,2GiB", {"RPC0": 6 << 30, "RPC1": 3 << 29, "": 2 << 30}),
+    ],
+)
+def test_limits(text: str, expected: dict[str, int]) -> None:
+    assert limits(text) == expected
+
+
+@pytest.mark.parametrize("text", ["RPC0=", "much", "0", "RPC0=-1", "1,2", "RPC0=1,RPC0=2", "1e99", "9" * 40])
+def test_what_is_no_limit(text: str) -> None:
+    with pytest.raises(InvalidValue, match="max_vram"):
+        limits(text)
+
+
+def test_where_weights_wait() -> None:
+    assert waiting("disk") == {REST: "disk"}
+    assert waiting("te=CPU,unet=disk,all=auto") == {"te": "cpu", "diffusion": "disk", REST: "auto"}
+    for wrong in ("RPC0", "te=", "wheels=cpu", "te=cpu,clip=disk"):
+        with pytest.raises(InvalidValue, match="params_backend"):
+            waiting(wrong)
+    assert assigned(FLUX, {"te": "cpu", "vae": "disk"}, "params_backend", "auto") == {
+        "clip_l": "cpu", "t5xxl": "cpu", "diffusion": "auto", "vae": "disk"
+    }  # fmt: skip
+    with pytest.raises(InvalidValue, match=r"params_backend t5xxl: this model has clip_l"):
+        assigned(SD1, {"t5xxl": "cpu"}, "params_backend", "auto")
 
 
 def test_gpu_needs_one() -> None:

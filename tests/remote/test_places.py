@@ -20,7 +20,9 @@ from sdrpc.client import connect
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
-from sdrpc.errors import Cancelled
+from sdrpc.engine.device import devices as local_devices
+from sdrpc.errors import Cancelled, DoesNotFit
+from sdrpc.families.model import open_model
 from sdrpc.runtime.cache import Cache
 from sdrpc.runtime.chain import Chain, Lanes, Placed
 from tests.support.pictures import Case, Checkpoints, request
@@ -56,6 +58,14 @@ def devices(ports: list[int]) -> Iterator[list[Device]]:
     yield list(found)
     for device in found:
         device.close()
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[Device]:
+    """A device of this process, for what shall be in nobody's way."""
+    (device,) = local_devices("exact", 1)
+    yield device
+    device.close()
 
 
 def drawn(files: sdrpc.ModelFiles, placement: dict[str, Placed], graphs: Path, case: Case) -> list[np.ndarray]:
@@ -169,3 +179,68 @@ def test_sd_cli_says_where_it_was_cut(
     assert re.search(cut, done.stderr), done.stderr
     with Image.open(tmp_path / "x.png") as image:
         np.testing.assert_array_equal(np.asarray(image), alone[0])
+
+
+def size_of(component: str, tiny: Path) -> int:
+    return open_model(sdrpc.ModelFiles(tiny))[component].found.nbytes()
+
+
+def test_two_small_devices_draw_what_is_too_large_for_one(
+    alone: list[np.ndarray], tiny: Path, devices: list[Device], here: Device, graphs: Path
+) -> None:
+    """And no device ever has more weights than it may."""
+    limit, parts = size_of("diffusion", tiny) - 1, list[int]()
+
+    def tell(event: Event) -> None:
+        if event.stage == "upload" and event.over and event.component == "diffusion":
+            parts.append(event.total)
+
+    chain, small = Chain(tuple(devices)), {"RPC0": limit, "RPC1": limit}
+    with Session.open(tiny, {"diffusion": chain, "all": here}, Cache(graphs), max_vram=small) as session:
+        pictures = [picture.image for picture in session.generate(REQUEST, tell)]
+    np.testing.assert_array_equal(pictures, alone)
+    assert len(parts) == 2
+    assert max(parts) <= limit < sum(parts)
+
+
+def test_what_is_too_large_is_refused_with_what_would_do(
+    tiny: Path, devices: list[Device], here: Device, graphs: Path
+) -> None:
+    first, second = devices
+    placements: list[dict[str, Placed]] = [{"diffusion": first, "vae": second, "te": here}]
+    placements.append({"diffusion": Chain((first, second)), "all": here})
+    for placement, limits, says in (
+        (placements[0], (5, 99, 7), r"RPC0: diffusion .* 5 MiB are free; RPC1 has 99 MiB \(--backend diffusion=RPC1\)"),
+        (placements[1], (1, 2, 7), r"RPC0&RPC1: diffusion takes 6 MiB, 1 \+ 2 MiB are free; CPU has 7 MiB \(--backend"),
+        (placements[0], (2, 1, 0), r"CPU: clip_l .* 0 MiB are free; use a quantized file"),
+    ):
+        small = {name: size << 20 for name, size in zip(("RPC0", "RPC1", "CPU"), limits, strict=True)}
+        with (
+            Session.open(tiny, placement, Cache(graphs), max_vram=small) as session,
+            pytest.raises(DoesNotFit, match=says),
+        ):
+            list(session.generate(REQUEST))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_layers_take_turns_where_there_is_little_room(
+    place: str, alone: list[np.ndarray], tiny: Path, devices: list[Device], graphs: Path
+) -> None:
+    """Each evaluation sends the parts of the model one after the other; afterwards nothing is left there."""
+    limit, uploads = size_of("diffusion", tiny) * 6 // 10, list[int]()
+    released: list[str] = []
+
+    def tell(event: Event) -> None:
+        if event.stage == "upload" and event.over and event.component == "diffusion":
+            uploads.append(event.total)
+        if event.stage == "release":
+            released.append(event.component)
+
+    memory = {"max_vram": {"rpc-0": limit}, "params_backend": {"all": place}}
+    with Session.open(tiny, {"te": devices[1], "all": devices[0]}, Cache(graphs), **memory) as session:
+        pictures = [picture.image for picture in session.generate(REQUEST, tell)]
+        assert not any(component.has(devices[0]) for component in session._devices._components)
+    np.testing.assert_array_equal(pictures, alone)
+    assert max(uploads) <= limit
+    assert len(uploads) >= 2 * REQUEST.batch_count * 2, "two parts, for each of two steps of each picture"
+    assert set(released) == {"clip_l", "diffusion", "vae"}

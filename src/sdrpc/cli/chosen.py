@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..client import Keychain, Timeouts, given_keys
+from ..diffusion import placement
 from . import report
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def keychain(chosen: Chosen) -> Keychain:
 def timeouts(chosen: Chosen) -> Timeouts:
     """How long servers may take. One that sleeps for less than we would wait for it goes on where it was."""
     return Timeouts(answer=chosen["rpc_timeout"], silent=max(chosen["rpc_retry"], Timeouts.connect))
+
+
+def waiting(chosen: Chosen) -> dict[str, str]:
+    """Where weights are that nobody uses, as :class:`sdrpc.diffusion.session.Session` takes it."""
+    return ({"": "cpu"} if chosen["offload_to_cpu"] else {}) | placement.waiting(chosen["params_backend"])
 
 
 def by_option(chosen: Chosen) -> dict[str, str]:

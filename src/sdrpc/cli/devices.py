@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
 from ..device import Device, Memory
 from ..device_names import AUTO, folded, only_remote, resolve
+from ..diffusion import placement
 from ..diffusion.placement import side_by_side
 from ..errors import (
     ConnectionFailed,
@@ -34,6 +35,13 @@ class Found(NamedTuple):
 
     devices: list[Device]
     absent: dict[str, SdrpcError]
+
+
+class Placing(NamedTuple):
+    """Component → where it may be, in order of preference; and all devices that are there."""
+
+    places: dict[str, list[Lanes]]
+    devices: list[Device]
 
 
 class Listed(NamedTuple):
@@ -90,11 +98,11 @@ def placed_devices(
     threads: int | None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     keychain: Keychain | None = None,
-) -> Iterator[dict[str, list[Lanes]]]:
-    """Component → where it may be, in order of preference, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto``
-    is all of the servers' devices when there are any, else this machine's first. This machine's devices, and torch with
-    them, are left alone when no component can be there. A server that does not answer is passed over, and the user told
-    so, where all components have other devices; what else is wrong with one is an error."""
+) -> Iterator[Placing]:
+    """Where components may be, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of the servers'
+    devices when there are any, else this machine's first. This machine's devices, and torch with them, are left alone
+    when no component can be there. A server that does not answer is passed over, and the user told so, where all
+    components have other devices; what else is wrong with one is an error."""
     with _servers(rpc, timeouts, keychain, _is_away) as remote:
         named = [name for names in wanted.values() for text in names for some in side_by_side(text) for name in some]
         nothing_here = bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
@@ -103,7 +111,17 @@ def placed_devices(
             placed = resolved(wanted, there, remote.devices if rpc else local[:1])
             for name, why in remote.absent.items():
                 report.warn(f"{name} is not there, others do its work: {why}")
-            yield placed
+            yield Placing(placed, there.devices)
+
+
+def limits_of(text: str, devices: Sequence[Device]) -> dict[str, int]:
+    """``--max-vram``. Raises :class:`InvalidValue` for a device that is not there."""
+    found, names = placement.limits(text), {folded(device.name) for device in devices}
+    for name in found:
+        if name and folded(name) not in names:
+            there = ", ".join(device.name for device in devices)
+            raise InvalidValue("max_vram", name, f"there is no such device; there are {there}")
+    return found
 
 
 def resolved(wanted: Mapping[str, Sequence[str]], found: Found, default: Sequence[Device]) -> dict[str, list[Lanes]]:

@@ -172,7 +172,15 @@ OPTIONS = (
     Option(DEVICES, "--backend", default="", metavar="COMPONENT=DEVICE,...",
            shown="RPC0 with --rpc, else this machine's first",
            help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl, llm. "
-                "Several devices (diffusion=RPC0,RPC1): the first with room, the next when it is lost."),
+                "RPC0,RPC1: the first with room, the next when it is lost; RPC0&RPC1: layers over both; "
+                "RPC0|RPC1: on both, side by side."),
+    Option(DEVICES, "--max-vram", default="", metavar="GIB|DEVICE=SIZE,...", shown="what is free",
+           help="Weights that a device may have at one time: 8, or RPC0=6,RPC1=512M."),
+    Option(DEVICES, "--params-backend", default="", metavar="COMPONENT=auto|cpu|disk,...", shown="auto",
+           help="Where weights are that nobody uses: on their device while there is room (auto), in this machine's "
+                "memory (cpu), in their file (disk). With the latter two they leave it after each use, and where it "
+                "has too little room for a component, its layers are there one part after the other."),
+    Option(DEVICES, "--offload-to-cpu", is_flag=True, help="Same as --params-backend cpu."),
     Option(DEVICES, "--main-backend-device", default="", metavar="DEVICE",
            help="Device of components that have none of their own."),
     Option(DEVICES, "--diffusion-backend-device", default="", metavar="DEVICE", help="Device of the diffusion model."),
@@ -250,7 +258,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--high-noise-skip-layer-end", "--vace-strength",
     ),
     "weights in another type or another place": (
-        "--tensor-type-rules", "--params-backend", "--offload-to-cpu", "--max-vram", "--auto-fit", "--split-mode",
+        "--tensor-type-rules", "--auto-fit", "--split-mode",
         "--stream-layers", "--eager-load", "--disable-prefetch", "--disable-segmented-compute", "--convert-name",
         "--imat-in", "--imat-out",
     ),

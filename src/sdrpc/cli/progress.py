@@ -105,14 +105,15 @@ class Meter:
     def _upload(self, event: Event) -> None:
         if event.over:
             self._elsewhere += event.seconds
-            self._say(f"{event.component}: {uploaded(event)}")
+            where = f", on {event.device}" if event.device else ""
+            self._say(f"{event.component}: {uploaded(event)}{where}")
         else:
             speed = f"  {mebibytes(event.done / event.seconds)}/s" if event.sent and event.seconds else ""
             amount = f"{mebibytes(event.done)} of {mebibytes(event.total)}{speed}"
             self._status.show(f"{event.component}: weights", event.done / max(event.total, 1), amount)
 
     def _release(self, event: Event) -> None:
-        self._say(f"{event.component}: its weights left their device, where another component needs the room")
+        self._say(f"{event.component}: its weights left their device, {event.reason}")
 
     def _encode(self, event: Event) -> None:
         if not event.over:

@@ -16,10 +16,10 @@ from ..diffusion import placement
 from ..errors import InvalidValue, UsageError
 from ..runtime.chain import devices_of
 from . import discovery, metadata, report
-from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
+from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
 from .command import Command
 from .convert import convert
-from .devices import listed, placed_devices
+from .devices import limits_of, listed, placed_devices
 from .entry import ready
 from .options import ACTS_ON, ALWAYS_SO, HERE, OPTIONS, REFUSED, WITHIN
 from .output import (
@@ -120,7 +120,7 @@ def _draw(chosen: Chosen) -> int:
     paths = output_paths(output, chosen["batch_count"], first, suffixes)
     if output == STANDARD and sys.stdout.isatty():
         raise InvalidValue("output", output, "a picture is not for a terminal: send it to a file or a program")
-    placed = placement.parse(chosen["backend"])
+    named, waits = placement.parse(chosen["backend"]), waiting(chosen)
 
     from ..diffusion.metadata import parameters_of
     from ..diffusion.request import Request
@@ -137,7 +137,7 @@ def _draw(chosen: Chosen) -> int:
     enlarged = [] if chosen["upscale_model"] is None else [UPSCALER]
     if film and enlarged:
         raise InvalidValue("upscale_model", chosen["upscale_model"], "pictures are enlarged, no films")
-    wanted = placement.wanted([*opened.components, *enlarged], placed, chosen["main_backend_device"], by_option(chosen))
+    wanted = placement.wanted([*opened.components, *enlarged], named, chosen["main_backend_device"], by_option(chosen))
     settings = settings_of(opened, request, film)
     if singly:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
@@ -153,20 +153,23 @@ def _draw(chosen: Chosen) -> int:
 
     with placed_devices(
         wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
-    ) as devices:
+    ) as (places, devices):
+        limits = limits_of(chosen["max_vram"], devices)
         enlarge = None
         if enlarged:
-            enlarge = enlarging(chosen, devices.pop(UPSCALER)[0], *settings.final_size, paths[0])
-        _note_placement(opened, devices, settings)
+            enlarge = enlarging(chosen, places.pop(UPSCALER)[0], *settings.final_size, paths[0])
+        _note_placement(opened, places, settings)
         folder, mode, words = chosen["lora_model_dir"], chosen["lora_apply_mode"], chosen["embd_dir"]
         with Session(
             opened,
-            devices,
+            places,
             timer=timer,
             retry=chosen["rpc_retry"],
             lora_dir=folder,
             lora_apply_mode=mode,
             embd_dir=words,
+            max_vram=limits,
+            params_backend=waits,
         ) as session:
             # resolved once, so that a random seed and what is written about the picture are one
             drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))

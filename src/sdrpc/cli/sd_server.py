@@ -17,10 +17,10 @@ from ..diffusion import placement
 from ..errors import InvalidValue, UsageError
 from ..storage import read_own, state_folder, write_whole
 from . import discovery, report
-from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts
+from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
 from .command import Command
-from .devices import Found, every_device, resolved
+from .devices import Found, every_device, limits_of, resolved
 from .entry import ready
 from .upscale import UPSCALER
 from .web_options import DAY, OPTIONS
@@ -136,14 +136,14 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         words = chosen["embd_dir"] and Path(chosen["embd_dir"])
         adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
         upscalers = Upscalers(_folder(chosen, "hires_upscalers_dir"))
+        memory = {"max_vram": placement.limits(chosen["max_vram"]), "params_backend": waiting(chosen)}
 
         def elsewhere() -> Sequence[Shown]:
             return [] if devices else list(dict.fromkeys(there for seat in seats for there in seat.devices(model)))
 
         places = Places(devices, data / "placement.json", elsewhere)
-        studio = Studio(
-            store, shelf, seats, places, board, metrics, chosen["idle_unload"], chosen["rpc_retry"], adapters, upscalers
-        )
+        idle, retry = chosen["idle_unload"], chosen["rpc_retry"]
+        studio = Studio(store, shelf, seats, places, board, metrics, idle, retry, adapters, upscalers, memory)
         app = create_app(
             Context(store, studio, board, shelf, metrics, places), Rules(keys, frozenset(chosen["allow_host"]))
         )
@@ -192,6 +192,7 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
         for name, why in found.absent.items():
             report.warn(f"{name} is not there: {why}")
+        limits_of(chosen["max_vram"], found.devices)
         yield own_seats(where, model, found), found.devices
 
 

@@ -32,13 +32,13 @@ def upscaled(chosen: Mapping[str, Any], path: Path) -> Pixels:
         if chosen[field] is None:
             raise UsageError(f"--mode upscale: name a file with {option}")
     image = read_picture("init_image", Path(chosen["init_image"]))
-    placed = placement.parse(chosen["backend"])
-    wanted = placement.wanted([UPSCALER], placed, chosen["main_backend_device"], by_option(chosen))
+    named = placement.parse(chosen["backend"])
+    wanted = placement.wanted([UPSCALER], named, chosen["main_backend_device"], by_option(chosen))
     with placed_devices(
         wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
-    ) as devices:
+    ) as placed:
         height, width = image.shape[:2]
-        return enlarging(chosen, devices[UPSCALER][0], width, height, path)(image)
+        return enlarging(chosen, placed.places[UPSCALER][0], width, height, path)(image)
 
 
 def enlarging(chosen: Mapping[str, Any], place: Lanes, width: int, height: int, path: Path) -> Enlarge:

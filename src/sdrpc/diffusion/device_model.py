@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count, islice
 from threading import Lock, RLock
@@ -16,21 +18,23 @@ import numpy as np
 
 from ..checkpoints.deltas import Delta, merged
 from ..device import Device, Target
+from ..device_names import folded
 from ..errors import Cancelled, DeviceLost, DoesNotFit
 from ..families.base import F32, ModuleSpec
 from ..families.lora import Lora
 from ..families.model import Model, ModelComponent
 from ..ggml.types import Type
-from ..ggml.weight import Weight
+from ..ggml.weight import Held, Weight
 from ..runtime.adapters import STRENGTHS, Adapters, Changes, adapted, adapters
 from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache, key
-from ..runtime.chain import Chain, Chained, Lanes
+from ..runtime.chain import Chain, Chained, Lanes, devices_of
 from ..runtime.cutting import Part, parts, positions, profile, whole
 from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
 from .events import Cancel, Event, OnEvent, Stage
+from .fitting import nearest
 from .stage_timer import StageTimer
 
 T = TypeVar("T")
@@ -53,6 +57,12 @@ QUIET_SECONDS = 10.0
 _ONE_AT_A_TIME = Lock()
 """Sessions in several threads: one captures a graph, the others find it. What captures (a module that is imported when
 it is first used, torch's modes) is not made for several at once."""
+
+
+UNCUT = "there is no place to cut it so that each part has room; a device with more is needed, or a quantized file"
+
+LAYERS = 64
+"""Parts that a component may be computed in, one after the other on one device."""
 
 
 class Telling:
@@ -118,7 +128,8 @@ class DeviceComponent:
     of module and input shapes is one graph; all share the uploaded weights. Where it is on a chain of devices, each
     graph is cut, all of them between the same weights.
 
-    ``make_room`` is called before it takes memory."""
+    ``make_room`` is called before it takes memory. ``waits``: where its weights are while nobody uses them, of
+    :data:`.placement.WAITING`."""
 
     def __init__(
         self,
@@ -128,8 +139,9 @@ class DeviceComponent:
         timer: StageTimer,
         telling: Telling,
         make_room: Callable[[DeviceComponent], None],
+        waits: str = "auto",
     ) -> None:
-        self.component, self.choices = component, tuple(dict.fromkeys(choices))
+        self.component, self.choices, self.waits = component, tuple(dict.fromkeys(choices)), waits
         self._cache, self._timer, self._telling, self._make_room = cache, timer, telling, make_room
         self._weights: dict[str, Weight] = {}
         self._adapter_weights: dict[str, Weight] = {}
@@ -253,7 +265,12 @@ class DeviceComponent:
     def _taken(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
         """The weights of these names and shapes, with what is merged into them."""
         found = self.component.found.take(shapes)
-        return {n: merged(w, self._merges[n]) if n in self._merges else w for n, w in found.items()}
+        weights = {n: merged(w, self._merges[n]) if n in self._merges else w for n, w in found.items()}
+        return {n: replace(w, pieces=Held(w)) for n, w in weights.items()} if self.waits == "cpu" else weights
+
+    def largest(self) -> int:
+        """Bytes of its largest weight, which can't be on two devices."""
+        return max((weight.nbytes for weight in self.component.found.tensors.values()), default=0)
 
     def release(self) -> None:
         """Free what it has on its devices."""
@@ -338,7 +355,7 @@ class DeviceComponent:
         rooms = [max(room - size, 0) for room, size in zip(self._rooms, taken, strict=True)]
         cuts = positions(facts, rooms, known)
         if cuts is None:
-            raise DoesNotFit(self.chain.name, self.name, self.nbytes, sum(self._rooms))
+            raise DoesNotFit(self.chain.name, self.name, self.nbytes, sum(self._rooms), self._rooms, UNCUT)
         found = parts(lowered, cuts)
         for number, each in enumerate(found):
             for weight in each.lowered.weights:
@@ -411,14 +428,19 @@ class DeviceModel:
         cache: Cache,
         timer: StageTimer,
         retry: float = RETRY_SECONDS,
+        limits: Mapping[str, int] | None = None,
+        waits: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
+        self._limits = limits or {}
         self.retry = retry
         """Seconds to wait for a device that was lost."""
         self.telling = Telling()
         self._lanes = {
             name: [
-                DeviceComponent(component, choices, cache, timer, self.telling, self._make_room)
+                DeviceComponent(
+                    component, choices, cache, timer, self.telling, self._make_room, (waits or {}).get(name, "auto")
+                )
                 for choices in _of_each_lane(placement[name])
             ]
             for name, component in model.components.items()
@@ -429,6 +451,21 @@ class DeviceModel:
     def lanes(self, name: str) -> int:
         """On how many chains of devices, side by side, component ``name`` is."""
         return len(self._lanes[name])
+
+    def leave_devices(self, *names: str) -> None:
+        """These components are not used for now: the weights of those that do not wait on their devices leave them."""
+        for component in chain.from_iterable(self._lanes.get(name, ()) for name in names):
+            if component.waits != "auto" and any(map(component.has, component.chain.devices)):
+                size = component.nbytes
+                with component.chain.turns:
+                    for device in dict.fromkeys(component.chain.devices):
+                        component.leave(device)
+                why = "until it is used again"
+                self.telling.on_event(Event("release", component.name, size, size, reason=why))
+
+    def waits(self, name: str) -> bool:
+        """Whether component ``name`` leaves its devices while it is not used."""
+        return any(component.waits != "auto" for component in self._lanes[name])
 
     def _component(self, name: str, lane: int = 0) -> DeviceComponent:
         lanes = self._lanes[name]
@@ -558,7 +595,8 @@ class DeviceModel:
         return [component for component in self._components if component.has(device)]
 
     def _choose(self, component: DeviceComponent) -> None:
-        """Settle on the first choice with room, if it has none yet."""
+        """Settle on the first choice with room, if it has none yet; where its weights need not stay on a device, also
+        on one that has room for a part of them at a time."""
         refusals: list[DoesNotFit] = []
         for place in (component.chain, *component.choices):
             try:
@@ -567,19 +605,50 @@ class DeviceModel:
                 return
             except DoesNotFit as refusal:
                 refusals.append(refusal)
+        for place in component.choices if component.waits != "auto" else ():
+            with place.turns:
+                layers = self._in_turns(component, place)
+                if layers is not None:
+                    component.settle(layers)
+                    return
         raise refusals[0]
 
+    def _room(self, device: Device) -> int:
+        """Bytes that a device has for a component's weights without all others'."""
+        room = device.memory().free + sum(other.has(device) for other in self._on(device))
+        return min(room, self._limit(device))
+
+    def _limit(self, device: Device) -> int:
+        """Bytes of weights that a device may have at one time."""
+        named = {folded(name): limit for name, limit in self._limits.items()}
+        return named.get(folded(device.name), named.get("", sys.maxsize))
+
     def _check_room(self, component: DeviceComponent, place: Chain) -> tuple[int, ...]:
-        """Bytes that each device of ``place`` has for the component's weights without all others'. Raises
-        :class:`DoesNotFit` when they are too few."""
-        if component.resident and component.chain == place:
+        """Bytes that each device of ``place`` has for the component's weights. Raises :class:`DoesNotFit` when they are
+        too few."""
+        if place.rooms is not None or (component.resident and component.chain == place):
             return ()
-        rooms = tuple(
-            device.memory().free + sum(other.has(device) for other in self._on(device)) for device in place.devices
-        )
+        rooms = tuple(map(self._room, place.devices))
         if component.nbytes > sum(rooms):
-            raise DoesNotFit(place.name, component.name, component.nbytes, sum(rooms))
+            raise DoesNotFit(place.name, component.name, component.nbytes, sum(rooms), rooms, self._hint(component))
         return rooms
+
+    def _hint(self, component: DeviceComponent) -> str:
+        """What would do for a component that has too little room."""
+        devices = devices_of(Lanes((one.chain,)) for one in self._components)
+        rooms = {device.name: self._room(device) for device in devices}
+        return nearest(component.name, component.nbytes, component.largest(), rooms)
+
+    def _in_turns(self, component: DeviceComponent, place: Chain) -> Chain | None:
+        """A device several times, for as many parts of a component as it has room for one of."""
+        device, *others = place.devices
+        free = self._room(device)
+        room = free if free == self._limit(device) else max(free - WORKING_ROOM, free // 2)
+        apart = room - component.largest()
+        layers = -(-component.nbytes // apart) if apart > 0 else LAYERS + 1
+        if others or layers > LAYERS:
+            return None
+        return Chain((device,) * layers, (room,) * layers)
 
     # --- devices that are lost
 
@@ -641,11 +710,18 @@ class DeviceModel:
         for device in dict.fromkeys(component.chain.devices):
             others = [other for other in self._on(device) if other is not component]
             others.sort(key=lambda other: other.last_used)
-            while others and device.memory().free < component.needs(device) - component.has(device) + WORKING_ROOM:
+            more = component.needs(device) - component.has(device)
+
+            def is_full(device: Device = device, more: int = more) -> bool:
+                there = sum(one.has(device) for one in self._on(device))
+                return device.memory().free < more + WORKING_ROOM or self._limit(device) < there + more
+
+            while others and is_full():
                 other = others.pop(0)
                 size = other.has(device)
                 other.leave(device)
-                self.telling.on_event(Event("release", other.name, size, size))
+                why = "where another component needs the room"
+                self.telling.on_event(Event("release", other.name, size, size, reason=why))
 
 
 def _of_each_lane(choices: Sequence[Lanes]) -> Iterator[list[Chain]]:

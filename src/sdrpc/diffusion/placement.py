@@ -14,8 +14,9 @@ The first of several preferences that has room is used, and the next one when it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from ..device_names import folded as folded_name
 from ..errors import InvalidValue
@@ -83,6 +84,42 @@ def listed(text: str) -> Names:
     return names
 
 
+WAITING = ("auto", "cpu", "disk")
+"""Where weights are that nobody uses: on their device as long as there is room; in this machine's memory; in their
+file."""
+
+
+def waiting(text: str) -> dict[str, str]:
+    """``disk`` or ``te=cpu,diffusion=disk`` (``--params-backend``) as component → one of :data:`WAITING`, with the keys
+    of :func:`parse`. Raises :class:`InvalidValue`."""
+    found: dict[str, str] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        module, equals, place = item.rpartition("=")
+        name = _meant(module, "params_backend") if equals else REST
+        if folded_name(place) not in WAITING:
+            reason = f"weights wait for their turn in one of: {', '.join(WAITING)}"
+            raise InvalidValue("params_backend", item, reason)
+        if name in found:
+            raise InvalidValue("params_backend", text, f"{module or 'the rest'} is placed twice")
+        found[name] = folded_name(place)
+    return found
+
+
+def limits(text: str) -> dict[str, int]:
+    """``8`` or ``RPC0=6,RPC1=512M`` (``--max-vram``) as name of a device → bytes; "" stands for all others. A number
+    alone is one of GiB. Raises :class:`InvalidValue`."""
+    found: dict[str, int] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        name, _, size = item.rpartition("=")
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
+        if match is None or not float(match[1]):
+            raise InvalidValue("max_vram", item, "not a size; write it as 8 (GiB), 6.5G or 512M, also RPC0=6,RPC1=8")
+        if name.strip() in found:
+            raise InvalidValue("max_vram", text, f"{name.strip() or 'the rest'} is limited twice")
+        found[name.strip()] = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "G"))
+    return found
+
+
 def side_by_side(text: str, item: str = "") -> tuple[Names, ...]:
     """``RPC0&RPC1|RPC2`` as (("RPC0", "RPC1"), ("RPC2",)): what is side by side, each devices that compute one after
     the other. Raises :class:`InvalidValue` where a name is missing (in ``item``)."""
@@ -127,30 +164,31 @@ _WITH: dict[str, tuple[str, ...]] = {
 """What a component is placed with that has no device of its own; text encoders are with each other."""
 
 
-def assigned(components: Sequence[str], given: Mapping[str, T]) -> dict[str, T]:
-    """Component → its device, from a mapping whose keys are names as in the grammar: ``{"te": cpu, "all": remote}``.
+def assigned(
+    components: Sequence[str], given: Mapping[str, T], field: str = "placement", rest: T | None = None
+) -> dict[str, T]:
+    """Component → what is its own, from a mapping whose keys are names as in the grammar: ``{"te": cpu, "all":
+    remote}``; ``rest`` for all others.
 
-    Raises :class:`InvalidValue` for a key that the model does not have, and for a component without a device.
+    Raises :class:`InvalidValue` for ``field`` where a key is none of the model's, or there is nothing for a component.
     """
-    by_name = {_meant(key): device for key, device in given.items()}
+    by_name = {_meant(key, field) if key else REST: one for key, one in given.items()}
     strangers = by_name.keys() - {*components, TEXT_ENCODERS, REST}
     if strangers:
-        raise InvalidValue("placement", sorted(strangers)[0], f"this model has {', '.join(components)}")
+        raise InvalidValue(field, sorted(strangers)[0], f"this model has {', '.join(components)}")
     found: dict[str, T] = {}
     for component in components:
-        devices = [by_name[key] for key in (*keys_of(component), REST) if key in by_name]
-        if not devices:
-            raise InvalidValue("placement", component, 'no device is given; the key "all" stands for the rest')
-        found[component] = devices[0]
+        named = [by_name[key] for key in (*keys_of(component), REST) if key in by_name]
+        if not named and rest is None:
+            raise InvalidValue(field, component, 'no device is given; the key "all" stands for the rest')
+        found[component] = named[0] if named else cast(T, rest)
     return found
 
 
-def _meant(module: str) -> str:
+def _meant(module: str, field: str = "backend") -> str:
     folded = folded_name(module)
     if folded in NOT_HERE_YET:
-        raise InvalidValue("backend", module, f"sdrpc has no {module} yet")
+        raise InvalidValue(field, module, f"sdrpc has no {module} yet")
     if folded not in _MEANT:
-        raise InvalidValue(
-            "backend", module, f"no such component; there are {', '.join(filter(None, ALIASES))} and all"
-        )
+        raise InvalidValue(field, module, f"no such component; there are {', '.join(filter(None, ALIASES))} and all")
     return _MEANT[folded]

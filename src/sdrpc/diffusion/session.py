@@ -50,7 +50,7 @@ from .inputs import (
 )
 from .loras import Loras
 from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
-from .placement import assigned
+from .placement import WAITING, assigned
 from .predictions import Prediction, flux2_shift, flux_shift_by_size, prediction
 from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
@@ -78,6 +78,10 @@ HIGH_NOISE = "high_noise_diffusion"
 """The component that predicts instead of the diffusion model while there is much noise (Wan 2.2's A14B)."""
 
 
+DRAWING = ("diffusion", HIGH_NOISE, "control")
+"""The components that draw, step by step."""
+
+
 class Session:
     """A model on devices. Use it as a context manager, or close it: then its memory on the devices is free again.
 
@@ -96,6 +100,11 @@ class Session:
     ``lora_dir``: where LoRAs are found by name; ``lora_apply_mode``: one of
     :data:`sdrpc.diffusion.request.APPLY_MODES`. ``embd_dir``: where learnt words (textual inversion) are.
 
+    ``max_vram``: bytes of weights that a device may have at one time, by its name ("": all others). ``params_backend``:
+    where the weights of components are while nobody uses them (of :data:`sdrpc.diffusion.placement.WAITING`), by names
+    as in ``placement``. Those that need not stay on their device leave it after each use, and where it has too little
+    room for all of them, they are there one part after the other.
+
     A session draws one picture at a time and is not thread-safe; its devices may be shared.
     """
 
@@ -110,6 +119,8 @@ class Session:
         lora_dir: Path | str = ".",
         lora_apply_mode: str = "auto",
         embd_dir: Path | str | None = None,
+        max_vram: Mapping[str, int] | None = None,
+        params_backend: Mapping[str, str] | None = None,
     ) -> None:
         if not retry >= 0:
             raise InvalidValue("retry", retry, "it is a number of seconds")
@@ -119,7 +130,11 @@ class Session:
         self.placement = assigned(list(model.components), {name: choices(put) for name, put in placement.items()})
         self.timer = timer or StageTimer()
         """Seconds of all pictures together, by stage."""
-        self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer, retry)
+        waits = assigned(list(model.components), params_backend or {}, "params_backend", "auto")
+        for component, where in waits.items():
+            if where not in WAITING:
+                raise InvalidValue("params_backend", f"{component}={where}", f"there are {', '.join(WAITING)}")
+        self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer, retry, max_vram, waits)
         self._vae = Autoencoder(model, self._devices)
         self._encoded: OrderedDict[tuple[Prompt, object, object], Conditions] = OrderedDict()
         self._loras = Loras(model, Path(lora_dir))
@@ -210,6 +225,7 @@ class Session:
             begin, beside = self._encoded_pictures(settings)
             with telling.stage("encode"):
                 told = self.conditions(settings, beside)
+        self._devices.leave_devices(*(name for name in self.model.components if name not in DRAWING))
         settings = replace(settings, prediction=self._prediction(settings).name)
         lanes = range(self._devices.lanes("diffusion"))
         together = min(len(lanes), settings.batch_count) if settings.hires is None else 1
@@ -218,8 +234,7 @@ class Session:
             return finished(self._picture(settings, number, told, begin, beside, lanes), lanes[0])
 
         if together == 1:
-            for number in range(settings.batch_count):
-                yield draw(number, lanes), settings.seed + number
+            yield from self._one_by_one(settings, told, begin, beside, lanes, finished)
             return
         over, free = ThreadEvent(), SimpleQueue[Sequence[int]]()
         telling.cancel = lambda: over.is_set() or cancel()
@@ -243,6 +258,26 @@ class Session:
         finally:
             over.set()
             pool.shutdown(cancel_futures=True)
+            self._devices.leave_devices(*self.model.components)
+
+    def _one_by_one(
+        self,
+        settings: Settings,
+        told: Told,
+        begin: Begin,
+        beside: Beside,
+        lanes: Sequence[int],
+        finished: Callable[[F32, int], T],
+    ) -> Iterator[tuple[T, int]]:
+        """As :meth:`_drawn`; where the diffusion model does not stay on its device, it draws all before it leaves."""
+        several = settings.batch_count if self._devices.waits("diffusion") else 1
+        for first in range(0, settings.batch_count, several):
+            numbers = range(first, min(first + several, settings.batch_count))
+            drawn = [self._picture(settings, number, told, begin, beside, lanes) for number in numbers]
+            self._devices.leave_devices(*DRAWING)
+            for number, latents in zip(numbers, drawn, strict=True):
+                yield finished(latents, lanes[0]), settings.seed + number
+            self._devices.leave_devices(*self.model.components)
 
     def _picture(
         self, settings: Settings, number: int, told: Told, begin: Begin, beside: Beside, lanes: Sequence[int]

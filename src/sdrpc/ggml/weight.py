@@ -66,6 +66,19 @@ class Whole:
         return View(memoryview(self.data()).cast("B"))(start, stop)
 
 
+class Held:
+    """What ``weight`` gives, kept in this machine's memory once it was asked for."""
+
+    def __init__(self, weight: Weight) -> None:
+        self._weight = weight
+        self._data: bytes | None = None
+
+    def __call__(self, start: int = 0, stop: int | None = None, /) -> Iterator[memoryview]:
+        if self._data is None:
+            self._data = b"".join(self._weight.pieces())
+        return View(memoryview(self._data))(start, stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A named tensor of a model. ``shape`` is in torch's order (``ne`` reversed, any number of dimensions).

@@ -167,7 +167,9 @@ class Studio:
         retry: float,
         adapters: Adapters,
         upscalers: Upscalers,
+        memory: Mapping[str, Any] | None = None,
     ) -> None:
+        self._memory = memory or {}
         self.store, self.shelf, self.places, self.board, self.metrics = store, shelf, places, board, metrics
         self.seats = {seat.name: seat for seat in seats}
         self._first = next(iter(self.seats.values()))
@@ -270,7 +272,7 @@ class Studio:
     # --- a seat
 
     def _work(self, seat: Seat) -> None:
-        warm = _Warm(seat, self.shelf, partial(self._placement, seat), self._retry, self.adapters)
+        warm = _Warm(seat, self.shelf, partial(self._placement, seat), self._retry, self.adapters, self._memory)
         pruned, first = 0.0, seat is self._first
 
         def mine(job: Job) -> bool:
@@ -401,9 +403,16 @@ class _Warm:
     are to be."""
 
     def __init__(
-        self, seat: Seat, shelf: Shelf, place: Callable[[str, Model], Placed | None], retry: float, adapters: Adapters
+        self,
+        seat: Seat,
+        shelf: Shelf,
+        place: Callable[[str, Model], Placed | None],
+        retry: float,
+        adapters: Adapters,
+        memory: Mapping[str, Any],
     ) -> None:
         self._seat, self._shelf, self._place, self._retry, self._adapters = seat, shelf, place, retry, adapters
+        self._memory = memory
         self._session: Drawing | None = None
         self._placed: Placed | None = None
         self._used = 0.0
@@ -426,7 +435,7 @@ class _Warm:
             adapters = self._adapters
             options = {
                 "retry": self._retry, "lora_dir": adapters.folder, "lora_apply_mode": adapters.mode,
-                "embd_dir": adapters.words,
+                "embd_dir": adapters.words, **self._memory,
             }  # fmt: skip
             self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options, placed))
             self.model, self._placed = name, placed
