@@ -1,6 +1,6 @@
 """How many graphs that ggml accepts our server accepts, and computes as ggml's CPU backend does.
 
-python -m tests.interop.accepted [DRAWS]    # DRAWS of each operation that is drawn at random, 480 unless given
+python -m tests.interop.accepted [DRAWS]    # DRAWS of each operation that is drawn at random, 240 unless given
 
 Graphs are made by ggml's own constructors: all cases that are written down (:mod:`tests.interop.cases`) and random ones
 (:mod:`tests.interop.cases.drawn`), sent by ggml's own client. ``SDRPC_TEST_DEVICE=CUDA0`` has another device compute
@@ -21,7 +21,7 @@ from tests.interop.cases import BOUNDS, CASES, OPERATIONS, drawn
 from tests.interop.conftest import NativeClient
 from tests.interop.worker import Outcome
 
-DRAWS = 480
+DRAWS = 240
 AT_ONCE = 60
 
 
