@@ -14,11 +14,14 @@ from pathlib import Path
 
 from tests.fuzz.conversations import House, converse
 from tests.fuzz.mutations import mutated
+from tests.fuzz.operations import hunt
 from tests.fuzz.parsers import PARSERS, Parser
 
 FOUND = Path("fuzz-found")
 ROUND = 2000
-SOCKETS = "conversations"
+SOCKETS, OPERATIONS = "conversations", "operations"
+TOGETHER = 500
+"""Operations that a process tries, if it lives so long."""
 
 
 def main() -> int:
@@ -26,11 +29,13 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=5.0)
     options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31))
     options.add_argument(
-        "--only", metavar="NAME", help="; ".join(parser.name for parser in PARSERS) + "; conversations"
+        "--only", metavar="NAME", help="; ".join(parser.name for parser in PARSERS) + f"; {SOCKETS}; {OPERATIONS}"
     )
     chosen = options.parse_args()
     parsers = [parser for parser in PARSERS if chosen.only in (None, parser.name)]
-    share = 60 * chosen.minutes / (len(parsers) + (2 if chosen.only is None else chosen.only == SOCKETS))
+    others = {SOCKETS: fuzz_sockets, OPERATIONS: fuzz_operations}
+    others = {name: each for name, each in others.items() if chosen.only in (None, name)}
+    share = 60 * chosen.minutes / (len(parsers) + 2 * len(others))
     print(f"seed {chosen.seed}")
     found = 0
     total = 0
@@ -42,10 +47,10 @@ def main() -> int:
             f"{parser.name:16} {count:12,} inputs {count / (time.monotonic() - began):10,.0f} a second {faults} faults",
             flush=True,
         )
-    if chosen.only in (None, SOCKETS):
-        count, faults = fuzz_sockets(2 * share if chosen.only is None else share, chosen.seed)
+    for name, each in others.items():
+        count, faults = each(2 * share, chosen.seed)
         found, total = found + faults, total + count
-        print(f"{SOCKETS:16} {count:12,} messages {faults} faults")
+        print(f"{name:16} {count:12,} {faults} faults", flush=True)
     print(f"{total:,} inputs, {found} faults")
     return 1 if found else 0
 
@@ -87,6 +92,18 @@ def fuzz_sockets(seconds: float, seed: int) -> tuple[int, int]:
         return house.messages, faults
     finally:
         house.close()
+
+
+def fuzz_operations(seconds: float, seed: int) -> tuple[int, int]:
+    """How many operations, and how many that ended their process."""
+    until = time.monotonic() + seconds
+    count = faults = 0
+    while time.monotonic() < until:
+        tried = hunt(seed + count, TOGETHER)
+        count, faults = count + TOGETHER, faults + len(tried.faults)
+        for number, said in tried.faults.items():
+            print(f"python -m tests.fuzz.operations {number} 1: {said}")
+    return count, faults
 
 
 def _keep(name: str, data: bytes) -> None:

@@ -1,15 +1,18 @@
-"""A little of ``make fuzz``, the same each time: every parser with its seeds and some thousand damaged ones, and
-conversations over sockets. Inputs that once were a fault have tests of their own."""
+"""A little of ``make fuzz``, the same each time: every parser with its seeds and some thousand damaged ones,
+conversations over sockets, and single operations. Inputs that once were a fault have tests of their own."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from tests.fuzz import operations
 from tests.fuzz.conversations import House, converse
 from tests.fuzz.mutations import LARGEST, mutated
+from tests.fuzz.operations import hunt
 from tests.fuzz.parsers import PARSERS, Parser
 
 INPUTS = 1500
@@ -43,3 +46,25 @@ def house() -> Iterator[House]:
 def test_conversations(house: House) -> None:
     converse(house, 30, 1)
     assert house.messages > 150
+
+
+def test_single_operations() -> None:
+    found = hunt(1, 200)
+    assert not found.faults
+    assert found.outcomes.total() == 200
+    assert found.outcomes["computed"] > 40
+
+
+def test_an_operation_that_ends_its_process_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those behind it are tried."""
+    program = (
+        "import os, sys; seed, count = map(int, sys.argv[-2:])\n"
+        "for number in range(seed, seed + count):\n"
+        "    print(number, end=' ', flush=True)\n"
+        "    if number == 5: os.abort()\n"
+        "    print('computed', flush=True)\n"
+    )
+    monkeypatch.setattr(operations, "COMMAND", (sys.executable, "-c", program))
+    found = hunt(3, 6)
+    assert found.outcomes == {"computed": 5}
+    assert list(found.faults) == [5]
