@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint
-from sdrpc.errors import CheckpointError
+from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.session import settings_of
+from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
 from sdrpc.families.base import F32, Config, Found, Prompt, find
 from sdrpc.families.components import film, t5, umt5
 from sdrpc.families.components.autoencoder import ENCODES
@@ -214,6 +217,22 @@ def test_umt5_in_wans_own_names_is_read_as_the_same(made: Made, tmp_path: Path) 
     usual, other = opened(made.files), opened(made.files, t5xxl=tmp_path / "models_t5.safetensors")
     assert other["t5xxl"].config == usual["t5xxl"].config
     assert other["t5xxl"].found.shapes == usual["t5xxl"].found.shapes
+
+
+def test_a_model_that_sees_pictures_needs_what_it_sees_them_with(tmp_path: Path) -> None:
+    files = make("wan2.1-i2v", tmp_path, form="parts").files
+    files["diffusion_model"] = files.pop("diffusion")
+    shown = Request("a cat", init_image=np.zeros((64, 64, 3), np.uint8), video_frames=5)
+    assert settings_of(open_model(ModelFiles(**files)), shown, video=True).video_frames == 5
+    broken = load_file(files["clip_vision"]) | {"vision_model.embeddings.position_embedding.weight": torch.zeros(9, 80)}
+    save_file(broken, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="has 9 places, which are no square and one more"):
+        open_model(ModelFiles(**files | {"clip_vision": tmp_path / "other.safetensors"}))
+    del files["clip_vision"]
+    with pytest.raises(MissingComponent, match=r"no CLIP vision model.* \(clip_vision or model\)"):
+        settings_of(open_model(ModelFiles(**files)), shown, video=True)
+    with pytest.raises(InvalidValue, match="high_noise_steps 2: there is no model for high noise"):
+        settings_of(open_model(ModelFiles(**files)), replace(shown, high_noise_steps=2), video=True)
 
 
 def test_t5_and_umt5_are_not_taken_for_each_other(made: Made, tmp_path: Path) -> None:

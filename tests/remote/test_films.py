@@ -23,7 +23,7 @@ from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS
 from tests.support.process import ServerProcess
-from tests.support.references.draw import Drawing, film_of_pictures, psnr
+from tests.support.references.draw import Drawing, draw, psnr
 from tools.checkpoints import Made, make
 
 SIDE, FRAMES, STEPS = 64, 5, 3
@@ -59,7 +59,7 @@ def opened(made: Made, device: Device, folder: Path) -> Session:
     return Session.open(ModelFiles(**files), device, Cache(folder / "graphs"))
 
 
-@pytest.mark.parametrize(("family", "ends"), [("wan2.2-i2v", True), ("wan2.2-5b", False)])
+@pytest.mark.parametrize(("family", "ends"), [("wan2.1-flf2v", True), ("wan2.2-5b", False)])
 def test_a_film_of_pictures_is_that_of_diffusers(family: str, ends: bool, device: Device, folder: Path) -> None:
     made = make(family, folder / family, form="parts")
     first, last = picture(1), picture(2) if ends else None
@@ -75,8 +75,10 @@ def test_a_film_of_pictures_is_that_of_diffusers(family: str, ends: bool, device
         make_other: Any = WanImageToVideoPipeline
         pipeline = make_other(**pipeline.components, expand_timesteps=True)
     end = None if last is None else Image.fromarray(last)
-    drawing = Drawing("a lovely cat", noise, sigmas, "blurry", 4.0, pixels=pixels)
-    wanted = film_of_pictures(pipeline, drawing, Image.fromarray(first), end)
+    drawing = Drawing(
+        "a lovely cat", noise, sigmas, "blurry", 4.0, pixels=pixels, image=Image.fromarray(first), last=end
+    )  # fmt: skip
+    wanted = draw(pipeline, drawing).pixels
     assert frames.shape == wanted.shape == (FRAMES, SIDE, SIDE, 3)
     assert wanted.std() > 0.01, "something is to be seen"
     assert psnr(frames, wanted) >= BOUNDS["exact"]
@@ -86,6 +88,8 @@ def test_a_film_of_pictures_is_that_of_diffusers(family: str, ends: bool, device
     ("family", "ends", "reason"),
     [
         ("wan2.2-i2v", (), "makes films of pictures: name the one to begin with"),
+        ("wan2.1-flf2v", ("init_image",), "this model wants one to end with, too"),
+        ("wan2.1-i2v", ("init_image", "end_image"), "this model sees the first one alone"),
         ("wan2.2-5b", ("init_image", "end_image"), "only films of models of pictures to video"),
         ("wan", ("init_image",), "makes films of texts alone"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -56,7 +57,8 @@ FAMILIES = {
     "sd3": "Stable Diffusion 3", "sd3-without-t5": "Stable Diffusion 3, without T5",
     "sd3.5-medium": "Stable Diffusion 3.5 medium", "sd3.5-large": "Stable Diffusion 3.5 large",
     "chroma": "Chroma", "z-image": "Z-Image", "flux2-klein-4b": "FLUX.2 klein", "flux2-dev": "FLUX.2 dev",
-    "wan": "Wan 2.1", "wan2.2-a14b": "Wan 2.2 A14B",
+    "wan": "Wan 2.1", "wan2.1-i2v": "Wan 2.1, of a picture", "wan2.2-a14b": "Wan 2.2 A14B",
+    "wan2.2-i2v": "Wan 2.2 A14B, of two pictures",
     "wan2.2-5b": "Wan 2.2 TI2V-5B", "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
@@ -66,11 +68,14 @@ FORMS = {
     "diffusers": "diffusers directory", "sharded": "diffusers directory, sharded",
 }  # fmt: skip
 
-FIRST = ("sd1", "sd2", "sd2-base", "sdxl", "flux1-dev", "flux1-schnell", "chroma")
+FIRST = ("sd1", "sd2", "sdxl", "flux1-dev", "chroma")
 """Families that are drawn from every form of file."""
+ENDS = ("init_image", "end_image")
+"""What films begin and end with, as requests name it."""
 
 CASES = (
     *(Case(family, form) for family in FIRST for form in ("safetensors", "gguf", "parts", "diffusers", "sharded")),
+    *(Case(family, form) for family in ("sd2-base", "flux1-schnell") for form in ("safetensors", "sharded")),
     *(Case(family, "gguf", kind) for family in ("sd1", "sdxl", "flux1-dev") for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "gguf-parts", kind) for family in ("sdxl", "flux1-dev") for kind in ("Q5_1", "Q6_K")),
     *(Case("chroma", "gguf-parts", kind) for kind in ("Q8_0", "Q4_K")),
@@ -83,13 +88,18 @@ CASES = (
     Case("flux2-klein-4b", "safetensors"), Case("flux2-klein-4b", "gguf-parts", "Q8_0"),
     Case("flux2-dev", "sharded"), Case("flux2-dev", "gguf-parts", "Q4_K"),
     *(Case("wan", form) for form in ("safetensors", "diffusers")), Case("wan", "gguf-parts", "Q8_0"),
+    Case("wan2.1-i2v", "parts"), Case("wan2.1-i2v", "diffusers"), Case("wan2.2-i2v", "parts"),
     Case("wan2.2-a14b", "parts"), Case("wan2.2-a14b", "diffusers"), Case("wan2.2-5b", "safetensors"),
     *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
+WAN_PARTS = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v")
+"""Which nobody has in one file; A14B's models are those of Wan 2.1."""
+
 NATIVE_CASES = (
-    *(Case(family, "safetensors") for family in FAMILIES if family != "wan2.2-a14b"),  # two of Wan 2.1's
+    *(Case(family, "safetensors") for family in FAMILIES if family not in WAN_PARTS),
+    Case("wan2.1-i2v", "parts"),
     *(Case(family, "gguf", "Q8_0") for family in ("sd1", "sdxl", "flux1-dev")),
 )
 """What is drawn through ggml's own server as well: its graphs depend on the family and on types, not on forms."""
@@ -151,19 +161,38 @@ def shown(case: Case) -> tuple[np.ndarray, ...]:
     return scene, np.ascontiguousarray(scene.transpose(1, 0, 2)[::-1])
 
 
+def ends(case: Case) -> dict[str, np.ndarray]:
+    """The pictures that a case's film begins and ends with (height, width, 3), by a request's names."""
+    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2}.get(case.family, 0)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return {
+        name: np.stack([x * 2, y * 4, np.full_like(x, 90 * number)], -1).astype(np.uint8)
+        for number, name in enumerate(ENDS[:count])
+    }
+
+
+HIGH_NOISE: dict[str, dict[str, Any]] = {
+    "wan2.2-a14b": {"high_noise_cfg_scale": 2.5},
+    "wan2.2-i2v": {"high_noise_steps": 1, "steps": STEPS - 1},  # those from the boundary on
+}
+"""What a case asks of the model for high noise, by a request's names."""
+
+
 def request(case: Case) -> Request:
     """Guidance by a negative prompt for all but FLUX.1 and FLUX.2 dev."""
     distilled = case.family.startswith(("flux1", "flux2-dev"))
     return Request(
-        "a lovely cat, in the style of nobody", "" if distilled else "blurry, dark", WIDTH, HEIGHT, STEPS,
+        "a lovely cat, in the style of nobody", "" if distilled else "blurry, dark", WIDTH, HEIGHT,
         cfg_scale=1.0 if distilled else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
         prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=FRAMES, ref_images=shown(case),
+        **ends(case), **{"steps": STEPS, **HIGH_NOISE.get(case.family, {})},
     )  # fmt: skip
 
 
 def drawing(case: Case) -> Drawing:
     """The same for diffusers."""
     asked, latents = request(case), _latents(case.family)
+    first, last = [*map(Image.fromarray, ends(case).values()), None, None][:2]
     shape = (latents.channels, HEIGHT // latents.pixels, WIDTH // latents.pixels)
     if case.family.startswith("wan"):
         shape = (shape[0], 1 + (FRAMES - 1) // 4, *shape[1:])
@@ -172,7 +201,8 @@ def drawing(case: Case) -> Drawing:
         asked.prompt, noise, make_sigmas("discrete", STEPS, _predicts(case.family)).tolist(), asked.negative_prompt,
         asked.cfg_scale or 1.0, asked.guidance or 0.0,
         prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family), pixels=latents.pixels,
-        shown=tuple(map(Image.fromarray, shown(case))),
+        shown=tuple(map(Image.fromarray, shown(case))), image=first, last=last,
+        high_cfg=asked.high_noise_cfg_scale,
     )  # fmt: skip
 
 

@@ -453,18 +453,36 @@ def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, zero: bool 
     )
 
 
-def _wan(heads: int, inner: int, blocks: int, text: int, channels: int = 16, shown: int = 0) -> Component:
-    """``inner`` is the width of the feed-forward layers, ``shown`` further channels, of pictures."""
+def _wan(
+    heads: int, inner: int, blocks: int, text: int, channels: int = 16, shown: int = 0, **sees: int | None
+) -> Component:
+    """``inner`` is the width of the feed-forward layers, ``shown`` further channels, of pictures, ``sees`` what the
+    class is told of those that CLIP sees."""
     return Component(
         "diffusion",
         "transformer",
         lambda: WanTransformer3DModel(
             num_attention_heads=heads, in_channels=channels + shown, out_channels=channels, text_dim=text,
-            ffn_dim=inner, num_layers=blocks,
+            ffn_dim=inner, num_layers=blocks, **sees,
         ),
         prefixed("model.diffusion_model.", names.wan),
         names.wan,
     )  # fmt: skip
+
+
+def _clip_vision(width: int, inner: int, layers: int) -> Component:
+    """OpenCLIP ViT-H/14's vision part."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // 80,
+        image_size=224, patch_size=14, hidden_act="gelu",
+    )  # fmt: skip
+    return Component(
+        "clip_vision",
+        "image_encoder",
+        lambda: transformers.CLIPVisionModel(config),
+        prefixed("clip_vision.", names.clip_vision),
+        names.clip_vision,
+    )
 
 
 def _film_vae(width: int, layers: int, **options: Any) -> Component:
@@ -790,6 +808,30 @@ WAN22_I2V = replace(
 )
 
 
+def _wan21_of_pictures(name: str, places: int | None) -> Family:
+    """2.1's models that see a picture by CLIP (and, with ``places``, another one to end with)."""
+
+    def components(
+        wan: tuple[int, int, int, int], clip: tuple[int, int, int], rest: tuple[Component, ...]
+    ) -> tuple[Component, ...]:
+        inner = wan[0] * 128
+        dit = _wan(*wan, 16, 20, image_dim=clip[0], added_kv_proj_dim=inner, pos_embed_seq_len=places)
+        return (dit, *rest, _clip_vision(*clip))
+
+    return replace(
+        WAN,
+        name=name,
+        pipeline=diffusers.WanImageToVideoPipeline,
+        components={
+            "full": components((40, 13824, 40, 4096), (1280, 5120, 32), WAN.components["full"][1:]),
+            "tiny": components((2, 160, 2, 32), (80, 96, 2), WAN.components["tiny"][1:]),
+        },
+    )
+
+
+WAN21_I2V = _wan21_of_pictures("wan2.1-i2v", None)
+WAN21_FLF2V = _wan21_of_pictures("wan2.1-flf2v", 514)
+
 WAN22_5B = replace(
     WAN,
     name="wan2.2-5b",
@@ -891,6 +933,6 @@ FAMILIES = {
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
-        WAN22_5B, WAN22_I2V, QWEN_IMAGE, QWEN_IMAGE_EDIT,
+        WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, QWEN_IMAGE, QWEN_IMAGE_EDIT,
     )
 }  # fmt: skip

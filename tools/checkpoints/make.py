@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from . import names
 from .families import FAMILIES, Component, Family, saved_tensors
@@ -160,6 +161,8 @@ def _rest(family: Family) -> dict[str, Any]:
     if family.name == "wan2.2-i2v":
         unseen = {"image_encoder": None, "image_processor": None}
         return {"scheduler": scheduler, "boundary_ratio": 0.9, **unseen}
+    if family.name in ("wan2.1-i2v", "wan2.1-flf2v"):
+        return {"scheduler": scheduler, "image_processor": CLIPImageProcessorPil()}
     if family.name == "wan2.2-5b":
         return {"scheduler": scheduler, "expand_timesteps": True}
     if family.name == "sdxl":
@@ -367,7 +370,8 @@ def write_configuration(component: Component, folder: Path) -> tuple[str, str, s
 def directory_names(component: Component) -> Naming:
     """The class's own names; published directories have CLIP's and language models' as those of a file that stands
     alone."""
-    return component.alone if component.alone is names.clip or component.name == "llm" else names.unchanged
+    as_alone = component.alone in (names.clip, names.clip_vision) or component.name == "llm"
+    return component.alone if as_alone else names.unchanged
 
 
 def _planned(filed: Sequence[Filed]) -> list[Planned]:

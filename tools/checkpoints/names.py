@@ -364,6 +364,13 @@ _WAN_RULES: Rules = (
     (r"condition_embedder\.text_embedder\.linear_1\.(.*)", r"text_embedding.0.\1"),
     (r"condition_embedder\.text_embedder\.linear_2\.(.*)", r"text_embedding.2.\1"),
     (r"condition_embedder\.time_proj\.(.*)", r"time_projection.1.\1"),
+    (r"condition_embedder\.image_embedder\.norm1\.(.*)", r"img_emb.proj.0.\1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.(.*)", r"img_emb.proj.1.\1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2\.(.*)", r"img_emb.proj.3.\1"),
+    (r"condition_embedder\.image_embedder\.norm2\.(.*)", r"img_emb.proj.4.\1"),
+    (r"condition_embedder\.image_embedder\.pos_embed", r"img_emb.emb_pos"),
+    (r"blocks\.(\d+)\.attn2\.add_([kv])_proj\.(.*)", r"blocks.\1.cross_attn.\2_img.\3"),
+    (r"blocks\.(\d+)\.attn2\.norm_added_k\.weight", r"blocks.\1.cross_attn.norm_k_img.weight"),
     (r"blocks\.(\d+)\.attn1\.to_([qkv])\.(.*)", r"blocks.\1.self_attn.\2.\3"),
     (r"blocks\.(\d+)\.attn2\.to_([qkv])\.(.*)", r"blocks.\1.cross_attn.\2.\3"),
     (r"blocks\.(\d+)\.attn1\.to_out\.0\.(.*)", r"blocks.\1.self_attn.o.\2"),
@@ -378,6 +385,11 @@ _WAN_RULES: Rules = (
     (r"proj_out\.(.*)", r"head.head.\1"),
     (r"scale_shift_table", r"head.modulation"),
 )
+
+
+def clip_vision(shapes: Shapes) -> Iterator[Entry]:
+    """CLIP's vision part as transformers names it in files."""
+    return (Entry(f"vision_model.{name}", (name,)) for name in shapes)
 
 
 def wan(shapes: Shapes) -> Iterator[Entry]:

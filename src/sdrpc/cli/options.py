@@ -49,6 +49,8 @@ OPTIONS = (
            help="Language model that reads the prompt (Qwen3, Mistral) from a file of its own."),
     Option(MODEL, "--llm_vision", "--qwen2vl_vision", type=FILE, metavar="PATH",
            help="What it sees pictures with (mmproj of Qwen2.5-VL), where its own file lacks that."),
+    Option(MODEL, "--clip_vision", type=FILE, metavar="PATH",
+           help="What Wan 2.1 sees the picture with that a film begins with (OpenCLIP-H)."),
     Option(MODEL, "--control-net", type=FILE, metavar="PATH",
            help="ControlNet for Stable Diffusion 1.x, 2.x and XL; with --control-image."),
     Option(MODEL, "--embd-dir", type=FILE, metavar="PATH",
@@ -108,6 +110,15 @@ OPTIONS = (
            help="Frames of a film that make a second."),
     Option(PICTURE, "--moe-boundary", type=float, metavar="0..1", shown="0.875; image to video: 0.9",
            help="Level of noise from which on --high-noise-diffusion-model predicts."),
+
+    Option(PICTURE, "--high-noise-steps", type=int, metavar="NUMBER", shown="those from --moe-boundary on",
+           help="Steps of its own, before the --steps of --diffusion-model."),
+    Option(PICTURE, "--high-noise-cfg-scale", type=float, metavar="FACTOR", shown="as --cfg-scale",
+           help="How strongly it follows the prompt."),
+    Option(PICTURE, "--high-noise-sampling-method", type=OneOf(*SAMPLERS), metavar="NAME",
+           shown="as --sampling-method", help="Sampler of its steps."),
+    Option(PICTURE, "--high-noise-eta", type=float, metavar="FACTOR", shown="as --eta",
+           help="How much new noise that sampler adds."),
 
     Option(INPUT, "--control-image", type=FILE, metavar="PATH", help="Picture that the ControlNet is shown."),
     Option(INPUT, "--control-strength", type=float, metavar="FACTOR", default=0.9, shown="0.9",
@@ -185,6 +196,7 @@ OPTIONS = (
            help="Device of components that have none of their own."),
     Option(DEVICES, "--diffusion-backend-device", default="", metavar="DEVICE", help="Device of the diffusion model."),
     Option(DEVICES, "--clip-backend-device", default="", metavar="DEVICE", help="Device of the text encoders."),
+    Option(DEVICES, "--vision-backend-device", default="", metavar="DEVICE", help="Device of --clip_vision."),
     Option(DEVICES, "--vae-backend-device", default="", metavar="DEVICE", help="Device of the VAE."),
     Option(DEVICES, "--tae-backend-device", default="", metavar="DEVICE", shown="the VAE's",
            help="Device of the tiny autoencoder."),
@@ -231,7 +243,7 @@ OPTIONS = (
 
 _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
-        "--clip_vision", "--tokenizer",
+        "--tokenizer",
         "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
         "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
         "--chroma-t5-mask-pad",
@@ -241,7 +253,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
     "images as input": (
         "--increase-ref-index", "--ref-image-args",
         "--disable-auto-resize-ref-image", "--photo-maker", "--pm-id-images-dir",
-        "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device", "--vision-backend-device",
+        "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device",
         "--ip-adapter", "--ip-adapter-strength", "--ip-adapter-image", "--pulid-weights", "--pulid-id-weight",
         "--pulid-id-embedding",
     ),
@@ -252,10 +264,11 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "details drawn again": ("--ad-model", "--ad-prompt", "--ad-negative-prompt", "--extra-ad-args"),
     "video": (
-        "--control-video", "--high-noise-steps", "--high-noise-cfg-scale",
-        "--high-noise-img-cfg-scale", "--high-noise-guidance", "--high-noise-slg-scale", "--high-noise-eta",
-        "--high-noise-sampling-method", "--high-noise-skip-layers", "--high-noise-skip-layer-start",
-        "--high-noise-skip-layer-end", "--vace-strength",
+        "--control-video", "--vace-strength",
+    ),
+    "of Wan 2.2, whose models have no such guidance": (
+        "--high-noise-img-cfg-scale", "--high-noise-guidance", "--high-noise-slg-scale", "--high-noise-skip-layers",
+        "--high-noise-skip-layer-start", "--high-noise-skip-layer-end",
     ),
     "weights in another type or another place": (
         "--tensor-type-rules", "--auto-fit", "--split-mode",

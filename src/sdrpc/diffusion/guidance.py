@@ -37,6 +37,10 @@ class Told(NamedTuple):
     negative: Conditions | None = None
     shown: Conditions | None = None
 
+    def followed(self, cfg_scale: float, img_cfg_scale: float) -> Told:
+        """What of it guidance by these scales needs."""
+        return Told(self.positive) if cfg_scale == img_cfg_scale == 1 else self
+
     @property
     def by_name(self) -> dict[str, Conditions]:
         """What there is of it, as it stands in a batch: the prompt comes last."""

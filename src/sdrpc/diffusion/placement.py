@@ -31,6 +31,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "t5xxl": ("t5xxl", "t5"),
     "llm": ("llm",),
     "llm_vision": ("llmvision", "qwen2vlvision"),
+    "clip_vision": ("clipvision", "vision"),
     "diffusion": ("diffusion", "model", "unet", "dit"),
     "control": ("control", "controlnet"),
     "high_noise_diffusion": ("highnoisediffusion", "highnoise", "highnoisediffusionmodel"),
@@ -44,7 +45,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 module names, but that a text encoder can be placed on its own."""
 
 NOT_HERE_YET = (
-    "clipvision", "vision", "photomaker", "pmid", "photo", "detector", "adetailer", "yolo",
+    "photomaker", "pmid", "photo", "detector", "adetailer", "yolo",
 )  # fmt: skip
 
 _MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
@@ -159,7 +160,8 @@ def keys_of(component: str) -> tuple[str, ...]:
 
 
 _WITH: dict[str, tuple[str, ...]] = {
-    "control": (), "diffusion": (), "vae": (), "taesd": ("vae",), "upscaler": (), "high_noise_diffusion": ("diffusion",)
+    "clip_vision": (), "control": (), "diffusion": (), "vae": (), "taesd": ("vae",), "upscaler": (),
+    "high_noise_diffusion": ("diffusion",),
 }  # fmt: skip
 """What a component is placed with that has no device of its own; text encoders are with each other."""
 

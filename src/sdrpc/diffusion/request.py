@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .canny import canny
 from .easycache import Options as EasyCacheOptions
 from .easycache import find_options
 from .guidance import SKIPPED, LeftOut
+from .halves import HIGH_NOISE, HighNoise
 from .hires import LATENT, UPSCALERS, Hires, second_size
 from .pictures import Pixels, fitted
 from .predictions import PREDICTIONS, TIMESTEPS
@@ -89,7 +90,9 @@ class Request:
     ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges.
 
     ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second. ``moe_boundary``: the
-    level of noise, 0 … 1, from which on a model for high noise predicts, if there is one. ``end_image``: what a film
+    level of noise, 0 … 1, from which on a model for high noise predicts, if there is one; or ``high_noise_steps`` are
+    its own, before the others. ``high_noise_cfg_scale``, ``high_noise_sampling_method`` and ``high_noise_eta``: of its
+    steps, where they have others than the rest. ``end_image``: what a film
     ends with that begins with ``init_image``; both are cut and scaled to its size.
     ``preview``: what events show of a picture while it is drawn, after every ``preview_interval``-th step: ``proj``
     (colours of latents, no network), ``tae`` (by the tiny autoencoder), ``vae``, ``none``; with ``preview_noisy`` of
@@ -139,6 +142,10 @@ class Request:
     video_frames: int | None = None
     fps: int | None = None
     moe_boundary: float | None = None
+    high_noise_steps: int | None = None
+    high_noise_cfg_scale: float | None = None
+    high_noise_sampling_method: str | None = None
+    high_noise_eta: float | None = None
     end_image: Pixels | None = field(default=None, compare=False, repr=False)
     preview: str = "none"
     preview_interval: int = 1
@@ -203,6 +210,7 @@ class Request:
         for name, number in (
             ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift),
             ("img_cfg_scale", self.img_cfg_scale), ("slg_scale", self.slg_scale),
+            ("high_noise_cfg_scale", self.high_noise_cfg_scale), ("high_noise_eta", self.high_noise_eta),
             ("control_strength", self.control_strength),
         ):  # fmt: skip
             if number is not None and not abs(number) < MAX_FACTOR:
@@ -219,10 +227,11 @@ class Request:
         if scheduler not in SCHEDULES and scheduler not in ALIASES:
             raise InvalidValue("scheduler", scheduler, f"does not exist; there are {', '.join(SCHEDULES)}")
         width, height = _up(width, multiple), _up(height, multiple)
+        eta = sampler.eta if self.eta is None else self.eta
         return Settings(
             self.prompt, self.negative_prompt, width, height, steps, cfg_scale, guidance,
             seed, self.batch_count, method, scheduler, self.clip_skip, self.rng, self.sampler_rng or self.rng,
-            sampler.eta if self.eta is None else self.eta, self.prediction or defaults.prediction,
+            eta, self.prediction or defaults.prediction,
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
             text, summed([*named, *self.loras]), self._shown_to_control(width, height), self.control_strength,
             None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
@@ -233,6 +242,22 @@ class Request:
             None if self.end_image is None else fitted(self.end_image, width, height),
             find_previews(self.preview, self.preview_interval, self.preview_noisy), self.taesd_preview_only,
             self.vae_tiling, self._tiling(), self._hires(width, height, multiple, steps),
+            self._high_noise(steps, cfg_scale, method, eta),
+        )  # fmt: skip
+
+    def _high_noise(self, steps: int, cfg_scale: float, method: str, eta: float) -> HighNoise | None:
+        """How the model for high noise draws, if anything is said of it; the rest as the other one."""
+        more, sampler = self.high_noise_steps, self.high_noise_sampling_method
+        if all(said is None for said in (more, self.high_noise_cfg_scale, sampler, self.high_noise_eta)):
+            return None
+        most = steps if self.sigmas else MAX_STEPS - steps
+        if more is not None and not 0 <= more <= most:
+            raise InvalidValue("high_noise_steps", more, f"it can be 0 … {most}")
+        if sampler is not None:
+            eta = find_sampler(sampler).eta if self.eta is None else eta
+        return HighNoise(
+            more, cfg_scale if self.high_noise_cfg_scale is None else self.high_noise_cfg_scale, sampler or method,
+            eta if self.high_noise_eta is None else self.high_noise_eta,
         )  # fmt: skip
 
     def _timestep_shift(self) -> int:
@@ -373,6 +398,22 @@ class Settings:
     vae_tiling: bool = False
     tiling: Tiling | None = None
     hires: Hires | None = None
+    high_noise: HighNoise | None = None
+
+    @property
+    def all_steps(self) -> int:
+        """Of both models, where one has its own for high noise."""
+        return self.steps + ((self.high_noise and self.high_noise.steps) or 0)
+
+    def of(self, component: str) -> Settings:
+        """What holds for the steps that one diffusion model draws."""
+        high = self.high_noise
+        if component != HIGH_NOISE or high is None:
+            return self
+        return replace(
+            self, cfg_scale=high.cfg_scale, img_cfg_scale=high.cfg_scale, sampling_method=high.sampling_method,
+            eta=high.eta,
+        )  # fmt: skip
 
     @property
     def final_size(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event as ThreadEvent
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,8 @@ from .device_model import DeviceModel
 from .easycache import EasyCache
 from .embeddings import Embeddings
 from .events import Cancel, Event, OnEvent
-from .guidance import Ask, Guide, Told
+from .guidance import Guide, Told
+from .halves import HIGH_NOISE, Half, halves
 from .hires import LATENT_FILTERS, Hires, enlarged_latents, enlarged_pixels
 from .inputs import (
     NOTHING,
@@ -54,7 +55,7 @@ from .placement import WAITING, assigned
 from .predictions import Prediction, flux2_shift, flux_shift_by_size, prediction
 from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
-from .rng import make_rng
+from .rng import Rng, make_rng
 from .samplers import denoiser, kept_outside, sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
@@ -72,10 +73,6 @@ encoder, whose weights may have left their device meanwhile."""
 
 TOKEN_SIDES = {"flux_flow": 2, "flux2_flow": 1}
 """Latents on a side that FLUX.1 and FLUX.2 make one token of: their shifts follow from the number of tokens."""
-
-
-HIGH_NOISE = "high_noise_diffusion"
-"""The component that predicts instead of the diffusion model while there is much noise (Wan 2.2's A14B)."""
 
 
 DRAWING = ("diffusion", HIGH_NOISE, "control")
@@ -360,17 +357,6 @@ class Session:
         given = self._devices.run("control", {}, {**shown, **read})
         return {f"{CONTROL}{n}": finite(each, "the ControlNet's output") for n, each in enumerate(given)}
 
-    def _ask(self, from_timestep: f32) -> Ask:
-        """:meth:`predict`, by the model for high noise from a timestep on, where there is one."""
-        if HIGH_NOISE not in self.model.components:
-            return self.predict
-
-        def ask(latents: F32, timestep: F32, conditions: Conditions, *, lane: int = 0, **options: Any) -> F32:
-            component = HIGH_NOISE if timestep[0] >= from_timestep else "diffusion"
-            return self.predict(latents, timestep, conditions, component, lane=lane, **options)
-
-        return ask
-
     def conditions(self, settings: Settings, beside: Beside = NOTHING_BESIDE) -> Told:
         """What the diffusion model is told about the prompts of a request, and ``beside`` them about its pictures."""
 
@@ -389,7 +375,7 @@ class Session:
         shown = tuple(same_pixels(picture) for picture in settings.ref_images)
         positive: Conditions = {**encoded(settings.text, False), **beside.shown}
         apart = settings.img_cfg_scale != settings.cfg_scale
-        if settings.cfg_scale == 1 and not apart:
+        if settings.cfg_scale == settings.of(HIGH_NOISE).cfg_scale == 1 and not apart:
             return Told(positive)
         negative = encoded(settings.negative_prompt, True)
         told = Told(positive, {**negative, **beside.hidden}, {**negative, **beside.shown} if apart else None)
@@ -467,7 +453,7 @@ class Session:
             sigmas = np.array(settings.sigmas, f32)
         else:
             tokens, aligned = height * width, model.family.aligned
-            sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=tokens, aligned=aligned)
+            sigmas = make_sigmas(settings.scheduler, settings.all_steps, predicts, tokens=tokens, aligned=aligned)
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
         frames = ((settings.video_frames - 1) // model.frames + 1,) if model.frames else ()
@@ -479,11 +465,42 @@ class Session:
             start = cast(F32, ahead.put(start))  # it has an array's arithmetic
         # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
         noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
+        latents, done = start, 0
+        for half in self._halves(settings, predicts, sigmas):
+            telling = _Steps(on_step, done, len(sigmas) - 1, ahead)
+            latents = self._sample_half(half, settings, predicts, told, latents, begin, noise, lanes, telling)
+            done += len(half.sigmas) - 1
+        if ahead is not None:
+            latents = finite(np.asarray(latents), "the latents")
+            ahead.tell()
+        return latents
+
+    def _halves(self, settings: Settings, predicts: Prediction, sigmas: F32) -> list[Half]:
+        """What of a schedule which model draws."""
+        if HIGH_NOISE not in self.model.components:
+            return [Half("diffusion", sigmas)]
+        steps = None if settings.high_noise is None else settings.high_noise.steps
+        return halves(sigmas, steps, settings.moe_boundary, predicts)
+
+    def _sample_half(
+        self,
+        half: Half,
+        settings: Settings,
+        predicts: Prediction,
+        told: Told,
+        x: F32,
+        begin: Begin,
+        noise: Rng,
+        lanes: Sequence[int],
+        steps: _Steps,
+    ) -> F32:
+        """Latents at the last level of what one model draws, from ``x`` at its first one."""
+        how = settings.of(half.component)
         cache = None if settings.cache is None else EasyCache(settings.cache, predicts)
         guide = Guide(
-            self._ask(predicts.timestep(settings.moe_boundary)), told, sigmas, cfg_scale=settings.cfg_scale,
-            img_cfg_scale=settings.img_cfg_scale, left_out=settings.left_out, cache=cache,
-            tempered=model.family.tempered, lanes=lanes,
+            partial(self.predict, component=half.component), told.followed(how.cfg_scale, how.img_cfg_scale),
+            half.sigmas, cfg_scale=how.cfg_scale, img_cfg_scale=how.img_cfg_scale, left_out=settings.left_out,
+            cache=cache, tempered=self.model.family.tempered, lanes=lanes,
         )  # fmt: skip
         denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:
@@ -494,22 +511,13 @@ class Session:
 
         def step_done(done: int, total: int) -> None:
             guide.step_done(done)
-            if ahead is not None:
-                ahead.then(partial(on_step, done, total))
-            elif watched is None:
-                on_step(done, total)
-            else:
-                on_step(done, total, watched.of_step(done, total))
+            steps.tell(done, () if watched is None else (watched.of_step(done, total),))
 
-        flow, eta = predicts.flow, settings.eta
         latents = sample(
-            settings.sampling_method, denoise, start, sigmas, noise, flow=flow, eta=eta, on_step=step_done
-        )  # fmt: skip
-        if ahead is not None:
-            latents = finite(np.asarray(latents), "the latents")
-            ahead.tell()
+            how.sampling_method, denoise, x, half.sigmas, noise, flow=predicts.flow, eta=how.eta, on_step=step_done
+        )
         if cache is not None:
-            log.info("easycache: %d of %d steps were not computed", cache.reused, len(sigmas) - 1)
+            log.info("easycache: %d of %d steps were not computed", cache.reused, len(half.sigmas) - 1)
         return latents
 
     def _second_pass(
@@ -561,9 +569,10 @@ class Session:
         if family.begun is not None and family.begun.takes(configs, settings.video_frames):
             if settings.init_image is None:
                 return begin, NOTHING_BESIDE
-            first, end = from_pixels(settings.init_image), settings.end_image
+            first, end = settings.init_image, settings.end_image
+            encode = _EncodeFilm(self._vae, self._devices, [first] if end is None else [first, end])
             last = None if end is None else from_pixels(end)
-            told = family.begun.conditions(self._vae.encode_film, configs, first, last, settings.video_frames)
+            told = family.begun.conditions(encode, configs, from_pixels(first), last, settings.video_frames)
             return begin, Beside(told, told)
         if settings.init_image is not None:
             latents = self._vae.encode(from_pixels(settings.init_image), rng, *in_tiles)
@@ -580,6 +589,23 @@ class Session:
         latents = nothing if picture_around is None else self._vae.encode(picture_around, rng, *in_tiles)
         shown, unseen = (family.inpainting.around(mask, each) for each in (latents, nothing))
         return begin, Beside({AROUND: shown, **references}, {AROUND: unseen, **references})
+
+
+class _Steps(NamedTuple):
+    """Whom to tell of steps: ``before`` them are those of another model, ``total`` are all. ``ahead``: of a device that
+    is still to do them."""
+
+    on_step: OnStep
+    before: int
+    total: int
+    ahead: Ahead | None
+
+    def tell(self, done: int, preview: tuple[Pixels | None, ...]) -> None:
+        told = partial(self.on_step, self.before + done, self.total, *preview)
+        if self.ahead is None:
+            told()
+        else:
+            self.ahead.then(told)
 
 
 def settings_of(model: Model, request: Request, video: bool = False) -> Settings:
@@ -607,6 +633,11 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
     if settings.hires is not None and (video or family.latents.films or inpaints(model) or settings.mask is not None):
         raise InvalidValue("hires", "on", "it is for pictures without a mask, of models that are not for inpainting")
+    if HIGH_NOISE not in model.components:
+        reason = "there is no model for high noise: name its file (high_noise_diffusion_model)"
+        for name in ("steps", "cfg_scale", "sampling_method", "eta"):
+            if (said := getattr(request, f"high_noise_{name}")) is not None:
+                raise InvalidValue(f"high_noise_{name}", said, reason)
     if settings.left_out is not None:
         _check_layers(model, settings.left_out.layers)
     if video and settings.vae_tiling:
@@ -655,6 +686,23 @@ def _check_layers(model: Model, layers: Sequence[int]) -> None:
     last = model["diffusion"].config["num_layers"] - 1
     if not 0 <= layers[0] <= layers[-1] <= last:
         raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {last}")
+
+
+class _EncodeFilm:
+    """What a model has for the pictures that a film begins and ends with, as
+    :class:`sdrpc.families.base.EncodeFilm`."""
+
+    def __init__(self, vae: Autoencoder, devices: DeviceModel, pictures: Sequence[Pixels]) -> None:
+        self._vae, self._devices, self._pictures = vae, devices, pictures
+
+    def __call__(self, first: F32, last: F32 | None, frames: int) -> F32:
+        return self._vae.encode_film(first, last, frames)
+
+    def see(self, component: str, side: int) -> F32:
+        with self._devices.telling.stage("encode", component):
+            squares = [{"picture": from_pixels(fitted(picture, side, side))} for picture in self._pictures]
+            seen = [self._devices.run(component, {}, square)[0] for square in squares]
+        return finite(np.concatenate(seen, 1), f"{component}'s output")
 
 
 class _Encode:

@@ -59,7 +59,7 @@ class Naming:
         return {} if backwards is None else backwards(names)
 
 
-IMAGE_SIDE = ("control", "high_noise_diffusion", "diffusion", "vae")
+IMAGE_SIDE = ("clip_vision", "control", "high_noise_diffusion", "diffusion", "vae")
 """Names of components that are no text encoders."""
 
 OPTIONS = {
@@ -362,11 +362,16 @@ class References:
 
 
 class EncodeFilm(Protocol):
-    """The VAE of a model of films."""
+    """What a model of films has for the pictures that a request begins and ends with: its VAE, and what sees them."""
 
     def __call__(self, first: F32, last: F32 | None, frames: int) -> F32:
         """A film of so many frames, grey but for the first and, if it is given, the last (1, 3, height, width) of
         -1 … 1 → latents of the diffusion model (1, c, frames, h, w)."""
+        ...
+
+    def see(self, component: str, side: int) -> F32:
+        """What a component makes of the first picture and, behind it, of the last one if there is one, each cut and
+        scaled to a square of ``side`` pixels: (1, tokens, width)."""
         ...
 
 

@@ -35,6 +35,7 @@ class ModelFiles:
     t5xxl: Path | None = None
     llm: Path | None = None
     llm_vision: Path | None = None
+    clip_vision: Path | None = None
     taesd: Path | None = None
     control_net: Path | None = None
 

@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2: films of a text (1.3B, 14B, A14B with a model for each half of the noise, TI2V-5B)."""
+"""Wan 2.1 and 2.2: films of a text and of pictures (1.3B, 14B, A14B with a model for each half of the noise,
+TI2V-5B)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, MissingComponent
 from ..prompts import t5_chunks, umt5_tokenizer
 from . import configs
 from .base import (
@@ -31,7 +32,7 @@ from .base import (
     Prompt,
     joined,
 )
-from .components import film, umt5
+from .components import clip_vision, film, umt5
 from .keys import same, table
 
 if TYPE_CHECKING:
@@ -69,12 +70,10 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     if inputs not in (channels, 2 * channels + MASKS):
         reason = "this is a model neither of text nor of pictures to video"
         raise found.error(f"takes {inputs} channels and gives {channels}: {reason}")
-    if found.has("condition_embedder.image_embedder."):
-        raise found.error("this is Wan 2.1 image to video, which sees pictures by CLIP as well; it is not supported")
     inferred = {
         "patch_size": patch, "in_channels": inputs, "out_channels": channels, "attention_head_dim": HEAD_SIZE,
         "num_attention_heads": inner // HEAD_SIZE, "text_dim": text, "freq_dim": frequencies, "ffn_dim": feed_forward,
-        "num_layers": found.count("blocks."), "cross_attn_norm": found.has("blocks.0.norm2."),
+        "num_layers": found.count("blocks."), "cross_attn_norm": found.has("blocks.0.norm2."), **_sees(found),
     }  # fmt: skip
     config = configs.merged(found, inferred, told, ("attention_head_dim", "num_attention_heads", "eps"))
     if config["num_attention_heads"] * config["attention_head_dim"] != inner or config["attention_head_dim"] % 2:
@@ -82,13 +81,28 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     return config
 
 
+def _sees(found: Found) -> dict[str, Any]:
+    """What the configuration of a 2.1 has more that sees pictures by CLIP: one, or the first and the last."""
+    if not found.has(f"{_EMBEDDER}."):
+        return {}
+    (width,) = found.shape(f"{_EMBEDDER}.norm1.weight", 1)
+    _, inner = found.shape("blocks.0.attn2.add_k_proj.weight", 2)
+    both = found.has(f"{_EMBEDDER}.pos_embed")
+    places = found.shape(f"{_EMBEDDER}.pos_embed", 3)[1] if both else None
+    return {"image_dim": width, "added_kv_proj_dim": inner, "pos_embed_seq_len": places}
+
+
+_EMBEDDER = "condition_embedder.image_embedder"
+
+
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, frames, height, width), timestep (1 or batch,) of 0 … 1000, context
     (batch, tokens, 4096). Output: the velocity (batch, channels, frames, height, width).
 
     Models of pictures to video get ``given`` (batch, 4 + channels, frames, height, width): which frames are given, and
-    latents of them. TI2V-5B may get ``first`` (batch, channels, 1, height, width): its first latent frame is that one,
-    without any noise, and its velocity goes there at once.
+    latents of them; those of 2.1 also ``image`` (batch, places, 1280), what CLIP sees of the pictures. TI2V-5B may get
+    ``first`` (batch, channels, 1, height, width): its first latent frame is that one, without any noise, and its
+    velocity goes there at once.
     """
     import diffusers
     import torch
@@ -100,6 +114,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         context: torch.Tensor,
         given: torch.Tensor | None = None,
         first: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         batch = context.shape[0]
         shown, times = latents.expand(batch, -1, -1, -1, -1), timestep.expand(batch)
@@ -111,7 +126,15 @@ def build(config: Config) -> tuple[nn.Module, Call]:
             noisy = torch.ones(frames, height // PATCH * (width // PATCH))
             noisy[0] = 0
             times = times[:, None] * noisy.reshape(1, -1)
-        predicted = module(hidden_states=shown, timestep=times, encoder_hidden_states=context, return_dict=False)[0]
+        if image is not None and config.get("pos_embed_seq_len"):  # two pictures, which the class wants as a batch
+            image = image.reshape(2 * batch, image.shape[1] // 2, image.shape[2])
+        predicted = module(
+            hidden_states=shown,
+            timestep=times,
+            encoder_hidden_states=context,
+            encoder_hidden_states_image=image,
+            return_dict=False,
+        )[0]
         if first is not None:
             there = (latents[:, :, :1] - first) * (TIMESTEPS / timestep.reshape(-1, 1, 1, 1, 1))
             predicted = torch.cat((there, predicted[:, :, 1:]), 2)
@@ -126,6 +149,7 @@ _ATTENTION = {r"self_attn\.": "attn1.", r"cross_attn\.": "attn2."}
 _PARTS = {
     **{rf"{letter}\.": f"to_{letter}." for letter in "qkv"},
     r"o\.": "to_out.0.", r"norm_q\.": "norm_q.", r"norm_k\.": "norm_k.",
+    r"k_img\.": "add_k_proj.", r"v_img\.": "add_v_proj.", r"norm_k_img\.": "norm_added_k.",
 }  # fmt: skip
 _KIND = r"(weight|bias)"
 _ORIGINAL = table(
@@ -146,10 +170,13 @@ _ORIGINAL = table(
             for old, new in {
                 r"time_embedding\.0": "time_embedder.linear_1", r"time_embedding\.2": "time_embedder.linear_2",
                 r"text_embedding\.0": "text_embedder.linear_1", r"text_embedding\.2": "text_embedder.linear_2",
-                r"time_projection\.1": "time_proj",
+                r"time_projection\.1": "time_proj", r"img_emb\.proj\.0": "image_embedder.norm1",
+                r"img_emb\.proj\.1": "image_embedder.ff.net.0.proj", r"img_emb\.proj\.3": "image_embedder.ff.net.2",
+                r"img_emb\.proj\.4": "image_embedder.norm2",
             }.items()
         ),
         (rf"head\.head\.{_KIND}", r"proj_out.\1"),
+        (r"img_emb\.emb_pos", "condition_embedder.image_embedder.pos_embed"),
         ("head.modulation", "scale_shift_table"),
     ]
 )  # fmt: skip
@@ -213,17 +240,27 @@ def _both(configs: Configs) -> bool:
 
 
 def check_begun(configs: Configs, frames: int, first: bool, last: bool) -> None:
-    """Models of pictures to video need one to begin with, and take one to end with; TI2V-5B takes the former."""
+    """Models of pictures to video need one to begin with, and take one to end with, but for those of 2.1, which see
+    either one or both; TI2V-5B takes the former."""
     if _of_pictures(configs) and not first:
         raise InvalidValue("init_image", "none", "this model makes films of pictures: name the one to begin with")
     if first and frames > 1 and not takes(configs, frames):
         raise InvalidValue("init_image", "a picture", "this model makes films of texts alone, others of pictures (I2V)")
     if last and (frames == 1 or not _of_pictures(configs)):
         raise InvalidValue("end_image", "a picture", "only films of models of pictures to video (I2V) have an end")
+    if not configs["diffusion"].get("image_dim"):
+        return
+    both = configs["diffusion"]["pos_embed_seq_len"] is not None
+    if both != last:
+        reason = "this model wants one to end with, too (FLF2V)" if both else "this model sees the first one alone"
+        raise InvalidValue("end_image", "a picture" if last else "none", reason)
+    if clip_vision.NAME not in configs:
+        raise MissingComponent(clip_vision.NAME, "no CLIP vision model, which this Wan 2.1 sees pictures with", "model")
 
 
 def begun(encode: EncodeFilm, configs: Configs, first: F32, last: F32 | None, frames: int) -> Conditions:
-    """``given`` of models of pictures to video, ``first`` of TI2V-5B, as in diffusers' pipeline."""
+    """``given`` of models of pictures to video, with ``image`` for those of 2.1, ``first`` of TI2V-5B, as in diffusers'
+    pipeline."""
     if not _of_pictures(configs):
         return {"first": encode(first, None, 1)}
     latents = encode(first, last, frames)
@@ -231,7 +268,10 @@ def begun(encode: EncodeFilm, configs: Configs, first: F32, last: F32 | None, fr
     known[:, :, 0] = 1
     if last is not None:
         known[:, -1, -1] = 1
-    return {"given": np.concatenate((known, latents), 1)}
+    given = {"given": np.concatenate((known, latents), 1)}
+    if not configs["diffusion"].get("image_dim"):
+        return given
+    return {**given, "image": encode.see(clip_vision.NAME, configs[clip_vision.NAME]["image_size"])}
 
 
 def settings(found: Mapping[str, Found]) -> Defaults:
@@ -259,7 +299,7 @@ def _alike(key: str) -> Joint:
 WAN = Family(
     "wan",
     "Wan",
-    (umt5.UMT5, HIGH_NOISE, TRANSFORMER, film.VAE),
+    (umt5.UMT5, clip_vision.CLIP_VISION, HIGH_NOISE, TRANSFORMER, film.VAE),
     recognizes,
     conditions,
     Latents(scale=1.0, multiple=16, films=True),
@@ -267,8 +307,15 @@ WAN = Family(
     (
         Joint("t5xxl", lambda c: c["t5xxl"]["d_model"], "diffusion", lambda c: c["diffusion"]["text_dim"]),
         Joint("vae", lambda c: c["vae"]["z_dim"], "diffusion", lambda c: c["diffusion"]["out_channels"]),
+        Joint(
+            clip_vision.NAME,
+            lambda c: c[clip_vision.NAME]["hidden_size"],
+            "diffusion",
+            # 2.2's models do without, and don't mind one
+            lambda c: c["diffusion"].get("image_dim") or c[clip_vision.NAME]["hidden_size"],
+        ),
         *map(_alike, ("in_channels", "out_channels", "text_dim")),
     ),
-    optional=frozenset({"high_noise_diffusion"}),
+    optional=frozenset({"high_noise_diffusion", clip_vision.NAME}),
     begun=Begun(check_begun, takes, begun),
 )

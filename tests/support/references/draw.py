@@ -37,9 +37,11 @@ picture of ours equals one of these but for rounding:
 - Qwen-Image: the text is Qwen2.5-VL's last hidden states behind its norm, without the first 34 tokens of the template.
   Guidance does not change how long the prediction for a token is.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
-  transformer gets 1000 sigma.
+  transformer gets 1000 sigma. With ``high_cfg`` A14B's model for high noise is guided by that.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
   FLUX.1, Chroma and Z-Image, 1.5305 with shift 0.0609 for SD 3.
+- With ``image`` and perhaps ``last`` a film of Wan's pipeline of pictures begins and ends with these. (TI2V-5B's is
+  another one than that of texts, with the same parts.)
 - With ``image`` a picture begins with that one: the VAE's mean and deviation times the same noise, then noise up to the
   first of the steps that are not ``left_out``. It is the family's Img2ImgPipeline, or with ``mask`` (white is drawn
   anew) its InpaintPipeline. What models that are made for inpainting are shown is encoded with ``masked_noise``.
@@ -106,6 +108,8 @@ class Drawing:
     prediction: str | None = None
     zeros: str = "text"
     image: Image.Image | None = None
+    last: Image.Image | None = None
+    high_cfg: float | None = None
     mask: Image.Image | None = None
     skip: tuple[float, tuple[int, ...], float, float] | None = None
     masked_noise: F32 | None = None
@@ -426,20 +430,7 @@ def _z_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).images
 
 
-def film_of_pictures(pipeline: Any, drawing: Drawing, first: Image.Image, last: Image.Image | None) -> F32:
-    """What a film of Wan's is that begins with ``first`` and ends with ``last``, as :func:`draw` of one of a text.
-
-    TI2V-5B's pipeline is another one with the same parts.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    with torch.inference_mode():
-        latents = _wan(pipeline, drawing, image=first, last_image=last)
-        decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
-    pixels: F32 = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1).numpy()
-    return pixels
-
-
-def _wan(pipeline: Any, drawing: Drawing, **pictures: Any) -> torch.Tensor:
+def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     """Scheduler and sigmas as FLUX.1's; the pipeline does not take sigmas, so they are set where it asks for steps."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     given = [float(sigma) for sigma in drawing.sigmas[:-1]]
@@ -449,14 +440,15 @@ def _wan(pipeline: Any, drawing: Drawing, **pictures: Any) -> torch.Tensor:
     return pipeline(
         prompt=drawing.prompt,
         negative_prompt=drawing.negative,
-        guidance_scale=drawing.cfg,
+        guidance_scale=drawing.cfg if drawing.high_cfg is None else drawing.high_cfg,
+        guidance_scale_2=None if drawing.high_cfg is None else drawing.cfg,
         height=drawing.height,
         width=drawing.width,
         num_frames=4 * (drawing.noise.shape[1] - 1) + 1,
         latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
         num_inference_steps=len(given),
         output_type="latent",
-        **pictures,
+        **({} if drawing.image is None else {"image": drawing.image, "last_image": drawing.last}),
     ).frames
 
 
@@ -535,6 +527,7 @@ _FAMILIES = {
     "Flux2Pipeline": _flux2_dev,
     "ZImagePipeline": _z_image,
     "WanPipeline": _wan,
+    "WanImageToVideoPipeline": _wan,
     "QwenImagePipeline": _qwen_image,
     "QwenImageEditPlusPipeline": _qwen_image_edit,
 }

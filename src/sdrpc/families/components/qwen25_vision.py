@@ -18,6 +18,7 @@ from ...prompts import number_of
 from ..base import F32, Component, Config, Encode, Found, Naming, Weights
 from ..keys import same, substituted
 from . import llm
+from .clip_vision import normalized
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +39,6 @@ MERGED = 2
 MOST_PIXELS, LEAST_PIXELS = 28 * 28 * 1280, 56 * 56
 """That a picture may have, as the published processor is told."""
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of the colours (0 … 1) of CLIP's pictures, by which these are normalized as well."""
-
 IMAGE = "<|image_pad|>"
 BEFORE, BEHIND = "<|vision_start|>", "<|vision_end|>"
 
@@ -54,7 +51,7 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     inner, _ = found.shape("blocks.0.mlp.gate_proj.weight", 2)
     outputs, merged = found.shape("merger.mlp.2.weight", 2)
     blocks = found.count("blocks.")
-    if width % HEAD_SIZE or merged != width * MERGED**2 or (colours, other) != (len(MEAN), patch):
+    if width % HEAD_SIZE or merged != width * MERGED**2 or (colours, other) != (3, patch):
         raise found.error(f"its width of {width} and patches of {colours}×{patch}×{other} are not Qwen2.5-VL's")
     said = told.get("vision_config")
     whole = said.get("fullatt_block_indexes") if isinstance(said, Mapping) else None
@@ -79,11 +76,9 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     patch, frames = config["patch_size"], config["temporal_patch_size"]
 
     def call(module: Any, picture: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        mean, deviation = (torch.tensor(numbers)[None, :, None, None] for numbers in (MEAN, DEVIATION))
-        normal = (picture * 0.5 + 0.5 - mean) / deviation
         _, colours, height, width = picture.shape
         rows, columns = height // patch, width // patch
-        squares = normal.reshape(colours, rows // MERGED, MERGED, patch, columns // MERGED, MERGED, patch)
+        squares = normalized(picture).reshape(colours, rows // MERGED, MERGED, patch, columns // MERGED, MERGED, patch)
         squares = squares.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, colours, 1, patch**2)
         patches = squares.expand(-1, -1, frames, -1).reshape(rows * columns, -1)
         return (module(patches, torch.tensor([[1, rows, columns]])).pooler_output[None],)
