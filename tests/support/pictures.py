@@ -59,7 +59,8 @@ FAMILIES = {
     "chroma": "Chroma", "z-image": "Z-Image", "flux2-klein-4b": "FLUX.2 klein", "flux2-dev": "FLUX.2 dev",
     "wan": "Wan 2.1", "wan2.1-i2v": "Wan 2.1, of a picture", "wan2.2-a14b": "Wan 2.2 A14B",
     "wan2.2-i2v": "Wan 2.2 A14B, of two pictures",
-    "wan2.2-5b": "Wan 2.2 TI2V-5B", "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
+    "krea2": "Krea 2", "wan2.2-5b": "Wan 2.2 TI2V-5B",
+    "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
 FORMS = {
@@ -91,6 +92,7 @@ CASES = (
     Case("wan2.1-i2v", "parts"), Case("wan2.1-i2v", "diffusers"), Case("wan2.2-i2v", "parts"),
     Case("wan2.2-a14b", "parts"), Case("wan2.2-a14b", "diffusers"), Case("wan2.2-5b", "safetensors"),
     *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
+    Case("krea2", "safetensors"), Case("krea2", "sharded"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
@@ -211,19 +213,22 @@ def _predicts(family: str) -> Prediction:
         return prediction("sd3_flow", shift=5.0)
     if family.startswith(("sd3", "z-image", "qwen-image")):
         return prediction("sd3_flow")
-    if family.startswith(("flux", "chroma")):
+    if family.startswith(("flux", "chroma", "krea2")):
         return prediction("flux_flow", shift=_shift(family))
     return prediction("v" if family == "sd2" else "eps")
 
 
 def _shift(family: str) -> float:
-    """1 for FLUX.1 schnell and Chroma; FLUX.1 dev's for this size, on the line from 0.5 at 256 tokens to 1.15 at 4096;
+    """1.15 for Krea 2, 1 for FLUX.1 schnell and Chroma; FLUX.1 dev's for this size, on the line from 0.5 at 256 tokens
+    to 1.15 at 4096;
     FLUX.2's by its pipeline."""
     tokens = (WIDTH // 16) * (HEIGHT // 16)
     if family.startswith("flux2"):
         return float(compute_empirical_mu(tokens, STEPS))
     if family in ("flux1-schnell", "chroma"):
         return 1.0
+    if family == "krea2":
+        return 1.15
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
 
 

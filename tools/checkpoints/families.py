@@ -31,6 +31,7 @@ UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
+Krea2Transformer2DModel: Any = diffusers.Krea2Transformer2DModel
 WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
 
 CLIP_WORDS, CLIP_LENGTH, T5_WORDS, UMT5_WORDS = 49408, 77, 32128, 256384
@@ -451,6 +452,48 @@ def _qwen_image(heads: int, blocks: int, text: int, head: int = 128, zero: bool 
         names.unchanged,
         {"__index_timestep_zero__": (1,)} if zero else {},
     )
+
+
+def _qwen3_vl(width: int, inner: int, heads: tuple[int, int], head: int, layers: int) -> Component:
+    """Qwen3-VL, arguments as those of :func:`_qwen3`; with the smallest part that sees, which is not used."""
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            "vocab_size": QWEN_WORDS, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": head, "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
+                "mrope_section": [head * 3 // 16, head * 5 // 32, head * 5 // 32],
+            },
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width,
+            "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+        },
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return Component(
+        "llm",
+        "text_encoder",
+        lambda: transformers.Qwen3VLModel(config),
+        prefixed("text_encoders.qwen3vl_4b.transformer.model.", names.unchanged),
+        prefixed("model.", names.unchanged),
+    )
+
+
+def _krea2(heads: tuple[int, int], head: int, inner: int, blocks: int, text: tuple[int, int, int]) -> Component:
+    """``heads``: of queries, and of keys; ``text``: width, heads, and that of the feed-forward layers."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: Krea2Transformer2DModel(
+            num_layers=blocks, attention_head_dim=head, num_attention_heads=heads[0], num_key_value_heads=heads[1],
+            intermediate_size=inner, text_hidden_dim=text[0], text_num_attention_heads=text[1],
+            text_num_key_value_heads=text[1], text_intermediate_size=text[2],
+            axes_dims_rope=(head // 4, head * 3 // 8, head * 3 // 8),
+        ),
+        prefixed("model.diffusion_model.", names.krea2),
+        names.krea2,
+    )  # fmt: skip
 
 
 def _wan(
@@ -917,6 +960,24 @@ QWEN_IMAGE = Family(
     "qwen_image",
 )  # fmt: skip
 
+KREA2 = Family(
+    "krea2",
+    diffusers.Krea2Pipeline,
+    {
+        "full": (
+            _krea2((48, 12), 128, 16384, 28, (2560, 20, 6912)), _film_vae(96, 2), _qwen3_vl(*QWEN3_4B),
+        ),
+        "tiny": (
+            _krea2((4, 2), 32, 96, 2, (64, 2, 96)), _film_vae(8, 1, dim_mult=[1, 2, 2, 2]),
+            _qwen3_vl(64, 96, (2, 1), 32, 36),
+        ),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(
+        shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=6400,
+    ),
+)  # fmt: skip
+
 QWEN_IMAGE_EDIT = replace(
     QWEN_IMAGE,
     name="qwen-image-edit",
@@ -933,6 +994,6 @@ FAMILIES = {
     for family in (
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
-        WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, QWEN_IMAGE, QWEN_IMAGE_EDIT,
+        WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
     )
 }  # fmt: skip

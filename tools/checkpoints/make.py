@@ -132,7 +132,7 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     if family.name == "chroma":
         return {"tokenizer": t5_tokenizer()}
-    if family.name in ("z-image", "qwen-image", "qwen-image-edit") or family.name.startswith("flux2-klein"):
+    if family.name in ("z-image", "qwen-image", "qwen-image-edit", "krea2") or family.name.startswith("flux2-klein"):
         return {"tokenizer": qwen_tokenizer()}
     if family.name.startswith("wan"):
         return {"tokenizer": umt5_tokenizer()}

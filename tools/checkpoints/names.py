@@ -52,6 +52,8 @@ def _in_halves(tensor: Tensor) -> Tensor:
 LLAMA_HEAD = 128
 HALVES_INTERLEAVED = Layout(lambda parts: _interleaved(parts[0]), lambda whole, _: [_in_halves(whole)])
 """Rows of the two halves of a head one after the other in the module, in turns in the file."""
+FLAT = Layout(lambda parts: parts[0].flatten(), lambda whole, shapes: [whole.reshape(shapes[0])])
+"""A table in the module, one row in the file."""
 ONE_TAP = Layout(lambda parts: parts[0][:, :, None, None], lambda whole, _: [whole[:, :, 0, 0]])
 """A matrix in the module, a convolution of 1 by 1 in the file."""
 
@@ -385,6 +387,35 @@ _WAN_RULES: Rules = (
     (r"proj_out\.(.*)", r"head.head.\1"),
     (r"scale_shift_table", r"head.modulation"),
 )
+
+
+_KREA2_RULES: Rules = (
+    (r"img_in\.(.*)", r"first.\1"), (r"time_embed\.linear_1\.(.*)", r"tmlp.0.\1"),
+    (r"time_embed\.linear_2\.(.*)", r"tmlp.2.\1"), (r"time_mod_proj\.(.*)", r"tproj.1.\1"),
+    (r"txt_in\.norm\.weight", "txtmlp.0.scale"), (r"txt_in\.linear_1\.(.*)", r"txtmlp.1.\1"),
+    (r"txt_in\.linear_2\.(.*)", r"txtmlp.3.\1"), (r"text_fusion\.projector\.weight", "txtfusion.projector.weight"),
+    (r"final_layer\.linear\.(.*)", r"last.linear.\1"), (r"final_layer\.norm\.weight", "last.norm.scale"),
+    (r"final_layer\.scale_shift_table", "last.modulation.lin"),
+)  # fmt: skip
+_KREA2_PARTS: Rules = (
+    (r"^transformer_blocks\.", "blocks."), (r"^text_fusion\.", "txtfusion."), (r"\.attn\.to_([qkv])\.", r".attn.w\1."),
+    (r"\.attn\.to_out\.0\.", ".attn.wo."), (r"\.attn\.to_gate\.", ".attn.gate."), (r"\.ff\.", ".mlp."),
+    (r"\.attn\.norm_([qk])\.weight", r".attn.qknorm.\1norm.scale"), (r"\.norm1\.weight", ".prenorm.scale"),
+    (r"\.norm2\.weight", ".postnorm.scale"), (r"\.scale_shift_table", ".mod.lin"),
+)  # fmt: skip
+"""Of blocks, applied one after the other."""
+
+
+def krea2(shapes: Shapes) -> Iterator[Entry]:
+    """Krea 2's transformer in the names of its own code; a block's six vectors are one."""
+    for name in shapes:
+        original = name
+        if "_blocks." not in name:
+            yield Entry(_renamed(name, _KREA2_RULES), (name,))
+            continue
+        for pattern, replacement in _KREA2_PARTS:
+            original = re.sub(pattern, replacement, original)
+        yield Entry(original, (name,), FLAT if original.endswith(".mod.lin") else SAME)
 
 
 def clip_vision(shapes: Shapes) -> Iterator[Entry]:

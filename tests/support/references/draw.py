@@ -36,6 +36,7 @@ picture of ours equals one of these but for rounding:
   ``guidance_scale`` is ``cfg`` less one, and its timesteps count backwards.
 - Qwen-Image: the text is Qwen2.5-VL's last hidden states behind its norm, without the first 34 tokens of the template.
   Guidance does not change how long the prediction for a token is.
+- Krea 2: the text is twelve of Qwen3-VL's hidden states, side by side; ``guidance_scale`` is ``cfg`` less one.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
   transformer gets 1000 sigma. With ``high_cfg`` A14B's model for high noise is guided by that.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
@@ -69,6 +70,7 @@ import torch
 from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Krea2Pipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
 )
@@ -148,7 +150,7 @@ def draw(pipeline: Any, drawing: Drawing) -> Picture:
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
         latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
         decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
-    if isinstance(pipeline, QwenImagePipeline | QwenImageEditPlusPipeline):
+    if isinstance(pipeline, Krea2Pipeline | QwenImagePipeline | QwenImageEditPlusPipeline):
         decoded = decoded[:, :, 0]  # of a film of one picture
     pixels = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
     return Picture(pixels.numpy(), latents[0].numpy())
@@ -500,6 +502,23 @@ def _qwen_image(pipeline: Any, drawing: Drawing, **pictures: Any) -> torch.Tenso
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
+def _krea2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    packed = pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        guidance_scale=drawing.cfg - 1,
+        height=drawing.height,
+        width=drawing.width,
+        latents=pipeline._pack_latents(noise, *noise.shape),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+    ).images
+    return pipeline._unpack_latents(packed, drawing.height, drawing.width)
+
+
 def _qwen_image_edit(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     class Scaled(VaeImageProcessor):
         def resize(self, image: Image.Image, height: int, width: int, **_: Any) -> Image.Image:
@@ -529,5 +548,6 @@ _FAMILIES = {
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
     "QwenImagePipeline": _qwen_image,
+    "Krea2Pipeline": _krea2,
     "QwenImageEditPlusPipeline": _qwen_image_edit,
 }
