@@ -20,9 +20,9 @@ from .rows import Mark, Row
 from .setup import Setup
 
 DEVICES = (1, 2, 4)
-ROUND_TRIP = 0.5
+ROUND_TRIP = 1.0
 STEPS = 10
-PICTURES = 4
+PICTURES = 3
 """Of each device, behind a first one that uploads."""
 
 

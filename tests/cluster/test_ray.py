@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.process import cluster, until_there
 from tests.support.process import ServerProcess
 from tests.web.conftest import models as models
-from tests.web.process import SMALL, WebServer
+from tests.web.process import WebServer
 
 pytest.importorskip("ray", reason="ray is not installed: pip install -c constraints.txt '.[ray]'")
 
@@ -72,5 +72,11 @@ def test_actors_draw_and_those_that_end_are_started_again(tmp_path: Path, models
                 server.until(name, "generating")
             one.process.kill()
             assert [server.until(name, "completed")["result"] for name in again] == drawn
-            assert server.ask("/sdcpp/v1/img_gen", SMALL).status == 202
-            assert server.stop() == 0
+
+            with WebServer(tmp_path / "second", "--models-dir", str(models), "--ray", address) as second:
+                job = second.submit(sample_params=STEPS)
+                second.until_said("waits for its devices: another sd-server has them")
+                assert second.job(job)["status"] == "queued"
+                assert server.stop() == 0  # whose leases are free then
+                assert second.until(job, "completed")["result"] == drawn[0]
+                assert second.stop() == 0

@@ -112,6 +112,13 @@ class WebServer:
             time.sleep(0.05)
         raise AssertionError(f"{name} is {job['status']}")
 
+    def until_said(self, words: str) -> None:
+        """Wait for a line of its log."""
+        end = time.monotonic() + DRAW_SECONDS
+        while not any(words in line for line in list(self.lines)):
+            assert time.monotonic() < end, self.lines
+            time.sleep(0.05)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         status = self.process.wait(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError
 
 from .. import __version__
 from ..client import parse_endpoint
@@ -35,6 +36,8 @@ LOOK_SECONDS = 0.1
 READY_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
 AUTO = "auto"
+PATIENCE_SECONDS = 10.0
+"""How long an actor may take to start before that is worth a word."""
 MEMORY_SECONDS = 2.0
 CLOSE_SECONDS = 10.0
 CALLS = 4
@@ -49,7 +52,7 @@ def joined(address: str) -> Iterator[None]:
             socket.create_connection(parse_endpoint(address), ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (RayError, RuntimeError, ValueError, OSError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0].partition(". ")[0]
+        reason = getattr(error, "strerror", None) or _line(error)
         raise UsageError(
             f"no Ray cluster can be joined at {address}: {reason}; start one with ray start --head"
         ) from error
@@ -57,6 +60,11 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of what Ray says, which may be pages."""
+    return str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
 Connecting = Callable[[Lease], AbstractContextManager[Sequence[Device]]]
@@ -84,19 +92,27 @@ class ClusterSeat(Seat):
         self._asked: Any = None
         self._about: About | None = None
         self._trouble: str | None = None
+        self._since = time.monotonic()
 
     def ready(self) -> bool:
         """Whether the actor is there, has its devices, and is of our version."""
-        about = self._ask()
-        if about is None:
+        try:
+            about = self._ask()
+        except RayTaskError:
+            raise  # a fault of ours
+        except RayError as error:
+            self._say(f"its actor is not there: {_line(error)}")
             return False
+        if about is None:
+            if time.monotonic() - self._since > PATIENCE_SECONDS:
+                self._say("waits for its devices: another sd-server has them, or no node that offers them is there")
+            return False
+        self._since = time.monotonic()
+        self._about = about
         trouble = about.failure.words if about.failure else ""
         if about.version != __version__:
             trouble = f"its node has sdrpc {about.version}, this machine {__version__}: install the same on both"
-        if trouble != self._trouble:
-            self._trouble = trouble
-            log.log(logging.WARNING if trouble else logging.INFO, "%s: %s", self.name, trouble or "is there")
-        self._about = about
+        self._say(trouble)
         return not trouble
 
     def open(self, opening: Opening) -> FarSession:
@@ -115,17 +131,21 @@ class ClusterSeat(Seat):
         return [FarDevice(title, device, self._actor) for title, device in zip(titles, used, strict=True)]
 
     def _ask(self) -> About | None:
+        """What the actor says; None where it has not said it yet. Raises :class:`RayError`."""
         if self._asked is None:
             self._asked = self._actor.about.remote()
         done, _ = ray.wait([self._asked], timeout=READY_SECONDS)
         if not done:
             return None  # no node has the resource to give, or it is being started
         asked, self._asked = self._asked, None
-        try:
-            told: About = ray.get(asked)
-        except RayActorError:
-            return None
+        told: About = ray.get(asked)
         return told
+
+    def _say(self, trouble: str) -> None:
+        """Log what keeps the seat from drawing, or that nothing does, when that is news."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.log(logging.WARNING if trouble else logging.INFO, "%s: %s", self.name, trouble or "is there")
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,7 @@ class FarDevice:
         return self.about.description
 
     def memory(self) -> Memory:
-        with suppress(GetTimeoutError, RayActorError):
+        with suppress(RayError):
             said: Mapping[str, Memory] = ray.get(self.actor.memory.remote(), timeout=MEMORY_SECONDS)
             if self.about.name in said:
                 return said[self.about.name]
@@ -171,9 +191,11 @@ class FarSession:
                 else:
                     yield told
             over = True
-        except RayActorError as error:
+        except RayTaskError:
+            raise
+        except RayError as error:
             over = True
-            raise ConnectionLost(self._name, "it drew", "its actor ended") from error
+            raise ConnectionLost(self._name, "it drew", f"its actor is not there: {_line(error)}") from error
         finally:
             if not over:  # nobody wants the rest
                 self._actor.stop.remote(number)
@@ -195,5 +217,5 @@ class FarSession:
 
     def close(self) -> None:
         """Free the actor's devices; the actor stays."""
-        with suppress(GetTimeoutError, RayActorError):
+        with suppress(RayError):
             ray.get(self._actor.put_aside.remote(), timeout=CLOSE_SECONDS)
