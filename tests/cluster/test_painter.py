@@ -13,7 +13,7 @@ import pytest
 
 import sdrpc
 from sdrpc import models
-from sdrpc.cluster.painter import Failure, Painter, Told, Work, failure, raised
+from sdrpc.cluster.painter import Failure, Film, Frame, Painter, Told, Work, failure, raised
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.pictures import Picture
@@ -56,9 +56,9 @@ def painter(device: Device, trouble: list[SdrpcError] | None = None) -> Painter:
     return Painter(connect, lambda model, devices: dict.fromkeys(model.components, devices))
 
 
-def told_of(painter: Painter, number: int, work: Work, settings: Any) -> list[Told]:
+def told_of(painter: Painter, number: int, work: Work, settings: Any, films: bool = False) -> list[Told]:
     """All that it tells, as it arrives in another process."""
-    batches = [pickle.loads(pickle.dumps(batch)) for batch in painter.draw(number, work, settings)]
+    batches = [pickle.loads(pickle.dumps(batch)) for batch in painter.draw(number, work, settings, films)]
     return [told for batch in batches for told in batch]
 
 
@@ -84,6 +84,22 @@ def test_it_draws_what_a_session_draws_and_tells_how_far_it_is(cpu: Device, file
     assert told_of(far, 1, work, settings)[-1] == Failure("cancelled", "cancelled")
     assert isinstance(told_of(far, 2, work, settings)[-1], Picture)
     far.put_aside()
+
+
+def test_a_film_comes_frame_by_frame(cpu: Device, tmp_path: Path) -> None:
+    parts = make("wan", tmp_path, form="parts").files
+    files = ModelFiles(diffusion_model=parts["diffusion"], vae=parts["vae"], t5xxl=parts["t5xxl"])
+    request = sdrpc.Request("a cat", width=32, height=32, steps=1, seed=1, video_frames=5)
+    with Session.open(files, cpu) as session:
+        settings = session.settings(request, video=True)
+        (film,) = session.draw_video(settings)
+        wanted = list(film.frames)
+    far = painter(cpu)
+    told = told_of(far, 0, Work.of(files, {}), settings, films=True)
+    far.put_aside()
+    begun = [value for value in told if isinstance(value, Film | Frame)]
+    assert begun[0] == Film(5, film.fps, 32, 32, 1)
+    np.testing.assert_array_equal([frame.image for frame in begun[1:] if isinstance(frame, Frame)], wanted)
 
 
 def test_a_server_that_is_not_there_is_asked_again(cpu: Device) -> None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from .. import __version__, models
 from ..device import Device, Memory
-from ..diffusion.events import Event
-from ..diffusion.pictures import Picture
+from ..diffusion.events import Cancel, Event, OnEvent
+from ..diffusion.pictures import Picture, Pixels
 from ..diffusion.request import Settings
 from ..diffusion.session import Session
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError, UsageError
@@ -49,7 +49,24 @@ KINDS: Mapping[str, tuple[type[SdrpcError], ...]] = {
 }
 """Kinds of failures → the errors that those who wait for a picture don't tell apart. The first kind that fits."""
 
-Told = Event | Picture | Failure
+
+class Film(NamedTuple):
+    """A film begins, as :class:`sdrpc.diffusion.pictures.Video` says it; so many ``frames`` follow."""
+
+    frames: int
+    fps: int
+    width: int
+    height: int
+    seed: int
+
+
+class Frame(NamedTuple):
+    """A frame of the film that has begun."""
+
+    image: Pixels
+
+
+Told = Event | Picture | Film | Frame | Failure
 
 
 def failure(error: SdrpcError) -> Failure:
@@ -133,11 +150,11 @@ class Painter:
                 said[device.name] = device.memory()
         return said
 
-    def draw(self, number: int, work: Work, settings: Settings) -> Iterator[list[Told]]:
-        """What happens while the pictures of ``settings`` are drawn, several values at once where they come quickly.
-        A :class:`Failure` is the last one. ``number``: for :meth:`stop`."""
+    def draw(self, number: int, work: Work, settings: Settings, films: bool = False) -> Iterator[list[Told]]:
+        """What happens while the pictures (or ``films``) of ``settings`` are drawn, several values at once where they
+        come quickly. A :class:`Failure` is the last one. ``number``: for :meth:`stop`."""
         told: SimpleQueue[Told | None] = SimpleQueue()
-        thread = Thread(target=self._draw, args=(number, work, settings, told.put), name="painter")
+        thread = Thread(target=self._draw, args=(number, work, settings, films, told.put), name="painter")
         thread.start()
         over = False
         while not over:
@@ -159,12 +176,15 @@ class Painter:
         with self._drawing:
             self._close_session()
 
-    def _draw(self, number: int, work: Work, settings: Settings, tell: Callable[[Told | None], None]) -> None:
+    def _draw(
+        self, number: int, work: Work, settings: Settings, films: bool, tell: Callable[[Told | None], None]
+    ) -> None:
         try:
             with self._drawing:
                 session = self._session_of(work)
-                for picture in session.draw(settings, tell, lambda: number in self._stopped):
-                    tell(picture)
+                draw: Callable[..., Iterator[Told]] = _frames if films else Session.draw
+                for drawn in draw(session, settings, tell, lambda: number in self._stopped):
+                    tell(drawn)
         except SdrpcError as error:
             told = failure(error)
             if told.kind == "lost":
@@ -201,6 +221,13 @@ class Painter:
         if session is not None:
             with suppress(SdrpcError):  # a device that is gone has freed it
                 session.close()
+
+
+def _frames(session: Session, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Film | Frame]:
+    """The films of ``settings``, frame by frame."""
+    for film in session.draw_video(settings, on_event, cancel):
+        yield Film(film.count, film.fps, film.width, film.height, film.seed)
+        yield from map(Frame, film.frames)
 
 
 def path_of(text: str | Path | None) -> str | None:

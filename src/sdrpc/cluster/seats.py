@@ -6,6 +6,7 @@ import itertools
 import logging
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from .. import __version__
 from ..client import parse_endpoint
 from ..device import Device, Memory
 from ..diffusion.events import Cancel, Event, OnEvent
-from ..diffusion.pictures import Picture
+from ..diffusion.pictures import Picture, Video
 from ..diffusion.request import Request, Settings
 from ..diffusion.session import settings_of
 from ..errors import ConnectionLost, UsageError
 from ..families.model import Model
 from ..runtime.chain import devices_of
+from ..web.jobs import Kind
 from ..web.studio import Opening, Seat
 from .lease import Lease, leases
 from .painter import About, Described, Failure, Painter, Place, Told, Work, path_of, raised
@@ -85,6 +87,8 @@ def seats(connecting: Connecting, place: Place, together: bool, only: Sequence[s
 
 class ClusterSeat(Seat):
     """An actor with the devices of ``lease``."""
+
+    kinds = frozenset({Kind.PICTURES, Kind.FILM})
 
     def __init__(self, lease: Lease, actor: Any, place: Place) -> None:
         self.name, self._actor, self._place = str(lease), actor, place
@@ -174,13 +178,25 @@ class FarSession:
     def __init__(self, name: str, actor: Any, numbers: Iterator[int], model: Model, work: Work) -> None:
         self.model, self._name, self._actor, self._numbers, self._work = model, name, actor, numbers, work
 
-    def settings(self, request: Request) -> Settings:
-        return settings_of(self.model, request)
+    def settings(self, request: Request, video: bool = False) -> Settings:
+        return settings_of(self.model, request, video)
 
     def draw(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Picture]:
         """As :meth:`sdrpc.Session.draw`. An actor that ends in the middle is a device that is lost."""
+        yield from self._drawn(settings, False, on_event, cancel)
+
+    def draw_video(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Video]:
+        """As :meth:`sdrpc.Session.draw_video`."""
+        drawn = self._drawn(settings, True, on_event, cancel)
+        for film in drawn:
+            frames = (frame.image for frame in itertools.islice(drawn, film.frames))
+            yield Video(frames, film.frames, film.fps, film.width, film.height, film.seed)
+            deque(frames, 0)  # those that nobody took
+
+    def _drawn(self, settings: Settings, films: bool, on_event: OnEvent, cancel: Cancel) -> Iterator[Any]:
+        """Pictures, or films with their frames behind them, as the actor draws them."""
         number, over = next(self._numbers), False
-        answers = self._actor.draw.options(num_returns="streaming").remote(number, self._work, settings)
+        answers = self._actor.draw.options(num_returns="streaming").remote(number, self._work, settings, films)
         try:
             for told in self._told(number, answers, cancel):
                 if isinstance(told, Failure):

@@ -87,9 +87,11 @@ class Drawing(Protocol):
     @property
     def model(self) -> Model: ...
 
-    def settings(self, request: Request) -> Settings: ...
+    def settings(self, request: Request, video: bool = False) -> Settings: ...
 
     def draw(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Picture]: ...
+
+    def draw_video(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Video]: ...
 
     def close(self) -> None: ...
 
@@ -350,7 +352,7 @@ class Studio:
             yield picture.seed, encode(picture.image, FORMATS[task.output_format], told, quality)
 
     def _film(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:
-        session, task = cast(Session, self._session(job, warm)), job.task  # no other seats take films
+        session, task = self._session(job, warm), job.task
         settings = session.settings(self._request(job), video=True)
         for film in session.draw_video(settings, lambda event: self._tell(seat, job, event), cancel):
             file = BytesIO()
