@@ -102,8 +102,6 @@ class ClusterSeat(Seat):
         """Whether the actor is there, has its devices, and is of our version."""
         try:
             about = self._ask()
-        except RayTaskError:
-            raise  # a fault of ours
         except RayError as error:
             self._say(f"its actor is not there: {_line(error)}")
             return False
@@ -208,7 +206,7 @@ class FarSession:
                     yield told
             over = True
         except RayTaskError:
-            raise
+            raise  # a fault of ours: it would come again
         except RayError as error:
             over = True
             raise ConnectionLost(self._name, "it drew", f"its actor is not there: {_line(error)}") from error
