@@ -14,6 +14,7 @@ from . import (
     memory,
     operations,
     replay,
+    scaling,
     start,
     step,
     upload,
@@ -36,5 +37,6 @@ BENCHMARKS = (
     Benchmark("families", "SDXL and FLUX.1 at full size: step, memory, bytes, capture, start", families.run, False),
     Benchmark("busy", "steps of the demo model on busy and on quiet cores: threads that sleep, over others", busy.run),
     Benchmark("cluster", "pictures a minute of sd-server in a Ray cluster, over one device's", cluster.run, False),
+    Benchmark("scaling", "pictures, prompts and layers on several devices, over one device's", scaling.run, False),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )

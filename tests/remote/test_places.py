@@ -244,3 +244,32 @@ def test_layers_take_turns_where_there_is_little_room(
     assert max(uploads) <= limit
     assert len(uploads) >= 2 * REQUEST.batch_count * 2, "two parts, for each of two steps of each picture"
     assert set(released) == {"clip_l", "diffusion", "vae"}
+
+
+def test_sd_cli_finds_a_place_for_everything(
+    alone: list[np.ndarray], ports: list[int], tiny: Path, graphs: Path, tmp_path: Path
+) -> None:
+    """Whatever is fastest at the moment: what has room nowhere is cut, and it is drawn as planned."""
+    drawing = ["-m", tiny, "-p", REQUEST.prompt, "-n", REQUEST.negative_prompt, "-W", 64, "-H", 64, "--steps", 2]
+    servers = ("--rpc", ",".join(f"127.0.0.1:{port}" for port in ports), "--precision", "exact")
+    most, rest = size_of("diffusion", tiny) * 7 // 10240, (size_of("clip_l", tiny) + size_of("vae", tiny)) // 1024 + 64
+    small = ("--max-vram", f"{most}K,CPU={rest}K", "--backend", "te=CPU,vae=CPU,all=auto")
+    done = sd_cli(*drawing, *servers, *small, "-o", tmp_path / "x.png", graphs=graphs)
+    assert done.returncode == 0, done.stderr
+    planned = {
+        device: (float(room), parts)
+        for device, room, parts in re.findall(r"auto-fit: (\w+), with room for ([\d.]+) MiB: (.*)", done.stderr)
+    }
+    assert {"RPC0", "RPC1"} <= planned.keys()
+    assert all("a part of diffusion" in planned[device][1] for device in ("RPC0", "RPC1"))
+    for room, parts in planned.values():
+        assert sum(float(size) for size in re.findall(r"\(([\d.]+) MiB\)", parts)) <= room + 0.2, "but for rounding"
+    assert re.search(r"clip_l on CPU, diffusion on RPC\d&RPC\d, vae on CPU", done.stderr)
+    with Image.open(tmp_path / "x.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), alone[0])
+    refused = sd_cli(*drawing, *servers, "--max-vram", "1M", "--backend", "auto", graphs=graphs)
+    assert refused.returncode == 1
+    assert re.search(
+        r"error: CPU and RPC0 and RPC1: clip_l takes 6 MiB, 1 \+ 1 \+ 1 MiB are free; use a", refused.stderr
+    )
+    assert "Traceback" not in refused.stderr

@@ -98,14 +98,15 @@ def placed_devices(
     threads: int | None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     keychain: Keychain | None = None,
+    everything: bool = False,
 ) -> Iterator[Placing]:
     """Where components may be, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of the servers'
     devices when there are any, else this machine's first. This machine's devices, and torch with them, are left alone
-    when no component can be there. A server that does not answer is passed over, and the user told so, where all
-    components have other devices; what else is wrong with one is an error."""
+    when no component can be there, unless ``everything`` is wanted. A server that does not answer is passed over, and
+    the user told so, where all components have other devices; what else is wrong with one is an error."""
     with _servers(rpc, timeouts, keychain, _is_away) as remote:
         named = [name for names in wanted.values() for text in names for some in side_by_side(text) for name in some]
-        nothing_here = bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
+        nothing_here = not everything and bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
             there = Found([*local, *remote.devices], remote.absent)
             placed = resolved(wanted, there, remote.devices if rpc else local[:1])

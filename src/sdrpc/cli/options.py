@@ -185,6 +185,8 @@ OPTIONS = (
            help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl, llm. "
                 "RPC0,RPC1: the first with room, the next when it is lost; RPC0&RPC1: layers over both; "
                 "RPC0|RPC1: on both, side by side."),
+    Option(DEVICES, "--auto-fit", is_flag=True,
+           help="Put components where they fit and are fast, by measuring, and print that; also --backend auto."),
     Option(DEVICES, "--max-vram", default="", metavar="GIB|DEVICE=SIZE,...", shown="what is free",
            help="Weights that a device may have at one time: 8, or RPC0=6,RPC1=512M."),
     Option(DEVICES, "--params-backend", default="", metavar="COMPONENT=auto|cpu|disk,...", shown="auto",
@@ -271,7 +273,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--high-noise-skip-layer-start", "--high-noise-skip-layer-end",
     ),
     "weights in another type or another place": (
-        "--tensor-type-rules", "--auto-fit", "--split-mode",
+        "--tensor-type-rules", "--split-mode",
         "--stream-layers", "--eager-load", "--disable-prefetch", "--disable-segmented-compute", "--convert-name",
         "--imat-in", "--imat-out",
     ),

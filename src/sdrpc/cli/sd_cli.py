@@ -15,7 +15,7 @@ from .. import __version__
 from ..diffusion import placement
 from ..errors import InvalidValue, UsageError
 from ..runtime.chain import devices_of
-from . import discovery, metadata, report
+from . import discovery, fitting, metadata, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
 from .command import Command
 from .convert import convert
@@ -138,6 +138,7 @@ def _draw(chosen: Chosen) -> int:
     if film and enlarged:
         raise InvalidValue("upscale_model", chosen["upscale_model"], "pictures are enlarged, no films")
     wanted = placement.wanted([*opened.components, *enlarged], named, chosen["main_backend_device"], by_option(chosen))
+    fits = chosen["auto_fit"] or fitting.is_asked_for([*named.values(), [chosen["main_backend_device"]]])
     settings = settings_of(opened, request, film)
     if singly:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
@@ -152,9 +153,12 @@ def _draw(chosen: Chosen) -> int:
         return parameters_of(settings, drawn, files, chosen["eta"], chosen["sampler_rng"])
 
     with placed_devices(
-        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
+        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen), fits
     ) as (places, devices):
         limits = limits_of(chosen["max_vram"], devices)
+        if fits:
+            fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]
+            places = fitting.fitted(opened, settings, places, fixed, devices, limits)
         enlarge = None
         if enlarged:
             enlarge = enlarging(chosen, places.pop(UPSCALER)[0], *settings.final_size, paths[0])

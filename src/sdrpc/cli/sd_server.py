@@ -16,7 +16,7 @@ from .. import __version__
 from ..diffusion import placement
 from ..errors import InvalidValue, UsageError
 from ..storage import read_own, state_folder, write_whole
-from . import discovery, report
+from . import discovery, fitting, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
 from .command import Command
@@ -184,6 +184,9 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
     """Who draws, and this process's devices. Raises :class:`UsageError`, and what is wrong with a server that is not
     there where a component has no other device."""
     where = Where(placement.parse(chosen["backend"]), chosen["main_backend_device"], by_option(chosen))
+    fits = chosen["auto_fit"] or fitting.is_asked_for([*where.backend.values(), [where.main]])
+    if fits and chosen["ray"]:
+        raise UsageError("--auto-fit and --ray: a cluster's devices are offered one by one; place components by name")
     if chosen["ray"]:
         with cluster_seats(chosen, partial(placed_far, where), where.said) as theirs:
             yield theirs, ()
@@ -192,8 +195,8 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
         for name, why in found.absent.items():
             report.warn(f"{name} is not there: {why}")
-        limits_of(chosen["max_vram"], found.devices)
-        yield own_seats(where, model, found), found.devices
+        limits = limits_of(chosen["max_vram"], found.devices)
+        yield [fitted_seat(where, model, found, limits)] if fits else own_seats(where, model, found), found.devices
 
 
 class Where(NamedTuple):
@@ -211,10 +214,13 @@ class Where(NamedTuple):
 def placed(where: Where, found: Found, default: Sequence[Device], model: Model) -> dict[str, list[Lanes]]:
     """Component → its devices, the ``default`` ones where the user said nothing. Raises :class:`InvalidValue`, and what
     is wrong with a device that is not there."""
+    return resolved(_wanted(where, model), found, default)
+
+
+def _wanted(where: Where, model: Model) -> dict[str, placement.Names]:
     backend = {name: names for name, names in where.backend.items() if name != UPSCALER}  # no component of a model
     by_option = {name: names for name, names in where.by_option.items() if name != UPSCALER}
-    wanted = placement.wanted(list(model.components), backend, where.main, by_option)
-    return resolved(wanted, found, default)
+    return placement.wanted(list(model.components), backend, where.main, by_option)
 
 
 def upscaler_on(where: Where, found: Found, default: Sequence[Device]) -> Device:
@@ -253,6 +259,28 @@ def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
     seats[0].place(model)  # what the options name is there
     seats[0].upscaler()
     return [*seats]
+
+
+def fitted_seat(where: Where, model: Model, found: Found, limits: Mapping[str, int]) -> Seat:
+    """One seat at all devices that this process has. A plan says what of a model is on which; it is made when the model
+    is first asked for, while its weights are nowhere."""
+    from ..diffusion.request import Request
+    from ..diffusion.session import settings_of
+    from ..web.studio import OwnSeat
+
+    default = _remote(found.devices) or found.devices[:1]
+    plans: dict[int, tuple[Model, dict[str, list[Lanes]]]] = {}
+
+    def place(model: Model) -> dict[str, list[Lanes]]:
+        if id(model) not in plans:
+            wanted = _wanted(where, model)
+            fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]
+            before, settings = resolved(wanted, found, default), settings_of(model, Request(""))
+            plans[id(model)] = model, fitting.fitted(model, settings, before, fixed, found.devices, limits)
+        return plans[id(model)][1]
+
+    place(model)
+    return OwnSeat("all devices", place, partial(upscaler_on, where, found, default))
 
 
 def _announce(

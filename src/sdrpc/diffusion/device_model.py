@@ -619,9 +619,7 @@ class DeviceModel:
         return min(room, self._limit(device))
 
     def _limit(self, device: Device) -> int:
-        """Bytes of weights that a device may have at one time."""
-        named = {folded(name): limit for name, limit in self._limits.items()}
-        return named.get(folded(device.name), named.get("", sys.maxsize))
+        return limit_of(device, self._limits)
 
     def _check_room(self, component: DeviceComponent, place: Chain) -> tuple[int, ...]:
         """Bytes that each device of ``place`` has for the component's weights. Raises :class:`DoesNotFit` when they are
@@ -643,7 +641,7 @@ class DeviceModel:
         """A device several times, for as many parts of a component as it has room for one of."""
         device, *others = place.devices
         free = self._room(device)
-        room = free if free == self._limit(device) else max(free - WORKING_ROOM, free // 2)
+        room = free if free == self._limit(device) else beside_work(free)
         apart = room - component.largest()
         layers = -(-component.nbytes // apart) if apart > 0 else LAYERS + 1
         if others or layers > LAYERS:
@@ -722,6 +720,22 @@ class DeviceModel:
                 other.leave(device)
                 why = "where another component needs the room"
                 self.telling.on_event(Event("release", other.name, size, size, reason=why))
+
+
+def limit_of(device: Device, limits: Mapping[str, int]) -> int:
+    """Bytes of weights that a device may have at one time, with ``limits`` by name ("": all others)."""
+    named = {folded(name): limit for name, limit in limits.items()}
+    return named.get(folded(device.name), named.get("", sys.maxsize))
+
+
+def weights_room(device: Device, limits: Mapping[str, int]) -> int:
+    """Bytes of a device's memory that weights may take now."""
+    return min(beside_work(device.memory().free), limit_of(device, limits))
+
+
+def beside_work(free: int) -> int:
+    """What of so many free bytes weights may take, so that there is room to compute with them."""
+    return max(free - WORKING_ROOM, free // 2)
 
 
 def _of_each_lane(choices: Sequence[Lanes]) -> Iterator[list[Chain]]:

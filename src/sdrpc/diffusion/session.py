@@ -29,6 +29,7 @@ from ..runtime.cache import Cache
 from ..runtime.chain import Placed, choices
 from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import TINY, Autoencoder
+from .demands import DRAWING
 from .device_model import DeviceModel
 from .easycache import EasyCache
 from .embeddings import Embeddings
@@ -73,10 +74,6 @@ encoder, whose weights may have left their device meanwhile."""
 
 TOKEN_SIDES = {"flux_flow": 2, "flux2_flow": 1}
 """Latents on a side that FLUX.1 and FLUX.2 make one token of: their shifts follow from the number of tokens."""
-
-
-DRAWING = ("diffusion", HIGH_NOISE, "control")
-"""The components that draw, step by step."""
 
 
 class Session:

@@ -1,0 +1,88 @@
+"""--auto-fit: components where a plan puts them that is made of what devices hold and how fast they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..device_names import AUTO, folded
+from ..errors import DoesNotFit
+from ..runtime.chain import Chain, Lanes, devices_of
+from . import report
+from .progress import mebibytes
+
+if TYPE_CHECKING:
+    from ..device import Device
+    from ..diffusion.fitting import Demand, Plan, Supply
+    from ..diffusion.request import Settings
+    from ..families.model import Model
+
+Placed = Mapping[str, Sequence[Lanes]]
+
+
+def is_asked_for(named: Iterable[Collection[str]]) -> bool:
+    """Whether somebody wrote ``auto`` where devices are named."""
+    return any(folded(name) == AUTO for names in named for name in names)
+
+
+def fitted(
+    model: Model,
+    settings: Settings,
+    placed: Placed,
+    fixed: Collection[str],
+    devices: Sequence[Device],
+    limits: Mapping[str, int],
+) -> dict[str, list[Lanes]]:
+    """``placed``, but the model's components that are not ``fixed`` where a plan puts them, which is told. ``limits``:
+    bytes of weights, by device. Raises :class:`DoesNotFit`."""
+    from ..diffusion.demands import demands
+    from ..diffusion.device_model import weights_room
+    from ..diffusion.fitting import fit, nearest
+
+    wanted = {demand.name: demand for demand in demands(model, settings)}
+    rooms = {device.name: weights_room(device, limits) for device in devices}
+    for name in fixed:
+        for device in devices_of(placed[name][:1]) if name in wanted else ():
+            rooms[device.name] = max(0, rooms[device.name] - wanted[name].size)
+    left = [demand for name, demand in wanted.items() if name not in fixed]
+    plan = fit(left, _supplies(devices, rooms))
+    if plan is None:
+        largest = max(left, key=lambda demand: demand.size)
+        hint = nearest(largest.name, largest.size, largest.largest, rooms)
+        names = " and ".join(rooms)
+        raise DoesNotFit(names, largest.name, largest.size, sum(rooms.values()), tuple(rooms.values()), hint)
+    _tell(plan, {demand.name: demand for demand in left}, rooms)
+    by_name = {device.name: device for device in devices}
+    found = {name: list(places) for name, places in placed.items()}
+    for name, shares in plan.shares.items():
+        several = len(shares) > 1
+        spare = {share.device: 0 if plan.turns else rooms[share.device] - _used(plan, share.device) for share in shares}
+        part_rooms = tuple(share.room + spare[share.device] for share in shares) if several else None
+        found[name] = [Lanes((Chain(tuple(by_name[share.device] for share in shares), part_rooms),))]
+    return found
+
+
+def _supplies(devices: Sequence[Device], rooms: Mapping[str, int]) -> list[Supply]:
+    from ..diffusion.fitting import Supply
+    from ..runtime.speed import speed_of
+
+    return [Supply(device.name, rooms[device.name], *speed_of(device)) for device in devices]
+
+
+def _used(plan: Plan, device: str) -> int:
+    """Bytes of a device that a plan gives away."""
+    return sum(share.room for shares in plan.shares.values() for share in shares if share.device == device)
+
+
+def _tell(plan: Plan, wanted: Mapping[str, Demand], rooms: Mapping[str, int]) -> None:
+    turns = "; components take turns, since they do not fit beside each other" if plan.turns else ""
+    report.say(f"auto-fit: about {plan.seconds:.3g} s a picture, once weights are there{turns}")
+    for device, room in rooms.items():
+        here = [
+            f"{'a part of ' if len(shares) > 1 else ''}{name} ({mebibytes(min(share.room, wanted[name].size))})"
+            for name, shares in plan.shares.items()
+            for share in shares
+            if share.device == device
+        ]
+        if here:
+            report.say(f"auto-fit: {device}, with room for {mebibytes(room)}: {', '.join(here)}")
