@@ -95,8 +95,10 @@ def test_an_autoencoder_is_told_by_its_shapes(component: Component) -> None:
 
 def test_names_become_those_of_diffusers_own_conversion() -> None:
     """Wan 2.1's; of its autoencoder diffusers' leaves one kind of name out in part, shortcuts of the encoder."""
+    of_pictures = next(c for c in FAMILIES["wan2.1-i2v"].of_size("full") if c.name == "diffusion")
     for component, ours, convert in (
         (part("diffusion", "small"), TRANSFORMER, convert_wan_transformer_to_diffusers),
+        (of_pictures, TRANSFORMER, convert_wan_transformer_to_diffusers),
         (part("vae", "full"), film.VAE, convert_wan_vae_to_diffusers),
     ):
         file = in_a_file(component)
