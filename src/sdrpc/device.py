@@ -49,12 +49,13 @@ class Target:
     """Which graphs a device takes: what lowering has to know about it.
 
     ``ops``: operations that may be used. ``managed``: nodes may live in no buffer (the device finds room for them), and
-    only what is flagged OUTPUT is stored.
+    only what is flagged OUTPUT is stored. ``types``: names of types that tensors may have.
     """
 
     name: str
     ops: frozenset[str]
     managed: bool
+    types: frozenset[str]
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,21 @@ def _gguf() -> list[bytes]:
 def _checkpoints() -> list[bytes]:
     pickled = io.BytesIO()
     torch.save({"state_dict": {"a": torch.ones(4, 4).t(), "b": torch.ones(3).half()}, "n": [1, {2: "x"}]}, pickled)
-    return [save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}), pickled.getvalue(), *_gguf()]
+    plain = save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)})
+    return [plain, pickled.getvalue(), *_gguf(), *_quantized()]
+
+
+def _quantized() -> list[bytes]:
+    """A layer in each format that keeps numbers and scales apart."""
+    from safetensors.torch import save as save_torch
+
+    from tools.checkpoints.formats import FORMATS
+
+    matrix = torch.linspace(-1, 1, 64 * 2).reshape(2, 64)
+    made = [write(matrix).tensors for write, _ in FORMATS.values()]
+    files = [save_torch({"l" + end: tensor.contiguous() for end, tensor in tensors.items()}) for tensors in made]
+    said = {"_quantization_metadata": json.dumps({"layers": {"l": {"format": "float8_e4m3fn"}}})}
+    return [*files, save_torch({"l.weight": matrix.to(torch.float8_e4m3fn), "l.weight_scale": torch.ones(2)}, said)]
 
 
 def _lowered() -> list[bytes]:

@@ -21,9 +21,11 @@ from tests.support.pictures import (
     BOUNDS,
     CASES,
     FAMILIES,
+    FORMAT_CASES,
     FORMS,
     HEIGHT,
     NATIVE_CASES,
+    NUMBERS,
     STEPS,
     WIDTH,
     Case,
@@ -50,6 +52,15 @@ backend rounds what it multiplies with. 60 dB is as near as a picture of 8 bits 
 compared before they are rounded.
 """
 
+NUMBERS_HEAD = """
+## Number formats
+
+What else files have numbers in. *exact* and *fast* as above: diffusers' pipeline draws with the dequantized weights.
+Types that ggml does not have are types of our own: our servers hold them as they are, and make floats of them on the
+device. Another server gets F16 instead (of MXFP8 BF16), and sd-cli says what that costs. ConvRot's groups of other
+sizes than 256, integers whose scales F16 does not hold, and rows that are no whole blocks are F16 or BF16 everywhere.
+"""
+
 Distances = Mapping[tuple[Case, str], float]
 Row = tuple[str, str, str]
 
@@ -67,7 +78,24 @@ def document(distances: Distances, before: Mapping[Row, str]) -> str:
         cells = (distances.get((case, name)) for name in COLUMNS)
         shown = " | ".join("" if cell is None else f"{cell:.0f}" for cell in cells)
         lines.append(f"| {' | '.join(row)} | {shown} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_numbers(distances, before), ""])
+
+
+def _numbers(distances: Distances, before: Mapping[Row, str]) -> list[str]:
+    lines = [
+        NUMBERS_HEAD,
+        "| matrices | family | form | held as | bits | exact | fast |",
+        "|---|---|---|---|---:|---:|---:|",
+    ]
+    for case in FORMAT_CASES:
+        title, held, bits = NUMBERS[case.type]
+        row = title, FAMILIES[case.family], FORMS[case.form]
+        if row in before and (case, "exact") not in distances:
+            lines.append(before[row])
+            continue
+        cells = *row, held, bits or "", *(f"{distances[case, name]:.0f}" for name in ("exact", "fast"))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def rows(page: str) -> dict[Row, str]:
@@ -105,7 +133,7 @@ def _opened(stack: ExitStack, endpoints: list[str]) -> list[Device]:
 
 
 def main(families: Sequence[str]) -> None:
-    cases = [case for case in CASES if not families or case.family in families]
+    cases = [case for case in (*CASES, *FORMAT_CASES) if not families or case.family in families]
     with tempfile.TemporaryDirectory() as folder:
         distances = measured(Path(folder), cases)
     before = rows(PATH.read_text(encoding="utf-8")) if families else {}

@@ -17,7 +17,7 @@ from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.ggml.dialect import dialects, newest
 from sdrpc.ggml.ops import OPS
-from sdrpc.ggml.types import TYPES
+from sdrpc.ggml.types import OF_GGML, TYPES
 from sdrpc.server import Server
 from tests.interop.cases import BOUNDS, CASES, OPERATIONS
 from tests.interop.worker import Outcome, Signature
@@ -25,7 +25,7 @@ from tests.interop.worker import Outcome, Signature
 PATH = Path(__file__).parents[2] / "docs" / "operations.md"
 
 FLOATS = ("F32", "F16", "BF16")
-BLOCKS = tuple(name for name, kind in TYPES.items() if not kind.plain)
+BLOCKS = tuple(name for name in TYPES if name in OF_GGML and not TYPES[name].plain)
 READ = {"CPY": 1, "SET_ROWS": 2}
 """How many sources are read where the last one is what is written to."""
 

@@ -26,6 +26,7 @@ from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
 from tests.support.references.draw import Drawing, draw, psnr
 from tools.checkpoints import Made, make
+from tools.checkpoints.formats import FORMATS as QUANTIZED
 
 WIDTH, HEIGHT, STEPS, SEED = 128, 64, 3, 42
 FRAMES = 5
@@ -63,6 +64,18 @@ FAMILIES = {
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
+NUMBERS = {
+    "F8_E4M3": ("fp8 (E4M3)", "F8_E4M3", 8), "F8_E5M2": ("fp8 (E5M2)", "F8_E5M2", 8),
+    "fp8-scaled": ("fp8 scaled (`scaled_fp8`, `scale_weight`)", "F8_E4M3_SCALED", 8.5),
+    "comfy-float8": ("`comfy_quant` float8_e4m3fn", "F8_E4M3_SCALED", 8.5),
+    "comfy-int8": ("`comfy_quant` int8_tensorwise, a scale for each row", "Q8_0", 8.5),
+    "comfy-convrot": ("`comfy_quant` int8_tensorwise with ConvRot", "I8_CONVROT, or F16", 8.125),
+    "comfy-mxfp8": ("`comfy_quant` mxfp8", "MXFP8", 8.25), "comfy-nvfp4": ("`comfy_quant` nvfp4", "NVFP4_SCALED", 5),
+    "bnb-nf4": ("bitsandbytes nf4, with quantized scales", "NF4", 4.5), "bnb-fp4": ("bitsandbytes fp4", "FP4", 4.5),
+    "mixed": ("GGUF of 14 types, another one for each tensor", "as stored", None),
+}  # fmt: skip
+"""Of :data:`FORMAT_CASES`, by type: what they are, in which type our own devices hold matrices, its bits a number."""
+
 FORMS = {
     "safetensors": "one .safetensors", "gguf": "one .gguf", "parts": "a .safetensors for each component",
     "gguf-parts": "GGUF of the diffusion model, and of T5 or a language model if any",
@@ -80,7 +93,7 @@ CASES = (
     *(Case(family, "gguf", kind) for family in ("sd1", "sdxl", "flux1-dev") for kind in ("Q8_0", "Q4_K")),
     *(Case(family, "gguf-parts", kind) for family in ("sdxl", "flux1-dev") for kind in ("Q5_1", "Q6_K")),
     *(Case("chroma", "gguf-parts", kind) for kind in ("Q8_0", "Q4_K")),
-    *(Case(family, "parts", kind) for family in ("sdxl", "flux1-schnell") for kind in ("BF16", "F8_E4M3", "F8_E5M2")),
+    Case("sdxl", "parts", "BF16"),
     *(Case("sd3", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
     *(Case("sd3-without-t5", form) for form in ("safetensors", "parts", "diffusers")),
     *(Case("sd3.5-medium", form) for form in ("safetensors", "gguf", "parts", "diffusers")),
@@ -95,6 +108,13 @@ CASES = (
     Case("krea2", "safetensors"), Case("krea2", "sharded"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
 )  # fmt: skip
+
+FORMAT_CASES = (
+    Case("sdxl", "parts", "F8_E4M3"), Case("flux1-schnell", "parts", "F8_E5M2"),
+    *(Case("flux1-dev", "parts", kind) for kind in QUANTIZED), Case("z-image", "safetensors", "comfy-nvfp4"),
+    *(Case(family, "gguf-parts", "mixed") for family in ("sdxl", "flux1-dev")),
+)  # fmt: skip
+"""What files have numbers in, beside what the families are shown with."""
 
 WAN_PARTS = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v")
 """Which nobody has in one file; A14B's models are those of Wan 2.1."""

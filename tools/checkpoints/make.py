@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from . import names
+from . import formats, names
 from .families import FAMILIES, Component, Family, saved_tensors
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
-from .numbers import PLAIN, Stored, decoded, encoded, random_weight, stored_type
+from .numbers import PLAIN, Stored, as_stored, decoded, encoded, random_weight, stored_type
 from .tokenizers import (
     QwenProcessor,
     clip_tokenizer,
@@ -57,16 +57,26 @@ class Filed:
     def planned(self) -> list[Planned]:
         """The file's tensors."""
         shapes = self.shapes()
-        return [
-            Planned(entry.name, kind, shape, partial(self._stored, entry, shape, kind, shapes))
-            for entry, shape, kind in self._entries(shapes)
-        ]
+        planned = []
+        for entry, shape, kind in self._entries(shapes):
+            if kind not in formats.FORMATS:
+                planned.append(Planned(entry.name, kind, shape, partial(self._stored, entry, shape, kind, shapes)))
+                continue
+            for ending, tensor in self._quantized(entry, shape, kind, shapes).tensors.items():
+                part = as_stored(tensor)
+                name = entry.name.removesuffix(".weight") + ending
+                planned.append(Planned(name, part.type, part.shape, partial(_same, part)))
+        return planned
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The class's tensors with the numbers that the file holds, float32."""
         shapes = self.shapes()
         for entry, shape, kind in self._entries(shapes):
-            numbers = decoded(self._stored(entry, shape, kind, shapes)).reshape(entry.shape(shapes))
+            if kind in formats.FORMATS:
+                numbers = self._quantized(entry, shape, kind, shapes).numbers
+            else:
+                numbers = decoded(self._stored(entry, shape, kind, shapes))
+            numbers = numbers.reshape(entry.shape(shapes))
             parts = entry.layout.split(numbers, [shapes[source] for source in entry.sources])
             yield from zip(entry.sources, parts, strict=True)
 
@@ -82,12 +92,25 @@ class Filed:
             shape = entry.shape(shapes)
             shape = self.reshaped(shape) or shape
             in_blocks = not entry.name.endswith(_NEVER_IN_BLOCKS)
-            yield entry, shape, stored_type(self.type if in_blocks or self.type in PLAIN else "F16", shape)
+            if in_blocks and self.type in formats.FORMATS and formats.fits(self.type, entry.name, shape):
+                yield entry, shape, self.type
+            else:
+                yield (
+                    entry,
+                    shape,
+                    stored_type(self.type if in_blocks or self.type in PLAIN else "F16", shape, entry.name),
+                )
 
     def _stored(self, entry: Entry, shape: Shape, kind: str, shapes: Mapping[str, Shape]) -> Stored:
+        return encoded(self._random(entry, shape, shapes), kind, f"{self.seed} {self.component.name}.{entry.name}")
+
+    def _quantized(self, entry: Entry, shape: Shape, kind: str, shapes: Mapping[str, Shape]) -> formats.Quantized:
+        return formats.FORMATS[kind][0](self._random(entry, shape, shapes))
+
+    def _random(self, entry: Entry, shape: Shape, shapes: Mapping[str, Shape]) -> Tensor:
         name = self.component.name
         sources = [random_weight(f"{name}.{source}", shapes[source], self.seed) for source in entry.sources]
-        return encoded(entry.layout.join(sources).reshape(shape), kind, f"{self.seed} {name}.{entry.name}")
+        return entry.layout.join(sources).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -191,8 +214,9 @@ def make(
 
     ``type`` is the number format of its matrices; ``types`` overrides it for components by name, as ``sizes`` does with
     ``size`` (widths that components share have to be the same in both). In safetensors files the format is one of F32,
-    F16, BF16, F8_E4M3, F8_E5M2; in GGUF files not F8, but any that the gguf library can write, and Q2_K … Q6_K, IQ4_NL
-    and IQ4_XS. Raises :class:`ValueError` for what does not exist.
+    F16, BF16, F8_E4M3, F8_E5M2, or of those of several tensors (:data:`.formats.FORMATS`); in GGUF files neither F8 nor
+    these, but any that the gguf library can write, Q2_K … Q6_K, IQ4_NL and IQ4_XS, and ``mixed``: another one for each
+    tensor. Raises :class:`ValueError` for what does not exist.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family}: there are {', '.join(FAMILIES)}")

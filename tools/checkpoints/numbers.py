@@ -15,6 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import formats
 from .names import Shape
 
 PLAIN = {
@@ -24,7 +25,7 @@ PLAIN = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-INTEGERS = {"I64": torch.int64}
+INTEGERS = {"I64": torch.int64, "I8": torch.int8, "U8": torch.uint8}
 
 
 def random_weight(name: str, shape: Shape, seed: int) -> Tensor:
@@ -45,6 +46,12 @@ def random_weight(name: str, shape: Shape, seed: int) -> Tensor:
     return values.mul_(0.2).add_(0.0 if name.endswith("bias") else 1.0)
 
 
+MIXED = (
+    "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "F16", "BF16",
+)  # fmt: skip
+"""What quantized files of diffusion models consist of, by what is left of a tensor's importance."""
+
+
 class Stored(NamedTuple):
     """A tensor as a file holds it: format, shape of numbers, and bytes (uint8, any shape)."""
 
@@ -53,18 +60,24 @@ class Stored(NamedTuple):
     data: NDArray[np.uint8]
 
 
-def stored_type(type: str, shape: Shape) -> str:
+def stored_type(type: str, shape: Shape, name: str = "") -> str:
     """The format that a tensor of ``shape`` has in a file of ``type``.
 
-    F8 and blocks are for matrices and kernels: beside F8, vectors are BF16; beside blocks they are F32, and matrices
+    F8 and blocks are for matrices and kernels (formats of several tensors for some matrices,
+    :func:`.formats.fits`): beside F8, vectors are BF16; beside blocks they are F32, and matrices
     whose rows are no whole number of blocks F16, as converters do it.
     """
     if type in ("F32", "F16", "BF16"):
         return type
+    if type in formats.FORMATS:
+        return "F16" if len(shape) > 1 else "F32"
     if type in PLAIN:
         return type if len(shape) > 1 else "BF16"
     if len(shape) < 2:
         return "F32"
+    if type == "mixed":
+        fitting = [kind for kind in MIXED if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0]
+        return fitting[int.from_bytes(sha256(name.encode()).digest()[:4], "little") % len(fitting)]
     block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type]]
     return type if shape[-1] % block == 0 else "F16"
 
@@ -81,6 +94,12 @@ def encoded(values: Tensor, type: str, name: str) -> Stored:
     else:
         data = quants.quantize(values.contiguous().numpy(), GGMLQuantizationType[type])
     return Stored(type, shape, data)
+
+
+def as_stored(tensor: Tensor) -> Stored:
+    """A tensor of one of torch's dtypes that files have."""
+    kind = next(name for name, dtype in {**PLAIN, **INTEGERS}.items() if dtype == tensor.dtype)
+    return Stored(kind, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def decoded(stored: Stored) -> Tensor:

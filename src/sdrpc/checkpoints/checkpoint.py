@@ -15,8 +15,9 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..ggml.weight import Weight
-from . import directory, gguf_file, gguf_header, pickled, safetensors_file
+from . import directory, gguf_file, gguf_header, pickled, quantized, safetensors_file
 from .mapped import mapped, no_model
+from .quantized import Stored
 
 
 @dataclass(frozen=True)
@@ -61,32 +62,47 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if directory.is_index(path):
             return _component(path, path.parent, directory.indexed(path), path)
         files = directory.shards(path)
-        return _file(path) if files == [path] else _component(path, path.parent, files)
+        return _joined(path, files) if files == [path] else _component(path, path.parent, files)
     except OSError as error:
         raise CheckpointError(error.filename or path, error.strerror or str(error)) from error
 
 
-def _file(path: Path) -> Checkpoint:
+@dataclass(frozen=True)
+class _Read:
+    """One file as it is stored: ``tensors`` of ggml's types, or ``stored`` ones that may belong together."""
+
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    tensors: Mapping[str, Weight] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+
+
+def _read(path: Path) -> _Read:
     file = mapped(path)
     if bytes(file.data[:4]) == gguf_header.MAGIC:
         tensors, skipped, header = gguf_file.read(file)
         entries = partial(gguf_file.tokenizer, file, header)
         tokenizers = {"": Tokenizer(entries=entries)} if header.arrays else {}
-        return Checkpoint(path, tensors, skipped, header.metadata, tokenizers=tokenizers)
+        return _Read({}, tensors, skipped, header.metadata, tokenizers)
     if safetensors_file.is_safetensors(file.data):
         found = safetensors_file.read(file)
-        return Checkpoint(path, found.tensors, found.skipped, found.metadata)
+        return _Read(found.stored, {}, found.skipped, found.metadata)
     if pickled.is_pickle(file.data):
-        return Checkpoint(path, *pickled.read(file))
+        stored, skipped = pickled.read(file)
+        return _Read(stored, {}, skipped)
     raise CheckpointError(path, no_model(file.data))
 
 
 def _joined(path: Path, files: Sequence[Path]) -> Checkpoint:
-    """Files with different tensors as one; what is said beside them is the first one's."""
-    opened = [_file(file) for file in files]
-    tensors = {name: weight for part in opened for name, weight in part.tensors.items()}
-    skipped = {name: dtype for part in opened for name, dtype in part.skipped.items()}
-    return replace(opened[0], path=path, tensors=tensors, skipped=skipped)
+    """Files with different tensors as one; what is said beside them is the first one's. A tensor and what scales it may
+    be in two files."""
+    parts = [_read(file) for file in files]
+    stored = {name: tensor for part in parts for name, tensor in part.stored.items()}
+    tensors = {name: weight for part in parts for name, weight in part.tensors.items()}
+    skipped = {name: dtype for part in parts for name, dtype in part.skipped.items()}
+    made, unread = quantized.opened(stored, parts[0].metadata)
+    return Checkpoint(path, {**tensors, **made}, {**skipped, **unread}, parts[0].metadata, {}, parts[0].tokenizers)
 
 
 def _component(path: Path, folder: Path, files: Sequence[Path], index: Path | None = None) -> Checkpoint:

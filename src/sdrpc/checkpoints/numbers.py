@@ -1,4 +1,5 @@
-"""Numbers of one tensor type as numbers of another one: plain types by numpy, blocks by the gguf library."""
+"""Numbers of one tensor type as numbers of another one: plain types by numpy, ggml's blocks by the gguf library, those
+of formats that ggml does not have by :mod:`sdrpc.checkpoints.foreign`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..ggml.types import BF16, F16, F32, NUMPY_DTYPES, TYPES, Type
+from . import foreign
 
 Convert = Callable[[np.ndarray], np.ndarray]
 """Bytes (uint8, 1-D) of whole blocks of one type → bytes of another type."""
@@ -29,10 +31,10 @@ def common(types: Iterable[Type]) -> Type:
 
 def unpacked(type: Type) -> Type:
     """The plain type that a tensor has after its blocks were broken up: F16; BF16 where scales are powers of two of
-    any size (MXFP4), which F16 does not hold and BF16 holds exactly."""
+    any size (MXFP4, MXFP8), which F16 does not hold and BF16 holds exactly."""
     if type.plain:
         return type
-    return BF16 if type.name == "MXFP4" else F16
+    return BF16 if type.name in ("MXFP4", "MXFP8") else F16
 
 
 def converter(source: Type, target: Type) -> Convert:
@@ -52,6 +54,8 @@ def _decoder(type: Type) -> Convert:
         return lambda data: (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if type.plain:
         return lambda data: data.view(NUMPY_DTYPES[type.name])
+    if read := foreign.READ.get(type.name):
+        return lambda data: read(data.reshape(-1, type.size)).reshape(-1)
     if not _supported(type.name)[0]:
         raise ValueError(f"{type} can't be unpacked: the gguf library does not read it")
     return lambda data: _gguf().quants.dequantize(data.reshape(-1, type.size), _kind(type)).reshape(-1)
@@ -62,8 +66,8 @@ def _encoder(type: Type) -> Convert:
         return _bfloat16
     if type.plain:
         return lambda values: values.astype(NUMPY_DTYPES[type.name], copy=False)
-    if not _supported(type.name)[1]:
-        raise ValueError(f"{type} can't be made: the gguf library does not write it")
+    if type.name in foreign.READ or not _supported(type.name)[1]:
+        raise ValueError(f"{type} can't be made: nothing here writes it")
     return lambda values: _gguf().quants.quantize(values.astype(np.float32).reshape(-1, type.block), _kind(type))
 
 

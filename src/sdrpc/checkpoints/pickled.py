@@ -18,11 +18,10 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from ..ggml.types import F32, TYPES
-from ..ggml.weight import Weight
-from . import float8
-from .expressions import cast, permute
+from ..ggml.types import TYPES
+from .expressions import permute
 from .mapped import Mapped
+from .quantized import AS_BYTES, Stored
 
 ZIP = b"PK\x03\x04"
 LEGACY = (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"\x80\x02", b"\x80\x04")
@@ -81,7 +80,7 @@ def is_pickle(data: memoryview) -> bool:
 class Opened(NamedTuple):
     """What a file holds. ``skipped``: tensors of types or strides that are not read, with what they are."""
 
-    tensors: Mapping[str, Weight]
+    stored: Mapping[str, Stored]
     skipped: Mapping[str, str]
 
 
@@ -109,7 +108,7 @@ def read(file: Mapped) -> Opened:
     found = dict(_flattened(content))
     if not found:
         raise CheckpointError(file.path, "holds no tensors by name")
-    return _weights(file, found, {name.removeprefix(f"{folder}data/"): place for name, place in entries.items()})
+    return _stored(file, found, {name.removeprefix(f"{folder}data/"): place for name, place in entries.items()})
 
 
 def _entries(file: Mapped) -> dict[str, tuple[int, int]]:
@@ -154,12 +153,11 @@ def _flattened(content: Any) -> Iterator[tuple[str, _Tensor]]:
                     stack.append((prefix if key == "state_dict" else f"{prefix}{key}.", inner, depth + 1))
 
 
-def _weights(file: Mapped, found: Mapping[str, _Tensor], storages: Mapping[str, tuple[int, int]]) -> Opened:
-    tensors: dict[str, Weight] = {}
-    raw: dict[str, tuple[str, Weight]] = {}
+def _stored(file: Mapped, found: Mapping[str, _Tensor], storages: Mapping[str, tuple[int, int]]) -> Opened:
+    stored: dict[str, Stored] = {}
     skipped: dict[str, str] = {}
     for name, tensor in found.items():
-        kind = "I8" if tensor.dtype in float8.FORMATS else tensor.dtype
+        kind = AS_BYTES.get(tensor.dtype, tensor.dtype)
         order = _order(tensor)
         if kind not in TYPES or order is None:
             skipped[name] = tensor.dtype if order is not None else f"{tensor.dtype} with strides {list(tensor.strides)}"
@@ -171,14 +169,9 @@ def _weights(file: Mapped, found: Mapping[str, _Tensor], storages: Mapping[str, 
         size = TYPES[kind].row_bytes(prod(tensor.shape))
         if begin + size > end:
             raise CheckpointError(file.path, "damaged: lies outside of its storage", name)
-        stored = file.weight(name, kind, tuple(tensor.shape[dim] for dim in order), begin, begin + size)
-        weight = permute(stored, sorted(range(len(order)), key=order.__getitem__))
-        if tensor.dtype in float8.FORMATS:
-            raw[name] = tensor.dtype, weight
-        else:
-            tensors[name] = cast(weight, F32) if kind == "F64" else weight
-    made = float8.assembled(tensors, raw)
-    return Opened({name: made[name] for name in found if name in made}, skipped)
+        lying = file.weight(name, kind, tuple(tensor.shape[dim] for dim in order), begin, begin + size)
+        stored[name] = Stored(tensor.dtype, permute(lying, sorted(range(len(order)), key=order.__getitem__)))
+    return Opened(stored, skipped)
 
 
 def _order(tensor: _Tensor) -> tuple[int, ...] | None:

@@ -10,24 +10,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..ggml.types import F32
-from ..ggml.weight import Weight
-from . import float8
-from .expressions import cast
 from .mapped import Mapped
+from .quantized import AS_BYTES, Stored
 
-TYPES = {
-    "F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64", "I64": "I64", "I32": "I32", "I16": "I16", "I8": "I8",
-    "F8_E4M3": "I8", "F8_E5M2": "I8",
-}  # fmt: skip
-"""safetensors' names of types → ggml's; those of 8-bit floats as bytes, see :mod:`sdrpc.checkpoints.float8`."""
+TYPES = {name: name for name in ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8")} | AS_BYTES
+"""safetensors' names of types → ggml's."""
 
 
 @dataclass(frozen=True)
 class Opened:
     """What one file holds. ``skipped``: tensors of types that are not read, with the type."""
 
-    tensors: Mapping[str, Weight]
+    stored: Mapping[str, Stored]
     skipped: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -39,7 +33,7 @@ def is_safetensors(data: memoryview) -> bool:
 
 
 def read(file: Mapped) -> Opened:
-    """All tensors: F64 as F32, 8-bit floats as F16 or BF16. Raises :class:`CheckpointError`."""
+    """All tensors as they are stored. Raises :class:`CheckpointError`."""
     path, data = file.path, file.data
     offset = 8 + int.from_bytes(data[:8], "little")
     header = _header(file, offset)
@@ -51,21 +45,15 @@ def read(file: Mapped) -> Opened:
             shapes = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries}
     except (SafetensorError, ValueError, OverflowError) as error:
         raise CheckpointError(path, f"damaged: {error}") from error
-    tensors: dict[str, Weight] = {}
-    raw: dict[str, tuple[str, Weight]] = {}
+    stored: dict[str, Stored] = {}
     skipped: dict[str, str] = {}
     for name, (dtype, shape) in shapes.items():
         if dtype not in TYPES:
             skipped[name] = dtype
             continue
         begin, end = (offset + at for at in header[name]["data_offsets"])
-        weight = file.weight(name, TYPES[dtype], shape, begin, end)
-        if dtype in float8.FORMATS:
-            raw[name] = dtype, weight
-        else:
-            tensors[name] = cast(weight, F32) if dtype == "F64" else weight
-    made = float8.assembled(tensors, raw)
-    return Opened({name: made[name] for name in shapes if name in made}, skipped, metadata)
+        stored[name] = Stored(dtype, file.weight(name, TYPES[dtype], shape, begin, end))
+    return Opened(stored, skipped, metadata)
 
 
 def _header(file: Mapped, end: int) -> dict[str, Any]:

@@ -112,6 +112,10 @@ class Meter:
             amount = f"{mebibytes(event.done)} of {mebibytes(event.total)}{speed}"
             self._status.show(f"{event.component}: weights", event.done / max(event.total, 1), amount)
 
+    def _unpacked(self, event: Event) -> None:
+        sizes = f"{mebibytes(event.done)} of weights are sent and held as {mebibytes(event.total)}"
+        self._say(f"{event.component}: {event.device} has no {event.reason}: {sizes}")
+
     def _release(self, event: Event) -> None:
         self._say(f"{event.component}: its weights left their device, {event.reason}")
 
@@ -157,6 +161,7 @@ class Meter:
 _SHOWN = {
     "capture": Meter._capture,
     "upload": Meter._upload,
+    "unpacked": Meter._unpacked,
     "release": Meter._release,
     "encode": Meter._encode,
     "sample": Meter._sample,

@@ -41,9 +41,7 @@ from .liveness import is_gone, keep_asking
 from .refused import Refused
 from .secure import secured, show_key
 
-CAPABILITIES = (
-    Capability.AHEAD | Capability.ERRORS | Capability.MANAGED | Capability.CACHE | Capability.BEATS | Capability.REASONS
-)
+CAPABILITIES = Capability(sum(Capability)) & ~Capability.LOCKED
 MAX_DEVICES = 256
 """More devices than this nobody has: a larger number is a broken or malicious server."""
 _AT_ONCE = 1 << 18

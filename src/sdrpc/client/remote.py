@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import count
@@ -25,9 +25,11 @@ from ..errors import (
     LocalProtocolError,
     OutOfMemory,
     RemoteProtocolError,
+    UnsupportedOperation,
     UsageError,
 )
 from ..ggml import validate
+from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph
 from ..targets import PORTABLE, SDRPC
 from ..wire import messages
@@ -234,7 +236,8 @@ class RemoteDevice(Device):
 
     @property
     def target(self) -> Target:
-        return SDRPC if self._server.connection.capabilities & Capability.MANAGED else PORTABLE
+        connection = self._server.connection
+        return _target(connection.capabilities, connection.dialect)
 
     @property
     def alignment(self) -> int:
@@ -339,7 +342,10 @@ class RemoteDevice(Device):
         :class:`UnsupportedOperation` for what we or the server's protocol version don't have.
         """
         used = {key: self._own(buffer) for key, buffer in buffers.items()}
-        validate.check(graph, {key: buffer.size for key, buffer in used.items()}, managed=self.target.managed)
+        target = self.target
+        validate.check(graph, {key: buffer.size for key, buffer in used.items()}, managed=target.managed)
+        if strange := {tensor.type.name for tensor in graph.tensors} - target.types:
+            raise UnsupportedOperation(f"{self.name} has no type {', '.join(sorted(strange))}")
 
         def locate(key: int, offset: int) -> tuple[int, int]:
             return used[key].handle, used[key].base + offset
@@ -394,6 +400,13 @@ class RemoteDevice(Device):
             nb=(1, size, size, size),
             data=buffer.base + offset,
         )
+
+
+def _target(capabilities: Capability, dialect: Dialect) -> Target:
+    """What a server with these capabilities, speaking ``dialect``, takes."""
+    target = SDRPC if Capability.MANAGED in capabilities else PORTABLE
+    ours = target.managed and Capability.FORMATS in capabilities
+    return target if ours else replace(target, types=frozenset(dialect.type_numbers))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count, islice
+from math import prod
 from threading import Lock, RLock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..checkpoints.deltas import Delta, merged
+from ..checkpoints.deltas import Delta, can_merge, merged
+from ..checkpoints.expressions import cast
+from ..checkpoints.numbers import unpacked
 from ..device import Device, Target
 from ..device_names import folded
 from ..errors import Cancelled, DeviceLost, DoesNotFit
@@ -32,7 +35,7 @@ from ..runtime.chain import Chain, Chained, Lanes, devices_of
 from ..runtime.cutting import Part, parts, positions, profile, whole
 from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
-from ..runtime.run import Executable, WeightStore
+from ..runtime.run import Executable, WeightStore, held_as
 from .events import Cancel, Event, OnEvent, Stage
 from .fitting import nearest
 from .stage_timer import StageTimer
@@ -170,8 +173,12 @@ class DeviceComponent:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights, as they are stored."""
-        return self.component.found.nbytes()
+        """Bytes of its weights on its devices."""
+        return self.nbytes_on(self.chain)
+
+    def nbytes_on(self, place: Chain) -> int:
+        """Bytes of its weights as the devices of ``place`` hold them."""
+        return self.component.found.nbytes(lambda stored: held_as(stored, place.target))
 
     def needs(self, device: Device) -> int:
         """Bytes of its weights that are on ``device`` at one time, or will be."""
@@ -191,7 +198,8 @@ class DeviceComponent:
             return [self.nbytes * room // max(sum(rooms), 1) for room in rooms]
         sizes = [0] * len(self._shares)
         for name, part in self._part_of.items():
-            sizes[part] += self._weights[name].nbytes
+            weight = self._weights[name]
+            sizes[part] += held_as(weight.type, self._target).row_bytes(prod(weight.shape))
         return sizes
 
     def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
@@ -258,6 +266,11 @@ class DeviceComponent:
                 merges.setdefault(name, []).append((change, strength))
         others = {name for name in merges.keys() | self._merges.keys() if merges.get(name) != self._merges.get(name)}
         self._merges = merges
+        stored = self.component.found.tensors
+        if any(not can_merge(stored[name].type) for name in others & stored.keys()):
+            self.release()  # they change their type
+            self._weights.clear()
+            return
         self._weights |= self._taken({name: w.shape for name, w in self._weights.items() if name in others})
         for share in self._shares if others else ():
             share.weights.renew(others)
@@ -265,12 +278,23 @@ class DeviceComponent:
     def _taken(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
         """The weights of these names and shapes, with what is merged into them."""
         found = self.component.found.take(shapes)
-        weights = {n: merged(w, self._merges[n]) if n in self._merges else w for n, w in found.items()}
+        weights = {n: self._with_merges(n, w) if n in self._merges else w for n, w in found.items()}
         return {n: replace(w, pieces=Held(w)) for n, w in weights.items()} if self.waits == "cpu" else weights
 
     def largest(self) -> int:
         """Bytes of its largest weight, which can't be on two devices."""
-        return max((weight.nbytes for weight in self.component.found.tensors.values()), default=0)
+        held = [held_as(w.type, self._target).row_bytes(prod(w.shape)) for w in self.component.found.tensors.values()]
+        return max(held, default=0)
+
+    def _with_merges(self, name: str, weight: Weight) -> Weight:
+        return merged(weight if can_merge(weight.type) else cast(weight, unpacked(weight.type)), self._merges[name])
+
+    def _types(self) -> dict[str, Type]:
+        """The types in which the device has the weights."""
+        stored = {name: weight.type for name, weight in self.component.found.tensors.items()}
+        changed = {name for name in self._merges if name in stored and not can_merge(stored[name])}
+        target = self._target
+        return {name: unpacked(t) if name in changed else held_as(t, target) for name, t in stored.items()}
 
     def release(self) -> None:
         """Free what it has on its devices."""
@@ -309,6 +333,7 @@ class DeviceComponent:
         self._shares = [
             _Share(device, self._weights, self._adapter_weights, self._uploaded, path) for device in chain.devices
         ]
+        self._told_unpacked = False
         self._part_of: dict[str, int] = {}
         """The part of each weight that a graph which was cut reads."""
 
@@ -317,7 +342,8 @@ class DeviceComponent:
             with self._telling.stage("capture", self.name):
                 return captured(module, inputs, self._target, types)
 
-        types = {name: weight.type for name, weight in self.component.found.tensors.items()}
+        types = self._types()
+        self._tell_unpacked()
         wanted = key(
             self._target,
             module=module.digest,
@@ -343,6 +369,15 @@ class DeviceComponent:
                 raise
             return program
 
+    def _tell_unpacked(self) -> None:
+        """Say once what it costs that the devices do not have a type of the file's."""
+        found = self.component.found
+        strange = {w.type.name for w in found.tensors.values()} - self._target.types
+        if strange and not self._told_unpacked:
+            self._told_unpacked, what = True, ", ".join(sorted(strange))
+            size, now = found.nbytes(), self.nbytes
+            self._telling.on_event(Event("unpacked", self.name, size, now, device=self.chain.name, reason=what))
+
     def _cut(self, lowered: Lowered) -> Sequence[Part]:
         """A graph's parts, one for each device of the chain. Raises :class:`DoesNotFit` where it can't be cut so that
         they have room."""
@@ -351,7 +386,8 @@ class DeviceComponent:
         facts, known = profile(lowered), self._part_of
         taken = [0] * len(self._shares)
         for name, part in known.items():
-            taken[part] += self._weights[name].nbytes
+            weight = self._weights[name]
+            taken[part] += held_as(weight.type, self._target).row_bytes(prod(weight.shape))
         rooms = [max(room - size, 0) for room, size in zip(self._rooms, taken, strict=True)]
         cuts = positions(facts, rooms, known)
         if cuts is None:
@@ -627,8 +663,8 @@ class DeviceModel:
         if place.rooms is not None or (component.resident and component.chain == place):
             return ()
         rooms = tuple(map(self._room, place.devices))
-        if component.nbytes > sum(rooms):
-            raise DoesNotFit(place.name, component.name, component.nbytes, sum(rooms), rooms, self._hint(component))
+        if (needed := component.nbytes_on(place)) > sum(rooms):
+            raise DoesNotFit(place.name, component.name, needed, sum(rooms), rooms, self._hint(component))
         return rooms
 
     def _hint(self, component: DeviceComponent) -> str:

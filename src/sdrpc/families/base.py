@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..ggml.types import Type
 from ..ggml.weight import Weight
 from ..prompts.learned import NOTHING, Learned
 
@@ -163,11 +165,11 @@ class Found:
             taken[name] = replace(weight, shape=shape)
         return taken
 
-    def nbytes(self) -> int:
-        """Bytes of the weights that pictures need, as they are stored."""
+    def nbytes(self, held: Callable[[Type], Type] = lambda stored: stored) -> int:
+        """Bytes of the weights that pictures need, in the types in which they are ``held``, for those as stored."""
         idle = self.component.idle
         once = {id(weight): weight for name, weight in self.tensors.items() if not name.startswith(idle)}
-        return sum(weight.nbytes for weight in once.values())  # some have two names
+        return sum(held(w.type).row_bytes(prod(w.shape)) for w in once.values())  # some have two names
 
     def _why_missing(self, name: str) -> str:
         for skipped, dtype in self.checkpoint.skipped.items():

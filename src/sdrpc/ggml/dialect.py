@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 
-from .types import TYPES, Type
+from .types import OWN_TYPES, TYPES, Type
 
 Version = tuple[int, int, int]
 
@@ -64,8 +64,13 @@ class Dialect:
 
     @cached_property
     def types(self) -> dict[int, Type]:
-        """Type number → type."""
-        return {number: TYPES[name] for name, number in self.type_numbers.items()}
+        """Type number → type, those of our own too."""
+        return {number: TYPES[name] for name, number in self.type_numbers.items()} | OWN_TYPES
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The other way round, by name."""
+        return {kind.name: number for number, kind in self.types.items()}
 
 
 @cache

@@ -1,7 +1,8 @@
 """ggml's tensor types and the sizes of their blocks.
 
 The sizes are those of ggml's ``type_traits`` (ggml.c, ggml-common.h); the numbers by which peers name the types differ
-between versions and stand in ``dialects.json``.
+between versions and stand in ``dialects.json``. Beside them are types of our own, for formats of files that ggml has
+no type for.
 """
 
 from __future__ import annotations
@@ -46,7 +47,26 @@ _SIZES = {
     "TQ2_0": (256, 66),
 }  # fmt: skip
 
-TYPES: dict[str, Type] = {name: Type(name, block, size) for name, (block, size) in _SIZES.items()}
+_OWN_SIZES = {
+    # 8-bit floats: as they are; with the scale of their tensor or row (F32) before each block; with one of E8M0
+    "F8_E4M3": (32, 32), "F8_E5M2": (32, 32), "F8_E4M3_SCALED": (64, 68), "F8_E5M2_SCALED": (64, 68),
+    "MXFP8": (32, 33),
+    # 4 bits: NVFP4 with the scale of its tensor (F32) before each block; bitsandbytes' types with that of a block (F32)
+    "NVFP4_SCALED": (64, 40), "NF4": (64, 36), "FP4": (64, 36),
+    # 8-bit integers of rotated rows, after the scale of their row (F32)
+    "I8_CONVROT": (256, 260),
+}  # fmt: skip
+"""Types that ggml does not have and files do: how our own peers hold them. :mod:`sdrpc.engine.blocks.foreign` says what
+an element is."""
+
+TYPES: dict[str, Type] = {name: Type(name, block, size) for name, (block, size) in {**_SIZES, **_OWN_SIZES}.items()}
+
+OWN_TYPES: dict[int, Type] = {1000 + i: TYPES[name] for i, name in enumerate(_OWN_SIZES)}
+"""Our own types by the numbers that our own peers have for them, in every dialect, far from any that ggml may come
+to have."""
+
+OF_GGML = frozenset(_SIZES)
+"""The names of ggml's own types."""
 
 F32, F16, BF16, I32, I64, I8 = (TYPES[name] for name in ("F32", "F16", "BF16", "I32", "I64", "I8"))
 

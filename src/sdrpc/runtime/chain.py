@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,7 +47,9 @@ class Chain:
     @property
     def target(self) -> Target:
         """Which graphs all of the devices take."""
-        return min((device.target for device in self.devices), key=lambda target: (target.managed, len(target.ops)))
+        targets = [device.target for device in self.devices]
+        least = min(targets, key=lambda target: (target.managed, len(target.ops)))
+        return replace(least, types=frozenset.intersection(*(target.types for target in targets)))
 
     @cached_property
     def turns(self) -> Turn:

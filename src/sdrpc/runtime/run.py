@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checkpoints.expressions import cast
-from ..device import Buffer, Content, Device, Program
+from ..checkpoints.numbers import unpacked
+from ..device import Buffer, Content, Device, Program, Target
 from ..errors import CheckpointError, UsageError
 from ..ggml.memory_planner import aligned, bind, lay_out, place
 from ..ggml.tensor import Tensor, rewrite
@@ -31,6 +32,11 @@ SCRATCH = -1
 
 Place = tuple[Buffer, int]
 """A buffer and an offset into it, in bytes."""
+
+
+def held_as(type: Type, target: Target) -> Type:
+    """The type in which a device holds weights of ``type``: that one, or what it is unpacked to before it is sent."""
+    return type if type.name in target.types else unpacked(type)
 
 
 class _Placing(NamedTuple):
@@ -146,7 +152,7 @@ class WeightStore:
         if tuple(weight.shape) != parameter.shape:
             reason = f"has the shape {list(weight.shape)}, not {list(parameter.shape)}"
             raise CheckpointError(self._source, reason, parameter.name)
-        if weight.type != parameter.leaf.type and parameter.leaf.type != F32:
+        if parameter.leaf.type not in (weight.type, unpacked(weight.type), F32):
             raise CheckpointError(self._source, f"is {weight.type}, not {parameter.leaf.type}", parameter.name)
         return cast(weight, parameter.leaf.type)
 

@@ -25,7 +25,7 @@ from .version_memory import Offer
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS | Capability.REASONS
+CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS | Capability.REASONS | Capability.FORMATS
 """What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it has one."""
 
 

@@ -354,7 +354,7 @@ def encode_graph(graph: Graph, device: int, dialect: Dialect, name_length: int, 
             raise LocalProtocolError(f"{tensor!r}: {len(operands)} operands; the protocol has room for {MAX_SRC}")
         return Record(
             id=ids[tensor],
-            type=dialect.type_numbers[tensor.type.name],
+            type=dialect.numbers[tensor.type.name],
             buffer=handle,
             ne=tensor.ne,
             nb=_dims([stride % WORD for stride in tensor.nb]),
@@ -383,6 +383,6 @@ def _is_cast(node: Tensor) -> bool:
 
 def _check_expressible(graph: Graph, dialect: Dialect) -> None:
     ops = {node.op for node in graph.nodes} - set(dialect.ops)
-    types = {tensor.type.name for tensor in graph.tensors} - set(dialect.type_numbers)
+    types = {tensor.type.name for tensor in graph.tensors} - set(dialect.numbers)
     if ops or types:
         raise UnsupportedOperation(f"protocol {dialect.version} has no {', '.join(sorted(ops | types))}")

@@ -43,6 +43,8 @@ class Capability(IntFlag):
     says so and goes on."""
     AHEAD = 64
     """The server's devices queue what they are to do, so that it pays to send it before it is their turn."""
+    FORMATS = 128
+    """Tensors may be of types that ggml does not have (:data:`sdrpc.ggml.types.OWN_TYPES`)."""
 
 
 NATIVE = Capability(0)

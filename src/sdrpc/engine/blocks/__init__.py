@@ -1,8 +1,8 @@
 """Blocks of quantized numbers as floats, and floats as blocks: on the device, without a loop over blocks.
 
 Layouts are those of ggml-common.h (``block_q4_0`` and so on), the arithmetic that of ggml-quants.c: what is read and
-what is written is the same as ggml's, bit for bit. A reader gets [n, bytes of a block] of uint8 and gives [n, elements
-of a block] of float32, a writer the reverse.
+what is written is the same as ggml's, bit for bit. (Types that ggml does not have: :mod:`.foreign`.)
+A reader gets [n, bytes of a block] of uint8 and gives [n, elements of a block] of float32, a writer the reverse.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from sdrpc.ggml.types import Type
 
 from ..deadline import checkpoint
 from ..dtypes import shape_of
-from . import i_quants, k_quants, legacy_quants
+from . import foreign, i_quants, k_quants, legacy_quants
 
 __all__ = ["READ", "WRITE", "dequantize", "quantize"]
 
-READ: dict[str, Callable[[Tensor], Tensor]] = {**legacy_quants.READ, **k_quants.READ, **i_quants.READ}
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    **legacy_quants.READ, **k_quants.READ, **i_quants.READ, **foreign.READ,
+}  # fmt: skip
 """The quantized types that can be read, by name: all."""
 
 WRITE: dict[str, Callable[[Tensor], Tensor]] = {**legacy_quants.WRITE, **k_quants.WRITE, **i_quants.WRITE}

@@ -1,7 +1,6 @@
 """Products of integers: weights of 8 bits a number, with scales, and activations that are quantized when they come.
 
-Both were rotated before (ConvRot, arXiv:2512.03673), which spreads outliers: k numbers in groups of 4ⁿ, each group
-times the n-th Kronecker power of H4 / 2, H4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]].
+Both were rotated before (ConvRot, :func:`sdrpc.engine.arithmetic.rotated`), which spreads outliers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from sdrpc.ggml.params import MulMat, Rotation
 from sdrpc.ggml.rules.products import bytes_of_rows
 
-from ..arithmetic import quotient
+from ..arithmetic import quotient, rotated
 from ..deadline import checkpoint
 from ..dtypes import shape_of
 from ..operations import EngineOp
@@ -27,22 +26,9 @@ EXACT_SUM = 1 << 10
 multiplies; and TF32, which some do it in, still holds 8 bits. Of more, sums are added up as integers."""
 
 
-def _rotated(x: Tensor, group: int) -> Tensor:
-    """``x`` [rows, k] with each ``group`` of its numbers rotated, by H4 in steps. Additions have ggml's order: what is
-    rounded to 8 bits next goes the same way then."""
-    shape = x.shape
-    x = x * group**-0.5  # a power of two
-    step = 1
-    while step < group:
-        a, b, c, d = x.reshape(-1, 4, step).unbind(1)
-        x = torch.stack((a + b + c - d, a + b - c + d, a - b + c + d, b - a + c + d), 1)
-        step *= 4
-    return x.reshape(shape)
-
-
 def _quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The rows of ``x`` in int8, rotated, [rows, k], and each row's scale, [rows, 1]."""
-    x = _rotated(x.reshape(-1, x.shape[-1]), group)
+    x = rotated(x.reshape(-1, x.shape[-1]), group)
     scale = quotient(x.abs().amax(1, keepdim=True), 127)
     numbers = x * torch.where(scale == 0, 0.0, 1 / scale)
     return numbers.round().clamp(-127, 127).to(torch.int8), scale

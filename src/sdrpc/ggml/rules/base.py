@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 from ...errors import GraphError, UnsupportedOperation
 from ..params import Params
 from ..tensor import Dims, Tensor
-from ..types import TYPES, Type
+from ..types import OF_GGML, TYPES, Type
 
 FLOATS = frozenset({"F32", "F16", "BF16"})
 """Types that values are computed in."""
@@ -17,8 +17,9 @@ ALL = frozenset(TYPES)
 PLAIN = frozenset(t.name for t in TYPES.values() if t.plain)
 READABLE = FLOATS | (ALL - PLAIN)
 """Types that floats can be made of."""
-WRITABLE = READABLE - {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
-"""Types that can be made of floats; those that are left out ggml makes in files only, with weights of importance."""
+WRITABLE = (READABLE & OF_GGML) - {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"}
+"""Types that can be made of floats; those that are left out ggml makes in files only, with weights of importance, and
+those of our own are in files of others."""
 INDICES = frozenset({"I32", "I64"})
 P = TypeVar("P", bound=Params)
 P_co = TypeVar("P_co", covariant=True)
