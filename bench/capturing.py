@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.runtime.lowered import to_bytes
@@ -76,4 +76,5 @@ def _peak() -> int:
 
 if __name__ == "__main__":
     named, shapes = (json.loads(text) for text in sys.argv[1:])
-    print(json.dumps(_capture(ModelFiles(**{name: Path(path) for name, path in named.items()}), shapes)))
+    paths: dict[str, Any] = {name: Path(path) for name, path in named.items()}
+    print(json.dumps(_capture(ModelFiles(**paths), shapes)))

@@ -11,7 +11,7 @@ from functools import partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -144,7 +144,8 @@ def checkpoint(home: Path, family: str, size: str, text_encoders: str, type: str
             part = path.with_name(f"part-{path.name}")
             _write(part, filed, numbers, FAMILIES[family].architecture)
             part.rename(path)
-    return ModelFiles(diffusion_model=paths.pop("diffusion"), **paths)
+    named: dict[str, Any] = {"diffusion_model": paths.pop("diffusion"), **paths}
+    return ModelFiles(**named)
 
 
 def _write(path: Path, filed: Filed, numbers: Numbers, architecture: str | None) -> None:

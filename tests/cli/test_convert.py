@@ -20,11 +20,19 @@ PSNR_Q8 = 25.0
 """dB between pictures of the same random weights in F32 and, matrices, in Q8_0; other weights give about 10."""
 
 
-@pytest.mark.parametrize(("options", "least"), [((), PSNR_EXACT), (("--type", "q8_0"), PSNR_Q8)], ids=["as-is", "q8_0"])
+@pytest.mark.parametrize(
+    ("suffix", "options", "least"),
+    [
+        (".gguf", (), PSNR_EXACT),
+        (".gguf", ("--type", "q8_0", "--tensor-type-rules", r"^vae\.=f16,ff.net=q4_1"), PSNR_Q8),
+        (".safetensors", (), PSNR_EXACT),
+    ],
+    ids=["as-is", "q8_0", "safetensors"],
+)
 def test_a_converted_model_draws_the_same_picture(
-    sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path, options: tuple[str, ...], least: float
+    sd: Sd, servers: Servers, checkpoint: Path, tmp_path: Path, suffix: str, options: tuple[str, ...], least: float
 ) -> None:
-    converted = tmp_path / "tiny.gguf"
+    converted = tmp_path / f"tiny{suffix}"
     outcome = sd("-M", "convert", "-m", checkpoint, "-o", converted, *options)
     assert outcome.status == 0, outcome.err
     assert outcome.out.split() == [str(converted)]
@@ -47,9 +55,13 @@ def test_the_default_output(sd: Sd, checkpoint: Path, tmp_path: Path, monkeypatc
     ("arguments", "status", "says"),
     [
         (("--type", "q4_K"), 2, r"--type q4_K: there are f32"),
-        (("-o", "model.safetensors"), 2, r"a \.gguf file"),
+        (("-o", "model.bin"), 2, r"a \.gguf or \.safetensors file"),
+        (("-o", "model.safetensors", "--type", "q8_0"), 2, r"a \.safetensors file has no such type"),
+        (("--tensor-type-rules", "q8_0"), 2, r"a rule is PATTERN=TYPE"),
+        (("--tensor-type-rules", "(=q8_0"), 2, r"'\(' is no regular expression"),
+        (("--tensor-type-rules", "vae=q9"), 2, r"q9: there are f32"),
         (("-o", "/proc/nowhere/model.gguf"), 2, r"can't write"),
-        (("--vae", "{checkpoint}"), 2, r"one file with -m"),
+        (("--vae", "{checkpoint}"), 2, r"takes one file, with -m or"),
         (("-m", "absent.safetensors"), 1, r"absent\.safetensors: No such file"),
     ],
 )

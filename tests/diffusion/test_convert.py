@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,18 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from sdrpc.diffusion.convert import CONVERTIBLE, type_named, type_of, write_gguf
+from sdrpc.checkpoints.expressions import cast
+from sdrpc.checkpoints.numbers import unpacked
+from sdrpc.diffusion.convert import HOLDS, write_model
 from sdrpc.errors import CheckpointError, UsageError
+from sdrpc.families.base import find
 from sdrpc.families.configs import METADATA_KEY
 from sdrpc.families.model import ModelFiles, open_model
+from sdrpc.families.registry import FAMILIES
+from sdrpc.families.weight_types import AS_STORED, WRITABLE, WeightTypes, names_of, weight_types
 from sdrpc.ggml.types import F32, TYPES
 from sdrpc.ggml.weight import View, Weight
+from tools.checkpoints import make
 
 ERROR = {
     "F32": 0, "F16": 0, "BF16": 1 / 256, "Q8_0": 1 / 200, "Q5_1": 1 / 25, "Q5_0": 1 / 15, "Q4_1": 1 / 12, "Q4_0": 1 / 7,
@@ -41,14 +48,14 @@ def only_text(weights: dict[str, Any]) -> dict[str, Any]:
     return {n: w for n, w in weights.items() if n.startswith(prefix)} | {name: weights[name][:128].clone()}
 
 
-@pytest.mark.parametrize("name", CONVERTIBLE)
+@pytest.mark.parametrize("name", WRITABLE)
 def test_tensor_by_tensor(name: str, tiny: Path, tmp_path: Path) -> None:
     source, path = open_checkpoint(tiny), tmp_path / "model.gguf"
-    assert write_gguf(source, path, TYPES[name]) == []
+    assert write_model(source, path, weight_types(name)) == []
     made = open_checkpoint(path)
     assert list(made.tensors) == list(source.tensors)
     for before, after in zip(source.tensors.values(), made.tensors.values(), strict=True):
-        assert (after.type, after.shape) == (type_of(before, TYPES[name]), before.shape)
+        assert (after.type, after.shape) == (WeightTypes(TYPES[name]).of(before), before.shape)
         if after.type == before.type:
             assert bytes(after.data()) == bytes(before.data())
             continue
@@ -62,7 +69,7 @@ def test_tensor_by_tensor(name: str, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_is_the_same_one(tiny: Path, tmp_path: Path) -> None:
-    write_gguf(open_checkpoint(tiny), tmp_path / "model.gguf")
+    write_model(open_checkpoint(tiny), tmp_path / "model.gguf")
     ours, theirs = open_model(ModelFiles(tmp_path / "model.gguf")), open_model(ModelFiles(tiny))
     for name, component in theirs.components.items():
         assert ours[name].config == component.config
@@ -86,18 +93,18 @@ def test_a_model_is_the_same_one(tiny: Path, tmp_path: Path) -> None:
     ],
 )
 def test_which_tensors_get_the_type(name: str, shape: tuple[int, ...], wanted: str, given: str) -> None:
-    assert type_of(Weight(name, F32, shape, View(memoryview(b""))), TYPES[wanted]).name == given
+    assert WeightTypes(TYPES[wanted]).of(Weight(name, F32, shape, View(memoryview(b"")))).name == given
 
 
 def test_whole_numbers_stay() -> None:
     weight = Weight("position_ids", TYPES["I64"], (1, 77), View(memoryview(b"")))
-    assert type_of(weight, TYPES["F16"]) == weight.type
+    assert WeightTypes(TYPES["F16"]).of(weight) == weight.type
 
 
 def test_a_file_that_is_quantized_already(tiny: Path, tmp_path: Path) -> None:
-    write_gguf(open_checkpoint(tiny), tmp_path / "small.gguf", TYPES["Q8_0"])
+    write_model(open_checkpoint(tiny), tmp_path / "small.gguf", weight_types("Q8_0"))
     small = open_checkpoint(tmp_path / "small.gguf")
-    write_gguf(small, tmp_path / "large.gguf", TYPES["F32"])
+    write_model(small, tmp_path / "large.gguf", weight_types("F32"))
     large = open_checkpoint(tmp_path / "large.gguf")
     name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_k.weight"
     assert large.tensors[name].type == F32
@@ -107,7 +114,7 @@ def test_a_file_that_is_quantized_already(tiny: Path, tmp_path: Path) -> None:
 def test_what_a_file_says_goes_along(tiny_weights: dict[str, Any], tmp_path: Path) -> None:
     said = {"unet": {"sample_size": 16, "attention_head_dim": 4}, "scaling_factor": 0.5, "more": "than we know"}
     save_file(tiny_weights, tmp_path / "a.safetensors", {METADATA_KEY: json.dumps(said), "format": "pt"})
-    write_gguf(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", TYPES["Q8_0"])
+    write_model(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", weight_types("Q8_0"))
     assert json.loads(open_checkpoint(tmp_path / "a.gguf").metadata[METADATA_KEY]) == said
     model = open_model(ModelFiles(tmp_path / "a.gguf"))
     assert (model.size, model.scale, model["diffusion"].config["attention_head_dim"]) == ((128, 128), 0.5, 4)
@@ -117,7 +124,7 @@ def test_what_a_directory_says_goes_along(maker: ModuleType, tiny_weights: dict[
     maker.write_diffusers(tmp_path / "model", tiny_weights)
     config = tmp_path / "model" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 32, "attention_head_dim": 2}))
-    write_gguf(open_checkpoint(tmp_path / "model"), tmp_path / "a.gguf", TYPES["F16"])
+    write_model(open_checkpoint(tmp_path / "model"), tmp_path / "a.gguf", weight_types("F16"))
     ours, theirs = open_model(ModelFiles(tmp_path / "a.gguf")), open_model(ModelFiles(tmp_path / "model"))
     assert [c.config for c in ours.components.values()] == [c.config for c in theirs.components.values()]
     assert (ours.size, ours.scale) == ((256, 256), theirs.scale)
@@ -126,7 +133,7 @@ def test_what_a_directory_says_goes_along(maker: ModuleType, tiny_weights: dict[
 def test_only_what_belongs_to_the_model(tiny_weights: dict[str, Any], tmp_path: Path) -> None:
     weights = only_text(tiny_weights)
     save_file(weights | {"model_ema.decay": torch.zeros(1)}, tmp_path / "a.safetensors")
-    assert write_gguf(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf") == ["model_ema.decay"]
+    assert write_model(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf") == ["model_ema.decay"]
     assert open_checkpoint(tmp_path / "a.gguf").tensors.keys() == weights.keys()
 
 
@@ -153,26 +160,77 @@ def test_what_cannot_be_converted(
 ) -> None:
     save_file(weights(only_text(tiny_weights)), tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=reason):
-        write_gguf(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", TYPES[wanted])
+        write_model(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", weight_types(wanted))
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_types_that_the_library_cannot_read(tmp_path: Path) -> None:
     name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     weight = Weight(name, TYPES["Q8_1"], (1, 32), View(memoryview(bytes(36))))
-    with pytest.raises(CheckpointError, match="from Q8_1 into F16"):
-        write_gguf(Checkpoint(Path("a.gguf"), {name: weight}), tmp_path / "b.gguf", TYPES["F16"])
+    with pytest.raises(CheckpointError, match="Q8_1 can't be unpacked"):
+        write_model(Checkpoint(Path("a.gguf"), {name: weight}), tmp_path / "b.gguf", weight_types("F16"))
 
 
 def test_types_by_name() -> None:
-    assert type_named("q8_0") == type_named("Q8_0") == TYPES["Q8_0"]
+    assert weight_types("q8_0") == weight_types("Q8_0") == WeightTypes(TYPES["Q8_0"])
     with pytest.raises(UsageError, match=r"type q4_K.*q8_0"):
-        type_named("q4_K")
+        weight_types("q4_K")
 
 
 def test_progress_counts_the_bytes_of_tensors(tiny_weights: dict[str, Any], tmp_path: Path) -> None:
     save_file(only_text(tiny_weights), tmp_path / "a.safetensors")
     seen: list[tuple[int, int]] = []
-    write_gguf(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", None, lambda *now: seen.append(now))
+    write_model(
+        open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "a.gguf", AS_STORED, lambda *now: seen.append(now)
+    )
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(w.nbytes for w in only_text(tiny_weights).values())
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "kind", "part", "suffix"),
+    [
+        ("wan", "safetensors", "F16", "model", ".gguf"),
+        ("z-image", "safetensors", "comfy-nvfp4", "model", ".safetensors"),
+        ("flux1-dev", "gguf-parts", "mixed", "t5xxl", ".gguf"),
+    ],
+)
+def test_other_families_and_parts_of_them(
+    family: str, form: str, kind: str, part: str, suffix: str, tmp_path: Path
+) -> None:
+    """What is read of the new file are the same numbers under the same names: as stored, or in F16."""
+    source = open_checkpoint(make(family, tmp_path / "made", form=form, type=kind).files[part])
+    write_model(source, tmp_path / f"a{suffix}")
+    made = open_checkpoint(tmp_path / f"a{suffix}")
+    taken = [find(component, source) for family in FAMILIES for component in family.components]
+    assert made.tensors.keys() <= source.tensors.keys()
+    assert len(made.tensors) >= max(len({w.name for w in found.tensors.values()}) for found in taken if found)
+    for name, after in made.tensors.items():
+        before = source.tensors[name]
+        held = before.type if before.type.name in HOLDS[suffix] else unpacked(before.type)
+        assert (after.type, after.shape) == (held, before.shape)
+        assert after.data() == cast(before, held).data()
+
+
+def test_rules_go_before_the_type() -> None:
+    types = weight_types("q8_0", r"^vae\.=f16,embedding=q4_0,k\.weight=f32")
+    weight = Weight("first_stage_model.conv_in.weight", F32, (8, 64), View(memoryview(b"")))
+    assert types.of(weight).name == "Q8_0"
+    assert types.of(weight, *names_of(weight, "vae", ("first_stage_model.",))).name == "F16"
+    assert types.of(replace(weight, name="token_embedding.weight")).name == "Q4_0"
+    assert types.of(replace(weight, name="to_k.weight"), "vae.to_k.weight").name == "F16"
+    assert types.of(replace(weight, name="to_k.weight")).name == "F32"
+    assert types.of(replace(weight, shape=(64,))).name == "F32"
+
+
+def test_a_model_that_is_made_into_another_type_while_it_is_read(tiny: Path) -> None:
+    """What is sent is what convert would have written."""
+    plain, small = open_model(ModelFiles(tiny)), open_model(ModelFiles(tiny, types=weight_types("q8_0", "vae=bf16")))
+    kinds = {
+        name: {weight.type.name for weight in component.found.tensors.values()}
+        for name, component in small.components.items()
+    }
+    assert kinds == {"clip_l": {"F16", "I64", "Q8_0"}, "diffusion": {"F16", "Q8_0"}, "vae": {"F16", "BF16"}}
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight"
+    before, after = plain["diffusion"].found.tensors[name], small["diffusion"].found.tensors[name]
+    assert bytes(after.data()) == quantize(numbers(before), GGMLQuantizationType.Q8_0).tobytes()

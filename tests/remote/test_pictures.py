@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 from sdrpc import models
 from sdrpc.checkpoints.checkpoint import open_checkpoint
-from sdrpc.diffusion.convert import write_gguf
-from sdrpc.ggml.types import TYPES
+from sdrpc.diffusion.convert import write_model
+from sdrpc.families.weight_types import weight_types
 from tests.support.process import ServerProcess
 from training.captions import AFTER, BEFORE, BETWEEN
 from training.detect import Sight, detect
@@ -134,7 +134,7 @@ def test_a_picture_keeps_its_layout(servers: Servers, circle: Path, tmp_path: Pa
 def test_its_gguf_does_so_too(servers: Servers, tmp_path: Path) -> None:
     prompt, says = next(iter(PROMPTS.items()))
     model, path = tmp_path / "demo.gguf", tmp_path / "picture.png"
-    write_gguf(open_checkpoint(models.named("demo")), model, TYPES["Q8_0"])
+    write_model(open_checkpoint(models.named("demo")), model, weight_types("q8_0"))
     draw(servers, path, "-m", str(model), "-p", prompt, *SAMPLING)
     assert judge(seen(path), says).right, seen(path)
 

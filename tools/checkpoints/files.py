@@ -29,8 +29,11 @@ class Planned(NamedTuple):
         return stored_size(self.type, self.shape)
 
 
-def write_safetensors(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str] | None = None) -> None:
-    """The header is 8 bytes of its length and JSON, filled up with spaces to a multiple of 8."""
+def write_safetensors(
+    path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str] | None = None, zeros: bool = False
+) -> None:
+    """The header is 8 bytes of its length and JSON, filled up with spaces to a multiple of 8. ``zeros``: no number is
+    made."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in tensors:
@@ -40,6 +43,9 @@ def write_safetensors(path: Path, tensors: Sequence[Planned], metadata: Mapping[
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if zeros:
+            file.truncate(8 + len(text) + end)
+            return
         for tensor in tensors:
             np.ascontiguousarray(tensor.make().data).tofile(file)
 

@@ -229,6 +229,13 @@ def make(
     return Made(chosen, size, form, type, files, filed)
 
 
+def write_zeros(family: str, path: Path, *, type: str = "F16", size: str = "full") -> None:
+    """A whole model of plain numbers in one safetensors file, all of them zero: however large it is, it takes no room
+    on a disk that has sparse files."""
+    components = dict.fromkeys(components_of(FAMILIES[family], size, {}), type)
+    write_safetensors(path, _planned(_whole(components, SEED)), zeros=True)
+
+
 def components_of(family: Family, size: str, sizes: Mapping[str, str]) -> list[Component]:
     """Its components in ``size``, those named in ``sizes`` in another one."""
     return [

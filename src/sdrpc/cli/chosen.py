@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,16 @@ Chosen = Mapping[str, Any]
 def files_of(chosen: Chosen) -> ModelFiles:
     """The files that the user named, or the model that ships with sdrpc when there are none."""
     from ..families.model import ModelFiles
+    from ..families.weight_types import weight_types
 
-    named = {entry.name: chosen[entry.name] for entry in fields(ModelFiles) if chosen[entry.name] is not None}
+    types = weight_types(chosen["type"], chosen["tensor_type_rules"])
+    named = {name: chosen[name] for name in ModelFiles.names() if chosen[name] is not None}
     if not named:
         report.say(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
-        return ModelFiles(models.named(models.DEFAULT))
+        return ModelFiles(models.named(models.DEFAULT), types=types)
     paths = {field: Path(path) for field, path in named.items()}
-    return ModelFiles(**paths | ({"model": models.named(named["model"])} if "model" in named else {}))
+    whole = {"model": models.named(named["model"])} if "model" in named else {}
+    return ModelFiles(**paths | whole, types=types)
 
 
 def servers(chosen: Chosen) -> list[str]:

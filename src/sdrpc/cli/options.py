@@ -59,6 +59,10 @@ OPTIONS = (
            help="Folder with LoRAs, which a prompt applies by name: <lora:name:0.8>."),
     Option(MODEL, "--lora-apply-mode", type=OneOf(*APPLY_MODES), metavar="|".join(APPLY_MODES), default="auto",
            help="LoRAs merged into weights before they are sent, or beside them while drawing; auto: at_runtime."),
+    Option(MODEL, "--type", default="", metavar="NAME", shown="as they are",
+           help="Type of matrices, such as q8_0, into which they are made while they are sent (or converted)."),
+    Option(MODEL, "--tensor-type-rules", default="", metavar="PATTERN=TYPE,...", shown="none",
+           help=r"Other types for tensors with such names, such as ^vae\.=f16,ffn=q4_0."),
     Option(MODEL, "--taesd", "--tae", type=FILE, metavar="PATH",
            help="Tiny autoencoder (TAESD, TAESDXL, TAESD3, TAEF1), which decodes instead of the VAE."),
     Option(MODEL, "--taesd-preview-only", is_flag=True, help="Let it make previews alone."),
@@ -214,7 +218,8 @@ OPTIONS = (
 
     Option(OUTPUT, "-o", "--output", type=FILE, metavar="PATH", default=DEFAULT_OUTPUT,
            help="Picture: .png, .jpg or .webp; %d or %03d numbers several; -: PNG to standard output. "
-           "Film: .mp4, .webm, .avi, .webp, .gif, or frames: frame_%03d.png. With convert: a .gguf file."),
+           "Film: .mp4, .webm, .avi, .webp, .gif, or frames: frame_%03d.png. "
+           "With convert: a .gguf or .safetensors file."),
     Option(OUTPUT, "--preview", type=OneOf(*PREVIEWS), metavar="|".join(PREVIEWS), default="none",
            help="Show a picture while it is drawn: proj costs nothing, tae uses --taesd."),
     Option(OUTPUT, "--preview-path", type=FILE, metavar="PATH", default="./preview.png", help="Where previews go."),
@@ -233,8 +238,6 @@ OPTIONS = (
     Option(OUTPUT, "--metadata-raw", is_flag=True,
            help="With metadata: also entries that are no text, as hexadecimal."),
     Option(OUTPUT, "--metadata-brief", is_flag=True, help="With metadata: shorten long lines."),
-    Option(OUTPUT, "--type", default="", metavar="NAME", shown="as they are",
-           help="With convert: type of the weights, such as q8_0."),
 
     Option(ABOUT, "-v", "--verbose", is_flag=True,
            help="Say more: what is drawn and how, versions, unused tensors, the log."),
@@ -273,7 +276,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--high-noise-skip-layer-start", "--high-noise-skip-layer-end",
     ),
     "weights in another type or another place": (
-        "--tensor-type-rules", "--split-mode",
+        "--split-mode",
         "--stream-layers", "--eager-load", "--disable-prefetch", "--disable-segmented-compute", "--convert-name",
         "--imat-in", "--imat-out",
     ),

@@ -78,13 +78,13 @@ def sd_cli(**chosen: Any) -> int:
         return discovery.show()
     if chosen["list_devices"]:
         return _list_devices(chosen)
-    _check_mode(chosen["mode"], chosen["type"])
+    _check_mode(chosen["mode"])
     if chosen["mode"] == "metadata":
         return metadata.show(chosen)
     if chosen["mode"] == "upscale":
         return _upscale(chosen)
     if chosen["mode"] == "convert":
-        convert(files_of(chosen), chosen["type"], chosen["output"], chosen["verbose"])
+        convert(files_of(chosen), chosen["output"], chosen["verbose"])
         return 0
     return _draw(chosen)
 
@@ -329,9 +329,6 @@ def _note_placement(model: Model, places: Mapping[str, Sequence[Lanes]], setting
     log.debug("settings: %s", ", ".join(told))
 
 
-def _check_mode(mode: str, type: str) -> None:
+def _check_mode(mode: str) -> None:
     if mode not in HERE:
         raise InvalidValue("mode", mode, f"sdrpc does not have it yet; there are {' and '.join(HERE)}")
-    if type and mode != "convert":
-        reason = "sdrpc draws with the types that a file has; write another with --mode convert"
-        raise InvalidValue("type", type, reason)

@@ -1,107 +1,111 @@
-"""A checkpoint as a GGUF file, its matrices in blocks of a quantized type.
+"""A checkpoint as another file, GGUF or safetensors, its matrices in another type.
 
-What stays as it is, is what stable-diffusion.cpp's converter leaves: embeddings, biases, norms, and whatever has rows
-that are no whole number of blocks, such as convolutions. Tensors keep their names, so that a program that reads the one
-file reads the other.
+Tensors keep their names, so that a program that reads the one file reads the other. They are made and written piece by
+piece: a model of any size takes the memory of some pieces.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.expressions import NUMBERS, cast, joined
+from ..checkpoints.numbers import unpacked
 from ..errors import CheckpointError, InvalidValue
-from ..families.base import Family, find
+from ..families.base import Family, Found, find
 from ..families.configs import METADATA_KEY, told_by
 from ..families.registry import FAMILIES
-from ..ggml.types import TYPES, Type
+from ..families.weight_types import AS_STORED, WeightTypes, names_of
+from ..ggml.types import F32, OF_GGML, Type
 from ..ggml.weight import Weight
-
-CONVERTIBLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""Types that the gguf library can write and that are of use to a diffusion model."""
 
 ARCHITECTURES = {"flux1": "flux", "chroma": "flux", "flux2-klein": "flux", "flux2": "flux", "zimage": "lumina2"}
 """What GGUF files call a family (``general.architecture``), where it is not its name here."""
 
-NOT_IN_BLOCKS = (
-    "embedding", "time_embed.", "pos_embed", "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.",
-    "pad_token",
-)  # fmt: skip
-"""In names of matrices that are not quantized: they are small, and everything depends on them."""
+SAFETENSORS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "F8_E4M3", "F8_E5M2"})
+"""The types that both safetensors and we have, under one name: of blocks none that ggml has."""
+
+HOLDS = {".gguf": OF_GGML, ".safetensors": SAFETENSORS}
+"""Suffix → the types that such a file holds."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
 
 
-def type_named(text: str) -> Type:
-    """The type that a user calls ``text``, in any case. Raises :class:`InvalidValue` when it can't be
-    written."""
-    if text.upper() not in CONVERTIBLE:
-        raise InvalidValue("type", text, f"there are {', '.join(CONVERTIBLE).lower()}")
-    return TYPES[text.upper()]
+class Planned(NamedTuple):
+    """A tensor that will be in the file, in a type of its own."""
+
+    weight: Weight
+    type: Type
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.type.row_bytes(prod(self.weight.shape))
 
 
-def type_of(weight: Weight, wanted: Type | None) -> Type:
-    """The type that a tensor gets in a file of ``wanted`` ones: that one, or the one that it has."""
-    other = weight.type.plain and weight.type.name not in CONVERTIBLE  # whole numbers, F64
-    if wanted is None or other or len(weight.shape) < 2:
-        return weight.type
-    fits = weight.shape[-1] % wanted.block == 0 and not any(part in weight.name for part in NOT_IN_BLOCKS)
-    return wanted if wanted.plain or fits else weight.type
-
-
-def encoded(weight: Weight, wanted: Type) -> np.ndarray:
-    """A tensor's bytes in a type, uint8; a view of the file's where it has that type already.
-
-    Raises :class:`ValueError` when the type can't hold the values, or theirs can't be read.
-    """
-    raw = np.frombuffer(weight.data(), np.uint8)
-    if weight.type == wanted:
-        return raw
-    rows = raw.reshape(*weight.shape[:-1], weight.type.row_bytes(weight.shape[-1]))
-    try:
-        with np.errstate(over="raise", invalid="raise"):
-            values = dequantize(rows, GGMLQuantizationType[weight.type.name])
-            return quantize(values, GGMLQuantizationType[wanted.name]).reshape(-1).view(np.uint8)
-    except (FloatingPointError, NotImplementedError) as error:
-        raise ValueError(f"can't be turned from {weight.type} into {wanted}: {error}") from error
-
-
-def write_gguf(
-    checkpoint: Checkpoint, path: Path, wanted: Type | None = None, progress: Progress = lambda *_: None
+def write_model(
+    checkpoint: Checkpoint, path: Path, types: WeightTypes = AS_STORED, progress: Progress = lambda *_: None
 ) -> list[str]:
-    """Write a checkpoint's components to a GGUF file; gives the names of tensors that belong to none of them.
+    """Write a checkpoint's components to a file, of the form that its suffix says; gives the names of tensors that
+    belong to none of them.
 
-    ``wanted``: the type of matrices; None: all as they are. What the checkpoint says about itself goes along as
-    metadata ``sdrpc.config``. One tensor at a time is in memory; the file is whole or not there. Raises
-    :class:`CheckpointError` when there is nothing to convert, and for a tensor that can't be; :class:`OSError`.
+    What the file can't hold as it is becomes F16 (of some types BF16). What the checkpoint says about itself goes along
+    as metadata ``sdrpc.config``. The file is whole or not there. Raises :class:`InvalidValue` for types that such a
+    file does not have, :class:`CheckpointError` when there is nothing to convert, and for a tensor that can't be;
+    :class:`OSError`.
     """
+    form = path.suffix.lower()
+    for kind in (*filter(None, [types.wanted]), *(kind for _, kind in types.rules)):
+        if kind.name not in HOLDS[form]:
+            raise InvalidValue("type", kind.name.lower(), f"a {form} file has no such type; a .gguf file has")
     family = _family(checkpoint)
-    weights, said = _weights(checkpoint, family), _said(checkpoint, family)
-    types = {weight.name: type_of(weight, wanted) for weight in weights}
+    planned, said = _planned(checkpoint, family, types, HOLDS[form]), _said(checkpoint, family)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         unfinished = Path(folder) / path.name
-        writer = GGUFWriter(unfinished, ARCHITECTURES.get(family.name, family.name))
-        writer.add_quantization_version(GGML_QUANT_VERSION)
-        if said:
-            writer.add_string(METADATA_KEY, said)
-        try:
-            _write_tensors(writer, weights, types, checkpoint.path, progress)
-        finally:
-            writer.close()
+        done, total = 0, sum(tensor.size for tensor in planned)
+
+        def bytes_of(tensor: Planned) -> Iterator[Any]:
+            nonlocal done
+            for piece in encoded(tensor.weight, tensor.type):
+                yield piece
+                done += len(piece)
+                progress(done, total)
+
+        _WRITERS[form](unfinished, family, planned, said, bytes_of)
         os.replace(unfinished, path)
-    return sorted(checkpoint.tensors.keys() - types.keys())
+    return sorted(checkpoint.tensors.keys() - {tensor.weight.name for tensor in planned})
+
+
+def encoded(weight: Weight, wanted: Type) -> Iterator[memoryview]:
+    """A tensor's bytes in a type, in pieces; views of the file's where it has that type already.
+
+    Raises :class:`CheckpointError` when the type can't hold the values, or theirs can't be read.
+    """
+    if weight.type == wanted:
+        yield from weight.pieces()
+        return
+    numbers, total = cast(weight, F32), prod(weight.shape)
+    for start in range(0, total, NUMBERS):
+        values = joined(numbers.pieces, 4 * start, 4 * min(start + NUMBERS, total)).view("<f4")
+        try:
+            with np.errstate(over="raise", invalid="raise"):
+                made = quantize(values.reshape(-1, wanted.block), GGMLQuantizationType[wanted.name])
+        except (FloatingPointError, NotImplementedError) as error:
+            reason = f"can't be turned from {weight.type} into {wanted}: {error}"
+            raise CheckpointError(weight.file, reason, weight.name) from error
+        yield np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
 
 
 def _family(checkpoint: Checkpoint) -> Family:
@@ -117,13 +121,19 @@ def _family(checkpoint: Checkpoint) -> Family:
     raise CheckpointError(checkpoint.path, f"has no component of a model that sdrpc knows ({known})")
 
 
-def _weights(checkpoint: Checkpoint, family: Family) -> list[Weight]:
+def _planned(checkpoint: Checkpoint, family: Family, types: WeightTypes, holds: frozenset[str]) -> list[Planned]:
     """The tensors of all components that the checkpoint has, in its order."""
     for name, dtype in checkpoint.skipped.items():
         raise CheckpointError(checkpoint.path, f"is of type {dtype}, which ggml does not have", name)
-    found = [each for component in family.components if (each := find(component, checkpoint)) is not None]
-    ours = {weight.name for each in found for weight in each.tensors.values()}
-    return [weight for name, weight in checkpoint.tensors.items() if name in ours]
+    parts = [each for component in family.components if (each := find(component, checkpoint)) is not None]
+    owners: dict[str, Found] = {weight.name: part for part in parts for weight in part.tensors.values()}
+
+    def planned(name: str, weight: Weight) -> Planned:
+        component = owners[name].component
+        kind = types.of(weight, *names_of(weight, component.name, component.prefixes))
+        return Planned(weight, kind if kind.name in holds else unpacked(kind))
+
+    return [planned(name, weight) for name, weight in checkpoint.tensors.items() if name in owners]
 
 
 def _said(checkpoint: Checkpoint, family: Family) -> str:
@@ -138,28 +148,55 @@ def _said(checkpoint: Checkpoint, family: Family) -> str:
     return json.dumps({**known, **components}) if components else ""
 
 
-class _Written(np.ndarray):
-    """An array that writes itself as files do: numpy's own way does not say why a disk takes no more."""
-
-    def tofile(self, fid: Any, *_: Any) -> None:
-        fid.write(self.data)
+BytesOf = Callable[[Planned], Iterator[Any]]
 
 
-def _write_tensors(
-    writer: GGUFWriter, weights: Sequence[Weight], types: Mapping[str, Type], source: Path, progress: Progress
-) -> None:
-    sizes = [types[weight.name].row_bytes(prod(weight.shape)) for weight in weights]
-    for weight, size in zip(weights, sizes, strict=True):
-        kind = GGMLQuantizationType[types[weight.name].name]
-        writer.add_tensor_info(weight.name, weight.shape, np.dtype(np.void), size, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    done = 0
-    for weight, size in zip(weights, sizes, strict=True):
-        try:
-            writer.write_tensor_data(encoded(weight, types[weight.name]).view(_Written))
-        except ValueError as error:
-            raise CheckpointError(source, str(error), weight.name) from error
-        done += size
-        progress(done, sum(sizes))
+class Write(Protocol):
+    """Writes one form of file."""
+
+    def __call__(
+        self, path: Path, family: Family, planned: Sequence[Planned], said: str, bytes_of: BytesOf, /
+    ) -> None: ...
+
+
+def _write_gguf(path: Path, family: Family, planned: Sequence[Planned], said: str, bytes_of: BytesOf) -> None:
+    writer = GGUFWriter(path, ARCHITECTURES.get(family.name, family.name))
+    try:
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        if said:
+            writer.add_string(METADATA_KEY, said)
+        for tensor in planned:
+            kind = GGMLQuantizationType[tensor.type.name]
+            writer.add_tensor_info(tensor.weight.name, tensor.weight.shape, np.dtype(np.void), tensor.size, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None  # noqa: S101
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        for tensor in planned:
+            for piece in bytes_of(tensor):
+                file.write(piece)
+            writer.write_padding(file, tensor.size)
+    finally:
+        writer.close()
+
+
+def _write_safetensors(path: Path, _family: Family, planned: Sequence[Planned], said: str, bytes_of: BytesOf) -> None:
+    """The header is 8 bytes of its length and JSON, filled up with spaces to a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | ({METADATA_KEY: said} if said else {})}
+    end = 0
+    for tensor in planned:
+        start, end = end, end + tensor.size
+        entry = {"dtype": tensor.type.name, "shape": tensor.weight.shape, "data_offsets": [start, end]}
+        header[tensor.weight.name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in planned:
+            for piece in bytes_of(tensor):
+                file.write(piece)
+
+
+_WRITERS: Mapping[str, Write] = {".gguf": _write_gguf, ".safetensors": _write_safetensors}

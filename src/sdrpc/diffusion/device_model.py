@@ -198,9 +198,13 @@ class DeviceComponent:
             return [self.nbytes * room // max(sum(rooms), 1) for room in rooms]
         sizes = [0] * len(self._shares)
         for name, part in self._part_of.items():
-            weight = self._weights[name]
-            sizes[part] += held_as(weight.type, self._target).row_bytes(prod(weight.shape))
+            sizes[part] += self._held(name)
         return sizes
+
+    def _held(self, name: str) -> int:
+        """Bytes of a weight on its device."""
+        weight = self._weights[name]
+        return held_as(weight.type, self._target).row_bytes(prod(weight.shape))
 
     def run(self, module: ModuleSpec, inputs: Mapping[str, np.ndarray]) -> Iterator[F32]:
         """Run the module; its outputs, float32, are read when they are asked for. Raises :class:`CheckpointError` and
@@ -386,8 +390,7 @@ class DeviceComponent:
         facts, known = profile(lowered), self._part_of
         taken = [0] * len(self._shares)
         for name, part in known.items():
-            weight = self._weights[name]
-            taken[part] += held_as(weight.type, self._target).row_bytes(prod(weight.shape))
+            taken[part] += self._held(name)
         rooms = [max(room - size, 0) for room, size in zip(self._rooms, taken, strict=True)]
         cuts = positions(facts, rooms, known)
         if cuts is None:

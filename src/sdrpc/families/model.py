@@ -19,12 +19,14 @@ from .base import Component, Config, Defaults, Family, Found, Joint, ModuleSpec,
 from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
 from .registry import FAMILIES, STRANGERS
+from .weight_types import AS_STORED, WeightTypes, names_of
 
 
 @dataclass(frozen=True)
 class ModelFiles:
     """Where the components of a model are: one file or directory with all of them, and files of single components,
-    which go before it. The fields have the names of sd-cli's options."""
+    which go before it. The fields have the names of sd-cli's options. ``types``: in which types their weights are
+    used, where that is not as they are."""
 
     model: Path | None = None
     diffusion_model: Path | None = None
@@ -38,16 +40,22 @@ class ModelFiles:
     clip_vision: Path | None = None
     taesd: Path | None = None
     control_net: Path | None = None
+    types: WeightTypes = AS_STORED
 
     def of(self, component: Component) -> Path | None:
         """The component's own file."""
         path: Path | None = getattr(self, component.option)
         return path
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields that are files."""
+        return tuple(entry.name for entry in fields(cls) if entry.name != "types")
+
     @property
     def named(self) -> dict[str, Path]:
         """The files that were named, by field."""
-        paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        paths = {name: getattr(self, name) for name in self.names()}
         return {name: path for name, path in paths.items() if path is not None}
 
 
@@ -154,6 +162,7 @@ def open_model(files: ModelFiles) -> Model:
     for component in family.components:
         if component.name != "diffusion" and not _left_out(component, family, files, opened):
             found[component.name] = _component(component, family, files, opened)
+    found = {name: _retyped(each, files.types) for name, each in found.items()}
     told = {name: told_by(each.checkpoint) for name, each in found.items()}
     components = {
         c.name: ModelComponent(found[c.name], c.configure(found[c.name], told[c.name].components.get(c.told_as, {})))
@@ -161,7 +170,7 @@ def open_model(files: ModelFiles) -> Model:
         if c.name in found
     }
     if files.taesd is not None:
-        tiny = _component(TAESD, family, files, opened)
+        tiny = _retyped(_component(TAESD, family, files, opened), files.types)
         components[TAESD.name] = ModelComponent(tiny, TAESD.configure(tiny, {}))
     model = Model(
         family,
@@ -173,6 +182,16 @@ def open_model(files: ModelFiles) -> Model:
     )
     _check_joints(model)
     return model
+
+
+def _retyped(found: Found, types: WeightTypes) -> Found:
+    """A component whose weights are made into the types that the user wants."""
+    if types == AS_STORED:
+        return found
+    name, prefixes = found.component.name, found.component.prefixes
+    once = {id(weight): weight for weight in found.tensors.values()}  # some have two names
+    made = {key: types.applied(weight, *names_of(weight, name, prefixes)) for key, weight in once.items()}
+    return replace(found, tensors={key: made[id(weight)] for key, weight in found.tensors.items()})
 
 
 def _or(said: float | None, otherwise: float) -> float:

@@ -32,7 +32,7 @@ class Shelf:
             else {path.stem: path for path in sorted(self._folder.iterdir()) if self._is(path)}
         )
         return {self.default: self._first[1]} | {
-            name: ModelFiles(path) for name, path in found.items() if name != self.default
+            name: ModelFiles(path, types=self._first[1].types) for name, path in found.items() if name != self.default
         }
 
     def find(self, name: str | None) -> tuple[str, ModelFiles]:
