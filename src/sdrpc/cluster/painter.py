@@ -19,6 +19,7 @@ from ..diffusion.request import Settings
 from ..diffusion.session import Session
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError, UsageError
 from ..families.model import Model, ModelFiles, open_model
+from ..families.weight_types import WeightTypes
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Work:
     paths: Mapping[str, str]
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
+    types: WeightTypes
 
     @classmethod
     def of(cls, files: ModelFiles, options: Mapping[str, Any]) -> Work:
@@ -109,6 +111,7 @@ class Work:
             {field: shipped.get(path, str(path.absolute())) for field, path in files.named.items()},
             {field: path.stat().st_size for field, path in files.named.items() if path.is_file()},
             options,
+            files.types,
         )
 
     def files(self) -> ModelFiles:
@@ -119,7 +122,7 @@ class Work:
                 raise UsageError(f"{path} is not on this node: put the model where all nodes find it by the same path")
             if path.is_file() and path.stat().st_size != self.sizes.get(field):
                 raise UsageError(f"{path} is another file on this node than on sd-server's machine")
-        return ModelFiles(**found)
+        return ModelFiles(**found, types=self.types)
 
 
 class Painter:

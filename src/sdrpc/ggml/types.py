@@ -23,6 +23,10 @@ class Type:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """In another process it is the type of that name there, not a copy."""
+        return _named, (self.name,)
+
     @property
     def plain(self) -> bool:
         """Whether each element is a number of its own (not part of a quantized block)."""
@@ -60,6 +64,11 @@ _OWN_SIZES = {
 an element is."""
 
 TYPES: dict[str, Type] = {name: Type(name, block, size) for name, (block, size) in {**_SIZES, **_OWN_SIZES}.items()}
+
+
+def _named(name: str) -> Type:
+    return TYPES[name]
+
 
 OWN_TYPES: dict[int, Type] = {1000 + i: TYPES[name] for i, name in enumerate(_OWN_SIZES)}
 """Our own types by the numbers that our own peers have for them, in every dialect, far from any that ggml may come
