@@ -26,7 +26,7 @@ NATIVE = json.loads((Path(__file__).parent.parent / "data" / "sd-cli-options.jso
 NO_OPTIONS = {"loras"}
 """Fields of a request that a prompt fills."""
 
-FIELDS = [entry.name for kind in (Request, ModelFiles) for entry in fields(kind) if entry.name not in NO_OPTIONS]
+FIELDS = [*(entry.name for entry in fields(Request) if entry.name not in NO_OPTIONS), *ModelFiles.names()]
 OTHER_FIELDS = ["backend", "output", "mode", "type", "precision", "completion"]
 """Fields of errors that are no field of a request or of a model's files."""
 
