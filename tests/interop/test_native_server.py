@@ -126,7 +126,7 @@ def test_devices_and_their_memory(devices: list[RemoteDevice], shared_native_ser
     for device in devices:
         free, total = device.memory()
         assert 0 < free <= total
-        assert device.target is PORTABLE
+        assert device.target.name == PORTABLE.name
         assert shared_native_server.endpoint in device.description
 
 
