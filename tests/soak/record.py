@@ -85,10 +85,13 @@ class Record:
         yield f"| **together** | {self.came.total():,}, {len(self.wrong)} of them wrongly served |"
         yield ""
         yield from ("| server | memory, MiB | file descriptors | threads |", "|---|---|---|---|")
-        rows = [("with nobody there, before", self.before), ("with nobody there, at the end", self.after)]
-        third = max(1, len(self.most) // 3)
-        for name, begin in (("first", 0), ("second", third), ("last", len(self.most) - third)):
-            rows.insert(-1, (f"most, in the {name} third", self.highest(begin, begin + third)))
+        rows: list[tuple[str, Usage | None]] = [("with nobody there, before", self.before)]
+        if third := len(self.most) // 3:
+            parts = (("first", 0), ("second", third), ("last", len(self.most) - third))
+            rows += [(f"most, in the {name} third", self.highest(begin, begin + third)) for name, begin in parts]
+        else:
+            rows.append(("most", self.highest()))
+        rows.append(("with nobody there, at the end", self.after))
         for name, row in rows:
             if row is not None:
                 yield f"| {name} | {row.memory:,} | {row.files} | {row.threads} |"
