@@ -184,6 +184,7 @@ def test_a_request_with_pictures(made: Made, tmp_path: Path) -> None:
     [
         ("merger.mlp.2.weight", (64, 320), "llm_vision gives 64 channels, but llm takes 128"),
         ("merger.mlp.2.weight", (128, 300), r"its width of 80 and patches of 3×14×14 are not Qwen2\.5-VL's"),
+        ("patch_embed.proj.weight", (80, 3, 2, 5, 5), r"patches of 3×5×5 are not Qwen2\.5-VL's"),
         ("patch_embed.proj.weight", (80, 3), "is \\[80, 3\\], not of 5 dimensions"),
     ],
 )

@@ -230,6 +230,10 @@ def test_a_model_that_sees_pictures_needs_what_it_sees_them_with(tmp_path: Path)
     save_file(broken, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="has 9 places, which are no square and one more"):
         open_model(ModelFiles(**files | {"clip_vision": tmp_path / "other.safetensors"}))
+    both = load_file(files["diffusion_model"]) | {"img_emb.emb_pos": torch.zeros(1, 513, 80)}
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(CheckpointError, match="clip_vision gives 514 places of two pictures, but diffusion takes 513"):
+        open_model(ModelFiles(**files | {"diffusion_model": tmp_path / "both.safetensors"}))
     del files["clip_vision"]
     with pytest.raises(MissingComponent, match=r"no CLIP vision model.* \(clip_vision or model\)"):
         settings_of(open_model(ModelFiles(**files)), shown, video=True)

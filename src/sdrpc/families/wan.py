@@ -296,6 +296,12 @@ def _alike(key: str) -> Joint:
     )
 
 
+def _places(configs: Configs) -> int:
+    """That CLIP has in a picture, with the one for all of it."""
+    config = configs[clip_vision.NAME]
+    return int((config["image_size"] // config["patch_size"]) ** 2 + 1)
+
+
 WAN = Family(
     "wan",
     "Wan",
@@ -313,6 +319,13 @@ WAN = Family(
             "diffusion",
             # 2.2's models do without, and don't mind one
             lambda c: c["diffusion"].get("image_dim") or c[clip_vision.NAME]["hidden_size"],
+        ),
+        Joint(
+            clip_vision.NAME,
+            lambda c: 2 * _places(c),
+            "diffusion",
+            lambda c: c["diffusion"].get("pos_embed_seq_len") or 2 * _places(c),
+            "places of two pictures",
         ),
         *map(_alike, ("in_channels", "out_channels", "text_dim")),
     ),

@@ -31,12 +31,16 @@ NAME = "llm_vision"
 
 HEAD_SIZE = 80
 """Of attention in all published sizes, as the following numbers are: no tensor tells them."""
+PATCH = 14
+"""Pixels on a side that make one patch."""
 WINDOW = 112
 """Pixels on a side that patches attend within, but in every eighth block."""
 WHOLE_BLOCKS = 8
 MERGED = 2
 """Patches on a side that make one token for the language model."""
-MOST_PIXELS, LEAST_PIXELS = 28 * 28 * 1280, 56 * 56
+SIDE = PATCH * MERGED
+"""Pixels on a side that make one token."""
+MOST_PIXELS, LEAST_PIXELS = SIDE**2 * 1280, (2 * SIDE) ** 2
 """That a picture may have, as the published processor is told."""
 
 IMAGE = "<|image_pad|>"
@@ -51,7 +55,7 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     inner, _ = found.shape("blocks.0.mlp.gate_proj.weight", 2)
     outputs, merged = found.shape("merger.mlp.2.weight", 2)
     blocks = found.count("blocks.")
-    if width % HEAD_SIZE or merged != width * MERGED**2 or (colours, other) != (3, patch):
+    if width % HEAD_SIZE or merged != width * MERGED**2 or (colours, patch, other) != (3, PATCH, PATCH):
         raise found.error(f"its width of {width} and patches of {colours}×{patch}×{other} are not Qwen2.5-VL's")
     said = told.get("vision_config")
     whole = said.get("fullatt_block_indexes") if isinstance(said, Mapping) else None
@@ -110,23 +114,21 @@ def size(width: int, height: int, pixels: int, multiple: int) -> tuple[int, int]
     return max(1, round(sides[0] / multiple)) * multiple, max(1, round(sides[1] / multiple)) * multiple
 
 
-def processed_size(width: int, height: int, side: int = 14 * MERGED) -> tuple[int, int]:
-    """Width and height that transformers' processor of Qwen2.5-VL scales a picture to: multiples of a token's ``side``
-    in pixels."""
-    found = max(side, round(width / side) * side), max(side, round(height / side) * side)
+def processed_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height that transformers' processor of Qwen2.5-VL scales a picture to: multiples of a token's side."""
+    found = max(SIDE, round(width / SIDE) * SIDE), max(SIDE, round(height / SIDE) * SIDE)
     pixels = found[0] * found[1]
     if LEAST_PIXELS <= pixels <= MOST_PIXELS:
         return found
     factor = math.sqrt((MOST_PIXELS if pixels > MOST_PIXELS else LEAST_PIXELS) / (width * height))
     whole = math.floor if pixels > MOST_PIXELS else math.ceil
-    return max(side, whole(width * factor / side) * side), max(side, whole(height * factor / side) * side)
+    return max(SIDE, whole(width * factor / SIDE) * SIDE), max(SIDE, whole(height * factor / SIDE) * SIDE)
 
 
 def see(encode: Encode) -> list[Seen]:
     """What Qwen2.5-VL sees of a request's pictures."""
-    side = encode.config(NAME)["patch_size"] * MERGED if encode.pictures else 1
     return [
-        Seen(encode(NAME, {"picture": picture})[0][0], picture.shape[2] // side, picture.shape[3] // side)
+        Seen(encode(NAME, {"picture": picture})[0][0], picture.shape[2] // SIDE, picture.shape[3] // SIDE)
         for picture in encode.pictures
     ]
 
