@@ -64,8 +64,11 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_all_parts_on_a_native_server(
     checkpoint: Path, drawn_here: np.ndarray, shared_native_server: NativeServer
 ) -> None:
-    where = ("--rpc", shared_native_server.endpoint, "--backend", "te=RPC0,diffusion=RPC1,vae=RPC0")
-    assert psnr(draw(checkpoint, "native", *where), drawn_here) >= PSNR
+    where = ("--rpc", shared_native_server.endpoint, "--backend")
+    drawn = draw(checkpoint, "native", *where, "te=RPC0,diffusion=RPC1,vae=RPC0")
+    assert psnr(drawn, drawn_here) >= PSNR
+    cut = draw(checkpoint, "cut", *where, "te=RPC0,diffusion=RPC1&RPC0,vae=RPC0")
+    np.testing.assert_array_equal(cut, drawn, "its layers on two devices are the same numbers")
 
 
 def test_parts_on_a_native_server_and_on_ours(

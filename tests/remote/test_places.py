@@ -69,7 +69,7 @@ def here() -> Iterator[Device]:
 
 
 def drawn(files: sdrpc.ModelFiles, placement: dict[str, Placed], graphs: Path, case: Case) -> list[np.ndarray]:
-    asked = replace(request(case), steps=2, video_frames=None)
+    asked = replace(request(case), steps=1, video_frames=None)
     with Session.open(files, placement, Cache(graphs)) as session:
         return [picture.image for picture in session.generate(asked)]
 
@@ -267,9 +267,3 @@ def test_sd_cli_finds_a_place_for_everything(
     assert re.search(r"clip_l on CPU, diffusion on RPC\d&RPC\d, vae on CPU", done.stderr)
     with Image.open(tmp_path / "x.png") as image:
         np.testing.assert_array_equal(np.asarray(image), alone[0])
-    refused = sd_cli(*drawing, *servers, "--max-vram", "1M", "--backend", "auto", graphs=graphs)
-    assert refused.returncode == 1
-    assert re.search(
-        r"error: CPU and RPC0 and RPC1: clip_l takes 6 MiB, 1 \+ 1 \+ 1 MiB are free; use a", refused.stderr
-    )
-    assert "Traceback" not in refused.stderr

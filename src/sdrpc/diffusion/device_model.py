@@ -391,7 +391,8 @@ class DeviceComponent:
         taken = [0] * len(self._shares)
         for name, part in known.items():
             taken[part] += self._held(name)
-        rooms = [max(room - size, 0) for room, size in zip(self._rooms, taken, strict=True)]
+        given = self._rooms or (2 * self.nbytes,) * len(taken)  # nobody asked whether it fits
+        rooms = [max(room - size, 0) for room, size in zip(given, taken, strict=True)]
         cuts = positions(facts, rooms, known)
         if cuts is None:
             raise DoesNotFit(self.chain.name, self.name, self.nbytes, sum(self._rooms), self._rooms, UNCUT)
