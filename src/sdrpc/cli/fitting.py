@@ -39,7 +39,7 @@ def fitted(
     from ..diffusion.device_model import weights_room
     from ..diffusion.fitting import fit, nearest
 
-    wanted = {demand.name: demand for demand in demands(model, settings)}
+    wanted = {demand.name: demand for demand in demands(model, settings, Chain(tuple(devices)).target)}
     rooms = {device.name: weights_room(device, limits) for device in devices}
     for name in fixed:
         for device in devices_of(placed[name][:1]) if name in wanted else ():

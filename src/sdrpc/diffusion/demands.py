@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import isqrt, prod
 
+from ..device import Target
 from ..families.model import Model
 from ..ggml.memory_planner import aligned
 from ..runtime.cutting import ALIGNMENT
+from ..runtime.run import held_as
 from .fitting import Demand
 from .halves import HIGH_NOISE
 from .request import Settings
@@ -24,8 +26,9 @@ PATCH, DECODING = 4, 6
 smaller pictures); an autoencoder's, which goes up to larger ones, six times as many."""
 
 
-def demands(model: Model, settings: Settings) -> list[Demand]:
-    """A demand for each component of ``model``, for a picture or film with these ``settings``."""
+def demands(model: Model, settings: Settings, target: Target) -> list[Demand]:
+    """A demand for each component of ``model``, for a picture or film with these ``settings``, on devices that take
+    graphs for ``target``."""
     frames = (settings.video_frames - 1) // model.frames + 1 if model.frames else 1
     places = frames * (settings.width // model.pixels) * (settings.height // model.pixels)
     pixels = settings.width * settings.height * settings.video_frames
@@ -33,16 +36,15 @@ def demands(model: Model, settings: Settings) -> list[Demand]:
     found = []
     for name, component in model.components.items():
         weights = component.found.tensors.values()
-        elements = sum(prod(weight.shape) for weight in weights)
-        largest = max(weights, key=lambda weight: weight.nbytes)
+        sizes = [aligned(held_as(w.type, target).row_bytes(prod(w.shape)), ALIGNMENT) for w in weights]
+        elements, widest = sum(prod(w.shape) for w in weights), max(prod(w.shape) for w in weights)
         if name in DRAWING:
             runs, seen, moved = settings.steps * prompts, places // PATCH + TOKENS, 8 * places * model.latent_channels
         elif name in AUTOENCODERS:
             runs, seen, moved = 1, places * DECODING, 12 * pixels
         else:
             runs, seen, moved = prompts, TOKENS, 4 * TOKENS * 4096
-        size = sum(aligned(weight.nbytes, ALIGNMENT) for weight in weights)
-        crossing = 4 * seen * isqrt(prod(largest.shape))
+        crossing = 4 * seen * isqrt(widest)
         # no graph is cut between any two weights: twice the largest one is about what stays together
-        found.append(Demand(name, size, 2 * largest.nbytes, float(elements) * seen, runs, moved, crossing))
+        found.append(Demand(name, sum(sizes), 2 * max(sizes), float(elements) * seen, runs, moved, crossing))
     return found

@@ -274,6 +274,7 @@ class DeviceComponent:
         if any(not can_merge(stored[name].type) for name in others & stored.keys()):
             self.release()  # they change their type
             self._weights.clear()
+            self._part_of.clear()
             return
         self._weights |= self._taken({name: w.shape for name, w in self._weights.items() if name in others})
         for share in self._shares if others else ():
