@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.process import ServerProcess
 from tests.web.process import DRAW_SECONDS, WebServer
+from tools.checkpoints import make
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -119,3 +121,93 @@ def test_it_fits_a_phone_and_every_field_has_a_name(browser: Any, server: WebSer
     )
     assert nameless == 0
     context.close()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[WebServer]:
+    """A server with this machine's device and another one, a model of pictures, one of films, and a LoRA."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "models").mkdir()
+    (folder / "models" / "tiny.safetensors").symlink_to(models / "tiny.safetensors")
+    film = make("wan", folder / "wan").files["model"]
+    (folder / "models" / f"film{film.suffix}").symlink_to(film)
+    (folder / "watercolour.safetensors").write_bytes(b"")
+    with ServerProcess("--precision", "exact", "--device", "CPU") as other:
+        options = ("--models-dir", str(folder / "models"), "--rpc", f"127.0.0.1:{other.port}")
+        with WebServer(folder / "data", *options, "--lora-model-dir", str(folder)) as process:
+            yield process
+
+
+@pytest.fixture
+def studio(browser: Any, two: WebServer) -> Iterator[Any]:
+    errors: list[str] = []
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    opened = context.new_page()
+    opened.set_default_timeout(MILLISECONDS)
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.goto(two.url)
+    opened.select_option("#model", "tiny")
+    opened.fill("#prompt", "a cat")
+    for name, value in (("width", "64"), ("height", "64"), ("steps", "1"), ("seed", "1")):
+        opened.fill(f"[name={name}]", value)
+    yield opened
+    context.close()
+    assert not errors
+
+
+def test_parts_are_put_on_devices_by_select_and_by_drag(studio: Any, two: WebServer) -> None:
+    expect = playwright.expect
+
+    def placed() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = two.ask("/sdcpp/v1/placement?model=tiny").json()["components"]
+        return found
+
+    studio.click("#devices")
+    here = studio.locator("#cards section[aria-label=CPU]")
+    there = studio.locator("#cards section[aria-label=RPC0]")
+    expect(there.locator(".chip")).to_have_count(3, timeout=MILLISECONDS)
+    expect(there.locator("meter")).to_have_count(2)
+    expect(here).to_contain_text("GB used")
+    studio.get_by_label("vae").select_option("CPU")
+    expect(here.locator(".chip")).to_have_text(["vae"], timeout=MILLISECONDS)
+    assert placed() == {"clip_l": ["RPC0"], "diffusion": ["RPC0"], "vae": ["CPU"]}
+    there.get_by_text("clip_l").drag_to(here)
+    expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
+    assert placed() == {"clip_l": ["CPU"], "diffusion": ["RPC0"], "vae": ["CPU"]}
+    studio.click("#leave")
+    studio.click("#draw")
+    expect(studio.locator("#gallery img")).to_have_count(1, timeout=MILLISECONDS)
+    studio.click("#devices")
+    studio.click("#usual")
+    expect(there.locator(".chip")).to_have_count(3, timeout=MILLISECONDS)
+    assert set(map(tuple, placed().values())) == {("RPC0",)}
+
+
+def test_a_film_and_a_larger_picture(studio: Any, two: WebServer) -> None:
+    expect = playwright.expect
+    pictures = studio.locator("#gallery button")
+    before = len(two.ask("/sdcpp/v1/jobs").json())
+    studio.click("#draw")
+    expect(pictures).to_have_count(before + 1, timeout=MILLISECONDS)
+    pictures.first.click()
+    studio.select_option("#upscaler", "Lanczos")
+    studio.click("#enlarge")
+    expect(pictures).to_have_count(before + 2, timeout=MILLISECONDS)
+    pictures.first.click()
+    expect(studio.locator("#facts")).to_contain_text("128×128")
+    studio.click("#close")
+    assert studio.locator("[name=video_frames]").is_hidden()
+    studio.select_option("#model", "film")
+    studio.fill("[name=video_frames]", "5")
+    studio.click("#draw")
+    expect(pictures.first.locator("video")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    job = two.ask("/sdcpp/v1/jobs?most=1").json()[0]
+    assert (job["kind"], job["request"]["video_frames"]) == ("vid_gen", 5)
+
+
+def test_a_lora_is_named_by_its_strength(studio: Any) -> None:
+    """It is a file that is none, which the server says."""
+    studio.click("#adapters summary")
+    studio.get_by_label("watercolour").fill("0.8")
+    studio.click("#draw")
+    playwright.expect(studio.locator("#gallery .failed").first).to_contain_text("watercolour", timeout=MILLISECONDS)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sdrpc.errors import UsageError
 from sdrpc.web.jobs import Job, State, Task, chosen, in_turn
 from sdrpc.web.store import JobStore, QueueFull
+from tests.web.load import crowd, overheads, wrong
 from tests.web.process import LONG, SMALL, WebServer
 
 TASK = Task("tiny", {"prompt": "a cat", "seed": 1})
@@ -124,6 +125,18 @@ def test_sigterm_puts_back_what_is_drawn(tmp_path: Path, models: Path) -> None:
     store = JobStore(tmp_path, 8, 3600, 1 << 20)
     assert [(each.id, each.state) for each in store.jobs()] == [(name, State.QUEUED)]
     store.close()
+
+
+def test_a_crowd_loses_nothing(tmp_path: Path) -> None:
+    """Each of eight users gets each of their pictures, and the right one; nobody's queue runs backwards. ``python -m
+    bench queue`` is the same with fifty, and says how long it takes."""
+    body = {"prompt": "a cat", "width": 64, "height": 64, "sample_params": {"sample_steps": 1}}
+    with WebServer(tmp_path) as server:
+        seen = crowd(server, 8, 3, body)
+        assert server.stop() == 0
+    assert len({each.id for each in seen}) == 24
+    assert wrong(seen) == 0
+    assert all(took.begin >= 0 for took in overheads(tmp_path, seen))
 
 
 def test_many_users_at_once(server: WebServer) -> None:

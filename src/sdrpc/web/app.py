@@ -23,12 +23,14 @@ from .gate import Gate, Refused, Rules, error_body
 
 PAGE = {
     "index.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8",
+    "server.js": "text/javascript; charset=utf-8", "devices.js": "text/javascript; charset=utf-8",
     "style.css": "text/css; charset=utf-8", "icon.svg": "image/svg+xml",
 }  # fmt: skip
 """Files of the page."""
 
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",

@@ -28,12 +28,12 @@ class Progress:
 
 
 class Board:
-    """Job → :class:`Progress`, and a bell that rings when anything on it, or in the queue, changed."""
+    """Job → :class:`Progress`, and bells that ring when anything on it, or in the queue, changed."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._progress: dict[str, Progress] = {}
-        self._bells: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._bells: set[tuple[asyncio.AbstractEventLoop, asyncio.Event, str | None]] = set()
         self.closed = False
         """The server ends: nobody is to wait any longer."""
 
@@ -45,22 +45,22 @@ class Board:
         """Change what stands there about ``job``; any thread."""
         with self._lock:
             self._progress[job] = replace(self._progress.get(job, Progress()), **changes)
-        self.ring()
+        self.ring(job)
 
     def clear(self, job: str) -> None:
         with self._lock:
             self._progress.pop(job, None)
-        self.ring()
+        self.ring(job)
 
     def close(self) -> None:
         """Let go who waits for news; any thread."""
         self.closed = True
         self.ring()
 
-    def ring(self) -> None:
-        """Wake who waits for news; any thread."""
+    def ring(self, job: str | None = None) -> None:
+        """Wake who waits for news of ``job``; None: everybody, since places in the line changed. Any thread."""
         with self._lock:
-            bells = list(self._bells)
+            bells = [(loop, bell) for loop, bell, of in self._bells if job is None or of in (None, job)]
         for loop, bell in bells:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(bell.set)
@@ -74,9 +74,10 @@ class Board:
         bell.clear()
 
     @contextmanager
-    def listen(self) -> Iterator[asyncio.Event]:
-        """A bell, in the running event loop, for as long as the context lasts."""
-        entry = asyncio.get_running_loop(), asyncio.Event()
+    def listen(self, job: str | None = None) -> Iterator[asyncio.Event]:
+        """A bell, in the running event loop, for as long as the context lasts. ``job``: whose news it rings for; None:
+        all."""
+        entry = asyncio.get_running_loop(), asyncio.Event(), job
         with self._lock:
             self._bells.add(entry)
         try:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from threading import Condition
 
@@ -53,6 +54,10 @@ class JobStore:
         self.max_pending, self.keep_seconds, self.keep_bytes = max_pending, keep_seconds, keep_bytes
         self._changed = Condition()
         self._served: dict[str, float] = {}
+        self._arriving = 0
+        """Jobs whose files are being written."""
+        self._order: list[Job] | None = None
+        """The queue in turn, until it changes."""
         self._in_a_row: dict[str, int] = {}
         try:
             self._table = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
@@ -78,18 +83,24 @@ class JobStore:
     def submit(self, user: str, task: Task, inputs: Mapping[str, Sequence[bytes]]) -> Job:
         """A new job at the end of its user's, with the files of pictures that it begins with, by the request's fields.
         Raises :class:`QueueFull`."""
+        task = replace(task, inputs={field: len(files) for field, files in inputs.items() if files})
         with self._changed:
-            pending = self._pending()
+            pending = self._pending() + self._arriving
             if pending >= self.max_pending:
                 raise QueueFull(f"{pending} jobs are waiting, more are not taken; try again later")
-            task = replace(task, inputs={field: len(files) for field, files in inputs.items() if files})
+            self._arriving += 1
+        try:  # files are written while others use the table
             job = Job(f"job_{secrets.token_hex(10)}", user, task, State.QUEUED, time.time())
             for field, files in inputs.items():
                 for index, data in enumerate(files):
                     write_whole(self._input(job, field, index), data)
+        finally:
+            with self._changed:
+                self._arriving -= 1
+        with self._changed:
             row = (job.id, user, json.dumps(asdict(task)), job.state, job.created)
             self._table.execute("INSERT INTO jobs (id, user, task, state, created) VALUES (?, ?, ?, ?, ?)", row)
-            self._changed.notify_all()
+            self._moved()
             return job
 
     def take(
@@ -112,16 +123,17 @@ class JobStore:
             self._table.execute(
                 "UPDATE jobs SET state=?, started=?, begun=begun+1 WHERE id=?", (State.RUNNING, now, job.id)
             )
+            self._moved()
             return self._job(job.id)
 
     def add_picture(self, job: Job, seed: int, data: bytes) -> None:
         """The next picture of ``job``, in its format."""
+        now = self.get(job.id)
+        if now is None:
+            return
+        seeds = (*now.seeds, seed)
+        write_whole(self._path(job, len(now.seeds)), data)  # by its seat alone, while others use the table
         with self._changed:
-            now = self._job(job.id)
-            if now is None:
-                return
-            seeds = (*now.seeds, seed)
-            write_whole(self._path(job, len(now.seeds)), data)
             self._table.execute("UPDATE jobs SET seeds=? WHERE id=?", (json.dumps(seeds), job.id))
 
     def finish(self, job: Job, state: State, error: str | None = None) -> None:
@@ -140,14 +152,16 @@ class JobStore:
             row = (State.QUEUED, job.id, tries)
             put = "UPDATE jobs SET state=?, started=NULL, seeds='[]' WHERE id=? AND begun < ?"
             done = self._table.execute(put, row).rowcount > 0
-            self._changed.notify_all()
+            self._moved()
             return done
 
     def cancel(self, id: str) -> bool:
         """Take a queued job out of the queue; whether it was in it."""
         with self._changed:
             row = (State.CANCELLED, time.time(), id, State.QUEUED)
-            return self._table.execute("UPDATE jobs SET state=?, finished=? WHERE id=? AND state=?", row).rowcount > 0
+            done = self._table.execute("UPDATE jobs SET state=?, finished=? WHERE id=? AND state=?", row).rowcount > 0
+            self._moved()
+            return done
 
     # --- what is known
 
@@ -176,7 +190,7 @@ class JobStore:
     def waiting(self) -> list[Job]:
         """The queue, in the order in which it is drawn."""
         with self._changed:
-            return self._in_turn()
+            return list(self._in_turn())
 
     def last_over(self) -> float:
         """When a job was last over, in seconds since the epoch; 0 where none was."""
@@ -227,8 +241,16 @@ class JobStore:
         return int(count)
 
     def _in_turn(self) -> list[Job]:
-        query = f"SELECT {COLUMNS} FROM jobs WHERE state=? ORDER BY number"  # noqa: S608
-        return in_turn([_job(row) for row in self._table.execute(query, (State.QUEUED,))], self._served)
+        if self._order is None:
+            query = f"SELECT {COLUMNS} FROM jobs WHERE state=? ORDER BY number"  # noqa: S608
+            queued = [_job(row) for row in self._table.execute(query, (State.QUEUED,))]
+            self._order = in_turn(queued, self._served)
+        return self._order
+
+    def _moved(self) -> None:
+        """The queue is another one."""
+        self._order = None
+        self._changed.notify_all()
 
     def _job(self, id: str) -> Job | None:
         row = self._table.execute(f"SELECT {COLUMNS} FROM jobs WHERE id=?", (id,)).fetchone()  # noqa: S608
@@ -245,6 +267,13 @@ class JobStore:
         return [self._path(job, index) for index in range(len(job.seeds))] + inputs
 
 
+@lru_cache(4096)
+def _task(written: str) -> Task:
+    """A task as it was written. Nobody changes one, so a job that is looked at often is read once."""
+    fields = json.loads(written)
+    return Task(**{**fields, "kind": Kind(fields.get("kind", Kind.PICTURES))})
+
+
 def _size(path: Path) -> int:
     with suppress(OSError):
         return path.stat().st_size
@@ -253,6 +282,4 @@ def _size(path: Path) -> int:
 
 def _job(row: tuple[str, str, str, str, float, float | None, float | None, str, str | None]) -> Job:
     name, user, written, state, created, started, finished, seeds, error = row
-    fields = json.loads(written)
-    task = Task(**{**fields, "kind": Kind(fields.get("kind", Kind.PICTURES))})
-    return Job(name, user, task, State(state), created, started, finished, tuple(json.loads(seeds)), error)
+    return Job(name, user, _task(written), State(state), created, started, finished, tuple(json.loads(seeds)), error)

@@ -300,6 +300,7 @@ class Studio:
         with self._lock:
             self._running[job.id] = job
         self.board.show(job.id, stage="starting", seat=seat.name)
+        self.board.ring()  # all behind it are one place further
         try:
             self._make(seat, job, warm)
         except Cancelled:
@@ -339,7 +340,7 @@ class Studio:
         for seed, data in _MAKERS[job.task.kind](self, seat, job, warm, cancel):
             self.store.add_picture(job, seed, data)
             self.metrics.drawn(seat.name, job.task.model)
-            self.board.ring()
+            self.board.ring(job.id)
         self.store.finish(job, State.DONE)
 
     def _pictures(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:

@@ -80,7 +80,7 @@ def submit(
 def submit_task(here: Context, who: str, task: Task, pictures: Mapping[str, Sequence[bytes]]) -> Job:
     """Put a task into the queue, with the files of its pictures. Raises :class:`QueueFull`."""
     job = here.store.submit(who, task, pictures)
-    here.board.ring()
+    here.board.ring(job.id)
     return job
 
 
@@ -103,8 +103,8 @@ def as_base64(data: bytes) -> str:
 
 
 async def over(here: Context, job: Job) -> Job:
-    """``job`` when it is over. Raises :class:`NoPicture` where it ended without pictures."""
-    with here.board.listen() as bell:
+    """``job`` when it is over. Raises :class:`NoPicture` where it ended without pictures, and :class:`Ending`."""
+    with here.board.listen(job.id) as bell:
         while True:
             now = here.store.get(job.id)
             if now is None:
@@ -121,12 +121,12 @@ async def over(here: Context, job: Job) -> Job:
 async def watched(here: Context, job: Job) -> AsyncIterator[tuple[Job, Progress]]:
     """``job`` and how far it is, whenever that or its place in the line has changed, until it is over."""
     last: tuple[Job, Progress, int] | None = None
-    with here.board.listen() as bell:
+    with here.board.listen(job.id) as bell:
         while True:
             now = here.store.get(job.id)
             if now is None:
                 return
-            seen = now, here.board.get(job.id), here.store.place(now)
+            seen = now, here.board.get(job.id), here.store.place(now) if now.state is State.QUEUED else 0
             if seen != last:
                 yield seen[:2]
             if now.state.over or here.board.closed:

@@ -131,8 +131,8 @@ class ImageRequest(Common):
 
 
 class VideoRequest(Common):
-    """A request for a film. ``high_noise_sample_params``: of models with another model for high noise, which samples
-    as the other one does."""
+    """A request for a film. ``high_noise_sample_params``: of models with another model for high noise, what of its
+    sampling is another than ``sample_params``: steps of its own, ``txt_cfg``, ``sample_method`` and ``eta``."""
 
     video_frames: Annotated[Whole, Field(ge=1, le=MAX_FRAMES)] | None = None
     fps: Annotated[Whole, Field(ge=1, le=1000)] | None = None
@@ -169,15 +169,22 @@ def check(asked: Asked) -> None:
         refused |= {
             "vace_strength": asked.vace_strength != 1.0 and asked.vace_strength,
             "control_frames": len(asked.control_frames),
-            "high_noise_sample_params": _otherwise(asked.high_noise_sample_params, asked.sample_params),
+            "high_noise_sample_params": ", ".join(sorted(_high_noise(asked).keys() - _OWN.keys())),
         }
     for field, value in refused.items():
         if value:
             raise InvalidValue(field, value, "this server does not have it")
 
 
-def _otherwise(high: Sampling, usual: Sampling) -> str:
-    """What of sampling under high noise is said and is another than usual."""
+_OWN = {
+    "sample_steps": "high_noise_steps", "guidance.txt_cfg": "high_noise_cfg_scale",
+    "sample_method": "high_noise_sampling_method", "eta": "high_noise_eta",
+}  # fmt: skip
+"""What of sampling under high noise can be another than usual → the request's field."""
+
+
+def _high_noise(asked: VideoRequest) -> dict[str, Any]:
+    """What is said of sampling under high noise, and is another than usual, by its names here."""
 
     def flat(given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -186,9 +193,11 @@ def _otherwise(high: Sampling, usual: Sampling) -> str:
             found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
         return found
 
-    here, there = flat(usual.model_dump()), flat(high.model_dump(exclude_unset=True))
-    ours = {name: value for name, value in there.items() if value not in (None, -1) and value != here[name]}
-    return ", ".join(f"{name} {value}" for name, value in ours.items())
+    usual = flat(asked.sample_params.model_dump())
+    high = flat(asked.high_noise_sample_params.model_dump(exclude_unset=True))
+    steps = high.pop("sample_steps", -1)
+    own = {} if steps in (None, -1) else {"sample_steps": steps}  # steps of its own, also where they are as many
+    return own | {name: value for name, value in high.items() if value is not None and value != usual[name]}
 
 
 def fields_of(asked: Asked) -> dict[str, Any]:
@@ -221,7 +230,7 @@ def fields_of(asked: Asked) -> dict[str, Any]:
     }
     if isinstance(asked, VideoRequest):
         film = {"video_frames": asked.video_frames, "fps": asked.fps, "moe_boundary": asked.moe_boundary}
-        return {**fields, **film}
+        return {**fields, **film, **{_OWN[name]: value for name, value in _high_noise(asked).items() if name in _OWN}}
     return {
         **fields,
         "batch_count": asked.batch_count,

@@ -210,7 +210,7 @@ def capabilities(here: Here) -> Capabilities:
             "vae_tiling": True, "hires": True,
         },
         Kind.FILM: {
-            **shared, "end_image": True, "control_frames": False, "high_noise_sample_params": False,
+            **shared, "end_image": True, "control_frames": False, "high_noise_sample_params": True,
             "vae_tiling": False,
         },
     }  # fmt: skip

@@ -1,98 +1,47 @@
 // The page: a form that becomes jobs of /sdcpp/v1, the queue as it moves, and what was drawn.
-const API = "/sdcpp/v1";
-const $ = (id) => document.getElementById(id);
+import { $, API, ask, dataUrl, events, get, picture, post, send } from "./server.js";
+import { showDevices } from "./devices.js";
+
 const form = $("form");
-let key = localStorage.getItem("key");
-let defaults = {};      // model → what it draws with where nothing is said
+let models = {};        // name → what is said of a model
+let filmFormat = "webp";
 let opened = null;      // the job and picture that the viewer shows
 let lastOver = null;    // when a job was last over, as the server says
 
-// ---- talking to the server
-
-async function ask(path, options = {}) {
-  const headers = { ...(options.headers ?? {}), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  const answer = await fetch(path, { ...options, headers });
-  if (answer.status === 401) {
-    await comeIn();
-    return ask(path, options);
-  }
-  if (!answer.ok) {
-    const told = await answer.json().catch(() => ({}));
-    throw new Error(told.error?.message ?? told.detail ?? `${answer.status} ${answer.statusText}`);
-  }
-  return answer;
-}
-
-const get = async (path) => (await ask(API + path)).json();
-const post = async (path, body) =>
-  (await ask(API + path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } })).json();
-
-let door = null;
-function comeIn() {
-  door ??= new Promise((resolve) => {
-    $("key").value = "";
-    $("door").showModal();
-    $("door").addEventListener("close", () => {
-      key = $("key").value.trim();
-      localStorage.setItem("key", key);
-      door = null;
-      resolve();
-    }, { once: true });
-  });
-  return door;
-}
-
-const urls = new Map(); // picture → blob URL, so that pictures can be asked for with a key
-async function picture(path) {
-  if (!urls.has(path)) urls.set(path, ask(API + path).then((answer) => answer.blob()).then((blob) => URL.createObjectURL(blob)));
-  return urls.get(path);
-}
-
-async function* events(path) {
-  const reader = (await ask(API + path)).body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    text += value;
-    let end;
-    while ((end = text.indexOf("\n\n")) >= 0) {
-      const data = text.slice(0, end).split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("");
-      text = text.slice(end + 2);
-      if (data) yield JSON.parse(data);
-    }
-  }
-}
-
 // ---- the form
 
-const NUMBERS = ["width", "height", "steps", "cfg_scale", "seed", "batch_count", "strength", "distilled_guidance"];
+const NUMBERS = ["width", "height", "steps", "cfg_scale", "seed", "batch_count", "strength", "distilled_guidance",
+  "video_frames", "fps", "hires_scale"];
 const number = (name) => (form.elements[name].value === "" ? null : Number(form.elements[name].value));
 
 async function request() {
   const body = {
     prompt: form.elements.prompt.value, negative_prompt: form.elements.negative_prompt.value, model: form.elements.model.value,
-    width: number("width"), height: number("height"), seed: number("seed") ?? -1, batch_count: number("batch_count") ?? 1,
-    strength: number("strength") ?? 0.75,
+    width: number("width"), height: number("height"), seed: number("seed") ?? -1, strength: number("strength") ?? 0.75,
+    lora: loras(),
     sample_params: {
       sample_steps: number("steps"), sample_method: form.elements.sample_method.value || null,
       scheduler: form.elements.scheduler.value || null,
       guidance: { txt_cfg: number("cfg_scale"), distilled_guidance: number("distilled_guidance") },
     },
   };
-  if (painting.image) {
-    body.init_image = painting.data;
-    if (painting.painted) body.mask_image = painting.mask();
-  }
-  return body;
+  if (painting.image) body.init_image = painting.data;
+  if (films()) return { ...body, video_frames: number("video_frames"), fps: number("fps"), output_format: filmFormat };
+  if (painting.image && painting.painted) body.mask_image = painting.mask();
+  if (number("hires_scale")) body.hires = { enabled: true, scale: number("hires_scale"), upscaler: form.elements.hires_upscaler.value };
+  return { ...body, batch_count: number("batch_count") ?? 1 };
 }
+
+const films = () => models[form.elements.model.value]?.films ?? false;
+const loras = () => [...$("loras").querySelectorAll("input")].filter((input) => Number(input.value))
+  .map((input) => ({ path: input.name, multiplier: Number(input.value) }));
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   problem("");
   $("draw").disabled = true;
   try {
-    await post("/img_gen", await request());
+    await post(films() ? "/vid_gen" : "/img_gen", await request());
     save();
   } catch (error) {
     problem(error.message);
@@ -110,7 +59,7 @@ function problem(text) {
   $("problem").hidden = !text;
 }
 
-const SAVED = ["prompt", "negative_prompt", "model", "sample_method", "scheduler", ...NUMBERS];
+const SAVED = ["prompt", "negative_prompt", "model", "sample_method", "scheduler", "hires_upscaler", ...NUMBERS];
 const save = () => localStorage.setItem("form", JSON.stringify(Object.fromEntries(SAVED.map((name) => [name, form.elements[name].value]))));
 
 function fill(values) {
@@ -118,9 +67,22 @@ function fill(values) {
 }
 
 function hints() {
-  const known = defaults[form.elements.model.value] ?? {};
-  for (const name of ["width", "height", "steps", "cfg_scale"]) form.elements[name].placeholder = known[name] ?? "";
+  const known = models[form.elements.model.value]?.defaults ?? {};
+  for (const name of ["width", "height", "steps", "cfg_scale", "video_frames", "fps"]) form.elements[name].placeholder = known[name] ?? "";
   form.elements.distilled_guidance.placeholder = known.guidance ?? "";
+  $("film").hidden = !films();
+  $("second").hidden = films();
+  form.elements.batch_count.disabled = films();
+}
+
+function showLoras(names) {
+  $("adapters").hidden = names.length === 0;
+  $("loras").replaceChildren(...names.map((name) => {
+    const label = document.createElement("label");
+    const input = Object.assign(document.createElement("input"), { type: "number", name, step: 0.05, placeholder: "0" });
+    label.append(`${name} `, input);
+    return label;
+  }));
 }
 
 function options(select, values, first) {
@@ -133,11 +95,7 @@ const painting = {
   image: null, data: "", painted: false,
   canvas: $("canvas"), strokes: document.createElement("canvas"),
   async begin(blob) {
-    this.data = await new Promise((resolve) => {
-      const reader = new FileReader();
-      reader.onload = () => resolve(reader.result);
-      reader.readAsDataURL(blob);
-    });
+    this.data = await dataUrl(blob);
     this.image = await createImageBitmap(blob);
     for (const canvas of [this.canvas, this.strokes]) [canvas.width, canvas.height] = [this.image.width, this.image.height];
     $("painting").hidden = false;
@@ -209,6 +167,9 @@ $("remove").addEventListener("click", () => painting.end());
 
 // ---- the queue
 
+const title = (job) => job.request.prompt ?? `enlarged to ${job.request.width}×${job.request.height}`;
+const moves = (job) => ["webm", "mp4"].includes(job.output_format);
+
 const rows = new Map(); // job → its row
 function words(job) {
   if (job.status === "queued") return `waiting, number ${job.queue_position}`;
@@ -216,6 +177,7 @@ function words(job) {
   const where = seat ? ` on ${seat}` : "";
   if (stage === "sample") return `${job.request.batch_count > 1 ? `picture ${picture}, ` : ""}step ${step} of ${steps}${where}`;
   if (stage === "upload") return `${component}: sending weights, ${Math.round((100 * done) / Math.max(total, 1))} %${where}`;
+  if (job.kind === "upscale") return `enlarging, tile ${done} of ${total}${where}`;
   return `${{ capture: `preparing ${component}`, encode: "reading the prompt", decode: "finishing", starting: "starting" }[stage] ?? stage ?? ""}${where}`;
 }
 
@@ -230,7 +192,7 @@ function showQueue(jobs) {
       rows.set(job.id, row);
     }
     if ($("queue").children[index] !== row) $("queue").insertBefore(row, $("queue").children[index] ?? null);
-    row.querySelector(".words").textContent = job.request.prompt;
+    row.querySelector(".words").textContent = title(job);
     row.querySelector(".state").textContent = words(job);
     const progress = row.querySelector("progress");
     progress.hidden = job.status === "queued";
@@ -297,21 +259,24 @@ async function showGallery() {
 function tile(job, index) {
   const button = document.createElement("button");
   button.type = "button";
-  button.setAttribute("aria-label", job.request.prompt);
+  button.setAttribute("aria-label", title(job));
   button.dataset.path = `/jobs/${job.id}/images/${index}`;
-  const image = document.createElement("img");
-  image.alt = job.request.prompt;
-  button.append(image);
+  button.append(shown(job));
   button.addEventListener("click", () => view(job, index));
   seen.observe(button);
   return button;
+}
+
+function shown(job) { // a picture, or a film that plays
+  if (moves(job)) return Object.assign(document.createElement("video"), { muted: true, loop: true, autoplay: true, playsInline: true });
+  return Object.assign(document.createElement("img"), { alt: title(job) });
 }
 
 function failure(job) {
   const note = document.createElement("button");
   note.type = "button";
   note.className = "failed";
-  note.textContent = `${job.request.prompt}: ${job.error.message}`;
+  note.textContent = `${title(job)}: ${job.error.message}`;
   note.title = "Delete this note";
   note.addEventListener("click", () => forget(job));
   return note;
@@ -319,10 +284,14 @@ function failure(job) {
 
 async function view(job, index) {
   opened = { job, index };
-  const image = $("shown");
-  image.src = await picture(`/jobs/${job.id}/images/${index}`);
-  image.alt = job.request.prompt;
-  const facts = { Prompt: job.request.prompt, "Not in it": job.request.negative_prompt, Model: job.model, Seed: job.seeds[index],
+  const large = shown(job);
+  large.controls = true;
+  large.src = await picture(`/jobs/${job.id}/images/${index}`);
+  $("shown").replaceChildren(large);
+  $("reuse").hidden = job.kind === "upscale";
+  for (const id of ["continue", "larger"]) $(id).hidden = job.kind === "vid_gen";
+  const facts = { Prompt: job.request.prompt, Frames: job.request.video_frames, "A second": job.request.fps,
+    LoRA: job.request.loras?.map(([name, strength]) => `${name} ${strength}`).join(", "), Enlarged: job.request.upscaler, "Not in it": job.request.negative_prompt, Model: job.model, Seed: job.seeds[index],
     Size: job.request.width && `${job.request.width}×${job.request.height ?? ""}`, Steps: job.request.steps, "CFG scale": job.request.cfg_scale,
     Sampler: job.request.sampling_method, Schedule: job.request.scheduler, By: job.user };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
@@ -337,7 +306,10 @@ $("reuse").addEventListener("click", () => {
   const { job, index } = opened;
   for (const name of NUMBERS) if (name !== "strength" && name !== "batch_count") form.elements[name].value = "";
   fill({ ...job.request, model: job.model, seed: job.seeds[index], sample_method: job.request.sampling_method ?? "",
-    scheduler: job.request.scheduler ?? "", distilled_guidance: job.request.guidance, batch_count: 1 });
+    scheduler: job.request.scheduler ?? "", distilled_guidance: job.request.guidance, batch_count: 1,
+    hires_scale: job.request.hires ? (job.request.hires_scale ?? 2) : "" });
+  const strengths = Object.fromEntries(job.request.loras ?? []);
+  for (const input of $("loras").querySelectorAll("input")) input.value = strengths[input.name] ?? "";
   hints();
   $("viewer").close();
   form.elements.prompt.focus();
@@ -355,6 +327,17 @@ $("save").addEventListener("click", async () => {
   link.download = `${job.seeds[index]}.${job.output_format === "jpeg" ? "jpg" : job.output_format}`;
   link.click();
 });
+$("enlarge").addEventListener("click", async () => {
+  const { job, index } = opened;
+  $("viewer").close();
+  try {
+    const image = await dataUrl(await (await ask(`${API}/jobs/${job.id}/images/${index}`)).blob());
+    const by = { upscaler_1: $("upscaler").value, upscaling_resize: Number($("times").value) || 2 };
+    await send("POST", "/sdapi/v1/extra-single-image", { image, ...by });
+  } catch (error) {
+    problem(error.message);
+  }
+});
 $("forget").addEventListener("click", async () => {
   $("viewer").close();
   await forget(opened.job);
@@ -370,16 +353,7 @@ async function forget(job) {
   await showGallery();
 }
 
-// ---- devices, theme, beginning
-
-const gigabytes = (bytes) => (bytes / 2 ** 30).toFixed(1);
-async function showDevices() {
-  try {
-    const devices = await get("/devices");
-    $("devices").textContent = devices.map(({ name, description, free, total }) =>
-      `${name}: ${description}${total ? `, ${gigabytes(free)} of ${gigabytes(total)} GB free` : ", gone"}`).join(" · ");
-  } catch { /* next time */ }
-}
+// ---- theme, beginning
 
 const root = document.documentElement;
 if (localStorage.getItem("theme")) root.dataset.theme = localStorage.getItem("theme");
@@ -391,16 +365,19 @@ $("theme").addEventListener("click", () => {
 
 async function begin() {
   const can = await get("/capabilities");
-  defaults = Object.fromEntries(can.models.map((model) => [model.name, model.defaults]));
-  options(form.elements.model, can.models.map((model) => model.name));
+  models = Object.fromEntries(can.models.map((model) => [model.name, model]));
+  filmFormat = can.output_formats_by_mode.vid_gen?.[0] ?? filmFormat;
+  options(form.elements.model, Object.keys(models));
   options(form.elements.sample_method, can.samplers, "the model's own");
   options(form.elements.scheduler, can.schedulers, "the sampler's own");
+  options(form.elements.hires_upscaler, can.upscalers.map((each) => each.name));
+  options($("upscaler"), (await (await ask("/sdapi/v1/upscalers")).json()).map((each) => each.name).filter((name) => name !== "None"));
+  showLoras(can.loras.map((lora) => lora.name));
   fill(JSON.parse(localStorage.getItem("form") ?? "{}"));
   if (!form.elements.model.value) form.elements.model.selectedIndex = 0;
   form.elements.model.addEventListener("change", hints);
   hints();
   follow();
-  showDevices();
-  setInterval(showDevices, 10000);
+  showDevices(() => form.elements.model.value, problem);
 }
 begin().catch((error) => problem(error.message));
