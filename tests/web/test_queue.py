@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -116,14 +117,22 @@ def test_a_killed_server_goes_on(tmp_path: Path, models: Path) -> None:
 
 
 def test_sigterm_puts_back_what_is_drawn(tmp_path: Path, models: Path) -> None:
+    """Who waits for another picture is told so, and that stays in the queue as well."""
     options = ("--models-dir", str(models))
-    with WebServer(tmp_path, *options) as server:
+    asked = {"model": "tiny", "prompt": "a cat", "size": "64x64"}
+    with WebServer(tmp_path, *options) as server, ThreadPoolExecutor(1) as pool:
         name = server.submit(**{key: value for key, value in LONG.items() if key != "model"}, model="tiny")
         server.until(name, "generating")
+        waits = pool.submit(server.ask, "/v1/images/generations", asked)
+        while len(server.ask("/sdcpp/v1/jobs").json()) < 2:
+            assert not waits.done()
         assert server.stop(signal.SIGTERM) == 0
+        answer = waits.result()
+        assert (answer.status, "the job stays in its queue" in answer.error) == (503, True)
         assert "Traceback" not in "".join(server.lines)
     store = JobStore(tmp_path, 8, 3600, 1 << 20)
-    assert [(each.id, each.state) for each in store.jobs()] == [(name, State.QUEUED)]
+    assert [each.state for each in store.jobs()] == [State.QUEUED] * 2
+    assert store.jobs()[1].id == name
     store.close()
 
 

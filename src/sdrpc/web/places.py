@@ -150,17 +150,24 @@ class Places:
             try:
                 if time.monotonic() - self._known[0] > MEMORY_SECONDS:
                     there = [*self._devices.values(), *self._elsewhere()]
-                    self._known = time.monotonic(), [(device, _memory(device)) for device in there]
+                    before = {device.name: memory for device, memory in self._known[1]}
+                    with self._lock:
+                        busy = {name for names, _ in self._now.values() for name in names}
+                    found = [
+                        (device, _memory(device, before.get(device.name), device.name in busy)) for device in there
+                    ]
+                    self._known = time.monotonic(), found
             finally:
                 self._asking.release()
         return self._known[1]
 
 
-def _memory(device: Shown) -> Memory | None:
+def _memory(device: Shown, before: Memory | None, busy: bool) -> Memory | None:
+    """What a device says; one that is drawn on and does not answer meanwhile has what it had ``before``."""
     try:
         return device.memory()
     except SdrpcError:
-        return None
+        return before if busy else None
 
 
 def _said(
