@@ -21,7 +21,6 @@ from ..ggml.memory_planner import aligned
 from ..ggml.ops import ALIASES
 from ..ggml.params import NO_PARAMS
 from ..ggml.tensor import OUTPUT, Graph, Tensor, root, sources
-from ..ggml.types import NUMPY_DTYPES
 from .lowered import Input, Lowered, Output
 
 TOLERANCE = 0.1
@@ -40,8 +39,8 @@ not cut off from it, so that a graph which was cut gives the same numbers."""
 CROSSING = "crossing"
 """What the names of values begin with that cross; a module's own inputs are named otherwise."""
 
-_TORCH = {"F32": "float32", "F16": "float16", "F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32",
-          "I64": "int64"}  # fmt: skip
+_TORCH = {"F32": "float32", "F16": "float16", "I32": "int32"}
+"""Types that cross unchanged, and how torch calls them."""
 
 Integers = NDArray[np.int64]
 
@@ -92,7 +91,7 @@ def profile(lowered: Lowered) -> Profile:
             lives = [position[value] + 1, until + 1]
             steps[lives] += value.nbytes, -value.nbytes
             merges = first[value] == until and nodes[until].op in ELEMENTWISE
-            if merges or value.type.name not in NUMPY_DTYPES or not value.contiguous:
+            if merges or value.type.name not in _TORCH or not value.contiguous:
                 closed[lives] += 1, -1
     crossing = np.where(np.cumsum(closed) > 0, -1, np.cumsum(steps))[:-1]
     read = [weight for weight in lowered.weights if weight.leaf in first]
