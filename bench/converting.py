@@ -31,7 +31,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, path = Path(folder) / "zeros.safetensors", Path(folder) / options.output
         write_zeros(options.family, source, size=options.size)
-        command = [sys.executable, "-m", "sdrpc.cli.main", "-M", "convert", "-m", source, "-o", path]
+        command = [sys.executable, "-m", "sdrpc", "sd-cli", "-M", "convert", "-m", source, "-o", path]
         command += ["--type", options.type] if options.type else []
         with subprocess.Popen([str(word) for word in command]) as process, watching(watched := Watched(process.pid)):
             status = process.wait()
