@@ -176,7 +176,7 @@ def test_a_server_that_is_not_there_at_the_start(
     """Keeps its number; who has another device goes on with that."""
     drawing = ["-m", tiny, "-p", REQUEST.prompt, "-W", 64, "-H", 64, "--steps", REQUEST.steps]
     drawing += ["--sampling-method", REQUEST.sampling_method, "-o", tmp_path / "x.png"]
-    servers = ["--rpc", f"{nobody},127.0.0.1:{server.port}", "--backend", "diffusion=RPC0,RPC1,all=auto"]
+    servers = ["--rpc", f"{nobody},127.0.0.1:{server.port}", "--backend", "diffusion=RPC0,RPC1"]
     done = sd_cli(*servers, *drawing, graphs=graphs)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), undisturbed[0])
