@@ -81,6 +81,16 @@ def test_rows_that_are_no_whole_blocks_are_f16(name: str, columns: int, tmp_path
     torch.testing.assert_close(numbers(weight), made.numbers, rtol=2.0**-11, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["l.weight_scale", "l.weight_scale_inv"])
+def test_other_names_of_a_scale(name: str, tmp_path: Path) -> None:
+    made = FORMATS["fp8-scaled"][0](matrix())
+    tensors = layer(made.tensors)
+    tensors[name] = tensors.pop("l.scale_weight")
+    checkpoint = read(tmp_path, tensors)
+    assert list(checkpoint.tensors) == ["l.weight"]
+    torch.testing.assert_close(numbers(checkpoint.tensors["l.weight"]), made.numbers, rtol=4 * 2.0**-24, atol=0)
+
+
 def test_what_is_said_in_the_header(tmp_path: Path) -> None:
     """For layers without what stands before all names, too; a name alone is a format."""
     four, eight = comfy_nvfp4(matrix()), comfy_int8_convrot(matrix())
@@ -169,6 +179,9 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "wide scales of blocks": ({**MXFP8, "l.weight_scale": torch.zeros(128, 4)}, r"has scales of blocks F32 \[128, 4\]"),
     "a scale for each column": ({**INT8, "l.weight_scale": torch.ones(1, 64)}, r"has scales F32 \[1, 64\]; one F32"),
     "scales of blocks for whole rows": ({**FP8, "l.scale_weight": torch.ones(64, 2)}, r"has scales F32 \[64, 2\]"),
+    "scales of squares": (
+        {**without(FP8, ".scale_weight"), "l.weight_scale_inv": torch.ones(2, 2)}, r"has scales F32 \[2, 2\]",
+    ),
     "several scales of the tensor": (
         {**NVFP4, "l.weight_scale_2": torch.ones(2)}, r"has a scale of its tensor F32 \[2\]",
     ),

@@ -1,6 +1,7 @@
 """Which tensors of a file are numbers, and which scale them: the ways in which quantized checkpoints say so.
 
-* fp8 with scales: ``X.weight`` in 8-bit floats, ``X.scale_weight`` or ``X.weight_scale``, and a marker ``scaled_fp8``.
+* fp8 with scales: ``X.weight`` in 8-bit floats, ``X.scale_weight``, ``X.weight_scale`` or ``X.weight_scale_inv``, which
+  is what numbers are multiplied with all the same; some have a marker ``scaled_fp8``.
 * ComfyUI: JSON in a tensor ``X.comfy_quant``, or for all layers in the header's ``_quantization_metadata``, names the
   format of ``X.weight``; its scales are ``X.weight_scale`` and ``X.weight_scale_2`` (comfy/ops.py, comfy_kitchen).
 * bitsandbytes: ``X.weight.quant_state.bitsandbytes__nf4`` (or fp4), JSON, with ``X.weight.absmax``, which may be
@@ -33,7 +34,7 @@ FLOATS = ("F8_E4M3", "F8_E5M2")
 
 MARKER = "scaled_fp8"
 """A tensor whose presence says that the others have scales."""
-SCALES = (".scale_weight", ".weight_scale")
+SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 UNUSED = (".scale_input", ".input_scale", ".weight_format")
 STATE = ".quant_state.bitsandbytes__"
 CONFIG = ".comfy_quant"
