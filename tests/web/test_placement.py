@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
+from sdrpc.device import Memory
+from sdrpc.web.places import Places
+from tests.support.null import NullDevice
 from tests.support.process import ServerProcess
 from tests.web.process import SMALL, WebServer
 
@@ -40,6 +44,30 @@ def test_components_move_between_two_pictures(tmp_path: Path, models: Path) -> N
             assert kept["components"] == chosen["components"]
             nothing = again.ask("/sdcpp/v1/placement", {"model": "tiny", "components": {}}, "PUT").json()
             assert nothing == before
+
+
+class Shared(NullDevice):
+    """Notes whether its memory was asked for by whoever had the turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[bool] = []
+
+    def memory(self) -> Memory:
+        other = Thread(target=lambda: self.turns.later(lambda: free.append(True)))
+        free: list[bool] = []
+        other.start()
+        other.join()
+        self.asked.append(not free)
+        return super().memory()
+
+
+def test_a_device_that_is_drawn_on_is_asked_between_two_turns(tmp_path: Path) -> None:
+    """Its connection is the one that pictures are drawn over."""
+    device = Shared()
+    places = Places([device], tmp_path / "places.json")
+    assert [said["total"] for said in places.said()] == [device.total]
+    assert device.asked == [True]
 
 
 @pytest.mark.parametrize(

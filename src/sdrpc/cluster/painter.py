@@ -146,10 +146,10 @@ class Painter:
         return About(__version__, tuple(Described(device.name, device.description) for device in devices))
 
     def memory(self) -> dict[str, Memory]:
-        """Of those devices that say it."""
+        """Of those devices that say it, each when it is its turn: pictures are drawn over the same connections."""
         said = {}
         for device in self._devices:
-            with suppress(SdrpcError):
+            with suppress(SdrpcError), device.turns:
                 said[device.name] = device.memory()
         return said
 

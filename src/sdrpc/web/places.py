@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -163,9 +164,11 @@ class Places:
 
 
 def _memory(device: Shown, before: Memory | None, busy: bool) -> Memory | None:
-    """What a device says; one that is drawn on and does not answer meanwhile has what it had ``before``."""
+    """What a device says, when it is its turn; one that is drawn on and does not answer meanwhile has what it had
+    ``before``."""
     try:
-        return device.memory()
+        with device.turns if isinstance(device, Device) else nullcontext():
+            return device.memory()
     except SdrpcError:
         return before if busy else None
 
