@@ -201,6 +201,6 @@ def test_it_goes_on_in_tiles_where_memory_would_not_do(
         for size in ((32, 32), (64, 32)):
             with Session.open(tiny, device, cache) as other:
                 shown(other, replace(asked, vae_tile_size=size))
-        monkeypatch.setattr(DeviceModel, "run", lambda *_: (_ for _ in ()).throw(OutOfMemory("small", 1)))
+        monkeypatch.setattr(DeviceModel, "run", lambda *_, **_named: (_ for _ in ()).throw(OutOfMemory("small", 1)))
         with pytest.raises(OutOfMemory):
             session._vae.decode(np.zeros((1, 4, 40, 40), np.float32), Tiling(16, 16))
