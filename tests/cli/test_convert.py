@@ -75,6 +75,14 @@ def test_what_cannot_be_done_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rule_that_matches_nothing_is_told(sd: Sd, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = sd(
+        "-M", "convert", "-m", checkpoint, "-o", tmp_path / "x.gguf", "--tensor-type-rules", "^vae=f16,wheel=f16"
+    )
+    assert outcome.status == 0
+    assert re.findall(r"no tensor has a name that the rule (\S+) matches", outcome.err) == ["wheel"]
+
+
 def test_the_tool_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     command = [sys.executable, TOOLS / "make_gguf.py", checkpoint, path, "--type", "q4_0"]

@@ -223,9 +223,11 @@ def test_ctrl_c_while_this_machine_computes(tmp_path: Path) -> None:
     assert time.monotonic() - asked < 30
 
 
+@pytest.mark.parametrize("command", ["sd_cli", "sdrpc"])
 @pytest.mark.parametrize("module", ["numpy", "click", "sdrpc.diffusion.samplers"])
-def test_ctrl_c_at_start(module: str) -> None:
+def test_ctrl_c_at_start(command: str, module: str) -> None:
     """Ctrl-C while ``module`` is imported, which is before the command's own code runs."""
+    words = ["sdrpc"] * (command == "sdrpc") + ["sd-cli", "--version"]
     code = f"""
 import os, signal, sys
 class Interrupting:
@@ -233,9 +235,9 @@ class Interrupting:
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupting())
-sys.argv = ["sd-cli", "--version"]
-from sdrpc.cli.entry import sd_cli
-sd_cli()
+sys.argv = {words}
+from sdrpc.cli.entry import {command}
+{command}()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

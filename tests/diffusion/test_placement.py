@@ -120,6 +120,8 @@ def test_several_devices_in_order_of_preference(
         ("te=RPC0,clip=RPC1", "placed twice"),
         ("diffusion=rpc0&", "before and after each"),
         ("diffusion=rpc0||rpc1", "before and after each"),
+        ("diffusion=rpc0&auto", "auto stands alone"),
+        ("Auto|rpc0", "auto stands alone"),
         ("t5xxl=cpu", "this model has no t5xxl; it has clip_l, diffusion, vae"),
         *((f"{module}=cpu", "yet") for module in NOT_HERE_YET),
     ],

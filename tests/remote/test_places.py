@@ -209,9 +209,11 @@ def test_what_is_too_large_is_refused_with_what_would_do(
     first, second = devices
     placements: list[dict[str, Placed]] = [{"diffusion": first, "vae": second, "te": here}]
     placements.append({"diffusion": Chain((first, second)), "all": here})
+    placements.append({"diffusion": [first, second], "te": Chain((first, second)), "vae": first})
     for placement, limits, says in (
         (placements[0], (5, 99, 7), r"RPC0: diffusion .* 5 MiB are free; RPC1 has 99 MiB \(--backend diffusion=RPC1\)"),
         (placements[1], (1, 2, 7), r"RPC0&RPC1: diffusion takes 6 MiB, 1 \+ 2 MiB are free; CPU has 7 MiB \(--backend"),
+        (placements[2], (5, 5, 7), r"RPC0: diffusion .* 5 MiB are free; RPC0&RPC1 have 5 MiB \+ 5 MiB \(--backend"),
         (placements[0], (2, 1, 0), r"CPU: clip_l .* 0 MiB are free; use a quantized file"),
     ):
         small = {name: size << 20 for name, size in zip(("RPC0", "RPC1", "CPU"), limits, strict=True)}

@@ -39,6 +39,9 @@ def fitted(
     from ..diffusion.device_model import weights_room
     from ..diffusion.fitting import fit, nearest
 
+    if set(model.components) <= set(fixed):
+        report.warn("auto-fit has nothing to plan: --backend names a device for each component")
+        return {name: list(places) for name, places in placed.items()}
     wanted = {demand.name: demand for demand in demands(model, settings, Chain(tuple(devices)).target)}
     rooms = {device.name: weights_room(device, limits) for device in devices}
     for name in fixed:

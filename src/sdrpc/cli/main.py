@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from .. import __version__
+from . import interrupts
 from .report import USAGE
 
 COMMANDS = {
@@ -20,7 +21,10 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[0:2] = [name]
-        import_module(f".{COMMANDS[name][0]}", __package__).main()
+        interrupts.at_once()
+        command = import_module(f".{COMMANDS[name][0]}", __package__).main
+        interrupts.soon()
+        command()
     elif name in ("-h", "--help"):
         print("usage: sdrpc COMMAND [OPTIONS]\n")
         print(*(f"  {command:12}{what}" for command, (_, what) in COMMANDS.items()), sep="\n")

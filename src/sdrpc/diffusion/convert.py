@@ -23,7 +23,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.expressions import NUMBERS, cast, joined
 from ..checkpoints.numbers import unpacked
 from ..errors import CheckpointError, InvalidValue
-from ..families.base import Family, Found, find
+from ..families.base import Family, find
 from ..families.configs import METADATA_KEY, told_by
 from ..families.registry import FAMILIES
 from ..families.weight_types import AS_STORED, WeightTypes, names_of
@@ -126,14 +126,18 @@ def _planned(checkpoint: Checkpoint, family: Family, types: WeightTypes, holds: 
     for name, dtype in checkpoint.skipped.items():
         raise CheckpointError(checkpoint.path, f"is of type {dtype}, which ggml does not have", name)
     parts = [each for component in family.components if (each := find(component, checkpoint)) is not None]
-    owners: dict[str, Found] = {weight.name: part for part in parts for weight in part.tensors.values()}
+    named = {
+        weight.name: (weight.name, *names_of(weight, part.component.name, part.component.prefixes))
+        for part in parts
+        for weight in part.tensors.values()
+    }
+    types.warn_of_idle_rules(named.values())
 
     def planned(name: str, weight: Weight) -> Planned:
-        component = owners[name].component
-        kind = types.of(weight, *names_of(weight, component.name, component.prefixes))
+        kind = types.of(weight, *named[name][1:])
         return Planned(weight, kind if kind.name in holds else unpacked(kind))
 
-    return [planned(name, weight) for name, weight in checkpoint.tensors.items() if name in owners]
+    return [planned(name, weight) for name, weight in checkpoint.tensors.items() if name in named]
 
 
 def _said(checkpoint: Checkpoint, family: Family) -> str:

@@ -674,7 +674,7 @@ class DeviceModel:
 
     def _hint(self, component: DeviceComponent) -> str:
         """What would do for a component that has too little room."""
-        devices = devices_of(Lanes((one.chain,)) for one in self._components)
+        devices = devices_of(Lanes((place,)) for one in self._components for place in (one.chain, *one.choices))
         rooms = {device.name: self._room(device) for device in devices}
         return nearest(component.name, component.nbytes, component.largest(), rooms)
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar, cast
 
+from ..device_names import AUTO
 from ..device_names import folded as folded_name
 from ..errors import InvalidValue
 
@@ -123,10 +124,12 @@ def limits(text: str) -> dict[str, int]:
 
 def side_by_side(text: str, item: str = "") -> tuple[Names, ...]:
     """``RPC0&RPC1|RPC2`` as (("RPC0", "RPC1"), ("RPC2",)): what is side by side, each devices that compute one after
-    the other. Raises :class:`InvalidValue` where a name is missing (in ``item``)."""
+    the other. Raises :class:`InvalidValue` where a name is missing (in ``item``), or one of several is ``auto``."""
     found = tuple(tuple(name.strip() for name in chain.split("&")) for chain in text.split("|"))
     if not all(name for chain in found for name in chain):
         raise InvalidValue("backend", item or text, "a device is named before and after each '&' and '|'")
+    if sum(map(len, found)) > 1 and any(folded_name(name) == AUTO for chain in found for name in chain):
+        raise InvalidValue("backend", item or text, "auto stands alone: it cuts by itself what has room nowhere")
     return found
 
 

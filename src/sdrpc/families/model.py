@@ -172,6 +172,11 @@ def open_model(files: ModelFiles) -> Model:
     if files.taesd is not None:
         tiny = _retyped(_component(TAESD, family, files, opened), files.types)
         components[TAESD.name] = ModelComponent(tiny, TAESD.configure(tiny, {}))
+    files.types.warn_of_idle_rules(
+        (weight.name, *names_of(weight, name, one.found.component.prefixes))
+        for name, one in components.items()
+        for weight in one.found.tensors.values()
+    )
     model = Model(
         family,
         components,

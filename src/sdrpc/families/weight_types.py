@@ -7,6 +7,7 @@ whole number of blocks, such as convolutions.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from ..checkpoints.expressions import cast
 from ..errors import InvalidValue
 from ..ggml.types import TYPES, Type
 from ..ggml.weight import Weight
+
+log = logging.getLogger(__name__)
 
 WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that the gguf library can write and that are of use to a diffusion model."""
@@ -53,6 +56,13 @@ class WeightTypes:
     def applied(self, weight: Weight, *names: str) -> Weight:
         """The tensor in the type that it gets, made while it is read."""
         return cast(weight, self.of(weight, *names))
+
+    def warn_of_idle_rules(self, named: Iterable[tuple[str, ...]]) -> None:
+        """Say which rules match no tensor. ``named``: what each is called, as :meth:`of` is told."""
+        every = list(named) if self.rules else []
+        for pattern, _ in self.rules:
+            if not any(pattern.search(name) for names in every for name in names):
+                log.warning("no tensor has a name that the rule %s matches", pattern.pattern)
 
 
 AS_STORED = WeightTypes()
