@@ -57,6 +57,11 @@ def test_it_says_what_it_offers_and_serves_it(server: ServerProcess) -> None:
     assert "warning" not in server.output
 
 
+def test_the_size_of_no_cache_has_no_effect(run: Run) -> None:
+    assert "--cache-size has no effect without --cache" in run("--version", "--cache-size", "3G")[2]
+    assert run("--version", "--cache", "--cache-size", "3G")[2] == ""
+
+
 def test_a_port_in_use_is_one_clear_line(server: ServerProcess, run: Run) -> None:
     status, _, err = run("--port", str(server.port))
     assert status == 2

@@ -75,6 +75,10 @@ def test_a_device_that_is_drawn_on_is_asked_between_two_turns(tmp_path: Path) ->
     [
         ({"components": {"unet": ["CPU"]}}, "components unet: this model has clip_l, diffusion, vae"),
         ({"components": {"vae": ["RPC7"]}}, "components RPC7: there is no such device; CPU"),
+        (
+            {"components": {"vae": ["CPU&RPC0"]}},
+            "components CPU&RPC0: what is cut or side by side is placed with --backend",
+        ),
         ({"components": {"vae": "CPU"}}, "components.vae: "),
         ({"model": "../tiny"}, "model ../tiny: there is no such model"),
     ],

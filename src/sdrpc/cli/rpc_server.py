@@ -95,7 +95,9 @@ def rpc_server(**chosen: Any) -> int:
     return 0
 
 
-COMMAND = Command("rpc-server", OPTIONS, rpc_server, bare=True, help=rpc_server.__doc__)
+COMMAND = Command(
+    "rpc-server", OPTIONS, rpc_server, acts_on={"cache_size": "cache"}, bare=True, help=rpc_server.__doc__
+)
 
 
 def protocol_of(version: str) -> Protocol:

@@ -89,6 +89,8 @@ class Places:
             if component not in known:
                 raise InvalidValue("components", component, f"this model has {', '.join(sorted(known))}")
             for name in names:
+                if {*"&|"} & {*name}:
+                    raise InvalidValue("components", name, "what is cut or side by side is placed with --backend")
                 if name not in self._devices:
                     raise InvalidValue("components", name, f"there is no such device; {', '.join(self._devices)} are")
         placed = {component: tuple(dict.fromkeys(names)) for component, names in wanted.items() if names}

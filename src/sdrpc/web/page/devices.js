@@ -70,7 +70,7 @@ function card(device, complain) {
   name.textContent = device.name;
   const what = document.createElement("p");
   what.textContent = device.description;
-  const parts = Object.entries(placement.components).filter(([, names]) => names.includes(device.name));
+  const parts = Object.entries(placement.components).filter(([, names]) => names.some((name) => name.split(/[&|]/).includes(device.name)));
   box.append(name, what,
     meter("Memory", device.total ? 1 - device.free / device.total : 0, device.total ? `${gigabytes(device.total - device.free)} of ${gigabytes(device.total)} GB used` : "gone"),
     meter("Load", device.load, `${Math.round(100 * device.load)} % of the last minute${device.jobs.length ? ", drawing now" : ""}`),
