@@ -252,13 +252,23 @@ def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
         raise UsageError("none of the servers that --rpc names can be used")
     alone = where.said or len(theirs) < 2
     defaults = [theirs or found.devices[:1]] if alone else [[device] for device in theirs]
+    name = _devices_named(placed(where, found, defaults[0], model)) if where.said else ""
     seats = [
-        OwnSeat(default[0].name, partial(placed, where, found, default), partial(upscaler_on, where, found, default))
+        OwnSeat(
+            name or default[0].name, partial(placed, where, found, default), partial(upscaler_on, where, found, default)
+        )
         for default in defaults
     ]
     seats[0].place(model)  # what the options name is there
     seats[0].upscaler()
     return [*seats]
+
+
+def _devices_named(places: Mapping[str, list[Lanes]]) -> str:
+    """The devices that components prefer."""
+    from ..runtime.chain import devices_of
+
+    return " + ".join(device.name for device in devices_of(choices[0] for choices in places.values()))
 
 
 def fitted_seat(where: Where, model: Model, found: Found, limits: Mapping[str, int]) -> Seat:
