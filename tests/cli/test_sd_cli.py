@@ -159,7 +159,7 @@ BAD = [
     (("-m", "{checkpoint}", "-W", "1000000"), 2, r"--width 1000000"),
     (("-m", "{checkpoint}", "--mode", "vid_gen"), 2, r"--mode vid_gen: Stable Diffusion 1\.x draws pictures, no films"),
     (("-m", "{checkpoint}", "--mode", "daydream"), 2, r"daydream: does not exist"),
-    (("-m", "{checkpoint}", "--type", "q8_0"), 2, r"--type q8_0.*--mode convert"),
+    (("-m", "{checkpoint}", "--type", "q9"), 2, r"--type q9: there are f32, f16, bf16, q8_0"),
     (("-m", "{checkpoint}", "-H", "0"), 2, r"--height 0"),
     (("-m", "./demo"), 1, r"demo: No such file"),
     (("-m", "{checkpoint}", "--embd-dir", "x", "-p", "y"), 2, r"--embd-dir x: is no folder"),

@@ -22,7 +22,6 @@ from bench.proxy import CountingProxy
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
-from sdrpc.errors import CheckpointError
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS, Case, Checkpoints, drawing, request
 from tests.support.process import ServerProcess
@@ -201,11 +200,13 @@ def test_what_changes_is_what_is_sent(
         assert uploaded == 0
 
 
+@pytest.mark.parametrize("trained", CASES[:2], ids=str)
 def test_merged_into_the_weights(
-    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
 ) -> None:
-    """immediately: what changes is sent again; the weights are F16, so that they are rounded once more."""
-    trained, (_, device) = CASES[0], wire
+    """immediately: what changes is sent again. Weights in F16 are rounded once more; blocks that nothing here writes
+    are unpacked to F16 before."""
+    _, device = wire
     pipeline = checkpoints.made(trained.case).pipeline()
     path = written(pipeline, tmp_path / "one.safetensors", trained.name, trained.layers, 0, trained.peft)
     wanted = theirs(pipeline, trained, [(path, STRENGTH)])
@@ -217,17 +218,3 @@ def test_merged_into_the_weights(
         (again,) = session.generate(asked)
     assert psnr(picture.image, wanted) >= BOUNDS["exact"]
     np.testing.assert_array_equal(again.image, without.image)
-
-
-def test_nothing_can_be_merged_into_types_that_nothing_writes(
-    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
-) -> None:
-    trained, (_, device) = CASES[1], wire
-    pipeline = checkpoints.made(trained.case).pipeline()
-    written(pipeline, tmp_path / "one.safetensors", trained.name, trained.layers, 0, trained.peft)
-    options: Any = {"lora_dir": tmp_path, "lora_apply_mode": "immediately"}
-    with (
-        Session.open(checkpoints.files(trained.case), device, graphs, **options) as session,
-        pytest.raises(CheckpointError, match="Q4_K can't be made"),
-    ):
-        list(session.generate(replace(request(trained.case), loras=[("one", 1.0)])))
