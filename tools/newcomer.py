@@ -38,7 +38,7 @@ STAND_INS = {
 
 PASSED_OVER = {
     r"make (?!demo).*": "long: CI and people run them",
-    r"SDRPC_TEST_DEVICE=CUDA0 .*": "needs a GPU",
+    r"SDRPC_TEST_DEVICE=CUDA0 .*|rpc-server -d CUDA1 .*": "needs a GPU",
     r"ssh .*": "needs another machine",
     r"pip install '\.\[ray\]'|sd-server --ray .*": "needs a Ray cluster; make ray has one",
     r"eval .*": "a line of ~/.bashrc; tests/cli/test_terminal.py runs it",
