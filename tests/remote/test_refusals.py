@@ -28,7 +28,7 @@ from sdrpc.server import Limits, Server, listener
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import FreeBuffer
 from tests.server.conftest import eventually
-from tests.support.products import products
+from tests.support.products import endless, products
 
 MIB = 1 << 20
 LIMITS = Limits(buffer_bytes=64 * MIB, connections=2, silent_seconds=1e6)
@@ -94,14 +94,14 @@ def test_no_place_for_another_client() -> None:
 
 def test_a_computation_that_takes_too_long() -> None:
     with serving(compute_limit=0.05) as server, connected(server) as device:
-        run = products(device, 512, 400)
+        run = endless(device)
         with pytest.raises(ComputeError, match=rf"RPC0 \({server.endpoint}\): CPU: stopped at .*longer than 0.05 sec"):
             run()
 
 
 def test_a_server_that_stops_says_so_to_who_waits_and_who_computes() -> None:
     with serving() as server, connected(server) as idle, connected(server) as busy:
-        run = products(busy, 512, 4000)
+        run = endless(busy)
         threading.Timer(0.5, server.stop).start()
         with pytest.raises(ServerStopping, match=f"{server.endpoint}: this server is stopping"):
             run()

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from sdrpc.client import RemoteDevice, connect
 from sdrpc.errors import SdrpcError
 from tests.server.conftest import eventually
 from tests.support.process import ServerProcess
-from tests.support.products import products
+from tests.support.products import endless
 
 
 def main(doing: str) -> None:
@@ -45,11 +46,25 @@ def work(device: RemoteDevice, doing: str, begun: threading.Event) -> dict[str, 
             while True:
                 device.write(buffer, 0, bytes(1 << 20))
                 begun.set()
-        with device.watched(lambda _: begun.set()):  # it waits for the answer
-            products(device, 1024, 4000)()
+        computing = endless(device)
+        with device.watched(at_work(begun)):
+            computing()
     except SdrpcError as error:
         return {"said": f"{type(error).__name__}: {error}"}
     return {"said": "nothing"}
+
+
+def at_work(begun: threading.Event) -> Callable[[float], None]:
+    """Set ``begun`` once the silence is shorter than it was: the server said something while it computed."""
+    last = 0.0
+
+    def heard(silent: float) -> None:
+        nonlocal last
+        if silent < last:
+            begun.set()
+        last = silent
+
+    return heard
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A graph that takes as long as a test wants."""
+"""Graphs that take as long as a test wants."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def products(device: Device, n: int, count: int) -> Callable[[], object]:
         return device.read(buffer, 4 * n * n, 4)
 
     return run
+
+
+def endless(device: Device) -> Callable[[], object]:
+    """A program that runs for half a minute or more, also where a CPU multiplies 10¹² numbers a second, and that can be
+    stopped after each of its products."""
+    return products(device, 1536, 4000)
