@@ -17,13 +17,17 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps spandrel einops
 	touch $@
 
+# Many tests end, stop and cut off real processes, at moments that a busy machine moves about. One that fails is run
+# once more; one that passes then is reported as RERUN, and is to be mended. `make steady` gives no second chance.
+AGAIN := --reruns 1 --rerun-show-tracebacks -raR
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/pytest -n 2 -m 'not interop and not parity'
+	$(BIN)/pytest -n 2 $(AGAIN) -m 'not interop and not parity'
 
 docs: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
@@ -32,11 +36,11 @@ docs: setup
 
 interop: setup
 	$(BIN)/python tools/native_ggml.py
-	$(BIN)/pytest -m interop -n 2 tests/interop
+	$(BIN)/pytest -m interop -n 2 $(AGAIN) tests/interop
 
 interop-all: setup
 	$(BIN)/python tools/native_ggml.py --all
-	$(BIN)/pytest -m interop -n 2 tests/interop
+	$(BIN)/pytest -m interop -n 2 $(AGAIN) tests/interop
 
 operations: setup
 	$(BIN)/python tools/native_ggml.py
