@@ -17,7 +17,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
 from sdrpc.device import Device
-from sdrpc.diffusion.predictions import Prediction, prediction
+from sdrpc.diffusion.predictions import Eps, NoiseScale, Prediction, prediction
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.schedules import make_sigmas
@@ -61,6 +61,7 @@ FAMILIES = {
     "wan": "Wan 2.1", "wan2.1-i2v": "Wan 2.1, of a picture", "wan2.2-a14b": "Wan 2.2 A14B",
     "wan2.2-i2v": "Wan 2.2 A14B, of two pictures",
     "krea2": "Krea 2", "wan2.2-5b": "Wan 2.2 TI2V-5B",
+    "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha",
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
@@ -106,6 +107,7 @@ CASES = (
     Case("wan2.2-a14b", "parts"), Case("wan2.2-a14b", "diffusers"), Case("wan2.2-5b", "safetensors"),
     *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
     Case("krea2", "safetensors"), Case("krea2", "sharded"),
+    Case("pixart-sigma", "safetensors"), Case("pixart-sigma", "diffusers"), Case("pixart-alpha", "parts"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
@@ -116,11 +118,11 @@ FORMAT_CASES = (
 )  # fmt: skip
 """What files have numbers in, beside what the families are shown with."""
 
-WAN_PARTS = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v")
-"""Which nobody has in one file; A14B's models are those of Wan 2.1."""
+NOT_WHOLE = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v", "pixart-alpha")
+"""Which nobody has in one file; A14B's models are those of Wan 2.1, PixArt-Alpha's that of Sigma."""
 
 NATIVE_CASES = (
-    *(Case(family, "safetensors") for family in FAMILIES if family not in WAN_PARTS),
+    *(Case(family, "safetensors") for family in FAMILIES if family not in NOT_WHOLE),
     Case("wan2.1-i2v", "parts"),
     *(Case(family, "gguf", "Q8_0") for family in ("sd1", "sdxl", "flux1-dev")),
 )
@@ -171,7 +173,7 @@ def _latents(family: str) -> Latents:
         return Latents(128, 16)
     if family == "wan2.2-5b":
         return Latents(48, 16)
-    return Latents(4) if family.startswith(("sd1", "sd2", "sdxl")) else Latents(16)
+    return Latents(4) if family.startswith(("sd1", "sd2", "sdxl", "pixart")) else Latents(16)
 
 
 def shown(case: Case) -> tuple[np.ndarray, ...]:
@@ -235,7 +237,8 @@ def _predicts(family: str) -> Prediction:
         return prediction("sd3_flow")
     if family.startswith(("flux", "chroma", "krea2")):
         return prediction("flux_flow", shift=_shift(family))
-    return prediction("v" if family == "sd2" else "eps")
+    found = prediction("v" if family == "sd2" else "eps")
+    return Eps(NoiseScale(0.0001, 0.02, linear=True)) if family.startswith("pixart") else found
 
 
 def _shift(family: str) -> float:

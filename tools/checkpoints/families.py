@@ -32,6 +32,7 @@ ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
 Krea2Transformer2DModel: Any = diffusers.Krea2Transformer2DModel
+PixArtTransformer2DModel: Any = diffusers.PixArtTransformer2DModel
 WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
 
 CLIP_WORDS, CLIP_LENGTH, T5_WORDS, UMT5_WORDS = 49408, 77, 32128, 256384
@@ -493,6 +494,21 @@ def _krea2(heads: tuple[int, int], head: int, inner: int, blocks: int, text: tup
         ),
         prefixed("model.diffusion_model.", names.krea2),
         names.krea2,
+    )  # fmt: skip
+
+
+def _pixart(heads: int, blocks: int, text: int, tokens: int, told_sizes: bool) -> Component:
+    """``tokens``: of a text; ``told_sizes``: whether it is told the size of a picture."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: PixArtTransformer2DModel(
+            num_attention_heads=heads, cross_attention_dim=heads * 72, num_layers=blocks, caption_channels=text,
+            sample_size=128, use_additional_conditions=told_sizes,
+        ),
+        prefixed("model.diffusion_model.", names.pixart),
+        names.pixart,
+        {"caption_projection.y_embedding": (tokens, text)},
     )  # fmt: skip
 
 
@@ -978,6 +994,31 @@ KREA2 = Family(
     ),
 )  # fmt: skip
 
+
+def _pixart_components(vae: Mapping[str, Any], tokens: int, told_sizes: bool) -> dict[str, tuple[Component, ...]]:
+    return {
+        size: (
+            _pixart(heads, blocks, text[0], tokens, told_sizes), _vae("vae.", *widths, **vae),
+            _t5(*text, folder="text_encoder"),
+        )
+        for size, heads, blocks, text, widths in (
+            ("full", 16, 28, (4096, 10240, 64, 24), FULL_VAE), ("tiny", 2, 2, (64, 160, 2, 2), TINY_VAE),
+        )
+    }  # fmt: skip
+
+
+PIXART_SIGMA = Family(
+    "pixart-sigma",
+    diffusers.PixArtSigmaPipeline,
+    _pixart_components({"scaling_factor": 0.13025}, 300, told_sizes=False),
+    lambda: EulerDiscreteScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+)
+PIXART_ALPHA = replace(
+    PIXART_SIGMA,
+    name="pixart-alpha",
+    pipeline=diffusers.PixArtAlphaPipeline,
+    components=_pixart_components({}, 120, told_sizes=True),
+)
 QWEN_IMAGE_EDIT = replace(
     QWEN_IMAGE,
     name="qwen-image-edit",
@@ -995,5 +1036,6 @@ FAMILIES = {
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
         WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
+        PIXART_SIGMA, PIXART_ALPHA,
     )
 }  # fmt: skip

@@ -418,6 +418,43 @@ def krea2(shapes: Shapes) -> Iterator[Entry]:
         yield Entry(original, (name,), FLAT if original.endswith(".mod.lin") else SAME)
 
 
+_PIXART_RULES: Rules = (
+    (r"pos_embed\.proj\.(.*)", r"x_embedder.proj.\1"),
+    (r"caption_projection\.y_embedding", "y_embedder.y_embedding"),
+    (r"caption_projection\.linear_([12])\.(.*)", r"y_embedder.y_proj.fc\1.\2"),
+    (r"adaln_single\.linear\.(.*)", r"t_block.1.\1"),
+    (r"adaln_single\.emb\.timestep_embedder\.linear_1\.(.*)", r"t_embedder.mlp.0.\1"),
+    (r"adaln_single\.emb\.timestep_embedder\.linear_2\.(.*)", r"t_embedder.mlp.2.\1"),
+    (r"adaln_single\.emb\.resolution_embedder\.linear_1\.(.*)", r"csize_embedder.mlp.0.\1"),
+    (r"adaln_single\.emb\.resolution_embedder\.linear_2\.(.*)", r"csize_embedder.mlp.2.\1"),
+    (r"adaln_single\.emb\.aspect_ratio_embedder\.linear_1\.(.*)", r"ar_embedder.mlp.0.\1"),
+    (r"adaln_single\.emb\.aspect_ratio_embedder\.linear_2\.(.*)", r"ar_embedder.mlp.2.\1"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_q\.(.*)", r"blocks.\1.attn.qkv.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.(.*)", r"blocks.\1.attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_q\.(.*)", r"blocks.\1.cross_attn.q_linear.\2"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_k\.(.*)", r"blocks.\1.cross_attn.kv_linear.\2"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0\.(.*)", r"blocks.\1.cross_attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.(.*)", r"blocks.\1.mlp.fc1.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2\.(.*)", r"blocks.\1.mlp.fc2.\2"),
+    (r"transformer_blocks\.(\d+)\.scale_shift_table", r"blocks.\1.scale_shift_table"),
+    (r"proj_out\.(.*)", r"final_layer.linear.\1"),
+    (r"scale_shift_table", r"final_layer.scale_shift_table"),
+)
+
+
+def pixart(shapes: Shapes) -> Iterator[Entry]:
+    """PixArt's transformer: queries, keys and values of a picture in one matrix, keys and values of its text."""
+    for name in shapes:
+        if re.search(r"\.attn1\.to_[kv]\.|\.attn2\.to_v\.", name):
+            continue
+        sources: tuple[str, ...] = (name,)
+        if ".attn1.to_q." in name:
+            sources = tuple(name.replace("to_q", f"to_{letter}") for letter in "qkv")
+        elif ".attn2.to_k." in name:
+            sources = (name, name.replace("to_k", "to_v"))
+        yield Entry(_renamed(name, _PIXART_RULES), sources, ROWS if len(sources) > 1 else SAME)
+
+
 def clip_vision(shapes: Shapes) -> Iterator[Entry]:
     """CLIP's vision part as transformers names it in files."""
     return (Entry(f"vision_model.{name}", (name,)) for name in shapes)

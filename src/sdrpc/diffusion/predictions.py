@@ -44,18 +44,22 @@ class Scaling:
 class NoiseScale:
     """The levels of noise (sigma) that a diffusion model was trained on, one per timestep, from its betas.
 
-    The betas are the "scaled linear" ones of SD 1, SD 2 and SDXL: squares of evenly spaced numbers from √start to √end.
+    The betas are the "scaled linear" ones of SD 1, SD 2 and SDXL: squares of evenly spaced numbers from √start to √end;
+    or, ``linear``, evenly spaced themselves, as those of PixArt.
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.0120
+    linear: bool = False
 
     @cached_property
     def sigmas(self) -> F32:
         """Shape (1000,), rising: √((1 - ᾱ) / ᾱ) of the cumulated product ᾱ of 1 - β."""
-        start, end = np.sqrt(f32(self.beta_start)), np.sqrt(f32(self.beta_end))
-        roots = start + (end - start) * (np.arange(TIMESTEPS, dtype=f32) / f32(TIMESTEPS - 1))
-        product = np.cumprod(f32(1) - roots * roots, dtype=f32)
+        start, end = f32(self.beta_start), f32(self.beta_end)
+        if not self.linear:
+            start, end = np.sqrt(start), np.sqrt(end)
+        spaced = start + (end - start) * (np.arange(TIMESTEPS, dtype=f32) / f32(TIMESTEPS - 1))
+        product = np.cumprod(f32(1) - (spaced if self.linear else spaced * spaced), dtype=f32)
         return np.sqrt((f32(1) - product) / product)
 
     @cached_property

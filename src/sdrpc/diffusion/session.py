@@ -53,7 +53,7 @@ from .inputs import (
 from .loras import Loras
 from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
 from .placement import WAITING, assigned
-from .predictions import Prediction, flux2_shift, flux_shift_by_size, prediction
+from .predictions import Eps, NoiseScale, Prediction, flux2_shift, flux_shift_by_size, prediction
 from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
 from .rng import Rng, make_rng
@@ -666,6 +666,8 @@ def _predicts(model: Model, settings: Settings, name: str) -> Prediction:
         tokens = settings.width // side * (settings.height // side)
         shift = flux_shift_by_size(tokens) if name == "flux_flow" else flux2_shift(tokens, settings.steps)
     found = prediction(name, shift=shift)
+    if model.family.betas is not None and isinstance(found, Eps):
+        found = replace(found, scale=NoiseScale(*model.family.betas, linear=True))
     if settings.timestep_shift and found.flow:
         raise InvalidValue("timestep_shift", settings.timestep_shift, f"models that predict {name} have none")
     return found

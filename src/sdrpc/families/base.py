@@ -408,7 +408,8 @@ class Family:
     pictures. ``inpainting``: of families with models that are made for it.
     ``skips_layers``: whether the diffusion model has the option ``skip_layers``, numbers of blocks that it leaves
     out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone. ``begun``:
-    of families with models that make films of pictures.
+    of families with models that make films of pictures. ``betas``: the first and the last one of models that were
+    trained with evenly spaced ones; None: Stable Diffusion's.
     """
 
     name: str
@@ -428,6 +429,7 @@ class Family:
     skips_layers: bool = False
     tempered: Callable[[F32, F32], F32] | None = None
     begun: Begun | None = None
+    betas: tuple[float, float] | None = None
 
     @property
     def diffusion(self) -> Component:

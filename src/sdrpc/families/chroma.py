@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 T5_TOKENS = 512
 """In a chunk, as in stable-diffusion.cpp and in diffusers."""
-PADDING = 0
-"""Number of T5's padding token."""
 SEEN_PADDING = 1
 """Tokens of padding that the diffusion model sees: it was trained so (stable-diffusion.cpp's --chroma-t5-mask-pad)."""
 
@@ -151,7 +149,7 @@ def seen(ids: NDArray[np.int32]) -> NDArray[np.float32]:
     Padding stands behind the last end token alone. As in stable-diffusion.cpp and diffusers' ChromaPipeline.
     """
     tokens = ids.reshape(-1)
-    used = np.flatnonzero(tokens != PADDING)[-1] + 1
+    used = np.flatnonzero(tokens != t5.PADDING)[-1] + 1
     mask = np.full((1, tokens.size), -np.inf, np.float32)
     mask[:, : used + SEEN_PADDING] = 0
     return mask

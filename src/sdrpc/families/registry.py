@@ -6,6 +6,7 @@ from .chroma import CHROMA
 from .flux1 import FLUX1
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN
 from .krea2 import KREA2
+from .pixart import PIXART_ALPHA, PIXART_SIGMA
 from .qwen_image import QWEN_IMAGE
 from .sd1 import SD1
 from .sd2 import SD2
@@ -14,7 +15,10 @@ from .sdxl import SDXL
 from .wan import WAN
 from .zimage import Z_IMAGE
 
-FAMILIES = (SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE, KREA2)
+FAMILIES = (
+    SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE, KREA2, PIXART_SIGMA,
+    PIXART_ALPHA,
+)  # fmt: skip
 
 STRANGERS = (
     (r"\bnerf_blocks\.", "Chroma Radiance"),
@@ -23,7 +27,7 @@ STRANGERS = (
     (r"\bface_adapter\.|\bmotion_encoder\.", "Wan Animate"),
     (r"\bcasual_audio_encoder\.", "Wan S2V"),
     (r"\bcap_embedder\.", "Lumina 2"),
-    (r"\badaln_single\.", "LTX-Video or PixArt"),
+    (r"\badaln_single\.", "LTX-Video"),
     (r"\bcontrol_model\.|\bcontrolnet_cond_embedding", "a ControlNet"),
     (r"\blora_(up|down|A|B)\b|\blora_unet_", "a LoRA"),
 )

@@ -32,7 +32,7 @@ from .base import (
     Prompt,
     joined,
 )
-from .components import clip_vision, film, umt5
+from .components import clip_vision, film, t5, umt5
 from .keys import same, table
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     as in diffusers' pipeline."""
     text = " ".join(html.unescape(html.unescape(prompt.text)).split())
     tokens = t5_chunks(text, length=TOKENS, tokenizer=umt5_tokenizer())
-    return {"context": joined(umt5.encode_chunks(encode, "t5xxl", tokens))}
+    return {"context": joined(t5.encode_masked_chunks(encode, "t5xxl", tokens))}
 
 
 def takes(configs: Configs, frames: int) -> bool:

@@ -37,6 +37,7 @@ picture of ours equals one of these but for rounding:
 - Qwen-Image: the text is Qwen2.5-VL's last hidden states behind its norm, without the first 34 tokens of the template.
   Guidance does not change how long the prediction for a token is.
 - Krea 2: the text is twelve of Qwen3-VL's hidden states, side by side; ``guidance_scale`` is ``cfg`` less one.
+- PixArt: T5 has 300 tokens (Alpha 120), which mask their padding. Betas are linear; Alpha is told the picture's size.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
   transformer gets 1000 sigma. With ``high_cfg`` A14B's model for high noise is guided by that.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
@@ -237,7 +238,7 @@ def _stable_diffusion_xl(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     )
 
 
-def _sampled(pipeline: Any, drawing: Drawing, **conditions: torch.Tensor) -> torch.Tensor:
+def _sampled(pipeline: Any, drawing: Drawing, **conditions: Any) -> torch.Tensor:
     """The scheduler multiplies the noise by its greatest sigma, and wants the last one, 0, among its sigmas."""
     return _call(
         pipeline,
@@ -519,6 +520,13 @@ def _krea2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, drawing.height, drawing.width)
 
 
+def _pixart(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    _discrete(pipeline, drawing)
+    return _sampled(
+        pipeline, drawing, prompt=drawing.prompt, negative_prompt=drawing.negative, use_resolution_binning=False,
+    )  # fmt: skip
+
+
 def _qwen_image_edit(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     class Scaled(VaeImageProcessor):
         def resize(self, image: Image.Image, height: int, width: int, **_: Any) -> Image.Image:
@@ -550,4 +558,6 @@ _FAMILIES = {
     "QwenImagePipeline": _qwen_image,
     "Krea2Pipeline": _krea2,
     "QwenImageEditPlusPipeline": _qwen_image_edit,
+    "PixArtSigmaPipeline": _pixart,
+    "PixArtAlphaPipeline": _pixart,
 }

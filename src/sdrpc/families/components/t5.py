@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...ggml.weight import Weight
 from ...prompts import Tokens, apply_weights
 from .. import configs
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from ..base import Call
 
 
+PADDING = 0
+"""Number of the padding token."""
 OWN_DISTANCES = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 """UMT5's blocks have distances of their own, T5's all those of the first one."""
 
@@ -48,12 +53,12 @@ def configured(found: Found, told: Config) -> dict[str, Any]:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Input: ids, int (1, length). Output: hidden states after the final norm (1, length, d_model). No token is masked:
-    models were trained on texts with their padding."""
+    """Inputs: ids, int (1, length), and, where padding is not to be seen, mask, int (1, length): 0 for it, else 1.
+    Output: hidden states after the final norm (1, length, d_model)."""
     from transformers import T5Config, T5EncoderModel
 
-    def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (module(input_ids=ids).last_hidden_state,)
+    def call(module: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        return (module(input_ids=ids, attention_mask=mask).last_hidden_state,)
 
     return T5EncoderModel(T5Config(**config)), call
 
@@ -64,6 +69,21 @@ def encode_chunks(encode: Encode, name: str, tokens: Tokens) -> list[F32]:
         apply_weights(encode(name, {"ids": ids[None]})[0][0], weights)[None]
         for ids, weights in zip(tokens.ids, tokens.weights, strict=True)
     ]
+
+
+def encode_masked_chunks(encode: Encode, name: str, tokens: Tokens) -> list[F32]:
+    """The same of an encoder that does not see padding; zeros for that."""
+    return [
+        apply_weights(encode(name, {"ids": ids[None], "mask": used[None]})[0][0], weights)[None]
+        * np.float32(used)[:, None]
+        for ids, weights, used in zip(tokens.ids, tokens.weights, seen(tokens.ids), strict=True)
+    ]
+
+
+def seen(ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Which tokens of chunks (chunks, length) are no padding, in the same shape: 1 up to a chunk's last end token."""
+    ends = [np.flatnonzero(chunk != PADDING)[-1] for chunk in ids]
+    return (np.arange(ids.shape[1]) <= np.array(ends)[:, None]).astype(np.int32)
 
 
 _GGUF = table(

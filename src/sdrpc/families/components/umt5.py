@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...ggml.weight import Weight
-from ...prompts import Tokens, apply_weights
-from ..base import F32, Component, Config, Encode, Found, Naming, Weights
+from ..base import Component, Config, Found, Naming, Weights
 from ..keys import table
 from . import t5
 
@@ -18,9 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..base import Call
-
-PADDING = 0
-"""Number of the padding token."""
 
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
@@ -39,22 +32,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         return (module(input_ids=ids, attention_mask=mask).last_hidden_state,)
 
     return UMT5EncoderModel(UMT5Config(**config)), call
-
-
-def encode_chunks(encode: Encode, name: str, tokens: Tokens) -> list[F32]:
-    """The hidden states (1, length, d_model) of each chunk of tokens, times the tokens' weights; zeros for padding."""
-    return [
-        apply_weights(encode(name, {"ids": ids[None], "mask": seen[None]})[0][0], weights)[None]
-        * np.float32(seen)[:, None]
-        for ids, weights, seen in zip(tokens.ids, tokens.weights, _seen(tokens), strict=True)
-    ]
-
-
-def _seen(tokens: Tokens) -> list[NDArray[np.int32]]:
-    """Of each chunk which tokens are no padding (length,): 1 up to the last end token."""
-    length = tokens.ids.shape[1]
-    ends = [np.flatnonzero(ids != PADDING)[-1] for ids in tokens.ids]
-    return [(np.arange(length) <= end).astype(np.int32) for end in ends]
 
 
 _BLOCK = r"encoder.block.\1.layer"
