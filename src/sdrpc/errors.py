@@ -31,16 +31,33 @@
     ├── CaptureError              a torch module that can't be turned into a graph
     └── CheckpointError           a model file that can't be used (names file and tensor)
 
-Messages say what was wrong, where, and what to do about it; facts that a caller may want are attributes.
+Messages say what was wrong, where, and what to do about it; facts that a caller may want are attributes. They name
+fields of requests, model files and sessions as Python does; a command line has options in those places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 
 class SdrpcError(Exception):
-    """Base of everything that sdrpc raises on purpose."""
+    """Base of everything that sdrpc raises on purpose. ``names``: the fields that its message names."""
+
+    def __init__(self, message: str = "", *names: str) -> None:
+        super().__init__(message)
+        self.names = names
+
+    def told(self, called: Callable[[str], str]) -> str:
+        """The message, with what ``called`` makes of the fields in it."""
+        return _renamed(str(self), self.names, called)
+
+
+def _renamed(text: str, names: Sequence[str], called: Callable[[str], str]) -> str:
+    words = "|".join(map(re.escape, names))
+    apart = rf"(?<![\w/\\.-])(?:{words})(?![\w/\\.])"  # what is part of a path is no field
+    return re.sub(apart, lambda word: called(word[0]), text) if names else text
 
 
 class UsageError(SdrpcError):
@@ -50,15 +67,17 @@ class UsageError(SdrpcError):
 class InvalidValue(UsageError):
     """A value that can't be honoured: ``InvalidValue("width", 7, "it can be 8 … 16384")``.
 
-    ``field`` is the name that the value has in Python; a command line puts its option's name in that place.
+    ``field`` is the name that the value has in Python; ``names`` are further fields, in the reason.
     """
 
-    def __init__(self, field: str, value: object, reason: str) -> None:
+    def __init__(self, field: str, value: object, reason: str, *names: str) -> None:
         self.field, self.value, self.reason = field, value, reason
-        shown = (
-            repr(value) if isinstance(value, str) and (not value or not value.isprintable() or " " in value) else value
-        )
-        super().__init__(f"{field} {shown}: {reason}")
+        quoted = isinstance(value, str) and (not value or not value.isprintable() or " " in value)
+        self._shown = repr(value) if quoted else str(value)
+        super().__init__(f"{field} {self._shown}: {reason}", *names)
+
+    def told(self, called: Callable[[str], str]) -> str:
+        return f"{called(self.field)} {self._shown}: {_renamed(self.reason, self.names, called)}"
 
 
 class MissingComponent(UsageError):
@@ -98,19 +117,28 @@ class OutOfMemory(DeviceError):
         super().__init__("; ".join([*known, hint] if hint else known))
 
 
-class DoesNotFit(DeviceError):
-    """The weights of ``component`` take ``size`` bytes; ``device`` has ``room`` for fewer, each of several its part of
-    ``rooms``. ``hint``: what would do."""
+class Room(NamedTuple):
+    """Bytes that a device has for weights, ``limited`` by max_vram and not by its memory."""
 
-    def __init__(
-        self, device: str, component: str, size: int, room: int, rooms: Sequence[int] = (), hint: str = ""
-    ) -> None:
-        self.device, self.component, self.size, self.room, self.rooms = device, component, size, room, tuple(rooms)
-        free = " + ".join(f"{each / 2**20:,.0f}" for each in rooms or [room])
-        super().__init__(
-            f"{device}: {component} takes {size / 2**20:,.0f} MiB, {free} MiB are free; "
-            + (hint or "place it on another device, or use a quantized file")
-        )
+    size: int
+    limited: bool = False
+
+
+class DoesNotFit(DeviceError):
+    """Weights of components, of so many bytes, are more than there is room for: ``rooms`` are those of each place where
+    they could be, one for each of its devices. ``hint``: what would do."""
+
+    def __init__(self, sizes: Mapping[str, int], rooms: Mapping[str, Sequence[Room]], hint: str = "") -> None:
+        self.sizes, self.rooms, self.hint = sizes, rooms, hint
+        takes = ", ".join(f"{name} takes {size / 2**20:,.0f} MiB" for name, size in sizes.items())
+        room = " or ".join(" + ".join(map(_written, each)) for each in rooms.values())
+        rest = hint or "place it on another device, or use a quantized file"
+        names = ("backend", "params_backend", "max_vram", "rpc")
+        super().__init__(f"{' or '.join(rooms)}: {takes}, and there is room for {room}; {rest}", *names)
+
+
+def _written(room: Room) -> str:
+    return f"{room.size / 2**20:,.0f} MiB{' (max_vram)' if room.limited else ''}"
 
 
 class OverQuota(DeviceError):

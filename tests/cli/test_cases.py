@@ -283,6 +283,13 @@ def test_verbose_says_more(draw: Sd, servers: Servers, tmp_path: Path) -> None:
         assert said not in quiet
 
 
+def test_folders_that_are_made_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "sdrpc")
+    for _ in "ab":
+        check_writable([tmp_path / "new" / "folder" / "x.png"])
+    assert caplog.messages == [f"made the folder {tmp_path / 'new' / 'folder'}"]
+
+
 def test_list_devices_dead_server(sd: Sd, servers: Servers) -> None:
     alive = f"127.0.0.1:{servers[0].port}"
     for order in ((alive, "127.0.0.1:1"), ("127.0.0.1:1", alive)):
@@ -291,6 +298,7 @@ def test_list_devices_dead_server(sd: Sd, servers: Servers) -> None:
         assert re.search(rf"RPC{order.index(alive)} +{alive}", outcome.out), "as when both are there"
         assert "CPU" in outcome.out
         assert outcome.error.startswith("error: 127.0.0.1:1: nobody answers (Connection refused)")
+        assert ("it counts as one device" in outcome.error) == (order[-1] == alive), "if others have numbers behind it"
 
 
 def test_list_devices_with_two_dead_servers(sd: Sd) -> None:

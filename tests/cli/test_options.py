@@ -142,6 +142,7 @@ def test_without_arguments_there_is_help(sd: Sd) -> None:
 
 
 IDLE = {"cache_option": "threshold=0.1", "hires_upscaler": "Lanczos", "preview_path": "x.png", "skip_layers": "7"}
+IDLE |= {"metadata_format": "json"}
 """Values of options that take no number."""
 ASKED = {"cache_mode": "easycache", "preview": "proj", "slg_scale": "2.5"}
 """Values of options that take no path."""
@@ -150,10 +151,30 @@ ASKED = {"cache_mode": "easycache", "preview": "proj", "slg_scale": "2.5"}
 @pytest.mark.parametrize("name", ACTS_ON)
 def test_an_option_that_has_no_effect_is_said_to_have_none(sd: Sd, name: str) -> None:
     options = {str(option.name): option for option in OPTIONS}
-    acting, other = options[name], options[ACTS_ON[name]]
+    acting, needed = options[name], ACTS_ON[name]
+    other, *value = [needed] if isinstance(needed, str) else needed
     given = [COMMAND.fields[name], *([IDLE.get(name, "1")] if acting.takes_value else [])]
-    asked = [COMMAND.fields[ACTS_ON[name]], *([ASKED.get(ACTS_ON[name], "x")] if other.takes_value else [])]
-    warning = f"warning: {given[0]} has no effect without {asked[0]}\n"
+    asked = [COMMAND.fields[other], *(value or ([ASKED.get(other, "x")] if options[other].takes_value else []))]
+    warning = f"warning: {given[0]} has no effect without {' '.join([asked[0], *value])}\n"
     assert sd("--version", *given).err == warning
     assert sd("--version", *asked, *given).err == ""
     assert sd("--version").err == ""
+
+
+NOT_DRAWING = [
+    (("--list-devices",), ("--steps", "3", "-p", "x", "--fps", "8"), "--prompt, --fps, --steps have"),
+    (("--list-devices",), ("--rpc", "box:1", "-v"), ""),
+    (("--discover",), ("--rpc", "box:1"), "--rpc has"),
+    (("--mode", "convert"), ("--steps", "3", "-b", "2"), "--batch-count, --steps have"),
+    (("--mode", "convert"), ("--vae", "x", "--type", "q8_0", "-o", "y.gguf"), ""),
+    (("--mode", "upscale"), ("--strength", "1", "--max-vram", "3", "-i", "x"), "--strength, --max-vram have"),
+    (("--mode", "upscale"), ("--upscale-model", "x", "--upscale-repeats", "2", "--backend", "CPU"), ""),
+    (("--mode", "metadata"), ("-o", "x.png", "--image", "y.png"), "--output has"),
+]
+
+
+@pytest.mark.parametrize(("what", "given", "idle"), NOT_DRAWING, ids=[" ".join((*w, *g)) for w, g, _ in NOT_DRAWING])
+def test_what_draws_nothing_says_what_it_does_not_read(
+    sd: Sd, what: tuple[str, ...], given: tuple[str, ...], idle: str
+) -> None:
+    assert sd("--version", *what, *given).err == (f"warning: {idle} no effect with {' '.join(what)}\n" if idle else "")

@@ -25,6 +25,7 @@ from sdrpc.errors import (
     DeviceLost,
     DoesNotFit,
     InvalidValue,
+    Room,
     SdrpcError,
     UsageError,
 )
@@ -134,7 +135,7 @@ def test_a_model_that_is_not_on_the_node_is_a_failure_that_says_so(
         (ConnectionLost("desktop:50052", "drawing"), DeviceLost),
         (ConnectionFailed("desktop:50052", "refused"), DeviceLost),
         (InvalidValue("steps", 0, "at least 1"), UsageError),
-        (DoesNotFit("RPC0", "vae", 1 << 30, 1 << 20), SdrpcError),
+        (DoesNotFit({"vae": 1 << 30}, {"RPC0": [Room(1 << 20)]}), SdrpcError),
     ],
 )
 def test_errors_arrive_as_what_a_seat_tells_apart(error: SdrpcError, kind: type[SdrpcError]) -> None:

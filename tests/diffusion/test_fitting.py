@@ -69,13 +69,13 @@ def test_what_fits_nowhere() -> None:
 @pytest.mark.parametrize(
     ("rooms", "says"),
     [
-        ({"RPC0": 5 * GIB, "RPC1": 9 * GIB}, "RPC1 has 9,216 MiB (--backend diffusion=RPC1)"),
+        ({"RPC0": 5 * GIB, "RPC1": 9 * GIB}, "RPC1 has room for 9,216 MiB (backend diffusion=RPC1)"),
         ({"RPC0": 5 * GIB, "RPC1": 7 * GIB, "CPU": GIB},
-         'RPC1&RPC0 have 7,168 MiB + 5,120 MiB (--backend "diffusion=RPC1&RPC0")'),
+         'RPC1&RPC0 have room for 7,168 MiB + 5,120 MiB (backend "diffusion=RPC1&RPC0")'),
         ({"RPC0": 2 * GIB, "RPC1": 3 * GIB},
-         "RPC1 can compute it a part at a time (--params-backend diffusion=disk), or use a quantized file"),
-        ({"RPC0": GIB // 2}, "use a quantized file, or add a device (--rpc)"),
-        ({}, "use a quantized file, or add a device (--rpc)"),
+         "RPC1 can compute it a part at a time (params_backend diffusion=disk), or use a quantized file"),
+        ({"RPC0": GIB // 2}, "use a quantized file, or add a device (rpc)"),
+        ({}, "use a quantized file, or add a device (rpc)"),
     ],
 )  # fmt: skip
 def test_what_would_do(rooms: dict[str, int], says: str) -> None:

@@ -85,6 +85,16 @@ def test_all_aliases_name_their_component(component: str) -> None:
         assert parse(f"{alias}=x") == {component: ("x",)}
 
 
+@pytest.mark.parametrize("text", ["auto,RPC0", "RPC0,auto", "te=CPU,diffusion=auto,RPC0"])
+def test_auto_stands_alone(text: str) -> None:
+    """It is a plan for all devices that are there: nothing is left for another one to do."""
+    with pytest.raises(InvalidValue, match=f"backend {text}: auto stands alone"):
+        parse(text)
+    assert parse("te=CPU,all=auto") == {"te": ("CPU",), REST: ("auto",)}
+    with pytest.raises(InvalidValue, match="auto stands alone"):
+        wanted(SD1, {}, "auto,RPC0")
+
+
 def test_devices_by_name() -> None:
     assert assigned(FLUX, {"te": 1, "t5xxl": 2, "all": 3}) == {"clip_l": 1, "t5xxl": 2, "diffusion": 3, "vae": 3}
     with pytest.raises(InvalidValue, match=r"vae: no device"):

@@ -24,6 +24,7 @@ from sdrpc.engine.precision import EXACT
 from sdrpc.errors import Cancelled, CheckpointError, ComputeError, DoesNotFit, InvalidValue, UsageError
 from sdrpc.families.model import Model, ModelFiles, open_model
 from sdrpc.runtime.cache import Cache
+from sdrpc.runtime.chain import Chain, Lanes
 
 F32 = NDArray[np.float32]
 
@@ -328,9 +329,31 @@ def test_what_does_not_fit_is_refused_before_anything_is_uploaded(
 ) -> None:
     memory = devices["diffusion"].memory()
     monkeypatch.setattr(devices["diffusion"], "memory", lambda: memory._replace(free=1 << 20))
-    with pytest.raises(DoesNotFit, match=r"diffusion: diffusion takes \d+ MiB, 1 MiB are free"):
+    with pytest.raises(DoesNotFit, match=r"diffusion: diffusion takes \d+ MiB, and there is room for 1 MiB;"):
         drawn(session, SMALL)
     assert not any(device._buffers for device in devices.values())
+
+
+@pytest.mark.parametrize(
+    ("where", "asked", "idle"),
+    [
+        ("all", {}, []),
+        ("all", {"cfg_scale": 1.0}, ["vae"]),
+        ("all", {"cfg_scale": 1.0, "batch_count": 2}, []),
+        ("all", {"hires": True, "batch_count": 2, "cfg_scale": 1.0}, ["vae"]),
+        ("diffusion", {"cfg_scale": 1.0}, ["vae"]),
+        ("te", {}, ["vae"]),
+        ("vae", {}, ["vae"]),
+        ("vae", {"batch_count": 3}, ["vae"]),
+    ],
+)
+def test_a_device_that_has_nothing_to_do_is_told(
+    model: Model, devices: dict[str, LocalDevice], where: str, asked: dict[str, Any], idle: list[str]
+) -> None:
+    """Side by side are pictures, and a picture's prompts: the second of two devices may have neither."""
+    first, second = devices["diffusion"], devices["vae"]
+    with Session(model, {"all": first, where: Lanes((Chain((first,)), Chain((second,))))}) as session:
+        assert session.idle(session.settings(replace(SMALL, **asked))) == idle
 
 
 class SmallDevice(LocalDevice):

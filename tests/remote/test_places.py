@@ -210,18 +210,21 @@ def test_what_is_too_large_is_refused_with_what_would_do(
     placements: list[dict[str, Placed]] = [{"diffusion": first, "vae": second, "te": here}]
     placements.append({"diffusion": Chain((first, second)), "all": here})
     placements.append({"diffusion": [first, second], "te": Chain((first, second)), "vae": first})
-    for placement, limits, says in (
-        (placements[0], (5, 99, 7), r"RPC0: diffusion .* 5 MiB are free; RPC1 has 99 MiB \(--backend diffusion=RPC1\)"),
-        (placements[1], (1, 2, 7), r"RPC0&RPC1: diffusion takes 6 MiB, 1 \+ 2 MiB are free; CPU has 7 MiB \(--backend"),
-        (placements[2], (5, 5, 7), r"RPC0: diffusion .* 5 MiB are free; RPC0&RPC1 have 5 MiB \+ 5 MiB \(--backend"),
-        (placements[0], (2, 1, 0), r"CPU: clip_l .* 0 MiB are free; use a quantized file"),
+    for placement, limits, room, hint in (
+        (placements[0], (5, 99, 7), "RPC0: 5 MiB (max_vram)", "RPC1 has room for 99 MiB (backend diffusion=RPC1)"),
+        (placements[1], (1, 2, 7), "RPC0&RPC1: 1 MiB (max_vram) + 2 MiB (max_vram)", "CPU has room for 7 MiB (backend"),
+        (placements[2], (5, 4, 7), "RPC0 or RPC1: 5 MiB (max_vram) or 4 MiB (max_vram)", "RPC0&RPC1 have room for 5"),
+        (placements[0], (2, 1, 0), "CPU: 0 MiB (max_vram)", "use a quantized file"),
     ):
         small = {name: size << 20 for name, size in zip(("RPC0", "RPC1", "CPU"), limits, strict=True)}
         with (
             Session.open(tiny, placement, Cache(graphs), max_vram=small) as session,
-            pytest.raises(DoesNotFit, match=says),
+            pytest.raises(DoesNotFit, match=re.escape(hint)) as refused,
         ):
             list(session.generate(REQUEST))
+        where, sizes = room.split(": ")
+        pattern = rf"{re.escape(where)}: \w+ takes [56] MiB, and there is room for {re.escape(sizes)}; "
+        assert re.match(pattern, str(refused.value)), refused.value
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from sdrpc.device import Device
-from sdrpc.errors import ConnectionFailed, ConnectionLost, DeviceGone, DeviceLost, DoesNotFit, SdrpcError, UsageError
+from sdrpc.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    DeviceGone,
+    DeviceLost,
+    DoesNotFit,
+    Room,
+    SdrpcError,
+    UsageError,
+)
 from sdrpc.runtime import lost
 from sdrpc.runtime.lost import LOSSES, Absence, first_back, surviving
 
@@ -52,10 +61,10 @@ def test_one_without_room_is_passed_over_and_waited_for() -> None:
 
     def accept(device: Device) -> None:
         if device.name == "RPC0" or next(refusals):
-            raise DoesNotFit(device.name, "vae", 2 << 20, 1 << 20)
+            raise DoesNotFit({"vae": 2 << 20}, {device.name: [Room(1 << 20)]})
 
     assert first_back([Away("RPC0"), Away("RPC1")], LOST, 60, accept).name == "RPC1"
-    with pytest.raises(DoesNotFit, match="RPC0: vae takes 2 MiB, 1 MiB are free"):
+    with pytest.raises(DoesNotFit, match="RPC0: vae takes 2 MiB, and there is room for 1 MiB"):
         first_back([Away("RPC0")], LOST, 60, accept)
 
 

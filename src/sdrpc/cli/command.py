@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -40,7 +40,7 @@ class Option(click.Option):
         return not self.is_flag
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        names = ", ".join(sorted(self.opts, key=lambda name: name.startswith("--")))
+        names = ", ".join(sorted(self.opts, key=_is_short, reverse=True))
         metavar = "" if self.is_flag else f" {self.make_metavar(ctx)}"
         default = self.shown or (
             str(self.default) if isinstance(self.default, str | int | float) and not self.is_flag else ""
@@ -132,8 +132,9 @@ class Command(click.Command):
     """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
     reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``within``: fields that
     are part of what an option says, each with the option. ``acts_on``: parameters that change what another one asks
-    for; where only the first is given, a warning says that it has no effect. ``bare``: the command has something to do
-    without arguments; else its --help is printed."""
+    for, or that mean something with one value of it; where only the first is given, a warning says that it has no
+    effect. ``unread``: a parameter and a value of it → those that have no effect then. ``bare``: the command has
+    something to do without arguments; else its --help is printed."""
 
     def __init__(
         self,
@@ -143,19 +144,20 @@ class Command(click.Command):
         refused: Mapping[str, str] | None = None,
         ignored: Iterable[str] = (),
         within: Mapping[str, str] | None = None,
-        acts_on: Mapping[str, str] | None = None,
+        acts_on: Mapping[str, str | tuple[str, str]] | None = None,
+        unread: Mapping[tuple[str, object], Collection[str]] | None = None,
         bare: bool = False,
         **facts: Any,
     ) -> None:
         context = {"help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS}
         super().__init__(name, params=list(options), callback=callback, context_settings=context, **facts)
         self.options, self.refused, self.ignored, self.bare = options, refused or {}, frozenset(ignored), bare
-        self._within, self._acts_on = dict(within or {}), dict(acts_on or {})
+        self._within, self._acts_on, self._unread = dict(within or {}), dict(acts_on or {}), dict(unread or {})
 
     @property
     def fields(self) -> dict[str, str]:
-        """The option that sets each parameter, in its longest form."""
-        return {str(option.name): max(option.opts, key=len) for option in self.options} | self._within
+        """The option that sets each parameter, in the first of its long forms."""
+        return {str(option.name): sorted(option.opts, key=_is_short)[0] for option in self.options} | self._within
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -184,11 +186,20 @@ class Command(click.Command):
         return ended or 0
 
     def _warn_of_what_is_idle(self, ctx: click.Context) -> None:
-        by_name = {str(option.name): option for option in self.options}
+        usual = {str(option.name): option.get_default(ctx) for option in self.options}
+        given = {name for name in usual if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        for (name, value), unread in self._unread.items():
+            idle = [self.fields[other] for other in usual if other in given & {*unread}]
+            if idle and ctx.params[name] == value:
+                has = "has" if len(idle) == 1 else "have"
+                what = self.fields[name] if value is True else f"{self.fields[name]} {value}"
+                warn(f"{', '.join(idle)} {has} no effect with {what}")
+                given -= {*unread}
         for name, other in self._acts_on.items():
-            given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            if given and ctx.params[other] in (None, by_name[other].get_default(ctx)):
-                warn(f"{self.fields[name]} has no effect without {self.fields[other]}")
+            field, *value = [other] if isinstance(other, str) else other
+            found = ctx.params[field]
+            if name in given and (found != value[0] if value else found in (None, usual[field])):
+                warn(f"{self.fields[name]} has no effect without {' '.join([self.fields[field], *value])}")
 
     def canonical(self, arguments: Sequence[str]) -> list[str]:
         """``arguments`` with every option in the spelling of the table. Values stay as they are.
@@ -232,6 +243,10 @@ class Command(click.Command):
             raise InvalidValue("completion", shell, f"there are {', '.join(SHELLS)}")
         name = str(self.name)
         return kind(self, {}, name, f"_{name}_COMPLETE".replace("-", "_").upper()).source()
+
+
+def _is_short(option: str) -> bool:
+    return not option.startswith("--")
 
 
 def _folded(option: str) -> str:

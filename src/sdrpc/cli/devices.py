@@ -28,6 +28,13 @@ from ..runtime.chain import Chain, Lanes, lanes
 from . import report
 from .discovery import located
 
+REMOTE = "RPC"
+"""Devices of servers are called so, with a number."""
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix(REMOTE))
+
 
 class Found(NamedTuple):
     """Devices that are there, and by its name what is wrong with each that is not: one for each server that can't be
@@ -35,6 +42,13 @@ class Found(NamedTuple):
 
     devices: list[Device]
     absent: dict[str, SdrpcError]
+
+    def told(self) -> dict[str, str]:
+        """What is wrong with those that are not there, in words."""
+        behind = [device.name for device in self.devices if device.name.startswith(REMOTE)] + [*self.absent]
+        last = max(behind, key=_number, default="")
+        note = "; it counts as one device: if it has more, those behind it had other numbers"
+        return {name: f"{why}{note if name != last else ''}" for name, why in self.absent.items()}
 
 
 class Placing(NamedTuple):
@@ -71,10 +85,10 @@ def every_device(
         yield Found([*local, *remote.devices], remote.absent)
 
 
-def listed(rpc: Sequence[str], keychain: Keychain) -> tuple[list[Listed], list[SdrpcError]]:
-    """The same for a list. Torch is left alone where this machine has nothing but its CPU."""
+def listed(rpc: Sequence[str], keychain: Keychain) -> tuple[list[Listed], list[str]]:
+    """The same for a list, and what is wrong with servers. Torch is left alone where this machine has just a CPU."""
     with _servers(rpc, DEFAULT_TIMEOUTS, keychain, lambda _: True) as remote:
-        return [*_listed_here(), *map(_listed, remote.devices)], list(remote.absent.values())
+        return [*_listed_here(), *map(_listed, remote.devices)], list(remote.told().values())
 
 
 def _listed_here() -> list[Listed]:
@@ -110,7 +124,7 @@ def placed_devices(
         with _opened([] if nothing_here else _local(precision, threads)) as local:
             there = Found([*local, *remote.devices], remote.absent)
             placed = resolved(wanted, there, remote.devices if rpc else local[:1])
-            for name, why in remote.absent.items():
+            for name, why in there.told().items():
                 report.warn(f"{name} is not there, others do its work: {why}")
             yield Placing(placed, there.devices)
 
@@ -172,10 +186,10 @@ def _servers(
             except SdrpcError as error:
                 if not borne(error):
                     raise
-                absent[f"RPC{number}"] = error
+                absent[f"{REMOTE}{number}"] = error
                 continue
             for index, device in enumerate(found, number):
-                device.name = f"RPC{index}"
+                device.name = f"{REMOTE}{index}"
             remote += found
         yield Found(remote, absent)
 

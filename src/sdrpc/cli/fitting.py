@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..device_names import AUTO, folded
-from ..errors import DoesNotFit
+from ..diffusion.placement import assigned
+from ..errors import DoesNotFit, Room
 from ..runtime.chain import Chain, Lanes, devices_of
 from . import report
 from .progress import mebibytes
@@ -32,28 +33,39 @@ def fitted(
     fixed: Collection[str],
     devices: Sequence[Device],
     limits: Mapping[str, int],
+    waits: Mapping[str, str],
 ) -> dict[str, list[Lanes]]:
     """``placed``, but the model's components that are not ``fixed`` where a plan puts them, which is told. ``limits``:
-    bytes of weights, by device. Raises :class:`DoesNotFit`."""
+    bytes of weights, by device; ``waits``: where weights are that nobody uses, as a session takes it. Raises
+    :class:`DoesNotFit`."""
     from ..diffusion.demands import demands
     from ..diffusion.device_model import weights_room
-    from ..diffusion.fitting import fit, nearest
+    from ..diffusion.fitting import Plan, Share, fit, nearest
 
     if set(model.components) <= set(fixed):
         report.warn("auto-fit has nothing to plan: --backend names a device for each component")
         return {name: list(places) for name, places in placed.items()}
     wanted = {demand.name: demand for demand in demands(model, settings, Chain(tuple(devices)).target)}
-    rooms = {device.name: weights_room(device, limits) for device in devices}
+    given = {device.name: weights_room(device, limits) for device in devices}
+    rooms = {name: room.size for name, room in given.items()}
     for name in fixed:
         for device in devices_of(placed[name][:1]) if name in wanted else ():
             rooms[device.name] = max(0, rooms[device.name] - wanted[name].size)
     left = [demand for name, demand in wanted.items() if name not in fixed]
-    plan = fit(left, _supplies(devices, rooms))
+    supplies, most = _supplies(devices, rooms), max(rooms, key=lambda name: rooms[name])
+    nowhere = {demand.name: demand for demand in left if fit([demand], supplies) is None}
+    away = {name for name, where in assigned(list(wanted), waits, "params_backend", "auto").items() if where != "auto"}
+    in_parts = {name for name, demand in nowhere.items() if name in away and rooms[most] > 2 * demand.largest}
+    plan = fit([demand for demand in left if demand.name not in in_parts], supplies)
     if plan is None:
-        largest = max(left, key=lambda demand: demand.size)
+        sizes = {name: demand.size for name, demand in nowhere.items() if name not in in_parts}
+        largest = nowhere[max(sizes, key=lambda name: sizes[name])]
         hint = nearest(largest.name, largest.size, largest.largest, rooms)
-        names = " and ".join(rooms)
-        raise DoesNotFit(names, largest.name, largest.size, sum(rooms.values()), tuple(rooms.values()), hint)
+        there = [Room(rooms[name], room.limited) for name, room in given.items()]
+        raise DoesNotFit(sizes, {" and ".join(rooms): there}, hint)
+    if in_parts:
+        parts = {name: (Share(most, rooms[most]),) for name in in_parts}
+        plan = Plan({**plan.shares, **parts}, True, plan.seconds)
     _tell(plan, {demand.name: demand for demand in left}, rooms)
     by_name = {device.name: device for device in devices}
     found = {name: list(places) for name, places in placed.items()}
@@ -79,13 +91,22 @@ def _used(plan: Plan, device: str) -> int:
 
 def _tell(plan: Plan, wanted: Mapping[str, Demand], rooms: Mapping[str, int]) -> None:
     turns = "; components take turns, since they do not fit beside each other" if plan.turns else ""
-    report.say(f"auto-fit: about {plan.seconds:.3g} s a picture, once weights are there{turns}")
+    report.say(f"auto-fit: about {roughly(plan.seconds)} a picture, once weights are there{turns}")
     for device, room in rooms.items():
-        here = [
-            f"{'a part of ' if len(shares) > 1 else ''}{name} ({mebibytes(min(share.room, wanted[name].size))})"
-            for name, shares in plan.shares.items()
-            for share in shares
-            if share.device == device
-        ]
+        here = []
+        for name, shares in plan.shares.items():
+            of, alone = wanted[name].size, len(shares) == 1
+            for share in shares:
+                if share.device == device:
+                    in_turn = " a part at a time" if alone and share.room < of else ""
+                    here.append(f"{'' if alone else 'a part of '}{name}{in_turn} ({mebibytes(min(share.room, of))})")
         if here:
             report.say(f"auto-fit: {device}, with room for {mebibytes(room)}: {', '.join(here)}")
+
+
+def roughly(seconds: float) -> str:
+    """A guess, with no more digits than it deserves."""
+    if seconds < 1:
+        return f"{seconds:.1g} s"
+    unit, size = next((u, s) for u, s in (("s", 1), ("min", 60), ("h", 3600)) if seconds < 100 * s or s == 3600)
+    return f"{seconds / size:.0f} {unit}"

@@ -300,10 +300,15 @@ REFUSED = {
 ALWAYS_SO = frozenset({"--mmap", "--color"})
 """Switches of stable-diffusion.cpp's sd-cli for what sdrpc does anyway: files are mapped, terminals get colours."""
 
-WITHIN = {"loras": "--prompt"}
-"""Fields of a request that no option sets by itself."""
+WITHIN = {"loras": "--prompt", "lora_dir": "--lora-model-dir"}
+"""Fields of requests and sessions that no option has the name of, and the options that say them."""
 
-ACTS_ON = {
+METADATA = ("image", "metadata_format", "metadata_all", "metadata_raw", "metadata_brief")
+"""Options of --mode metadata."""
+
+ACTS_ON: dict[str, str | tuple[str, str]] = {
+    **dict.fromkeys(("video_frames", "fps"), ("mode", "vid_gen")),
+    **dict.fromkeys(METADATA, ("mode", "metadata")),
     "strength": "init_image",
     "taesd_preview_only": "taesd",
     "moe_boundary": "high_noise_diffusion_model",
@@ -318,4 +323,30 @@ ACTS_ON = {
     "cache_option": "cache_mode",
     **dict.fromkeys(("preview_path", "preview_interval", "preview_noisy"), "preview"),
 }
-"""Options that do nothing unless another one is given."""
+"""Options that do nothing unless another one is given, or has that value."""
+
+_KEYS = ("rpc", "rpc_key", "rpc_key_file")
+_UPSCALES = (
+    *_KEYS, "init_image", "upscale_model", "upscale_repeats", "upscale_tile_size", "output", "output_begin_idx",
+    "disable_image_metadata", "rpc_retry", "rpc_timeout", "backend", "main_backend_device", "upscaler_backend_device",
+    "threads", "precision",
+)  # fmt: skip
+_CONVERTS = (
+    "model", "diffusion_model", "high_noise_diffusion_model", "vae", "clip_l", "clip_g", "t5xxl", "llm", "llm_vision",
+    "clip_vision", "control_net", "taesd", "type", "tensor_type_rules", "output",
+)  # fmt: skip
+
+_READ: dict[tuple[str, object], tuple[str, ...]] = {
+    ("list_devices", True): _KEYS,
+    ("discover", True): (),
+    ("mode", "upscale"): _UPSCALES,
+    ("mode", "convert"): _CONVERTS,
+    ("mode", "metadata"): METADATA,
+}
+"""What is read of the other options by what draws nothing."""
+
+UNREAD = {
+    what: frozenset(str(option.name) for option in OPTIONS if option.group != ABOUT) - {what[0], "mode", *read}
+    for what, read in _READ.items()
+}
+"""Options that have no effect there."""

@@ -3,6 +3,7 @@ where its file can't be written, it goes elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ..errors import InvalidValue
+
+log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"%%|%(\d{0,3}d)")
 """printf's %d, %3d, %03d; ``%%`` is a percent sign."""
@@ -97,7 +100,9 @@ def check_writable(paths: Sequence[Path]) -> None:
 def _why_not(directory: Path) -> str:
     """Why no file can be made in a directory, which is made where it is not there; "" if one can."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            log.debug("made the folder %s", directory)
         with tempfile.TemporaryFile(dir=directory):
             return ""
     except OSError as error:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import InvalidValue, MissingComponent, SdrpcError, UsageError
+from ..errors import MissingComponent, SdrpcError, UsageError
 from ..key import Key
 from ..text import printable
 from . import interrupts, streams
@@ -135,12 +135,10 @@ def said(error: SdrpcError, options: Mapping[str, str]) -> str:
     def option(field: str) -> str:
         return options.get(field, field)
 
-    if isinstance(error, InvalidValue):
-        return str(error).replace(error.field, option(error.field), 1)
     if isinstance(error, MissingComponent):
         others = f", or a whole model with {option(error.other)}" if error.other else ""
         return f"{error.reason}; give it with {option(error.field)}{others}"
-    return str(error)
+    return error.told(option)
 
 
 def logging_to_console(verbose: bool) -> None:

@@ -21,7 +21,7 @@ from .command import Command
 from .convert import convert
 from .devices import limits_of, listed, placed_devices
 from .entry import ready
-from .options import ACTS_ON, ALWAYS_SO, HERE, OPTIONS, REFUSED, WITHIN
+from .options import ACTS_ON, ALWAYS_SO, HERE, OPTIONS, REFUSED, UNREAD, WITHIN
 from .output import (
     DEFAULT_ANIMATION,
     DEFAULT_FILM,
@@ -89,7 +89,7 @@ def sd_cli(**chosen: Any) -> int:
     return _draw(chosen)
 
 
-COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, WITHIN, ACTS_ON, help=sd_cli.__doc__)
+COMMAND = Command("sd-cli", OPTIONS, sd_cli, REFUSED, ALWAYS_SO, WITHIN, ACTS_ON, UNREAD, help=sd_cli.__doc__)
 
 
 def _list_devices(chosen: Chosen) -> int:
@@ -97,7 +97,7 @@ def _list_devices(chosen: Chosen) -> int:
     devices, failures = listed(servers(chosen), keychain(chosen))
     report.table(report.device_table(devices))
     for failure in failures:
-        report.complain(str(failure))
+        report.complain(failure)
     return report.FAILURE if failures else 0
 
 
@@ -105,7 +105,7 @@ def _upscale(chosen: Chosen) -> int:
     """Enlarge a picture; the exit status."""
     from ..diffusion.pictures import Picture
 
-    (path,) = output_paths(chosen["output"], 1)
+    (path,) = output_paths(chosen["output"], 1, chosen["output_begin_idx"])
     check_writable([path])
     image = upscaled(chosen, path)
     return report.FAILURE if _keep(path, Picture(image, 0), None) else 0
@@ -158,7 +158,7 @@ def _draw(chosen: Chosen) -> int:
         limits = limits_of(chosen["max_vram"], devices)
         if fits:
             fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]
-            places = fitting.fitted(opened, settings, places, fixed, devices, limits)
+            places = fitting.fitted(opened, settings, places, fixed, devices, limits, waits)
         enlarge = None
         if enlarged:
             enlarge = enlarging(chosen, places.pop(UPSCALER)[0], *settings.final_size, paths[0])
@@ -175,6 +175,9 @@ def _draw(chosen: Chosen) -> int:
             max_vram=limits,
             params_backend=waits,
         ) as session:
+            if idle := session.idle(settings):
+                what = "pictures (-b) and, of one picture, the prompt and the negative one (--cfg-scale other than 1)"
+                report.warn(f"{' and '.join(idle)}: nothing to do; side by side are {what}")
             # resolved once, so that a random seed and what is written about the picture are one
             drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))
             elsewhere = _keep_all(drawn if enlarge is None else _enlarged(drawn, enlarge), paths, singly, told)

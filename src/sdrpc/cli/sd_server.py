@@ -20,7 +20,7 @@ from . import discovery, fitting, report
 from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
 from .command import Command
-from .devices import Found, every_device, limits_of, resolved
+from .devices import REMOTE, Found, every_device, limits_of, resolved
 from .entry import ready
 from .upscale import UPSCALER
 from .web_options import DAY, OPTIONS
@@ -193,10 +193,13 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
         return
     rpc = servers(chosen)
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
-        for name, why in found.absent.items():
+        for name, why in found.told().items():
             report.warn(f"{name} is not there: {why}")
         limits = limits_of(chosen["max_vram"], found.devices)
-        yield [fitted_seat(where, model, found, limits)] if fits else own_seats(where, model, found), found.devices
+        if fits:
+            yield [fitted_seat(where, model, found, limits, waiting(chosen))], found.devices
+        else:
+            yield own_seats(where, model, found), found.devices
 
 
 class Where(NamedTuple):
@@ -239,7 +242,7 @@ def placed_far(where: Where, model: Model, devices: Sequence[Device]) -> dict[st
 
 
 def _remote(devices: Sequence[Device]) -> list[Device]:
-    return [device for device in devices if device.name.startswith("RPC")]
+    return [device for device in devices if device.name.startswith(REMOTE)]
 
 
 def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
@@ -271,9 +274,9 @@ def _devices_named(places: Mapping[str, list[Lanes]]) -> str:
     return " + ".join(device.name for device in devices_of(choices[0] for choices in places.values()))
 
 
-def fitted_seat(where: Where, model: Model, found: Found, limits: Mapping[str, int]) -> Seat:
+def fitted_seat(where: Where, model: Model, found: Found, limits: Mapping[str, int], waits: Mapping[str, str]) -> Seat:
     """One seat at all devices that this process has. A plan says what of a model is on which; it is made when the model
-    is first asked for, while its weights are nowhere."""
+    is first asked for, while its weights are nowhere. ``limits``, ``waits``: as :func:`fitting.fitted` takes them."""
     from ..diffusion.request import Request
     from ..diffusion.session import settings_of
     from ..web.studio import OwnSeat
@@ -286,7 +289,8 @@ def fitted_seat(where: Where, model: Model, found: Found, limits: Mapping[str, i
             wanted = _wanted(where, model)
             fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]
             before, settings = resolved(wanted, found, default), settings_of(model, Request(""))
-            plans[id(model)] = model, fitting.fitted(model, settings, before, fixed, found.devices, limits)
+            plan = fitting.fitted(model, settings, before, fixed, found.devices, limits, waits)
+            plans[id(model)] = model, plan
         return plans[id(model)][1]
 
     place(model)

@@ -32,14 +32,15 @@ def demands(model: Model, settings: Settings, target: Target) -> list[Demand]:
     frames = (settings.video_frames - 1) // model.frames + 1 if model.frames else 1
     places = frames * (settings.width // model.pixels) * (settings.height // model.pixels)
     pixels = settings.width * settings.height * settings.video_frames
-    prompts = 1 if settings.cfg_scale == 1 else 2
+    prompts = min(settings.predictions, 2)
     found = []
     for name, component in model.components.items():
         weights = component.found.tensors.values()
         sizes = [aligned(held_as(w.type, target).row_bytes(prod(w.shape)), ALIGNMENT) for w in weights]
         elements, widest = sum(prod(w.shape) for w in weights), max(prod(w.shape) for w in weights)
         if name in DRAWING:
-            runs, seen, moved = settings.steps * prompts, places // PATCH + TOKENS, 8 * places * model.latent_channels
+            runs, seen = settings.steps * settings.predictions, places // PATCH + TOKENS
+            moved = 8 * places * model.latent_channels
         elif name in AUTOENCODERS:
             runs, seen, moved = 1, places * DECODING, 12 * pixels
         else:

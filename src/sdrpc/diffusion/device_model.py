@@ -22,7 +22,7 @@ from ..checkpoints.expressions import cast
 from ..checkpoints.numbers import unpacked
 from ..device import Device, Target
 from ..device_names import folded
-from ..errors import Cancelled, DeviceLost, DoesNotFit
+from ..errors import Cancelled, DeviceLost, DoesNotFit, Room
 from ..families.base import F32, ModuleSpec
 from ..families.lora import Lora
 from ..families.model import Model, ModelComponent
@@ -396,7 +396,7 @@ class DeviceComponent:
         rooms = [max(room - size, 0) for room, size in zip(given, taken, strict=True)]
         cuts = positions(facts, rooms, known)
         if cuts is None:
-            raise DoesNotFit(self.chain.name, self.name, self.nbytes, sum(self._rooms), self._rooms, UNCUT)
+            raise DoesNotFit({self.name: self.nbytes}, {self.chain.name: tuple(map(Room, self._rooms))}, UNCUT)
         found = parts(lowered, cuts)
         for number, each in enumerate(found):
             for weight in each.lowered.weights:
@@ -493,6 +493,10 @@ class DeviceModel:
         """On how many chains of devices, side by side, component ``name`` is."""
         return len(self._lanes[name])
 
+    def devices(self, name: str, lane: int) -> tuple[Device, ...]:
+        """Where component ``name`` is in that lane, if its first choice does."""
+        return self._component(name, lane).choices[0].devices
+
     def leave_devices(self, *names: str) -> None:
         """These components are not used for now: the weights of those that do not wait on their devices leave them."""
         for component in chain.from_iterable(self._lanes.get(name, ()) for name in names):
@@ -519,7 +523,7 @@ class DeviceModel:
     def check_fits(self) -> None:
         """Give each component the first of its choices that has room for its weights; nothing has been uploaded then.
 
-        Raises :class:`DoesNotFit`, with the numbers of the first one, when none has.
+        Raises :class:`DoesNotFit`, with the numbers of all of them, when none has.
         """
         for component in self._components:
             self._surviving(component, partial(self._choose, component))
@@ -652,12 +656,13 @@ class DeviceModel:
                 if layers is not None:
                     component.settle(layers)
                     return
-        raise refusals[0]
+        rooms = {place: each for refusal in refusals for place, each in refusal.rooms.items()}
+        raise DoesNotFit(refusals[0].sizes, rooms, self._hint(component))
 
-    def _room(self, device: Device) -> int:
-        """Bytes that a device has for a component's weights without all others'."""
-        room = device.memory().free + sum(other.has(device) for other in self._on(device))
-        return min(room, self._limit(device))
+    def _room(self, device: Device) -> Room:
+        """What a device has for a component's weights without all others'."""
+        room, limit = device.memory().free + sum(other.has(device) for other in self._on(device)), self._limit(device)
+        return Room(min(room, limit), limit < room)
 
     def _limit(self, device: Device) -> int:
         return limit_of(device, self._limits)
@@ -668,21 +673,21 @@ class DeviceModel:
         if place.rooms is not None or (component.resident and component.chain == place):
             return ()
         rooms = tuple(map(self._room, place.devices))
-        if (needed := component.nbytes_on(place)) > sum(rooms):
-            raise DoesNotFit(place.name, component.name, needed, sum(rooms), rooms, self._hint(component))
-        return rooms
+        if (needed := component.nbytes_on(place)) > sum(room.size for room in rooms):
+            raise DoesNotFit({component.name: needed}, {place.name: rooms}, self._hint(component))
+        return tuple(room.size for room in rooms)
 
     def _hint(self, component: DeviceComponent) -> str:
         """What would do for a component that has too little room."""
         devices = devices_of(Lanes((place,)) for one in self._components for place in (one.chain, *one.choices))
-        rooms = {device.name: self._room(device) for device in devices}
+        rooms = {device.name: self._room(device).size for device in devices}
         return nearest(component.name, component.nbytes, component.largest(), rooms)
 
     def _in_turns(self, component: DeviceComponent, place: Chain) -> Chain | None:
         """A device several times, for as many parts of a component as it has room for one of."""
         device, *others = place.devices
-        free = self._room(device)
-        room = free if free == self._limit(device) else beside_work(free)
+        free, limited = self._room(device)
+        room = free if limited else beside_work(free)
         apart = room - component.largest()
         layers = -(-component.nbytes // apart) if apart > 0 else LAYERS + 1
         if others or layers > LAYERS:
@@ -769,9 +774,10 @@ def limit_of(device: Device, limits: Mapping[str, int]) -> int:
     return named.get(folded(device.name), named.get("", sys.maxsize))
 
 
-def weights_room(device: Device, limits: Mapping[str, int]) -> int:
-    """Bytes of a device's memory that weights may take now."""
-    return min(beside_work(device.memory().free), limit_of(device, limits))
+def weights_room(device: Device, limits: Mapping[str, int]) -> Room:
+    """What of a device's memory weights may take now."""
+    room, limit = beside_work(device.memory().free), limit_of(device, limits)
+    return Room(min(room, limit), limit < room)
 
 
 def beside_work(free: int) -> int:

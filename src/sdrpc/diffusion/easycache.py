@@ -52,7 +52,7 @@ def find_options(mode: str, text: str) -> Options | None:
         raise InvalidValue("cache_mode", mode, f"does not exist here; there are {', '.join(MODES)}")
     if mode == "disabled":
         if text:
-            raise InvalidValue("cache_option", text, "says something of a cache_mode, and none is chosen")
+            raise InvalidValue("cache_option", text, "says something of a cache_mode, and none is chosen", "cache_mode")
         return None
     return parse_options(text)
 

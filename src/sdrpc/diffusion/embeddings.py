@@ -72,7 +72,7 @@ class Embeddings:
             return
         there = f"there are {', '.join(sorted(self.files))}" if self.files else "there is none"
         where = "" if self._folder is None else f" in {self._folder}"
-        raise InvalidValue("prompt", match[0], f"no such embedding{where} (--embd-dir); {there}")
+        raise InvalidValue("prompt", match[0], f"no such embedding{where} (embd_dir); {there}", "embd_dir")
 
     def _read(self, paths: Mapping[str, Path], encoders: tuple[str, ...]) -> Learned:
         words: dict[str, tuple[int, ...]] = {}

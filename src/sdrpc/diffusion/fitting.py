@@ -156,16 +156,16 @@ def nearest(component: str, size: int, largest: int, rooms: Mapping[str, int]) -
     supplies = [Supply(name, room, 1.0, 1.0, 0.0) for name, room in by_room]
     if by_room and by_room[0][1] >= size:
         name, room = by_room[0]
-        return f"{name} has {_mebibytes(room)} (--backend {component}={name})"
+        return f"{name} has room for {_mebibytes(room)} (backend {component}={name})"
     shares = _cut(Demand(component, size, largest, 1.0, 1, 0), supplies, rooms)
     if shares:
         names = "&".join(share.device for share in shares)
         together = " + ".join(_mebibytes(rooms[share.device]) for share in shares)
-        return f'{names} have {together} (--backend "{component}={names}")'
+        return f'{names} have room for {together} (backend "{component}={names}")'
     if by_room and by_room[0][1] > 2 * largest:
         name, room = by_room[0]
-        return f"{name} can compute it a part at a time (--params-backend {component}=disk), or use a quantized file"
-    return "use a quantized file, or add a device (--rpc)"
+        return f"{name} can compute it a part at a time (params_backend {component}=disk), or use a quantized file"
+    return "use a quantized file, or add a device (rpc)"
 
 
 def _mebibytes(size: int) -> str:

@@ -26,13 +26,13 @@ def find(folder: Path, name: str | Path) -> Path:
         return name
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise InvalidValue("loras", name, f"is no name of a file in {folder} (--lora-model-dir)")
+        raise InvalidValue("loras", name, f"is no name of a file in {folder} (lora_dir)", "lora_dir")
     for path in (folder / relative, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
         if path.is_file():
             return path
     known = sorted(path.stem for path in folder.glob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     there = f"there are {', '.join(known)}" if known else "there is none at all"
-    raise InvalidValue("loras", name, f"no such LoRA in {folder} (--lora-model-dir); {there}")
+    raise InvalidValue("loras", name, f"no such LoRA in {folder} (lora_dir); {there}", "lora_dir")
 
 
 class Loras:

@@ -90,5 +90,6 @@ def finite(values: F32, what: str) -> F32:
     broken = np.count_nonzero(~np.isfinite(values))
     raise ComputeError(
         f"{what}: {broken} of {values.size} values are NaN or infinite; damaged weights give that, and so may reduced "
-        "precision (try --precision exact)"
+        "precision (try precision exact)",
+        "precision",
     )

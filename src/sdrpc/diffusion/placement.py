@@ -75,6 +75,8 @@ def parse(text: str) -> dict[str, Names]:
             raise InvalidValue("backend", item, "no device is named after '='")
         side_by_side(device, item)
         placed[name] = (*placed.get(name, ()), device)
+    for names in placed.values():
+        _check_auto(names, text)
     return placed
 
 
@@ -83,7 +85,13 @@ def listed(text: str) -> Names:
     names = tuple(filter(None, (piece.strip() for piece in text.split(","))))
     for name in names:
         side_by_side(name, text)
+    _check_auto(names, text)
     return names
+
+
+def _check_auto(names: Names, text: str) -> None:
+    if len(names) > 1 and any(folded_name(name) == AUTO for name in names):
+        raise InvalidValue("backend", text, "auto stands alone: it chooses among all devices that are there")
 
 
 WAITING = ("auto", "cpu", "disk")

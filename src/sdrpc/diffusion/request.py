@@ -313,11 +313,12 @@ class Request:
         if self.mask is not None:
             _check_pixels("mask", self.mask, 2)
             if self.init_image is None:
-                raise InvalidValue("mask", "×".join(map(str, self.mask.shape[::-1])), "there is no init_image to mask")
+                size = "×".join(map(str, self.mask.shape[::-1]))
+                raise InvalidValue("mask", size, "there is no init_image to mask", "init_image")
         if self.control_image is not None:
             _check_pixels("control_image", self.control_image, 3)
         elif self.canny:
-            raise InvalidValue("canny", True, "there is no control_image whose edges it could be")
+            raise InvalidValue("canny", "on", "there is no control_image whose edges it could be", "control_image")
         if len(self.ref_images) > MAX_REFERENCES:
             raise InvalidValue("ref_images", len(self.ref_images), f"up to {MAX_REFERENCES} are taken")
         for picture in self.ref_images:
@@ -404,6 +405,15 @@ class Settings:
     def all_steps(self) -> int:
         """Of both models, where one has its own for high noise."""
         return self.steps + ((self.high_noise and self.high_noise.steps) or 0)
+
+    @property
+    def predictions(self) -> int:
+        """How many of the diffusion model make the one that a sampler follows: with the prompt, with the negative one,
+        and with that beside what is around a mask."""
+        apart = self.img_cfg_scale != self.cfg_scale
+        if self.cfg_scale == 1 and not apart:
+            return 1
+        return 3 if apart and self.img_cfg_scale != 1 else 2
 
     def of(self, component: str) -> Settings:
         """What holds for the steps that one diffusion model draws."""

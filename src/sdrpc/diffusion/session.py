@@ -26,10 +26,10 @@ from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache
-from ..runtime.chain import Placed, choices
+from ..runtime.chain import Placed, choices, devices_of
 from ..runtime.lost import RETRY_SECONDS
 from .autoencoder import TINY, Autoencoder
-from .demands import DRAWING
+from .demands import AUTOENCODERS, DRAWING
 from .device_model import DeviceModel
 from .easycache import EasyCache
 from .embeddings import Embeddings
@@ -221,19 +221,18 @@ class Session:
                 told = self.conditions(settings, beside)
         self._devices.leave_devices(*(name for name in self.model.components if name not in DRAWING))
         settings = replace(settings, prediction=self._prediction(settings).name)
-        lanes = range(self._devices.lanes("diffusion"))
-        together = min(len(lanes), settings.batch_count) if settings.hires is None else 1
+        pictures = self._side_by_side(settings)
 
         def draw(number: int, lanes: Sequence[int]) -> T:
             return finished(self._picture(settings, number, told, begin, beside, lanes), lanes[0])
 
-        if together == 1:
-            yield from self._one_by_one(settings, told, begin, beside, lanes, finished)
+        if len(pictures) == 1:
+            yield from self._one_by_one(settings, told, begin, beside, pictures[0], finished)
             return
         over, free = ThreadEvent(), SimpleQueue[Sequence[int]]()
         telling.cancel = lambda: over.is_set() or cancel()
-        for lane in range(together):
-            free.put(lanes[lane::together])
+        for lanes in pictures:
+            free.put(lanes)
 
         def draw_where_there_is_room(number: int) -> T:
             mine = free.get()
@@ -242,7 +241,7 @@ class Session:
             finally:
                 free.put(mine)
 
-        pool = ThreadPoolExecutor(together)
+        pool = ThreadPoolExecutor(len(pictures))
         try:
             waiting = [pool.submit(draw_where_there_is_room, number) for number in range(settings.batch_count)]
             for number, each in enumerate(waiting):
@@ -253,6 +252,12 @@ class Session:
             over.set()
             pool.shutdown(cancel_futures=True)
             self._devices.leave_devices(*self.model.components)
+
+    def _side_by_side(self, settings: Settings) -> list[Sequence[int]]:
+        """The lanes of the diffusion model that each of the pictures has which are drawn at the same time."""
+        lanes = range(self._devices.lanes("diffusion"))
+        together = min(len(lanes), settings.batch_count) if settings.hires is None else 1
+        return [lanes[first::together] for first in range(together)]
 
     def _one_by_one(
         self,
@@ -299,6 +304,22 @@ class Session:
                 yield to_pixels(frame)
             done += len(frames)
             on_event(Event("decode", "vae", done, count, seconds=time.perf_counter() - began))
+
+    def idle(self, settings: Settings) -> list[str]:
+        """The devices that a request has nothing for, by name. Side by side are only its pictures, and of one picture
+        what is predicted at one time."""
+        pictures = self._side_by_side(settings)
+        drawing = [lane for lanes in pictures for lane in lanes[: settings.predictions]]
+        decoding = [lanes[0] for lanes in pictures]
+        by_component = {"diffusion": drawing, HIGH_NOISE: drawing, **dict.fromkeys(AUTOENCODERS, decoding)}
+        used = {
+            device
+            for name in self.model.components
+            for lane in by_component.get(name, [0])
+            for device in self._devices.devices(name, lane)
+        }
+        named = devices_of(places[0] for places in self.placement.values())
+        return [device.name for device in named if device not in used]
 
     def unused(self) -> dict[str, list[str]]:
         """Per file, the names of the tensors that no component uses; complete once a picture was drawn."""
@@ -390,7 +411,7 @@ class Session:
         name, family = settings.prediction, self.model.family
         if name is None:
             if family.probe is None:
-                raise UsageError(f"nothing tells what this {family.title} predicts: name it (prediction)")
+                raise UsageError(f"nothing tells what this {family.title} predicts: name it (prediction)", "prediction")
             with self.timer("sample"):
                 name = family.probe(self.predict, self.model["diffusion"].config)
         return _predicts(self.model, settings, name)
@@ -624,7 +645,7 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         known = "control" in {component.name for component in family.components}
         reason = "needs a ControlNet: name its file (control_net)" if known else "has no ControlNets in sdrpc"
         size = "×".join(map(str, settings.control_image.shape[1::-1]))
-        raise InvalidValue("control_image", size, f"{family.title} {reason}")
+        raise InvalidValue("control_image", size, f"{family.title} {reason}", "control_net")
     if request.img_cfg_scale is not None and not inpaints(model):
         reason = "the model is not shown what is around a mask (an inpainting model would be)"
         raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
@@ -634,7 +655,7 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         reason = "there is no model for high noise: name its file (high_noise_diffusion_model)"
         for name in ("steps", "cfg_scale", "sampling_method", "eta"):
             if (said := getattr(request, f"high_noise_{name}")) is not None:
-                raise InvalidValue(f"high_noise_{name}", said, reason)
+                raise InvalidValue(f"high_noise_{name}", said, reason, "high_noise_diffusion_model")
     if settings.left_out is not None:
         _check_layers(model, settings.left_out.layers)
     if video and settings.vae_tiling:
@@ -651,7 +672,7 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         if family.latents.films:
             raise InvalidValue("preview", mode, f"there are none of {family.title}'s latents, which have frames")
         if mode == "tae" and TINY not in model.components:
-            raise InvalidValue("preview", mode, "there is no tiny autoencoder: name its file (taesd)")
+            raise InvalidValue("preview", mode, "there is no tiny autoencoder: name its file (taesd)", "taesd")
         if mode == "proj" and family.latents.colours is None:
             raise InvalidValue("preview", mode, f"nobody has published the colours of {family.title}'s latents")
     return settings
