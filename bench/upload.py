@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdrpc.diffusion.events import Event
+from sdrpc.diffusion.session import Session
 
 from .rows import Mark, Row
 from .setup import Setup
@@ -38,6 +39,12 @@ def run(setup: Setup) -> Iterator[Row]:
 def uploaded(setup: Setup, port: int) -> tuple[float, int]:
     """Seconds from the first byte of the diffusion model to the last, and how many there are, with the server at
     ``port``."""
+    with setup.session(setup.variant, port) as session:
+        return loaded(setup, session)
+
+
+def loaded(setup: Setup, session: Session) -> tuple[float, int]:
+    """The same of ``session``, which goes on."""
     times: list[float] = []
     size = 0
 
@@ -47,10 +54,9 @@ def uploaded(setup: Setup, port: int) -> tuple[float, int]:
             times.append(time.perf_counter())
             size = event.total
 
-    with setup.session(setup.variant, port) as session:
-        request = setup.request(steps=1, size=SMALL * session.model.pixels)
-        for _ in session.generate(request, tell):
-            pass
+    request = setup.request(steps=1, size=SMALL * session.model.pixels)
+    for _ in session.generate(request, tell):
+        pass
     return times[-1] - times[0], size
 
 

@@ -269,6 +269,27 @@ class Rows(NamedTuple):
             yield self._replace(offset=self.offset + row * self.stride, copies=min(together, self.copies - row))
 
 
+@dataclass(eq=False, slots=True)
+class Mark:
+    """Bytes ``[start, end)`` of a buffer as they were when they were marked, until they are ``written``. ``name`` says
+    what they are, once that is known: bytes of the same name are the same."""
+
+    start: int
+    end: int
+    written: bool = False
+    name: Hashable | None = None
+
+
+class Frozen(Protocol):
+    """``size`` bytes that nobody can change, and that buffers may have together."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, at: int, size: int) -> Sequence[Bytes]:
+        """``size`` of the bytes from ``at`` on, in parts."""
+
+
 class ServedDevice(Device):
     """A device as a server needs it: for several clients, from several threads at once."""
 
@@ -306,6 +327,25 @@ class ServedDevice(Device):
     ) -> ServedProgram:
         """As :meth:`Device.compile`. ``name`` stands for the content of ``graph``, the sizes of ``buffers`` and the
         order in which they are given, where the caller knows a digest of all that. ``watch`` may end it."""
+
+    def mark(self, buffer: Buffer, offset: int, size: int) -> Mark:  # noqa: ARG002
+        """Have it noted when ``size`` bytes from ``offset`` on, which were just written, are written again. Where
+        devices do not note that, they count as written at once."""
+        return Mark(offset, offset + size, written=True)
+
+    def identify(self, buffer: Buffer, mark: Mark, name: Hashable) -> None:
+        """The bytes at ``mark`` are those of that ``name``, if nobody has written to them: what is made of bytes of one
+        name will do for all that have it."""
+
+    def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:  # noqa: ARG002
+        """Those bytes as they are now, for other buffers to have as well (:meth:`take`); whatever is written to this
+        one then goes to memory of its own. None where that can't be."""
+        return None
+
+    def take(self, buffer: Buffer, offset: int, frozen: Frozen) -> bool:  # noqa: ARG002
+        """Let ``buffer`` have the bytes of ``frozen`` from ``offset`` on, in the same memory; whether that can be.
+        Whatever is written there later goes to memory of its own."""
+        return False
 
     def trim(self) -> None:
         """A client that held much is gone: give back what was kept for it."""

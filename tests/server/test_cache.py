@@ -20,7 +20,7 @@ from sdrpc.device import Buffer, Content
 from sdrpc.errors import UsageError
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
-from sdrpc.server import Cache, CacheService, Door, Keys, Server, client_cache
+from sdrpc.server import Cache, CacheService, Door, Keys, Server, client_cache, live
 from sdrpc.server.cache import STALE_SECONDS
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
@@ -118,6 +118,12 @@ class Scene:
 
     def files(self, suffix: str = ".tensor") -> list[Path]:
         return sorted(self.folder.glob(f"*{suffix}"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other clients have is not looked at: it is the disk that is asked here."""
+    monkeypatch.setattr(live, "RANGES", 0)
 
 
 @pytest.fixture

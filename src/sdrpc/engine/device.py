@@ -7,7 +7,7 @@ import logging
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import wait
 from functools import partial
 from threading import RLock
@@ -15,7 +15,20 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from sdrpc.device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Target, Watch
+from sdrpc.device import (
+    NOBODY,
+    Buffer,
+    Bytes,
+    Client,
+    Frozen,
+    Mark,
+    Memory,
+    Rows,
+    ServedDevice,
+    ServedProgram,
+    Target,
+    Watch,
+)
 from sdrpc.errors import DeviceError, OutOfMemory
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
@@ -26,7 +39,8 @@ from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
-from .memory import MAPPED, LocalBuffer, host_bytes
+from .memory import MAPPED, LocalBuffer, host_buffer
+from .pages import Frozen as FrozenPages
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
 from .programs import Programs
@@ -149,8 +163,7 @@ class LocalDevice(ServedDevice):
             raise OutOfMemory(self.name, size, free=free)
         with translated(self.name, "allocating a buffer", size):
             if self.torch_device.type == "cpu":
-                data, host = host_bytes(size)
-                buffer = LocalBuffer(next(_keys), size, data, host)
+                buffer = host_buffer(next(_keys), size)
             else:
                 data = torch.zeros(size, dtype=torch.uint8, device=self.torch_device)
                 buffer = LocalBuffer(next(_keys), size, data, None)
@@ -237,6 +250,28 @@ class LocalDevice(ServedDevice):
         with translated(self.name, "copying"):
             part = a.data[source_offset : source_offset + size]
             b.data[target_offset : target_offset + size].copy_(part.clone() if a is b else part)
+
+    # what several buffers have together
+
+    def mark(self, buffer: Buffer, offset: int, size: int) -> Mark:
+        self._range(buffer, offset, size)
+        return self._weights.mark(buffer.key, offset, offset + size)
+
+    def identify(self, buffer: Buffer, mark: Mark, name: Hashable) -> None:
+        self._weights.identify(buffer.key, mark, name)
+
+    def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:
+        mine = self._range(buffer, offset, size)
+        if mine.pages is None or mine.host is None:
+            return None
+        return mine.pages.freeze(mine.host, offset, size)
+
+    def take(self, buffer: Buffer, offset: int, frozen: Frozen) -> bool:
+        mine = self._range(buffer, offset, frozen.size)
+        self._weights.drop(buffer.key, offset, offset + frozen.size)
+        if mine.pages is None or mine.host is None or not isinstance(frozen, FrozenPages):
+            return False
+        return mine.pages.take(mine.host, offset, frozen)
 
     def _range(self, buffer: Buffer, offset: int, size: int) -> LocalBuffer:
         mine = self._buffers.get(buffer.key)

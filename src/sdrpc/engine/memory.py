@@ -11,6 +11,7 @@ from torch import Tensor
 from sdrpc.errors import GraphError
 
 from .dtypes import DTYPES, shape_of
+from .pages import Pages, pages
 from .values import Place
 
 HUGE = 1 << 22
@@ -23,22 +24,26 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LocalBuffer:
-    """Bytes on a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it."""
+    """Bytes on a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it,
+    ``pages`` where others can have parts of it as well."""
 
     key: int
     size: int
     data: Tensor
     host: memoryview | None
+    pages: Pages | None = None
 
 
-def host_bytes(size: int) -> tuple[Tensor, memoryview]:
+def host_buffer(key: int, size: int) -> LocalBuffer:
     """Zeroed memory of the CPU that nobody used before; a large one costs nothing until it is touched."""
     if size < MAPPED:
-        return _from_heap(size)
-    mapped = mmap.mmap(-1, size)
+        return LocalBuffer(key, size, *_from_heap(size))
+    shared = pages(size) if size >= HUGE else None
+    mapped = mmap.mmap(-1, size) if shared is None else shared.map()
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
         mapped.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=size), memoryview(mapped)[:size]
+    data = torch.frombuffer(mapped, dtype=torch.uint8, count=size)
+    return LocalBuffer(key, size, data, memoryview(mapped)[:size], shared)
 
 
 def _from_heap(size: int) -> tuple[Tensor, memoryview]:

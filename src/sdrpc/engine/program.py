@@ -138,6 +138,9 @@ class Bound:
         """Another run begins. Whether converted weights that the last one used are gone, since their bytes were
         written."""
         self._weights.begin()
+        for memory, start, end in self._stores:
+            if memory >= 0:
+                self._weights.unmark(self.buffers[memory].key, start, end)
         if self._weights.dropped == self._dropped:
             return False
         self._dropped = self._weights.dropped

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
@@ -10,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdrpc.device import Mark
 from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
@@ -67,17 +71,64 @@ class Source(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class CachedWeight:
-    """A converted weight. ``tensor`` is gone when its bytes were ``written``, or when it had to make room."""
+    """A converted weight. ``tensor`` is gone when its bytes were ``written``, or when it had to make room. ``content``
+    says of what it was made, where that is known: several places with the same content have one tensor."""
 
     tensor: Tensor | None
     size: int
     used: int
     """The run that it was last used in."""
+    content: Hashable | None = None
     written: bool = False
 
 
+class Marks:
+    """The marks of one buffer: disjoint ranges that nobody has written to since."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._marks: list[Mark] = []
+
+    def __len__(self) -> int:
+        return len(self._marks)
+
+    def add(self, start: int, end: int) -> Mark:
+        self.write(start, end)
+        mark = Mark(start, end)
+        i = bisect_left(self._starts, start)
+        self._starts.insert(i, start)
+        self._marks.insert(i, mark)
+        return mark
+
+    def write(self, start: int, end: int | None) -> None:
+        """Bytes ``[start, end)`` are written, by default all from ``start`` on."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        if first < len(self._marks) and self._marks[first].end <= start:
+            first += 1
+        last = len(self._starts) if end is None else bisect_left(self._starts, end)
+        for mark in self._marks[first:last]:
+            mark.written = True
+        del self._starts[first:last], self._marks[first:last]
+
+    def content(self, start: int, end: int) -> Hashable | None:
+        """What bytes ``[start, end)`` are: where they begin in which named bytes, one behind the other."""
+        i = bisect_right(self._starts, start) - 1
+        if i < 0:
+            return None
+        within, at, names = start - self._starts[i], self._starts[i], []
+        for mark in self._marks[i:]:
+            if mark.start != at or mark.name is None:
+                return None
+            names.append(mark.name)
+            at = mark.end
+            if at >= end:
+                return within, tuple(names)
+        return None
+
+
 class Weights:
-    """Converted weights by place and format. One lives until its bytes are written or its buffer is freed.
+    """Converted weights by place and format. One lives until its bytes are written or its buffer is freed. Where bytes
+    are known to be the same, in whatever buffers (:meth:`mark`), one conversion does for all.
 
     Once ``budget`` bytes are full, further weights are converted at each use: none is thrown out for others of the same
     program, which uses all of them in turn and would find none of them again. But one that no program used for
@@ -91,6 +142,8 @@ class Weights:
         self.dropped = 0
         """Counts weights whose bytes were written: as long as it stays, every tensor handed out is still right."""
         self._kept: dict[int, dict[Source, CachedWeight]] = {}
+        self._contents: dict[Hashable, list[CachedWeight]] = {}
+        self._marks: dict[int, Marks] = {}
         self._lock = Lock()
 
     def begin(self) -> None:
@@ -100,7 +153,31 @@ class Weights:
     def find(self, source: Source) -> CachedWeight | None:
         """The weight that was made of ``source``, if it is kept."""
         with self._lock:
-            return self._kept.get(source.buffer, {}).get(source)
+            return self._kept.get(source.buffer, {}).get(source) or self._found_elsewhere(source)
+
+    def mark(self, buffer: int, start: int, end: int) -> Mark:
+        """Note it when bytes ``[start, end)``, which were just written, are written again."""
+        with self._lock:
+            return self._marks.setdefault(buffer, Marks()).add(start, end)
+
+    def identify(self, buffer: int, mark: Mark, name: Hashable) -> None:
+        """The bytes at ``mark`` are those of that ``name``, unless they were written meanwhile. What is kept of them
+        will do for others, too."""
+        with self._lock:
+            if mark.written:
+                return
+            mark.name = name
+            for source, kept in self._kept.get(buffer, {}).items():
+                if kept.content is None and source.start < mark.end and mark.start < source.end:
+                    content = self._content(source)
+                    if content is not None and content not in self._contents:
+                        kept.content = content
+                        self._contents[content] = [kept]
+
+    def unmark(self, buffer: int, start: int = 0, end: int | None = None) -> None:
+        """Bytes ``[start, end)`` of ``buffer`` are about to be written, by default all of it."""
+        with self._lock:
+            self._unmark(buffer, start, end)
 
     def has_room(self, size: int, claimed: bool = True) -> bool:
         """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that were not used for long
@@ -112,15 +189,16 @@ class Weights:
 
     def keep(self, source: Source, tensor: Tensor) -> CachedWeight:
         """``tensor`` was made of ``source``, and there is room for it."""
-        kept = CachedWeight(tensor, tensor.nbytes, self.runs)
         with self._lock:
-            self._kept.setdefault(source.buffer, {})[source] = kept
+            kept = CachedWeight(tensor, tensor.nbytes, self.runs, self._content(source))
+            self._add(source, kept)
             self.used += kept.size
         return kept
 
     def drop(self, buffer: int, start: int = 0, end: int | None = None) -> None:
-        """Forget what was made of bytes ``[start, end)`` of ``buffer``, by default of all of it."""
+        """Bytes ``[start, end)`` of ``buffer`` are written, by default all of it: forget what was made of them."""
         with self._lock:
+            self._unmark(buffer, start, end)
             mine = self._kept.get(buffer, {})
             stale = [source for source in mine if source.end > start and (end is None or source.start < end)]
             for source in stale:
@@ -129,21 +207,63 @@ class Weights:
             if not mine:
                 self._kept.pop(buffer, None)
 
+    def _unmark(self, buffer: int, start: int, end: int | None) -> None:
+        marks = self._marks.get(buffer)
+        if marks is not None:
+            marks.write(start, end)
+            if not marks:
+                del self._marks[buffer]
+
+    def _content(self, source: Source) -> Hashable | None:
+        """What ``source`` is, wherever it is; None where nobody knows."""
+        marks = self._marks.get(source.buffer)
+        content = marks and marks.content(source.start, source.end)
+        return content and (content, source._replace(buffer=0, start=0, end=0))
+
+    def _found_elsewhere(self, source: Source) -> CachedWeight | None:
+        """A weight of the same content, now also kept for ``source``."""
+        content = self._content(source)
+        others = self._contents.get(content, ()) if content is not None else ()
+        if not others:
+            return None
+        kept = CachedWeight(others[0].tensor, others[0].size, self.runs, content)
+        self._add(source, kept)
+        return kept
+
+    def _add(self, source: Source, kept: CachedWeight) -> None:
+        self._kept.setdefault(source.buffer, {})[source] = kept
+        if kept.content is not None:
+            self._contents.setdefault(kept.content, []).append(kept)
+
     def _make_room(self, size: int, before: int) -> None:
         """Forget weights that were last used before that run, the oldest first, until there is room for ``size``; none
         if all of them would not be enough."""
         idle = [(kept, source) for mine in self._kept.values() for source, kept in mine.items() if kept.used < before]
-        if self.used - sum(kept.size for kept, _ in idle) + size > self.budget:
+        if self.used - self._freed_with([kept for kept, _ in idle]) + size > self.budget:
             return
         for _, source in sorted(idle, key=lambda each: each[0].used):
             self._forget(source)
             if self.used + size <= self.budget:
                 return
 
+    def _freed_with(self, idle: list[CachedWeight]) -> int:
+        """Bytes that are free when ``idle`` are forgotten: those of tensors that nobody else has."""
+        together = Counter(kept.content for kept in idle if kept.content is not None)
+        whole = {content for content, count in together.items() if count == len(self._contents[content])}
+        return sum(kept.size for kept in idle if kept.content is None) + sum(
+            self._contents[content][0].size for content in whole
+        )
+
     def _forget(self, source: Source) -> CachedWeight:
         kept = self._kept[source.buffer].pop(source)
-        self.used -= kept.size
         kept.tensor = None
+        if kept.content is not None:
+            others = self._contents[kept.content]
+            others.remove(kept)
+            if others:
+                return kept
+            del self._contents[kept.content]
+        self.used -= kept.size
         return kept
 
 

@@ -26,7 +26,8 @@ from .version_memory import Offer
 log = logging.getLogger(__name__)
 
 CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS | Capability.REASONS | Capability.FORMATS
-"""What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it has one."""
+"""What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it may have anything for the
+client."""
 
 
 ANSWERS = 8
@@ -97,7 +98,7 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     stream.deadline = None
     offer = protocol.offer(stream.address, hello)
     session.versions = offer.versions
-    ours = CAPABILITIES | (NATIVE if session.cache is None else Capability.CACHE)
+    ours = CAPABILITIES | (Capability.CACHE if session.keeps else NATIVE)
     if any(device.queues for device in session.devices):
         ours |= Capability.AHEAD
     agreed = hello.capabilities & ours
@@ -244,6 +245,7 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
                 device.write(region.buffer, start + offset, piece)
             if writer is not None:
                 writer.feed(piece)
+    session.received(place)
 
 
 def _receive_rows(stream: Stream, session: Session, request: Received) -> None:

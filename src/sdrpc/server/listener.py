@@ -23,6 +23,7 @@ from .client_cache import CacheService
 from .door import Door
 from .handler import converse
 from .limits import Limits
+from .live import Live
 from .negotiation import Fixed, Protocol
 from .quotas import Accounts, Buffers, Payloads
 from .session import Session
@@ -80,6 +81,7 @@ class Server:
         self._clients: dict[threading.Thread, Client] = {}
         self._buffers, self._payloads = Buffers(self.limits), Payloads(self.limits.payload_bytes)
         self._accounts = Accounts(self.limits)
+        self._live = Live()
         self._looked = 0.0
         self._thread: threading.Thread | None = None
 
@@ -227,6 +229,7 @@ class Server:
             self.cache_service,
             self._buffers,
             self._accounts,
+            self._live,
         )
         client = Client(stream, session)
         thread = threading.Thread(

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from math import prod
 from typing import Any, NamedTuple
 
-from ..content import pieces
+from ..content import fnv1a, pieces
 from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Soon, Watch
 from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
@@ -27,6 +27,7 @@ from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
 from .client_cache import CacheService, CacheWriter, ClientCache
 from .limits import Limits
+from .live import Held, Live, Spot, Wanted
 from .packed_graphs import PackedGraphs
 from .quotas import Account, Accounts, Buffers
 from .version_memory import Versions
@@ -74,8 +75,9 @@ class Kept(NamedTuple):
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
-    of it. ``buffers`` and ``accounts`` count what all clients have. ``requests`` were answered so far; ``most_held`` is
-    the most bytes that its buffers and a running graph took. ``visitor`` is who it is, None until it is let in."""
+    of it. ``live``: what all clients have in memory, to be found by what it is. ``buffers`` and ``accounts`` count what
+    all clients have. ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running
+    graph took. ``visitor`` is who it is, None until it is let in."""
 
     def __init__(
         self,
@@ -85,12 +87,13 @@ class Session:
         cache_service: CacheService | None = None,
         buffers: Buffers | None = None,
         accounts: Accounts | None = None,
+        live: Live | None = None,
     ) -> None:
         self.devices, self.limits = devices, limits
         self.requests = self.most_held = 0
         self.visitor: Visitor | None = None
         self.cache: ClientCache | None = None
-        self._cache_service = cache_service
+        self._cache_service, self._live = cache_service, live
         self._buffers, self._accounts = buffers or Buffers(limits), accounts or Accounts(limits)
         self._account = Account("", limits)
         self._client = NOBODY
@@ -134,6 +137,19 @@ class Session:
     def destination(self, message: messages.SetTensor, size: int) -> Place:
         """Where the ``size`` bytes of data of a SET_TENSOR belong."""
         return self._place(message.tensor, message.offset, size)
+
+    def received(self, place: Place) -> None:
+        """The data for ``place`` is there: other clients of the same owner need not send it."""
+        if self._live is not None and self.visitor is not None:
+            spot = self._spot(place)
+            mark = spot.device.mark(spot.buffer, spot.offset, spot.size)
+            self._live.add(self.visitor.owner, Held(spot, mark))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it pays for the client to ask for tensors by what they are."""
+        live = self._live is not None and self.visitor is not None and self._live.has_any(self.visitor.owner)
+        return live or self.cache is not None
 
     def writer(self, place: Place) -> CacheWriter | None:
         """For the data that comes to ``place``: kept for the next time if the client asked for it by its name before,
@@ -210,9 +226,12 @@ class Session:
         self._account.give_up(size)
         return False
 
+    def _hold_for_good(self, size: int) -> Callable[[], None] | None:
+        """Count ``size`` bytes that may stay after the client left, if they may be had; what gives them up."""
+        return partial(_give_up, self._account, self._buffers, size) if self._hold(size) else None
+
     def _give_up(self, size: int) -> None:
-        self._account.give_up(size)
-        self._buffers.give_up(size)
+        _give_up(self._account, self._buffers, size)
 
     # --- buffers
 
@@ -255,6 +274,8 @@ class Session:
         self._forget(lambda kept: handle in kept.handles)
         for digest in [digest for digest, ready in self._ready.items() if handle in ready.handles]:
             del self._ready[digest]
+        if self._live is not None:
+            self._live.forget(region.buffer)
         self.devices[region.device].free(region.buffer)
         self._buffers.give_back(region.size)
         self._account.give_back(region.device, region.size)
@@ -335,6 +356,8 @@ class Session:
     def _restored(self, place: Place, digest: bytes | None, name: int | None) -> messages.SetTensorHashReply:
         """Whether ``place`` now has the bytes of ``digest``. If not, they are expected there next, and are kept then;
         ``name`` is what the client calls them, where it does not know the digest."""
+        if self._in_memory(place, digest, name):
+            return messages.SetTensorHashReply(1)
         if self.cache is None:
             return messages.SetTensorHashReply(0)
         region, offset, size = place
@@ -344,10 +367,21 @@ class Session:
             device.write(region.buffer, offset + at, piece)
 
         if digest and self.cache.restore(digest, size, device.window(region.buffer, offset, size), write):
+            self.received(place)
             return messages.SetTensorHashReply(1)
         if len(self._missed) < self.limits.tensors:
             self._missed[region.handle, offset, size] = name
         return messages.SetTensorHashReply(0)
+
+    def _in_memory(self, place: Place, digest: bytes | None, name: int | None) -> bool:
+        """Whether a client of the same owner has these bytes, so that ``place`` has them now, too."""
+        if self._live is None or self.visitor is None or (digest is None and fnv1a() is None):
+            return False
+        wanted = Wanted(digest, None if digest else name)
+        return self._live.find(self.visitor.owner, wanted, self._spot(place), self._hold_for_good)
+
+    def _spot(self, place: Place) -> Spot:
+        return Spot(self.devices[place.region.device], place.region.buffer, place.offset, place.size)
 
     def _get_tensor(self, asked: messages.GetTensor) -> messages.GetTensorReply:
         region, offset, size = self._place(asked.tensor, asked.offset, asked.size)
@@ -521,6 +555,11 @@ class Session:
 
         graph = graphs.decode_graph(parts, versions[0], resolve).graph
         return Read(parts.device, graph, used, versions)
+
+
+def _give_up(account: Account, buffers: Buffers, size: int) -> None:
+    account.give_up(size)
+    buffers.give_up(size)
 
 
 def _named(tensor: Record) -> str:

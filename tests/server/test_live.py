@@ -1,0 +1,357 @@
+"""What a client has in memory, another one of the same owner need not send: it gets the same memory, and each goes on
+as if it were alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdrpc.client import Keychain, connect
+from sdrpc.client.names import Names
+from sdrpc.content import FNV_START, digest, fnv1a
+from sdrpc.device import Buffer, Content, Frozen
+from sdrpc.engine.device import LocalDevice
+from sdrpc.engine.precision import Precision
+from sdrpc.ggml.weight import Whole
+from sdrpc.key import Key
+from sdrpc.server import Door, Keys, Limits, Server
+from sdrpc.server.key_ring import KeyRing
+from sdrpc.wire import messages
+from sdrpc.wire.hello import Capability
+from tests.server.conftest import CountingDevice, eventually
+from tests.support.client import RawClient
+
+OURS = Capability.ERRORS | Capability.CACHE
+SIZE = 5 * 1000 * 1000
+"""Two pieces, the second one odd, with odd bytes before and behind whole pages."""
+AT = 12_352
+"""Where it is in its buffer: three pages and 64 bytes, as tensors lie at multiples of 64."""
+ROOM = AT + SIZE + 500_000
+
+shares_memory = pytest.mark.skipif(sys.platform != "linux", reason="buffers share memory on Linux only")
+
+
+def noise(seed: int, size: int = SIZE) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def fnv(data: bytes) -> int:
+    compiled = fnv1a()
+    assert compiled is not None
+    return compiled(data, FNV_START)
+
+
+class Copying(CountingDevice):
+    """As an accelerator: its memory can't be touched, and each buffer has its own."""
+
+    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
+        return None
+
+    def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:
+        return None
+
+
+class Place:
+    """A client with a tensor of bytes in the middle of a buffer."""
+
+    def __init__(self, server: Server, ours: bool = True, at: int = AT, device: int = 0) -> None:
+        self.client = RawClient(server.port, server.dialect, capabilities=OURS if ours else Capability(0))
+        self.ours = ours
+        self.buffer = self.client.buffer(ROOM, device)
+        self.tensor = self.client.record(self.buffer, (SIZE,), at=at, type="I8")
+
+    @property
+    def offered(self) -> bool:
+        """Whether the server said that it pays to ask."""
+        return Capability.CACHE in self.client.hello.capabilities
+
+    def has(self, data: bytes) -> bool:
+        """Ask for ``data`` by its name: whether the tensor is that now."""
+        question = (
+            messages.SetTensorDigest(self.tensor, 0, digest(data))
+            if self.ours
+            else messages.SetTensorHash(self.tensor, 0, fnv(data))
+        )
+        return bool(self.client.ask(question).result)
+
+    def send(self, data: bytes, offset: int = 0) -> Place:
+        self.client.set(self.tensor, data, offset)
+        self.client.ask(messages.GetAlignment(0))  # answered in order: it has all been received
+        return self
+
+    def read(self) -> bytes:
+        return self.client.get(self.tensor, SIZE)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+@pytest.fixture(scope="module")
+def devices() -> Iterator[list[CountingDevice]]:
+    made = [CountingDevice(), Copying("CPU1")]
+    yield made
+    for device in made:
+        device.close()
+
+
+@pytest.fixture
+def scene(devices: list[CountingDevice]) -> Iterator[Callable[..., Place]]:
+    """Makes clients of a server."""
+    places: list[Place] = []
+    with Server(devices) as server:
+
+        def place(**options: object) -> Place:
+            places.append(Place(server, **options))  # type: ignore[arg-type]
+            return places[-1]
+
+        yield place
+        for each in places:
+            each.close()
+    assert eventually(lambda: sum(device.held for device in devices) == 0)
+
+
+def shared_memory() -> int:
+    """Bytes that this process has for buffers, each page counted once however often it is mapped."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Shmem:"))
+
+
+both = pytest.mark.parametrize("ours", [True, False], ids=["sdrpc", "native"])
+each_device = pytest.mark.parametrize("device", [0, 1], ids=["shared", "copied"])
+
+
+@both
+@each_device
+def test_a_second_client_sends_nothing(scene: Callable[..., Place], ours: bool, device: int) -> None:
+    data = noise(1)
+    first = scene(ours=ours, device=device)
+    assert not first.offered
+    assert not first.has(data) if not ours else True
+    first.send(data)
+    second = scene(ours=ours, device=device)
+    assert second.offered == ours
+    assert not second.has(noise(2))
+    assert second.has(data)
+    assert second.read() == first.read() == data
+    third = scene(ours=ours, device=device, at=AT + 192)  # elsewhere in its page
+    assert third.has(data)
+    assert third.read() == data
+
+
+@shares_memory
+def test_both_have_one_copy_until_both_are_gone(scene: Callable[..., Place], devices: list[CountingDevice]) -> None:
+    data = noise(1)
+    before = shared_memory()
+    first = scene().send(data)
+    one = shared_memory() - before
+    assert one >= SIZE
+    second = scene()
+    assert second.has(data)
+    assert second.read() == data
+    assert shared_memory() - before < one + 100_000, "two edges, of a page each"
+    first.close()
+    assert eventually(lambda: devices[0].held == ROOM), "its buffer is freed"
+    assert second.read() == data
+    third = scene()
+    assert third.has(data), "from the second"
+    assert third.read() == data
+    assert shared_memory() - before < one + 200_000
+    second.close()
+    third.close()
+    assert eventually(lambda: shared_memory() - before < 100_000)
+
+
+@shares_memory
+def test_bytes_that_were_not_shared_are_given_back(scene: Callable[..., Place]) -> None:
+    """Of a buffer whose client has left only what another one has stays."""
+    before = shared_memory()
+    first = scene().send(noise(1))
+    rest = first.client.record(first.buffer, (ROOM - AT - SIZE,), at=AT + SIZE, type="I8")
+    first.client.set(rest, noise(2, ROOM - AT - SIZE))
+    second = scene()
+    assert second.has(noise(1))
+    first.close()
+    assert eventually(lambda: shared_memory() - before < SIZE + 100_000)
+    assert second.read() == noise(1)
+
+
+def _sets(place: Place) -> None:
+    place.send(b"\1" * 100_000, 2_000_000)
+
+
+def _fills(place: Place) -> None:
+    place.client.post(messages.MemsetTensor(place.tensor, 2_000_000, 100_000, 1))
+
+
+def _clears(place: Place) -> None:
+    place.client.post(messages.BufferClear(place.buffer[0], 1))
+
+
+def _copies(place: Place) -> None:
+    part = place.client.record(place.buffer, (100_000,), at=AT + 2_000_000, type="I8")
+    other = place.client.record(place.client.buffer(100_000), (100_000,), type="I8")
+    assert place.client.ask(messages.CopyTensor(other, part)).result
+
+
+def _computes(place: Place) -> None:
+    elements = 1_000_000
+    x = place.client.record(place.buffer, (elements,), at=AT, id=1)
+    doubled = place.client.record(place.buffer, (elements,), at=AT, id=2, op="ADD", src=(1, 1), flags=2)
+    place.client.compute([2], [x, doubled], uid=1)
+
+
+WRITES = {"set": _sets, "fill": _fills, "clear": _clears, "copy": _copies, "compute": _computes}
+
+
+@pytest.mark.parametrize("by_first", [True, False], ids=["first", "second"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_one_writes_is_its_own(
+    scene: Callable[..., Place], write: Callable[[Place], None], by_first: bool
+) -> None:
+    data = np.random.default_rng(1).normal(size=SIZE // 4).astype("f4").tobytes()
+    first, second = scene().send(data), scene()
+    assert second.has(data)
+    writer, other = (first, second) if by_first else (second, first)
+    write(writer)
+    changed = writer.read()
+    assert changed != data
+    assert other.read() == data
+    third = scene()
+    assert third.has(data)
+    assert third.read() == data
+    fourth = scene()
+    assert not fourth.has(changed) or fourth.read() == changed
+
+
+def test_a_write_that_has_begun_is_nobody_else_s(scene: Callable[..., Place]) -> None:
+    """Half of a tensor's new bytes have come when others ask for the old ones, and for the new."""
+    old, new = noise(1), noise(2)
+    first, second = scene().send(old), scene()
+    assert second.has(old)
+    first.client.begin_set(first.tensor, SIZE)
+    first.client.send(new[: SIZE // 2])
+    third = scene()
+    assert third.has(old), "of the second"
+    assert not third.has(new)
+    assert second.read() == old
+    first.client.send(new[SIZE // 2 :])
+    assert first.read() == new
+    assert second.read() == old
+    assert third.has(new)
+    assert third.read() == new
+
+
+@each_device
+def test_what_was_written_over_is_found_no_more(scene: Callable[..., Place], device: int) -> None:
+    first = scene(device=device).send(noise(1)).send(noise(2))
+    second = scene(device=device)
+    assert not second.has(noise(1))
+    assert second.has(noise(2))
+    first.send(noise(3))
+    third = scene(device=device)
+    assert third.has(noise(3))
+    assert third.read() == noise(3)
+
+
+def test_a_hash_says_which_bytes_are_meant_and_never_that_these_are_they(scene: Callable[..., Place]) -> None:
+    """Who sends other bytes than it asked for plants nothing: names are computed of what is there."""
+    first = scene(ours=False)
+    assert not first.has(noise(1))
+    first.send(noise(2))
+    second = scene(ours=False)
+    assert not second.has(noise(1))
+    assert second.has(noise(2))
+    assert second.read() == noise(2)
+
+
+def test_memory_beyond_what_clients_may_have_is_not_shared_but_copied(devices: list[CountingDevice]) -> None:
+    """Two buffers are all that there may be: a third copy, which is what writing to both could make of one that is
+    shared, is not promised."""
+    data = noise(1)
+    with Server(devices, limits=Limits(bytes_of_all=2 * ROOM + 1000)) as server:
+        first, second = Place(server).send(data), Place(server)
+        assert second.has(data)
+        first.send(noise(2))
+        assert second.read() == data
+        assert first.read() == noise(2)
+        for place in (first, second):
+            place.close()
+
+
+def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice]) -> None:
+    ring = KeyRing(tmp_path / "keys.json")
+    laptop, guest = ring.add("laptop").key, ring.add("guest").key
+    door = Door(keys=Keys(ring, tmp_path / "server.pem"))
+    data = noise(1)
+    there = []
+
+    def sends(key: Key | None) -> bool:
+        """Whether a client with ``key`` has to send the data. It stays."""
+        given = [(None, key)] if key else []
+        remote, other = connect([server.endpoint], keychain=Keychain(given, tmp_path / f"{id(key)}.json"))
+        there.extend([remote, other])
+        remote._server.names = Names(tmp_path / f"names {id(key)}")
+        buffer = remote.allocate(SIZE)
+        remote.upload(buffer, [Content(0, SIZE, Whole(lambda: data))], lambda _: None)
+        assert bytes(remote.read(buffer, 0, SIZE)) == data
+        return remote.sent >= SIZE
+
+    with Server(devices, door=door) as server:
+        assert [sends(key) for key in (laptop, laptop, guest, guest, laptop)] == [True, False, True, False, False]
+        assert [sends(None), sends(None)] == [True, False]
+        for remote in there:
+            remote.close()
+
+
+def test_kernels_are_made_once_for_both() -> None:
+    """What is computed with weights in another dtype is kept once for all clients that have them, until they write to
+    theirs; and results stay right."""
+    rng = np.random.default_rng(1)
+    n, batch = 1024, 64
+    weights = rng.normal(size=(2, n, n)).astype("f2")
+    x = rng.normal(size=(batch, n)).astype("f4")
+    device = LocalDevice(
+        "CPU", torch.device("cpu"), Precision("fast", torch.bfloat16), threads=1, dequant_cache=1 << 24
+    )
+
+    class Multiplies:
+        def __init__(self, server: Server) -> None:
+            self.client = RawClient(server.port, server.dialect, capabilities=OURS)
+            self.buffer = self.client.buffer(6 << 20)
+            self.weight = self.client.record(self.buffer, (n, n), at=64, type="F16", id=1)
+            self.bytes = self.client.record(self.buffer, (2 * n * n,), at=64, type="I8")
+            self.x = self.client.record(self.buffer, (n, batch), at=4 << 20, id=2)
+            at = (4 << 20) + x.nbytes
+            self.y = self.client.record(self.buffer, (n, batch), at=at, id=3, op="MUL_MAT", src=(1, 2), flags=2)
+
+        def __call__(self, expected: np.ndarray) -> None:
+            self.client.set(self.x, x)
+            self.client.compute([3], [self.weight, self.x, self.y], uid=1)
+            got = np.frombuffer(self.client.get(self.y, 4 * n * batch), "f4").reshape(batch, n)
+            wanted = x @ expected.astype("f4").T
+            assert np.linalg.norm(got - wanted) < 2**-7 * np.linalg.norm(wanted), "bfloat16 has eight bits"
+
+    with Server([device]) as server:
+        first = Multiplies(server)
+        first.client.set(first.bytes, weights[0].tobytes())
+        first(weights[0])
+        one = device._weights.used
+        assert one >= 2 * n * n
+        second = Multiplies(server)
+        assert second.client.ask(messages.SetTensorDigest(second.bytes, 0, digest(weights[0].tobytes()))).result
+        second(weights[0])
+        assert device._weights.used < one + n * n, "the other input is small"
+        first.client.set(first.bytes, weights[1].tobytes())
+        first(weights[1])
+        second(weights[0])
+        second.client.close()
+        first(weights[1])
+        assert eventually(lambda: device._weights.used <= one)
+        first.client.close()
+        assert eventually(lambda: device._weights.used == 0)
+    device.close()
