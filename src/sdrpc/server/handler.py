@@ -18,6 +18,7 @@ from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hel
 from ..wire.messages import AllocBufferReply, Command, GetTensorReply, response_class
 from ..wire.refusals import Refusal, refusal, to_text
 from .door import Door
+from .fresh_memory import made_ready
 from .negotiation import Protocol
 from .session import Session
 from .stream import Stream
@@ -235,7 +236,8 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
     device = session.devices[region.device]
     stream.expect(total)
     window = device.window(region.buffer, start, total)
-    with session.writer(place) or nullcontext() as writer:
+    ready = made_ready(window) if window is not None and stream.encrypted else nullcontext()
+    with session.writer(place) or nullcontext() as writer, ready:
         for offset, size in pieces(total):
             piece = stream.staging(size) if window is None else window[offset : offset + size]
             piece[: len(head)] = head

@@ -82,6 +82,10 @@ class Stream:
             secured.settimeout(self._patience(None))
             secured.do_handshake()
 
+    @property
+    def encrypted(self) -> bool:
+        return self._records is not None
+
     def expect(self, size: int) -> None:
         """A message of ``size`` bytes is on its way: it must come at a speed that is of use."""
         self.deadline = time.monotonic() + self._stall + size / self._limits.slowest
