@@ -94,7 +94,7 @@ BAD_VALUES = [
     (("--steps", "many"), r"--steps.*many"),
     (("--output-begin-idx", "-1"), r"--output-begin-idx"),
     (("--frobnicate",), r"--frobnicate"),
-    (("a", "cat"), r"unexpected extra argument"),
+    (("a", "cat"), r"'a' belongs to no option; words of one value are written in quotes"),
     (("-p",), r"-p.*argument"),
     (("--prompt", "<lora:x:much>"), r"--prompt <lora:x:much>: the strength 'much' is no number"),
     (("-n", "<lora:x:1>"), r"--negative-prompt <lora:x:1>"),

@@ -189,6 +189,8 @@ MISTAKES = {
     "keys add": "NAME",
     "keys add a/b": "name a/b: up to 32 letters",
     "keys lose laptop": "lose",
+    "-p 0 keys add laptop": "keys comes first, before any option: rpc-server keys --help",
+    "serve": "'serve' belongs to no option",
 }
 
 

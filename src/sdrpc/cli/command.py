@@ -134,7 +134,8 @@ class Command(click.Command):
     are part of what an option says, each with the option. ``acts_on``: parameters that change what another one asks
     for, or that mean something with one value of it; where only the first is given, a warning says that it has no
     effect. ``unread``: a parameter and a value of it → those that have no effect then. ``bare``: the command has
-    something to do without arguments; else its --help is printed."""
+    something to do without arguments; else its --help is printed. ``first``: words that mean other commands where they
+    come first."""
 
     def __init__(
         self,
@@ -147,12 +148,16 @@ class Command(click.Command):
         acts_on: Mapping[str, str | tuple[str, str]] | None = None,
         unread: Mapping[tuple[str, object], Collection[str]] | None = None,
         bare: bool = False,
+        first: Sequence[str] = (),
         **facts: Any,
     ) -> None:
-        context = {"help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS}
+        context = {
+            "help_option_names": ["-h", "--help"], "max_content_width": HELP_COLUMNS, "allow_extra_args": True
+        }  # fmt: skip
         super().__init__(name, params=list(options), callback=callback, context_settings=context, **facts)
         self.options, self.refused, self.ignored, self.bare = options, refused or {}, frozenset(ignored), bare
         self._within, self._acts_on, self._unread = dict(within or {}), dict(acts_on or {}), dict(unread or {})
+        self._first = frozenset(first)
 
     @property
     def fields(self) -> dict[str, str]:
@@ -177,6 +182,7 @@ class Command(click.Command):
             return USAGE
         try:
             with self.make_context(self.name, self.canonical(arguments)) as ctx:
+                self._refuse_words(ctx.args)
                 self._warn_of_what_is_idle(ctx)
                 ended: int | None = self.invoke(ctx)
         except click.exceptions.Exit as error:
@@ -184,6 +190,14 @@ class Command(click.Command):
         except click.ClickException as error:
             raise UsageError(error.format_message()) from error
         return ended or 0
+
+    def _refuse_words(self, words: Sequence[str]) -> None:
+        """Raises :class:`UsageError` where there are ``words`` that belong to no option."""
+        for word in words:
+            if word in self._first:
+                raise UsageError(f"{word} comes first, before any option: {self.name} {word} --help")
+        if words:
+            raise UsageError(f"{words[0]!r} belongs to no option; words of one value are written in quotes")
 
     def _warn_of_what_is_idle(self, ctx: click.Context) -> None:
         usual = {str(option.name): option.get_default(ctx) for option in self.options}

@@ -47,7 +47,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """The command with ``arguments``; its exit status."""
-    if arguments and arguments[0] == "keys":
+    if arguments and arguments[0] == KEYS:
         return keys.run(arguments[1:])
     return COMMAND.run(arguments)
 
@@ -95,8 +95,16 @@ def rpc_server(**chosen: Any) -> int:
     return 0
 
 
+KEYS = "keys"
+
 COMMAND = Command(
-    "rpc-server", OPTIONS, rpc_server, acts_on={"cache_size": "cache"}, bare=True, help=rpc_server.__doc__
+    "rpc-server",
+    OPTIONS,
+    rpc_server,
+    acts_on={"cache_size": "cache"},
+    bare=True,
+    first=(KEYS,),
+    help=rpc_server.__doc__,
 )
 
 
