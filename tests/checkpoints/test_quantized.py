@@ -81,6 +81,13 @@ def test_rows_that_are_no_whole_blocks_are_f16(name: str, columns: int, tmp_path
     torch.testing.assert_close(numbers(weight), made.numbers, rtol=2.0**-11, atol=1e-6)
 
 
+def test_scales_that_are_too_large_for_blocks(tmp_path: Path) -> None:
+    made = FORMATS["comfy-int8"][0](matrix(4, 64) * 1e8)
+    weight = read(tmp_path, layer(made.tensors)).tensors["l.weight"]
+    assert weight.type.name == "BF16"
+    torch.testing.assert_close(numbers(weight), made.numbers, rtol=2.0**-8, atol=0)
+
+
 @pytest.mark.parametrize("name", ["l.weight_scale", "l.weight_scale_inv"])
 def test_other_names_of_a_scale(name: str, tmp_path: Path) -> None:
     made = FORMATS["fp8-scaled"][0](matrix())
