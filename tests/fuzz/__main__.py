@@ -1,5 +1,7 @@
 """``make fuzz MINUTES=10``: inputs of everybody's making for everything that reads them, for as long as you like.
 
+``python -m tests.fuzz --only operations --device CUDA0`` tries single operations on a GPU.
+
 What is found is printed with the seed that makes it again, and kept in ``fuzz-found/``.
 """
 
@@ -10,8 +12,11 @@ import random
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
+from sdrpc.device import PRECISIONS
+from sdrpc.engine import discovery
 from tests.fuzz.conversations import House, converse
 from tests.fuzz.mutations import mutated
 from tests.fuzz.operations import hunt
@@ -31,9 +36,13 @@ def main() -> int:
     options.add_argument(
         "--only", metavar="NAME", help="; ".join(parser.name for parser in PARSERS) + f"; {SOCKETS}; {OPERATIONS}"
     )
+    options.add_argument(
+        "--device", default="CPU", choices=[each.name for each in discovery.found()], help="of operations: %(choices)s"
+    )
+    options.add_argument("--precision", default="exact", choices=PRECISIONS, help="of operations: %(choices)s")
     chosen = options.parse_args()
     parsers = [parser for parser in PARSERS if chosen.only in (None, parser.name)]
-    others = {SOCKETS: fuzz_sockets, OPERATIONS: fuzz_operations}
+    others = {SOCKETS: fuzz_sockets, OPERATIONS: partial(fuzz_operations, chosen.device, chosen.precision)}
     others = {name: each for name, each in others.items() if chosen.only in (None, name)}
     share = 60 * chosen.minutes / (len(parsers) + 2 * len(others))
     print(f"seed {chosen.seed}")
@@ -94,15 +103,15 @@ def fuzz_sockets(seconds: float, seed: int) -> tuple[int, int]:
         house.close()
 
 
-def fuzz_operations(seconds: float, seed: int) -> tuple[int, int]:
+def fuzz_operations(device: str, precision: str, seconds: float, seed: int) -> tuple[int, int]:
     """How many operations, and how many that ended their process."""
     until = time.monotonic() + seconds
     count = faults = 0
     while time.monotonic() < until:
-        tried = hunt(seed + count, TOGETHER)
+        tried = hunt(seed + count, TOGETHER, device, precision)
         count, faults = count + TOGETHER, faults + len(tried.faults)
         for number, said in tried.faults.items():
-            print(f"python -m tests.fuzz.operations {number} 1: {said}")
+            print(f"python -m tests.fuzz.operations {number} 1 {device} {precision}: {said}")
     return count, faults
 
 

@@ -1,9 +1,12 @@
 """Single operations at the edges of what validation lets through, in processes that may die.
 
-``python -m tests.fuzz.operations SEED COUNT`` makes so many, of the small graphs that every engine is tested over
-(:mod:`tests.support.cases`): their last operations, with sizes, parameters and numbers that nobody would choose. What
-the rules let through is computed on the CPU. It has to give a result or a reason, in bounded time, and to take no more
-memory than was said before it began.
+``python -m tests.fuzz.operations SEED COUNT [DEVICE [PRECISION]]`` makes so many, of the small graphs that every engine
+is tested over (:mod:`tests.support.cases`): their last operations, with sizes, parameters and numbers that nobody would
+choose. What the rules let through is computed on the device (CPU, CUDA0 …). It has to give a result or a reason, in
+bounded time, and to take no more memory than was said before it began.
+
+A GPU's kernel that reads where nothing is does not end its process, but all that comes later fails: so the device has
+to work after each of them.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import torch
 
 from sdrpc.device import Memory
 from sdrpc.engine.device import LocalDevice
-from sdrpc.engine.precision import EXACT
+from sdrpc.engine.discovery import found
+from sdrpc.engine.precision import choose
 from sdrpc.errors import DeviceError, GraphError
 from sdrpc.ggml.build import leaf, node
 from sdrpc.ggml.params import Params
@@ -67,12 +71,13 @@ class Found(NamedTuple):
     faults: dict[int, str]
 
 
-def hunt(seed: int, count: int) -> Found:
+def hunt(seed: int, count: int, device: str = "CPU", precision: str = "exact") -> Found:
     """Try ``count`` operations, beginning with the one of ``seed``, in as many processes as die."""
     outcomes, faults = Counter[str](), dict[int, str]()
     end = seed + count
     while seed < end:
-        done = subprocess.run([*COMMAND, str(seed), str(end - seed)], capture_output=True, text=True, check=False)
+        arguments = str(seed), str(end - seed), device, precision
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
         tried = [line.split() for line in done.stdout.splitlines()]
         outcomes.update(words[1] for words in tried if len(words) > 1)
         if not done.returncode:
@@ -143,14 +148,28 @@ def compute(device: LocalDevice, last: Tensor, source: random.Random) -> None:
         src = tuple(tensor and placed[tensor] for tensor in last.src)
         result = replace(last, src=src, buffer=buffers[-1].key, flags=OUTPUT)
         program = device.compile(Graph((result,)), {buffer.key: buffer for buffer in buffers})
-        before = forget_peak()
-        program.run()
-        taken = peak() - before
-        said = program.peak + last.nbytes
+
+        def run() -> None:
+            program.run()
+            device.read(buffers[-1], 0, last.nbytes)
+
+        taken, said = memory_taken(device, run), program.peak + last.nbytes
         assert taken <= said + SLACK, f"{taken >> 20} MiB, {said >> 20} MiB were said: {result}"
     finally:
         for buffer in buffers:
             device.free(buffer)
+
+
+def memory_taken(device: LocalDevice, run: Callable[[], None]) -> int:
+    """The most bytes, beside those that there were, that ``run`` took."""
+    if device.torch_device.type != "cuda":
+        before = forget_peak()
+        run()
+        return peak() - before
+    torch.cuda.reset_peak_memory_stats(device.torch_device)
+    before = torch.cuda.memory_allocated(device.torch_device)
+    run()
+    return torch.cuda.max_memory_allocated(device.torch_device) - before
 
 
 def forget_peak() -> int:
@@ -176,18 +195,29 @@ def outcome(attempt: Callable[[], object]) -> str:
     return "computed"
 
 
-def main(seed: int, count: int) -> None:
-    device = Small("CPU", torch.device("cpu"), EXACT, threads=1, compute_limit=RUN_SECONDS)
+def has_to_work(device: LocalDevice) -> None:
+    """Raises :class:`AssertionError` or :class:`DeviceError` where it does not any more."""
+    buffer = device.allocate(4)
+    device.write(buffer, 0, b"here")
+    assert bytes(device.read(buffer, 0, 4)) == b"here"
+    device.free(buffer)
+
+
+def main(seed: int, count: int, name: str = "CPU", precision: str = "exact") -> None:
+    (kind,) = (each.device for each in found() if each.name == name)
+    device = Small(name, kind, choose(precision, kind), threads=1, compute_limit=RUN_SECONDS)
     for number in range(seed, seed + count):
         print(number, end=" ", flush=True)
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         source = random.Random(number)
         last = CASES[source.choice(BY_OPERATION[source.choice(sorted(BY_OPERATION))])](Feed())
-        print(outcome(lambda: compute(device, changed(last, source), source)), flush=True)  # noqa: B023 (called here)
+        said = outcome(lambda: compute(device, changed(last, source), source))  # noqa: B023 (called here)
+        has_to_work(device)
+        print(said, flush=True)
     faulthandler.cancel_dump_traceback_later()
     device.close()
 
 
 if __name__ == "__main__":
     faulthandler.enable()
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

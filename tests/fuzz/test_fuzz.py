@@ -58,7 +58,7 @@ def test_single_operations() -> None:
 def test_an_operation_that_ends_its_process_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """And those behind it are tried."""
     program = (
-        "import os, sys; seed, count = map(int, sys.argv[-2:])\n"
+        "import os, sys; seed, count = map(int, sys.argv[1:3])\n"
         "for number in range(seed, seed + count):\n"
         "    print(number, end=' ', flush=True)\n"
         "    if number == 5: os.abort()\n"
