@@ -68,7 +68,7 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
             yield _row(f"compiled step, {variant}", step_seconds(*mine), step_seconds(*graphs), against, note, COMPILED)
     if setup.compiles(variant):
         start = time.perf_counter()
-        with setup.server(variant) as server, setup.session(variant, server.port) as session:
+        with setup.server(variant, "--warm") as server, setup.session(variant, server.port) as session:
             until_compiled(server, lambda: sample(session, request, conditions))
             took = time.perf_counter() - start
         note = "server's process start to the first compiled run, compiled before; upload and the first picture in it"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdrpc import storage
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.compilation import CompiledProgram, Compiler, Origin, missing
 from sdrpc.engine.compilation import compiler as compiling
@@ -257,11 +258,31 @@ def test_a_real_compiler_and_what_it_keeps(tmp_path: Path, monkeypatch: pytest.M
     (result,) = function(x, w)
     (wanted,) = right(job())(x, w)
     torch.testing.assert_close(result.flatten(), wanted.flatten(), rtol=5e-2, atol=5e-2)
+    warm = Compiler(tmp_path)
+    assert warm.warm(CPU, 2).result(SECONDS) == 0, "it was made for one thread"
+    assert warm.warm(CPU, 1).result(SECONDS) == 1
     data = bytearray(path.read_bytes())
+    path.unlink()
+    (result,) = warm.ask(job()).result(SECONDS)(x, w)
+    torch.testing.assert_close(result.flatten(), wanted.flatten(), rtol=5e-2, atol=5e-2)
+    warm.close()
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    storage.write_whole(path, bytes(data))
+    assert Compiler(tmp_path).warm(CPU, 1).result(SECONDS) == 0
     with pytest.raises(ComputeError, match="no compiler"):
         Compiler(tmp_path).ask(job()).result(SECONDS)
+
+
+def test_a_device_that_compiles_nothing_has_nothing_to_load(tmp_path: Path) -> None:
+    compiler = Compiler(tmp_path)
+    asked: list[tuple[torch.device, int]] = []
+    compiler.warm = lambda *where: asked.append(where) or Future()  # type: ignore[method-assign, func-returns-value]
+    for precision, given in ((FAST, None), (EXACT, compiler), (FAST, compiler)):
+        device = LocalDevice("CPU", CPU, precision, threads=3, compiler=given)
+        assert device.warm() == (given is not None and precision is FAST)
+        device.close()
+    assert asked == [(CPU, 3)]
+    compiler.close()
 
 
 def test_a_queue_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,7 @@ MISTAKES = {
     "--precision sloppy": "--precision sloppy: .*there are auto, exact, fast, ggml",
     "--max_memory lots": "--max-memory lots: not a size",
     "--dequant-cache lots": "--dequant-cache lots: not a size",
+    "--warm --compile off": "--warm on: with --compile off",
     "--cache --cache-size much": "--cache-size much: not a size",
     "--host no.such.host.invalid": "can't listen on no.such.host.invalid:50052",
     "--port 70000": "65535",

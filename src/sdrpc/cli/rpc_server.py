@@ -64,6 +64,8 @@ def rpc_server(**chosen: Any) -> int:
     if chosen["completion"]:
         print(COMMAND.completion(chosen["completion"]))
         return 0
+    if chosen["warm"] and chosen["compile"] == "off":
+        raise InvalidValue("warm", "on", "with --compile off there are no compiled programs")
     versions = protocol_of(chosen["protocol"])
     limits = limited(chosen)
     door = Door(policy(chosen), Keys(KeyRing(key_ring.default_path()), identity.default_path()), limits)
@@ -88,6 +90,10 @@ def rpc_server(**chosen: Any) -> int:
         server = Server(offer, versions, chosen["host"], chosen["port"], limits, shared, door)
         if chosen["announce"] and not server.exposed:
             raise InvalidValue("announce", "on", f"nobody else can reach {server.host}; listen with -H 0.0.0.0")
+        if chosen["warm"] and not sum(device.warm() for device in offer):
+            report.warn(
+                "--warm has no effect: no device that is offered compiles programs (GPUs do, in fast precision)"
+            )
         announce(server)
         with announced(server) if chosen["announce"] else nullcontext():
             serve(server, chosen["grace"])

@@ -316,11 +316,22 @@ class LocalDevice(ServedDevice):
                 self._bound[known] = bound
         return LocalProgram(self, bound)
 
+    def warm(self) -> bool:
+        """Load the compiled programs that were used last, in the background; whether this device compiles any."""
+        if self._compiler is None:
+            return False
+        self._compiler.warm(self.torch_device, self._compiling_threads)
+        return True
+
+    @property
+    def _compiling_threads(self) -> int:
+        return self._threads or torch.get_num_threads()
+
     def _repeating(self, bound: Bound, origin: Origin) -> Bound | Replay:
         """``bound`` as it is run: recorded or compiled when it repeats, where this device does that."""
         faster = None
         if self._compiler is not None:
-            faster = Faster(bound, origin, self._compiler, self._threads or torch.get_num_threads())
+            faster = Faster(bound, origin, self._compiler, self._compiling_threads)
         return bound if self._pool is None and faster is None else Replay(bound, self._pool, faster)
 
     def _promise(self, bound: Bound, scratch: int) -> None:

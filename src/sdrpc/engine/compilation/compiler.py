@@ -13,25 +13,27 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from sdrpc.errors import ComputeError
-from sdrpc.storage import cache_folder, mark_used, read_own, shrink, write_whole
+from sdrpc.storage import cache_folder, entries, mark_used, read_own, shrink, write_whole
 
-from .job import Job, encode
+from .job import MADE_FOR_BYTES, Job, encode, made_for
 
 log = logging.getLogger(__name__)
 
 Function = Callable[..., Sequence[Tensor]]
+Result = TypeVar("Result")
 
 SUFFIX = ".compiled"
-MAGIC = b"sdrpc compiled 1\n"
+MAGIC = b"sdrpc compiled 2\n"
 DIGEST_BYTES = 32
 BUDGET = 2 << 30
 """Bytes that compiled programs may take on disk; those used longest ago go first."""
@@ -41,13 +43,14 @@ WAITING = 16
 """Programs that wait to be compiled; further ones are not compiled, so that nobody can make us work for days."""
 LOADED = 32
 """Programs that are kept loaded for clients that come with the same graph."""
+WARM, WARM_BYTES = 4, 512 << 20
+"""Programs, and bytes of code, that are loaded before anybody asks for them: a model has one or two for each size of
+picture, and each takes a second and memory."""
 
 
 def missing(device: torch.device) -> str:
     """What a compiler for ``device`` lacks here; empty when it is there."""
-    try:
-        from torch._inductor import standalone_compile  # type: ignore[attr-defined,unused-ignore]  # noqa: F401
-    except ImportError:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):  # to import the compiler and see takes seconds
         return "it needs torch 2.8 or newer"
     if device.type == "cuda":
         if find_spec("triton") is None:
@@ -75,6 +78,7 @@ class Compiler:
         self.folder = cache_folder("compiled") if folder is None else folder
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Future[Function], Job]] = deque()
+        self._warming: deque[tuple[Future[int], bytes]] = deque()
         self._loaded: OrderedDict[str, Function] = OrderedDict()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -89,10 +93,16 @@ class Compiler:
                 future.set_exception(ComputeError("too many programs wait to be compiled"))
                 return future
             self._waiting.append((future, job))
-            self._changed.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="sdrpc-compiler", daemon=True)
-                self._thread.start()
+            self._begin()
+        return future
+
+    def warm(self, device: torch.device, threads: int) -> Future[int]:
+        """Load the programs for ``device`` that were used last, in the background, so that who asks for one need not
+        wait for that; how many, later."""
+        future: Future[int] = Future()
+        with self._changed:
+            self._warming.append((future, made_for(device, threads)))
+            self._begin()
         return future
 
     def close(self) -> None:
@@ -102,23 +112,55 @@ class Compiler:
             for future, _ in self._waiting:
                 future.cancel()
             self._waiting.clear()
+            for warming, _ in self._warming:
+                warming.cancel()
+            self._warming.clear()
             self._changed.notify()
             if self._process is not None:
                 self._process.kill()
 
+    def _begin(self) -> None:
+        """There is something to do."""
+        self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="sdrpc-compiler", daemon=True)
+            self._thread.start()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._warming or self._waiting or self._closed)
                 if self._closed:
                     return
-                future, job = self._waiting.popleft()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self._made(job))
-                except Exception as error:
-                    future.set_exception(error)
-            del future, job
+                if self._warming:
+                    warming, where = self._warming.popleft()
+                    work = partial(_settle, warming, partial(self._load_last_used, where))
+                else:
+                    future, job = self._waiting.popleft()
+                    work = partial(_settle, future, partial(self._made, job))
+                    del future, job
+            work()
+            del work
+
+    def _load_last_used(self, where: bytes) -> int:
+        """Load programs that were made for ``where``."""
+        prepare()
+        count = size = 0
+        for entry in sorted(entries(self.folder, SUFFIX), key=lambda each: each.used, reverse=True):
+            key = entry.path.name.removesuffix(SUFFIX)
+            if self._closed or count == WARM or size + entry.size > WARM_BYTES:
+                break
+            code = self._kept(entry.path, where)
+            if code is None or key in self._loaded:
+                continue
+            try:
+                self._loaded[key] = loaded(code)
+            except Exception as error:
+                log.warning("%s: does not load: %s", entry.path, error)
+                continue
+            count, size = count + 1, size + entry.size
+        log.info("%d compiled programs are ready", count)
+        return count
 
     def _made(self, job: Job) -> Function:
         """The program, loaded, from the disk, or compiled."""
@@ -127,30 +169,27 @@ class Compiler:
             self._loaded.move_to_end(key)
             return self._loaded[key]
         path = self.folder / (key + SUFFIX)
-        code = self._kept(path)
+        code = self._kept(path, job.made_for)
         if code is None:
             code = self._compiled(job)
-            self._keep(path, code)
+            self._keep(path, job.made_for, code)
+        mark_used(path)
         self._loaded[key] = function = loaded(code)
         while len(self._loaded) > LOADED:
             self._loaded.popitem(last=False)
         return function
 
-    def _kept(self, path: Path) -> bytes | None:
-        """The code in ``path``; None when there is none or it is damaged."""
+    def _kept(self, path: Path, where: bytes) -> bytes | None:
+        """The code in ``path``; None when there is none, it is damaged or was made for something else."""
         data = read_own(path, BUDGET)
         if data is None:
             return None
-        start = len(MAGIC) + DIGEST_BYTES
-        code = data[start:]
-        if data[:start] != MAGIC + blake2b(code, digest_size=DIGEST_BYTES).digest():
-            return None
-        mark_used(path)
-        return code
+        start = len(MAGIC) + MADE_FOR_BYTES + DIGEST_BYTES
+        return data[start:] if data[:start] == _head(where, data[start:]) else None
 
-    def _keep(self, path: Path, code: bytes) -> None:
+    def _keep(self, path: Path, where: bytes, code: bytes) -> None:
         try:
-            write_whole(path, MAGIC + blake2b(code, digest_size=DIGEST_BYTES).digest() + code)
+            write_whole(path, _head(where, code) + code)
             shrink(self.folder, SUFFIX, BUDGET)
         except OSError as error:
             log.warning("%s: compiled programs are not kept: %s", self.folder, error.strerror)
@@ -190,6 +229,20 @@ class Compiler:
             return self._process
 
 
+def _settle(future: Future[Result], work: Callable[[], Result]) -> None:
+    """Do ``work`` for ``future``, unless that was cancelled."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+
+def _head(where: bytes, code: bytes) -> bytes:
+    """What stands before ``code`` in a file."""
+    return MAGIC + where + blake2b(where + code, digest_size=DIGEST_BYTES).digest()
+
+
 def _told(process: subprocess.Popen[bytes], job: bytes) -> int:
     """Give ``job`` to ``process`` and wait for its end: the exit status. Its input stays open: that says that somebody
     waits."""
@@ -209,6 +262,15 @@ def _told(process: subprocess.Popen[bytes], job: bytes) -> int:
 def _last_line(said: Path) -> str:
     lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "the process said nothing"
+
+
+def prepare() -> None:
+    """Do what the first program to be loaded would wait for: import the loader, which takes seconds, and have it take
+    the digest of torch's own sources."""
+    from torch._inductor import CompiledArtifact  # type: ignore[attr-defined,unused-ignore]  # noqa: F401
+    from torch._inductor.codecache import torch_key
+
+    torch_key()
 
 
 def loaded(code: bytes) -> Function:

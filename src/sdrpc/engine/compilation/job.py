@@ -18,6 +18,7 @@ from sdrpc.ggml.tensor import Graph
 from ..digest import content
 from ..precision import Precision
 
+MADE_FOR_BYTES = 20
 SOURCES = Path(__file__).parents[2]
 
 
@@ -47,13 +48,21 @@ class Job(NamedTuple):
         facts: list[object] = [
             graph.hex(),
             repr(self.origin.precision),
-            str(self.device.type),
             self.kept,
-            *_machine(self.device),
+            self.made_for.hex(),
         ]
-        if self.device.type == "cpu":
-            facts.append(self.threads)
         return blake2b(json.dumps(facts).encode(), digest_size=20).hexdigest()
+
+    @property
+    def made_for(self) -> bytes:
+        """See :func:`made_for`."""
+        return made_for(self.device, self.threads)
+
+
+def made_for(device: torch.device, threads: int) -> bytes:
+    """A digest of where compiled code runs: the hardware, the versions, and of a processor the threads."""
+    facts = [device.type, *_machine(device), *([str(threads)] if device.type == "cpu" else [])]
+    return blake2b(json.dumps(facts).encode(), digest_size=MADE_FOR_BYTES).digest()
 
 
 def encode(job: Job, result: Path) -> bytes:
