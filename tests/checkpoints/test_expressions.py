@@ -324,3 +324,12 @@ def test_origins_tell_expressions_apart() -> None:
     assert len({w.origin for w in made}) == len(made)
     assert e.concat([e.rows(a, 0, 2), b]).origin == e.concat([e.rows(a, 0, 2), b]).origin
     assert e.concat([a, Weight("c", a.type, a.shape, a.pieces)]).origin is None
+
+
+@pytest.mark.parametrize("name", ["F32", "F16"])
+def test_plus(name: str) -> None:
+    w = made(random(1, TYPES[name], (3, 5)))
+    got = e.plus(w, -1)
+    assert (got.type.name, got.shape) == ("F32", (3, 5))
+    np.testing.assert_array_equal(numbers(got), numbers(w).astype(np.float32) - np.float32(1))
+    assert got.origin not in (w.origin, e.plus(w, 1).origin)

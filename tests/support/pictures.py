@@ -61,7 +61,7 @@ FAMILIES = {
     "wan": "Wan 2.1", "wan2.1-i2v": "Wan 2.1, of a picture", "wan2.2-a14b": "Wan 2.2 A14B",
     "wan2.2-i2v": "Wan 2.2 A14B, of two pictures",
     "krea2": "Krea 2", "wan2.2-5b": "Wan 2.2 TI2V-5B",
-    "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha",
+    "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha", "lumina2": "Lumina-Image 2.0",
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
@@ -108,6 +108,7 @@ CASES = (
     *(Case("qwen-image", form) for form in ("safetensors", "sharded")), Case("qwen-image", "gguf-parts", "Q8_0"),
     Case("krea2", "safetensors"), Case("krea2", "sharded"),
     Case("pixart-sigma", "safetensors"), Case("pixart-sigma", "diffusers"), Case("pixart-alpha", "parts"),
+    Case("lumina2", "safetensors"), Case("lumina2", "sharded"), Case("lumina2", "gguf-parts", "Q8_0"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
 )  # fmt: skip
 
@@ -233,6 +234,8 @@ def drawing(case: Case) -> Drawing:
 def _predicts(family: str) -> Prediction:
     if family.startswith("wan"):
         return prediction("sd3_flow", shift=5.0)
+    if family == "lumina2":
+        return prediction("sd3_flow", shift=6.0)
     if family.startswith(("sd3", "z-image", "qwen-image")):
         return prediction("sd3_flow")
     if family.startswith(("flux", "chroma", "krea2")):

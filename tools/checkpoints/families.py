@@ -17,6 +17,7 @@ import transformers
 
 from . import names
 from .names import Naming, Shape, prefixed
+from .tokenizers import GEMMA_WORDS
 
 # diffusers' classes have no annotations
 AutoencoderKL: Any = diffusers.AutoencoderKL
@@ -31,6 +32,7 @@ UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
+Lumina2Transformer2DModel: Any = diffusers.Lumina2Transformer2DModel
 Krea2Transformer2DModel: Any = diffusers.Krea2Transformer2DModel
 PixArtTransformer2DModel: Any = diffusers.PixArtTransformer2DModel
 WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
@@ -47,7 +49,8 @@ class Component:
 
     ``name`` is the option of sd-cli that takes it alone, ``folder`` where a diffusers directory has it, ``whole`` its
     naming in a file with all components, ``alone`` that in a file of its own. ``unused`` are tensors which files have
-    though the class has no use for them, by names like those of the class.
+    though the class has no use for them, by names like those of the class. ``pieces``: what stands before the name of
+    the tensor that is its vocabulary in a file with all components, if files have one.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Component:
     whole: Naming
     alone: Naming
     unused: Mapping[str, Shape] = field(default_factory=dict)
+    pieces: str = ""
 
     def shapes(self) -> dict[str, Shape]:
         """The shapes of the class's tensors and the unused ones, by :func:`tensor_name`."""
@@ -479,6 +483,36 @@ def _qwen3_vl(width: int, inner: int, heads: tuple[int, int], head: int, layers:
         prefixed("text_encoders.qwen3vl_4b.transformer.model.", names.unchanged),
         prefixed("model.", names.unchanged),
     )
+
+
+def _gemma2(width: int, inner: int, heads: tuple[int, int], layers: int, words: int) -> Component:
+    """Gemma 2, arguments as those of :func:`_qwen3`; ``words``: of its vocabulary."""
+    config = transformers.Gemma2Config(
+        vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=256,
+    )  # fmt: skip
+    return Component(
+        "llm",
+        "text_encoder",
+        lambda: transformers.Gemma2Model(config),
+        prefixed("text_encoders.gemma2_2b.transformer.model.", names.unchanged),
+        prefixed("model.", names.unchanged),
+        pieces="text_encoders.gemma2_2b.",
+    )
+
+
+def _lumina2(heads: tuple[int, int], head: int, layers: int, refiners: int, text: int, round_to: int) -> Component:
+    """``heads``: of queries, and of keys; ``round_to``: what the width of the feed-forward layers is a multiple of."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: Lumina2Transformer2DModel(
+            hidden_size=heads[0] * head, num_layers=layers, num_refiner_layers=refiners, num_attention_heads=heads[0],
+            num_kv_heads=heads[1], axes_dim_rope=(head // 3,) * 3, cap_feat_dim=text, multiple_of=round_to,
+        ),
+        prefixed("model.diffusion_model.", names.lumina2),
+        names.lumina2,
+    )  # fmt: skip
 
 
 def _krea2(heads: tuple[int, int], head: int, inner: int, blocks: int, text: tuple[int, int, int]) -> Component:
@@ -993,6 +1027,22 @@ KREA2 = Family(
         max_image_seq_len=6400,
     ),
 )  # fmt: skip
+LUMINA2 = Family(
+    "lumina2",
+    diffusers.Lumina2Pipeline,
+    {
+        "full": (
+            _lumina2((24, 8), 96, 26, 2, 2304, 256), _vae("vae.", *FULL_VAE, channels=16, **_FLUX_LATENTS),
+            _gemma2(2304, 9216, (8, 4), 26, 256000),
+        ),
+        "tiny": (
+            _lumina2((4, 2), 24, 2, 1, 64, 100), _vae("vae.", *TINY_VAE, channels=16, **_FLUX_LATENTS),
+            _gemma2(64, 96, (2, 1), 3, GEMMA_WORDS),
+        ),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(shift=6.0),
+    "lumina2",
+)  # fmt: skip
 
 
 def _pixart_components(vae: Mapping[str, Any], tokens: int, told_sizes: bool) -> dict[str, tuple[Component, ...]]:
@@ -1036,6 +1086,6 @@ FAMILIES = {
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
         WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
-        PIXART_SIGMA, PIXART_ALPHA,
+        PIXART_SIGMA, PIXART_ALPHA, LUMINA2,
     )
 }  # fmt: skip

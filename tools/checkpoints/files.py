@@ -74,6 +74,8 @@ def write_gguf(
     for key, value in (entries or {}).items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         else:
             writer.add_array(key, value)
     for name, shape in (original_shapes or {}).items():

@@ -20,6 +20,9 @@ from .numbers import PLAIN, Stored, as_stored, decoded, encoded, random_weight, 
 from .tokenizers import (
     QwenProcessor,
     clip_tokenizer,
+    gemma_entries,
+    gemma_pieces,
+    gemma_tokenizer,
     mistral_tokenizer,
     qwen_tokenizer,
     t5_tokenizer,
@@ -161,6 +164,8 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": umt5_tokenizer()}
     if family.name == "flux2-dev":
         return {"tokenizer": mistral_tokenizer()}
+    if family.name == "lumina2":
+        return {"tokenizer": gemma_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
     if family.name.startswith("sd3"):
@@ -259,6 +264,12 @@ def _extras(family: Family) -> list[Planned]:
     return planned
 
 
+def _vocabulary(prefix: str) -> Planned:
+    """The tensor that ComfyUI's files of Gemma have for their vocabulary."""
+    stored = as_stored(torch.frombuffer(bytearray(gemma_pieces()), dtype=torch.uint8))
+    return Planned(f"{prefix}spiece_model", stored.type, stored.shape, partial(_same, stored))
+
+
 def _same(stored: Stored) -> Stored:
     return stored
 
@@ -274,7 +285,8 @@ def _alone(components: Components, seed: int) -> tuple[Filed, ...]:
 def _write_single(family: Family, folder: Path, components: Components, seed: int) -> Written:
     filed = _whole(components, seed)
     path = folder / f"{family.name}.safetensors"
-    write_safetensors(path, [*_planned(filed), *_extras(family)])
+    vocabularies = [_vocabulary(component.pieces) for component in components if component.pieces]
+    write_safetensors(path, [*_planned(filed), *_extras(family), *vocabularies])
     return {"model": path}, filed
 
 
@@ -289,7 +301,8 @@ def _write_parts(_family: Family, folder: Path, components: Components, seed: in
     filed = _alone(components, seed)
     files = {one.component.name: folder / f"{one.component.name}.safetensors" for one in filed}
     for one in filed:
-        write_safetensors(files[one.component.name], one.planned())
+        vocabulary = [_vocabulary("")] if one.component.pieces else []
+        write_safetensors(files[one.component.name], [*one.planned(), *vocabulary])
     return files, filed
 
 
@@ -315,19 +328,28 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
             one = Filed(component, names.llama_cpp_t5, kind, seed)
             write_gguf(path, one.planned(), "t5encoder", numbers=_t5_numbers(component))
         elif name == "llm" and blocks:
-            mistral = family.name == "flux2-dev"
-            one = Filed(component, names.llama_cpp_mistral if mistral else names.llama_cpp_qwen3, kind, seed)
-            architecture = "llama" if mistral else "qwen3"
-            tokenizer, words = (mistral_tokenizer(), "tekken") if mistral else (qwen_tokenizer(), "qwen2")
+            architecture = {"flux2-dev": "llama", "lumina2": "gemma2"}.get(family.name, "qwen3")
+            one = Filed(component, _LLAMA_CPP[architecture], kind, seed)
             write_gguf(
                 path, one.planned(), architecture, numbers=_llm_numbers(component, architecture),
-                entries=vocabulary_entries(tokenizer, words),
+                entries=_VOCABULARIES[architecture](),
             )  # fmt: skip
         else:
             one = Filed(component, component.alone, kind if kind in ("F32", "F16", "BF16") else "F16", seed)
             write_safetensors(path, one.planned())
         filed.append(one)
     return files, tuple(filed)
+
+
+_LLAMA_CPP: dict[str, Naming] = {
+    "llama": names.llama_cpp_mistral, "qwen3": names.llama_cpp_qwen3, "gemma2": names.llama_cpp_gemma2,
+}  # fmt: skip
+"""Names of language models by llama.cpp's architecture."""
+_VOCABULARIES: dict[str, Callable[[], dict[str, Any]]] = {
+    "llama": lambda: vocabulary_entries(mistral_tokenizer(), "tekken"),
+    "qwen3": lambda: vocabulary_entries(qwen_tokenizer(), "qwen2"),
+    "gemma2": gemma_entries,
+}
 
 
 def _t5_numbers(component: Component) -> dict[str, int]:

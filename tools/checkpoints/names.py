@@ -52,6 +52,8 @@ def _in_halves(tensor: Tensor) -> Tensor:
 LLAMA_HEAD = 128
 HALVES_INTERLEAVED = Layout(lambda parts: _interleaved(parts[0]), lambda whole, _: [_in_halves(whole)])
 """Rows of the two halves of a head one after the other in the module, in turns in the file."""
+ONE_MORE = Layout(lambda parts: parts[0] + 1, lambda whole, _: [whole - 1])
+"""A weight that the module adds 1 to has it in the file."""
 FLAT = Layout(lambda parts: parts[0].flatten(), lambda whole, shapes: [whole.reshape(shapes[0])])
 """A table in the module, one row in the file."""
 ONE_TAP = Layout(lambda parts: parts[0][:, :, None, None], lambda whole, _: [whole[:, :, 0, 0]])
@@ -223,6 +225,12 @@ def llama_cpp_mistral(shapes: Shapes) -> Iterator[Entry]:
         yield entry._replace(layout=HALVES_INTERLEAVED) if permuted else entry
 
 
+def llama_cpp_gemma2(shapes: Shapes) -> Iterator[Entry]:
+    """Gemma 2 as llama.cpp's converter names it, which adds 1 to the weights of norms."""
+    for entry in _llama_cpp(shapes, "GEMMA2", "layers.", "model."):
+        yield entry._replace(layout=ONE_MORE) if entry.name.endswith("norm.weight") else entry
+
+
 def _llama_cpp(shapes: Shapes, architecture: str, block: str, prefix: str = "") -> Iterator[Entry]:
     """The gguf library's names of an architecture. ``block``: the beginning of names of numbered blocks; ``prefix``:
     what the library's table has before the class's names."""
@@ -358,6 +366,33 @@ def z_image(shapes: Shapes) -> Iterator[Entry]:
             yield Entry(_renamed(name, _Z_IMAGE_RULES), sources, ROWS)
         elif ".to_k." not in name and ".to_v." not in name:
             yield Entry(_renamed(name, _Z_IMAGE_RULES), (name,))
+
+
+_LUMINA2_RULES: Rules = (
+    (r"time_caption_embed\.timestep_embedder\.linear_1\.(.*)", r"t_embedder.mlp.0.\1"),
+    (r"time_caption_embed\.timestep_embedder\.linear_2\.(.*)", r"t_embedder.mlp.2.\1"),
+    (r"time_caption_embed\.caption_embedder\.(.*)", r"cap_embedder.\1"),
+    (r"norm_out\.linear_1\.(.*)", r"final_layer.adaLN_modulation.1.\1"),
+    (r"norm_out\.linear_2\.(.*)", r"final_layer.linear.\1"),
+    (r"(.*)\.attn\.to_q\.weight", r"\1.attention.qkv.weight"),
+    (r"(.*)\.attn\.to_out\.0\.weight", r"\1.attention.out.weight"),
+    (r"(.*)\.attn\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),
+    (r"(.*)\.norm1\.linear\.(.*)", r"\1.adaLN_modulation.1.\2"),
+    (r"(.*)\.norm1(?:\.norm)?\.weight", r"\1.attention_norm1.weight"),
+    (r"(.*)\.norm2\.weight", r"\1.attention_norm2.weight"),
+    (r"(.*)\.feed_forward\.linear_([123])\.weight", r"\1.feed_forward.w\2.weight"),
+    (r".*", r"\g<0>"),
+)
+
+
+def lumina2(shapes: Shapes) -> Iterator[Entry]:
+    """Lumina 2's transformer: queries, keys and values in one matrix."""
+    for name in shapes:
+        if ".to_q." in name:
+            sources = tuple(name.replace("to_q", other) for other in ("to_q", "to_k", "to_v"))
+            yield Entry(_renamed(name, _LUMINA2_RULES), sources, ROWS)
+        elif ".to_k." not in name and ".to_v." not in name:
+            yield Entry(_renamed(name, _LUMINA2_RULES), (name,))
 
 
 _WAN_RULES: Rules = (

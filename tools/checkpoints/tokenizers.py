@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import tarfile
@@ -12,12 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
-from transformers import BatchFeature, CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
+from transformers import (
+    BatchFeature,
+    CLIPTokenizer,
+    GemmaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    T5Tokenizer,
+)
+from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 WORDS = 49408
+GEMMA_WORDS = 380
+"""Of the tokenizer that is made in Gemma's place."""
 VOCABULARIES = Path(__file__).parents[2] / "src" / "sdrpc" / "prompts" / "data"
 
 QWEN_ADDED = [
@@ -142,6 +154,49 @@ def vocabulary_entries(tokenizer: Any, words: str) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [3 if token in added else 1 for token in tokens],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in whole["model"]["merges"]],
     }
+
+
+@cache
+def gemma_pieces() -> bytes:
+    """A model of sentencepiece's with Gemma's special tokens and settings, of few pieces: Gemma's own has terms."""
+    sentences = ["a lovely cat in the style of nobody, blurry and dark", "an assistant designed to generate images"]
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 20), model_writer=made, model_type="bpe", vocab_size=GEMMA_WORDS,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_whitespace=False,
+        normalization_rule_name="identity", user_defined_symbols=["\n\n", "▁▁"], minloglevel=2,
+    )  # fmt: skip
+    return made.getvalue()
+
+
+def gemma_entries() -> dict[str, Any]:
+    """The same as the entries of a GGUF file."""
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(gemma_pieces()).pieces  # type: ignore[attr-defined]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [piece.piece for piece in pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in pieces],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+@cache
+def gemma_tokenizer() -> Any:
+    """transformers' class with the same pieces, by its own conversion; as published it begins texts with <bos>."""
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(gemma_pieces()).pieces  # type: ignore[attr-defined]
+    numbers = {piece.piece: number for number, piece in enumerate(pieces)}
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == 1}
+    merges = generate_merges(numbers, scores)
+    make: Any = GemmaTokenizer
+    tokenizer = make(vocab=numbers, merges=merges, model_max_length=8192)
+    tokenizer.add_tokens([AddedToken(piece.piece, normalized=True) for piece in pieces if piece.type == 4])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", numbers["<bos>"])]
+    )
+    return tokenizer
 
 
 @cache

@@ -16,17 +16,25 @@ from typing import Any
 from ..errors import CheckpointError
 from ..ggml.weight import Weight
 from . import directory, gguf_file, gguf_header, pickled, quantized, safetensors_file
+from .expressions import whole_array
 from .mapped import mapped, no_model
 from .quantized import Stored
+
+PIECES = "spiece_model"
+"""How files call a tensor that is a model of sentencepiece's."""
+MAX_PIECES = 64 << 20
+"""The largest that is read, in bytes; Gemma's take 4 MB."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """The vocabulary that a model brings along. ``files``: of transformers, by name (``tokenizer.json``,
-    ``spiece.model``, …). ``entries``: reads the ``tokenizer.…`` entries of a GGUF file; None for other forms."""
+    ``spiece.model``, …). ``entries``: reads the ``tokenizer.…`` entries of a GGUF file; None for other forms.
+    ``pieces``: reads a model of sentencepiece's that stands in a tensor of the file; None where there is none."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
     entries: Callable[[], Mapping[str, Any]] | None = None
+    pieces: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,26 @@ def _read(path: Path) -> _Read:
         return _Read({}, tensors, skipped, header.metadata, tokenizers)
     if safetensors_file.is_safetensors(file.data):
         found = safetensors_file.read(file)
-        return _Read(found.stored, {}, found.skipped, found.metadata)
+        stored, pieces = _without_pieces(found.stored)
+        return _Read(
+            stored, {}, found.skipped, found.metadata, {} if pieces is None else {"": Tokenizer(pieces=pieces)}
+        )
     if pickled.is_pickle(file.data):
         stored, skipped = pickled.read(file)
         return _Read(stored, {}, skipped)
     raise CheckpointError(path, no_model(file.data))
+
+
+def _without_pieces(file: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], Callable[[], bytes] | None]:
+    """A file's tensors without the one that ComfyUI's files of Gemma have for their vocabulary, and what reads that."""
+    for name, (kind, weight) in file.items():
+        if kind == "U8" and name.rpartition(".")[2] == PIECES and weight.nbytes <= MAX_PIECES:
+            return {other: each for other, each in file.items() if other != name}, partial(_bytes, weight)
+    return file, None
+
+
+def _bytes(w: Weight) -> bytes:
+    return whole_array(w).tobytes()
 
 
 def _joined(path: Path, files: Sequence[Path]) -> Checkpoint:

@@ -19,7 +19,7 @@ from math import lcm, prod
 import numpy as np
 
 from ..errors import CheckpointError
-from ..ggml.types import Type
+from ..ggml.types import F32, Type
 from ..ggml.weight import Pieces, View, Weight, joined_origin
 from .numbers import Convert, common, converter, unpacked
 
@@ -136,6 +136,18 @@ def cast(w: Weight, type: Type) -> Weight:
     unit = lcm(w.type.block, type.block)
     made = converted(w.pieces, convert, w.type.row_bytes(unit), type.row_bytes(unit), unit, prod(w.shape))
     return replace(w, type=type, pieces=made, origin=w.origin and w.origin.made(type.name))
+
+
+def plus(w: Weight, number: float) -> Weight:
+    """``w + number``, as F32."""
+    w = cast(w, F32)
+
+    def add(numbers: np.ndarray) -> np.ndarray:
+        summed: np.ndarray = numbers.view(np.float32) + np.float32(number)
+        return summed
+
+    made = converted(w.pieces, add, F32.size, F32.size, 1, prod(w.shape))
+    return replace(w, pieces=made, origin=w.origin and w.origin.made(f"plus {number}"))
 
 
 def converted(source: Pieces, convert: Convert, read: int, made: int, numbers: int, total: int) -> Pieces:

@@ -27,7 +27,7 @@ PREDICTIONS = ("eps", "v", "edm_v", "sd3_flow", "flux_flow", "flux2_flow")
 _SCHEDULERS = {"epsilon": "eps", "v_prediction": "v"}
 """diffusers' names of predictions."""
 
-_AXES = ("axes_dims_rope", "axes_dims")
+_AXES = ("axes_dims_rope", "axes_dims", "axes_dim_rope")
 """Keys that say how positions share a head."""
 
 _ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu", "quick_gelu")

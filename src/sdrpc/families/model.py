@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, InvalidValue, MissingComponent
 from ..ggml.weight import Weight
-from ..prompts import gguf_tokenizer, tokenizer_from
+from ..prompts import gguf_tokenizer, sentencepiece_tokenizer, tokenizer_from
 from .base import Component, Config, Defaults, Family, Found, Joint, ModuleSpec, find
 from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
@@ -72,14 +72,16 @@ class ModelComponent:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that its file brings along: a GGUF file's entries, or a directory's tokenizer.json; None where
-        there is neither. Raises :class:`CheckpointError` for one that can't be read."""
+        """The tokenizer that its file brings along: a GGUF file's entries, a tensor, or a directory's tokenizer.json;
+        None where there is none of these. Raises :class:`CheckpointError` for one that can't be read."""
         checkpoint, folder = self.found.checkpoint, self.found.component.told_as.replace("text_encoder", "tokenizer")
         brought = checkpoint.tokenizers.get(folder, checkpoint.tokenizers.get(""))
         if brought is None:
             return None
         if brought.entries is not None:
             return gguf_tokenizer(checkpoint.path, brought.entries())
+        if brought.pieces is not None:
+            return sentencepiece_tokenizer(checkpoint.path, brought.pieces())
         whole = brought.files.get("tokenizer.json")
         return None if whole is None else tokenizer_from(whole)
 

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from ..errors import CheckpointError
+from .sentence_pieces import pieces_of_gguf
 from .tokenizers import failures, pair, printable_bytes
 
 _DATA = Path(__file__).with_name("data")
@@ -64,9 +65,11 @@ def gguf_tokenizer(path: Path, entries: Mapping[str, Any]) -> Tokenizer:
     Raises :class:`CheckpointError` for one of another kind, and for entries that are no tokenizer.
     """
     kind, words = (entries.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "llama":
+        return pieces_of_gguf(path, entries)
     if kind != "gpt2" or not isinstance(words, str) or words not in _WORDS:
-        reason = f"its tokenizer is of a kind that sdrpc can't read ({kind!s:.40}, {words!s:.40}); it reads gpt2 with"
-        raise CheckpointError(path, f"{reason} {' or '.join(_WORDS)}")
+        reason = f"its tokenizer is of a kind that sdrpc can't read ({kind!s:.40}, {words!s:.40})"
+        raise CheckpointError(path, f"{reason}; it reads llama, and gpt2 with {' or '.join(_WORDS)}")
     tokens, merges = (_texts(entries.get(f"tokenizer.ggml.{key}")) for key in ("tokens", "merges"))
     kinds = entries.get("tokenizer.ggml.token_type")
     if not tokens or not merges or not isinstance(kinds, list) or len(kinds) != len(tokens):

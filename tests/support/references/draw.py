@@ -37,6 +37,8 @@ picture of ours equals one of these but for rounding:
 - Qwen-Image: the text is Qwen2.5-VL's last hidden states behind its norm, without the first 34 tokens of the template.
   Guidance does not change how long the prediction for a token is.
 - Krea 2: the text is twelve of Qwen3-VL's hidden states, side by side; ``guidance_scale`` is ``cfg`` less one.
+- Lumina 2: the text is Gemma's last hidden states but one, behind the pipeline's system prompt. Guidance does not
+  change how long a prediction is.
 - PixArt: T5 has 300 tokens (Alpha 120), which mask their padding. Betas are linear; Alpha is told the picture's size.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
   transformer gets 1000 sigma. With ``high_cfg`` A14B's model for high noise is guided by that.
@@ -520,6 +522,22 @@ def _krea2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, drawing.height, drawing.width)
 
 
+def _lumina2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        guidance_scale=drawing.cfg,
+        cfg_normalization=False,
+        height=drawing.height,
+        width=drawing.width,
+        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        output_type="latent",
+    ).images
+
+
 def _pixart(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     _discrete(pipeline, drawing)
     return _sampled(
@@ -558,6 +576,7 @@ _FAMILIES = {
     "QwenImagePipeline": _qwen_image,
     "Krea2Pipeline": _krea2,
     "QwenImageEditPlusPipeline": _qwen_image_edit,
+    "Lumina2Pipeline": _lumina2,
     "PixArtSigmaPipeline": _pixart,
     "PixArtAlphaPipeline": _pixart,
 }

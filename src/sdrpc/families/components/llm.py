@@ -20,7 +20,7 @@ from ...errors import InvalidValue
 from ...prompts import Template, apply_weights, llm_tokens, number_of
 from .. import configs
 from ..base import F32, Component, Config, Encode, Found
-from ..keys import table
+from ..keys import Table, table
 
 NAME = "llm"
 """Of the component, and of the option that takes its file."""
@@ -207,21 +207,32 @@ def prefixes(*names: str) -> tuple[str, ...]:
     return (*whole, "text_encoder.model.", "text_encoder.", "model.", "")
 
 
-from_gguf = table(
-    [
-        (r"token_embd\.weight", "embed_tokens.weight"),
-        (r"output_norm\.weight", "norm.weight"),
-        (r"output\.weight", "lm_head.weight"),
-        *(
-            (rf"blk\.(\d+)\.{old}\.(weight|bias)", rf"layers.\1.{new}.\2")
-            for old, new in {
-                "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-                "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-                "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-                "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-                "ffn_down": "mlp.down_proj",
-            }.items()
-        ),
-    ]
-)  # fmt: skip
-"""llama.cpp's names of language models' tensors, as those of transformers' classes without a head."""
+def gguf_names(norms: Mapping[str, str]) -> Table:
+    """llama.cpp's names of a language model's tensors, as those of transformers' classes without a head. ``norms``: of
+    its layers, by llama.cpp's names."""
+    return table(
+        [
+            (r"token_embd\.weight", "embed_tokens.weight"),
+            (r"output_norm\.weight", "norm.weight"),
+            (r"output\.weight", "lm_head.weight"),
+            *(
+                (rf"blk\.(\d+)\.{old}\.(weight|bias)", rf"layers.\1.{new}.\2")
+                for old, new in {
+                    **norms,
+                    "attn_q": "self_attn.q_proj",
+                    "attn_k": "self_attn.k_proj",
+                    "attn_v": "self_attn.v_proj",
+                    "attn_q_norm": "self_attn.q_norm",
+                    "attn_k_norm": "self_attn.k_norm",
+                    "attn_output": "self_attn.o_proj",
+                    "ffn_gate": "mlp.gate_proj",
+                    "ffn_up": "mlp.up_proj",
+                    "ffn_down": "mlp.down_proj",
+                }.items()
+            ),
+        ]
+    )
+
+
+from_gguf = gguf_names({"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"})
+"""Those of most models."""
