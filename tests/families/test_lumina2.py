@@ -120,7 +120,8 @@ def test_parts_that_do_not_belong_are_refused(made: Made, tmp_path: Path) -> Non
         ("cap_embedder.0.weight", (48,), "llm gives 64 channels, but diffusion takes 48"),
         ("layers.0.attention.k_norm.weight", (7,), "heads of 7"),
         ("x_embedder.weight", (96, 32), "vae gives 16 channels, but diffusion takes 8"),
-        ("layers.0.attention.qkv.weight", (97, 96), "makes no sense"),
+        ("layers.0.attention.qkv.weight", (97, 96), r"\[97, 96\] can't be split"),
+        ("layers.0.attention.qkv.weight", (96,), "is no matrix"),
     ):
         other = tensors | {name: torch.zeros(shape)}
         if "k_norm" in name:

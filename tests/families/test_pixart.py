@@ -121,6 +121,8 @@ def test_what_a_file_says_of_its_size(made: Made, tmp_path: Path) -> None:
 def test_parts_that_do_not_belong_are_refused(made: Made, tmp_path: Path) -> None:
     tensors = load_file(made.files["diffusion"])
     for name, shape, reason in (
+        ("pos_embed", (1, 0, 144), "is no table of positions"),
+        ("pos_embed", (144,), "is no table of positions"),
         ("blocks.0.attn.sr.weight", (144, 1, 2, 2), "compresses keys and values"),
         ("x_embedder.proj.weight", (100, 4, 2, 2), r"is 72, which does not divide \[100\]"),
         ("final_layer.linear.weight", (12, 144), "gives 3 channels for 4"),

@@ -22,6 +22,9 @@ METADATA_KEY = "sdrpc.config"
 MAX_SAMPLE_SIZE = 2048
 """Latents on a side that a file may say that it was trained at: pictures of 16,384 pixels."""
 
+MAX_SCALE = 64
+"""By which positions may be stretched."""
+
 PREDICTIONS = ("eps", "v", "edm_v", "sd3_flow", "flux_flow", "flux2_flow")
 
 _SCHEDULERS = {"epsilon": "eps", "v_prediction": "v"}
@@ -151,6 +154,8 @@ def _sensible(key: str, value: object) -> bool:
     if key == "sample_size":
         sides = value if isinstance(value, list) and len(value) == 2 else [value]
         return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
+    if key == "interpolation_scale":
+        return isinstance(value, int | float) and 0 < value <= MAX_SCALE
     if key in _AXES:
         return isinstance(value, list) and all(type(n) is int and n > 0 and not n % 2 for n in value)
     return isinstance(value, int | list)

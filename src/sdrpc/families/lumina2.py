@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checkpoints.expressions import split
-from ..errors import InvalidValue
+from ..errors import CheckpointError, InvalidValue
 from ..ggml.weight import Weight
 from ..prompts import Template
 from . import colours, configs
@@ -151,6 +151,8 @@ def build(config: Config) -> tuple[nn.Module, Call]:
 
 def _qkv(weight: Weight) -> tuple[Weight, ...]:
     """Queries are as many as numbers come in; keys and values share the rest."""
+    if len(weight.shape) != 2:
+        raise CheckpointError(weight.file, f"{list(weight.shape)} is no matrix", weight.name)
     rows, width = weight.shape
     keys = (rows - width) // 2
     return split(weight, [width, keys, keys])

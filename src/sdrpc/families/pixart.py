@@ -82,7 +82,12 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 def _sample_size(found: Found) -> int:
     table = found.tensors.get(_PLACES)
-    return PATCH * isqrt(table.shape[-2]) if table is not None and len(table.shape) == 3 else SAMPLE_SIZE
+    if table is None:
+        return SAMPLE_SIZE
+    size = PATCH * isqrt(table.shape[1]) if len(table.shape) == 3 else 0
+    if not 0 < size <= configs.MAX_SAMPLE_SIZE:
+        raise found.error(f"{list(table.shape)} is no table of positions", table.name)
+    return size
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
@@ -117,7 +122,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
 
 
 def _parts(weight: Weight, count: int) -> tuple[Weight, ...]:
-    return split(weight, [weight.shape[0] // count] * count)
+    return split(weight, [(weight.shape or (0,))[0] // count] * count)
 
 
 def _thirds(weight: Weight) -> tuple[Weight, ...]:
