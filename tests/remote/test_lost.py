@@ -108,9 +108,12 @@ def stall(passage: Passage, server: Restartable) -> None:
 FAULTS: list[tuple[Callable[[Passage, Restartable], None], str]] = [
     *((cut, phase) for phase in PHASES if not phase.startswith("reading")),
     *((cut_the_answer, phase) for phase in PHASES if phase.startswith("reading")),
-    *((stall, phase) for phase in ("uploading the diffusion model", "reading a prediction")),
-    *((kill, phase) for phase in ("uploading the diffusion model", "reading a later prediction")),
-    (sleep, "uploading the VAE"),
+    *((stall, phase) for phase in ("uploading the diffusion model", "encoding", "reading a prediction", "decoding")),
+    *(
+        (kill, phase)
+        for phase in ("encoding", "uploading the diffusion model", "reading a later prediction", "decoding")
+    ),
+    *((sleep, phase) for phase in ("reading a text", "the first step", "uploading the VAE", "decoding")),
 ]
 
 

@@ -32,7 +32,7 @@ from sdrpc.wire import messages
 from sdrpc.wire.hello import NATIVE, Capability
 from tests.support.client import Adder, RawClient, busy
 from tests.support.process import ServerProcess
-from tests.support.trouble import Damage, Passage, Trouble
+from tests.support.trouble import Passage, Trouble, Wire, flip
 
 OPTIONS = ("--precision", "exact", "-d", "CPU", "--protocol", newest().version)
 """Raw clients speak one version, and take what they are offered for that."""
@@ -114,8 +114,9 @@ def draws_over_a_bad_network(scene: Scene) -> None:
 
 def draws_by_key(scene: Scene) -> None:
     """The same picture in TLS, though a bit is turned over somewhere."""
-    with Damage(scene.port, random.randrange(10_000, 10_000_000), up=True) as damage:
-        scene.check(scene.draw(damage.endpoint, random.choice(list(scene.right)), scene.keychain))
+    with Wire(scene.port) as wire:
+        wire.disturb(flip, up=True, after=random.randrange(10_000, 10_000_000))
+        scene.check(scene.draw(wire.endpoint, random.choice(list(scene.right)), scene.keychain))
 
 
 def stops_drawing(scene: Scene) -> None:

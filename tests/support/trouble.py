@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 from tests.interop.tap import COMMANDS, HEADER
@@ -22,10 +23,10 @@ PIECE = 1 << 16
 class Restartable:
     """An rpc-server process that can be ended and started again on its port."""
 
-    def __init__(self, *options: str) -> None:
-        self._options = options
+    def __init__(self, *options: str, state: Path | None = None) -> None:
+        self._options, self._state = options, state
         self._stack = ExitStack()
-        self.server = self._stack.enter_context(ServerProcess(*options))
+        self.server = self._stack.enter_context(ServerProcess(*options, state=state))
         self.port = self.server.port
 
     def __enter__(self) -> Restartable:
@@ -40,7 +41,9 @@ class Restartable:
         self.server.process.wait()
 
     def start(self) -> None:
-        self.server = self._stack.enter_context(ServerProcess(*self._options, "--port", str(self.port)))
+        self.server = self._stack.enter_context(
+            ServerProcess(*self._options, "--port", str(self.port), state=self._state)
+        )
         assert self.server.port == self.port
 
     def stop(self) -> None:
@@ -172,31 +175,46 @@ def spoilt(data: bytes) -> bytes:
     return bytes(damaged)
 
 
-class Damage:
-    """Passes bytes on, whatever they mean, to the server on ``port`` of this machine and back, and turns over one bit,
-    the one in the byte with number ``at`` of those that go ``up`` (from clients) or down, counted over all
-    connections."""
+Fault = Callable[["Line", bytes], bytes]
+"""What becomes of bytes that come through a line."""
 
-    def __init__(self, port: int, at: int, up: bool) -> None:
-        self.port, self.left, self.up = port, at, up
+
+class Wire:
+    """Passes bytes on, whatever they mean, to the server on ``port`` of this machine and back, until something happens
+    to them (:meth:`disturb`). ``connections`` came; ``happened``: it did."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
         self.connections = 0
+        self.happened = False
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        self._open: list[socket.socket] = []
+        self._lines: list[Line] = []
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._fault: Fault | None = None
+        self._up, self._left = True, 0
 
-    def __enter__(self) -> Damage:
+    def __enter__(self) -> Wire:
         self._run(self._accept)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for one in (self._listening, *self._open):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        for line in self._lines:
+            line.cut()
         for thread in list(self._threads):
             thread.join(10)
-        for one in (self._listening, *self._open):
-            one.close()
+        self._listening.close()
+        for line in self._lines:
+            line.close()
+
+    def disturb(self, fault: Fault, up: bool, after: int = 0) -> None:
+        """Let ``fault`` happen, once, to what goes ``up`` (from clients) or down next, ``after`` so many bytes that
+        way, counted over all connections."""
+        with self._lock:
+            self._fault, self._up, self._left = fault, up, after
 
     def _run(self, target: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=target, daemon=True))
@@ -207,18 +225,68 @@ class Damage:
             while True:
                 client, _ = self._listening.accept()
                 self.connections += 1
-                server = socket.create_connection(("127.0.0.1", self.port))
-                self._open += [client, server]
-                self._run(partial(self._pass, client, server, self.up))
-                self._run(partial(self._pass, server, client, not self.up))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.port))
+                except OSError:
+                    client.close()
+                    continue
+                self._lines.append(Line(client, server))
+                for up in (True, False):
+                    self._run(partial(self._pass, self._lines[-1], up))
 
-    def _pass(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+    def _pass(self, line: Line, up: bool) -> None:
+        source, target = (line.client, line.server) if up else (line.server, line.client)
         with contextlib.suppress(OSError):
-            while piece := bytearray(source.recv(PIECE)):
-                if counted:
-                    if 0 <= self.left < len(piece):
-                        piece[self.left] ^= 0x10
-                    self.left -= len(piece)
-                target.sendall(piece)
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
+            while piece := source.recv(PIECE):
+                if fault := self._due(up, len(piece)):
+                    piece = fault(line, piece)
+                if not line.silent:
+                    target.sendall(piece)
+        if not line.silent:
+            with contextlib.suppress(OSError):
+                target.shutdown(socket.SHUT_WR)
+
+    def _due(self, up: bool, size: int) -> Fault | None:
+        """What happens to the next ``size`` bytes."""
+        with self._lock:
+            if self._fault is None or up != self._up:
+                return None
+            self._left -= size
+            if self._left >= 0:
+                return None
+            due, self._fault, self.happened = self._fault, None, True
+            return due
+
+
+class Line:
+    """One connection through a wire. ``silent``: nothing goes through any more, and nobody is told."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.client, self.server = client, server
+        self.silent = False
+
+    def cut(self) -> None:
+        for end in (self.client, self.server):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+
+
+def flip(line: Line, data: bytes) -> bytes:
+    """One bit is another one."""
+    return spoilt(data)
+
+
+def cut(line: Line, data: bytes) -> bytes:
+    """The connection ends, and this is lost."""
+    line.cut()
+    return b""
+
+
+def stall(line: Line, data: bytes) -> bytes:
+    """Neither this nor anything else comes through, and nobody is told."""
+    line.silent = True
+    return data
