@@ -3,6 +3,7 @@ as if it were alone."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from sdrpc.client import Keychain, connect
 from sdrpc.client.names import Names
 from sdrpc.content import FNV_START, digest, fnv1a
-from sdrpc.device import Buffer, Content, Frozen
+from sdrpc.device import Buffer, Content, Frozen, Mark
+from sdrpc.engine import pages
 from sdrpc.engine.device import LocalDevice
+from sdrpc.engine.memory import HUGE, host_buffer
 from sdrpc.engine.precision import Precision
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
@@ -281,6 +284,38 @@ def test_memory_beyond_what_clients_may_have_is_not_shared_but_copied(devices: l
         assert first.read() == noise(2)
         for place in (first, second):
             place.close()
+
+
+def test_what_is_too_small_to_be_asked_for_is_not_noted(
+    scene: Callable[..., Place], devices: list[CountingDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that come one by one would each take a hundred of our memory."""
+    noted: list[int] = []
+
+    def mark(buffer: Buffer, offset: int, size: int) -> Mark:
+        noted.append(size)
+        return Mark(offset, offset + size)
+
+    monkeypatch.setattr(devices[0], "mark", mark)
+    place = scene()
+    for offset in range(0, 200, 2):
+        place.send(b"x", offset)
+    assert not noted
+    place.send(noise(1))
+    assert noted == [SIZE]
+
+
+@shares_memory
+def test_memory_to_share_leaves_descriptors_for_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each such buffer takes two. Without them, memory is what it always was."""
+    gc.collect()
+    most = pages._files.count + 2
+    monkeypatch.setattr(pages, "_most_files", lambda: most)
+    made = [host_buffer(key, HUGE) for key in range(4)]
+    assert [buffer.pages is not None for buffer in made] == [True, True, False, False]
+    del made
+    assert pages._files.count == most - 2
+    assert host_buffer(0, HUGE).pages is not None
 
 
 def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice]) -> None:

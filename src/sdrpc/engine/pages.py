@@ -64,9 +64,12 @@ class Counter:
         self.count, self._lock = 0, RLock()  # a finalizer may come in the middle
 
     def take(self, most: int) -> bool:
+        """Whether there is room for one more, which is counted then."""
         with self._lock:
-            self.count += self.count < most
-            return self.count <= most
+            if self.count >= most:
+                return False
+            self.count += 1
+            return True
 
     def give_back(self, count: int = 1) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from math import prod
 from typing import Any, NamedTuple
 
-from ..content import fnv1a, pieces
+from ..content import SMALLEST, fnv1a, pieces
 from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Soon, Watch
 from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
@@ -139,8 +139,9 @@ class Session:
         return self._place(message.tensor, message.offset, size)
 
     def received(self, place: Place) -> None:
-        """The data for ``place`` is there: other clients of the same owner need not send it."""
-        if self._live is not None and self.visitor is not None:
+        """The data for ``place`` is there: other clients of the same owner need not send it. (To note every byte that
+        comes alone would take more memory than the bytes.)"""
+        if self._live is not None and self.visitor is not None and place.size >= SMALLEST:
             spot = self._spot(place)
             mark = spot.device.mark(spot.buffer, spot.offset, spot.size)
             self._live.add(self.visitor.owner, Held(spot, mark))
