@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.numpy import save
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 
 from sdrpc.checkpoints import gguf_header
 from sdrpc.checkpoints.checkpoint import open_checkpoint
@@ -40,6 +43,8 @@ from sdrpc.ggml.tensor import Graph
 from sdrpc.ggml.types import F32
 from sdrpc.ggml.weight import Origin
 from sdrpc.key import Key, nonce
+from sdrpc.prompts.byte_pairs import gguf_tokenizer
+from sdrpc.prompts.tokenizers import encoded, tokenizer_from
 from sdrpc.runtime.lowered import from_bytes
 from sdrpc.server import Cache
 from sdrpc.server.key_ring import KeyRing, read
@@ -155,6 +160,22 @@ def checkpoints(data: bytes) -> None:
     with suppress(CheckpointError):
         for weight in open_checkpoint(path).tensors.values():
             assert len(weight.data()) == weight.nbytes
+
+
+def tokenizers(data: bytes) -> None:
+    """As a tokenizer.json, and as a GGUF file's entries."""
+    path = _folder() / "tokenizer.json"
+    path.write_bytes(data)
+    with suppress(CheckpointError, InvalidValue):
+        _encodes(tokenizer_from(path))
+    with suppress(ValueError, RecursionError, CheckpointError, InvalidValue):
+        entries = json.loads(data)
+        if isinstance(entries, dict):
+            _encodes(gguf_tokenizer(path, entries))
+
+
+def _encodes(tokenizer: Tokenizer) -> None:
+    assert all(0 <= token < 1 << 32 for token in encoded(tokenizer, "a cat, <|end|>\u00e9 \U0001f408\n"))
 
 
 def lowered_graphs(data: bytes) -> None:
@@ -292,6 +313,16 @@ def _quantized() -> list[bytes]:
     return [*files, save_torch({"l.weight": matrix.to(torch.float8_e4m3fn), "l.weight_scale": torch.ones(2)}, said)]
 
 
+def _tokenizers() -> list[bytes]:
+    entries = {"model": "gpt2", "pre": "qwen2", "tokens": ["c", "a", "t", "ca", "cat", "<|end|>"]}
+    entries |= {"merges": ["c a", "ca t"], "token_type": [1, 1, 1, 1, 1, 3]}
+    in_gguf = {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
+    pieces = Tokenizer(Unigram([("<unk>", 0.0), ("\u2581a", -1.0), ("cat", -2.0)], unk_id=0, byte_fallback=False))
+    pieces.pre_tokenizer = Metaspace()
+    whole = gguf_tokenizer(Path("tokenizer.gguf"), in_gguf), pieces
+    return [json.dumps(in_gguf).encode(), *(each.to_str().encode() for each in whole)]
+
+
 def _lowered() -> list[bytes]:
     from tests.runtime.test_lowered import BODY
 
@@ -337,6 +368,7 @@ PARSERS = (
     Parser("announcements", "printable names, numbers", announcements, lambda: [b"pc\0CPU:1\x001\0" + b"0" * 32]),
     Parser("gguf", "tensors inside the file, or ValueError", gguf, _gguf),
     Parser("checkpoints", "weights with all their bytes, or CheckpointError", checkpoints, _checkpoints),
+    Parser("tokenizers", "tokens, or CheckpointError, or InvalidValue", tokenizers, _tokenizers),
     Parser("lowered graphs", "a graph with all that it needs, or GraphError", lowered_graphs, _lowered),
     Parser("cached names", "a digest or nothing", cached_names, lambda: [b"ab" * 32, b""]),
     Parser("digests", "a digest or nothing", digests, lambda: [json.dumps({"part": "ab" * 32}).encode()]),
