@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 import threading
@@ -32,11 +33,19 @@ class Asked:
         return self.madvise(address, size, advice)
 
 
+def populates(madvise: Callable[[int, int, int], int]) -> bool:
+    with closing(mmap.mmap(-1, mmap.PAGESIZE)) as mapped:
+        page = ctypes.c_char.from_buffer(mapped)
+        done = madvise(ctypes.addressof(page), mmap.PAGESIZE, fresh_memory._POPULATE_WRITE) == 0
+        del page
+    return done
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     madvise = fresh_memory._madvise()
-    if madvise is None:
-        pytest.skip("this system has no madvise")
+    if madvise is None or not populates(madvise):
+        pytest.skip("MADV_POPULATE_WRITE is Linux's, since 5.14")
     asked = Asked(madvise)
     monkeypatch.setattr(fresh_memory, "_madvise", lambda: asked)
     return asked
