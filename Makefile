@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint docs ray fuzz interop interop-all operations accepted families parity demo serve newcomer soak bench clean
+.PHONY: setup test lint docs ray fuzz interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -59,6 +59,10 @@ fuzz: setup
 
 parity: setup
 	$(BIN)/pytest -m parity tests/parity
+
+comfyui: setup
+	$(BIN)/python tools/comfyui.py
+	$(BIN)/pytest -m parity tests/parity/test_comfyui.py
 
 demo: setup
 	$(BIN)/python tools/demo.py

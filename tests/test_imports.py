@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "prompts",
         "runtime",
     },
-    "web": {"errors", "storage", "device", "diffusion", "families", "runtime"},
+    "web": {"errors", "storage", "device", "device_names", "diffusion", "families", "runtime"},
     "cluster": {"errors", "models", "device", "client", "diffusion", "families", "runtime", "web"},
     "device_names": {"errors"},
     "runtime": {"errors", "storage", "ggml", "device", "checkpoints"},

@@ -1,12 +1,13 @@
-"""The nodes: a loader, and a node that places what another loader has loaded."""
+"""The nodes: loaders, and a node that places what any other loader has loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
 import sdrpc
+from sdrpc import Device
 
 from .placing import clip_on, model_on, vae_on
 
@@ -65,10 +66,7 @@ class Place:
     ) -> tuple[Any, Any, Any]:
         devices = connected(servers, key)
         wanted = ((model, model_on), (clip, clip_on), (vae, vae_on))
-        return tuple(
-            part if part is None or where.strip().lower() == HERE else put(part, devices[where.strip().upper()])
-            for put, (part, where) in zip(PUT, wanted, strict=True)
-        )
+        return tuple(_put(put, *each, devices) for put, each in zip(PUT, wanted, strict=True))
 
 
 class Checkpoint(Place):
@@ -92,6 +90,37 @@ class Checkpoint(Place):
 PUT = (model_on, clip_on, vae_on)
 
 
+def loader(theirs: str, part: str, put: Callable[[Any, Device], Any], what: str) -> type:
+    """A node that is ComfyUI's loader called ``theirs``, whose result, a ``part``, computes on a device."""
+
+    class Loader:
+        CATEGORY = CATEGORY
+        FUNCTION = "load"
+        RETURN_TYPES = (part,)
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:  # ComfyUI's name
+            import nodes
+
+            inputs = getattr(nodes, theirs).INPUT_TYPES()
+            return {**inputs, "required": {**inputs["required"], **SERVERS, "on": _device(what)}}
+
+        def load(self, servers: str, key: str, on: str, **inputs: Any) -> tuple[Any]:
+            import nodes
+
+            its = getattr(nodes, theirs)()
+            loaded = getattr(its, its.FUNCTION)(**inputs)[0]
+            return (_put(put, loaded, on, connected(servers, key)),)
+
+    Loader.__name__ = Loader.__qualname__ = theirs
+    return Loader
+
+
+def _put(put: Callable[[Any, Device], Any], part: Any, on: str, devices: sdrpc.Devices) -> Any:
+    """``part`` where ``on`` says."""
+    return part if part is None or on.strip().lower() == HERE else put(part, devices[on.strip().upper()])
+
+
 @cache
 def connected(servers: str, key: str) -> sdrpc.Devices:
     """The servers' devices by name, for as long as ComfyUI runs: what was placed is on them."""
@@ -99,8 +128,21 @@ def connected(servers: str, key: str) -> sdrpc.Devices:
     return sdrpc.devices(rpc=endpoints, rpc_key=key.strip() or ())
 
 
-NODE_CLASS_MAPPINGS = {"SdrpcCheckpoint": Checkpoint, "SdrpcPlace": Place}
+_TEXT = "the text encoders compute"
+
+NODE_CLASS_MAPPINGS = {
+    "SdrpcCheckpoint": Checkpoint,
+    "SdrpcUNET": loader("UNETLoader", "MODEL", model_on, "the diffusion model computes"),
+    "SdrpcCLIP": loader("CLIPLoader", "CLIP", clip_on, _TEXT),
+    "SdrpcDualCLIP": loader("DualCLIPLoader", "CLIP", clip_on, _TEXT),
+    "SdrpcVAE": loader("VAELoader", "VAE", vae_on, "the VAE computes"),
+    "SdrpcPlace": Place,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SdrpcCheckpoint": "Load Checkpoint on the network (sdrpc)",
+    "SdrpcUNET": "Load Diffusion Model on the network (sdrpc)",
+    "SdrpcCLIP": "Load CLIP on the network (sdrpc)",
+    "SdrpcDualCLIP": "Load two CLIPs on the network (sdrpc)",
+    "SdrpcVAE": "Load VAE on the network (sdrpc)",
     "SdrpcPlace": "Compute on the network (sdrpc)",
 }

@@ -155,11 +155,15 @@ def attention(
 ) -> Tensor:
     """Attention as ComfyUI calls it, as one operation: its own ways of splitting it look at the memory of a GPU.
 
-    ``q``, ``k``, ``v``: (batch, tokens, heads × width), or with ``skip_reshape`` (batch, heads, tokens, width).
+    ``q``: (batch, tokens, heads × width), or with ``skip_reshape`` (batch, heads, tokens, width); ``k`` and ``v``: the
+    same, or with heads and width apart, and fewer heads that several of ``q``'s share.
     """
     batch = q.shape[0]
     if not skip_reshape:
-        q, k, v = (t.reshape(batch, -1, heads, t.shape[-1] // heads).transpose(1, 2) for t in (q, k, v))
+        width = q.shape[-1] // heads
+        q, k, v = (t.reshape(batch, t.shape[1], -1, width).transpose(1, 2) for t in (q, k, v))
+    if k.shape[1] != heads:
+        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
     if mask is not None and mask.ndim == 2:
         mask = mask[None, None]
     elif mask is not None and mask.ndim == 3:

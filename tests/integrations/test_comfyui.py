@@ -124,9 +124,10 @@ def test_options_that_are_numbers_stay(pack: ModuleType) -> None:
     assert sys.modules["sdrpc_comfyui.placing"].plain(numbers | others) == numbers
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("mask_dimensions", [None, 2, 3, 4])
-def test_attention_is_comfys(pack: ModuleType, skip: bool, mask_dimensions: int | None) -> None:
+def test_attention_is_comfys(pack: ModuleType, apart: bool, skip: bool, mask_dimensions: int | None) -> None:
     """Each form of the arguments, against the sums themselves in float64."""
     batch, heads, tokens, width = 2, 3, 5, 4
     q, k, v = torch.randn(3, batch, heads, tokens, width, dtype=torch.float64)
@@ -137,9 +138,21 @@ def test_attention_is_comfys(pack: ModuleType, skip: bool, mask_dimensions: int 
         scores = scores + (mask[:, None] if mask_dimensions == 3 else mask)
     out = scores.softmax(-1) @ v
     given = (q, k, v) if skip else tuple(t.transpose(1, 2).reshape(batch, tokens, heads * width) for t in (q, k, v))
+    if apart and not skip:  # as SD 3's transformer has it
+        given = (given[0], k.transpose(1, 2), v.transpose(1, 2))
     wanted = out if skip else out.transpose(1, 2).reshape(batch, tokens, heads * width)
     attention = sys.modules["sdrpc_comfyui.placing"].attention
     found = attention(None, *given, heads, mask=mask, skip_reshape=skip, skip_output_reshape=skip)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_heads_that_share_keys(pack: ModuleType, skip: bool) -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    given = (q, k, v) if skip else tuple(t.transpose(1, 2).flatten(2) for t in (q, k, v))
+    attention = sys.modules["sdrpc_comfyui.placing"].attention
+    found = attention(None, *given, 4, skip_reshape=skip, skip_output_reshape=True, enable_gqa=True)
     torch.testing.assert_close(found, wanted)
 
 
@@ -185,7 +198,34 @@ def test_the_loader_is_comfys_own_with_devices(pack: ModuleType, server: str, mo
     assert comfy.sample(parts[0]).shape == (1, 4, 8, 8)
 
 
-def test_both_nodes_are_shown_with_a_name(pack: ModuleType) -> None:
+def test_loaders_of_parts_are_comfys_own_with_a_device(
+    pack: ModuleType, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class UNETLoader:
+        FUNCTION = "load_unet"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"unet_name": (["a"],)}, "optional": {"weight_dtype": (["default"],)}}
+
+        def load_unet(self, unet_name: str, weight_dtype: str = "") -> tuple[Any]:
+            assert (unet_name, weight_dtype) == ("a", "default")
+            return (original,)
+
+    original = model()
+    monkeypatch.setitem(sys.modules, "nodes", SimpleNamespace(UNETLoader=UNETLoader))
+    loader = pack.NODE_CLASS_MAPPINGS["SdrpcUNET"]
+    inputs = loader.INPUT_TYPES()
+    assert list(inputs["required"]) == ["unet_name", "servers", "key", "on"]
+    assert list(inputs["optional"]) == ["weight_dtype"]
+    assert loader.RETURN_TYPES == ("MODEL",)
+    given = {"unet_name": "a", "weight_dtype": "default", "servers": server, "key": ""}
+    (placed,) = getattr(loader(), loader.FUNCTION)(on="RPC0", **given)
+    assert difference(comfy.sample(placed), comfy.sample(here(original))) < TOLERANCE
+    assert loader().load(on="here", **given) == (original,)
+
+
+def test_nodes_are_shown_with_a_name(pack: ModuleType) -> None:
     assert pack.NODE_CLASS_MAPPINGS.keys() == pack.NODE_DISPLAY_NAME_MAPPINGS.keys()
     optional = pack.NODE_CLASS_MAPPINGS["SdrpcPlace"].INPUT_TYPES()["optional"]
     assert optional == {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",)}

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.process import ServerProcess
 from tests.web.process import DRAW_SECONDS, WebServer
@@ -93,6 +100,58 @@ def test_what_is_wrong_is_said(page: Any) -> None:
     playwright.expect(page.locator("#problem")).to_contain_text("the weight")
 
 
+@contextmanager
+def a_browser_of_its_own(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A Chromium that can be killed with all of its processes, and where it is driven."""
+    assert CHROMIUM is not None
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={folder}"]
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    with process.stderr:
+        try:
+            found = (re.search(r"DevTools listening on (ws://\S+)", line) for line in process.stderr)
+            yield process, next(match[1] for match in found if match)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_browser_that_is_killed_loses_nothing(browser: Any, server: WebServer, tmp_path: Path) -> None:
+    """kill -9 while one job is drawn and one waits: another browser finds both, ends the first, and has the picture of
+    the second."""
+    expect = playwright.expect
+    with a_browser_of_its_own(tmp_path) as (process, address):
+        killed = browser.browser_type.connect_over_cdp(address)
+        page = killed.contexts[0].new_page()
+        page.set_default_timeout(MILLISECONDS)
+        page.goto(server.url)
+        page.select_option("#model", "tiny")
+        for prompt, steps, pictures in (("a long day", "500", "16"), ("a dog that waits", "1", "1")):
+            for name, value in (("width", "64"), ("height", "64"), ("steps", steps), ("batch_count", pictures)):
+                page.fill(f"[name={name}]", value)
+            page.fill("#prompt", prompt)
+            page.click("#draw")
+            expect(page.locator("#queue").get_by_text(prompt)).to_be_visible(timeout=MILLISECONDS)
+        expect(page.locator("#queue li").first).to_contain_text("step", timeout=MILLISECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with suppress(playwright.Error):
+            killed.close()
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(MILLISECONDS)
+    page.goto(server.url)
+    expect(page.locator("#queue li")).to_have_count(2, timeout=MILLISECONDS)
+    expect(page.locator("#queue li").first).to_contain_text("step", timeout=MILLISECONDS)
+    page.locator("#queue li", has_text="a long day").get_by_role("button", name="Cancel").click()
+    picture = page.get_by_role("button", name="a dog that waits").locator("img")
+    expect(picture).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    context.close()
+
+
 def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("s3cret\n")
     with WebServer(tmp_path / "data", "--api-key-file", str(tmp_path / "keys")) as locked:
@@ -109,18 +168,107 @@ def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:
         context.close()
 
 
-def test_it_fits_a_phone_and_every_field_has_a_name(browser: Any, server: WebServer) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
+def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> None:
+    """A picture by touch, begun again with a mask that a finger draws. All requests go to the server."""
+    expect, others = playwright.expect, []
+
+    def passed(route: Any) -> None:
+        if route.request.url.startswith(f"{server.url}/"):
+            route.continue_()
+        else:
+            others.append(route.request.url)
+            route.abort()
+
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, device_scale_factor=2, has_touch=True, is_mobile=True
+    )
+    context.route(re.compile("^(?!blob:|data:)"), passed)
     page = context.new_page()
+    page.set_default_timeout(MILLISECONDS)
     page.goto(server.url)
-    playwright.expect(page.locator("#draw")).to_be_visible(timeout=MILLISECONDS)
-    wide = page.locator("html").evaluate("(root) => root.scrollWidth - root.clientWidth")
-    assert wide <= 0
+    page.select_option("#model", "tiny")
+    page.fill("#prompt", "a cat on a phone")
+    for name, value in (("width", "64"), ("height", "64"), ("steps", "2")):
+        page.fill(f"[name={name}]", value)
+    page.tap("#draw")
+    picture = page.get_by_role("button", name="a cat on a phone").first
+    expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    assert _too_wide(page) == 0
+    picture.tap()
+    expect(page.get_by_role("dialog", name="Picture")).to_be_visible()
+    page.tap("#continue")
+    canvas = page.get_by_label("Paint over what is drawn anew")
+    canvas.scroll_into_view_if_needed()
+    before, box = page.evaluate("scrollY"), canvas.bounding_box()
+    finger = context.new_cdp_session(page)
+    for kind, at in (("touchStart", 0.25), ("touchMove", 0.5), ("touchMove", 0.75), ("touchEnd", None)):
+        points = [] if at is None else [{"x": box["x"] + at * box["width"], "y": box["y"] + at * box["height"]}]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    assert page.evaluate("scrollY") == before  # it painted, and did not move the page
+    page.fill("#prompt", "a dog on a phone")
+    page.tap("#draw")
+    expect(page.get_by_role("button", name="a dog on a phone")).to_be_visible(timeout=MILLISECONDS)
+    job = server.ask("/sdcpp/v1/jobs").json()[0]
+    assert job["inputs"] == {"init_image": 1, "mask": 1}
+    mask = np.asarray(Image.open(BytesIO(server.ask(f"/sdcpp/v1/jobs/{job['id']}/inputs/mask/0").body)).convert("L"))
+    assert [int(mask[at, at]) for at in (16, 32, 48)] == [255] * 3  # along the finger's way
+    assert [int(mask[at]) for at in ((2, 60), (60, 2))] == [0] * 2
+    page.tap("#devices")
+    expect(page.get_by_role("dialog", name="Devices")).to_be_visible()
+    assert _too_wide(page) == 0
+    assert others == []
+    context.close()
+
+
+def _too_wide(page: Any) -> int:
+    """Pixels that the page, or a dialog on it, is wider than there is room."""
+    measure = "(all) => Math.max(...all.map((one) => one.scrollWidth - one.clientWidth))"
+    return int(page.locator("html, dialog[open]").evaluate_all(measure))
+
+
+def test_a_picture_by_keyboard_alone(page: Any) -> None:
+    """Also in the dark, and everything on the way says what it is."""
+    keyboard, expect = page.keyboard, playwright.expect
+
+    def tab_to(what: str) -> None:
+        """Press Tab until the focus is there."""
+        for _ in range(60):
+            if page.evaluate("(what) => document.activeElement.matches(what)", what):
+                return
+            keyboard.press("Tab")
+        raise AssertionError(f"Tab does not lead to {what}")
+
     nameless = page.locator("input, select, textarea, button").evaluate_all(
         "(all) => all.filter((one) => !(one.labels?.length || one.ariaLabel || one.textContent.trim())).length"
     )
     assert nameless == 0
-    context.close()
+    said = page.locator("body").aria_snapshot()
+    for role in (
+        'form "What to draw"', 'textbox "Prompt"', 'textbox "Not in the picture"', 'combobox "Model"',
+        'spinbutton "Width"', 'spinbutton "Seed"', 'button "Draw', 'region "Pictures"', 'list "Queue"',
+        'button "Dark or light"',
+    ):  # fmt: skip
+        assert role in said, role
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.evaluate("document.activeElement.blur()")
+    tab_to("#theme")
+    keyboard.press("Enter")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    tab_to("#prompt")
+    keyboard.press("Control+A")
+    keyboard.type("by keyboard alone")
+    tab_to("#draw")
+    keyboard.press("Enter")
+    picture = page.get_by_role("button", name="by keyboard alone")
+    expect(picture).to_be_visible(timeout=MILLISECONDS)
+    tab_to("#gallery button")
+    keyboard.press("Enter")
+    viewer = page.get_by_role("dialog", name="Picture")
+    expect(viewer).to_contain_text("by keyboard alone")
+    tab_to("#reuse")
+    keyboard.press("Enter")
+    expect(viewer).to_be_hidden()
+    expect(page.locator("#prompt")).to_be_focused()
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +316,23 @@ def test_parts_are_put_on_devices_by_select_and_by_drag(studio: Any, two: WebSer
     expect(there.locator(".chip")).to_have_count(3, timeout=MILLISECONDS)
     expect(there.locator("meter")).to_have_count(2)
     expect(here).to_contain_text("GB used")
-    studio.get_by_label("vae").select_option("CPU")
+    studio.get_by_role("combobox", name="vae").select_option("CPU")
     expect(here.locator(".chip")).to_have_text(["vae"], timeout=MILLISECONDS)
     assert placed() == {"clip_l": ["RPC0"], "diffusion": ["RPC0"], "vae": ["CPU"]}
     there.get_by_text("clip_l").drag_to(here)
     expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
     assert placed() == {"clip_l": ["CPU"], "diffusion": ["RPC0"], "vae": ["CPU"]}
+    words = studio.get_by_role("textbox", name="diffusion, in words")
+    words.fill("RPC0&nowhere")
+    words.press("Enter")
+    expect(studio.locator("#misplaced")).to_contain_text("there is no such device", timeout=MILLISECONDS)
+    words.fill("RPC0&CPU, RPC0")
+    words.press("Enter")
+    expect(here.locator(".chip")).to_have_text(["clip_l", "diffusion", "vae"], timeout=MILLISECONDS)
+    expect(there.locator(".chip")).to_have_text(["diffusion"])
+    expect(studio.locator("#misplaced")).to_be_empty()
+    assert placed()["diffusion"] == ["RPC0&CPU", "RPC0"]
+    expect(words).to_be_focused()
     studio.click("#leave")
     studio.click("#draw")
     expect(studio.locator("#gallery img")).to_have_count(1, timeout=MILLISECONDS)

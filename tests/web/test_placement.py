@@ -32,7 +32,7 @@ def test_components_move_between_two_pictures(tmp_path: Path, models: Path) -> N
             names = [device["name"] for device in server.ask("/sdcpp/v1/devices").json()]
             assert names[-2:] == ["RPC0", "RPC1"]
             before = server.ask("/sdcpp/v1/placement?model=tiny").json()
-            assert (set(before["components"]), before["chosen"]) == ({"clip_l", "diffusion", "vae"}, [])
+            assert (set(before["components"]), before["chosen"]) == ({"clip_l", "diffusion", "vae"}, {})
             first, busy = drawn()
             assert busy <= {"RPC0", "RPC1"}
             chosen = {"model": "tiny", "components": {"diffusion": ["RPC1"], "clip_l": ["CPU"], "vae": ["RPC0"]}}
@@ -41,9 +41,45 @@ def test_components_move_between_two_pictures(tmp_path: Path, models: Path) -> N
             assert drawn() == (first, {"CPU", "RPC0", "RPC1"})
         with WebServer(tmp_path, *options) as again:
             kept = again.ask("/sdcpp/v1/placement?model=tiny").json()
-            assert kept["components"] == chosen["components"]
+            assert kept["components"] == kept["chosen"] == chosen["components"]
             nothing = again.ask("/sdcpp/v1/placement", {"model": "tiny", "components": {}}, "PUT").json()
             assert nothing == before
+
+
+def test_components_on_several_devices_and_where_a_plan_says(tmp_path: Path, models: Path) -> None:
+    """As ``--backend`` has it: layers one after the other, which is the same picture to the bit; side by side; in order
+    of preference; and a plan, which is made when it is drawn with."""
+    with ServerProcess(*OPTIONS) as one, ServerProcess(*OPTIONS) as other:
+        rpc = f"127.0.0.1:{one.port},127.0.0.1:{other.port}"
+        with WebServer(tmp_path, "--models-dir", str(models), "--rpc", rpc) as server:
+
+            def put(**components: list[str]) -> dict[str, Any]:
+                answer = server.ask("/sdcpp/v1/placement", {"model": "tiny", "components": components}, "PUT")
+                assert answer.status == 200, answer.body
+                placed: dict[str, Any] = answer.json()
+                return placed
+
+            def drawn() -> Any:
+                return server.until(server.submit(), "completed")["result"]
+
+            put(all=["RPC0"])
+            whole = drawn()
+            cut = put(unet=["rpc0 & RPC1"], te=["RPC1", "cpu"])
+            assert cut["chosen"] == {"diffusion": ["RPC0&RPC1"], "clip_l": ["RPC1", "CPU"]}
+            assert cut["components"]["diffusion"] == ["RPC0&RPC1"]
+            assert drawn() == whole
+            busy = {device["name"] for device in server.ask("/sdcpp/v1/devices").json() if device["load"]}
+            assert {"RPC0", "RPC1"} <= busy
+            assert put(diffusion=["RPC0|RPC1"])["components"]["diffusion"] == ["RPC0|RPC1"]
+            drawn()
+            assert put(diffusion=["auto"], vae=["CPU"])["components"] | {"clip_l": []} == {
+                "clip_l": [], "diffusion": ["auto"], "vae": ["CPU"]
+            }  # fmt: skip
+            drawn()
+            planned = server.ask("/sdcpp/v1/placement?model=tiny").json()
+            assert planned["chosen"] == {"diffusion": ["auto"], "vae": ["CPU"]}
+            assert planned["components"]["diffusion"] != ["auto"]
+            assert planned["components"]["vae"] == ["CPU"]
 
 
 class Shared(NullDevice):
@@ -73,12 +109,17 @@ def test_a_device_that_is_drawn_on_is_asked_between_two_turns(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"components": {"unet": ["CPU"]}}, "components unet: this model has clip_l, diffusion, vae"),
-        ({"components": {"vae": ["RPC7"]}}, "components RPC7: there is no such device; CPU"),
-        (
-            {"components": {"vae": ["CPU&RPC0"]}},
-            "components CPU&RPC0: what is cut or side by side is placed with --backend",
-        ),
+        ({"components": {"control": ["CPU"]}}, "components control: this model has clip_l, diffusion, vae"),
+        ({"components": {"mouth": ["CPU"]}}, "components mouth: no such component; there are clip_l"),
+        ({"components": {"unet": ["CPU"], "diffusion": ["CPU"]}}, "components diffusion: is placed twice"),
+        ({"components": {"diffusion": []}}, "components diffusion: no device is named; leave a component out"),
+        ({"components": {"vae": ["RPC7"]}}, "components RPC7: there is no such device; there are CPU"),
+        ({"components": {"vae": ["CPU&RPC7"]}}, "components RPC7: there is no such device"),
+        ({"components": {"vae": ["CPU&CPU"]}}, "components CPU&CPU: '&' and '|' stand between different devices"),
+        ({"components": {"vae": ["CPU&"]}}, "components CPU&: a device is named before and after each '&'"),
+        ({"components": {"vae": ["CPU", "auto"]}}, "components CPU,auto: auto stands alone"),
+        ({"components": {"vae": ["CPU|auto"]}}, "components CPU|auto: auto stands alone"),
+        ({"components": {"vae": ["CPU"] * 17}}, "components.vae: List should have at most 16 items"),
         ({"components": {"vae": "CPU"}}, "components.vae: "),
         ({"model": "../tiny"}, "model ../tiny: there is no such model"),
     ],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
 from ..device import Device, Memory
-from ..device_names import AUTO, folded, only_remote, resolve
+from ..device_names import AUTO, folded, only_remote
 from ..diffusion import placement
 from ..diffusion.placement import side_by_side
 from ..errors import (
@@ -148,9 +148,7 @@ def resolved(wanted: Mapping[str, Sequence[str]], found: Found, default: Sequenc
     def meant(text: str) -> Sequence[Lanes | SdrpcError]:
         if folded(text) == AUTO:
             return [*map(lanes, default), *(() if default else found.absent.values())]
-        chains = [[by_name[resolve(name, by_name, AUTO)] for name in names] for names in side_by_side(text)]
-        if len(set(chain(*chains))) < sum(map(len, chains)):
-            raise InvalidValue("backend", text, "'&' and '|' stand between different devices")
+        chains = placement.meant(text, by_name)
         absent = [one for one in chain(*chains) if isinstance(one, SdrpcError)]
         there = (tuple(one for one in some if not isinstance(one, SdrpcError)) for some in chains)
         return absent[:1] or [Lanes(tuple(map(Chain, there)))]

@@ -39,7 +39,7 @@ from .output import (
 )
 from .progress import mebibytes
 from .prompt_file import read_prompt
-from .upscale import UPSCALER, enlarging, upscaled
+from .upscale import UPSCALER, enlarging, on_one_device, upscaled
 
 if TYPE_CHECKING:
     from ..diffusion.events import Event, OnEvent
@@ -138,6 +138,8 @@ def _draw(chosen: Chosen) -> int:
     if film and enlarged:
         raise InvalidValue("upscale_model", chosen["upscale_model"], "pictures are enlarged, no films")
     wanted = placement.wanted([*opened.components, *enlarged], named, chosen["main_backend_device"], by_option(chosen))
+    if enlarged:
+        wanted[UPSCALER] = on_one_device(wanted[UPSCALER], named, by_option(chosen))
     fits = chosen["auto_fit"] or fitting.is_asked_for([*named.values(), [chosen["main_backend_device"]]])
     settings = settings_of(opened, request, film)
     if singly:

@@ -6,7 +6,7 @@ import logging
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .cluster import cluster_seats
 from .command import Command
 from .devices import REMOTE, Found, every_device, limits_of, resolved
 from .entry import ready
-from .upscale import UPSCALER
+from .upscale import UPSCALER, on_one_device
 from .web_options import DAY, OPTIONS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..families.model import Model
     from ..runtime.chain import Lanes
     from ..web.places import Shown
-    from ..web.studio import Seat
+    from ..web.studio import Fit, Seat
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +195,8 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
         for name, why in found.told().items():
             report.warn(f"{name} is not there: {why}")
-        limits = limits_of(chosen["max_vram"], found.devices)
-        if fits:
-            yield [fitted_seat(where, model, found, limits, waiting(chosen))], found.devices
-        else:
-            yield own_seats(where, model, found), found.devices
+        fit = partial(planned, found, limits_of(chosen["max_vram"], found.devices), waiting(chosen))
+        yield [fitted_seat(where, model, found, fit)] if fits else own_seats(where, model, found, fit), found.devices
 
 
 class Where(NamedTuple):
@@ -233,6 +230,7 @@ def upscaler_on(where: Where, found: Found, default: Sequence[Device]) -> Device
     backend = {name: names for name, names in where.backend.items() if name in (UPSCALER, placement.REST)}
     by_option = {UPSCALER: where.by_option.get(UPSCALER, "")}
     wanted = placement.wanted([UPSCALER], backend, where.main, by_option)
+    wanted[UPSCALER] = on_one_device(wanted[UPSCALER], backend, by_option)
     return devices_of(resolved(wanted, found, default)[UPSCALER])[0]
 
 
@@ -245,7 +243,7 @@ def _remote(devices: Sequence[Device]) -> list[Device]:
     return [device for device in devices if device.name.startswith(REMOTE)]
 
 
-def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
+def own_seats(where: Where, model: Model, found: Found, fit: Fit) -> list[Seat]:
     """Seats at devices that this process has. Where the user placed components: one seat, there. Else each remote
     device is a seat with the whole model on it, and without servers this machine's first device."""
     from ..web.studio import OwnSeat
@@ -258,7 +256,10 @@ def own_seats(where: Where, model: Model, found: Found) -> list[Seat]:
     name = _devices_named(placed(where, found, defaults[0], model)) if where.said else ""
     seats = [
         OwnSeat(
-            name or default[0].name, partial(placed, where, found, default), partial(upscaler_on, where, found, default)
+            name or default[0].name,
+            partial(placed, where, found, default),
+            partial(upscaler_on, where, found, default),
+            fit,
         )
         for default in defaults
     ]
@@ -274,27 +275,39 @@ def _devices_named(places: Mapping[str, list[Lanes]]) -> str:
     return " + ".join(device.name for device in devices_of(choices[0] for choices in places.values()))
 
 
-def fitted_seat(where: Where, model: Model, found: Found, limits: Mapping[str, int], waits: Mapping[str, str]) -> Seat:
-    """One seat at all devices that this process has. A plan says what of a model is on which; it is made when the model
-    is first asked for, while its weights are nowhere. ``limits``, ``waits``: as :func:`fitting.fitted` takes them."""
+def planned(
+    found: Found,
+    limits: Mapping[str, int],
+    waits: Mapping[str, str],
+    model: Model,
+    before: fitting.Placed,
+    fixed: Collection[str],
+) -> dict[str, list[Lanes]]:
+    """A plan for those components of a model that are not ``fixed`` to where they are ``before``. ``limits`` and
+    ``waits``: as :func:`fitting.fitted` takes them. Raises :class:`DoesNotFit`."""
     from ..diffusion.request import Request
     from ..diffusion.session import settings_of
+
+    return fitting.fitted(model, settings_of(model, Request("")), before, fixed, found.devices, limits, waits)
+
+
+def fitted_seat(where: Where, model: Model, found: Found, fit: Fit) -> Seat:
+    """One seat at all devices that this process has. A plan says what of a model is on which; it is made when the model
+    is first asked for, while its weights are nowhere."""
     from ..web.studio import OwnSeat
 
     default = _remote(found.devices) or found.devices[:1]
-    plans: dict[int, tuple[Model, dict[str, list[Lanes]]]] = {}
+    plans: dict[int, tuple[Model, fitting.Placed]] = {}
 
-    def place(model: Model) -> dict[str, list[Lanes]]:
+    def place(model: Model) -> fitting.Placed:
         if id(model) not in plans:
             wanted = _wanted(where, model)
             fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]
-            before, settings = resolved(wanted, found, default), settings_of(model, Request(""))
-            plan = fitting.fitted(model, settings, before, fixed, found.devices, limits, waits)
-            plans[id(model)] = model, plan
+            plans[id(model)] = model, fit(model, resolved(wanted, found, default), fixed)
         return plans[id(model)][1]
 
     place(model)
-    return OwnSeat("all devices", place, partial(upscaler_on, where, found, default))
+    return OwnSeat("all devices", place, partial(upscaler_on, where, found, default), fit)
 
 
 def _announce(

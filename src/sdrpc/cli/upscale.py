@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
 UPSCALER = "upscaler"
 
 
+def on_one_device(
+    names: placement.Names, placed: Mapping[str, placement.Names], by_option: Mapping[str, str]
+) -> placement.Names:
+    """The upscaler's ``names`` of :func:`sdrpc.diffusion.placement.wanted`, each a single device. Of several that are
+    said to compute everything together, the first enlarges pictures. Raises :class:`InvalidValue` where they are named
+    (``placed``, ``by_option``) for the upscaler itself."""
+    together = {name: list(chain(*placement.side_by_side(name))) for name in names}
+    if UPSCALER in placed or by_option.get(UPSCALER):
+        for name, several in together.items():
+            if len(several) > 1:
+                raise InvalidValue("backend", f"{UPSCALER}={name}", "the upscaler is on one device")
+    return tuple(dict.fromkeys(several[0] for several in together.values()))
+
+
 def upscaled(chosen: Mapping[str, Any], path: Path) -> Pixels:
     """The picture ``--init-img`` as large as ``--upscale-model`` makes it, on the device that was chosen; for
     ``path``."""
@@ -34,6 +49,7 @@ def upscaled(chosen: Mapping[str, Any], path: Path) -> Pixels:
     image = read_picture("init_image", Path(chosen["init_image"]))
     named = placement.parse(chosen["backend"])
     wanted = placement.wanted([UPSCALER], named, chosen["main_backend_device"], by_option(chosen))
+    wanted[UPSCALER] = on_one_device(wanted[UPSCALER], named, by_option(chosen))
     with placed_devices(
         wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen)
     ) as placed:
@@ -46,9 +62,7 @@ def enlarging(chosen: Mapping[str, Any], place: Lanes, width: int, height: int, 
     done, before anything is drawn."""
     from ..diffusion.upscaling import Upscaler
 
-    device, *others = devices_of([place])
-    if others:
-        raise InvalidValue("backend", f"{UPSCALER}={place.name}", "the upscaler is on one device")
+    device = devices_of([place])[0]
     repeats, tile = chosen["upscale_repeats"], chosen["upscale_tile_size"]
     upscaler = Upscaler(Path(chosen["upscale_model"]), device, chosen["rpc_retry"])
     larger = upscaler.check(width, height, repeats, tile)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TypeVar, cast
 
-from ..device_names import AUTO
+from ..device_names import AUTO, resolve
 from ..device_names import folded as folded_name
 from ..errors import InvalidValue
 
@@ -49,7 +50,7 @@ NOT_HERE_YET = (
     "photomaker", "pmid", "photo", "detector", "adetailer", "yolo",
 )  # fmt: skip
 
-_MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+_COMPONENTS = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
 Names = tuple[str, ...]
@@ -67,7 +68,7 @@ def parse(text: str) -> dict[str, Names]:
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         module, equals, device = item.partition("=")
         if equals:
-            name = _meant(module)
+            name = _component(module)
             if name in placed:
                 raise InvalidValue("backend", text, f"{module} is placed twice")
         device = (device if equals else module).strip()
@@ -105,7 +106,7 @@ def waiting(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         module, equals, place = item.rpartition("=")
-        name = _meant(module, "params_backend") if equals else REST
+        name = _component(module, "params_backend") if equals else REST
         if folded_name(place) not in WAITING:
             reason = f"weights wait for their turn in one of: {', '.join(WAITING)}"
             raise InvalidValue("params_backend", item, reason)
@@ -130,15 +131,25 @@ def limits(text: str) -> dict[str, int]:
     return found
 
 
-def side_by_side(text: str, item: str = "") -> tuple[Names, ...]:
+def side_by_side(text: str, item: str = "", field: str = "backend") -> tuple[Names, ...]:
     """``RPC0&RPC1|RPC2`` as (("RPC0", "RPC1"), ("RPC2",)): what is side by side, each devices that compute one after
-    the other. Raises :class:`InvalidValue` where a name is missing (in ``item``), or one of several is ``auto``."""
-    found = tuple(tuple(name.strip() for name in chain.split("&")) for chain in text.split("|"))
-    if not all(name for chain in found for name in chain):
-        raise InvalidValue("backend", item or text, "a device is named before and after each '&' and '|'")
-    if sum(map(len, found)) > 1 and any(folded_name(name) == AUTO for chain in found for name in chain):
-        raise InvalidValue("backend", item or text, "auto stands alone: it cuts by itself what has room nowhere")
+    the other. Raises :class:`InvalidValue` for ``field`` where a name is missing (in ``item``), or one of several is
+    ``auto``."""
+    found = tuple(tuple(name.strip() for name in names.split("&")) for names in text.split("|"))
+    if not all(chain(*found)):
+        raise InvalidValue(field, item or text, "a device is named before and after each '&' and '|'")
+    if sum(map(len, found)) > 1 and any(folded_name(name) == AUTO for name in chain(*found)):
+        raise InvalidValue(field, item or text, "auto stands alone: it cuts by itself what has room nowhere")
     return found
+
+
+def meant(text: str, there: Mapping[str, T], field: str = "backend") -> tuple[tuple[T, ...], ...]:
+    """The devices that ``RPC0&RPC1|RPC2`` means, as :func:`side_by_side` takes it apart, of those that are ``there`` by
+    name. Raises :class:`InvalidValue` for ``field`` where one does not exist, or stands there twice."""
+    names = [[resolve(name, there, AUTO, field) for name in some] for some in side_by_side(text, field=field)]
+    if len(set(chain(*names))) < sum(map(len, names)):
+        raise InvalidValue(field, text, "'&' and '|' stand between different devices")
+    return tuple(tuple(there[name] for name in some) for some in names)
 
 
 def wanted(
@@ -183,9 +194,15 @@ def assigned(
     """Component → what is its own, from a mapping whose keys are names as in the grammar: ``{"te": cpu, "all":
     remote}``; ``rest`` for all others.
 
-    Raises :class:`InvalidValue` for ``field`` where a key is none of the model's, or there is nothing for a component.
+    Raises :class:`InvalidValue` for ``field`` where a key is none of the model's, two mean the same, or there is
+    nothing for a component.
     """
-    by_name = {_meant(key, field) if key else REST: one for key, one in given.items()}
+    by_name: dict[str, T] = {}
+    for key, one in given.items():
+        name = _component(key, field) if key else REST
+        if name in by_name:
+            raise InvalidValue(field, key, "is placed twice")
+        by_name[name] = one
     strangers = by_name.keys() - {*components, TEXT_ENCODERS, REST}
     if strangers:
         raise InvalidValue(field, sorted(strangers)[0], f"this model has {', '.join(components)}")
@@ -198,10 +215,10 @@ def assigned(
     return found
 
 
-def _meant(module: str, field: str = "backend") -> str:
+def _component(module: str, field: str = "backend") -> str:
     folded = folded_name(module)
     if folded in NOT_HERE_YET:
         raise InvalidValue(field, module, f"sdrpc has no {module} yet")
-    if folded not in _MEANT:
+    if folded not in _COMPONENTS:
         raise InvalidValue(field, module, f"no such component; there are {', '.join(filter(None, ALIASES))} and all")
-    return _MEANT[folded]
+    return _COMPONENTS[folded]

@@ -314,6 +314,8 @@ class FunctionMode(TorchFunctionMode):
         recorder = self.recorder
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": CPU}
+        if func in _BY_INDEX and recorder.unknown(args[0]):
+            args = (args[0], _with_numbers(args[1]), *args[2:])
         if func in NUMBERS and recorder.unknown(args[0]):
             raise recorder.needs_numbers(func.__name__, args[:1])
         if func is _DATA and recorder.unknown(args[0]):
@@ -328,6 +330,20 @@ class FunctionMode(TorchFunctionMode):
         finally:
             recorder.whole = False
         return recorder.record(operation, args, kwargs, out)
+
+
+_BY_INDEX = (Tensor.__getitem__, Tensor.__setitem__)
+
+
+def _with_numbers(index: Any) -> Any:
+    """An index whose lists are tensors: torch would make these where the indexed tensor is, without numbers."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_numbers, index))
+    return torch.tensor(index, device=CPU) if isinstance(index, list) and all(map(_is_whole, index)) else index
+
+
+def _is_whole(entry: Any) -> bool:
+    return isinstance(entry, int)
 
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]

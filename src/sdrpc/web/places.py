@@ -15,7 +15,10 @@ from typing import Protocol
 from typing_extensions import TypedDict
 
 from ..device import Device, Memory
+from ..device_names import AUTO, folded
+from ..diffusion import placement
 from ..errors import InvalidValue, SdrpcError
+from ..runtime.chain import Chain, Lanes
 from ..storage import read_own, write_whole
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,8 @@ MAX_FILE = 1 << 20
 """Bytes of a file of placements."""
 
 Chosen = Mapping[str, tuple[str, ...]]
-"""Component → names of its devices, in order of preference."""
+"""Component → names of its devices, in order of preference, each as sd-cli's ``--backend`` has it: ``RPC0&RPC1``; or
+``auto`` alone."""
 
 
 class Said(TypedDict):
@@ -81,27 +85,43 @@ class Places:
         with self._lock:
             return self._chosen.get(model, {})
 
-    def choose(self, model: str, components: Iterable[str], wanted: Mapping[str, Sequence[str]]) -> None:
+    def choose(self, model: str, components: Sequence[str], wanted: Mapping[str, Sequence[str]]) -> None:
         """Put what is ``wanted`` of a model's ``components`` on devices, from its next job on; nothing: as the command
-        line says. Raises :class:`InvalidValue` for a component or device that is not there."""
-        known = set(components)
-        for component, names in wanted.items():
-            if component not in known:
-                raise InvalidValue("components", component, f"this model has {', '.join(sorted(known))}")
-            for name in names:
-                if {*"&|"} & {*name}:
-                    raise InvalidValue("components", name, "what is cut or side by side is placed with --backend")
-                if name not in self._devices:
-                    raise InvalidValue("components", name, f"there is no such device; {', '.join(self._devices)} are")
-        placed = {component: tuple(dict.fromkeys(names)) for component, names in wanted.items() if names}
+        line says. Raises :class:`InvalidValue` for a component or device that is not there, and for one without."""
+        named = {part: self._canonical(part, names) for part, names in wanted.items()}
+        assigned = placement.assigned(components, named, "components", ())
+        placed = {part: names for part, names in assigned.items() if names}
         with self._lock:
             self._chosen = {name: there for name, there in self._chosen.items() if name != model}
             if placed:
                 self._chosen[model] = placed
             write_whole(self._path, json.dumps(self._chosen).encode())
 
-    def devices(self, names: Iterable[str]) -> list[Device]:
-        return [self._devices[name] for name in names]
+    def lanes(self, chosen: Chosen) -> dict[str, list[Lanes]]:
+        """What is chosen as places; what is left to a plan is not among them."""
+        return {part: [self._lanes(name) for name in names] for part, names in chosen.items() if names != (AUTO,)}
+
+    def _lanes(self, name: str) -> Lanes:
+        return Lanes(tuple(map(Chain, placement.meant(name, self._devices, "components"))))
+
+    def _canonical(self, part: str, names: Sequence[str]) -> tuple[str, ...]:
+        """The names of a component's devices as they are, each once. Raises :class:`InvalidValue`."""
+        if not names:
+            reason = "no device is named; leave a component out, and it is where the command line says"
+            raise InvalidValue("components", part, reason)
+        if not self._devices:
+            raise InvalidValue("components", part, "a cluster's devices are placed with --backend")
+        if any(folded(name) == AUTO for name in names):
+            if len(names) > 1:
+                raise InvalidValue("components", ",".join(names), "auto stands alone: a plan is no preference")
+            return (AUTO,)
+        return tuple(dict.fromkeys(self._lanes(name).name for name in names))
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            return name == AUTO or bool(self._lanes(name))
+        except InvalidValue:
+            return False
 
     def _read(self) -> dict[str, Chosen]:
         """What was chosen before; what of it names devices that are not there any more is as if it had not been."""
@@ -111,7 +131,7 @@ class Places:
         try:
             kept: dict[str, Chosen] = {
                 str(model): {
-                    str(component): tuple(name for name in names if name in self._devices)
+                    str(component): tuple(name for name in names if self._is_there(str(name)))
                     for component, names in there.items()
                 }
                 for model, there in json.loads(data).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from PIL import Image
 
 from ..device import Device
+from ..device_names import AUTO
 from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.films import check_format
 from ..diffusion.films import encode as encode_film
@@ -30,12 +31,12 @@ from ..diffusion.request import Request, Settings
 from ..diffusion.session import Session, settings_of
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles
-from ..runtime.chain import Lanes, devices_of, lanes
+from ..runtime.chain import Lanes, devices_of
 from .board import Board
 from .enlarging import COMPONENT, Larger, Upscalers, enlarged
 from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task
 from .metrics import Metrics
-from .places import Places, Shown
+from .places import Chosen, Places, Shown
 from .shelf import Shelf
 from .store import JobStore
 
@@ -46,6 +47,10 @@ Placed = Mapping[str, Sequence[Lanes]]
 
 Place = Callable[[Model], Placed]
 """A model → where its components may be. Raises :class:`InvalidValue`."""
+
+Fit = Callable[[Model, Placed, Collection[str]], Placed]
+"""A model, where its components are, and those that stay there → where a plan has the others, made while the model's
+weights are nowhere. Raises :class:`DoesNotFit`."""
 
 Made = tuple[int, bytes]
 """A seed, and the file of what was drawn with it."""
@@ -118,11 +123,12 @@ class Seat(ABC):
 @dataclass
 class OwnSeat(Seat):
     """A name, and where models go there: on devices of this process. ``upscaler``: where networks run that enlarge
-    pictures."""
+    pictures; ``fit``: where components go that somebody leaves to a plan."""
 
     name: str
     place: Place
     upscaler: Callable[[], Device]
+    fit: Fit
     kinds: frozenset[Kind] = frozenset(Kind)
 
     def open(self, opening: Opening) -> Session:
@@ -181,6 +187,7 @@ class Studio:
         self._lock = Lock()
         self._cancelled: set[str] = set()
         self._running: dict[str, Job] = {}
+        self._plans: dict[str, tuple[Chosen, Placed]] = {}
         self._threads = [Thread(target=self._work, args=(seat,), name=f"seat {seat.name}") for seat in seats]
 
     def start(self) -> None:
@@ -239,22 +246,34 @@ class Studio:
             raise InvalidValue("mode", kind.value, "this server's cluster draws pictures alone")
 
     def placed(self, model: str) -> dict[str, list[str]]:
-        """Where the components of a model are, or will be: names of devices by component, in order of preference.
-        Raises what :meth:`Shelf.open` raises."""
+        """Where the components of a model are, or will be: names of devices by component, in order of preference;
+        ``auto`` where a plan will say, when it is next drawn with. Raises what :meth:`Shelf.open` raises."""
         name, opened = self.shelf.open(model)
-        found = self._placement(self._first, name, opened)
-        if found is None:
+        if not isinstance(self._first, OwnSeat):
             names = [device.name for device in self._first.devices(opened)]
             return dict.fromkeys(opened.components, names)
-        return {component: [place.name for place in places] for component, places in found.items()}
+        chosen = self.places.chosen(name)
+        known, planned = self._plans.get(name, ({}, {}))
+        found = planned if chosen == known and planned else self._by_hand(self._first, chosen, opened)
+        left = {part: [AUTO] for part in _for_a_plan(chosen) if found is not planned}
+        return {part: [place.name for place in places] for part, places in found.items()} | left
 
     def _placement(self, seat: Seat, name: str, model: Model) -> Placed | None:
-        """Where the components of a model are on this process's devices; None at a seat that has others."""
+        """Where the components of a model are on this process's devices; None at a seat that has others. Where somebody
+        leaves that to a plan, it is made here."""
         if not isinstance(seat, OwnSeat):
             return None
         chosen = self.places.chosen(name)
-        by_hand = {part: map(lanes, self.places.devices(chosen[part])) for part in chosen.keys() & model.components}
-        return {part: tuple(places) for part, places in {**seat.place(model), **by_hand}.items()}
+        found = self._by_hand(seat, chosen, model)
+        if _for_a_plan(chosen):
+            found = seat.fit(model, found, found.keys() - _for_a_plan(chosen))
+            self._plans[name] = chosen, found
+        return found
+
+    def _by_hand(self, seat: OwnSeat, chosen: Chosen, model: Model) -> Placed:
+        """Where the seat has a model's components, or somebody put them."""
+        by_hand = {part: names for part, names in chosen.items() if part in model.components}
+        return {**seat.place(model), **self.places.lanes(by_hand)}
 
     def cancel(self, id: str) -> bool:
         """End a job, waiting or being drawn; whether there was anything to end."""
@@ -274,7 +293,8 @@ class Studio:
     # --- a seat
 
     def _work(self, seat: Seat) -> None:
-        warm = _Warm(seat, self.shelf, partial(self._placement, seat), self._retry, self.adapters, self._memory)
+        place = partial(self._placement, seat)
+        warm = _Warm(seat, self.shelf, self.places.chosen, place, self._retry, self.adapters, self._memory)
         pruned, first = 0.0, seat is self._first
 
         def mine(job: Job) -> bool:
@@ -402,22 +422,23 @@ class Studio:
 
 
 class _Warm:
-    """The session of a seat, with the model of its last job. ``place``: a model and its name → where its components
-    are to be."""
+    """The session of a seat, with the model of its last job. ``chosen``: a model's name → what somebody put where;
+    ``place``: a model and its name → where its components are to be, asked while its weights are nowhere."""
 
     def __init__(
         self,
         seat: Seat,
         shelf: Shelf,
+        chosen: Callable[[str], Chosen],
         place: Callable[[str, Model], Placed | None],
         retry: float,
         adapters: Adapters,
         memory: Mapping[str, Any],
     ) -> None:
-        self._seat, self._shelf, self._place, self._retry, self._adapters = seat, shelf, place, retry, adapters
-        self._memory = memory
+        self._seat, self._shelf, self._chosen, self._place = seat, shelf, chosen, place
+        self._retry, self._adapters, self._memory = retry, adapters, memory
         self._session: Drawing | None = None
-        self._placed: Placed | None = None
+        self._wanted: Chosen = {}
         self._used = 0.0
         self.model: str | None = None
         self.devices: Sequence[Shown] = ()
@@ -432,16 +453,17 @@ class _Warm:
         """A session with the model called ``name``, where it is to be now. Raises what :meth:`Shelf.open` and
         :meth:`Seat.open` raise."""
         _, model = self._shelf.open(name)
-        placed = self._place(name, model)
-        if self._session is None or (self.model, self._placed) != (name, placed):
+        wanted = self._chosen(name)
+        if self._session is None or (self.model, self._wanted) != (name, wanted):
             self.close()
+            placed = self._place(name, model)
             adapters = self._adapters
             options = {
                 "retry": self._retry, "lora_dir": adapters.folder, "lora_apply_mode": adapters.mode,
                 "embd_dir": adapters.words, **self._memory,
             }  # fmt: skip
             self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options, placed))
-            self.model, self._placed = name, placed
+            self.model, self._wanted = name, wanted
             self.devices = self._seat.devices(model) if placed is None else devices_of(chain(*placed.values()))
         self._used = time.monotonic()
         return self._session
@@ -473,6 +495,11 @@ def _check_size(settings: Settings) -> None:
         if pixels > most:
             what = "a picture" if field == "width" else "a film"
             raise InvalidValue(field, value, f"{what} can have {most >> 20} mebipixels, and {pixels >> 20} are wanted")
+
+
+def _for_a_plan(chosen: Chosen) -> set[str]:
+    """The components that somebody left to a plan."""
+    return {part for part, names in chosen.items() if names == (AUTO,)}
 
 
 def _tuples(value: Any) -> Any:

@@ -105,6 +105,16 @@ def div(e: Emitter, out: Out, a: Operand, b: Operand, *, rounding_mode: str | No
     return e.binary("DIV", value(e, a), value(e, b))
 
 
+@rule("addcmul")
+def addcmul(e: Emitter, out: Out, x: Value, a: Value, b: Value, *, value: Number = 1) -> Value:
+    return e.binary("ADD", x, e.scale(e.binary("MUL", a, b), value))
+
+
+@rule("addcdiv")
+def addcdiv(e: Emitter, out: Out, x: Value, a: Value, b: Value, *, value: Number = 1) -> Value:
+    return e.binary("ADD", x, e.scale(e.binary("DIV", a, b), value))
+
+
 @rule("reciprocal")
 def reciprocal(e: Emitter, out: Out, x: Value) -> Value:
     return e.binary("DIV", e.constant(np.ones(1, np.float32)), x)

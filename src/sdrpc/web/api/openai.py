@@ -24,6 +24,7 @@ from .described import (
     FILE,
     MAX_PICTURES,
     MAX_SEED,
+    MAX_SIDE,
     MAX_STEPS,
     Body,
     EventStream,
@@ -144,6 +145,8 @@ def fields_of(asked: Generation) -> tuple[str | None, dict[str, Any]]:
     said = {} if asked.n is None else {"batch_count": asked.n}
     if asked.size not in (None, "auto"):
         said["width"], said["height"] = (int(side) for side in str(asked.size).split("x"))
+        if max(said["width"], said["height"]) > MAX_SIDE:
+            raise InvalidValue("size", asked.size, f"a side can have {MAX_SIDE} pixels")
     return asked.model or model, {"seed": -1, **said, **native, **plain, "prompt": prompt}
 
 

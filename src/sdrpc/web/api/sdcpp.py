@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response
+from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from ...diffusion.films import has_videos
@@ -28,6 +29,9 @@ Here = Annotated[Context, Depends(context)]
 User = Annotated[str, Depends(user)]
 Id = Annotated[str, Path(min_length=1, max_length=64)]
 Index = Annotated[int, Path(ge=0, lt=1 << 16)]
+
+MAX_PREFERENCES = 16
+"""Places of one component, of which the first that has room is used."""
 
 NEWEST = 200
 """Jobs in a list."""
@@ -375,33 +379,36 @@ def devices(here: Here) -> list[Said]:
 
 
 class Placement(TypedDict):
-    """Component → its devices, in order of preference; ``chosen``: those components that somebody put there, the others
-    are where the command line says."""
+    """Component → its devices, in order of preference, each as sd-cli's ``--backend`` has it (``RPC0&RPC1``: its layers
+    one after the other, ``RPC0|RPC1``: side by side); ``auto``: a plan will say, when the model is next drawn with.
+    ``chosen``: what somebody put there, in these words; the others are where the command line says."""
 
     model: str
     components: dict[str, list[str]]
-    chosen: list[str]
+    chosen: dict[str, list[str]]
 
 
 class Placing(Body):
-    """Where to put components; those that are not named go where the command line says."""
+    """Where to put components, by the names that ``--backend`` knows (``te`` and ``all``, too), each as there, or
+    ``auto`` alone; those that are not named go where the command line says."""
 
     model: str | None = None
-    components: dict[str, list[str]]
+    components: dict[str, Annotated[list[str], Field(max_length=MAX_PREFERENCES)]]
 
 
 @router.get("/placement", responses=refusals())
 def placement(here: Here, model: str | None = None) -> Placement:
     """Where the components of a model are."""
     name, _ = here.shelf.find(model)
-    return {"model": name, "components": here.studio.placed(name), "chosen": list(here.devices.chosen(name))}
+    chosen = {part: list(names) for part, names in here.devices.chosen(name).items()}
+    return {"model": name, "components": here.studio.placed(name), "chosen": chosen}
 
 
 @router.put("/placement", responses=refusals())
 def place(asked: Placing, here: Here) -> Placement:
     """Put components of a model on other devices, from its next picture on."""
     name, opened = here.shelf.open(asked.model)
-    here.devices.choose(name, opened.components, asked.components)
+    here.devices.choose(name, list(opened.components), asked.components)
     here.board.ring()
     return placement(here, name)
 

@@ -378,6 +378,6 @@ async function begin() {
   form.elements.model.addEventListener("change", hints);
   hints();
   follow();
-  showDevices(() => form.elements.model.value, problem);
+  showDevices(() => form.elements.model.value);
 }
 begin().catch((error) => problem(error.message));

@@ -1,19 +1,20 @@
-// The devices: how full and how busy they are, and which part of a model goes where, by drag or by select.
+// The devices: how full and how busy they are, and which part of a model goes where: by drag, by select, or in words.
 import { $, API, get, send } from "./server.js";
 
 const SECONDS = 4;
 const gigabytes = (bytes) => (bytes / 2 ** 30).toFixed(1);
 let devices = [], placement = null, dragged = null;
 
-/** Shows them in the header, and in their dialog for the model that `chosen` names; `complain` is told what is refused. */
-export function showDevices(chosen, complain) {
+/** Shows them in the header, and in their dialog for the model that `chosen` names. */
+export function showDevices(chosen) {
   const look = async () => {
     try {
       devices = await get("/devices");
       $("devices").textContent = devices.map(inWords).join(" · ");
       if (!$("places").open || dragged) return;
       placement = await get(`/placement?model=${encodeURIComponent(chosen())}`);
-      show(complain);
+      const atIt = $("selects").contains(document.activeElement) && !$("usual").disabled;
+      if (!atIt) show(); // what somebody writes stays
     } catch { /* next time */ }
   };
   $("devices").addEventListener("click", () => {
@@ -21,7 +22,7 @@ export function showDevices(chosen, complain) {
     $("places").showModal();
     look();
   });
-  $("usual").addEventListener("click", () => place({}, complain));
+  $("usual").addEventListener("click", () => place({}));
   $("leave").addEventListener("click", () => $("places").close());
   look();
   setInterval(look, SECONDS * 1000);
@@ -30,40 +31,63 @@ export function showDevices(chosen, complain) {
 const inWords = ({ name, description, free, total, load }) =>
   `${name}: ${description}, ${total ? `${gigabytes(free)} of ${gigabytes(total)} GB free` : "gone"}${load ? `, ${Math.round(100 * load)} % busy` : ""}`;
 
-async function place(components, complain) {
+async function place(components) {
   try {
     placement = await send("PUT", `${API}/placement`, { model: placement.model, components });
-    show(complain);
+    $("misplaced").textContent = "";
   } catch (error) {
-    $("places").close();
-    complain(error.message);
+    $("misplaced").textContent = error.message;
   }
+  show();
 }
 
-/** What somebody chose, with `component` on `device`. */
-function moved(component, device) {
-  const kept = placement.chosen.map((each) => [each, placement.components[each].filter((name) => devices.some((one) => one.name === name))]);
-  return { ...Object.fromEntries(kept), [component]: [device] };
+/** What somebody chose, with `component` at `places`; without any it is where the server was started with. */
+function moved(component, places) {
+  const { [component]: _, ...others } = placement.chosen;
+  return places.length ? { ...others, [component]: places } : others;
 }
 
-function show(complain) {
+// What a drop with a key held down makes of where a component is.
+const add = (places, device, sign) => {
+  if (!sign || places.some((place) => place === "auto" || place.split(/[&|]/).includes(device))) return [device];
+  const last = places[places.length - 1];
+  return sign === "," ? [...places, device] : [...places.slice(0, -1), `${last}${sign}${device}`];
+};
+const signOf = (event) => (event.shiftKey ? "&" : event.ctrlKey || event.metaKey ? "|" : event.altKey ? "," : "");
+
+function show() {
   $("usual").disabled = false;
   $("placed").textContent = placement.model;
-  $("cards").replaceChildren(...devices.map((device) => card(device, complain)));
-  $("selects").replaceChildren(...Object.entries(placement.components).map(([component, names]) => {
-    const label = document.createElement("label");
-    const select = document.createElement("select");
-    const usual = names.join(", ");
-    const choices = devices.some((device) => device.name === usual) ? [] : [new Option(usual, "")];
-    select.append(...choices, ...devices.map(({ name }) => new Option(name, name)));
-    select.value = choices.length ? "" : usual;
-    select.addEventListener("change", () => { if (select.value) place(moved(component, select.value), complain); });
-    label.append(component, select);
-    return label;
-  }));
+  $("cards").replaceChildren(...devices.map((device) => card(device)));
+  const at = document.activeElement?.dataset.part;
+  $("selects").replaceChildren(...Object.entries(placement.components).map(([component, names]) => row(component, names)));
+  if (at) $("selects").querySelector(`[data-part="${at}"]`)?.focus();
 }
 
-function card(device, complain) {
+/** One component: a device to select, or words for several. */
+function row(component, names) {
+  const line = document.createElement("div");
+  line.className = "row";
+  const [label, select] = [document.createElement("label"), document.createElement("select")];
+  const [words, text] = [document.createElement("label"), document.createElement("input")];
+  const now = placement.chosen[component] ?? [];
+  const single = now.length === 1 && [...devices.map(({ name }) => name), "auto"].includes(now[0]) ? now[0] : "";
+  const usual = now.length && !single ? now.join(", ") : `as started${now.length ? "" : `: ${names.join(", ")}`}`;
+  select.append(new Option(usual, ""), ...devices.map(({ name }) => new Option(name, name)), new Option("auto: by a plan", "auto"));
+  select.value = single;
+  select.addEventListener("change", () => place(moved(component, select.value ? [select.value] : [])));
+  label.append(component, select);
+  text.value = (now.length ? now : names).join(", ");
+  text.spellcheck = false;
+  [select.dataset.part, text.dataset.part] = [component, `${component} in words`];
+  text.addEventListener("change", () =>
+    place(moved(component, text.value.split(",").map((name) => name.trim()).filter(Boolean))));
+  words.append(`${component}, in words`, text);
+  line.append(label, words);
+  return line;
+}
+
+function card(device) {
   const box = document.createElement("section");
   box.setAttribute("aria-label", device.name);
   const name = document.createElement("h3");
@@ -79,7 +103,7 @@ function card(device, complain) {
   box.addEventListener("dragleave", () => box.classList.remove("over"));
   box.addEventListener("drop", (event) => {
     event.preventDefault();
-    if (dragged) place(moved(dragged, device.name), complain);
+    if (dragged) place(moved(dragged, add(placement.components[dragged], device.name, signOf(event))));
     dragged = null;
   });
   return box;
