@@ -246,7 +246,7 @@ def _command(case: Case) -> Iterator[Row]:
         with watching(watched_client, watched_server, *([on_device] if on_device else [])):
             stages = client.wait().stages
         first = time.perf_counter() - start - stages["upload"] - stages["decode"] - stages["sample"]
-        lowered = [from_bytes(path.read_bytes()) for path in graphs.glob(f"*{SUFFIX}")]
+        lowered = [from_bytes(path.read_bytes()) for path in graphs.rglob(f"*{SUFFIX}")]
         start = time.perf_counter()
         short = SdCli(case.short(1), case.files.named, graphs, *options)
         stages = short.wait().stages

@@ -81,7 +81,7 @@ def run(setup: Setup) -> Iterator[Row]:
         watched_client, watched_server = Watched(client.process.pid), Watched(server.process.pid)
         with watching(watched_client, watched_server, *([on_device] if on_device else [])):
             client.wait()
-    lowered = [from_bytes(path.read_bytes()) for path in graphs.glob(f"*{SUFFIX}")]
+    lowered = [from_bytes(path.read_bytes()) for path in graphs.rglob(f"*{SUFFIX}")]
     weights = sum({(w.name, w.shape): w.leaf.nbytes for low in lowered for w in low.weights}.values())
     activations = max(place(low.graph, ALIGNMENT, 1).size for low in lowered)
     holds = f"weights {weights / GB:.2f} + activations {activations / GB:.2f}"

@@ -190,6 +190,8 @@ class Weights:
     def keep(self, source: Source, tensor: Tensor) -> CachedWeight:
         """``tensor`` was made of ``source``, and there is room for it."""
         with self._lock:
+            if elsewhere := self._found_elsewhere(source):  # known to be the same only since it was made
+                return elsewhere
             kept = CachedWeight(tensor, tensor.nbytes, self.runs, self._content(source))
             self._add(source, kept)
             self.used += kept.size

@@ -23,7 +23,7 @@ from hashlib import sha256
 from threading import Lock
 from typing import NamedTuple
 
-from ..content import FNV_START, PIECE, SMALLEST, fnv1a, joined, pieces
+from ..content import FNV_START, PIECE, fnv1a, joined, pieces
 from ..device import Buffer, Bytes, Frozen, Mark, ServedDevice
 from ..errors import DeviceError
 
@@ -112,10 +112,10 @@ class Live:
             return owned is not None and owned.size >= WORTH_ASKING
 
     def add(self, owner: str, held: Held) -> None:
-        """A client of ``owner`` has sent this, or has it otherwise. Small things, and more than can be remembered, are
-        nothing that others find."""
+        """A client of ``owner`` has sent this, or has it otherwise. More than can be remembered is nothing that others
+        find."""
         spot = held.spot
-        if spot.size < SMALLEST or held.mark.written:
+        if held.mark.written:
             return
         group, position = (owner, id(spot.device), spot.size), _position(spot)
         with self._lock:
@@ -140,6 +140,10 @@ class Live:
         looked_at = 0
         for held in self._likely(owner, wanted, target):
             spot = held.spot
+            if held.mark.written and held.frozen is None:  # nobody asks for what a graph has made
+                with self._lock:
+                    self._remove(_position(spot), held)
+                continue
             try:
                 with held.lock:
                     if wanted.met_by(held) is None and looked_at < MOST:
@@ -151,9 +155,6 @@ class Live:
             if found:
                 self.add(owner, self._here(owner, held, target))
                 return True
-            if held.mark.written and held.frozen is None:
-                with self._lock:
-                    self._remove(_position(spot), held)
         return False
 
     def _give_up(self) -> None:
