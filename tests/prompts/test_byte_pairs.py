@@ -101,7 +101,7 @@ def test_a_gguf_files_own_vocabulary() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"tokenizer.ggml.model": "llama"}, r"of a kind that sdrpc can't read \(llama, qwen2\)"),
+        ({"tokenizer.ggml.model": "bert"}, r"of a kind that sdrpc can't read \(bert, qwen2\)"),
         ({"tokenizer.ggml.pre": "deepseek-llm"}, r"\(gpt2, deepseek-llm\)"),
         ({"tokenizer.ggml.pre": ["qwen2"]}, "of a kind that sdrpc can't read"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "lacks tokens"),
