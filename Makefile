@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test lint docs ray fuzz interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
+.PHONY: setup test steady lint docs ray fuzz interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,10 @@ lint: setup
 
 test: setup
 	$(BIN)/pytest -n 2 $(AGAIN) -m 'not interop and not parity'
+
+# ROUNDS of the suite beside two processes that use all that they get: what failed, and how often.
+steady: setup
+	$(BIN)/python -m tools.steady $(or $(ROUNDS),10)
 
 docs: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

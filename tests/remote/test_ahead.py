@@ -40,31 +40,26 @@ def server() -> Iterator[ServerProcess]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return Cache(tmp_path_factory.mktemp("graphs"))
-
-
-def here(tiny: Path, graphs: Cache, sampler: str) -> NDArray[np.uint8]:
+def here(tiny: Path, cache: Cache, sampler: str) -> NDArray[np.uint8]:
     """The picture with numpy's arithmetic, on a device of this process."""
     device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
-    with Session.open(tiny, device, graphs) as session:
+    with Session.open(tiny, device, cache) as session:
         (picture,) = session.generate(request(sampler))
     device.close()
     return picture.image
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpm++2m", "heun"])
-def test_the_picture_is_the_same(sampler: str, server: ServerProcess, tiny: Path, graphs: Cache) -> None:
+def test_the_picture_is_the_same(sampler: str, server: ServerProcess, tiny: Path, cache: Cache) -> None:
     events: list[Event] = []
     with Trouble(server.port) as trouble:
         (device,) = connect([trouble.endpoint])
         assert device.queues
-        with Session.open(tiny, device, graphs) as session:
+        with Session.open(tiny, device, cache) as session:
             (picture,) = session.generate(request(sampler), events.append)
         device.close()
         requests = trouble.requests
-    np.testing.assert_array_equal(picture.image, here(tiny, graphs, sampler))
+    np.testing.assert_array_equal(picture.image, here(tiny, cache, sampler))
     assert [event.done for event in events if event.stage == "sample"] == list(range(STEPS + 1))
     assert requests.count("GRAPH_RECOMPUTE") >= STEPS - 1, "the model's graph is sent once, whatever runs in between"
     sampling = requests[requests.index("GRAPH_RECOMPUTE") :]
@@ -73,7 +68,7 @@ def test_the_picture_is_the_same(sampler: str, server: ServerProcess, tiny: Path
     )
 
 
-def test_a_server_that_dies_costs_a_new_beginning(server: ServerProcess, tiny: Path, graphs: Cache) -> None:
+def test_a_server_that_dies_costs_a_new_beginning(server: ServerProcess, tiny: Path, cache: Cache) -> None:
     events: list[Event] = []
 
     def cut(passage: Passage) -> None:
@@ -81,24 +76,24 @@ def test_a_server_that_dies_costs_a_new_beginning(server: ServerProcess, tiny: P
 
     with Trouble(server.port) as trouble:
         (device,) = connect([trouble.endpoint])
-        with Session.open(tiny, device, graphs) as session:
+        with Session.open(tiny, device, cache) as session:
             list(session.generate(request("euler_a")))
         device.close()
         at = [i for i, name in enumerate(trouble.requests) if name == "GRAPH_RECOMPUTE"][-1]
     with Trouble(server.port, at, cut) as trouble:
         (device,) = connect([trouble.endpoint])
-        with Session.open(tiny, device, graphs) as session:
+        with Session.open(tiny, device, cache) as session:
             (picture,) = session.generate(request("euler_a"), events.append)
         device.close()
         assert trouble.connections == 2
-    np.testing.assert_array_equal(picture.image, here(tiny, graphs, "euler_a"))
+    np.testing.assert_array_equal(picture.image, here(tiny, cache, "euler_a"))
     assert [event.done for event in events if event.stage == "sample"] == list(range(STEPS + 1)), "none is told twice"
 
 
-def test_cancelling_ends_within_two_steps(server: ServerProcess, tiny: Path, graphs: Cache) -> None:
+def test_cancelling_ends_within_two_steps(server: ServerProcess, tiny: Path, cache: Cache) -> None:
     done: list[int] = []
     (device,) = connect([f"127.0.0.1:{server.port}"])
-    with Session.open(tiny, device, graphs) as session:
+    with Session.open(tiny, device, cache) as session:
         drawing = session.generate(
             Request("a cat", width=64, height=64, steps=200, sampling_method="euler"),
             lambda event: done.append(event.done) if event.stage == "sample" else None,
@@ -111,4 +106,4 @@ def test_cancelling_ends_within_two_steps(server: ServerProcess, tiny: Path, gra
         (picture,) = session.generate(request("euler"))
         assert len(done) == told, "nobody hears of the cancelled picture's steps any more"
     device.close()
-    np.testing.assert_array_equal(picture.image, here(tiny, graphs, "euler"))
+    np.testing.assert_array_equal(picture.image, here(tiny, cache, "euler"))

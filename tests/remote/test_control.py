@@ -25,7 +25,6 @@ from sdrpc.diffusion.session import Session
 from sdrpc.errors import CheckpointError, InvalidValue
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS, HEIGHT, STEPS, WIDTH, Case, Checkpoints, drawing, request
-from tests.support.process import ServerProcess
 from tests.support.references.draw import Control, draw, psnr
 from tools.checkpoints import names
 
@@ -39,21 +38,10 @@ SD1, SDXL = Case("sd1", "safetensors"), Case("sdxl", "gguf", "Q8_0")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return Cache(tmp_path_factory.mktemp("graphs"))
-
-
-@pytest.fixture(scope="module")
-def wires() -> Iterator[tuple[list[CountingProxy], list[Device]]]:
+def wires(ports: list[int]) -> Iterator[tuple[list[CountingProxy], list[Device]]]:
     """The devices of two servers, each behind a proxy that counts."""
     with ExitStack() as stack:
-        servers = [stack.enter_context(ServerProcess("--precision", "exact", "--device", "CPU")) for _ in "ab"]
-        proxies = [stack.enter_context(CountingProxy(server.port)) for server in servers]
+        proxies = [stack.enter_context(CountingProxy(port)) for port in ports]
         found = sdrpc.devices(rpc=[f"127.0.0.1:{proxy.port}" for proxy in proxies])
         for device in found.values():
             stack.callback(device.close)
@@ -108,7 +96,7 @@ def test_a_picture_with_a_controlnet_is_that_of_diffusers(
     original: bool,
     checkpoints: Checkpoints,
     wires: tuple[list[CountingProxy], list[Device]],
-    graphs: Cache,
+    cache: Cache,
     tmp_path: Path,
 ) -> None:
     pipeline = checkpoints.made(case).pipeline()
@@ -117,7 +105,7 @@ def test_a_picture_with_a_controlnet_is_that_of_diffusers(
     wanted = draw(pipeline, replace(drawing(case), control=Control(control, shown, STRENGTH))).pixels
     files = replace(checkpoints.files(case), control_net=stored(control, tmp_path / "control.safetensors", original))
     (_, proxy), (one, other) = wires
-    with Session.open(files, {"control": other, "all": one}, graphs) as session:
+    with Session.open(files, {"control": other, "all": one}, cache) as session:
         events: list[Event] = []
         before = proxy.received
         (picture,) = session.generate(asked(case), events.append)

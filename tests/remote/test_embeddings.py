@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import sdrpc
 from sdrpc.device import Device
 from sdrpc.diffusion.embeddings import Embeddings
 from sdrpc.diffusion.session import Session
@@ -21,25 +19,11 @@ from sdrpc.prompts import END_ID, clip_chunks, clip_tokenizer
 from sdrpc.prompts.learned import FIRST
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS, Case, Checkpoints, drawing, request
-from tests.support.process import ServerProcess
 from tests.support.references.draw import draw, psnr
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' scheduler with numpy 2
 
 SD1, SDXL = Case("sd1", "safetensors"), Case("sdxl", "safetensors")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
-    with ServerProcess("--precision", "exact", "--device", "CPU") as server:
-        found = sdrpc.devices(rpc=f"127.0.0.1:{server.port}")["RPC0"]
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +56,7 @@ def taught(pipeline: Any, words: dict[str, dict[str, torch.Tensor]]) -> dict[str
 
 @pytest.mark.parametrize("case", [SD1, SDXL], ids=str)
 def test_a_picture_with_learnt_words_is_that_of_diffusers(
-    case: Case, checkpoints: Checkpoints, device: Device, tmp_path: Path
+    case: Case, checkpoints: Checkpoints, device: Device, tmp_path: Path, cache: Cache
 ) -> None:
     pipeline = checkpoints.made(case).pipeline()
     folders = {"clip_l": "text_encoder"} | ({"clip_g": "text_encoder_2"} if case is SDXL else {})
@@ -82,7 +66,7 @@ def test_a_picture_with_learnt_words_is_that_of_diffusers(
     spelled = taught(pipeline, {"style": {folders[name]: table for name, table in styles.items()}})
     wanted = draw(pipeline, replace(drawing(case), prompt=f"a cat in {spelled['style']} colours")).pixels
     asked = replace(request(case), prompt="a cat in my-style colours")
-    with Session.open(checkpoints.files(case), device, Cache(tmp_path / "graphs"), embd_dir=tmp_path) as session:
+    with Session.open(checkpoints.files(case), device, cache, embd_dir=tmp_path) as session:
         (picture,) = session.generate(asked)
         (other,) = session.generate(replace(asked, prompt="a cat in embedding:My-Style colours"))
         (without,) = session.generate(replace(asked, prompt="a cat in plain colours"))

@@ -28,16 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
-
-
-@pytest.fixture(scope="module")
 def devices() -> Iterator[dict[str, list[Device]]]:
     """By precision, the devices of two servers."""
     with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
-import sdrpc
 from sdrpc.device import Device
 from sdrpc.diffusion.predictions import prediction
 from sdrpc.diffusion.request import Request
@@ -22,19 +20,10 @@ from sdrpc.errors import InvalidValue
 from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS
-from tests.support.process import ServerProcess
 from tests.support.references.draw import Drawing, draw, psnr
 from tools.checkpoints import Made, make
 
 SIDE, FRAMES, STEPS = 64, 5, 3
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
-    with ServerProcess("--precision", "exact", "--device", "CPU") as server:
-        opened = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}"])
-        yield opened["RPC0"]
-        opened["RPC0"].close()
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,6 @@ from tests.support.references.draw import psnr
 CASE = Case("flux1-dev", "parts", "bnb-nf4")
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("formats"))
-
-
 @pytest.fixture(params=[True, False], ids=["ours", "another"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """Behind a server that has our types, or one of before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -37,25 +36,6 @@ INPAINTING = (Case("sd1-inpaint", "safetensors"), Case("flux1-fill", "parts"))
 MASKED = (*(Case("sd1", form) for form in ("safetensors", "gguf", "parts")), Case("sdxl", "parts"))
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return Cache(tmp_path_factory.mktemp("graphs"))
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
-    with ServerProcess("--precision", "exact", "--device", "CPU") as server:
-        found = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}"])
-        yield found["RPC0"]
-        for each in found.values():
-            each.close()
-
-
 def scene() -> NDArray[np.uint8]:
     """Pixels (height, width, 3) with something coarse and something fine."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
@@ -71,17 +51,17 @@ def square() -> NDArray[np.uint8]:
     return mask
 
 
-def drawn(checkpoints: Checkpoints, case: Case, device: Device, graphs: Cache, asked: Request) -> NDArray[np.uint8]:
-    with Session.open(checkpoints.files(case), device, graphs) as session:
+def drawn(checkpoints: Checkpoints, case: Case, device: Device, cache: Cache, asked: Request) -> NDArray[np.uint8]:
+    with Session.open(checkpoints.files(case), device, cache) as session:
         (picture,) = session.generate(asked)
     return picture.image
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_picture_begun_with_another_is_that_of_diffusers(
-    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+    case: Case, checkpoints: Checkpoints, device: Device, cache: Cache
 ) -> None:
-    picture = drawn(checkpoints, case, device, graphs, replace(request(case), init_image=scene(), strength=STRENGTH))
+    picture = drawn(checkpoints, case, device, cache, replace(request(case), init_image=scene(), strength=STRENGTH))
     begun = replace(drawing(case), image=Image.fromarray(scene()), left_out=steps_left_out(STRENGTH, STEPS))
     assert begun.left_out == 1
     wanted = draw(checkpoints.made(case).pipeline(), begun).pixels
@@ -90,10 +70,10 @@ def test_a_picture_begun_with_another_is_that_of_diffusers(
 
 @pytest.mark.parametrize("case", [*MASKED], ids=str)
 def test_what_a_mask_leaves_stays_as_in_diffusers(
-    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+    case: Case, checkpoints: Checkpoints, device: Device, cache: Cache
 ) -> None:
     asked = replace(request(case), init_image=scene(), mask=square(), strength=STRENGTH)
-    picture = drawn(checkpoints, case, device, graphs, asked)
+    picture = drawn(checkpoints, case, device, cache, asked)
     begun = replace(
         drawing(case), image=Image.fromarray(scene()), mask=Image.fromarray(square()),
         left_out=steps_left_out(STRENGTH, STEPS),
@@ -104,34 +84,34 @@ def test_what_a_mask_leaves_stays_as_in_diffusers(
 
 @pytest.mark.parametrize("case", [Case("flux1-dev", "parts"), Case("flux2-klein-4b", "parts")], ids=str)
 def test_a_reference_is_seen_as_in_diffusers(
-    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+    case: Case, checkpoints: Checkpoints, device: Device, cache: Cache
 ) -> None:
     """FLUX.1 Kontext has the tensors of dev."""
-    picture = drawn(checkpoints, case, device, graphs, replace(request(case), ref_images=(scene(),)))
+    picture = drawn(checkpoints, case, device, cache, replace(request(case), ref_images=(scene(),)))
     wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), shown=(Image.fromarray(scene()),))).pixels
     near = psnr(picture, wanted)
     assert near >= BOUNDS["exact"]
     assert psnr(picture, checkpoints.wanted(case)) < near - 5, "it makes a difference"
 
 
-def test_several_references_are_seen(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+def test_several_references_are_seen(checkpoints: Checkpoints, device: Device, cache: Cache) -> None:
     """In sizes of their own; other families refuse them."""
     case = Case("flux1-dev", "parts")
     shown = replace(request(case), steps=1, ref_images=(scene(), scene()[:, :32]))
-    both = drawn(checkpoints, case, device, graphs, shown)
-    one = drawn(checkpoints, case, device, graphs, replace(shown, ref_images=shown.ref_images[:1]))
+    both = drawn(checkpoints, case, device, cache, shown)
+    one = drawn(checkpoints, case, device, cache, replace(shown, ref_images=shown.ref_images[:1]))
     assert not np.array_equal(both, one)
     with pytest.raises(InvalidValue, match=r"ref_images 1: Stable Diffusion 1\.x draws without reference pictures"):
-        drawn(checkpoints, CASES[0], device, graphs, replace(request(CASES[0]), ref_images=(scene(),)))
+        drawn(checkpoints, CASES[0], device, cache, replace(request(CASES[0]), ref_images=(scene(),)))
 
 
 @pytest.mark.parametrize("case", INPAINTING, ids=str)
 def test_inpainting_models_see_what_is_around_a_mask(
-    case: Case, checkpoints: Checkpoints, device: Device, graphs: Cache
+    case: Case, checkpoints: Checkpoints, device: Device, cache: Cache
 ) -> None:
     """Guided as diffusers guides: with the picture beside the negative prompt as well."""
     asked = replace(request(case), init_image=scene(), mask=square(), strength=STRENGTH, img_cfg_scale=1.0)
-    picture = drawn(checkpoints, case, device, graphs, asked)
+    picture = drawn(checkpoints, case, device, cache, asked)
     plain = drawing(case)
     rng = make_rng(asked.rng, asked.seed)
     _, second = (rng.normal(plain.noise.size).reshape(plain.noise.shape) for _ in range(2))
@@ -143,42 +123,42 @@ def test_inpainting_models_see_what_is_around_a_mask(
     assert psnr(picture, wanted) >= BOUNDS["exact"]
 
 
-def test_what_is_around_a_mask_is_guided_on_its_own(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+def test_what_is_around_a_mask_is_guided_on_its_own(checkpoints: Checkpoints, device: Device, cache: Cache) -> None:
     """Three evaluations a step, which become two where the scales are equal or it is 1."""
     case = INPAINTING[0]
     asked = replace(request(case), steps=1, cfg_scale=3.0, init_image=scene(), mask=square(), strength=1.0)
     pictures = {}
     for scale in (None, 3.0, 2.999, 1.0, 1.001):
-        pictures[scale] = drawn(checkpoints, case, device, graphs, replace(asked, img_cfg_scale=scale)).astype(int)
+        pictures[scale] = drawn(checkpoints, case, device, cache, replace(asked, img_cfg_scale=scale)).astype(int)
     np.testing.assert_array_equal(pictures[None], pictures[3.0])
     assert np.abs(pictures[3.0] - pictures[2.999]).max() <= 1
     assert np.abs(pictures[1.0] - pictures[1.001]).max() <= 1
     assert np.abs(pictures[1.0] - pictures[3.0]).max() > 3
     with pytest.raises(InvalidValue, match=r"img_cfg_scale 2: .* inpainting model"):
-        drawn(checkpoints, CASES[0], device, graphs, replace(request(CASES[0]), img_cfg_scale=2))
+        drawn(checkpoints, CASES[0], device, cache, replace(request(CASES[0]), img_cfg_scale=2))
 
 
-def test_skipped_layers_guide_as_in_diffusers(checkpoints: Checkpoints, device: Device, graphs: Cache) -> None:
+def test_skipped_layers_guide_as_in_diffusers(checkpoints: Checkpoints, device: Device, cache: Cache) -> None:
     """The shares are of steps in diffusers, of one more in stable-diffusion.cpp: both mean the second step."""
     case = Case("sd3", "safetensors")
     asked = replace(request(case), slg_scale=3.0, skip_layers=(1,), skip_layer_start=0.3, skip_layer_end=0.75)
-    picture = drawn(checkpoints, case, device, graphs, asked)
+    picture = drawn(checkpoints, case, device, cache, asked)
     wanted = draw(checkpoints.made(case).pipeline(), replace(drawing(case), skip=(3.0, (1,), 0.3, 0.6))).pixels
     assert psnr(picture, wanted) >= BOUNDS["exact"]
     assert psnr(picture, checkpoints.wanted(case)) < BOUNDS["exact"] - 10
     for refused, given in ((case, {"skip_layers": (3,)}), (CASES[0], {})):
         with pytest.raises(InvalidValue, match=r"skip_layers 3|slg_scale"):
-            drawn(checkpoints, refused, device, graphs, replace(asked, **given))
+            drawn(checkpoints, refused, device, cache, replace(asked, **given))
 
 
-def test_a_server_with_little_memory_decodes_in_tiles(graphs: Cache) -> None:
+def test_a_server_with_little_memory_decodes_in_tiles(cache: Cache) -> None:
     """It refuses the whole, and closes the connection, as it does with what it can't do."""
     latents = np.random.default_rng(1).normal(size=(1, 4, 40, 40)).astype(np.float32)
     pictures = []
     for limit, tiling in (("4G", Tiling(16, 16)), ("260M", Tiling(32, 32))):
         with ServerProcess("--precision", "exact", "--device", "CPU", "--max-memory-per-client", limit) as server:
             found = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}"])
-            with Session.open(models.named("demo"), found["RPC0"], graphs) as session:
+            with Session.open(models.named("demo"), found["RPC0"], cache) as session:
                 pictures.append(session._vae.decode(latents, tiling, always=limit == "4G"))
             for each in found.values():
                 each.close()

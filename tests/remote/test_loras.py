@@ -24,7 +24,6 @@ from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS, Case, Checkpoints, drawing, request
-from tests.support.process import ServerProcess
 from tests.support.references.draw import draw, psnr
 
 pytestmark = [
@@ -96,19 +95,9 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return Cache(tmp_path_factory.mktemp("graphs"))
-
-
-@pytest.fixture(scope="module")
-def wire() -> Iterator[tuple[CountingProxy, Device]]:
+def wire(ports: list[int]) -> Iterator[tuple[CountingProxy, Device]]:
     """A server's device behind a proxy that counts."""
-    with ServerProcess("--precision", "exact", "--device", "CPU") as server, CountingProxy(server.port) as proxy:
+    with CountingProxy(ports[0]) as proxy:
         device = sdrpc.devices(rpc=f"127.0.0.1:{proxy.port}")["RPC0"]
         yield proxy, device
         device.close()
@@ -143,7 +132,7 @@ def _merge(
 
 @pytest.mark.parametrize("trained", CASES, ids=str)
 def test_a_picture_with_loras_is_that_of_diffusers(
-    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
 ) -> None:
     """Two at once; the weights, quantized ones too, are those of the picture without, which comes back after it."""
     case, (_, device) = trained.case, wire
@@ -154,7 +143,7 @@ def test_a_picture_with_loras_is_that_of_diffusers(
     wanted = theirs(pipeline, trained, [(named[name.partition(".")[0]], strength) for name, strength in loras])
     plain = checkpoints.wanted(case)
     events: list[Event] = []
-    with Session.open(checkpoints.files(case), device, graphs, lora_dir=tmp_path) as session:
+    with Session.open(checkpoints.files(case), device, cache, lora_dir=tmp_path) as session:
         (without,) = session.generate(request(case))
         (picture,) = session.generate(replace(request(case), loras=loras), events.append)
         (again,) = session.generate(request(case), events.append)
@@ -167,7 +156,7 @@ def test_a_picture_with_loras_is_that_of_diffusers(
 
 
 def test_what_changes_is_what_is_sent(
-    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
 ) -> None:
     """Another strength: some bytes; another LoRA: its bytes; none: nothing. Never the model, nor other graphs than for
     another text."""
@@ -184,7 +173,7 @@ def test_what_changes_is_what_is_sent(
         list(session.generate(replace(asked, prompt=asked.prompt + tag), events.append))
         return proxy.sent - before, sum(event.total for event in events if event.stage == "upload" and event.over)
 
-    with Session.open(checkpoints.files(trained.case), device, graphs, lora_dir=tmp_path) as session:
+    with Session.open(checkpoints.files(trained.case), device, cache, lora_dir=tmp_path) as session:
         first, weights = sent(session, "<lora:one:0.8>")
         assert first > weights > 10 * size
         usual, uploaded = sent(session, " or so<lora:one:0.8>")
@@ -202,7 +191,7 @@ def test_what_changes_is_what_is_sent(
 
 @pytest.mark.parametrize("trained", CASES[:2], ids=str)
 def test_merged_into_the_weights(
-    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], graphs: Cache, tmp_path: Path
+    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
 ) -> None:
     """immediately: what changes is sent again. Weights in F16 are rounded once more; blocks that nothing here writes
     are unpacked to F16 before."""
@@ -212,7 +201,7 @@ def test_merged_into_the_weights(
     wanted = theirs(pipeline, trained, [(path, STRENGTH)])
     asked = request(trained.case)
     options: Any = {"lora_dir": tmp_path, "lora_apply_mode": "immediately"}
-    with Session.open(checkpoints.files(trained.case), device, graphs, **options) as session:
+    with Session.open(checkpoints.files(trained.case), device, cache, **options) as session:
         (without,) = session.generate(asked)
         (picture,) = session.generate(replace(asked, prompt=f"{asked.prompt}<lora:one:{STRENGTH}>"))
         (again,) = session.generate(asked)

@@ -31,32 +31,27 @@ def server() -> Iterator[Restartable]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return Cache(tmp_path_factory.mktemp("graphs"))
-
-
 def draw(
     endpoint: str,
     tiny: Path,
-    graphs: Cache,
+    cache: Cache,
     request: Request = REQUEST,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> Pictures:
     (device,) = connect([endpoint], timeouts)
     try:
-        with Session.open(tiny, device, graphs) as session:
+        with Session.open(tiny, device, cache) as session:
             return [picture.image for picture in session.generate(request, on_event)]
     finally:
         device.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: Restartable, tiny: Path, graphs: Cache) -> tuple[Pictures, list[str]]:
+def undisturbed(server: Restartable, tiny: Path, cache: Cache) -> tuple[Pictures, list[str]]:
     """The picture, and the requests that it takes."""
     with Trouble(server.port) as trouble:
-        return draw(trouble.endpoint, tiny, graphs), trouble.requests
+        return draw(trouble.endpoint, tiny, cache), trouble.requests
 
 
 def points(requests: list[str]) -> dict[str, int]:
@@ -125,7 +120,7 @@ def test_the_picture_is_the_same(
     server: Restartable,
     undisturbed: tuple[Pictures, list[str]],
     tiny: Path,
-    graphs: Cache,
+    cache: Cache,
 ) -> None:
     pictures, requests = undisturbed
     at = points(requests)
@@ -139,7 +134,7 @@ def test_the_picture_is_the_same(
 
     timeouts = IMPATIENT if fault is stall else DEFAULT_TIMEOUTS
     with Trouble(server.port, at[phase], happens) as trouble:
-        drawn = draw(trouble.endpoint, tiny, graphs, timeouts=timeouts, on_event=events.append)
+        drawn = draw(trouble.endpoint, tiny, cache, timeouts=timeouts, on_event=events.append)
     assert happened
     np.testing.assert_array_equal(drawn, pictures)
     steps = [(event.done, event.total) for event in events if event.stage == "sample"]
@@ -154,13 +149,13 @@ def test_the_picture_is_the_same(
 
 
 def test_a_server_that_stands_still_for_half_a_minute(
-    server: Restartable, undisturbed: tuple[Pictures, list[str]], tiny: Path, graphs: Cache
+    server: Restartable, undisturbed: tuple[Pictures, list[str]], tiny: Path, cache: Cache
 ) -> None:
     """In the middle of a step, as a machine does whose lid was closed: the user is told, then it goes on."""
     pictures, requests = undisturbed
     events: list[Event] = []
     with Trouble(server.port, points(requests)["a later step"], lambda _: server.sleep(30.0)) as trouble:
-        drawn = draw(trouble.endpoint, tiny, graphs, on_event=events.append)
+        drawn = draw(trouble.endpoint, tiny, cache, on_event=events.append)
     np.testing.assert_array_equal(drawn, pictures)
     assert trouble.connections == 1
     waiting = [event.seconds for event in events if event.stage == "waiting"]

@@ -33,11 +33,6 @@ SD_CLI = (sys.executable, "-m", "sdrpc", "sd-cli")
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
-
-
-@pytest.fixture(scope="module")
 def server() -> Iterator[Restartable]:
     with Restartable("--precision", "exact") as server:
         yield server

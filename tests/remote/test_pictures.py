@@ -60,11 +60,6 @@ class Servers(NamedTuple):
     graphs: Path
 
 
-@pytest.fixture(scope="session")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
-
-
 @pytest.fixture(scope="session", params=["exact", "fast"])
 def servers(request: pytest.FixtureRequest, graphs: Path) -> Iterator[Servers]:
     options = ("--precision", request.param, "--device", "CPU")

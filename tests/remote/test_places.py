@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,30 +25,11 @@ from sdrpc.families.model import open_model
 from sdrpc.runtime.cache import Cache
 from sdrpc.runtime.chain import Chain, Lanes, Placed
 from tests.support.pictures import Case, Checkpoints, request
-from tests.support.process import ServerProcess
 from tests.support.trouble import Restartable
 
 SD_CLI = (sys.executable, "-m", "sdrpc", "sd-cli")
 REQUEST = sdrpc.Request("a cat", "a dog", width=64, height=64, steps=2, sampling_method="euler_a", batch_count=2)
 FAMILIES = ("sd1", "sdxl", "flux1-dev", "z-image")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("graphs")
-
-
-@pytest.fixture(scope="module")
-def ports() -> Iterator[list[int]]:
-    """Of two servers in exact precision."""
-    with ExitStack() as stack:
-        options = ("--precision", "exact", "--device", "CPU")
-        yield [stack.enter_context(ServerProcess(*options)).port for _ in "ab"]
 
 
 @pytest.fixture(scope="module")

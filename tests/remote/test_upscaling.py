@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import sdrpc
 from sdrpc.cli import report
 from sdrpc.device import Device
 from sdrpc.diffusion import upscaling
 from sdrpc.diffusion.pictures import Pixels
 from sdrpc.diffusion.upscaling import Upscaler
 from sdrpc.errors import CheckpointError, InvalidValue, UsageError
-from tests.support.process import ServerProcess
 from tests.support.references.draw import psnr
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries that spandrel has copies of
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--precision", "exact", "--device", "CPU") as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def device(server: ServerProcess) -> Iterator[Device]:
-    found = sdrpc.devices(rpc=[f"127.0.0.1:{server.port}"])
-    yield found["RPC0"]
-    for each in found.values():
-        each.close()
 
 
 def esrgan(scale: int = 2) -> Any:
@@ -119,13 +102,13 @@ def test_without_spandrel_it_is_said_how_to_get_it(file: Path, device: Device, m
 
 
 def test_sd_cli_enlarges_on_the_device_that_it_is_told(
-    file: Path, network: Any, server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, network: Any, ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sdrpc.cli.sd_cli import COMMAND, run
 
     image, path = tmp_path / "in.png", tmp_path / "new" / "out.png"
     Image.fromarray(scene(32, 32)).save(image)
-    options = ["--rpc", f"127.0.0.1:{server.port}", "--backend", "upscaler=RPC0", "--upscale-model", str(file)]
+    options = ["--rpc", f"127.0.0.1:{ports[0]}", "--backend", "upscaler=RPC0", "--upscale-model", str(file)]
     assert run(["-M", "upscale", "-i", str(image), *options, "-o", str(path)]) == 0
     assert psnr(np.asarray(Image.open(path)), in_process(network, scene(32, 32))) >= 45
     assert "ESRGAN on RPC0: 32×32 becomes 64×64" in capsys.readouterr().err

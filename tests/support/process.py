@@ -1,38 +1,32 @@
-"""Real rpc-server processes."""
+"""Real server processes."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 START_SECONDS = 240.0
 
+P = TypeVar("P", bound="Listening")
 
-class ServerProcess:
-    """``rpc-server`` on a free port; as a context manager it is killed at the end. ``lines`` is what it printed.
 
-    It knows nothing of the clients of other servers, unless they share ``state``, a folder."""
+class Listening:
+    """A process that says at which port it listens, in a line that matches ``says``; as a context manager it is killed
+    at the end. ``lines`` is what it printed."""
 
-    def __init__(
-        self,
-        *options: str,
-        python: Sequence[str] = (sys.executable, "-m", "sdrpc.server"),
-        state: Path | None = None,
-    ) -> None:
-        self._own = tempfile.TemporaryDirectory()
+    def __init__(self, words: Sequence[str], says: str, env: Mapping[str, str] | None = None) -> None:
+        self._says = says
         self.process = subprocess.Popen(
-            [*python, "--port", "0", "--threads", "1", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"SDRPC_STATE": str(state or self._own.name)},
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {})
         )
         self.lines: list[str] = []
         self._port: int | None = None
@@ -43,7 +37,7 @@ class ServerProcess:
     @property
     def port(self) -> int:
         if not self._listening.wait(START_SECONDS) or self._port is None:
-            raise AssertionError("rpc-server did not start:\n" + "".join(self.lines))
+            raise AssertionError(f"{self.process.args} did not start:\n{self.output}")
         return self._port
 
     @property
@@ -56,7 +50,12 @@ class ServerProcess:
         self._reader.join(seconds)
         return status
 
-    def __enter__(self) -> ServerProcess:
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Its exit status after a signal."""
+        self.process.send_signal(number)
+        return self.wait(60)
+
+    def __enter__(self: P) -> P:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -65,13 +64,31 @@ class ServerProcess:
         self._reader.join()
         assert self.process.stdout is not None
         self.process.stdout.close()
-        self._own.cleanup()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
-            if match := re.search(r"endpoint\s*:\s*\S+:(\d+)\s*$", line):
+            if match := re.search(self._says, line):
                 self._port = int(match[1])
                 self._listening.set()
         self._listening.set()
+
+
+class ServerProcess(Listening):
+    """``rpc-server`` on a free port. It knows nothing of the clients of other servers, unless they share ``state``, a
+    folder."""
+
+    def __init__(
+        self,
+        *options: str,
+        python: Sequence[str] = (sys.executable, "-m", "sdrpc.server"),
+        state: Path | None = None,
+    ) -> None:
+        self._own = tempfile.TemporaryDirectory()
+        words = [*python, "--port", "0", "--threads", "1", *options]
+        super().__init__(words, r"endpoint\s*:\s*\S+:(\d+)\s*$", {"SDRPC_STATE": str(state or self._own.name)})
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)
+        self._own.cleanup()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import signal
-import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-START_SECONDS = 120.0
+from tests.support.process import Listening
+
 DRAW_SECONDS = 240.0
 
 SMALL: dict[str, Any] = {
@@ -40,37 +37,12 @@ class Answer(NamedTuple):
         return str(self.json()["error"]["message"])
 
 
-class WebServer:
-    """``sd-server`` on a free port; as a context manager it is killed at the end."""
+class WebServer(Listening):
+    """``sd-server`` on a free port."""
 
     def __init__(self, data: Path, *options: str) -> None:
-        words = [
-            sys.executable,
-            "-m",
-            "sdrpc",
-            "sd-server",
-            "--listen-port",
-            "0",
-            "-t",
-            "1",
-            "--precision",
-            "exact",
-            "--data",
-            str(data),
-            *options,
-        ]
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.lines: list[str] = []
-        self._port: int | None = None
-        self._listening = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    @property
-    def port(self) -> int:
-        if not self._listening.wait(START_SECONDS) or self._port is None:
-            raise AssertionError("sd-server did not start:\n" + "".join(self.lines))
-        return self._port
+        usual = ("--listen-port", "0", "-t", "1", "--precision", "exact", "--data", str(data))
+        super().__init__([sys.executable, "-m", "sdrpc", "sd-server", *usual, *options], r"^https?://\S+:(\d+)\b")
 
     @property
     def url(self) -> str:
@@ -118,28 +90,3 @@ class WebServer:
         while not any(words in line for line in list(self.lines)):
             assert time.monotonic() < end, self.lines
             time.sleep(0.05)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        status = self.process.wait(60)
-        self._reader.join(60)
-        return status
-
-    def __enter__(self) -> WebServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if match := re.match(r"https?://\S+:(\d+)\b", line):
-                self._port = int(match[1])
-                self._listening.set()
-        self._listening.set()
