@@ -1,8 +1,8 @@
 """Fifty people at one sd-server: what its queue takes of a picture, beside the time in which it is drawn.
 
-The queue's own time is that of the request until it is accepted, that between the end of the picture before, when the
-seat is free, and the beginning of this one, and that from its end until the user has it. Waiting while others'
-pictures are drawn is none of it.
+The queue's own time is that from a request being sent until it is accepted, that between the end of the picture
+before, when the seat is free, and the beginning of this one, and that from its end until the user has it. Waiting while
+others' pictures are drawn is none of it.
 """
 
 from __future__ import annotations

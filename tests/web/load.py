@@ -1,15 +1,19 @@
-"""Many users at one sd-server: each asks for one picture after the other and follows its events until it is there."""
+"""Many users at one sd-server: each asks for one picture after the other and follows its events until it is there.
+
+They are one thread that sends bytes which were made before and notes when bytes came; nothing is read of them before
+all is over, so that what is measured is the server's time and not that of fifty programs on its processors.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import http.client
 import json
+import re
 import sqlite3
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +22,12 @@ from PIL import Image
 
 from tests.web.process import DRAW_SECONDS, WebServer
 
+HOST = "127.0.0.1"
+
 
 class Seen(NamedTuple):
-    """What a user saw of a job: times in seconds since the epoch, before it was asked for, when it was accepted, and
-    when its picture was there."""
+    """What a user saw of a job: times in seconds since the epoch, when the last byte of the request was sent, when it
+    was accepted, and when its picture was there."""
 
     id: str
     seed: int
@@ -31,48 +37,82 @@ class Seen(NamedTuple):
     picture: bytes
 
 
-def crowd(server: WebServer, users: int, requests: int, body: dict[str, Any]) -> list[Seen]:
-    """What ``users`` saw who asked for ``requests`` pictures each, with the seeds 1, 2 … Raises what one met."""
-    seen, trouble = list[Seen](), list[BaseException]()
+class _Heard(NamedTuple):
+    """An answer to the last byte, and when the request was sent and the answer's last byte came."""
 
-    def use() -> None:
-        try:
-            for seed in range(1, requests + 1):
-                seen.append(_drawn(server.port, body | {"seed": seed}))
-        except BaseException as error:
-            trouble.append(error)
-
-    threads = [threading.Thread(target=use) for _ in range(users)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if trouble:
-        raise trouble[0]
-    return seen
+    sent: float
+    came: float
+    data: bytes
 
 
-def _drawn(port: int, body: dict[str, Any]) -> Seen:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DRAW_SECONDS)
+class _Asking(asyncio.Protocol):
+    """Sends ``request`` and keeps what comes until the server hangs up."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._parts: list[bytes] = []
+        self._sent = self._came = 0.0
+        self.heard: asyncio.Future[_Heard] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._sent = time.time()
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._came = time.time()
+        self._parts.append(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.heard.done():
+            return
+        if error is None:
+            self.heard.set_result(_Heard(self._sent, self._came, b"".join(self._parts)))
+        else:
+            self.heard.set_exception(error)
+
+
+async def _ask(port: int, method: str, path: str, body: bytes = b"") -> _Heard:
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    transport, asking = await asyncio.get_running_loop().create_connection(
+        lambda: _Asking(head.encode() + body), HOST, port
+    )
     try:
-        asked = time.time()
-        connection.request("POST", "/sdcpp/v1/img_gen", json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        job = json.loads(answer.read())
-        accepted = time.time()
-        assert answer.status == 202, job
-        connection.request("GET", f"{job['poll_url']}/events")
-        stream = connection.getresponse()
-        last: dict[str, Any] = {}
-        there = 0.0
-        for line in stream:
-            if line.startswith(b"data: "):
-                there, last = time.time(), json.loads(line[6:])
-        assert last["status"] == "completed", last["error"]
-        picture = base64.b64decode(last["result"]["images"][0]["b64_json"])
-        return Seen(job["id"], body["seed"], asked, accepted, there, picture)
+        return await asyncio.wait_for(asking.heard, DRAW_SECONDS)
     finally:
-        connection.close()
+        transport.close()
+
+
+def crowd(server: WebServer, users: int, requests: int, body: Mapping[str, Any]) -> list[Seen]:
+    """What ``users`` saw who asked for ``requests`` pictures each, with the seeds 1, 2 … Raises what one met."""
+    bodies = {seed: json.dumps({**body, "seed": seed}).encode() for seed in range(1, requests + 1)}
+    port = server.port
+
+    async def use() -> list[tuple[int, _Heard, _Heard]]:
+        met = []
+        for seed, wanted in bodies.items():
+            accepted = await _ask(port, "POST", "/sdcpp/v1/img_gen", wanted)
+            link = re.search(rb'"poll_url": ?"([^"]+)"', accepted.data)
+            assert link, accepted.data
+            met.append((seed, accepted, await _ask(port, "GET", f"{link[1].decode()}/events")))
+        return met
+
+    async def everybody() -> list[list[tuple[int, _Heard, _Heard]]]:
+        return await asyncio.gather(*(use() for _ in range(users)))
+
+    return [_seen(*job) for met in asyncio.run(everybody()) for job in met]
+
+
+def _seen(seed: int, accepted: _Heard, events: _Heard) -> Seen:
+    assert accepted.data.startswith(b"HTTP/1.1 202 "), accepted.data
+    told = [line[6:] for line in events.data.splitlines() if line.startswith(b"data: ")]
+    last = json.loads(told[-1])
+    assert last["status"] == "completed", last["error"]
+    picture = base64.b64decode(last["result"]["images"][0]["b64_json"])
+    return Seen(last["id"], seed, accepted.sent, accepted.came, events.came, picture)
 
 
 def wrong(seen: Sequence[Seen]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -55,12 +55,17 @@ class Board:
     def close(self) -> None:
         """Let go who waits for news; any thread."""
         self.closed = True
-        self.ring()
+        self._wake(lambda _: True)
 
     def ring(self, job: str | None = None) -> None:
-        """Wake who waits for news of ``job``; None: everybody, since places in the line changed. Any thread."""
+        """Wake who waits for news of ``job``, and who waits for all; None: the latter, since places in the line
+        changed. Who waits for one job looks at its place now and then: woken at each move, a long line would be told of
+        every one in it before the next request is read. Any thread."""
+        self._wake(lambda of: of in (None, job))
+
+    def _wake(self, whom: Callable[[str | None], bool]) -> None:
         with self._lock:
-            bells = [(loop, bell) for loop, bell, of in self._bells if job is None or of in (None, job)]
+            bells = [(loop, bell) for loop, bell, of in self._bells if whom(of)]
         for loop, bell in bells:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(bell.set)

@@ -15,8 +15,9 @@ GRACE_SECONDS = 2
 """How long answers that are under way may take when the server ends; jobs stay in the queue."""
 
 
-SWITCH_SECONDS = 0.001
-"""How long the threads that draw may keep an answer waiting at a time; Python's own 5 ms add up."""
+SWITCH_SECONDS = 0.0002
+"""How long the threads that draw may keep an answer waiting at a time. An answer takes a dozen system calls, behind
+each of which it may have to wait so long: Python's own 5 ms add up."""
 
 
 class _Server(uvicorn.Server):

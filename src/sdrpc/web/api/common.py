@@ -24,13 +24,16 @@ from .described import MAX_PICTURES, MAX_STEPS
 LOOK_SECONDS = 5.0
 """How often somebody who waits looks at the job, should a bell have been missed."""
 
+PLACE_SECONDS = 1.0
+"""How often somebody in the line is told of another place."""
 
-def context(request: HttpRequest) -> Context:
+
+async def context(request: HttpRequest) -> Context:  # what is not async goes through another thread
     found: Context = request.app.state.context
     return found
 
 
-def user(request: HttpRequest) -> str:
+async def user(request: HttpRequest) -> str:
     """Whose turn a request takes: its key's name, else its address."""
     return str(request.state.user)
 
@@ -132,7 +135,7 @@ async def watched(here: Context, job: Job) -> AsyncIterator[tuple[Job, Progress]
             if now.state.over or here.board.closed:
                 return
             last = seen
-            await here.board.news(bell, LOOK_SECONDS)
+            await here.board.news(bell, PLACE_SECONDS if now.state is State.QUEUED else LOOK_SECONDS)
 
 
 def pictures_of(here: Context, job: Job) -> list[bytes]:
