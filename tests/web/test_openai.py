@@ -90,7 +90,7 @@ def test_edits(client: openai.OpenAI) -> None:  # type: ignore[name-defined]
         ({"extra_body": {"scheduler": "x"}}, "scheduler x: does not exist"),
         ({"output_format": "svg"}, "output_format: Input should be 'png', 'jpeg' or 'webp'"),
         ({"size": "100000x9"}, "size: String should match pattern"),
-        ({"size": "9999x9999"}, "width 10048: a picture can have 16 mebipixels, and 96 are wanted"),
+        ({"size": "9999x9999"}, "size 9999x9999: a side can have 4096 pixels"),
     ],
 )
 def test_refusals(client: openai.OpenAI, changes: dict[str, object], says: str) -> None:  # type: ignore[name-defined]
