@@ -169,7 +169,8 @@ def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:
 
 
 def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> None:
-    """A picture by touch, begun again with a mask that a finger draws. All requests go to the server."""
+    """A picture, begun again with a mask that a finger draws. All requests go to the server. Buttons are clicked:
+    whether a touch is a tap or a long press is a matter of time."""
     expect, others = playwright.expect, []
 
     def passed(route: Any) -> None:
@@ -190,13 +191,13 @@ def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> N
     page.fill("#prompt", "a cat on a phone")
     for name, value in (("width", "64"), ("height", "64"), ("steps", "2")):
         page.fill(f"[name={name}]", value)
-    page.tap("#draw")
+    page.click("#draw")
     picture = page.get_by_role("button", name="a cat on a phone").first
     expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
     assert _too_wide(page) == 0
-    picture.tap()
+    picture.click()
     expect(page.get_by_role("dialog", name="Picture")).to_be_visible()
-    page.tap("#continue")
+    page.click("#continue")
     canvas = page.get_by_label("Paint over what is drawn anew")
     canvas.scroll_into_view_if_needed()
     before, box = page.evaluate("scrollY"), canvas.bounding_box()
@@ -206,14 +207,14 @@ def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> N
         finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
     assert page.evaluate("scrollY") == before  # it painted, and did not move the page
     page.fill("#prompt", "a dog on a phone")
-    page.tap("#draw")
+    page.click("#draw")
     expect(page.get_by_role("button", name="a dog on a phone")).to_be_visible(timeout=MILLISECONDS)
     job = server.ask("/sdcpp/v1/jobs").json()[0]
     assert job["inputs"] == {"init_image": 1, "mask": 1}
     mask = np.asarray(Image.open(BytesIO(server.ask(f"/sdcpp/v1/jobs/{job['id']}/inputs/mask/0").body)).convert("L"))
     assert [int(mask[at, at]) for at in (16, 32, 48)] == [255] * 3  # along the finger's way
     assert [int(mask[at]) for at in ((2, 60), (60, 2))] == [0] * 2
-    page.tap("#devices")
+    page.click("#devices")
     expect(page.get_by_role("dialog", name="Devices")).to_be_visible()
     assert _too_wide(page) == 0
     assert others == []
