@@ -22,6 +22,7 @@ from ..errors import MissingComponent, SdrpcError, UsageError
 from ..key import Key
 from ..text import printable
 from . import interrupts, streams
+from .json_log import ACCESS, JsonFormatter
 from .progress import Meter, StatusLine, mebibytes
 
 if TYPE_CHECKING:
@@ -41,16 +42,24 @@ status = StatusLine(log)
 
 def say(text: str) -> None:
     """A message on standard error, in one line."""
-    _message(Text(printable(text)))
+    _tell(logging.INFO, Text(), text)
 
 
 def warn(text: str) -> None:
-    _message(Text.assemble(("warning: ", "yellow"), printable(text)))
+    _tell(logging.WARNING, Text("warning: ", "yellow"), text)
 
 
 def complain(text: str) -> None:
     """What went wrong."""
-    _message(Text.assemble(("error: ", "red"), printable(text)))
+    _tell(logging.ERROR, Text("error: ", "red"), text)
+
+
+def _tell(level: int, begin: Text, text: str) -> None:
+    """A message for people, or a record of the log where that is for programs."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        logging.getLogger(__name__).log(level, "%s", text)
+    else:
+        _message(Text.assemble(begin, printable(text)))
 
 
 def _message(text: Text) -> None:
@@ -145,6 +154,15 @@ def logging_to_console(verbose: bool) -> None:
     """Send sdrpc's log to standard error: warnings, or with ``verbose`` everything."""
     logging.getLogger().addHandler(_HANDLER)
     logging.getLogger("sdrpc").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+def logging_as_json(verbose: bool) -> None:
+    """Send the log of sdrpc and of requests to standard error, one JSON object a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("sdrpc").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger(ACCESS).setLevel(logging.INFO)
 
 
 class Printable(logging.Formatter):

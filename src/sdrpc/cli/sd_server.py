@@ -57,7 +57,8 @@ def sd_server(**chosen: Any) -> int:
     """Draw for everybody on the network: a page, a queue, the APIs of OpenAI, AUTOMATIC1111 and stable-diffusion.cpp.
 
     Without options: the model that ships with sdrpc, this machine's devices, http://127.0.0.1:1234."""
-    report.logging_to_console(chosen["verbose"])
+    structured = chosen["log_format"] == "json"
+    (report.logging_as_json if structured else report.logging_to_console)(chosen["verbose"])
     if chosen["version"]:
         print(f"sd-server {__version__}")
         return 0
@@ -150,7 +151,8 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         studio.start()
         try:
             _announce(chosen, listening, model, seats, data, bool(keys))
-            serve(app, listening, CONNECTIONS, chosen["verbose"], board.close)
+            logged = chosen["verbose"] or chosen["log_format"] == "json"
+            serve(app, listening, CONNECTIONS, logged, board.close)
         finally:
             studio.stop()
             store.close()

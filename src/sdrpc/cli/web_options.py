@@ -46,6 +46,8 @@ OPTIONS = (
            help="After so long without a job the devices' memory is freed; 0: never."),
 
     Option(ABOUT, "-v", "--verbose", is_flag=True, help="Say more: requests, jobs, the log."),
+    Option(ABOUT, "--log-format", type=OneOf("text", "json"), default="text", metavar="text|json",
+           help="json: requests, jobs and the log on standard error, one object a line."),
     Option(ABOUT, "--completion", type=OneOf(*SHELLS), metavar="|".join(SHELLS),
            help='Print a script that completes options in a shell: eval "$(sd-server --completion bash)".'),
     Option(ABOUT, "--version", is_flag=True, help="Print the version and exit."),

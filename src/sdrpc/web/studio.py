@@ -344,6 +344,19 @@ class Studio:
                 del self._running[job.id]
                 self._cancelled.discard(job.id)
             self.board.clear(job.id)
+            self._note(seat, job)
+
+    def _note(self, seat: Seat, job: Job) -> None:
+        """A line of the log about a job that a seat is done with."""
+        now = self.store.get(job.id)
+        if now is None or not log.isEnabledFor(logging.INFO):
+            return
+        facts: dict[str, Any] = {
+            "job": job.id, "user": job.user, "model": job.task.model, "seat": seat.name, "status": now.state.value,
+        }  # fmt: skip
+        if now.started is not None and now.finished is not None:
+            facts |= {"waited": round(now.started - now.created, 3), "seconds": round(now.finished - now.started, 3)}
+        log.info("%s is %s", job.id, now.state.value, extra=facts)
 
     def _ended(self, job: Job) -> None:
         if self._stopping.is_set():
