@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ pytestmark = [
 ]
 
 STRENGTH = 0.7
-SD1, SDXL = Case("sd1", "safetensors"), Case("sdxl", "gguf", "Q8_0")
+SD1, SDXL, FLUX = Case("sd1", "safetensors"), Case("sdxl", "gguf", "Q8_0"), Case("flux1-dev", "gguf", "Q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,67 @@ def made(pipeline: Any) -> Any:
     """A ControlNet of random numbers for the pipeline's UNet."""
     kind: Any = diffusers.ControlNetModel
     torch.manual_seed(3)
-    control = kind.from_unet(pipeline.unet).eval()
+    return _with_numbers(kind.from_unet(pipeline.unet).eval())
+
+
+def _with_numbers(control: Any) -> Any:
+    """The ControlNet with numbers in its own layers, of which the last ones begin as zeros."""
     for name, parameter in control.named_parameters():
-        if "controlnet_" in name:  # its own layers, of which the last ones begin as zeros
+        if "controlnet_" in name or "input_hint_block" in name:
             torch.nn.init.normal_(parameter, 0, 0.05)
     return control
+
+
+def made_for_flux(pipeline: Any, kind: str) -> Any:
+    """A ControlNet of random numbers for the pipeline's transformer: ``plain``, ``union`` or ``xlabs``."""
+    config: Any = dict(pipeline.transformer.config)
+    config = {
+        name: config[name] for name in signature(diffusers.FluxControlNetModel.__init__).parameters if name in config
+    }
+    own: dict[str, Any] = {
+        "plain": {"num_layers": 1, "num_single_layers": 1},
+        "union": {"num_layers": 2, "num_single_layers": 0, "num_mode": 7, "guidance_embeds": False},
+        "xlabs": {"num_layers": 1, "num_single_layers": 0, "conditioning_embedding_channels": 16, "patch_size": 2},
+    }
+    torch.manual_seed(3)
+    make_one: Any = diffusers.FluxControlNetModel
+    return _with_numbers(make_one(**config | own[kind]).eval())
+
+
+def as_xlabs(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a ControlNet with the names of the original code, which has queries, keys and values in one."""
+    found: dict[str, torch.Tensor] = {}
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(
+            r"transformer_blocks\.(\d+)\.attn\.(add_q|add_k|add_v|to_q|to_k|to_v)(?:_proj)?\.(\w+)", name
+        ):
+            stream = "txt" if match[2].startswith("add") else "img"
+            parts.setdefault(f"double_blocks.{match[1]}.{stream}_attn.qkv.{match[3]}", []).append(tensor)
+            continue
+        for pattern, replacement in _XLABS:
+            name = re.sub(pattern, replacement, name)
+        found[name] = tensor
+    return found | {name: torch.cat(thirds) for name, thirds in parts.items()}
+
+
+_XLABS = (
+    (r"^transformer_blocks\.(\d+)\.", r"double_blocks.\1."),
+    (r"attn\.norm_added_([qk])\.weight", r"txt_attn.norm.\1.scale"),
+    (r"attn\.norm_([qk])\.weight", r"img_attn.norm.\1.scale"),
+    (r"norm\.q\.", "norm.query_norm."), (r"norm\.k\.", "norm.key_norm."),
+    (r"attn\.to_out\.0", "img_attn.proj"), (r"attn\.to_add_out", "txt_attn.proj"),
+    (r"norm1_context\.linear", "txt_mod.lin"), (r"norm1\.linear", "img_mod.lin"),
+    (r"ff_context\.net\.0\.proj", "txt_mlp.0"), (r"ff_context\.net\.2", "txt_mlp.2"),
+    (r"ff\.net\.0\.proj", "img_mlp.0"), (r"ff\.net\.2", "img_mlp.2"),
+    (r"^time_text_embed\.timestep_embedder", "time_in"), (r"^time_text_embed\.text_embedder", "vector_in"),
+    (r"^time_text_embed\.guidance_embedder", "guidance_in"),
+    (r"\.linear_1", ".in_layer"), (r"\.linear_2", ".out_layer"),
+    (r"^context_embedder", "txt_in"), (r"^controlnet_x_embedder", "pos_embed_input"), (r"^x_embedder", "img_in"),
+    (r"hint_block\.conv_in", "hint_block.0"), (r"hint_block\.conv_out", "hint_block.14"),
+    (r"hint_block\.blocks\.(\d)", lambda match: f"hint_block.{2 * int(match[1]) + 2}"),
+)  # fmt: skip
+"""From diffusers' names to those of the original code, one after the other."""
 
 
 def stored(control: Any, path: Path, original: bool) -> Path:
@@ -120,6 +177,38 @@ def test_a_picture_with_a_controlnet_is_that_of_diffusers(
     assert received < 1.1 * STEPS * _given(control, case), "what it gives comes once for each step"
 
 
+@pytest.mark.parametrize("kind", ["plain", "union", "xlabs"])
+def test_a_picture_with_a_controlnet_for_flux(
+    kind: str,
+    checkpoints: Checkpoints,
+    wires: tuple[list[CountingProxy], list[Device]],
+    graphs: Path,
+    tmp_path: Path,
+) -> None:
+    pipeline, path = checkpoints.made(FLUX).pipeline(), tmp_path / "control.safetensors"
+    control, mode = made_for_flux(pipeline, kind), 2 if kind == "union" else None
+    shown = torch.from_numpy(hint().astype(np.float32) / 255).permute(2, 0, 1)[None]
+    wanted = draw(pipeline, replace(drawing(FLUX), control=Control(control, shown, STRENGTH, mode))).pixels
+    state = control.state_dict()
+    save_file(as_xlabs(state) if kind == "xlabs" else state, path)
+    files, (_, (one, other)) = replace(checkpoints.files(FLUX), control_net=path), wires
+    with Session.open(files, {"control": other, "all": one}, Cache(graphs)) as session:
+        (picture,) = session.generate(replace(asked(FLUX), control_mode=mode))
+        if kind == "union":
+            for wrong in (None, 7):
+                with pytest.raises(InvalidValue, match=r"control_mode .*0 … 6"):
+                    session.generate(replace(asked(FLUX), control_mode=wrong))
+        else:
+            with pytest.raises(InvalidValue, match=r"control_mode 2: there is no ControlNet for several kinds"):
+                session.generate(replace(asked(FLUX), control_mode=2))
+        unused = [name for names in session.unused().values() for name in names]
+    if kind == "plain":
+        assert not unused
+    assert all(re.search("ff_context|to_add_out|txt_", name) for name in unused), "nobody reads the last block's text"
+    assert psnr(picture.image, wanted) >= BOUNDS["exact"]
+    assert psnr(wanted, checkpoints.wanted(FLUX)) < 35, "a ControlNet changes the picture"
+
+
 def _given(control: Any, case: Case) -> int:
     """Bytes that the ControlNet gives for both prompts."""
     context = torch.zeros(2, 77, control.config.cross_attention_dim)
@@ -138,6 +227,13 @@ def test_refusals(checkpoints: Checkpoints, wires: tuple[list[CountingProxy], li
             session.generate(asked(SD1))
         with pytest.raises(InvalidValue, match="canny"):
             session.generate(replace(request(SD1), canny=True))
+    control = stored(made(checkpoints.made(SD1).pipeline()), tmp_path / "sd1.safetensors", False)
+    with pytest.raises(CheckpointError, match=r"has no ControlNet, which FLUX\.1 needs; what it has: ControlNet"):
+        Session.open(replace(checkpoints.files(FLUX), control_net=control), device)
+    control = tmp_path / "flux.safetensors"
+    save_file(made_for_flux(checkpoints.made(FLUX).pipeline(), "plain").state_dict(), control)
+    with pytest.raises(CheckpointError, match="this is a ControlNet, which sdrpc does not draw with"):
+        Session.open(control, device)
     strange = stored(made(checkpoints.made(SDXL).pipeline()), tmp_path / "xl.safetensors", False)
     with pytest.raises(CheckpointError, match=r"do not belong to one Stable Diffusion 1.x"):
         Session.open(replace(checkpoints.files(SD1), control_net=strange), device)

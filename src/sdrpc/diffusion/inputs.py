@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..families.base import Conditions
+from ..families.base import Conditions, Config, Controls
 from .pictures import F32, Pixels, f32, from_pixels
 from .request import Settings
 
@@ -28,19 +30,25 @@ NOTHING = Begin()
 
 
 class Control(NamedTuple):
-    """What a ControlNet is shown: a picture (1, 3, height, width) of 0 … 1, and how much it counts (1,)."""
+    """What a ControlNet is told besides the diffusion model's inputs, by name, and which of those it ``reads``."""
 
-    picture: F32
-    strength: F32
+    told: Mapping[str, NDArray[Any]]
+    reads: Collection[str]
 
 
-def control_of(settings: Settings) -> Control | None:
-    """What a request shows a ControlNet; None where that is nothing, or counts for nothing."""
+def control_of(settings: Settings, controls: Controls, config: Config, encode: Callable[[F32], F32]) -> Control | None:
+    """What a request shows a ControlNet of this configuration; None where that is nothing, or counts for nothing.
+    ``encode``: from a picture (1, 3, height, width) of -1 … 1 to latents."""
     image = settings.control_image
     if image is None or not settings.control_strength:
         return None
-    picture = np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(f32) / f32(255)
-    return Control(picture, np.array([settings.control_strength], f32))
+    if controls.latents(config):
+        picture = encode(from_pixels(image))
+    else:
+        picture = np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(f32) / f32(255)
+    told = {"strength": np.array([settings.control_strength], f32), "picture": picture}
+    kind = {} if settings.control_mode is None else {"mode": np.array([settings.control_mode], np.int32)}
+    return Control(told | kind, controls.reads(config))
 
 
 class Beside(NamedTuple):

@@ -87,7 +87,8 @@ class Request:
     (:func:`sdrpc.diffusion.easycache.parse_options`).
 
     ``control_image``: pixels (height, width, 3), uint8, that a ControlNet is shown, cut and scaled likewise;
-    ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges.
+    ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges; ``control_mode``: which kind
+    of picture it is, for those that are for several (Union).
 
     ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second. ``moe_boundary``: the
     level of noise, 0 … 1, from which on a model for high noise predicts, if there is one; or ``high_noise_steps`` are
@@ -125,6 +126,7 @@ class Request:
     loras: Sequence[tuple[str | Path, float]] = ()
     control_image: Pixels | None = field(default=None, compare=False, repr=False)
     control_strength: float = 0.9
+    control_mode: int | None = None
     canny: bool = False
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
     strength: float = 0.75
@@ -234,6 +236,7 @@ class Request:
             eta, self.prediction or defaults.prediction,
             defaults.flow_shift if self.flow_shift is None else self.flow_shift,
             text, summed([*named, *self.loras]), self._shown_to_control(width, height), self.control_strength,
+            self.control_mode,
             None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
@@ -381,6 +384,7 @@ class Settings:
     loras: tuple[Applied, ...]
     control_image: Pixels | None = field(compare=False, repr=False)
     control_strength: float
+    control_mode: int | None = None
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
     strength: float = 0.75
     mask: Pixels | None = field(default=None, compare=False, repr=False)

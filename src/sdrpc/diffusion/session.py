@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..errors import DeviceLost, InvalidValue, MissingComponent, UsageError
-from ..families.base import AROUND, F32, REFERENCE, Conditions, Config, Prompt
-from ..families.components import controlnet
-from ..families.components.unet import CONTROL
+from ..families.base import AROUND, CONTROL, F32, REFERENCE, Conditions, Config, Controls, Prompt
 from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.ahead import Ahead, DeviceArray
@@ -214,8 +212,8 @@ class Session:
         telling = self._devices.telling
         telling.listener, telling.cancel = on_event, cancel
         self._adapt(settings.loras)
-        self._control = control_of(settings)
         with self.timer("encode"):
+            self._control = self._control_of(settings)
             begin, beside = self._encoded_pictures(settings)
             with telling.stage("encode"):
                 told = self.conditions(settings, beside)
@@ -359,21 +357,38 @@ class Session:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
         of b prompts. ``options`` are added to its configuration. ``component``: another one than the diffusion model
         itself, where there is one for high noise; ``lane``: which of several that are side by side."""
-        inputs = {"latents": latents, "timestep": timestep, **conditions}
+        inputs: dict[str, F32] = {"latents": latents, "timestep": timestep, **conditions}
         if isinstance(latents, DeviceArray):
             (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead, lane)
             return there
-        (predicted,) = self._devices.run(component, options, {**inputs, **self._controls(inputs)}, lane=lane)
+        if self._control is not None:
+            inputs |= self._given(self._control, inputs)
+            options |= self._controls.options(self.model["control"].config)
+        (predicted,) = self._devices.run(component, options, inputs, lane=lane)
         return predicted
 
-    def _controls(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
-        """What a ControlNet adds to the diffusion model that has these inputs, if there is one."""
-        if self._control is None:
-            return {}
-        read = {name: array for name, array in inputs.items() if name in controlnet.INPUTS}
-        shown = {"strength": self._control.strength, "picture": self._control.picture}
-        given = self._devices.run("control", {}, {**shown, **read})
+    def _given(self, control: Control, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """What a ControlNet adds to the diffusion model that has these inputs."""
+        read = {name: array for name, array in inputs.items() if name in control.reads}
+        given = self._devices.run("control", {}, {**control.told, **read})
         return {f"{CONTROL}{n}": finite(each, "the ControlNet's output") for n, each in enumerate(given)}
+
+    @property
+    def _controls(self) -> Controls:
+        found = self.model.family.controls
+        if found is None:
+            raise UsageError(f"{self.model.family.title} has no ControlNets in sdrpc")
+        return found
+
+    def _control_of(self, settings: Settings) -> Control | None:
+        """What a request shows its ControlNet, if there is one."""
+        if settings.control_image is None:
+            return None
+
+        def encode(picture: F32) -> F32:
+            return self._vae.encode(picture, None, settings.tiling, settings.vae_tiling)
+
+        return control_of(settings, self._controls, self.model["control"].config, encode)
 
     def conditions(self, settings: Settings, beside: Beside = NOTHING_BESIDE) -> Told:
         """What the diffusion model is told about the prompts of a request, and ``beside`` them about its pictures."""
@@ -562,7 +577,7 @@ class Session:
                 rng = make_rng(first.rng, seed)
                 larger = self._vae.encode(from_pixels(picture), rng, first.tiling, first.vae_tiling)
             told = self.conditions(second, beside)
-        before, self._control = self._control, control_of(second)
+        before, self._control = self._control, self._control_of(second)
         try:
             with self.timer("sample"):
                 return self.sample(second, seed, told, on_step, Begin(larger), lanes)
@@ -646,6 +661,7 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         reason = "needs a ControlNet: name its file (control_net)" if known else "has no ControlNets in sdrpc"
         size = "×".join(map(str, settings.control_image.shape[1::-1]))
         raise InvalidValue("control_image", size, f"{family.title} {reason}", "control_net")
+    _check_control(model, settings)
     if request.img_cfg_scale is not None and not inpaints(model):
         reason = "the model is not shown what is around a mask (an inpainting model would be)"
         raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
@@ -676,6 +692,22 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         if mode == "proj" and family.latents.colours is None:
             raise InvalidValue("preview", mode, f"nobody has published the colours of {family.title}'s latents")
     return settings
+
+
+def _check_control(model: Model, settings: Settings) -> None:
+    """Raises :class:`InvalidValue` for what the model's ControlNet can't do, if it has one."""
+    controls, kind = model.family.controls, settings.control_mode
+    kinds = controls.kinds(model["control"].config) if controls is not None and "control" in model.components else 0
+    if kind is not None and not 0 <= kind < kinds:
+        known = (
+            f"it can be 0 … {kinds - 1}" if kinds else "there is no ControlNet for several kinds of pictures (Union)"
+        )
+        raise InvalidValue("control_mode", kind, known)
+    if kinds and kind is None and settings.control_image is not None:
+        reason = f"the ControlNet is for several kinds of pictures (Union): say which this is, 0 … {kinds - 1}"
+        raise InvalidValue("control_mode", "nothing", reason)
+    if settings.control_image is not None and settings.ref_images:
+        raise InvalidValue("ref_images", len(settings.ref_images), "there are none beside a control_image")
 
 
 def _predicts(model: Model, settings: Settings, name: str) -> Prediction:

@@ -344,6 +344,25 @@ class Inpainting:
     around: Callable[[F32, F32], F32]
 
 
+CONTROL = "control_"
+"""What the names of the diffusion model's inputs begin with that come from a ControlNet; their numbers follow."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How a family's ControlNets work, each from the ControlNet's configuration.
+
+    ``reads``: those inputs of the diffusion model that it has as well. ``latents``: whether it is shown a picture as
+    the VAE's latents, and not as pixels of 0 … 1. ``kinds``: how many kinds of pictures it tells apart by a number
+    (``mode``), 0 where it knows one. ``options``: what the diffusion model's configuration gets for what it gives.
+    """
+
+    reads: Callable[[Config], Collection[str]]
+    latents: Callable[[Config], bool] = lambda _: False
+    kinds: Callable[[Config], int] = lambda _: 0
+    options: Callable[[Config], dict[str, Any]] = lambda _: {}
+
+
 Resize = Callable[[int, int], tuple[int, int]]
 """From a picture's width and height in pixels to those that it is scaled to."""
 
@@ -405,7 +424,7 @@ class Family:
     published schedules is the family's. ``probe``: what a diffusion model predicts, from an evaluation and its
     configuration, where nothing else tells. ``optional``: names of components that may be missing. ``learns``: text
     encoders that know learnt words (textual inversion). ``references``: of families whose models can be shown
-    pictures. ``inpainting``: of families with models that are made for it.
+    pictures. ``inpainting``: of families with models that are made for it. ``controls``: of families with ControlNets.
     ``skips_layers``: whether the diffusion model has the option ``skip_layers``, numbers of blocks that it leaves
     out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone. ``begun``:
     of families with models that make films of pictures. ``betas``: the first and the last one of models that were
@@ -426,6 +445,7 @@ class Family:
     learns: tuple[str, ...] = ()
     references: References | None = None
     inpainting: Inpainting | None = None
+    controls: Controls | None = None
     skips_layers: bool = False
     tempered: Callable[[F32, F32], F32] | None = None
     begun: Begun | None = None

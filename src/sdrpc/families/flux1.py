@@ -10,7 +10,9 @@ import numpy as np
 from ..prompts import clip_chunks, t5_chunks
 from . import colours
 from .base import (
+    CONTROL,
     F32,
+    REFERENCE,
     Component,
     Conditions,
     Config,
@@ -26,7 +28,7 @@ from .base import (
     References,
     joined,
 )
-from .components import clip, flux, t5
+from .components import clip, flux, flux_control, t5
 from .components.autoencoder import VAE
 from .keys import same, table
 
@@ -76,14 +78,18 @@ def _around(mask: F32, latents: F32) -> F32:
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,) of 0 … 1, context (batch, tokens,
     4096), pooled (batch, 768); for models with guidance guidance (batch,), for Fill around (batch, channels + 64,
-    height, width), for Kontext the latents of reference pictures (batch, channels, …) in sizes of their own. Output:
-    the velocity (batch, channels, height, width).
+    height, width), for Kontext the latents of reference pictures (batch, channels, …) in sizes of their own; control_0
+    … what a ControlNet gives, in its order (:data:`.components.flux_control.GIVEN` says what). Output: the velocity
+    (batch, channels, height, width).
 
     2×2 latents are a token; text has position (0, 0, 0), a token of the picture (0, row, column), one of a reference
     (1, row, column).
     """
     import diffusers
     import torch
+
+    config = dict(config)
+    given = config.pop(flux_control.GIVEN, None)
 
     def call(
         module: Any,
@@ -93,11 +99,11 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         pooled: torch.Tensor,
         guidance: torch.Tensor | None = None,
         around: torch.Tensor | None = None,
-        **references: torch.Tensor,
+        **others: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         height, width = latents.shape[2:]
         batch = context.shape[0]
-        shown = list(references.values())
+        shown = [picture for name, picture in others.items() if name.startswith(REFERENCE)]
         corners = flux.beside([(reference.shape[2], reference.shape[3]) for reference in shown])
         latents = latents.expand(batch, -1, -1, -1)
         pictures = [latents if around is None else torch.cat((latents, around), 1), *shown]
@@ -114,6 +120,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
             img_ids=torch.cat(places),
             txt_ids=torch.zeros(context.shape[1], 3),
             return_dict=False,
+            **flux_control.added(given, [others[f"{CONTROL}{n}"] for n in range(len(others) - len(shown))]),
         )[0]
         return (flux.to_latents(predicted[:, : len(places[0])], height, width),)
 
@@ -121,23 +128,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return make(**config), call
 
 
-_EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
-_LINEAR = {
-    rf"{flux.DOUBLE}\.img_mod\.lin": f"{flux.DOUBLES}.norm1.linear",
-    rf"{flux.DOUBLE}\.txt_mod\.lin": f"{flux.DOUBLES}.norm1_context.linear",
-    rf"{flux.SINGLE}\.modulation\.lin": f"{flux.SINGLES}.norm.linear",
-} | {
-    rf"{old}\.{layer}_layer": f"time_text_embed.{new}.linear_{number}"
-    for old, new in _EMBEDDERS.items()
-    for number, layer in enumerate(("in", "out"), 1)
-}
-_ORIGINAL = table(
-    [
-        *flux.RULES,
-        *flux.linear(_LINEAR),
-        *flux.LAST_NORM,
-    ]
-)
+_ORIGINAL = table([*flux.RULES, *flux.MODULATION, *flux.LAST_NORM])
 """Black Forest Labs' names."""
 
 
@@ -158,8 +149,8 @@ TRANSFORMER = Component(
 
 
 def recognizes(diffusion: Found) -> bool:
-    """Not Chroma, whose blocks have no modulation of their own."""
-    return "transformer_blocks.0.norm1.linear.weight" in diffusion.tensors
+    """Not Chroma, whose blocks have no modulation of their own, nor a ControlNet, which gives no picture."""
+    return {"transformer_blocks.0.norm1.linear.weight", "proj_out.weight"} <= diffusion.tensors.keys()
 
 
 def conditions(encode: Encode, prompt: Prompt) -> Conditions:
@@ -187,7 +178,7 @@ def settings(found: Mapping[str, Found]) -> Defaults:
 FLUX1 = Family(
     "flux1",
     "FLUX.1",
-    (clip.CLIP_L, t5.T5, TRANSFORMER, VAE),
+    (clip.CLIP_L, t5.T5, flux_control.CONTROLNET, TRANSFORMER, VAE),
     recognizes,
     conditions,
     Latents(scale=0.3611, shift=0.1159, multiple=16, colours=colours.FLUX1),
@@ -195,8 +186,11 @@ FLUX1 = Family(
     (
         Joint("t5xxl", lambda c: c["t5xxl"]["d_model"], "diffusion", flux.takes("joint_attention_dim")),
         Joint("clip_l", lambda c: c["clip_l"]["hidden_size"], "diffusion", flux.takes("pooled_projection_dim")),
+        *flux_control.JOINTS,
         Joint("vae", lambda c: c["vae"]["latent_channels"] * flux.PATCH**2, "diffusion", flux.takes("out_channels")),
     ),
     references=References(),
     inpainting=Inpainting(fills, _around),
+    controls=flux_control.CONTROLS,
+    optional=frozenset({"control"}),
 )

@@ -28,7 +28,7 @@ STRANGERS = (
     (r"\bface_adapter\.|\bmotion_encoder\.", "Wan Animate"),
     (r"\bcasual_audio_encoder\.", "Wan S2V"),
     (r"\badaln_single\.", "LTX-Video"),
-    (r"\bcontrol_model\.|\bcontrolnet_cond_embedding", "a ControlNet"),
+    (r"\bcontrol_model\.|\bcontrolnet_cond_embedding|\bcontrolnet_x_embedder\.|\bpos_embed_input\.", "a ControlNet"),
     (r"\blora_(up|down|A|B)\b|\blora_unet_", "a LoRA"),
 )
 """Models that sdrpc does not draw with, by a name that only they have, in the order in which they are told apart."""

@@ -63,5 +63,6 @@ SD1 = Family(
     aligned="sd1",
     learns=("clip_l",),
     inpainting=unet.INPAINTING,
+    controls=controlnet.CONTROLS,
     optional=frozenset({"control"}),
 )

@@ -70,5 +70,6 @@ SDXL = Family(
     aligned="sdxl",
     learns=("clip_l", "clip_g"),
     inpainting=unet.INPAINTING,
+    controls=controlnet.CONTROLS,
     optional=frozenset({"control"}),
 )  # fmt: skip

@@ -49,6 +49,7 @@ picture of ours equals one of these but for rounding:
 - With ``image`` a picture begins with that one: the VAE's mean and deviation times the same noise, then noise up to the
   first of the steps that are not ``left_out``. It is the family's Img2ImgPipeline, or with ``mask`` (white is drawn
   anew) its InpaintPipeline. What models that are made for inpainting are shown is encoded with ``masked_noise``.
+- What FLUX.1's ControlNets are shown as latents is the VAE's mean.
 - With ``skip`` SD 3 is guided away from what it predicts without layers: scale, layers, from where to where.
 - With ``shown`` FLUX.1 Kontext's pipeline draws, which is shown the first picture.
 - Qwen-Image-Edit is shown several. They are scaled as ours are, and to as many pixels as the picture has that is drawn.
@@ -88,11 +89,13 @@ F32 = NDArray[np.float32]
 
 
 class Control(NamedTuple):
-    """A ControlNet (diffusers' module), what it is shown (1, 3, height, width) of 0 … 1, and how much it counts."""
+    """A ControlNet (diffusers' module), what it is shown (1, 3, height, width) of 0 … 1, how much it counts, and which
+    kind of picture that is."""
 
     module: Any
     picture: torch.Tensor
     strength: float
+    mode: int | None = None
 
 
 @dataclass(frozen=True)
@@ -261,8 +264,13 @@ def _call(pipeline: Any, drawing: Drawing, latents: torch.Tensor, **arguments: A
     if drawing.control is not None:
         name = type(pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
         pipeline = getattr(diffusers, name)(**pipeline.components, controlnet=drawing.control.module)
-        arguments |= {"image": drawing.control.picture, "controlnet_conditioning_scale": drawing.control.strength}
+        arguments["controlnet_conditioning_scale"] = drawing.control.strength
         pipeline.set_progress_bar_config(disable=True)
+        if name == "FluxControlNetPipeline":
+            arguments |= {"control_image": drawing.control.picture * 2 - 1, "control_mode": drawing.control.mode}
+            with drawn_noise(pipeline, torch.zeros_like(torch.from_numpy(drawing.noise)[None])):  # the VAE's mean
+                return pipeline(height=drawing.height, width=drawing.width, latents=latents, **arguments).images
+        arguments["image"] = drawing.control.picture
     if drawing.image is None:
         return pipeline(height=drawing.height, width=drawing.width, latents=latents, **arguments).images
     kind = getattr(diffusers, _relative(type(pipeline).__name__, drawing))

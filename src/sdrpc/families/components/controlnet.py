@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...ggml.weight import Weight
-from ..base import Component, Config, Found, Joint, Naming, Weights
-from ..keys import same, table
+from ..base import Component, Config, Controls, Found, Joint, Naming, Weights
+from ..keys import Rule, same, table
 from . import unet
 
 if TYPE_CHECKING:
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from ..base import Call
 
-INPUTS = ("latents", "timestep", "context", "pooled", "sizes")
-"""Of the UNet's inputs those that a ControlNet reads, too."""
 HINT = "controlnet_cond_embedding"
 """The layers that read the picture."""
+
+
+CONTROLS = Controls(reads=lambda _: ("latents", "timestep", "context", "pooled", "sizes"))
 
 
 def controlnet(heads: unet.Heads) -> Component:
@@ -91,16 +92,17 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return make(**config), call
 
 
+def hint_rules(target: str) -> list[Rule]:
+    """From the original names of the layers that read a picture to those of diffusers' class in ``target``."""
+    parts = {0: "conv_in", **{2 * number + 2: f"blocks.{number}" for number in range(6)}, 14: "conv_out"}
+    return [(rf"input_hint_block\.{old}\.(weight|bias)", rf"{target}.{new}.\1") for old, new in parts.items()]
+
+
 _OWN = table(
     [
         (r"zero_convs\.(\d+)\.0\.(weight|bias)", r"controlnet_down_blocks.\1.\2"),
         (r"middle_block_out\.0\.(weight|bias)", r"controlnet_mid_block.\1"),
-        (r"input_hint_block\.0\.(weight|bias)", rf"{HINT}.conv_in.\1"),
-        *(
-            (rf"input_hint_block\.{2 * number + 2}\.(weight|bias)", rf"{HINT}.blocks.{number}.\1")
-            for number in range(6)
-        ),
-        (r"input_hint_block\.14\.(weight|bias)", rf"{HINT}.conv_out.\1"),
+        *hint_rules(HINT),
     ]
 )
 

@@ -178,4 +178,21 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 """What FLUX.1 and Chroma have besides."""
 
+_EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
+MODULATION: tuple[Rule, ...] = tuple(
+    linear(
+        {
+            rf"{DOUBLE}\.img_mod\.lin": f"{DOUBLES}.norm1.linear",
+            rf"{DOUBLE}\.txt_mod\.lin": f"{DOUBLES}.norm1_context.linear",
+            rf"{SINGLE}\.modulation\.lin": f"{SINGLES}.norm.linear",
+        }
+        | {
+            rf"{old}\.{layer}_layer": f"time_text_embed.{new}.linear_{number}"
+            for old, new in _EMBEDDERS.items()
+            for number, layer in enumerate(("in", "out"), 1)
+        }
+    )
+)
+"""What FLUX.1 has and Chroma has not: blocks that are told time and text by layers of their own."""
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...ggml.weight import Weight
 from .. import configs
-from ..base import F32, Component, Config, Found, Inpainting, Naming, Weights
+from ..base import CONTROL, F32, Component, Config, Found, Inpainting, Naming, Weights
 from ..keys import same
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 GROUPS = 32
 _EXTRA_INPUTS = {8: "InstructPix2Pix"}
 
-CONTROL = "control_"
-"""What the names of inputs that come from a ControlNet begin with; their numbers follow."""
 
 Heads = Callable[[Sequence[int]], int | list[int]]
 """Channels per level → the number of attention heads, of all levels or of each."""
