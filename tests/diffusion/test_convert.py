@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from sdrpc.checkpoints.expressions import cast
@@ -210,6 +210,80 @@ def test_other_families_and_parts_of_them(
         held = before.type if before.type.name in HOLDS[suffix] else unpacked(before.type)
         assert (after.type, after.shape) == (held, before.shape)
         assert after.data() == cast(before, held).data()
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".safetensors"])
+@pytest.mark.parametrize(
+    ("family", "form", "part"),
+    [
+        ("lumina2", "gguf-parts", "llm"),
+        ("lumina2", "parts", "llm"),
+        ("lumina2", "safetensors", "model"),
+        ("lumina2", "diffusers", "model"),
+        ("pixart-alpha", "safetensors", "model"),
+        ("pixart-sigma", "diffusers", "model"),
+    ],
+)
+def test_what_a_picture_is_made_of(family: str, form: str, part: str, suffix: str, tmp_path: Path) -> None:
+    """The model of the new file is the old one's: its arguments, its weights under their names, and its tokens."""
+    files = make(family, tmp_path / "made", form=form).files
+    files = {"diffusion_model" if name == "diffusion" else name: path for name, path in files.items()}
+    before = open_model(ModelFiles(**files))
+    write_model(open_checkpoint(files[part]), tmp_path / f"a{suffix}")
+    after = open_model(ModelFiles(**files | {part: tmp_path / f"a{suffix}"}))
+    assert (after.family, after.defaults, after.scale) == (before.family, before.defaults, before.scale)
+    for name, component in before.components.items():
+        assert after[name].config == component.config
+        assert after[name].found.tensors.keys() == component.found.tensors.keys()
+        for key, weight in component.found.tensors.items():
+            assert (after[name].found.tensors[key].shape, bytes(after[name].found.tensors[key].data())) == (
+                weight.shape,
+                bytes(weight.data()),
+            )
+    if family == "lumina2":
+        theirs, ours = before["llm"].tokenizer, after["llm"].tokenizer
+        assert theirs is not None
+        assert ours is not None
+        assert ours.get_vocab() == theirs.get_vocab()
+        text = "<bos>A  lovely cat\n\nin 3 styles, \U0001f408"
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_a_vocabulary_keeps_its_form(tmp_path: Path) -> None:
+    """As others read it: entries of GGUF with their types, ComfyUI's tensors with their names."""
+    stored = make("lumina2", tmp_path / "gguf", form="gguf-parts").files["llm"]
+    write_model(open_checkpoint(stored), tmp_path / "a.gguf")
+    theirs, ours = GGUFReader(stored).fields, GGUFReader(tmp_path / "a.gguf").fields
+    keys = [key for key in theirs if key.startswith("tokenizer.")]
+    assert "tokenizer.ggml.add_space_prefix" in keys
+    for key in keys:
+        assert (ours[key].types, ours[key].contents()) == (theirs[key].types, theirs[key].contents())
+    whole = make("lumina2", tmp_path / "whole").files["model"]
+    write_model(open_checkpoint(whole), tmp_path / "a.safetensors")
+    name = "text_encoders.gemma2_2b.spiece_model"
+    assert load_file(tmp_path / "a.safetensors")[name].equal(load_file(whole)[name])
+
+
+def test_a_vocabulary_that_is_only_kept(tmp_path: Path) -> None:
+    """Mistral's in ComfyUI's files: sdrpc has its own, other programs have not."""
+    whole = make("lumina2", tmp_path / "whole").files["model"]
+    tensors = load_file(whole)
+    tensors |= {"text_encoders.x.tekken_model": torch.arange(9, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert write_model(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "b.safetensors") == []
+    made = load_file(tmp_path / "b.safetensors")
+    assert made["text_encoders.x.tekken_model"].equal(tensors["text_encoders.x.tekken_model"])
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"{}", b"[" * 100_000])
+def test_a_vocabulary_that_is_none(text: bytes, tmp_path: Path) -> None:
+    files = make("lumina2", tmp_path / "made", form="parts").files
+    tensors = load_file(files["llm"])
+    del tensors["spiece_model"]
+    save_file(tensors | {"tokenizer_json": torch.tensor(list(text), dtype=torch.uint8)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: its tokenizer can't be read"):
+        write_model(open_checkpoint(tmp_path / "a.safetensors"), tmp_path / "b.gguf")
+    assert not (tmp_path / "b.gguf").exists()
 
 
 def test_rules_go_before_the_type() -> None:

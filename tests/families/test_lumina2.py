@@ -23,7 +23,7 @@ from sdrpc.ggml.weight import Weight
 from sdrpc.prompts import sentencepiece_tokenizer
 from tools.checkpoints import FAMILIES as CHECKPOINTS
 from tools.checkpoints import Made, make
-from tools.checkpoints.tokenizers import gemma_pieces
+from tools.checkpoints.tokenizers import gemma_entries, gemma_pieces
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def full(name: str, component: Any) -> Found:
     part = next(c for c in CHECKPOINTS["lumina2"].of_size("full") if c.name == name)
     shapes = part.shapes()
     weights = {e.name: Weight(e.name, F16, e.shape(shapes), lambda *_: ()) for e in part.alone(shapes)}
-    found = find(component, Checkpoint(Path("m"), weights, tokenizers={"": Tokenizer(pieces=gemma_pieces)}))
+    found = find(component, Checkpoint(Path("m"), weights, tokenizers={"": Tokenizer(entries=gemma_entries)}))
     assert found is not None
     return found
 

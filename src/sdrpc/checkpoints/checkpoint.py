@@ -16,25 +16,35 @@ from typing import Any
 from ..errors import CheckpointError
 from ..ggml.weight import Weight
 from . import directory, gguf_file, gguf_header, pickled, quantized, safetensors_file
-from .expressions import whole_array
 from .mapped import mapped, no_model
 from .quantized import Stored
 
-PIECES = "spiece_model"
-"""How files call a tensor that is a model of sentencepiece's."""
-MAX_PIECES = 64 << 20
+PIECES, WHOLE, TEKKEN = "spiece_model", "tokenizer_json", "tekken_model"
+"""How ComfyUI's files call tensors that are no numbers but a vocabulary: a model of sentencepiece's, a tokenizer.json,
+Mistral's tekken.json."""
+MAX_VOCABULARY = 64 << 20
 """The largest that is read, in bytes; Gemma's take 4 MB."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """The vocabulary that a model brings along. ``files``: of transformers, by name (``tokenizer.json``,
-    ``spiece.model``, …). ``entries``: reads the ``tokenizer.…`` entries of a GGUF file; None for other forms.
-    ``pieces``: reads a model of sentencepiece's that stands in a tensor of the file; None where there is none."""
+    ``spiece.model``, …). ``entries``: reads the ``tokenizer.…`` entries of a GGUF file, and ``stored`` reads them as
+    they stand there; None for other forms. ``tensors``: those of the file that are a vocabulary, by their names."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
     entries: Callable[[], Mapping[str, Any]] | None = None
-    pieces: Callable[[], bytes] | None = None
+    stored: Callable[[], Mapping[str, gguf_header.Value]] | None = None
+    tensors: Mapping[str, Weight] = field(default_factory=dict)
+
+    def tensor(self, kind: str) -> Weight | None:
+        """The vocabulary of a kind (:data:`PIECES`, :data:`WHOLE`), whatever stands before its name."""
+        return next((weight for name, weight in self.tensors.items() if _last(name) == kind), None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether a tokenizer can be made of it."""
+        return bool(self.entries or self.tensor(PIECES) or self.tensor(WHOLE) or "tokenizer.json" in self.files)
 
 
 @dataclass(frozen=True)
@@ -90,42 +100,42 @@ def _read(path: Path) -> _Read:
     file = mapped(path)
     if bytes(file.data[:4]) == gguf_header.MAGIC:
         tensors, skipped, header = gguf_file.read(file)
-        entries = partial(gguf_file.tokenizer, file, header)
-        tokenizers = {"": Tokenizer(entries=entries)} if header.arrays else {}
+        entries, as_stored = partial(gguf_file.tokenizer, file, header), partial(gguf_file.vocabulary, file, header)
+        brings = header.arrays or gguf_header.WHOLE in header.vocabulary
+        tokenizers = {"": Tokenizer(entries=entries, stored=as_stored)} if brings else {}
         return _Read({}, tensors, skipped, header.metadata, tokenizers)
     if safetensors_file.is_safetensors(file.data):
         found = safetensors_file.read(file)
-        stored, pieces = _without_pieces(found.stored)
-        return _Read(
-            stored, {}, found.skipped, found.metadata, {} if pieces is None else {"": Tokenizer(pieces=pieces)}
-        )
+        vocabularies = {name: each.weight for name, each in found.stored.items() if _is_vocabulary(name, each)}
+        numbers = {name: each for name, each in found.stored.items() if name not in vocabularies}
+        tokenizers = {"": Tokenizer(tensors=vocabularies)} if vocabularies else {}
+        return _Read(numbers, {}, found.skipped, found.metadata, tokenizers)
     if pickled.is_pickle(file.data):
         stored, skipped = pickled.read(file)
         return _Read(stored, {}, skipped)
     raise CheckpointError(path, no_model(file.data))
 
 
-def _without_pieces(file: Mapping[str, Stored]) -> tuple[Mapping[str, Stored], Callable[[], bytes] | None]:
-    """A file's tensors without the one that ComfyUI's files of Gemma have for their vocabulary, and what reads that."""
-    for name, (kind, weight) in file.items():
-        if kind == "U8" and name.rpartition(".")[2] == PIECES and weight.nbytes <= MAX_PIECES:
-            return {other: each for other, each in file.items() if other != name}, partial(_bytes, weight)
-    return file, None
+def _is_vocabulary(name: str, tensor: Stored) -> bool:
+    known = _last(name) in (PIECES, WHOLE, TEKKEN)
+    return known and tensor.type == "U8" and tensor.weight.nbytes <= MAX_VOCABULARY
 
 
-def _bytes(w: Weight) -> bytes:
-    return whole_array(w).tobytes()
+def _last(name: str) -> str:
+    """A tensor's name without what stands before it."""
+    return name.rpartition(".")[2]
 
 
 def _joined(path: Path, files: Sequence[Path]) -> Checkpoint:
-    """Files with different tensors as one; what is said beside them is the first one's. A tensor and what scales it may
-    be in two files."""
+    """Files with different tensors as one; what is said beside them is the first one's, and the vocabulary that of the
+    first one that has any. A tensor and what scales it may be in two files."""
     parts = [_read(file) for file in files]
     stored = {name: tensor for part in parts for name, tensor in part.stored.items()}
     tensors = {name: weight for part in parts for name, weight in part.tensors.items()}
     skipped = {name: dtype for part in parts for name, dtype in part.skipped.items()}
     made, unread = quantized.opened(stored, parts[0].metadata)
-    return Checkpoint(path, {**tensors, **made}, {**skipped, **unread}, parts[0].metadata, {}, parts[0].tokenizers)
+    tokenizers = next((part.tokenizers for part in parts if part.tokenizers), {})
+    return Checkpoint(path, {**tensors, **made}, {**skipped, **unread}, parts[0].metadata, {}, tokenizers)
 
 
 def _component(path: Path, folder: Path, files: Sequence[Path], index: Path | None = None) -> Checkpoint:

@@ -56,6 +56,14 @@ def tokenizer(file: Mapped, header: Header) -> Mapping[str, Any]:
         raise CheckpointError(file.path, f"damaged: {error}") from error
 
 
+def vocabulary(file: Mapped, header: Header) -> Mapping[str, gguf_header.Value]:
+    """The same entries as they stand in the file, for another one."""
+    try:
+        return {key: gguf_header.read_value(file.data, at) for key, at in header.vocabulary.items()}
+    except ValueError as error:
+        raise CheckpointError(file.path, f"damaged: {error}") from error
+
+
 def _in_order(weight: Weight, metadata: Mapping[str, str]) -> Weight:
     match = _QUERY_OR_KEY.fullmatch(weight.name)
     if match is None:

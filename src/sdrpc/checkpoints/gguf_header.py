@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
@@ -17,6 +18,8 @@ MAGIC = b"GGUF"
 
 TOKENIZER = "tokenizer."
 """How keys of a vocabulary begin."""
+WHOLE = "tokenizer.huggingface.json"
+"""The key of a tokenizer.json, by GGUF's specification."""
 
 MAX_DIMS = 5
 MAX_NAME = 4096
@@ -45,15 +48,25 @@ class TensorInfo:
     end: int
 
 
+class Value(NamedTuple):
+    """An entry's value as it is stored, texts as bytes. ``each``: of an array, the kind of its values."""
+
+    value: bytes | int | float | list[bytes | int | float]
+    kind: GGUFValueType
+    each: GGUFValueType | None = None
+
+
 @dataclass(frozen=True)
 class Header:
     """What a GGUF file says about itself. ``metadata``: entries that are text or a number, as text. ``arrays``: where
-    the tokenizer's are, for :func:`read_array`."""
+    the tokenizer's are, for :func:`read_array`. ``vocabulary``: where all of the tokenizer's entries are, for
+    :func:`read_value`."""
 
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     tensors: tuple[TensorInfo, ...]
     arrays: Mapping[str, int]
+    vocabulary: Mapping[str, int]
 
     def original_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
         """The shape before a converter flattened it to fit into blocks (``comfy.gguf.orig_shape.NAME``)."""
@@ -88,6 +101,9 @@ class _Cursor:
             raise ValueError(f"{count} {what} do not fit into the file")
         return count
 
+    def raw_text(self) -> bytes:
+        return bytes(self.take(self.count("Q", 1, "bytes of text")))
+
     def text(self, limit: int) -> str:
         size = self.count("Q", 1, "bytes of text")
         if size > limit:
@@ -111,8 +127,11 @@ def parse(data: memoryview) -> Header:
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     arrays: dict[str, int] = {}
+    vocabulary: dict[str, int] = {}
     for _ in range(entry_count):
-        key, kind = cursor.text(MAX_NAME), cursor.kind()
+        key, at, kind = cursor.text(MAX_NAME), cursor.at, cursor.kind()
+        if key.startswith(TOKENIZER):
+            vocabulary[key] = at
         if kind is GGUFValueType.ARRAY:
             if key.startswith(TOKENIZER):
                 arrays[key] = cursor.at
@@ -128,19 +147,34 @@ def parse(data: memoryview) -> Header:
         raise ValueError(f"an alignment of {alignment}")
     infos = [_tensor(cursor) for _ in range(tensor_count)]
     start = -(-cursor.at // alignment) * alignment
-    return Header(metadata, shapes, tuple(_placed(*info, start, len(data)) for info in infos), arrays)
+    placed = tuple(_placed(*info, start, len(data)) for info in infos)
+    return Header(metadata, shapes, placed, arrays, vocabulary)
 
 
 def read_array(data: memoryview, at: int) -> list[str | int | float]:
     """The values of an array of :attr:`Header.arrays`. Bytes that are no UTF-8 become replacement characters: single
     bytes of some vocabularies are stored so."""
+    _, values = _values(_Cursor(data, at))
+    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
+
+
+def read_value(data: memoryview, at: int) -> Value:
+    """An entry of :attr:`Header.vocabulary`."""
     cursor = _Cursor(data, at)
+    kind = cursor.kind()
+    if kind is GGUFValueType.ARRAY:
+        each, values = _values(cursor)
+        return Value(values, kind, each)
+    return Value(cursor.raw_text() if kind is GGUFValueType.STRING else cursor.number(_SCALARS[kind]), kind)
+
+
+def _values(cursor: _Cursor) -> tuple[GGUFValueType, list[bytes | int | float]]:
+    """An array: of what kind its values are, and they themselves."""
     kind = cursor.kind()
     count = cursor.count("Q", _SMALLEST[kind], "values of an array")
     if kind is GGUFValueType.STRING:
-        sizes = (cursor.count("Q", 1, "bytes of text") for _ in range(count))
-        return [bytes(cursor.take(size)).decode("utf-8", "replace") for size in sizes]
-    return list(struct.unpack(f"<{count}{_SCALARS[kind]}", cursor.take(count * _SMALLEST[kind])))
+        return kind, [cursor.raw_text() for _ in range(count)]
+    return kind, list(struct.unpack(f"<{count}{_SCALARS[kind]}", cursor.take(count * _SMALLEST[kind])))
 
 
 def _array(cursor: _Cursor) -> tuple[int, ...] | None:

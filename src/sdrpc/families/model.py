@@ -11,10 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import PIECES, WHOLE, Checkpoint, open_checkpoint
 from ..errors import CheckpointError, InvalidValue, MissingComponent
 from ..ggml.weight import Weight
-from ..prompts import gguf_tokenizer, sentencepiece_tokenizer, tokenizer_from
+from ..prompts import gguf_tokenizer, sentencepiece_tokenizer, tokenizer_from, whole_tokenizer
 from .base import Component, Config, Defaults, Family, Found, Joint, ModuleSpec, find
 from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
@@ -80,10 +80,12 @@ class ModelComponent:
             return None
         if brought.entries is not None:
             return gguf_tokenizer(checkpoint.path, brought.entries())
-        if brought.pieces is not None:
-            return sentencepiece_tokenizer(checkpoint.path, brought.pieces())
-        whole = brought.files.get("tokenizer.json")
-        return None if whole is None else tokenizer_from(whole)
+        if (pieces := brought.tensor(PIECES)) is not None:
+            return sentencepiece_tokenizer(checkpoint.path, bytes(pieces.data()))
+        if (whole := brought.tensor(WHOLE)) is not None:
+            return whole_tokenizer(checkpoint.path, bytes(whole.data()))
+        file = brought.files.get("tokenizer.json")
+        return None if file is None else tokenizer_from(file)
 
     def module(self, **options: Any) -> ModuleSpec:
         """Its module; ``options`` are added to its configuration."""

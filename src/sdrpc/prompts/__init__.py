@@ -4,7 +4,7 @@ from .attention import Piece, parse
 from .byte_pairs import gguf_tokenizer, mistral_tokenizer, qwen_tokenizer
 from .chunks import Template, Tokens, clip_chunks, llm_tokens, number_of, t5_chunks
 from .sentence_pieces import sentencepiece_tokenizer
-from .tokenizers import END_ID, START_ID, clip_tokenizer, t5_tokenizer, tokenizer_from, umt5_tokenizer
+from .tokenizers import END_ID, START_ID, clip_tokenizer, t5_tokenizer, tokenizer_from, umt5_tokenizer, whole_tokenizer
 from .weights import apply_weights
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "t5_tokenizer",
     "tokenizer_from",
     "umt5_tokenizer",
+    "whole_tokenizer",
 ]

@@ -15,9 +15,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from ..checkpoints.gguf_header import WHOLE
 from ..errors import CheckpointError
 from .sentence_pieces import pieces_of_gguf
-from .tokenizers import failures, pair, printable_bytes
+from .tokenizers import failures, pair, printable_bytes, whole_tokenizer
 
 _DATA = Path(__file__).with_name("data")
 
@@ -65,6 +66,8 @@ def gguf_tokenizer(path: Path, entries: Mapping[str, Any]) -> Tokenizer:
     Raises :class:`CheckpointError` for one of another kind, and for entries that are no tokenizer.
     """
     kind, words = (entries.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind is None and isinstance(whole := entries.get(WHOLE), str):
+        return whole_tokenizer(path, whole)
     if kind == "llama":
         return pieces_of_gguf(path, entries)
     if kind != "gpt2" or not isinstance(words, str) or words not in _WORDS:

@@ -111,6 +111,13 @@ def tokenizer_from(path: Path) -> Tokenizer:
     raise CheckpointError(path, "no tokenizer here: neither tokenizer.json nor vocab.json with merges.txt")
 
 
+def whole_tokenizer(path: Path, text: bytes | str) -> Tokenizer:
+    """The tokenizer in the text of a tokenizer.json that the file at ``path`` holds. Raises :class:`CheckpointError`
+    for what is none."""
+    with failures(lambda error: CheckpointError(path, f"its tokenizer can't be read: {error}")):
+        return _whole(text.decode("utf-8") if isinstance(text, bytes) else text)
+
+
 def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's tokens, without any that begin or end it. Raises :class:`InvalidValue` where the tokenizer fails."""
     with failures(lambda error: InvalidValue("prompt", text, f"the model's tokenizer fails: {error}")):

@@ -30,7 +30,7 @@ START = "<bos>"
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of transformers' Gemma2Config."""
-    if not any(t.entries or t.pieces or "tokenizer.json" in t.files for t in found.checkpoint.tokenizers.values()):
+    if not any(tokenizer.whole for tokenizer in found.checkpoint.tokenizers.values()):
         reason = "brings no vocabulary, which Gemma's terms keep out of sdrpc; files that have it: ComfyUI's"
         raise found.error(f"{reason} gemma_2_2b .safetensors, GGUF, and directories with a tokenizer.json")
     config = llm.inferred(found, HEAD) | {"rope_theta": 1e4, "rms_norm_eps": 1e-6}

@@ -54,7 +54,8 @@ def merged(found: Found, config: dict[str, Any], told: Config, architectures: tu
 
     ``architectures``: llama.cpp's names of the model; a GGUF file of another one is refused.
     """
-    said = {**_of_gguf(found, architectures), **told}
+    _check_architecture(found, architectures)
+    said = {**of_gguf(found), **told}
     positions = said.get("rope_parameters") or said.get("rope_scaling")
     if isinstance(positions, Mapping):
         if positions.get("rope_type", "default") != "default":
@@ -65,14 +66,22 @@ def merged(found: Found, config: dict[str, Any], told: Config, architectures: tu
     return configs.merged(found, config, said, ("rope_theta", "rms_norm_eps"))
 
 
-def _of_gguf(found: Found, architectures: tuple[str, ...]) -> dict[str, Any]:
-    """What a GGUF file of llama.cpp's converter says of the model beside its tensors."""
+def _check_architecture(found: Found, architectures: tuple[str, ...]) -> None:
+    name = _architecture(found)
+    if name is not None and name not in architectures:
+        raise found.error(f"is a model of architecture {name!r}, not a {found.component.title}")
+
+
+def _architecture(found: Found) -> str | None:
+    """That of a GGUF file of llama.cpp's converter; None for other files."""
     metadata = found.checkpoint.metadata
     name = metadata.get("general.architecture")
-    if f"{name}.block_count" not in metadata:  # not a file of llama.cpp's
-        return {}
-    if name not in architectures:
-        raise found.error(f"is a model of architecture {name!r}, not a {found.component.title}")
+    return name if f"{name}.block_count" in metadata else None
+
+
+def of_gguf(found: Found) -> dict[str, Any]:
+    """What a GGUF file of llama.cpp's converter says of the model beside its tensors."""
+    metadata, name = found.checkpoint.metadata, _architecture(found)
     keys = {"rope_theta": "rope.freq_base", "rms_norm_eps": "attention.layer_norm_rms_epsilon"}
     return {
         ours: _number(found, metadata[f"{name}.{theirs}"])
