@@ -15,7 +15,6 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from ..checkpoints.gguf_header import WHOLE
 from ..errors import CheckpointError
 from .sentence_pieces import pieces_of_gguf
 from .tokenizers import failures, pair, printable_bytes, whole_tokenizer
@@ -66,7 +65,7 @@ def gguf_tokenizer(path: Path, entries: Mapping[str, Any]) -> Tokenizer:
     Raises :class:`CheckpointError` for one of another kind, and for entries that are no tokenizer.
     """
     kind, words = (entries.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind is None and isinstance(whole := entries.get(WHOLE), str):
+    if kind is None and isinstance(whole := entries.get("tokenizer.huggingface.json"), str):
         return whole_tokenizer(path, whole)
     if kind == "llama":
         return pieces_of_gguf(path, entries)
