@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
+from sdrpc.client import connect
+from sdrpc.errors import ConnectionLost
+from sdrpc.runtime.chain import Lanes
+from sdrpc.web.studio import OwnSeat
 from tests.support.process import ServerProcess
+from tests.support.trouble import Restartable
 from tests.web.process import SMALL, WebServer
 
 OPTIONS = ("--precision", "exact", "--device", "CPU")
@@ -30,3 +38,25 @@ def test_each_server_is_a_seat_and_a_lost_one_loses_nothing(tmp_path: Path, mode
             done = [server.until(name, "completed") for name in again]
             assert [job["result"] for job in done] == [first[0]["result"]] * 3
             assert server.ask("/sdcpp/v1/img_gen", SMALL).status == 202
+
+
+def test_a_seat_whose_server_is_gone_takes_no_job_until_it_is_back() -> None:
+    """It would take the same one again and again, until that counts as what ends servers, while others are busy."""
+
+    def unused(*_: object) -> dict[str, list[Lanes]]:
+        raise AssertionError
+
+    with Restartable(*OPTIONS) as server, ExitStack() as stack:
+        (device,) = connect([f"127.0.0.1:{server.port}"])
+        stack.callback(device.close)
+        seat = OwnSeat("RPC0", unused, lambda: device, unused)
+        seat.lose([device])
+        assert seat.ready(), "it was another one"
+        server.kill()
+        with pytest.raises(ConnectionLost):
+            device.memory()
+        seat.lose([device])
+        assert not seat.ready()
+        server.start()
+        assert seat.ready()
+        assert device.memory().total > 0

@@ -108,8 +108,11 @@ class Seat(ABC):
     kinds: frozenset[Kind] = frozenset({Kind.PICTURES})
 
     def ready(self) -> bool:
-        """Whether it can take a job now. May wait for up to a second to find out."""
+        """Whether it can take a job now. May wait to find out."""
         return True
+
+    def lose(self, devices: Sequence[Shown]) -> None:
+        """One of these ``devices``, which it drew on, was lost: it is ready when they are there again."""
 
     @abstractmethod
     def open(self, opening: Opening) -> Drawing:
@@ -130,12 +133,30 @@ class OwnSeat(Seat):
     upscaler: Callable[[], Device]
     fit: Fit
     kinds: frozenset[Kind] = frozenset(Kind)
+    _lost: Sequence[Device] = ()
+
+    def ready(self) -> bool:
+        self._lost = [device for device in self._lost if not _is_there(device)]
+        return not self._lost
+
+    def lose(self, devices: Sequence[Shown]) -> None:
+        self._lost = [device for device in devices if isinstance(device, Device)]
 
     def open(self, opening: Opening) -> Session:
         return Session(opening.model, opening.placed or self.place(opening.model), **opening.options)
 
     def devices(self, model: Model) -> Sequence[Device]:
         return devices_of(chain.from_iterable(self.place(model).values()))
+
+
+def _is_there(device: Device) -> bool:
+    """Whether a device that may have been lost can be had."""
+    try:
+        with device.turns:
+            device.reopen()
+    except SdrpcError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -328,6 +349,7 @@ class Studio:
         except (DeviceLost, ConnectionFailed) as error:
             log.warning("%s: %s: %s", seat.name, job.id, error)
             warm.close()
+            seat.lose(warm.devices)
             if not self.store.put_back(job, TRIES):
                 self.store.finish(job, State.FAILED, str(error))
             self._stopping.wait(PAUSE_SECONDS)  # another seat may have its servers
