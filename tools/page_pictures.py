@@ -66,7 +66,7 @@ def placing(page: Any) -> None:
     """The devices, and a part that was moved."""
     page.click("#devices")
     page.locator("#cards .chip").first.wait_for(state="visible")
-    page.get_by_label("vae").select_option("CPU")
+    page.locator("select[data-part=vae]").select_option("CPU")
     page.locator("#cards section[aria-label=CPU] .chip").wait_for(state="visible")
 
 
