@@ -52,6 +52,11 @@ def split(w: Weight, sizes: Sequence[int], dim: int = 0) -> tuple[Weight, ...]:
     return tuple(_narrow(w, dim, start, stop) for start, stop in pairwise(ends))
 
 
+def chunk(w: Weight, count: int) -> tuple[Weight, ...]:
+    """``torch.chunk(w, count)``: equal parts along the first dimension."""
+    return split(w, [w.shape[_dimension(w, 0)] // count] * count)
+
+
 def concat(ws: Sequence[Weight], dim: int = 0) -> Weight:
     """``torch.cat(ws, dim)``, named as the first one. Unlike types are cast to a common one."""
     if not ws:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..checkpoints.expressions import chunk
 from ..ggml.weight import Weight
 from .base import Weights
 
@@ -14,6 +15,11 @@ Change = Callable[[Weight], "tuple[Weight, ...]"]
 Rule = tuple[str, str | Sequence[str]] | tuple[str, str | Sequence[str], Change]
 """(pattern of a whole name, what replaces it, how the tensor changes). Several replacements are the names of the parts
 that the change gives, in order; a replacement of "" leaves its part out."""
+
+
+def thirds(weight: Weight) -> tuple[Weight, ...]:
+    """Queries, keys and values in one."""
+    return chunk(weight, 3)
 
 
 def same(weights: Weights) -> dict[str, Weight]:

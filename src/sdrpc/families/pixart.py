@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.expressions import split
+from ..checkpoints.expressions import chunk
 from ..ggml.weight import Weight
 from ..prompts import t5_chunks
 from . import colours, configs
@@ -31,7 +31,7 @@ from .base import (
 )
 from .components import flux, t5
 from .components.autoencoder import VAE
-from .keys import same, table
+from .keys import same, table, thirds
 
 if TYPE_CHECKING:
     import torch
@@ -121,16 +121,8 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return make(**config), call
 
 
-def _parts(weight: Weight, count: int) -> tuple[Weight, ...]:
-    return split(weight, [(weight.shape or (0,))[0] // count] * count)
-
-
-def _thirds(weight: Weight) -> tuple[Weight, ...]:
-    return _parts(weight, 3)
-
-
 def _halves(weight: Weight) -> tuple[Weight, ...]:
-    return _parts(weight, 2)
+    return chunk(weight, 2)
 
 
 _BLOCK, _BLOCKS = r"blocks\.(\d+)", r"transformer_blocks.\1"
@@ -155,7 +147,7 @@ _ORIGINAL = table(
     [
         *flux.linear(_LINEAR),
         *(
-            (rf"{_BLOCK}\.attn\.qkv\.{kind}", [f"{_BLOCKS}.attn1.to_{name}.{kind}" for name in "qkv"], _thirds)
+            (rf"{_BLOCK}\.attn\.qkv\.{kind}", [f"{_BLOCKS}.attn1.to_{name}.{kind}" for name in "qkv"], thirds)
             for kind in flux.BOTH
         ),
         *(

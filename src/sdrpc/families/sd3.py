@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.expressions import split, swap_halves
+from ..checkpoints.expressions import swap_halves
 from ..errors import InvalidValue
 from ..ggml.weight import Weight
 from ..prompts import apply_weights, clip_chunks, t5_chunks
@@ -34,7 +34,7 @@ from .base import (
 )
 from .components import autoencoder, clip, t5
 from .components.autoencoder import VAE
-from .keys import same, table
+from .keys import same, table, thirds
 
 if TYPE_CHECKING:
     import torch
@@ -127,10 +127,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return module, call
 
 
-def _thirds(weight: Weight) -> tuple[Weight, ...]:
-    return split(weight, [weight.shape[0] // 3] * 3)
-
-
 _JOINT, _BLOCK = r"joint_blocks\.(\d+)", r"transformer_blocks.\1"
 _BOTH = ("weight", "bias")
 _LINEAR = {
@@ -169,7 +165,7 @@ _ORIGINAL = table(
         ("pos_embed", _POSITIONS),
         *((rf"{old}\.(weight|bias)", rf"{new}.\{old.count('(') + 1}") for old, new in _LINEAR.items()),
         *(
-            (rf"{_JOINT}\.{old}\.qkv\.{kind}", [f"{_BLOCK}.{name}.{kind}" for name in names], _thirds)
+            (rf"{_JOINT}\.{old}\.qkv\.{kind}", [f"{_BLOCK}.{name}.{kind}" for name in names], thirds)
             for old, names in _QKV.items()
             for kind in _BOTH
         ),

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.expressions import split
 from ..errors import InvalidValue
-from ..ggml.weight import Weight
 from ..prompts import Template, qwen_tokenizer
 from . import colours, configs
 from .base import Component, Conditions, Config, Defaults, Encode, Family, Found, Joint, Latents, Naming, Prompt
 from .components import llm
 from .components.autoencoder import VAE
 from .components.qwen3 import QWEN3
-from .keys import same, table
+from .keys import same, table, thirds
 
 if TYPE_CHECKING:
     import torch
@@ -92,16 +90,12 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return module, call
 
 
-def _thirds(weight: Weight) -> tuple[Weight, ...]:
-    return split(weight, [weight.shape[0] // 3] * 3)
-
-
 _BLOCK = r"((?:layers|noise_refiner|context_refiner)\.\d+)"
 _ORIGINAL = table(
     [
         (r"x_embedder\.(weight|bias)", rf"{_EMBEDDER}.\1"),
         (r"final_layer\.(linear|adaLN_modulation\.1)\.(weight|bias)", rf"{_FINAL}.\1.\2"),
-        (rf"{_BLOCK}\.attention\.qkv\.weight", [rf"\1.attention.to_{name}.weight" for name in "qkv"], _thirds),
+        (rf"{_BLOCK}\.attention\.qkv\.weight", [rf"\1.attention.to_{name}.weight" for name in "qkv"], thirds),
         (rf"{_BLOCK}\.attention\.out\.weight", r"\1.attention.to_out.0.weight"),
         (rf"{_BLOCK}\.attention\.([qk])_norm\.weight", r"\1.attention.norm_\2.weight"),
         (rf"{_BLOCK}\.(?:attention_norm[12]|ffn_norm[12]|feed_forward\.w[123])\.weight", r"\g<0>"),

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoints.expressions import split, transpose
+from ...checkpoints.expressions import transpose
 from ...errors import InvalidValue
 from ...ggml.weight import Weight
 from ...prompts import Tokens
 from .. import configs
 from ..base import F32, Component, Config, Encode, Found, Naming
-from ..keys import prefixed, same, table
+from ..keys import prefixed, same, table, thirds
 
 if TYPE_CHECKING:
     import torch
@@ -125,10 +125,6 @@ def _check_skip(encode: Encode, name: str, skip: int) -> None:
         raise InvalidValue("clip_skip", skip + missing, reason)
 
 
-def _thirds(weight: Weight) -> tuple[Weight, ...]:
-    return split(weight, [weight.shape[0] // 3] * 3)
-
-
 def _transposed(weight: Weight) -> tuple[Weight, ...]:
     return (transpose(weight),)
 
@@ -147,7 +143,7 @@ _OPENCLIP = table(
             (
                 rf"transformer\.resblocks\.(\d+)\.attn\.in_proj_{kind}",
                 [rf"{_LAYER}self_attn.{p}_proj.{kind}" for p in "qkv"],
-                _thirds,
+                thirds,
             )
             for kind in ("weight", "bias")
         ),

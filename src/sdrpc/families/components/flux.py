@@ -9,7 +9,7 @@ from ...checkpoints.expressions import split, swap_halves
 from ...ggml.weight import Weight
 from .. import configs
 from ..base import Config, Found
-from ..keys import Rule
+from ..keys import Rule, thirds
 
 if TYPE_CHECKING:
     import torch
@@ -96,19 +96,16 @@ def beside(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def _thirds(weight: Weight) -> tuple[Weight, ...]:
-    return split(weight, [weight.shape[0] // 3] * 3)
-
-
 def _single(weight: Weight) -> tuple[Weight, ...]:
     """A single block's first matrix makes queries, keys, values (as wide as the model) and the MLP's input (four times
     as wide)."""
-    width = weight.shape[0] // 7
-    return split(weight, [width, width, width, weight.shape[0] - 3 * width])
+    rows = (weight.shape or (0,))[0]
+    width = rows // 7
+    return split(weight, [width, width, width, rows - 3 * width])
 
 
 def _qkv(kinds: tuple[str, ...], source: str, target: str, names: tuple[str, str, str]) -> list[Rule]:
-    return [(rf"{source}\.{kind}", [rf"{target}.{name}.{kind}" for name in names], _thirds) for kind in kinds]
+    return [(rf"{source}\.{kind}", [rf"{target}.{name}.{kind}" for name in names], thirds) for kind in kinds]
 
 
 BOTH = ("weight", "bias")
