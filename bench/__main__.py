@@ -42,26 +42,32 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="The server's device, and diffusers': CPU, CUDA0 …")] = "CPU",
     size: Annotated[
-        int | None, typer.Option(help="Width and height in pixels.", show_default="256; families: 1024, tiny: 128")
+        int | None,
+        typer.Option(help="Width and height in pixels.", show_default="256; families: the family's, tiny: 128"),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=2, help="Sampling steps; the first is not counted.", show_default="4; families: 20, tiny: 4"),
+        typer.Option(
+            min=2, help="Sampling steps; the first is not counted.", show_default="4; families: the family's, tiny: 4"
+        ),
     ] = None,
     checkpoint_size: Annotated[
         str,
-        typer.Option(metavar="full|reduced|tiny", help="The models' shapes, small ones, or FLUX.1 with few blocks."),
+        typer.Option(metavar="full|reduced|tiny", help="The models' shapes, small ones, or FLUX.1's with few blocks."),
     ] = "full",
     precision: Annotated[str | None, typer.Option(metavar="exact|fast", show_default="both on a CPU")] = None,
     type: Annotated[
-        str | None, typer.Option(metavar="f32|bf16|f16|q8_0", help="Of the weights; q8_0 for families alone.")
+        str | None,
+        typer.Option(metavar="f32|bf16|f16|q8_0|f8_e4m3", help="Of the weights; q8_0 and f8_e4m3 for families alone."),
     ] = None,
-    family: Annotated[str, typer.Option(metavar="NAME,…", help="Of families: which ones.")] = ",".join(families.KINDS),
+    family: Annotated[
+        str, typer.Option(metavar="NAME,…", help=f"Of families: {', '.join(families.KINDS)}.")
+    ] = ",".join(families.USUAL),
     only: Annotated[str, typer.Option(metavar="PART,…", help="Of families: what to measure.")] = ",".join(
         families.PARTS
     ),
     text_encoders: Annotated[
-        str, typer.Option(metavar="full|reduced", help="Of families: reduced has a T5 of two layers, which saves 9 GB.")
+        str, typer.Option(metavar="full|reduced", help="Of families: few layers, which saves 6 to 14 GB.")
     ] = "full",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:

@@ -90,10 +90,11 @@ def _stored(numbers: Numbers, seed: str, type: str, shape: Shape, spread: Spread
         factors = blocks[:, :FACTOR_BYTES].copy().view("<f2") * np.float32(spread.factor)
         blocks[:, :FACTOR_BYTES] = factors.astype("<f2").view(np.uint8)
         return Stored(type, shape, blocks.reshape(*shape[:-1], -1))
-    values = numbers.plain(start, count, PLAIN[type]).mul(spread.factor)
+    narrow = PLAIN[type].itemsize == 1  # which torch doesn't calculate with
+    values = numbers.plain(start, count, torch.bfloat16 if narrow else PLAIN[type]).mul(spread.factor)
     if spread.offset:
         values += spread.offset
-    return Stored(type, shape, values.view(torch.uint8).numpy())
+    return Stored(type, shape, values.to(PLAIN[type]).view(torch.uint8).numpy())
 
 
 def _filled(filed: Filed, numbers: Numbers) -> list[Planned]:
@@ -123,7 +124,7 @@ def _components(family: str, size: str, text_encoders: str) -> list[Component]:
 def checkpoint(home: Path, family: str, size: str, text_encoders: str, type: str, plain: str) -> ModelFiles:
     """The model's files, one for each component, in ``home``; those that are missing are written.
 
-    ``type`` of the diffusion model: F32, F16, BF16, or Q8_0 for a GGUF file; ``plain``: of the other components.
+    ``type`` of the diffusion model: F32, F16, BF16, F8_E4M3, or Q8_0 for a GGUF file; ``plain``: of the others.
     ``text_encoders`` is the size of these, whose widths have to be those of ``size``. Raises :class:`ValueError` for a
     size that the family does not have.
     """

@@ -27,12 +27,15 @@ class SdCli:
         named = [
             text for name, path in files.items() for text in (f"--{name.replace('diffusion_', 'diffusion-')}", path)
         ]
+        film = request.video_frames is not None
+        kind = ("-M", "vid_gen", "--video-frames", str(request.video_frames)) if film else ()
+        output = graphs.parent / ("bench.webp" if film else "bench.png")
         self.process = subprocess.Popen(
             [
                 sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", *named,
                 "-p", request.prompt, "-W", str(request.width), "-H", str(request.height),
                 "--steps", str(request.steps), "--cfg-scale", str(request.cfg_scale),
-                "--sampling-method", str(request.sampling_method), "-o", str(graphs.parent / "bench.png"), *options,
+                "--sampling-method", str(request.sampling_method), "-o", str(output), *kind, *options,
             ],
             env=os.environ | {"SDRPC_CACHE": str(graphs)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

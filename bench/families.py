@@ -17,7 +17,8 @@ from rich.console import Console
 from sdrpc.client import connect
 from sdrpc.diffusion.guidance import Told
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import Session
+from sdrpc.diffusion.session import Session, latents_shape, settings_of
+from sdrpc.families import flux2, wan, zimage
 from sdrpc.families.base import Config
 from sdrpc.families.components.unet import pooled_width
 from sdrpc.families.flux1 import T5_TOKENS
@@ -53,13 +54,24 @@ SOCKET_BYTES = 4 << 30
 """Of the model's file that are sent through a plain socket at most."""
 
 
+class Drawn(NamedTuple):
+    """Width and height in pixels and steps of a picture; of a film also its frames."""
+
+    width: int
+    height: int
+    steps: int
+    frames: int | None = None
+
+
 class Kind(NamedTuple):
     """A family's usual type of weights and guidance; what its diffusion model is told of a prompt, as shapes without
-    the batch, from the configurations of its components; and what its first capture may take."""
+    the batch, from the configurations of its components; what the full model draws; and what its first capture may
+    take."""
 
     plain: str
     cfg_scale: float
     told: Callable[[Config], Shapes]
+    drawn: Drawn = Drawn(1024, 1024, 20)
     capture_seconds: float | None = None
     capture_gb: float | None = None
 
@@ -73,11 +85,33 @@ def _told_flux1(config: Config) -> Shapes:
     return {"context": (T5_TOKENS, width), "pooled": (pooled,), "guidance": ()}
 
 
-KINDS = {"sdxl": Kind("f16", 7.0, _told_sdxl), "flux1-dev": Kind("bf16", 1.0, _told_flux1, 8.0, 1.0)}
+def _told_z_image(config: Config) -> Shapes:
+    return {"context": (zimage.TOKENS, config["cap_feat_dim"]), "padding": (zimage.TOKENS,)}
+
+
+def _told_text(width: str, tokens: int) -> Callable[[Config], Shapes]:
+    """A text alone, of the width that the configuration has by this name."""
+    return lambda config: {"context": (tokens, config[width])}
+
+
+SHORT_TEXT = 32
+"""Tokens of a prompt for models that are told no more than it has."""
+
+KINDS = {
+    "sdxl": Kind("f16", 7.0, _told_sdxl),
+    "flux1-dev": Kind("bf16", 1.0, _told_flux1, capture_seconds=8.0, capture_gb=1.0),
+    "z-image": Kind("bf16", 1.0, _told_z_image, Drawn(1024, 1024, 8)),
+    "qwen-image": Kind("bf16", 1.0, _told_text("joint_attention_dim", SHORT_TEXT), Drawn(1328, 1328, 20)),
+    "flux2-klein-4b": Kind("bf16", 1.0, _told_text("joint_attention_dim", flux2.TOKENS)),
+    "wan2.2-5b": Kind("bf16", 1.0, _told_text("text_dim", wan.TOKENS), Drawn(832, 480, 20, 33)),
+}
 """Families by the names of tools/checkpoints."""
 
-SIDES = {"tiny": (128, 4), "reduced": (1024, 20), "full": (1024, 20)}
-"""Width and height of the picture, and steps, unless they are given, by the checkpoint's size."""
+USUAL = ("sdxl", "flux1-dev")
+"""Those that are measured where none is named."""
+
+TINY = Drawn(128, 128, 4, 5)
+"""What tiny models draw; frames are of those that draw films."""
 
 CLIENT_GB, START_SECONDS, STEP_RATIO, WIRE_RATIO = 2.0, 3.0, 1.05, 1.2
 
@@ -97,6 +131,10 @@ class Case:
     @property
     def title(self) -> str:
         return f"{self.folder.name}, {self.variant}"
+
+    @property
+    def film(self) -> bool:
+        return self.request.video_frames is not None
 
     @property
     def cache(self) -> Cache:
@@ -132,16 +170,17 @@ def _case(setup: Setup, family: str) -> Case:
     size = setup.checkpoint_size
     home = development_cache() / f"{family}-{size}"
     text = size if size == "tiny" else options.text_encoders
-    plain = (kind.plain if weights == "q8_0" else weights).upper()
+    plain = (weights if weights in DTYPES else kind.plain).upper()
     start = time.perf_counter()
     files = checkpoint(home, family, size, text, weights.upper(), plain)
     for path in files.named.values():
         read(path)
     log.print(f"{family}: files ready after {time.perf_counter() - start:.0f} s")
-    side, steps = SIDES[size]
+    drawn = TINY if size == "tiny" else kind.drawn
     request = Request(
-        PROMPT, width=options.size or side, height=options.size or side, steps=options.steps or steps,
-        cfg_scale=kind.cfg_scale, sampling_method="euler", scheduler="discrete",
+        PROMPT, width=options.size or drawn.width, height=options.size or drawn.height,
+        steps=options.steps or drawn.steps, cfg_scale=kind.cfg_scale, sampling_method="euler", scheduler="discrete",
+        video_frames=kind.drawn.frames and drawn.frames,
     )  # fmt: skip
     folder = setup.folder / f"{family} {size}"
     folder.mkdir()
@@ -156,7 +195,7 @@ def _step(case: Case) -> Iterator[Row]:
     with ExitStack() as stack:
         server = stack.enter_context(case.setup.server(case.variant))
         session = case.connected(stack, server.port)
-        settings = session.settings(case.request)
+        settings = session.settings(case.request, case.film)
         conditions = session.conditions(settings)
         drawn = drawing(session.model, settings, list(conditions.by_name.values()))
         before = session.timer.seconds.get("upload", 0.0)
@@ -171,7 +210,7 @@ def _step(case: Case) -> Iterator[Row]:
             mine.append(sample(session, case.request, conditions))
             eager.append(theirs.sample(drawn))
             if not case.setup.on_cpu:
-                graph.append(theirs.sample(drawn, graph=True))
+                graph += theirs.recorded(drawn)
         rows = list(_compiled(case, drawn, server, lambda: sample(session, case.request, conditions), theirs, layout))
     apart = difference(mine[-1].latents, eager[-1].latents)
     yield Row(
@@ -192,8 +231,10 @@ def _compiled(
     yield Row(f"compiling, {case.title}", took, "s", None, "", None, "from the first picture on, beside drawing")
     mine = [draw() for _ in range(ROUNDS)]
     with theirs.compiled():
-        compiled = [theirs.sample(drawn, graph=True) for _ in range(ROUNDS)]
-    yield from _steps(case, drawn, mine, {f"diffusers compiled, CUDA graph{layout}": compiled}, "compiled step")
+        graph = [run for _ in range(ROUNDS) for run in theirs.recorded(drawn)]
+        eager = [] if graph else [theirs.sample(drawn) for _ in range(ROUNDS + 1)][1:]  # the first one compiles
+    ways = {f"diffusers compiled, CUDA graph{layout}": graph, f"diffusers compiled{layout}": eager}
+    yield from _steps(case, drawn, mine, ways, "compiled step")
 
 
 def _steps(
@@ -204,13 +245,14 @@ def _steps(
     seconds = {name: step_seconds(*runs) for name, runs in theirs.items() if runs}
     best = min(seconds.values())
     narrow = str(_dtype(case)).removeprefix("torch.")
-    dequantized = f"; diffusers' weights in {narrow}" if case.variant.type == "q8_0" else ""
+    dequantized = "" if case.variant.type in DTYPES else f"; diffusers' weights in {narrow}"
     batch = len(drawn.conditions)
     for name, their in seconds.items():
+        frames = f"×{drawn.settings.video_frames} frames" if case.film else ""
         yield Row(
             f"{what}, {case.title}", ours * 1e3, "ms", their * 1e3, name,
             case.mark(Mark(STEP_RATIO)) if their == best else None,
-            f"{drawn.settings.width}×{drawn.settings.height}, {drawn.settings.steps} steps, batch of {batch}; "
+            f"{drawn.settings.width}×{drawn.settings.height}{frames}, {drawn.settings.steps} steps, batch of {batch}; "
             f"{1 / ours:.2f} against {1 / their:.2f} steps/s{dequantized}",
         )  # fmt: skip
 
@@ -224,10 +266,11 @@ def _upload(case: Case, size: int, seconds: float) -> Row:
 
 
 def _dtype(case: Case) -> torch.dtype:
-    """What diffusers computes in: exact is float32 whatever the file holds; in place of blocks the family's type."""
+    """What diffusers computes in: exact is float32 whatever the file holds; the family's type in place of blocks and of
+    8-bit floats."""
     if case.variant.precision == "exact":
         return torch.float32
-    return DTYPES[case.kind.plain if case.variant.type == "q8_0" else case.variant.type]
+    return DTYPES.get(case.variant.type, DTYPES[case.kind.plain])
 
 
 # sd-cli ---------------------------------------------------------------------------------------------------------------
@@ -312,9 +355,7 @@ def _wire(case: Case) -> Iterator[Row]:
 
 def _capture(case: Case) -> Iterator[Row]:
     kind, model, request = case.kind, open_model(case.files), case.request
-    settings = request.resolved(model.defaults, model.size, model.family.latents.multiple)
-    side = settings.height // model.pixels, settings.width // model.pixels
-    latents = (_batch(case), model.latent_channels, *side)
+    latents = (_batch(case), *latents_shape(model, settings_of(model, request, case.film))[1:])
     took = in_new_process(case.files, {"latents": latents, "timestep": (_batch(case),), **_told(case, model)})
     yield Row(
         f"capture, {case.title}", took.cpu, "s", None, "",

@@ -11,22 +11,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor, nn
 
-from sdrpc.diffusion.predictions import flux_shift_by_size, prediction
+from sdrpc.diffusion.predictions import TIMESTEPS, Prediction
 from sdrpc.diffusion.request import Settings
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.schedules import make_sigmas
+from sdrpc.diffusion.session import latents_shape, predicts_with
 from sdrpc.families.base import Conditions
 from sdrpc.families.model import Model
 from sdrpc.ggml.weight import Weight
+from sdrpc.lowering.capture import without_weights
 
 from .sampling import DTYPES, Sampled
+
+log = Console(stderr=True, highlight=False)
 
 F32 = NDArray[np.float32]
 
 Q8_0_BLOCK = 34
 """Bytes: a float16 factor and 32 small numbers."""
+
+STORED = {
+    **{name.upper(): dtype for name, dtype in DTYPES.items()},
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""torch's types of numbers that are stored plainly."""
 
 LAYOUT_STEPS = 4
 WARMING = 3
@@ -35,10 +47,12 @@ PATCH = 2
 
 
 class Drawing(NamedTuple):
-    """One picture that both sides draw. ``noise`` (1, c, h, w) is standard normal, ``sigmas`` the levels of noise of
-    the steps and the last one, 0; ``conditions`` as :meth:`sdrpc.diffusion.session.Session.conditions` has them."""
+    """One picture or film that both sides draw. ``noise`` (1, c, h, w) or (1, c, frames, h, w) is standard normal,
+    ``sigmas`` the levels of noise of the steps and the last one, 0, of what the model ``predicts``; ``conditions`` as
+    :meth:`sdrpc.diffusion.session.Session.conditions` has them."""
 
     settings: Settings
+    predicts: Prediction
     noise: F32
     sigmas: F32
     conditions: Sequence[Conditions]
@@ -46,15 +60,11 @@ class Drawing(NamedTuple):
 
 def drawing(model: Model, settings: Settings, conditions: Sequence[Conditions]) -> Drawing:
     """What :meth:`Session.sample` draws with these arguments."""
-    height, width = settings.height // model.pixels, settings.width // model.pixels
-    shape = (1, model.latent_channels, height, width)
-    shift = settings.flow_shift
-    if shift is None and settings.prediction == "flux_flow":
-        shift = flux_shift_by_size(height // PATCH * (width // PATCH))
-    predicts = prediction(settings.prediction or "eps", shift=shift)
-    sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=height * width)
+    shape = latents_shape(model, settings)
+    predicts = predicts_with(model, settings, settings.prediction or "eps")
+    sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=shape[-2] * shape[-1])
     noise = make_rng(settings.rng, settings.seed).normal(int(np.prod(shape))).reshape(shape)
-    return Drawing(settings, noise, sigmas, conditions)
+    return Drawing(settings, predicts, noise, sigmas, conditions)
 
 
 class Loop(NamedTuple):
@@ -62,7 +72,7 @@ class Loop(NamedTuple):
 
     ``latents``: as the scheduler has them at first. ``enter``: latents and timestep → what the model is given that
     changes from step to step. ``model``: evaluates it. ``leave``: its answer → what the scheduler takes. ``result``:
-    latents (1, c, h, w).
+    latents in the shape of the noise.
     """
 
     scheduler: Any
@@ -74,18 +84,26 @@ class Loop(NamedTuple):
 
 
 class InProcess:
-    """diffusers' model with the weights of ``model``'s diffusion model in ``dtype``. Blocks become plain numbers."""
+    """diffusers' model with the weights of ``model``'s diffusion model in ``dtype``, but those in float32 of which its
+    class says so. Blocks and 8-bit floats become plain numbers. ``call``: the family's function of module and inputs.
+    """
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         component = model["diffusion"]
-        with torch.device("meta"):
-            module: Any = component.module().build()[0]
-        weights = {name: _loaded(weight, device, dtype) for name, weight in component.found.tensors.items()}
+        built: tuple[Any, Callable[..., tuple[Tensor, ...]]]
+        with without_weights():
+            built = component.module().build()
+        module, self.call = built
+        wide = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        weights = {
+            name: _loaded(weight, device, torch.float32 if wide & set(name.split(".")) else dtype)
+            for name, weight in component.found.tensors.items()
+        }
         missing = module.load_state_dict(weights, strict=False, assign=True).missing_keys
         if missing:
             raise SystemExit(f"diffusers' model lacks {', '.join(missing[:3])}")
-        self.module = module.eval()
+        self.module: Any = module.eval().to(device)  # tables that the module computed for itself
         self._loop = LOOPS[model.family.name]
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -104,6 +122,17 @@ class InProcess:
         best = min(seconds, key=lambda name: seconds[name])
         self.module.to(memory_format=layouts[best])
         return best
+
+    def recorded(self, drawn: Drawing) -> list[Sampled]:
+        """A picture with the model as a CUDA graph; none, and a line that says why, where torch can't record the model:
+        some copy numbers to the device in every evaluation."""
+        try:
+            return [self.sample(drawn, graph=True)]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as refused:
+            log.print(f"{type(self.module).__name__} can't be a CUDA graph: {str(refused).splitlines()[0]}")
+            return []
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -173,7 +202,7 @@ def _loaded(weight: Weight, device: torch.device, dtype: torch.dtype) -> Tensor:
         blocks = stored.reshape(-1, Q8_0_BLOCK)
         factors, small = blocks[:, :2].contiguous().view(torch.float16), blocks[:, 2:].contiguous().view(torch.int8)
         return (factors.float() * small).to(dtype).reshape(weight.shape)
-    return stored.view(DTYPES[weight.type.name.lower()]).to(dtype).reshape(weight.shape)
+    return stored.view(STORED[weight.type.name]).to(dtype).reshape(weight.shape)
 
 
 # Families -------------------------------------------------------------------------------------------------------------
@@ -261,6 +290,28 @@ def _flux1(side: InProcess, drawn: Drawing) -> Loop:
     return Loop(scheduler, pipeline._pack_latents(noise, *shape), enter, model, _same, result)
 
 
+def _flow(side: InProcess, drawn: Drawing) -> Loop:
+    """The pipelines of flow models without a negative prompt: Euler's method, an evaluation a step. How latents become
+    tokens and what the class calls its inputs, the family's own function knows, which is run here as it is."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    make: Any = FlowMatchEulerDiscreteScheduler  # untyped
+    scheduler = make(shift=1.0)
+    scheduler.set_timesteps(sigmas=drawn.sigmas[:-1].tolist(), device=side.device)
+    (conditions,) = drawn.conditions
+    told = {name: side.tensor(array) for name, array in conditions.items()}
+    most = float(drawn.predicts.timestep(1.0))
+
+    def enter(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        return latents, timestep.expand(len(latents)) * (most / TIMESTEPS)
+
+    def model(latents: Tensor, timestep: Tensor) -> Tensor:
+        with side.device:  # where the function makes positions
+            return side.call(side.module, latents, timestep, **told)[0].to(side.dtype)
+
+    return Loop(scheduler, side.tensor(drawn.noise) * float(drawn.sigmas[0]), enter, model, _same, _same)
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -269,5 +320,9 @@ def _joined(conditions: Sequence[Conditions]) -> Mapping[str, F32]:
     return {name: np.concatenate([each[name] for each in conditions]) for name in conditions[0]}
 
 
-LOOPS: dict[str, Callable[[InProcess, Drawing], Loop]] = {"sdxl": _sdxl, "flux1": _flux1}
+LOOPS: dict[str, Callable[[InProcess, Drawing], Loop]] = {
+    "sdxl": _sdxl,
+    "flux1": _flux1,
+    **dict.fromkeys(("flux2", "flux2-klein", "qwen-image", "wan", "zimage"), _flow),
+}
 """By sdrpc's names of families."""

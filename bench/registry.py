@@ -35,7 +35,9 @@ BENCHMARKS = (
     Benchmark("replay", "an unmodified sd-cli's commands at full rate, over our own client's", replay.run),
     Benchmark("operations", "operations of SD 1.5 and a whole UNet graph, over ggml's own server", operations.run),
     Benchmark("language", "llama.cpp's client: tokens per second with our server, over ggml's own", language.run),
-    Benchmark("families", "SDXL and FLUX.1 at full size: step, memory, bytes, capture, start", families.run, False),
+    Benchmark(
+        "families", "models of several files at full size: step, memory, bytes, capture, start", families.run, False
+    ),
     Benchmark("busy", "steps of the demo model on busy and on quiet cores: threads that sleep, over others", busy.run),
     Benchmark("cluster", "pictures a minute of sd-server in a Ray cluster, over one device's", cluster.run, False),
     Benchmark("scaling", "pictures, prompts and layers on several devices, over one device's", scaling.run, False),

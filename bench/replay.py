@@ -30,6 +30,8 @@ PROTOCOL = "5.0.1"
 ASKED = "FLASH_ATTN_EXT", 3
 """What its allocator asks the size of, three times for each, before every graph."""
 WARM, ROUNDS = 5, 20
+WARM_ON_CPU, ROUNDS_ON_CPU = 1, 3
+"""Where an evaluation takes a second or two."""
 A_STEP = 2
 """Evaluations: of the prompt, and of the negative one."""
 STEPS_PER_SECOND = Mark(50, of="ours", at_least=True)
@@ -52,10 +54,11 @@ def run(setup: Setup) -> Iterator[Row]:
         stack.callback(client.socket.close)
         buffers = {number: client.buffer(size) for number, size in recorded.sizes.items()}
         replayed = _commands(client, recorded, buffers, dialect)
-        theirs = _rate(partial(_evaluate, client, replayed))
+        rounds = (WARM_ON_CPU, ROUNDS_ON_CPU) if setup.on_cpu else (WARM, ROUNDS)
+        theirs = _rate(partial(_evaluate, client, replayed), *rounds)
         (device,) = connect([f"127.0.0.1:{server.port}"])
         stack.callback(device.close)
-        ours = _rate(recorded_on(device, PART).run)
+        ours = _rate(recorded_on(device, PART).run, *rounds)
     what = f"recorded sd-cli, 128×128, {setup.variant}"
     note = f"{len(replayed.graph.payload) / 1e6:.1f} MB of graph each time"
     yield Row(
@@ -112,11 +115,11 @@ def _evaluate(client: RawClient, replayed: Replayed) -> None:
     client.get(*replayed.result)
 
 
-def _rate(evaluate: Callable[[], object]) -> float:
+def _rate(evaluate: Callable[[], object], warm: int, rounds: int) -> float:
     """Seconds of an evaluation, one after the other."""
-    for _ in range(WARM):
+    for _ in range(warm):
         evaluate()
     start = time.perf_counter()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         evaluate()
-    return (time.perf_counter() - start) / ROUNDS
+    return (time.perf_counter() - start) / rounds

@@ -25,8 +25,8 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 class Sampled(NamedTuple):
-    """The latents (1, c, h, w) of a picture, and the seconds of a step: the time from noise to latents that are here,
-    over the steps. (Steps are not timed one by one: nobody waits for each.)"""
+    """The latents of a picture (1, c, h, w) or a film (1, c, frames, h, w), and the seconds of a step: the time from
+    noise to latents that are here, over the steps. (Steps are not timed one by one: nobody waits for each.)"""
 
     latents: F32
     seconds: float
@@ -46,7 +46,7 @@ def sample(
     session: Session, request: Request, conditions: Told, noted: Callable[[int], None] = lambda _: None
 ) -> Sampled:
     """The first picture of ``request`` up to its latents, without the VAE. ``noted`` is called when a step is done."""
-    settings = session.settings(request)
+    settings = session.settings(request, video=request.video_frames is not None)
     start = time.perf_counter()
     latents = session.sample(settings, request.seed, conditions, lambda done, _: noted(done))
     return Sampled(latents, (time.perf_counter() - start) / settings.steps)

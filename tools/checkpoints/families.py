@@ -1,7 +1,7 @@
 """Families: their components as diffusers' and transformers' classes, in several sizes, and where files have them.
 
 ``full`` has the published models' sizes, ``tiny`` the same structure with the real vocabularies (a picture on a CPU
-takes seconds), and ``reduced`` (FLUX.1 and Chroma) the real widths with few blocks.
+takes seconds), and ``reduced`` (some) the real widths with few blocks.
 """
 
 from __future__ import annotations
@@ -847,6 +847,10 @@ Z_IMAGE = Family(
             _z_image(3840, 30, 30, 2, QWEN3_4B[0]), _vae("vae.", *FULL_VAE, channels=16, **_FLUX_LATENTS),
             _qwen3("qwen3_4b", *QWEN3_4B),
         ),
+        "reduced": (
+            _z_image(3840, 30, 4, 2, QWEN3_4B[0]), _vae("vae.", *FULL_VAE, channels=16, **_FLUX_LATENTS),
+            _qwen3("qwen3_4b", *QWEN3_4B[:-1], 3),
+        ),
         "tiny": (
             _z_image(192, 3, 2, 1, 64), _vae("vae.", *TINY_VAE, channels=16, **_FLUX_LATENTS),
             _qwen3("qwen3_4b", 64, 160, (4, 2), 32, 3),
@@ -930,6 +934,7 @@ WAN22_5B = replace(
     name="wan2.2-5b",
     components={
         "full": (_wan(24, 14336, 30, 4096, channels=48), _wan22_vae(160, 256, 2), WAN.components["full"][2]),
+        "reduced": (_wan(24, 14336, 2, 4096, channels=48), _wan22_vae(160, 256, 2), _umt5(4096, 10240, 64, 2)),
         "tiny": (
             _wan(2, 160, 2, 32, channels=48), _wan22_vae(8, 16, 1, dim_mult=[1, 2, 2, 2]), WAN.components["tiny"][2],
         ),
@@ -997,6 +1002,10 @@ QWEN_IMAGE = Family(
     {
         "full": (
             _qwen_image(24, 60, 3584), _film_vae(96, 2), _qwen25(3584, 18944, (28, 4), 28, _QWEN25_VISION),
+        ),
+        "reduced": (
+            _qwen_image(24, 2, 3584), _film_vae(96, 2),
+            _qwen25(3584, 18944, (28, 4), 2, {**_QWEN25_VISION, "depth": 1}),
         ),
         "tiny": (
             _qwen_image(3, 2, 128, head=32), _film_vae(8, 1, dim_mult=[1, 2, 2, 2]),

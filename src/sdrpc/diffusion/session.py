@@ -429,7 +429,7 @@ class Session:
                 raise UsageError(f"nothing tells what this {family.title} predicts: name it (prediction)", "prediction")
             with self.timer("sample"):
                 name = family.probe(self.predict, self.model["diffusion"].config)
-        return _predicts(self.model, settings, name)
+        return predicts_with(self.model, settings, name)
 
     def sample(
         self,
@@ -481,16 +481,14 @@ class Session:
         ahead: Ahead | None,
     ) -> F32:
         model, predicts = self.model, self._prediction(settings)
-        height, width = settings.height // model.pixels, settings.width // model.pixels
+        shape = latents_shape(model, settings)
         if settings.sigmas:
             sigmas = np.array(settings.sigmas, f32)
         else:
-            tokens, aligned = height * width, model.family.aligned
+            tokens, aligned = shape[-2] * shape[-1], model.family.aligned
             sigmas = make_sigmas(settings.scheduler, settings.all_steps, predicts, tokens=tokens, aligned=aligned)
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
-        frames = ((settings.video_frames - 1) // model.frames + 1,) if model.frames else ()
-        shape = (1, model.latent_channels, *frames, height, width)
         rng = make_rng(settings.rng, seed)
         start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
         if ahead is not None:
@@ -649,7 +647,7 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
     drawn = None if shown is None else shown.drawn
     settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video), drawn)
     if settings.prediction is not None:
-        _predicts(model, settings, settings.prediction)
+        predicts_with(model, settings, settings.prediction)
     if settings.ref_images and shown is None:
         reason = f"{family.title} draws without reference pictures"
         raise InvalidValue("ref_images", len(settings.ref_images), reason)
@@ -710,9 +708,16 @@ def _check_control(model: Model, settings: Settings) -> None:
         raise InvalidValue("ref_images", len(settings.ref_images), "there are none beside a control_image")
 
 
-def _predicts(model: Model, settings: Settings, name: str) -> Prediction:
-    """The prediction called ``name`` for pictures with these settings. Raises :class:`InvalidValue` for settings that
-    mean nothing with it."""
+def latents_shape(model: Model, settings: Settings) -> tuple[int, ...]:
+    """Of what is drawn: (1, c, h, w), or of models that draw films (1, c, frames, h, w)."""
+    frames = ((settings.video_frames - 1) // model.frames + 1,) if model.frames else ()
+    side = settings.height // model.pixels, settings.width // model.pixels
+    return (1, model.latent_channels, *frames, *side)
+
+
+def predicts_with(model: Model, settings: Settings, name: str) -> Prediction:
+    """The prediction called ``name`` for pictures with these settings, with the shift that follows from them. Raises
+    :class:`InvalidValue` for settings that mean nothing with it."""
     shift = settings.flow_shift
     if shift is None and name in TOKEN_SIDES:
         side = model.pixels * TOKEN_SIDES[name]
