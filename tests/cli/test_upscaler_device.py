@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from sdrpc.cli.upscale import UPSCALER, on_one_device
+from sdrpc.cli.upscale import on_one_device
 from sdrpc.diffusion import placement
+from sdrpc.diffusion.placement import UPSCALER
 from sdrpc.errors import InvalidValue
 
 

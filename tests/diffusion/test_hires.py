@@ -71,7 +71,9 @@ def test_the_size_of_the_second_pass(wanted: Any, scale: float, size: tuple[int,
 @pytest.mark.parametrize(
     ("field", "value"),
     [("hires_scale", 0.5), ("hires_scale", 17.0), ("hires_scale", float("nan")), ("hires_width", 256),
-     ("hires_height", 1 << 20), ("hires_steps", -1), ("hires_denoising_strength", 1.5), ("hires_upscaler", "ESRGAN")],
+     ("hires_height", 1 << 20), ("hires_steps", -1), ("hires_denoising_strength", 1.5), ("hires_upscaler", "ESRGAN"),
+     ("hires_sigmas", (1.0, 2.0)), ("hires_sigmas", (1.0,)), ("hires_sigmas", (float("nan"), 0.0)),
+     ("hires_upscale_tile_size", 8), ("hires_upscale_tile_size", 1 << 20)],
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(field: str, value: Any) -> None:
     with pytest.raises(InvalidValue) as caught:

@@ -13,22 +13,13 @@ from safetensors.torch import save_file
 
 from sdrpc.cli import report
 from sdrpc.device import Device
-from sdrpc.diffusion import upscaling
 from sdrpc.diffusion.pictures import Pixels
 from sdrpc.diffusion.upscaling import Upscaler
 from sdrpc.errors import CheckpointError, InvalidValue, UsageError
 from tests.support.references.draw import psnr
+from tests.support.upscaler import esrgan, in_process, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries that spandrel has copies of
-
-
-def esrgan(scale: int = 2) -> Any:
-    """A small network of ESRGAN's kind, which enlarges what it sees and adds something."""
-    upscaling._spandrel()
-    from spandrel.architectures.ESRGAN import ESRGAN
-
-    torch.manual_seed(1)
-    return ESRGAN(num_filters=8, num_blocks=1, scale=scale).eval()
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +30,13 @@ def network() -> Any:
 @pytest.fixture(scope="module", params=["safetensors", "pth"])
 def file(request: pytest.FixtureRequest, network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("upscaler") / f"esrgan.{request.param}"
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    if request.param == "pth":
-        torch.save({"params_ema": state}, path)
-    else:
-        save_file(state, path)
+    save(network, path)
     return path
 
 
 def scene(height: int, width: int) -> Pixels:
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows * 3 % 256, columns * 2 % 256, (rows + columns) % 256], -1).astype(np.uint8)
-
-
-def in_process(network: Any, image: Pixels) -> Pixels:
-    with torch.no_grad():
-        larger = network(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)[0]
-    return (larger.clamp(0, 1) * 255 + 0.5).byte().permute(1, 2, 0).numpy()
 
 
 def test_a_picture_is_as_spandrel_enlarges_it(file: Path, network: Any, device: Device) -> None:
@@ -89,7 +70,7 @@ def test_what_is_no_upscaler_is_refused(device: Device, tmp_path: Path) -> None:
 def test_numbers_that_make_no_sense_are_refused(
     network: Any, device: Device, tmp_path: Path, repeats: int, tile: int, field: str
 ) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "a.safetensors")
+    save(network, tmp_path / "a.safetensors")
     with pytest.raises(InvalidValue) as caught:
         Upscaler(tmp_path / "a.safetensors", device)(scene(100, 100), repeats, tile)
     assert caught.value.field == field
@@ -120,3 +101,38 @@ def test_sd_cli_enlarges_on_the_device_that_it_is_told(
     with Image.open(drawn) as larger:
         assert larger.size == (256, 256)
         assert "Size: 128x128" in larger.info["parameters"], "what was drawn"
+
+
+def test_a_second_pass_begins_with_what_a_network_enlarged(
+    network: Any, ports: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by hand: the small picture, enlarged by the network in process, and drawn on from there."""
+    from sdrpc.cli.sd_cli import COMMAND, run
+
+    save(network, tmp_path / "tiny-esrgan.safetensors")
+    small, larger, begin, by_hand = (str(tmp_path / f"{name}.png") for name in ("small", "larger", "begin", "by-hand"))
+    usual = ["-p", "a red circle", "--cfg-scale", "1", "--sampling-method", "euler", "--precision", "exact", "-t", "1"]
+    drawn = [*usual, "-W", "64", "-H", "64", "--steps", "2"]
+    hires = [*drawn, "--hires", "--hires-upscalers-dir", str(tmp_path), "--hires-width", "128"]
+    hires += ["--rpc", f"127.0.0.1:{ports[0]}", "--backend", "upscaler=RPC0,all=CPU", "-o", larger, "--hires-upscaler"]
+    assert run([*drawn, "--backend", "CPU", "-o", small]) == 0
+    enlarged = Image.fromarray(in_process(network, np.asarray(Image.open(small))))
+    enlarged.save(begin)
+    for second, same in (
+        (["--hires-denoising-strength", "0.6", "--hires-steps", "3"], ["--strength", "0.6", "--steps", "3"]),
+        (["--hires-sigmas", "1.6,0.4,0"], ["--strength", "1", "--sigmas", "1.6,0.4,0"]),
+    ):
+        assert run([*hires, "tiny-esrgan", *second]) == 0
+        assert run([*usual, "--backend", "CPU", "-i", begin, *same, "-o", by_hand]) == 0
+        with Image.open(larger) as picture, Image.open(by_hand) as wanted:
+            assert picture.size == (128, 128)
+            assert "Hires upscaler: tiny-esrgan, Hires resize: 128x128" in picture.info["parameters"]
+            assert str(tmp_path) not in picture.info["parameters"]
+            assert psnr(np.asarray(picture), np.asarray(wanted)) >= 45, second
+    assert "tiny-esrgan on RPC0 enlarges what the second pass begins with" in capsys.readouterr().err
+    for name in ("../tiny-esrgan", "none"):
+        arguments = [*hires, name]
+        assert report.guarded(lambda given=arguments: run(given), COMMAND.fields) == report.USAGE
+        said = capsys.readouterr().err
+        assert f"--hires-upscaler {name}: there is no such upscaler; there are Latent" in said
+        assert "Nearest, tiny-esrgan" in said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.upscaler import esrgan, save
 from tests.web.process import WebServer
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
@@ -33,7 +34,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+def upscalers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a network that doubles pictures, and a file that is none."""
+    folder = tmp_path_factory.mktemp("upscalers")
+    save(esrgan(), folder / "tiny-esrgan.safetensors")
+    (folder / "broken.pth").write_bytes(b"<!doctype html>")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, upscalers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     """A server that lets everybody in."""
-    with WebServer(tmp_path_factory.mktemp("data"), "--models-dir", str(models)) as process:
+    folders = ("--models-dir", str(models), "--hires-upscalers-dir", str(upscalers))
+    with WebServer(tmp_path_factory.mktemp("data"), *folders) as process:
         yield process

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.references.draw import psnr
+from tests.support.upscaler import esrgan, in_process
 from tests.web.process import LONG, WebServer
 
 webuiapi = pytest.importorskip("webuiapi")
@@ -49,6 +51,26 @@ def test_a_second_pass(client: Any) -> None:
     )
     assert larger.image.size == (128, 128)
     assert "Hires resize: 128x128" in larger.info["infotexts"][0]
+
+
+def test_a_network_enlarges_pictures_and_what_a_second_pass_begins_with(client: Any) -> None:
+    """As spandrel does it in process; a second pass is img2img of what that gives."""
+    network = esrgan()
+    shown = {each["name"]: each["model_path"] for each in client.get_upscalers()}
+    assert shown["tiny-esrgan"].endswith("tiny-esrgan.safetensors")
+    small = client.txt2img(**SMALL, **TINY).image
+    wanted = in_process(network, np.asarray(small))
+    twice = client.extra_single_image(small, upscaler_1="tiny-esrgan", upscaling_resize=2).image
+    assert psnr(np.asarray(twice), wanted) >= 45
+    begun = {"images": [Image.fromarray(wanted)], "denoising_strength": 0.5}
+    by_hand = client.img2img(**{**SMALL, "width": 128, "height": 128}, **TINY, **begun).image
+    larger = client.txt2img(
+        **SMALL, **TINY, enable_hr=True, hr_upscaler="tiny-esrgan", hr_scale=2, denoising_strength=0.5
+    )
+    assert psnr(np.asarray(larger.image), np.asarray(by_hand)) >= 45
+    assert "Hires upscaler: tiny-esrgan, Hires resize: 128x128" in larger.info["infotexts"][0]
+    with pytest.raises(RuntimeError, match="broken"):
+        client.txt2img(**SMALL, **TINY, enable_hr=True, hr_upscaler="broken", denoising_strength=0.5)
 
 
 def test_larger_pictures(client: Any) -> None:
@@ -107,7 +129,7 @@ def test_progress_and_interruption(client: Any, server: WebServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"enable_hr": True, "hr_upscaler": "x"}, "hires_upscaler x: does not exist here; there are Latent"),
+        ({"enable_hr": True, "hr_upscaler": "x"}, "hires_upscaler x: there is no such upscaler; there are Latent"),
         ({"sampler_name": "PLMS"}, "sampler_name"),
         ({"styles": ["x"]}, "styles"),
         ({"script_name": "x/y plot"}, "script_name"),

@@ -97,7 +97,7 @@ def test_what_is_usual_sampling_and_a_second_pass(server: WebServer) -> None:
     first = server.until(server.ask("/sdcpp/v1/img_gen", whole).json()["id"], "completed")
     assert Image.open(BytesIO(base64.b64decode(first["result"]["images"][0]["b64_json"]))).size == (64, 64)
     changed = {
-        "hires": {"enabled": True, "upscaler": "Latent", "target_width": 128, "steps": 1, "denoising_strength": 0.5},
+        "hires": {"enabled": True, "upscaler": "tiny-esrgan", "target_width": 128, "custom_sigmas": [3.0, 0.0]},
         "vae_tiling_params": {"enabled": True, "tile_size_x": 8, "tile_size_y": 8},
         "sample_params": sampling | {"custom_sigmas": [14.6, 3.0, 0.0]},
         "cache_mode": "easycache",
@@ -106,12 +106,14 @@ def test_what_is_usual_sampling_and_a_second_pass(server: WebServer) -> None:
     drawn = Image.open(BytesIO(base64.b64decode(second["result"]["images"][0]["b64_json"])))
     assert drawn.size == (128, 128)
     assert "Custom Sigmas: [14.6, 3, 0]" in drawn.info["parameters"]
+    assert "Hires steps: 1, Hires sigmas: [3, 0]," in drawn.info["parameters"]
 
 
 def test_what_there_is(server: WebServer) -> None:
     can = server.ask("/sdcpp/v1/capabilities").json()
     assert {model["name"] for model in can["models"]} == {"demo", "tiny"}
     assert len(can["samplers"]) == 21
+    assert {"Latent", "Lanczos", "tiny-esrgan"} <= {each["name"] for each in can["upscalers"]}
     assert server.ask("/sdcpp/v1/devices").json()[0]["total"] > 0
     assert b"sdrpc_pictures_total" in server.ask("/metrics").body
     assert server.ask("/health").json() == {"status": "ok"}

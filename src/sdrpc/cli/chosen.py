@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import models
 from ..client import Keychain, Timeouts, given_keys
 from ..diffusion import placement
+from ..errors import InvalidValue
 from . import report
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ def files_of(chosen: Chosen) -> ModelFiles:
     paths = {field: Path(path) for field, path in named.items()}
     whole = {"model": models.named(named["model"])} if "model" in named else {}
     return ModelFiles(**paths | whole, types=types)
+
+
+def folder_of(chosen: Chosen, field: str) -> Path | None:
+    """The folder that an option names, if it does. Raises :class:`InvalidValue` for what is none."""
+    path = chosen[field]
+    if path is not None and not Path(path).is_dir():
+        raise InvalidValue(field, path, "is no folder")
+    return None if path is None else Path(path)
 
 
 def servers(chosen: Chosen) -> list[str]:

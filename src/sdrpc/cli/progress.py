@@ -13,6 +13,7 @@ from rich.control import Control
 from rich.segment import ControlType
 
 from ..diffusion.events import Event
+from ..diffusion.placement import UPSCALER
 
 Say = Callable[[str], None]
 REDRAW_SECONDS = 0.1
@@ -153,7 +154,8 @@ class Meter:
 
     def _decode(self, event: Event) -> None:
         if event.total > 1:
-            self._status.show("decoding", event.done / event.total, f"frame {event.done} of {event.total}")
+            label, what = ("upscaling", "tile") if event.component == UPSCALER else ("decoding", "frame")
+            self._status.show(label, event.done / event.total, f"{what} {event.done} of {event.total}")
         elif not event.over:
             self._status.show("decoding")
 

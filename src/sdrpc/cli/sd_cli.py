@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..diffusion import placement
+from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, UsageError
 from ..runtime.chain import devices_of
 from . import discovery, fitting, metadata, report
-from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
+from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
 from .command import Command
 from .convert import convert
 from .devices import limits_of, listed, placed_devices
@@ -39,7 +40,7 @@ from .output import (
 )
 from .progress import mebibytes
 from .prompt_file import read_prompt
-from .upscale import UPSCALER, enlarging, on_one_device, upscaled
+from .upscale import enlarging, on_one_device, upscaled
 
 if TYPE_CHECKING:
     from ..diffusion.events import Event, OnEvent
@@ -129,13 +130,16 @@ def _draw(chosen: Chosen) -> int:
     from ..families.model import open_model
 
     given = {entry.name: chosen[entry.name] for entry in fields(Request) if entry.name in chosen}
+    if chosen["hires"]:
+        given["hires_upscaler"] = _second_upscaler(chosen)
     request = Request(**given | {"prompt": _prompt(chosen)} | _pictures(chosen))
     files = files_of(chosen)
     timer = StageTimer()
     with timer("load"):
         opened = open_model(files)
-    enlarged = [] if chosen["upscale_model"] is None else [UPSCALER]
-    if film and enlarged:
+    between = isinstance(request.hires_upscaler, Path)
+    enlarged = [UPSCALER] if between or chosen["upscale_model"] is not None else []
+    if film and chosen["upscale_model"] is not None:
         raise InvalidValue("upscale_model", chosen["upscale_model"], "pictures are enlarged, no films")
     wanted = placement.wanted([*opened.components, *enlarged], named, chosen["main_backend_device"], by_option(chosen))
     if enlarged:
@@ -161,10 +165,12 @@ def _draw(chosen: Chosen) -> int:
         if fits:
             fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]
             places = fitting.fitted(opened, settings, places, fixed, devices, limits, waits)
-        enlarge = None
-        if enlarged:
-            enlarge = enlarging(chosen, places.pop(UPSCALER)[0], *settings.final_size, paths[0])
+        enlarge, enlarges_on = None, places.pop(UPSCALER)[0] if enlarged else None
+        if enlarges_on is not None and chosen["upscale_model"] is not None:
+            enlarge = enlarging(chosen, enlarges_on, *settings.final_size, paths[0])
         _note_placement(opened, places, settings)
+        if settings.hires is not None and between and enlarges_on is not None:
+            report.say(f"{settings.hires.upscaler} on {enlarges_on.name} enlarges what the second pass begins with")
         folder, mode, words = chosen["lora_model_dir"], chosen["lora_apply_mode"], chosen["embd_dir"]
         with Session(
             opened,
@@ -176,6 +182,7 @@ def _draw(chosen: Chosen) -> int:
             embd_dir=words,
             max_vram=limits,
             params_backend=waits,
+            upscaler=None if enlarges_on is None else devices_of([enlarges_on])[0],
         ) as session:
             if idle := session.idle(settings):
                 what = "pictures (-b) and, of one picture, the prompt and the negative one (--cfg-scale other than 1)"
@@ -292,6 +299,15 @@ def _pictures(chosen: Chosen) -> dict[str, Any]:
         "mask": read("mask", read_mask),
         "ref_images": tuple(read_picture("ref_images", Path(path)) for path in chosen["ref_images"]),
     }
+
+
+def _second_upscaler(chosen: Chosen) -> str | Path:
+    """What enlarges pictures between two passes: a filter, or the file of a network."""
+    from ..diffusion.hires import UPSCALERS
+    from ..diffusion.upscaling import Upscalers
+
+    networks = Upscalers(folder_of(chosen, "hires_upscalers_dir"))
+    return networks.find(chosen["hires_upscaler"], UPSCALERS, "hires_upscaler")
 
 
 def _prompt(chosen: Chosen) -> str:

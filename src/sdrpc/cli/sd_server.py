@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..diffusion import placement
+from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, UsageError
 from ..storage import read_own, state_folder, write_whole
 from . import discovery, fitting, report
-from .chosen import Chosen, by_option, files_of, keychain, servers, threads, timeouts, waiting
+from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
 from .command import Command
 from .devices import REMOTE, Found, every_device, limits_of, resolved
 from .entry import ready
-from .upscale import UPSCALER, on_one_device
+from .upscale import on_one_device
 from .web_options import DAY, OPTIONS
 
 if TYPE_CHECKING:
@@ -115,9 +116,9 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         from ..web.serving import serve
     except ImportError as error:
         raise UsageError(f"sd-server needs more packages ({error.name}): pip install 'sdrpc[server]'") from error
+    from ..diffusion.upscaling import Upscalers
     from ..web.board import Board
     from ..web.context import Context
-    from ..web.enlarging import Upscalers
     from ..web.gate import Rules
     from ..web.metrics import Metrics
     from ..web.places import Places
@@ -127,7 +128,7 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
 
     named = files_of(chosen)
     first = named.model or named.diffusion_model or next(iter(named.named.values()))
-    shelf = Shelf((first.stem, named), _folder(chosen, "models_dir"))
+    shelf = Shelf((first.stem, named), folder_of(chosen, "models_dir"))
     _, model = shelf.open(None)
     listening = _listening(chosen["listen_ip"], chosen["listen_port"])
     with listening, _seats(chosen, model) as (seats, devices):
@@ -136,7 +137,7 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         board, metrics = Board(), Metrics(store)
         words = chosen["embd_dir"] and Path(chosen["embd_dir"])
         adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
-        upscalers = Upscalers(_folder(chosen, "hires_upscalers_dir"))
+        upscalers = Upscalers(folder_of(chosen, "hires_upscalers_dir"))
         memory = {"max_vram": placement.limits(chosen["max_vram"]), "params_backend": waiting(chosen)}
 
         def elsewhere() -> Sequence[Shown]:
@@ -156,13 +157,6 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         finally:
             studio.stop()
             store.close()
-
-
-def _folder(chosen: Chosen, field: str) -> Path | None:
-    path = chosen[field]
-    if path is not None and not Path(path).is_dir():
-        raise InvalidValue(field, path, "is no folder")
-    return None if path is None else Path(path)
 
 
 def _listening(address: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion import placement
+from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, UsageError
 from ..runtime.chain import devices_of
 from . import report
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from ..runtime.chain import Lanes
 
     Enlarge = Callable[[Pixels], Pixels]
-
-UPSCALER = "upscaler"
 
 
 def on_one_device(

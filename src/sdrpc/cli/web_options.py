@@ -16,8 +16,6 @@ OPTIONS = (
     *(option for option in SD_CLI if option.group == MODEL),
     Option(MODEL, "--models-dir", type=FILE, metavar="PATH",
            help="Folder of whole models, each of which can be asked for by its name."),
-    Option(MODEL, "--hires-upscalers-dir", type=FILE, metavar="PATH",
-           help="Folder of networks that enlarge pictures (ESRGAN and others that spandrel reads)."),
 
     Option(LISTENING, "-l", "--listen-ip", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on."),
     Option(LISTENING, "--listen-port", type=click.IntRange(0, 65535), default=1234, metavar="NUMBER",

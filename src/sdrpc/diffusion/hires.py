@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -26,13 +27,18 @@ MAX_SCALE = 16.0
 @dataclass(frozen=True)
 class Hires:
     """The second pass: ``width`` and ``height`` in pixels, how it is enlarged, of how many ``steps``, and how much of
-    the noise (``strength``, 0 … 1) the enlarged picture gets."""
+    the noise (``strength``, 0 … 1) the enlarged picture gets. ``network``: the file of one that enlarges it, in tiles
+    of ``tile`` pixels on a side; None: a filter does. ``sigmas``: all its levels of noise, instead of ``strength``'s
+    part of a schedule."""
 
     width: int
     height: int
     upscaler: str
     steps: int
     strength: float
+    network: Path | None = None
+    tile: int = 128
+    sigmas: tuple[float, ...] = ()
 
 
 def second_size(

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +126,7 @@ class Parameters:
             f"Hires upscaler: {self.hires.upscaler}",
             f"Hires resize: {self.hires.width}x{self.hires.height}",
             f"Hires steps: {self.hires.steps}",
+            *([f"Hires sigmas: {_listed(self.hires.sigmas)}"] if self.hires.sigmas else []),
             f"Denoising strength: {self.hires.strength:.6f}",
         ]
 
@@ -140,9 +141,7 @@ class Parameters:
         ]
 
     def _levels(self) -> str:
-        return (
-            f"| Custom Sigmas: [{', '.join(f'{sigma:g}' for sigma in self.sigmas)}]" if self.sigmas else self.scheduler
-        )
+        return f"| Custom Sigmas: {_listed(self.sigmas)}" if self.sigmas else self.scheduler
 
     def _json(self) -> dict[str, Any]:
         left_out = self.left_out or LeftOut(0.0, *SKIPPED)
@@ -173,7 +172,7 @@ class Parameters:
             "models": dict(self.models),
             **({"loras": [_lora(*each) for each in self.loras]} if self.loras else {}),
             "clip_skip": self.clip_skip,
-            **({} if self.hires is None else {"hires": asdict(self.hires)}),
+            **({} if self.hires is None else {"hires": _second_pass(self.hires)}),
             "strength": _single(self.strength),
             "control_strength": _single(0.9),
             "auto_resize_ref_image": True,
@@ -222,6 +221,19 @@ def parameters_of(
         video_frames=None if film is None else film.count,
         fps=None if film is None else film.fps,
     )
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    return f"[{', '.join(f'{sigma:g}' for sigma in sigmas)}]"
+
+
+def _second_pass(hires: Hires) -> dict[str, Any]:
+    """By stable-diffusion.cpp's names. Of a network's file there is the name alone."""
+    return {
+        "enabled": True, "upscaler": hires.upscaler, "target_width": hires.width, "target_height": hires.height,
+        "steps": hires.steps, "denoising_strength": _single(hires.strength),
+        "custom_sigmas": [_single(sigma) for sigma in hires.sigmas], "upscale_tile_size": hires.tile,
+    }  # fmt: skip
 
 
 def _lora(name: str, strength: float) -> dict[str, Any]:

@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 TEXT_ENCODERS, REST = "te", ""
 
+UPSCALER = "upscaler"
+"""A network that enlarges pictures: it has a device, and is no component of a model."""
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "clip_l": ("clipl",),
     "clip_g": ("clipg",),
@@ -39,7 +42,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "high_noise_diffusion": ("highnoisediffusion", "highnoise", "highnoisediffusionmodel"),
     "vae": ("vae", "firststage", "autoencoder"),
     "taesd": ("taesd", "tae"),
-    "upscaler": ("upscaler", "esrgan", "hires"),
+    UPSCALER: ("upscaler", "esrgan", "hires"),
     TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
     REST: ("all", "default", "*"),
 }

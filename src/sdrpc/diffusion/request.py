@@ -27,6 +27,9 @@ from .rng import RNGS, make_rng
 from .samplers import find_sampler
 from .schedules import ALIASES, SCHEDULES
 from .tiles import Tiling
+from .upscaling import MAX_TILE as MAX_UPSCALER_TILE
+from .upscaling import MIN_TILE as MIN_UPSCALER_TILE
+from .upscaling import TILE as UPSCALER_TILE
 
 MAX_SIDE = 16384
 MAX_STEPS = 10000
@@ -103,7 +106,9 @@ class Request:
 
     ``hires``: draw in ``width`` and ``height``, enlarge that by ``hires_upscaler`` to ``hires_width`` and
     ``hires_height`` (or ``hires_scale`` times), and draw on in that size, in ``hires_steps`` (0: as many), from
-    ``hires_denoising_strength`` of the noise.
+    ``hires_denoising_strength`` of the noise. ``hires_upscaler``: a filter's name, or the :class:`Path` of a network
+    (ESRGAN and whatever else spandrel reads), which works in tiles of ``hires_upscale_tile_size`` pixels on a side.
+    ``hires_sigmas``: the levels of noise of then, falling to 0, instead of steps and strength.
     """
 
     prompt: str
@@ -162,7 +167,9 @@ class Request:
     hires_height: int | None = None
     hires_steps: int = 0
     hires_denoising_strength: float = 0.7
-    hires_upscaler: str = LATENT
+    hires_upscaler: str | Path = LATENT
+    hires_sigmas: tuple[float, ...] = ()
+    hires_upscale_tile_size: int = UPSCALER_TILE
 
     def resolved(
         self,
@@ -192,7 +199,7 @@ class Request:
             size = self.init_image.shape[1], self.init_image.shape[0]
         width = size[0] if self.width is None else self.width
         height = size[1] if self.height is None else self.height
-        _check_sigmas(self.sigmas)
+        _check_sigmas("sigmas", self.sigmas)
         steps = defaults.steps if self.steps is None else self.steps
         if self.sigmas:
             steps = len(self.sigmas) - 1
@@ -271,9 +278,15 @@ class Request:
     def _hires(self, width: int, height: int, multiple: int, steps: int) -> Hires | None:
         if not self.hires:
             return None
-        if self.hires_upscaler not in UPSCALERS:
-            reason = f"does not exist here; there are {', '.join(UPSCALERS)}"
+        network = self.hires_upscaler if isinstance(self.hires_upscaler, Path) else None
+        if network is None and self.hires_upscaler not in UPSCALERS:
+            reason = f"does not exist here; there are {', '.join(UPSCALERS)}, and files of networks"
             raise InvalidValue("hires_upscaler", self.hires_upscaler, reason)
+        _check_sigmas("hires_sigmas", self.hires_sigmas)
+        tile = self.hires_upscale_tile_size
+        if not MIN_UPSCALER_TILE <= tile <= MAX_UPSCALER_TILE:
+            reason = f"it can be {MIN_UPSCALER_TILE} … {MAX_UPSCALER_TILE}"
+            raise InvalidValue("hires_upscale_tile_size", tile, reason)
         if not 0 <= self.hires_denoising_strength <= 1:
             raise InvalidValue("hires_denoising_strength", self.hires_denoising_strength, "it can be 0 … 1")
         if not 0 <= self.hires_steps <= MAX_STEPS:
@@ -285,7 +298,10 @@ class Request:
         larger = second_size(width, height, wanted, self.hires_scale, multiple)
         if max(larger) > MAX_SIDE:
             raise InvalidValue("hires_scale", self.hires_scale, f"{max(larger)} pixels on a side; {MAX_SIDE} can be")
-        return Hires(*larger, self.hires_upscaler, self.hires_steps or steps, self.hires_denoising_strength)
+        name = str(self.hires_upscaler) if network is None else network.stem
+        steps = len(self.hires_sigmas) - 1 if self.hires_sigmas else self.hires_steps or steps
+        strength = 1.0 if self.hires_sigmas else self.hires_denoising_strength
+        return Hires(*larger, name, steps, strength, network, tile, self.hires_sigmas)
 
     def _tiling(self) -> Tiling:
         width, height = self.vae_tile_size
@@ -334,13 +350,13 @@ class Request:
         return canny(picture) if self.canny else picture
 
 
-def _check_sigmas(sigmas: tuple[float, ...]) -> None:
+def _check_sigmas(field: str, sigmas: tuple[float, ...]) -> None:
     if not sigmas:
         return
     shown = ",".join(f"{sigma:g}" for sigma in sigmas)
     falling = all(later < earlier < MAX_FACTOR for earlier, later in pairwise(sigmas))
     if len(sigmas) < 2 or not falling or sigmas[-1] != 0:
-        raise InvalidValue("sigmas", shown, "levels of noise fall from one to the next, and end in 0: 14.6,7.8,3.5,0")
+        raise InvalidValue(field, shown, "levels of noise fall from one to the next, and end in 0: 14.6,7.8,3.5,0")
 
 
 _SHAPES = {2: "height, width", 3: "height, width, 3"}

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ..device import Device
 from ..errors import DeviceLost, InvalidValue, MissingComponent, UsageError
 from ..families.base import AROUND, CONTROL, F32, REFERENCE, Conditions, Config, Controls, Prompt
 from ..families.lora import Lora
@@ -34,7 +36,7 @@ from .embeddings import Embeddings
 from .events import Cancel, Event, OnEvent
 from .guidance import Guide, Told
 from .halves import HIGH_NOISE, Half, halves
-from .hires import LATENT_FILTERS, Hires, enlarged_latents, enlarged_pixels
+from .hires import LATENT_FILTERS, PIXELS, Hires, enlarged_latents, enlarged_pixels
 from .inputs import (
     NOTHING,
     NOTHING_BESIDE,
@@ -50,7 +52,7 @@ from .inputs import (
 )
 from .loras import Loras
 from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
-from .placement import WAITING, assigned
+from .placement import UPSCALER, WAITING, assigned
 from .predictions import Eps, NoiseScale, Prediction, flux2_shift, flux_shift_by_size, prediction
 from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
@@ -58,6 +60,7 @@ from .rng import Rng, make_rng
 from .samplers import denoiser, kept_outside, sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
+from .upscaling import Upscaler
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +100,8 @@ class Session:
     as in ``placement``. Those that need not stay on their device leave it after each use, and where it has too little
     room for all of them, they are there one part after the other.
 
+    ``upscaler``: where a network runs that enlarges pictures between two passes; None: where the VAE is.
+
     A session draws one picture at a time and is not thread-safe; its devices may be shared.
     """
 
@@ -113,6 +118,7 @@ class Session:
         embd_dir: Path | str | None = None,
         max_vram: Mapping[str, int] | None = None,
         params_backend: Mapping[str, str] | None = None,
+        upscaler: Device | None = None,
     ) -> None:
         if not retry >= 0:
             raise InvalidValue("retry", retry, "it is a number of seconds")
@@ -132,6 +138,8 @@ class Session:
         self._loras = Loras(model, Path(lora_dir))
         self._embeddings = Embeddings(model, None if embd_dir is None else Path(embd_dir))
         self._control: Control | None = None
+        self._enlarges_on, self._retry = upscaler, retry
+        self._upscaler: Upscaler | None = None
         self._merge = lora_apply_mode == "immediately"
         self._text_loras: tuple[Lora | float, ...] = ()
         """The LoRAs that text encoders work with, each followed by its strength."""
@@ -183,8 +191,9 @@ class Session:
                 tiny = self._vae.has_tiny and not settings.taesd_preview_only
                 return self._shown(latents, settings, tiny, lane)
 
-        for picture, seed in self._drawn(settings, on_event, cancel, decoded):
-            yield Picture(picture, seed)
+        with self._with_network(settings.hires):
+            for picture, seed in self._drawn(settings, on_event, cancel, decoded):
+                yield Picture(picture, seed)
 
     def generate_video(
         self, request: Request, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
@@ -564,14 +573,14 @@ class Session:
         """Latents that are enlarged and drawn on from there."""
         side, hint = self.model.pixels, first.control_image
         second = replace(
-            first, width=hires.width, height=hires.height, steps=hires.steps, strength=hires.strength, sigmas=(),
-            control_image=None if hint is None else fitted(hint, hires.width, hires.height),
+            first, width=hires.width, height=hires.height, steps=hires.steps, strength=hires.strength,
+            sigmas=hires.sigmas, control_image=None if hint is None else fitted(hint, hires.width, hires.height),
         )  # fmt: skip
         with self.timer("encode"):
             if hires.upscaler in LATENT_FILTERS:
                 larger = enlarged_latents(latents, hires.upscaler, hires.height // side, hires.width // side)
             else:
-                picture = enlarged_pixels(self._shown(latents, first, False), hires.upscaler, hires.height, hires.width)
+                picture = self._enlarged(self._shown(latents, first, False), hires)
                 rng = make_rng(first.rng, seed)
                 larger = self._vae.encode(from_pixels(picture), rng, first.tiling, first.vae_tiling)
             told = self.conditions(second, beside)
@@ -581,6 +590,35 @@ class Session:
                 return self.sample(second, seed, told, on_step, Begin(larger), lanes)
         finally:
             self._control = before
+
+    @contextmanager
+    def _with_network(self, hires: Hires | None) -> Iterator[None]:
+        """Have the network that enlarges pictures between two passes, if one does. Its file is read at once."""
+        if hires is None or hires.network is None:
+            yield
+            return
+        device = self._enlarges_on or devices_of(self.placement["vae"])[0]
+        self._upscaler = Upscaler(hires.network, device, self._retry)
+        try:
+            yield
+        finally:
+            self._upscaler = None
+
+    def _enlarged(self, picture: Pixels, hires: Hires) -> Pixels:
+        """A picture in the size of the second pass, enlarged as that says."""
+        if self._upscaler is None:
+            return enlarged_pixels(picture, hires.upscaler, hires.height, hires.width)
+        telling, began = self._devices.telling, time.perf_counter()
+
+        def on_tile(done: int, total: int) -> None:
+            telling.check()
+            telling.on_event(Event("decode", UPSCALER, done, total, seconds=time.perf_counter() - began))
+
+        try:
+            larger = self._upscaler.up_to(picture, hires.width, hires.height, hires.tile, on_tile)
+        finally:
+            self._upscaler.close()  # the second pass needs more room than the first
+        return enlarged_pixels(larger, PIXELS, hires.height, hires.width)
 
     def _shown(self, latents: F32, settings: Settings, tiny: bool, lane: int = 0) -> Pixels:
         return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny, lane)[0])

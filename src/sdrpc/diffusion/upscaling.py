@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -34,8 +35,38 @@ MAX_REPEATS = 8
 MAX_NUMBERS = 1 << 30
 """Of a model: those that are known have some ten millions."""
 
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")
+
+MAX_PASSES = 3
+"""How often a network enlarges one picture to reach a size, as in AUTOMATIC1111."""
+
 _WRAPPERS = ("params_ema.", "params-ema.", "params.", "state_dict.", "model_state_dict.", "model.state_dict.")
 """What may stand before all names in a file, the better weights first."""
+
+
+@dataclass(frozen=True)
+class Upscalers:
+    """The networks in a ``folder``."""
+
+    folder: Path | None = None
+
+    def names(self) -> dict[str, Path]:
+        """Name → file of those directly in the folder."""
+        if self.folder is None or not self.folder.is_dir():
+            return {}
+        files = sorted(self.folder.absolute().iterdir())
+        return {path.stem: path for path in files if path.suffix.lower() in SUFFIXES}
+
+    def find(self, name: str, filters: Collection[str], field: str) -> str | Path:
+        """The file of a network, by its name with or without its suffix; of the ``filters`` the name itself. Names are
+        looked up, never joined to a path. Raises :class:`InvalidValue` for the ``field``."""
+        if name in filters:
+            return name
+        known = self.names()
+        for stem, path in known.items():
+            if name in (stem, path.name):
+                return path
+        raise InvalidValue(field, name, f"there is no such upscaler; there are {', '.join([*filters, *known])}")
 
 
 class Upscaler:
@@ -72,6 +103,16 @@ class Upscaler:
             x = np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(f32) / f32(255)
             larger = tiled(x, Tiling(tile, tile, OVERLAP), Cell(1, self.scale), self._run, on_tile)
             image = to_pixels(finite(larger, "the upscaler's picture")[0] * f32(2) - f32(1))
+        return image
+
+    def up_to(
+        self, image: Pixels, width: int, height: int, tile: int, on_tile: Callable[[int, int], None] = lambda *_: None
+    ) -> Pixels:
+        """``image`` enlarged until it has at least ``width`` and ``height``, or :data:`MAX_PASSES` times."""
+        for _ in range(MAX_PASSES):
+            if image.shape[1] >= width and image.shape[0] >= height:
+                break
+            image = self(image, 1, tile, on_tile)
         return image
 
     def check(self, width: int, height: int, repeats: int, tile: int) -> tuple[int, int]:

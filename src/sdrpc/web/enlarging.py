@@ -13,14 +13,7 @@ from ..device import Device
 from ..diffusion.hires import PIXEL_FILTERS
 from ..diffusion.pictures import Pixels
 from ..diffusion.upscaling import TILE, Upscaler
-from ..errors import Cancelled, InvalidValue
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")
-COMPONENT = "upscaler"
-"""What placements call it."""
-
-MAX_PASSES = 3
-"""How often a network enlarges one picture, as in AUTOMATIC1111."""
+from ..errors import Cancelled
 
 
 @dataclass(frozen=True)
@@ -30,31 +23,6 @@ class Larger:
     upscaler: str
     width: int
     height: int
-
-
-@dataclass(frozen=True)
-class Upscalers:
-    """The networks in a ``folder``."""
-
-    folder: Path | None = None
-
-    def names(self) -> dict[str, Path]:
-        """Name → file of those directly in the folder."""
-        if self.folder is None or not self.folder.is_dir():
-            return {}
-        return {path.stem: path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in SUFFIXES}
-
-    def find(self, name: str) -> Path | None:
-        """The file of a network; None for a filter. Names are looked up, never joined to a path. Raises
-        :class:`InvalidValue`."""
-        known = self.names()
-        if name in known:
-            return known[name]
-        if name in PIXEL_FILTERS:
-            return None
-        raise InvalidValue(
-            "upscaler", name, f"there is no such upscaler; there are {', '.join([*PIXEL_FILTERS, *known])}"
-        )
 
 
 def enlarged(
@@ -81,9 +49,7 @@ def enlarged(
     else:
         upscaler = Upscaler(*network)
         try:
-            for _ in range(MAX_PASSES):
-                if image.shape[1] < wanted.width or image.shape[0] < wanted.height:
-                    image = upscaler(image, 1, TILE, tile)
+            image = upscaler.up_to(image, wanted.width, wanted.height, TILE, tile)
         finally:
             upscaler.close()
     return np.asarray(ImageOps.fit(Image.fromarray(image), size, how))

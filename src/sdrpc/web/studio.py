@@ -23,17 +23,20 @@ from ..device_names import AUTO
 from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.films import check_format
 from ..diffusion.films import encode as encode_film
+from ..diffusion.hires import PIXEL_FILTERS, UPSCALERS
 from ..diffusion.image_files import read_mask, read_picture
 from ..diffusion.loras import SUFFIXES, find
 from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
 from ..diffusion.pictures import Picture, Pixels, Video
+from ..diffusion.placement import UPSCALER
 from ..diffusion.request import Request, Settings
 from ..diffusion.session import Session, settings_of
+from ..diffusion.upscaling import Upscalers
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles
 from ..runtime.chain import Lanes, devices_of
 from .board import Board
-from .enlarging import COMPONENT, Larger, Upscalers, enlarged
+from .enlarging import Larger, enlarged
 from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task
 from .metrics import Metrics
 from .places import Chosen, Places, Shown
@@ -143,7 +146,8 @@ class OwnSeat(Seat):
         self._lost = [device for device in devices if isinstance(device, Device)]
 
     def open(self, opening: Opening) -> Session:
-        return Session(opening.model, opening.placed or self.place(opening.model), **opening.options)
+        placed = opening.placed or self.place(opening.model)
+        return Session(opening.model, placed, upscaler=self.upscaler(), **opening.options)
 
     def devices(self, model: Model) -> Sequence[Device]:
         return devices_of(chain.from_iterable(self.place(model).values()))
@@ -238,7 +242,7 @@ class Studio:
         name, opened = self.shelf.open(model)
         film = kind is Kind.FILM
         self._check_kind(kind)
-        settings = settings_of(opened, request, film)
+        settings = settings_of(opened, self._with_network(request), film)
         _check_size(settings)
         if film:
             check_format(FILM_FORMATS[output_format])
@@ -256,11 +260,19 @@ class Studio:
 
     def enlarged(self, upscaler: str, width: int, height: int) -> Task:
         """A task that makes a picture larger. Raises :class:`InvalidValue`."""
-        self.upscalers.find(upscaler)
+        self.upscalers.find(upscaler, PIXEL_FILTERS, "upscaler")
         self._check_kind(Kind.LARGER)
         if width * height > MAX_PIXELS:
             raise InvalidValue("width", width, f"a picture can have {MAX_PIXELS >> 20} mebipixels")
         return Task("", vars(Larger(upscaler, max(width, 1), max(height, 1))), metadata=False, kind=Kind.LARGER)
+
+    def _with_network(self, request: Request) -> Request:
+        """A request that names a network to enlarge its pictures by, with that one's file."""
+        if not request.hires:
+            return request
+        return replace(
+            request, hires_upscaler=self.upscalers.find(str(request.hires_upscaler), UPSCALERS, "hires_upscaler")
+        )
 
     def _check_kind(self, kind: Kind) -> None:
         if not any(kind in seat.kinds for seat in self.seats.values()):
@@ -422,17 +434,17 @@ class Studio:
 
     def _larger(self, seat: Seat, job: Job, _: _Warm, cancel: Cancel) -> Iterator[Made]:
         wanted = Larger(**job.task.request)
-        path = self.upscalers.find(wanted.upscaler)
+        found = self.upscalers.find(wanted.upscaler, PIXEL_FILTERS, "upscaler")
         image = read_picture("image", self.store.inputs(job, "image")[0])
 
         def on_tile(done: int, total: int) -> None:
-            self._tell(seat, job, Event("decode", COMPONENT, done, total))
+            self._tell(seat, job, Event("decode", UPSCALER, done, total))
 
         network = None
-        if path is not None:
+        if isinstance(found, Path):
             device = cast(OwnSeat, seat).upscaler()  # no others take such jobs
             self.places.begin(job.id, [device])
-            network = path, device, self._retry
+            network = found, device, self._retry
         yield 0, encode(enlarged(image, wanted, network, on_tile, cancel), FORMATS[job.task.output_format], None)
 
     def _told(self, task: Task, settings: Settings, drawn: Picture | Video) -> Parameters | None:
@@ -453,7 +465,7 @@ class Studio:
         read = {field: _READ[field](field, data[0]) for field, data in pictures.items() if data}
         references = tuple(read_picture("ref_images", data) for data in pictures["ref_images"])
         asked = {name: _tuples(value) for name, value in job.task.request.items()}
-        return Request(**{**asked, **read, "ref_images": references})
+        return self._with_network(Request(**{**asked, **read, "ref_images": references}))
 
 
 class _Warm:

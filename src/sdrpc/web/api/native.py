@@ -65,7 +65,8 @@ class LoraEntry(Body):
 
 class Hires(Body):
     """A second pass in a larger size; a ``target_width`` and ``target_height`` of 0 mean ``scale``, 0 ``steps`` as many
-    as the first has. ``upscale_tile_size``: of upscalers that are networks."""
+    as the first has. ``upscaler``: a filter, or the name of a network, which works in tiles of ``upscale_tile_size``
+    pixels on a side. ``custom_sigmas``: levels of noise instead of ``steps`` and ``denoising_strength``."""
 
     enabled: bool = False
     upscaler: str = LATENT
@@ -163,7 +164,6 @@ def check(asked: Asked) -> None:
             "ip_adapter_image": asked.ip_adapter_image and "a picture",
             "increase_ref_index": asked.increase_ref_index,
             "auto_resize_ref_image": not asked.auto_resize_ref_image and "false",
-            "hires.custom_sigmas": asked.hires.enabled and asked.hires.custom_sigmas,
         }
     else:
         refused |= {
@@ -261,7 +261,8 @@ def _second_pass(hires: Hires) -> dict[str, Any]:
     return {
         "hires": True, "hires_upscaler": hires.upscaler, "hires_scale": hires.scale, "hires_steps": hires.steps,
         "hires_width": hires.target_width or None, "hires_height": hires.target_height or None,
-        "hires_denoising_strength": hires.denoising_strength,
+        "hires_denoising_strength": hires.denoising_strength, "hires_sigmas": tuple(hires.custom_sigmas),
+        "hires_upscale_tile_size": hires.upscale_tile_size,
     }  # fmt: skip
 
 

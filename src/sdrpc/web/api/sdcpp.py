@@ -235,7 +235,7 @@ def capabilities(here: Here) -> Capabilities:
         "samplers": list(SAMPLERS),
         "schedulers": list(SCHEDULES),
         "loras": [{"name": name, "path": path.name} for name, path in here.studio.adapters.names().items()],
-        "upscalers": [{"name": name} for name in UPSCALERS],
+        "upscalers": [{"name": name} for name in (*UPSCALERS, *here.studio.upscalers.names())],
         "limits": {
             "min_width": 8, "max_width": MAX_SIDE, "min_height": 8, "max_height": MAX_SIDE,
             "max_batch_count": MAX_PICTURES, "max_queue_size": here.store.max_pending,
