@@ -34,6 +34,16 @@ class Memory(NamedTuple):
     total: int
 
 
+@dataclass
+class Traffic:
+    """Bytes of requests that were sent to a ``server`` and of its answers, over all connections to it one after the
+    other; without what it takes to connect, and without what TLS adds. For any thread to read."""
+
+    server: str
+    sent: int = 0
+    received: int = 0
+
+
 class Buffer(Protocol):
     """A range of a device's memory. ``key`` is what :attr:`sdrpc.ggml.tensor.Tensor.buffer` refers to (never 0)."""
 
@@ -123,6 +133,11 @@ class Device(ABC):
     (:mod:`sdrpc.runtime.ahead`)."""
     sent: int | None = None
     """Bytes of tensors that were sent to it over a network; None where there is none."""
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """With its server, which other devices may share; None where it is this machine's own."""
+        return None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {self.description}>"

@@ -134,7 +134,6 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
     with listening, _seats(chosen, model) as (seats, devices):
         data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
         store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
-        board, metrics = Board(), Metrics(store)
         words = chosen["embd_dir"] and Path(chosen["embd_dir"])
         adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
         upscalers = Upscalers(folder_of(chosen, "hires_upscalers_dir"))
@@ -144,6 +143,7 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
             return [] if devices else list(dict.fromkeys(there for seat in seats for there in seat.devices(model)))
 
         places = Places(devices, data / "placement.json", elsewhere)
+        board, metrics = Board(), Metrics(store, places)
         idle, retry = chosen["idle_unload"], chosen["rpc_retry"]
         studio = Studio(store, shelf, seats, places, board, metrics, idle, retry, adapters, upscalers, memory)
         app = create_app(

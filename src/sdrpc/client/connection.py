@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..device import Bytes, Silence
+from ..device import Bytes, Silence, Traffic
 from ..errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -95,6 +95,7 @@ class Connection:
         self.closed_because = ""
         self.watch: Silence = lambda _: None
         """See :meth:`sdrpc.device.Device.watched`."""
+        self.traffic = Traffic(str(endpoint))
         self._socket = sock
         self._timeouts = timeouts
         self._patience = timeouts.connect
@@ -124,9 +125,7 @@ class Connection:
         request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
             self._send(request)
-            self._reply(Command.GET_TENSOR, bulk=len(into))
-            _receive_into(self._socket, into, self._wait)
-            return messages.GetTensorReply(into)
+            return self._tensor(into)
 
     def ask_later(self, message: messages.GetTensor, doing: str) -> None:
         """Send ``message``; :meth:`answer_of` receives the answer, which must come before that of any other."""
@@ -137,9 +136,13 @@ class Connection:
     def answer_of(self, into: memoryview, doing: str) -> messages.GetTensorReply:
         """The answer to the first :meth:`ask_later` that was not received yet."""
         with self._guard(doing):
-            self._reply(Command.GET_TENSOR, bulk=len(into))
-            _receive_into(self._socket, into, self._wait)
-            return messages.GetTensorReply(into)
+            return self._tensor(into)
+
+    def go_on_from(self, lost: Connection) -> None:
+        """This connection stands for one that was ``lost``: both count together."""
+        lost.traffic.sent += self.traffic.sent
+        lost.traffic.received += self.traffic.received
+        self.traffic = lost.traffic
 
     def close(self, because: str = "the connection was closed") -> None:
         self.closed_because = self.closed_because or because
@@ -168,6 +171,7 @@ class Connection:
             if self.capabilities & Capability.ERRORS:
                 raise self._refusal(framing.drive(framing.read_error(), self._receive)) from None
             raise
+        self.traffic.sent += sum(map(framing.byte_length, buffers))
 
     def _reply(self, command: Command, bulk: int = 0) -> Any:
         errors = bool(self.capabilities & Capability.ERRORS)
@@ -179,8 +183,16 @@ class Connection:
     def _refusal(self, reply: framing.ErrorReply) -> Refused:
         return Refused(str(self.endpoint), from_text(reply.reason))
 
+    def _tensor(self, into: memoryview) -> messages.GetTensorReply:
+        self._reply(Command.GET_TENSOR, bulk=len(into))
+        _receive_into(self._socket, into, self._wait)
+        self.traffic.received += len(into)
+        return messages.GetTensorReply(into)
+
     def _receive(self, size: int) -> Bytes:
-        return _receive(self._socket, size, self._wait)
+        data = _receive(self._socket, size, self._wait)
+        self.traffic.received += size
+        return data
 
     @contextmanager
     def _guard(self, doing: str) -> Iterator[None]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Content, Device, Memory, Program, Silence, Target, Turns
+from ..device import Buffer, Bytes, Content, Device, Memory, Program, Silence, Target, Traffic, Turns
 from ..errors import (
     ConnectionFailed,
     DeviceLost,
@@ -166,6 +166,7 @@ class Server:
         if there < needed:
             connection.close()
             raise ConnectionFailed(str(connection.endpoint), f"the server has {there} devices now, not {needed}")
+        connection.go_on_from(self.connection)
         self.connection = connection
         self.life += 1
         self.buffers.clear()
@@ -229,6 +230,10 @@ class RemoteDevice(Device):
             yield
         finally:
             connection.watch = lambda _: None
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._server.connection.traffic
 
     @property
     def turns(self) -> Turns:

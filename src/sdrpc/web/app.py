@@ -20,6 +20,7 @@ from .api.common import Ending, NoPicture, failed
 from .api.described import describe, first_fault, refusals
 from .context import Context
 from .gate import Gate, Refused, Rules, error_body
+from .metrics import Counted
 
 PAGE = {
     "index.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8",
@@ -47,6 +48,7 @@ def create_app(context: Context, rules: Rules) -> FastAPI:
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Gate, rules=rules)
+    app.add_middleware(Counted, metrics=context.metrics)
     describe(app)
 
     @app.get("/health", tags=["server"], responses=refusals())

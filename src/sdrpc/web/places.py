@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Protocol
 
 from typing_extensions import TypedDict
 
-from ..device import Device, Memory
+from ..device import Device, Memory, Traffic
 from ..device_names import AUTO, folded
 from ..diffusion import placement
 from ..errors import InvalidValue, SdrpcError
@@ -166,6 +166,20 @@ class Places:
             spans = [*self._before, *((names, began, now) for names, began in self._now.values())]
             running = {job: names for job, (names, _) in self._now.items()}
         return [_said(device, memory, spans, running, now) for device, memory in known]
+
+    def known(self, seconds: float) -> list[tuple[Shown, Memory | None]]:
+        """Devices and what is known of their memory after so many ``seconds``, in which they are asked; one that is
+        not, because it is busy, has what it had before, or nothing. Nobody waits any longer for its turn."""
+        if not self._asking.locked():
+            asking = Thread(target=self._remembered, name="memory of devices", daemon=True)
+            asking.start()
+            asking.join(seconds)
+        return self._known[1]
+
+    def traffic(self) -> list[Traffic]:
+        """What goes between this process and its servers."""
+        with_servers = (device.traffic for device in self._devices.values())
+        return list({traffic.server: traffic for traffic in with_servers if traffic}.values())
 
     def _remembered(self) -> list[tuple[Shown, Memory | None]]:
         """Devices and their memory. One who asks waits for the devices, others get what was known before."""

@@ -352,6 +352,7 @@ class Studio:
         """Draw ``job``; whatever happens, it is over, or in the queue again, and the seat can go on."""
         with self._lock:
             self._running[job.id] = job
+        self.metrics.began(job)
         self.board.show(job.id, stage="starting", seat=seat.name)
         self.board.ring()  # all behind it are one place further
         try:
