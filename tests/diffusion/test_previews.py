@@ -78,7 +78,7 @@ def test_colours_are_a_linear_function_of_each_latent() -> None:
 def test_published_colours_fit_their_latents(family: Any) -> None:
     if family.latents.colours is None:
         pytest.skip("nobody has published any")
-    channels = 4 if family.name in ("sd1", "sd2", "sdxl") else 16
+    channels = 4 if family.name in ("sd1", "sd2", "sdxl", "pixart-alpha", "pixart-sigma") else 16
     assert np.shape(family.latents.colours.factors) == (channels, 3)
 
 
