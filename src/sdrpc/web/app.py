@@ -59,13 +59,12 @@ def create_app(context: Context, rules: Rules) -> FastAPI:
     @app.get("/ready", tags=["server"], responses=refusals() | {503: {"model": Loading, "description": "Loading"}})
     def ready() -> Status:
         """200 when jobs are drawn at once; 503, with how far it is, while a model is being loaded."""
-        progress = [context.board.get(job.id) for job in context.studio.running()]
-        loading = [each for each in progress if each.stage in _LOADING]
-        if not loading:
-            return {"status": "ready"}
-        first = loading[0]
-        told = {"stage": first.stage, "component": first.component, "done": first.done, "total": first.total}
-        raise NotReady(told)
+        for job in context.studio.running():
+            now = context.board.get(job.id)
+            if now.stage in _LOADING:
+                told = {"stage": now.stage, "component": now.component, "done": now.done, "total": now.total}
+                raise NotReady({"model": job.task.model, **told})
+        return {"status": "ready"}
 
     @app.get(
         "/metrics",
@@ -104,9 +103,11 @@ class Status(TypedDict):
 
 
 class Loading(TypedDict):
-    """``done`` of ``total`` of a ``stage``: bytes of weights that are sent, say."""
+    """A ``component`` of a ``model`` is being loaded. ``done`` of ``total``: bytes while weights are sent (``stage``
+    upload) or leave (release); else 0 of 1."""
 
     status: str
+    model: str
     stage: str
     component: str
     done: int

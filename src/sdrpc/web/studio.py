@@ -374,6 +374,7 @@ class Studio:
             self.store.finish(job, State.FAILED, f"{type(error).__name__}: {error}")
             warm.close()
         finally:
+            warm.rest()
             self.places.end(job.id)
             with self._lock:
                 del self._running[job.id]
@@ -494,7 +495,7 @@ class _Warm:
 
     @property
     def idle_seconds(self) -> float:
-        """Since the last job; 0 where there is nothing to put aside."""
+        """Since the last job was over; 0 where there is nothing to put aside."""
         return time.monotonic() - self._used if self._session else 0.0
 
     def session(self, name: str) -> Drawing:
@@ -513,8 +514,11 @@ class _Warm:
             self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options, placed))
             self.model, self._wanted = name, wanted
             self.devices = self._seat.devices(model) if placed is None else devices_of(chain(*placed.values()))
-        self._used = time.monotonic()
         return self._session
+
+    def rest(self) -> None:
+        """A job is over: it is idle from now on."""
+        self._used = time.monotonic()
 
     def close(self) -> None:
         session, self._session, self.model = self._session, None, None
