@@ -7,7 +7,7 @@ import torch
 
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import Precision
-from sdrpc.engine.weights import PIECE, CachedWeight, Source, WeightFormat, Weights, convert
+from sdrpc.engine.weights import PIECE, CachedWeight, Source, Weight, WeightFormat, Weights, convert
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.types import F16
@@ -58,6 +58,16 @@ def test_what_nobody_used_for_long_makes_room_for_others() -> None:
     assert second.tensor is not None
     assert weights.used == 80
     assert weights.dropped == 0, "nothing that was handed out has become wrong"
+
+
+def test_what_others_keep_does_not_decide_how_a_first_run_rounds() -> None:
+    """What is converted only to be kept is taken as it is in a program's first run, whoever keeps it already: one seed,
+    one picture, whether somebody else draws with the same model or not."""
+    weights, raw = Weights(budget=1000), torch.zeros(10, dtype=torch.float16)
+    keep(weights, 0)
+    weight = Weight(weights, source(0), opportunistic=True)
+    assert [weight(raw).dtype for _ in range(2)] == [torch.float16, torch.float32]
+    assert Weight(weights, source(0), opportunistic=False)(raw).dtype == torch.float32
 
 
 def test_without_patience_all_stay() -> None:

@@ -273,9 +273,10 @@ class Weight:
     """A weight as one program uses it: out of those that are kept, or converted.
 
     One that is ``opportunistic`` is converted only to be kept, if there is room for it when the program has run once
-    (weights that must be converted come first); otherwise it is given as it is. Bytes that are written between two runs
-    are an input, not a weight, and what is made of them is not kept again. While ``may_keep`` is false nothing is kept:
-    what is made while a CUDA graph is recorded exists in its replays only.
+    (weights that must be converted come first); otherwise it is given as it is, and in the first run in any case: what
+    others have kept must not decide how a program rounds. Bytes that are written between two runs are an input, not a
+    weight, and what is made of them is not kept again. While ``may_keep`` is false nothing is kept: what is made while
+    a CUDA graph is recorded exists in its replays only.
     """
 
     def __init__(self, weights: Weights, source: Source, opportunistic: bool) -> None:
@@ -288,7 +289,7 @@ class Weight:
     def __call__(self, raw: Tensor) -> Tensor:
         """The weight; ``raw`` is the typed view of its bytes."""
         kept = self._kept
-        if kept is None or kept.tensor is None:
+        if (kept is None or kept.tensor is None) and not self._waits:
             kept = self._kept = self._weights.find(self._source)
         tensor = None if kept is None else kept.tensor
         if kept is not None and tensor is not None:
