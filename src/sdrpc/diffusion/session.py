@@ -743,7 +743,8 @@ def _check_control(model: Model, settings: Settings) -> None:
         reason = f"the ControlNet is for several kinds of pictures (Union): say which this is, 0 … {kinds - 1}"
         raise InvalidValue("control_mode", "nothing", reason)
     if settings.control_image is not None and settings.ref_images:
-        raise InvalidValue("ref_images", len(settings.ref_images), "there are none beside a control_image", "control_image")
+        reason = "there are none beside a control_image"
+        raise InvalidValue("ref_images", len(settings.ref_images), reason, "control_image")
 
 
 def latents_shape(model: Model, settings: Settings) -> tuple[int, ...]:
