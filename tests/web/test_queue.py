@@ -47,6 +47,20 @@ def test_users_take_turns(users: list[str], served: dict[str, float]) -> None:
             assert {each.user for each in order[position:]} == {one.user}
 
 
+def test_the_queue_is_what_the_table_has(store: JobStore) -> None:
+    """What is kept of it in memory follows each change; a job that is put back has its old place."""
+    first, second, third = (store.submit("anna", TASK, {}) for _ in range(3))
+    taken = store.take("CPU", None, 0)
+    assert taken is not None
+    assert taken.id == first.id
+    assert store.cancel(second.id)
+    assert not store.cancel(second.id)
+    assert store.waiting() == [third]
+    assert store.put_back(taken)
+    assert store.waiting() == [first, third]
+    assert (store.pending(), store.place(first), store.place(third), store.place(second)) == (2, 1, 2, 0)
+
+
 def test_the_loaded_model_goes_first_but_not_for_ever() -> None:
     order = [job("1", "a", "x"), job("2", "b", "y")]
     assert chosen(order, "y", 0, 8) is order[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from heapq import heapify, heappop, heapreplace
 from typing import Any
 
 
@@ -87,16 +88,22 @@ def in_turn(queued: Sequence[Job], served: Mapping[str, float]) -> list[Job]:
     waiting: dict[str, list[Job]] = {}
     for job in queued:
         waiting.setdefault(job.user, []).append(job)
-    last = {user: served.get(user, 0.0) for user in waiting}
+    lines = [iter(jobs) for jobs in waiting.values()]
+    turns = [(served.get(user, 0.0), jobs[0].created, line) for line, (user, jobs) in enumerate(waiting.items())]
+    ahead = [next(line) for line in lines]
+    heapify(turns)
     order = list[Job]()
     turn = max(served.values(), default=0.0)
-    while waiting:
-        user = min(waiting, key=lambda name: (last[name], waiting[name][0].created))
-        order.append(waiting[user].pop(0))
+    while turns:
+        _, _, line = turns[0]
+        order.append(ahead[line])
         turn += 1.0
-        last[user] = turn
-        if not waiting[user]:
-            del waiting[user]
+        following = next(lines[line], None)
+        if following is None:
+            heappop(turns)
+        else:
+            ahead[line] = following
+            heapreplace(turns, (turn, following.created, line))
     return order
 
 

@@ -21,7 +21,7 @@ class Shelf:
         self.default = first[0]
         self._first, self._folder = first, folder
         self._judged: dict[tuple[Path, float], bool] = {}
-        self._opened: dict[str, tuple[object, Model]] = {}
+        self._opened: dict[str, tuple[ModelFiles, object, Model]] = {}
         self._lock = Lock()
 
     def models(self) -> Mapping[str, ModelFiles]:
@@ -47,13 +47,22 @@ class Shelf:
 
     def open(self, name: str | None) -> tuple[str, Model]:
         """The model called ``name`` and its name. Raises :class:`InvalidValue`, and :class:`CheckpointError`."""
+        known = self.known(name)
+        if known is not None:
+            return name or self.default, known
         found, files = self.find(name)
-        stamp = tuple((path, path.stat().st_mtime) for path in files.named.values() if path.exists())
+        stamp = _stamp(files)
         with self._lock:
-            known = self._opened.get(found)
-            if known is None or known[0] != stamp:
-                known = self._opened[found] = stamp, open_model(files)
-            return found, known[1]
+            opened = self._opened.get(found)
+            if opened is None or opened[:2] != (files, stamp):
+                opened = self._opened[found] = files, stamp, open_model(files)
+            return found, opened[2]
+
+    def known(self, name: str | None) -> Model | None:
+        """The model called ``name`` where :meth:`open` has read it and its files are what they were then: no file is
+        read, and no folder."""
+        opened = self._opened.get(name or self.default)
+        return opened[2] if opened is not None and opened[1] == _stamp(opened[0]) else None
 
     def _is(self, path: Path) -> bool:
         if path.name.startswith(".") or not (path.suffix in SUFFIXES or (path / "model_index.json").exists()):
@@ -62,6 +71,11 @@ class Shelf:
         if key not in self._judged:
             self._judged[key] = _is_model(path)
         return self._judged[key]
+
+
+def _stamp(files: ModelFiles) -> object:
+    """What changes when the files do."""
+    return tuple((path, path.stat().st_mtime) for path in files.named.values() if path.exists())
 
 
 def _is_model(path: Path) -> bool:

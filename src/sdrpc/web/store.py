@@ -56,8 +56,10 @@ class JobStore:
         self._served: dict[str, float] = {}
         self._arriving = 0
         """Jobs whose files are being written."""
+        self._queued: dict[str, Job] | None = None
+        """Jobs that wait, by id, oldest first; None: as the table has them."""
         self._order: list[Job] | None = None
-        """The queue in turn, until it changes."""
+        """The same in turn, until the queue changes."""
         self._in_a_row: dict[str, int] = {}
         try:
             self._table = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
@@ -85,7 +87,7 @@ class JobStore:
         Raises :class:`QueueFull`."""
         task = replace(task, inputs={field: len(files) for field, files in inputs.items() if files})
         with self._changed:
-            pending = self._pending() + self._arriving
+            pending = len(self._waiting()) + self._arriving
             if pending >= self.max_pending:
                 raise QueueFull(f"{pending} jobs are waiting, more are not taken; try again later")
             self._arriving += 1
@@ -99,7 +101,9 @@ class JobStore:
                 self._arriving -= 1
         with self._changed:
             row = (job.id, user, json.dumps(asdict(task)), job.state, job.created)
+            waiting = self._waiting()
             self._table.execute("INSERT INTO jobs (id, user, task, state, created) VALUES (?, ?, ?, ?, ?)", row)
+            waiting[job.id] = job
             self._moved()
             return job
 
@@ -123,6 +127,7 @@ class JobStore:
             self._table.execute(
                 "UPDATE jobs SET state=?, started=?, begun=begun+1 WHERE id=?", (State.RUNNING, now, job.id)
             )
+            del self._waiting()[job.id]
             self._moved()
             return self._job(job.id)
 
@@ -152,6 +157,7 @@ class JobStore:
             row = (State.QUEUED, job.id, tries)
             put = "UPDATE jobs SET state=?, started=NULL, seeds='[]' WHERE id=? AND begun < ?"
             done = self._table.execute(put, row).rowcount > 0
+            self._queued = None
             self._moved()
             return done
 
@@ -160,6 +166,7 @@ class JobStore:
         with self._changed:
             row = (State.CANCELLED, time.time(), id, State.QUEUED)
             done = self._table.execute("UPDATE jobs SET state=?, finished=? WHERE id=? AND state=?", row).rowcount > 0
+            self._waiting().pop(id, None)
             self._moved()
             return done
 
@@ -185,7 +192,7 @@ class JobStore:
     def pending(self) -> int:
         """How many jobs wait."""
         with self._changed:
-            return self._pending()
+            return len(self._waiting())
 
     def waiting(self) -> list[Job]:
         """The queue, in the order in which it is drawn."""
@@ -236,15 +243,15 @@ class JobStore:
                 remove(path)
             self._table.execute("DELETE FROM jobs WHERE id=?", (job.id,))
 
-    def _pending(self) -> int:
-        (count,) = self._table.execute("SELECT count(*) FROM jobs WHERE state=?", (State.QUEUED,)).fetchone()
-        return int(count)
+    def _waiting(self) -> dict[str, Job]:
+        if self._queued is None:
+            query = f"SELECT {COLUMNS} FROM jobs WHERE state=? ORDER BY number"  # noqa: S608
+            self._queued = {job.id: job for job in map(_job, self._table.execute(query, (State.QUEUED,)))}
+        return self._queued
 
     def _in_turn(self) -> list[Job]:
         if self._order is None:
-            query = f"SELECT {COLUMNS} FROM jobs WHERE state=? ORDER BY number"  # noqa: S608
-            queued = [_job(row) for row in self._table.execute(query, (State.QUEUED,))]
-            self._order = in_turn(queued, self._served)
+            self._order = in_turn(list(self._waiting().values()), self._served)
         return self._order
 
     def _moved(self) -> None:

@@ -232,7 +232,7 @@ async def _drawn(here: Context, who: str, asked: Asked, pictures: dict[str, list
         fields["strength"] = 0.75 if asked.denoising_strength is None else asked.denoising_strength
     references = [from_base64("extra_images", text) for text in asked.extra_images]
     model = _overridden(asked, "sd_model_checkpoint", str) or here.chosen()
-    job = await over(here, submit(here, who, model, fields, {**pictures, "ref_images": references}))
+    job = await over(here, await submit(here, who, model, fields, {**pictures, "ref_images": references}))
     found = pictures_of(here, job)
     images = [as_base64(data) for data in found] if asked.send_images else []
     echoed = asked.model_dump(exclude={"init_images", "mask", "extra_images"})

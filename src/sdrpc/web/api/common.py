@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from ...diffusion.image_files import read_mask, read_picture
@@ -53,7 +54,7 @@ class Ending(Exception):
         super().__init__("the server is ending; the job stays in its queue and is drawn when it is there again")
 
 
-def submit(
+async def submit(
     here: Context,
     who: str,
     model: str | None,
@@ -70,14 +71,21 @@ def submit(
     Raises :class:`InvalidValue` for what can't be drawn, :class:`CheckpointError` and :class:`QueueFull`.
     """
     given = {name: files for name, files in (pictures or {}).items() if files}
-    read = {name: [_READ[name](name, data) for data in files] for name, files in given.items()}
-    decoded = {name: tuple(values) if name == "ref_images" else values[0] for name, values in read.items()}
-    request = Request(**{**{name: value for name, value in asked.items() if value is not None}, **decoded})
-    if not 1 <= request.batch_count <= MAX_PICTURES:
-        raise InvalidValue("batch_count", request.batch_count, f"it can be 1 … {MAX_PICTURES}")
-    if not 1 <= (request.steps or 1) <= MAX_STEPS:
-        raise InvalidValue("steps", request.steps, f"it can be 1 … {MAX_STEPS}")
-    return submit_task(here, who, here.studio.resolved(model, request, output_format, quality, metadata, kind), given)
+
+    def enter() -> Job:
+        read = {name: [_READ[name](name, data) for data in files] for name, files in given.items()}
+        decoded = {name: tuple(values) if name == "ref_images" else values[0] for name, values in read.items()}
+        request = Request(**{**{name: value for name, value in asked.items() if value is not None}, **decoded})
+        if not 1 <= request.batch_count <= MAX_PICTURES:
+            raise InvalidValue("batch_count", request.batch_count, f"it can be 1 … {MAX_PICTURES}")
+        if not 1 <= (request.steps or 1) <= MAX_STEPS:
+            raise InvalidValue("steps", request.steps, f"it can be 1 … {MAX_STEPS}")
+        task = here.studio.resolved(model, request, output_format, quality, metadata, kind)
+        return submit_task(here, who, task, given)
+
+    # Without files to read this takes less than a thread: fifty requests of one moment would be forty threads that want
+    # the interpreter, and each would wait for all of them.
+    return await run_in_threadpool(enter) if given or here.shelf.known(model) is None else enter()
 
 
 def submit_task(here: Context, who: str, task: Task, pictures: Mapping[str, Sequence[bytes]]) -> Job:

@@ -212,7 +212,7 @@ async def _answered(
     model, fields = fields_of(asked)
     output_format = asked.output_format or "png"
     quality = 100 if asked.output_compression is None else asked.output_compression
-    job = submit(here, who, model, fields, pictures, output_format, quality)
+    job = await submit(here, who, model, fields, pictures, output_format, quality)
     if asked.stream:
         return EventStream(_events(here, job, asked.partial_images or 0, kind))
     done = await over(here, job)

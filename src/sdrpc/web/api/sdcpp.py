@@ -132,10 +132,10 @@ class Capabilities(TypedDict):
     limits: dict[str, int]
 
 
-def submitted(here: Context, who: str, asked: ImageRequest | VideoRequest) -> Job:
+async def submitted(here: Context, who: str, asked: ImageRequest | VideoRequest) -> Job:
     check(asked)
     metadata = not isinstance(asked, ImageRequest) or asked.embed_image_metadata
-    return submit(
+    return await submit(
         here, who, asked.model, fields_of(asked), pictures_in(asked), asked.output_format, asked.output_compression,
         metadata, kind_of(asked),
     )  # fmt: skip
@@ -244,15 +244,15 @@ def capabilities(here: Here) -> Capabilities:
 
 
 @router.post("/img_gen", status_code=202, responses=refusals(500))
-def img_gen(asked: ImageRequest, here: Here, who: User) -> Accepted:
+async def img_gen(asked: ImageRequest, here: Here, who: User) -> Accepted:
     """Put a request for pictures into the queue."""
-    return _accepted(submitted(here, who, asked))
+    return _accepted(await submitted(here, who, asked))
 
 
 @router.post("/vid_gen", status_code=202, responses=refusals(500))
-def vid_gen(asked: VideoRequest, here: Here, who: User) -> Accepted:
+async def vid_gen(asked: VideoRequest, here: Here, who: User) -> Accepted:
     """Put a request for a film into the queue, for a model that draws films."""
-    return _accepted(submitted(here, who, asked))
+    return _accepted(await submitted(here, who, asked))
 
 
 def _accepted(job: Job) -> Accepted:
