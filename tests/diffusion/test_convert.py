@@ -191,6 +191,7 @@ def test_progress_counts_the_bytes_of_tensors(tiny_weights: dict[str, Any], tmp_
     ("family", "form", "kind", "part", "suffix"),
     [
         ("wan", "safetensors", "F16", "model", ".gguf"),
+        ("ltx-video", "parts", "F16", "vae", ".gguf"),
         ("z-image", "safetensors", "comfy-nvfp4", "model", ".safetensors"),
         ("flux1-dev", "gguf-parts", "mixed", "t5xxl", ".gguf"),
     ],

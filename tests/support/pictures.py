@@ -29,8 +29,8 @@ from tools.checkpoints import Made, make
 from tools.checkpoints.formats import FORMATS as QUANTIZED
 
 WIDTH, HEIGHT, STEPS, SEED = 128, 64, 3, 42
-FRAMES = 5
-"""Of films: two latent ones."""
+FRAMES = {"wan": 4, "ltx": 8}
+"""Of films, by how families begin: how many frames a latent one stands for. Two latent ones are drawn."""
 
 BOUNDS = {"exact": 45.0, "fast": 28.0, "native": 30.0}
 """dB that our picture has to be from diffusers' one, by what computes it.
@@ -62,6 +62,7 @@ FAMILIES = {
     "wan2.2-i2v": "Wan 2.2 A14B, of two pictures",
     "krea2": "Krea 2", "wan2.2-5b": "Wan 2.2 TI2V-5B",
     "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha", "lumina2": "Lumina-Image 2.0",
+    "ltx-video": "LTX-Video 0.9.0", "ltx-video-13b": "LTX-Video 0.9.7, of a picture",
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
@@ -110,6 +111,8 @@ CASES = (
     Case("pixart-sigma", "safetensors"), Case("pixart-sigma", "diffusers"), Case("pixart-alpha", "parts"),
     Case("lumina2", "safetensors"), Case("lumina2", "sharded"), Case("lumina2", "gguf-parts", "Q8_0"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
+    Case("ltx-video", "safetensors"), Case("ltx-video", "diffusers"), Case("ltx-video", "gguf-parts", "Q8_0"),
+    Case("ltx-video-13b", "safetensors"),
 )  # fmt: skip
 
 FORMAT_CASES = (
@@ -172,6 +175,8 @@ class Latents:
 def _latents(family: str) -> Latents:
     if family.startswith("flux2"):
         return Latents(128, 16)
+    if family.startswith("ltx"):
+        return Latents(128, 32)
     if family == "wan2.2-5b":
         return Latents(48, 16)
     return Latents(4) if family.startswith(("sd1", "sd2", "sdxl", "pixart")) else Latents(16)
@@ -188,7 +193,7 @@ def shown(case: Case) -> tuple[np.ndarray, ...]:
 
 def ends(case: Case) -> dict[str, np.ndarray]:
     """The pictures that a case's film begins and ends with (height, width, 3), by a request's names."""
-    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2}.get(case.family, 0)
+    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2, "ltx-video-13b": 1}.get(case.family, 0)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return {
         name: np.stack([x * 2, y * 4, np.full_like(x, 90 * number)], -1).astype(np.uint8)
@@ -209,8 +214,8 @@ def request(case: Case) -> Request:
     return Request(
         "a lovely cat, in the style of nobody", "" if distilled else "blurry, dark", WIDTH, HEIGHT,
         cfg_scale=1.0 if distilled else 4.0, guidance=2.5, seed=SEED, sampling_method="euler", scheduler="discrete",
-        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=FRAMES, ref_images=shown(case),
-        **ends(case), **{"steps": STEPS, **HIGH_NOISE.get(case.family, {})},
+        prediction={"sd2": "v", "sd2-base": "eps"}.get(case.family), video_frames=_together(case.family) + 1,
+        ref_images=shown(case), **ends(case), **{"steps": STEPS, **HIGH_NOISE.get(case.family, {})},
     )  # fmt: skip
 
 
@@ -219,8 +224,8 @@ def drawing(case: Case) -> Drawing:
     asked, latents = request(case), _latents(case.family)
     first, last = [*map(Image.fromarray, ends(case).values()), None, None][:2]
     shape = (latents.channels, HEIGHT // latents.pixels, WIDTH // latents.pixels)
-    if case.family.startswith("wan"):
-        shape = (shape[0], 1 + (FRAMES - 1) // 4, *shape[1:])
+    if _together(case.family):
+        shape = (shape[0], 2, *shape[1:])
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
         asked.prompt, noise, make_sigmas("discrete", STEPS, _predicts(case.family)).tolist(), asked.negative_prompt,
@@ -231,7 +236,14 @@ def drawing(case: Case) -> Drawing:
     )  # fmt: skip
 
 
+def _together(family: str) -> int:
+    """Frames that a latent one stands for, 0 of pictures."""
+    return next((frames for begins, frames in FRAMES.items() if family.startswith(begins)), 0)
+
+
 def _predicts(family: str) -> Prediction:
+    if family.startswith("ltx"):
+        return prediction("sd3_flow", shift=1.0)
     if family.startswith("wan"):
         return prediction("sd3_flow", shift=5.0)
     if family == "lumina2":

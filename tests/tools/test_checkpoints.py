@@ -116,9 +116,9 @@ def assert_same(found: Weights, module: Any) -> None:
 
 SIMILAR = (
     "flux2-klein-9b", "wan2.2-a14b", "wan2.2-5b", "wan2.2-i2v", "qwen-image-edit",
-    "krea2", "wan2.1-i2v", "wan2.1-flf2v", "pixart-sigma", "pixart-alpha", "lumina2",
+    "krea2", "wan2.1-i2v", "wan2.1-flf2v", "pixart-sigma", "pixart-alpha", "lumina2", "ltx-video", "ltx-video-13b",
 )  # fmt: skip
-"""As small as others, in the same names; or names are compared in tests/families/test_krea2.py,
+"""As small as others, in the same names; or names are compared in tests/families/test_krea2.py, test_ltx.py,
 test_lumina2.py, test_pixart.py and test_wan.py."""
 
 WRITTEN = [

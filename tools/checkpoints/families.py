@@ -32,6 +32,8 @@ UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
+AutoencoderKLLTXVideo: Any = diffusers.AutoencoderKLLTXVideo
+LTXVideoTransformer3DModel: Any = diffusers.LTXVideoTransformer3DModel
 Lumina2Transformer2DModel: Any = diffusers.Lumina2Transformer2DModel
 Krea2Transformer2DModel: Any = diffusers.Krea2Transformer2DModel
 PixArtTransformer2DModel: Any = diffusers.PixArtTransformer2DModel
@@ -604,6 +606,51 @@ WAN22_DEVIATION = (
 """Of the latents of Wan 2.2's autoencoder, by channel, as it is published."""
 
 
+def _ltx(inner: int, blocks: int, text: int) -> Component:
+    """``inner``: its width, of 32 heads."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: LTXVideoTransformer3DModel(
+            num_attention_heads=32, attention_head_dim=inner // 32, cross_attention_dim=inner, num_layers=blocks,
+            caption_channels=text,
+        ),
+        prefixed("model.diffusion_model.", names.ltx),
+        names.ltx,
+    )  # fmt: skip
+
+
+def _ltx_vae(widths: tuple[int, ...], layers: tuple[int, ...]) -> Component:
+    """LTX-Video's autoencoder in version 0.9.0."""
+    return _ltx_vae_of(
+        block_out_channels=widths, decoder_block_out_channels=widths, layers_per_block=layers,
+        decoder_layers_per_block=layers,
+    )  # fmt: skip
+
+
+def _ltx_vae_095(width: int, layers: tuple[int, ...], decoder_layers: tuple[int, ...]) -> Component:
+    """The same from 0.9.5 on; ``width`` of its finest level."""
+    return _ltx_vae_of(
+        block_out_channels=tuple(width * factor for factor in (1, 2, 4, 8, 16)),
+        decoder_block_out_channels=tuple(width * factor for factor in (2, 4, 8)), layers_per_block=layers,
+        decoder_layers_per_block=decoder_layers, down_block_types=("LTXVideo095DownBlock3D",) * 4,
+        spatio_temporal_scaling=(True,) * 4, decoder_spatio_temporal_scaling=(True,) * 3,
+        decoder_inject_noise=(False,) * 4, upsample_residual=(True,) * 3, upsample_factor=(2,) * 3,
+        downsample_type=("spatial", "temporal", "spatiotemporal", "spatiotemporal"), timestep_conditioning=True,
+        spatial_compression_ratio=32, temporal_compression_ratio=8,
+    )  # fmt: skip
+
+
+def _ltx_vae_of(**options: Any) -> Component:
+    return Component(
+        "vae",
+        "vae",
+        lambda: AutoencoderKLLTXVideo(**options),
+        prefixed("vae.", names.ltx_vae),
+        names.ltx_vae,
+    )
+
+
 FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
 
 
@@ -941,6 +988,45 @@ WAN22_5B = replace(
     },
 )  # fmt: skip
 
+
+def _ltx_scheduler() -> Any:
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096,
+        shift_terminal=0.1,
+    )  # fmt: skip
+
+
+LTX_VIDEO = Family(
+    "ltx-video",
+    diffusers.LTXPipeline,
+    {
+        "full": (
+            _ltx(2048, 28, 4096), _ltx_vae((128, 256, 512, 512), (4, 3, 3, 3, 4)),
+            _t5(4096, 10240, 64, 24, folder="text_encoder"),
+        ),
+        "tiny": (
+            _ltx(128, 2, 64), _ltx_vae((8, 16, 32, 32), (1, 1, 1, 1, 1)), _t5(64, 160, 2, 2, folder="text_encoder"),
+        ),
+    },
+    _ltx_scheduler,
+    "ltxv",
+)  # fmt: skip
+"""0.9.0; of its transformer all versions of 2B."""
+LTX_VIDEO_13B = replace(
+    LTX_VIDEO,
+    name="ltx-video-13b",
+    pipeline=diffusers.LTXImageToVideoPipeline,
+    components={
+        "full": (
+            _ltx(4096, 48, 4096), _ltx_vae_095(128, (4, 6, 6, 2, 2), (5, 5, 5, 5)), LTX_VIDEO.components["full"][2],
+        ),
+        "tiny": (
+            _ltx(192, 2, 64), _ltx_vae_095(8, (1, 1, 1, 1, 1), (1, 1, 1, 1)), LTX_VIDEO.components["tiny"][2],
+        ),
+    },
+)  # fmt: skip
+"""0.9.7 and 0.9.8, with the autoencoder from 0.9.5 on."""
+
 QWEN3_8B: tuple[int, int, tuple[int, int], int, int] = (4096, 12288, (32, 8), 128, 36)
 
 
@@ -1095,6 +1181,6 @@ FAMILIES = {
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
         WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
-        PIXART_SIGMA, PIXART_ALPHA, LUMINA2,
+        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B,
     )
 }  # fmt: skip

@@ -156,7 +156,7 @@ def _module(filed: Filed) -> Any:
 def _tokenizers(family: Family) -> dict[str, Any]:
     if family.name.startswith("flux1"):
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
-    if family.name == "chroma" or family.name.startswith("pixart"):
+    if family.name == "chroma" or family.name.startswith(("pixart", "ltx")):
         return {"tokenizer": t5_tokenizer()}
     if family.name in ("z-image", "qwen-image", "qwen-image-edit", "krea2") or family.name.startswith("flux2-klein"):
         return {"tokenizer": qwen_tokenizer()}

@@ -500,6 +500,61 @@ def wan(shapes: Shapes) -> Iterator[Entry]:
     return (Entry(_renamed(name, _WAN_RULES), (name,)) for name in shapes)
 
 
+_LTX_RULES: Rules = (
+    (r"proj_in\.(.*)", r"patchify_proj.\1"),
+    (r"time_embed\.(.*)", r"adaln_single.\1"),
+    (r"(transformer_blocks\.\d+\.attn[12])\.norm_([qk])\.weight", r"\1.\2_norm.weight"),
+    (r"(transformer_blocks|caption_projection|proj_out)\.(.*)", r"\g<0>"),
+    (r"scale_shift_table", r"\g<0>"),
+)
+
+
+def ltx(shapes: Shapes) -> Iterator[Entry]:
+    """LTX-Video's transformer, in the names of its own code."""
+    return (Entry(_renamed(name, _LTX_RULES), (name,)) for name in shapes)
+
+
+_LTX_VAE_BLOCKS = {
+    "old": {
+        "encoder": {"0": 0, "0.downsamplers.0": 1, "0.conv_out": 2, "1": 3, "1.downsamplers.0": 4, "1.conv_out": 5,
+                    "2": 6, "2.downsamplers.0": 7, "3": 8, "mid": 9},
+        "decoder": {"mid": 0, "0": 1, "1.upsamplers.0": 2, "1": 3, "2.conv_in": 4, "2.upsamplers.0": 5, "2": 6,
+                    "3.conv_in": 7, "3.upsamplers.0": 8, "3": 9},
+    },
+    "new": {
+        "encoder": {"0": 0, "0.downsamplers.0": 1, "1": 2, "1.downsamplers.0": 3, "2": 4, "2.downsamplers.0": 5, "3": 6,
+                    "3.downsamplers.0": 7, "mid": 8},
+        "decoder": {"mid": 0, "0.upsamplers.0": 1, "0": 2, "1.upsamplers.0": 3, "1": 4, "2.upsamplers.0": 5, "2": 6},
+    },
+}  # fmt: skip
+"""Which block of the file is which of the class, in version 0.9.0 and from 0.9.5 on."""
+
+_LTX_VAE_PARTS: Rules = (
+    (r"\.resnets\.", ".res_blocks."), (r"\.norm3\.", ".norm3.norm."), (r"\.conv_shortcut\.conv\.", ".conv_shortcut."),
+    (r"^decoder\.time_embedder\.", "decoder.last_time_embedder."),
+    (r"^decoder\.scale_shift_table", "decoder.last_scale_shift_table"),
+    (r"^latents_mean$", "per_channel_statistics.mean-of-means"),
+    (r"^latents_std$", "per_channel_statistics.std-of-means"),
+)  # fmt: skip
+
+
+def ltx_vae(shapes: Shapes) -> Iterator[Entry]:
+    """LTX-Video's autoencoder, whose file numbers blocks through."""
+    blocks = _LTX_VAE_BLOCKS["new" if "decoder.up_blocks.0.upsamplers.0.conv.conv.weight" in shapes else "old"]
+
+    def block(match: re.Match[str]) -> str:
+        side, level, part = match.groups()
+        number = blocks[side]["mid" if level == "mid_block" else f"{level.split('.')[1]}{part or ''}"]
+        return f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{number}."
+
+    for name in shapes:
+        pattern = r"^(encoder|decoder)\.(mid_block|\w+_blocks\.\d+)(\.(?:down|up)samplers\.0|\.conv_(?:in|out))?\."
+        original = re.sub(pattern, block, name)
+        for part, replacement in _LTX_VAE_PARTS:
+            original = re.sub(part, replacement, original)
+        yield Entry(original, (name,))
+
+
 def qwen25(shapes: Shapes) -> Iterator[Entry]:
     """Qwen2.5-VL as its authors publish it: the class has the language model below a name of its own."""
     for name in shapes:

@@ -34,7 +34,9 @@ from ..families.weight_types import AS_STORED, WeightTypes, names_of
 from ..ggml.types import F32, OF_GGML, Type
 from ..ggml.weight import Weight
 
-ARCHITECTURES = {"flux1": "flux", "chroma": "flux", "flux2-klein": "flux", "flux2": "flux", "zimage": "lumina2"}
+ARCHITECTURES = {
+    "flux1": "flux", "chroma": "flux", "flux2-klein": "flux", "flux2": "flux", "zimage": "lumina2", "ltx-video": "ltxv",
+}  # fmt: skip
 """What GGUF files call a family (``general.architecture``), where it is not its name here."""
 
 SAFETENSORS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "F8_E4M3", "F8_E5M2"})

@@ -26,21 +26,29 @@ F64 = NDArray[np.float64]
 class Setting:
     """What a schedule is made for.
 
-    ``tokens``: latents per channel, (height / 8) · (width / 8) for most VAEs; ``aligned``: the family whose published
-    levels Align Your Steps uses (a key of :data:`ALIGNED`), None where there are none.
+    ``tokens``: latents per channel, (height / 8) · (width / 8) for most VAEs, of a film in each of its ``frames``
+    (latent ones); ``aligned``: the family whose published levels Align Your Steps uses (a key of :data:`ALIGNED`), None
+    where there are none.
     """
 
     steps: int
     prediction: Prediction
     tokens: int = 4096
     aligned: str | None = "sd1"
+    frames: int = 1
 
 
 Schedule = Callable[[Setting], F32]
 
 
 def make_sigmas(
-    name: str, steps: int, prediction: Prediction, *, tokens: int = 4096, aligned: str | None = "sd1"
+    name: str,
+    steps: int,
+    prediction: Prediction,
+    *,
+    tokens: int = 4096,
+    aligned: str | None = "sd1",
+    frames: int = 1,
 ) -> F32:
     """The levels of schedule ``name``: float32 (steps + 1,), falling to 0; see :class:`Setting`.
 
@@ -50,12 +58,12 @@ def make_sigmas(
     name = ALIASES.get(name, name)
     if name not in SCHEDULES:
         raise InvalidValue("scheduler", name, f"does not exist; there are {', '.join(SCHEDULES)}")
-    for field, value in (("steps", steps), ("tokens", tokens)):
+    for field, value in (("steps", steps), ("tokens", tokens), ("frames", frames)):
         if value < 1:
             raise InvalidValue(field, value, "at least 1 is needed")
     if steps == 1 and name in _SPREAD:  # there is no distance to spread; the reference divides by zero here
         return _ending_in_zero([prediction.largest])
-    return SCHEDULES[name](Setting(steps, prediction, tokens, aligned))
+    return SCHEDULES[name](Setting(steps, prediction, tokens, aligned, frames))
 
 
 def _ending_in_zero(sigmas: list[f32] | F32) -> F32:
@@ -247,9 +255,10 @@ def flux2(setting: Setting) -> F32:
 
 
 def ltx2(setting: Setting) -> F32:
-    """LTX-Video 2's: a time shift by the number of tokens, then stretched so that the last level is 0.1."""
+    """LTX-Video's: a time shift by the number of all frames' tokens, then stretched so that the last level is 0.1."""
     terminal = f32(0.1)
-    sigmas = _shifted_evenly(_linear(setting.tokens, (1024, 0.95), (4096, 2.05)), setting.steps)
+    tokens = setting.tokens * setting.frames
+    sigmas = _shifted_evenly(_linear(tokens, (1024, 0.95), (4096, 2.05)), setting.steps)
     stretch = (f32(1) - sigmas[-2]) / (f32(1) - terminal)
     if setting.steps > 1 and stretch > 1e-8:
         sigmas[:-1] = f32(1) - (f32(1) - sigmas[:-1]) / stretch

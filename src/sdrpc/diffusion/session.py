@@ -404,7 +404,7 @@ class Session:
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
-            prompt = prompt._replace(learned=self._embeddings.of(text))
+            prompt = prompt._replace(learned=self._embeddings.of(text), fps=settings.fps)
             known = prompt, shown, self._text_loras
             if known not in self._encoded:
                 encode = _Encode(self._devices, tuple(self._seen(settings.ref_images)))
@@ -494,8 +494,10 @@ class Session:
         if settings.sigmas:
             sigmas = np.array(settings.sigmas, f32)
         else:
-            tokens, aligned = shape[-2] * shape[-1], model.family.aligned
-            sigmas = make_sigmas(settings.scheduler, settings.all_steps, predicts, tokens=tokens, aligned=aligned)
+            sigmas = make_sigmas(
+                settings.scheduler, settings.all_steps, predicts, tokens=shape[-2] * shape[-1],
+                frames=int(np.prod(shape[2:-2])), aligned=model.family.aligned,
+            )  # fmt: skip
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
         rng = make_rng(settings.rng, seed)

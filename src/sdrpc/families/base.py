@@ -225,7 +225,7 @@ class Prompt(NamedTuple):
 
     ``width`` and ``height`` in pixels; ``clip_skip`` as sd-cli counts it (1: the last layer, 2: the one before, below
     1: the family's own); ``guidance``: of models that were distilled with it; ``negative``: whether the text says what
-    not to draw; ``learned``: its learnt words.
+    not to draw; ``learned``: its learnt words; ``fps``: pictures a second of a film.
     """
 
     text: str
@@ -235,6 +235,7 @@ class Prompt(NamedTuple):
     guidance: float
     negative: bool = False
     learned: Learned = NOTHING
+    fps: int = 1
 
 
 class Encode(Protocol):

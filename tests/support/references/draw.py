@@ -42,6 +42,9 @@ picture of ours equals one of these but for rounding:
 - PixArt: T5 has 300 tokens (Alpha 120), which mask their padding. Betas are linear; Alpha is told the picture's size.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
   transformer gets 1000 sigma. With ``high_cfg`` A14B's model for high noise is guided by that.
+- LTX-Video: T5 has 128 tokens and reads its padding, which the transformer does not see; the transformer gets 1000
+  sigma. A film has 25 pictures a second. VAEs that are told a level of noise are told 0. The picture that a film begins
+  with is the VAE's mean.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
   FLUX.1, Chroma and Z-Image, 1.5305 with shift 0.0609 for SD 3.
 - With ``image`` and perhaps ``last`` a film of Wan's pipeline of pictures begins and ends with these. (TI2V-5B's is
@@ -72,6 +75,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKLLTXVideo,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Krea2Pipeline,
@@ -150,16 +154,24 @@ class Picture(NamedTuple):
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
     """Draw with a pipeline of float32 modules: for Stable Diffusion (1.x to 3.5, XL), FLUX.1, FLUX.2, Chroma,
-    Z-Image, Qwen-Image or Wan."""
+    Z-Image, Qwen-Image, Wan or LTX-Video."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
         latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
-        decoded = pipeline.vae.decode(_unscaled(pipeline.vae.config, latents)).sample
+        decoded = _decoded(pipeline.vae, latents)
     if isinstance(pipeline, Krea2Pipeline | QwenImagePipeline | QwenImageEditPlusPipeline):
         decoded = decoded[:, :, 0]  # of a film of one picture
     pixels = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
     return Picture(pixels.numpy(), latents[0].numpy())
+
+
+def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    if not isinstance(vae, AutoencoderKLLTXVideo):
+        return vae.decode(_unscaled(vae.config, latents)).sample
+    mean, deviation = (each[:, None, None, None] for each in (vae.latents_mean, vae.latents_std))
+    level = torch.zeros(1) if vae.config["timestep_conditioning"] else None
+    return vae.decode(latents * deviation + mean, level).sample
 
 
 def _unscaled(config: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -465,6 +477,34 @@ def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).frames
 
 
+def _ltx(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    """As :func:`_wan`. With a picture the pipeline wants to draw the noise itself."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    given = [float(sigma) for sigma in drawing.sigmas[:-1]]
+    set_timesteps = scheduler.set_timesteps
+
+    def as_given(*, device: str, sigmas: Any, mu: float) -> None:
+        set_timesteps(sigmas=given, device=device)
+
+    scheduler.set_timesteps = as_given
+    pipeline.scheduler = scheduler
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    begun = {"latents": pipeline._pack_latents(noise)} if drawing.image is None else {"image": drawing.image}
+    with drawn_noise(pipeline, torch.zeros_like(noise[:, :, :1]), noise):
+        packed = pipeline(
+            prompt=drawing.prompt,
+            negative_prompt=drawing.negative,
+            guidance_scale=drawing.cfg,
+            height=drawing.height,
+            width=drawing.width,
+            num_frames=8 * (drawing.noise.shape[1] - 1) + 1,
+            num_inference_steps=len(given),
+            output_type="latent",
+            **begun,
+        ).frames
+    return pipeline._unpack_latents(packed, *drawing.noise.shape[1:])
+
+
 def _flux2_klein(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     negative, _ = pipeline.encode_prompt(drawing.negative, device="cpu")
     return _flux2(pipeline, drawing, guidance_scale=drawing.cfg, negative_prompt_embeds=negative)
@@ -581,6 +621,8 @@ _FAMILIES = {
     "ZImagePipeline": _z_image,
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
+    "LTXPipeline": _ltx,
+    "LTXImageToVideoPipeline": _ltx,
     "QwenImagePipeline": _qwen_image,
     "Krea2Pipeline": _krea2,
     "QwenImageEditPlusPipeline": _qwen_image_edit,
