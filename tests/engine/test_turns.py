@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Mapping
 
+import pytest
+
 from sdrpc.engine.turns import REMEMBERED, Turns
 
 Client = tuple[Hashable, Hashable]
@@ -42,27 +44,58 @@ def test_connections_of_an_owner_have_equal_shares() -> None:
     assert sorted(turns.take() for _ in range(3)) == [0, 1, 2]
 
 
-def test_who_asks_for_little_waits_for_one_run_of_others() -> None:
-    """A hundred others compute all the time, 27 ms each; a client of 1 ms comes now and then."""
+@pytest.mark.parametrize("owners", [1, 2, 10], ids=str)
+def test_who_asks_for_little_waits_for_the_run_that_is_under_way_and_no_other(owners: int) -> None:
+    """Others compute all the time, a second each; a client of a millisecond comes now and then, also several times
+    while each of the others has one turn."""
     turns: Turns[Client] = Turns()
-    others: list[Client] = [("crowd", i) for i in range(100)]
-    for other in others:
-        turns.put(other, other)
+    for i in range(100):
+        turns.put((i % owners, i), (i % owners, i))
     me: Client = ("me", 0)
-    waited = []
-    for turn in range(1000):
-        if turn % 7 == 0:
-            turns.put(me, me)
-            runs = 0
+    began = 0
+    for turn in range(3000):
         client = turns.take()
-        runs += client != me
-        turns.spent(client, 0.001 if client == me else 0.027)
-        if client == me:
-            waited.append(runs)
-        else:
-            turns.put(client, client)
-    assert len(waited) > 100
-    assert max(waited[1:]) <= 1
+        asks = turn >= owners and turn % 3  # before, nobody knows yet how long others take
+        if asks:
+            turns.put(me, me)  # while that one runs
+            began += 1
+        turns.spent(client, 1.0)
+        turns.put(client, client)
+        if asks:
+            assert turns.take() == me, f"somebody else had the turn {turn}"
+            turns.spent(me, 0.001)
+    assert began > 1900
+
+
+def test_who_had_more_than_others_waits_for_them() -> None:
+    """The bound ends where it would be a larger share than theirs: after a second's worth of milliseconds."""
+    turns: Turns[str] = Turns()
+    for i in range(5):
+        turns.put((i, 0), str(i))
+    for _ in range(5):
+        other = turns.take()
+        turns.put((int(other), 0), other)
+        turns.spent((int(other), 0), 1.0)
+    asked = 0
+    turns.put(("me", 0), "me")
+    while turns.take() == "me":
+        asked += 1
+        turns.spent(("me", 0), 0.001)
+        turns.put(("me", 0), "me")
+    assert 990 < asked <= 2000
+
+
+def test_a_run_counts_whoever_comes_for_the_first_time_while_it_is_under_way() -> None:
+    turns: Turns[str] = Turns()
+    turns.put(("long", 0), "long")
+    assert turns.take() == "long"
+    turns.put(("new", 0), "new")
+    turns.spent(("long", 0), 10.0)
+    turns.put(("long", 0), "long")
+    for _ in range(10):
+        assert turns.take() == "new"
+        turns.put(("new", 0), "new")
+        turns.spent(("new", 0), 1.0)
 
 
 def test_nobody_saves_up_turns_by_staying_away() -> None:
@@ -82,15 +115,16 @@ def test_nobody_saves_up_turns_by_staying_away() -> None:
 
 
 def test_nobody_begins_anew_by_coming_under_another_name_of_his_own() -> None:
-    turns: Turns[str] = Turns()
-    had: Counter[str] = Counter()
-    turns.put(("honest", 0), "honest")
-    turns.put(("flood", 0), "flood")
+    turns: Turns[Client] = Turns()
+    had: Counter[Hashable] = Counter()
+    for client in (("honest", 0), ("flood", 0)):
+        turns.put(client, client)
     for connection in range(1, 2000):
-        name = turns.take()
-        had[name] += 1
-        turns.spent((name, connection - 1 if name == "flood" else 0), 1.0)
-        turns.put((name, connection if name == "flood" else 0), name)
+        client = turns.take()
+        had[client[0]] += 1
+        turns.spent(client, 1.0)
+        after = ("flood", connection) if client[0] == "flood" else client
+        turns.put(after, after)
     assert abs(had["flood"] - had["honest"]) <= 2
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from sdrpc.client import Keychain, RemoteDevice, connect
+from sdrpc.engine.turns import Path as ClientPath
+from sdrpc.engine.turns import Turns
+from sdrpc.engine.worker import Task
 from sdrpc.errors import OutOfMemory, OverQuota
 from sdrpc.ggml.dialect import dialects
 from sdrpc.key import Key
@@ -161,40 +164,64 @@ def test_accounts_are_remembered_for_what_was_computed_and_not_for_ever() -> Non
     assert "idle" not in accounts._accounts
 
 
-def test_who_computes_little_does_not_wait_for_all_others(device: CountingDevice) -> None:
-    """Ten clients compute without a pause; another one, which now and then wants a millisecond, waits for one run of
-    theirs or two, not for ten."""
+class Charged(Turns[Task]):
+    """Turns in which a run of the client ``small`` counts as a millisecond and others' as a second, however long they
+    take here. ``waited`` has, for each of its runs, how many of others began between its coming and its beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = ""
+        self.waited: list[int] = []
+        self.others = 0
+        self._before = 0
+
+    def put(self, client: ClientPath, task: Task) -> None:
+        if client[0] == self.small:
+            self._before = self.others
+        super().put(client, task)
+
+    def take(self) -> Task:
+        task = super().take()
+        if task.client.path[0] == self.small:
+            self.waited.append(self.others - self._before)
+        else:
+            self.others += 1
+        return task
+
+    def spent(self, client: ClientPath, seconds: float) -> None:
+        super().spent(client, 0.001 if client[0] == self.small else 1.0)
+
+
+def test_who_computes_little_waits_for_nobody_but_who_computes_already() -> None:
+    """Ten clients compute without a pause; no run of theirs begins while another one waits, which now and then wants a
+    millisecond. By arrival it would be ten."""
     dialect = dialects()["7.0.0"]  # where a graph runs again without a number
-    with Server([device], dialect) as server:
-        waited: list[int] = []
-        stop = threading.Event()
-        runs = [0]
+    device = CountingDevice()
+    turns = device._worker._queue.waiting = Charged()
+    stop = threading.Event()
 
-        def compute() -> None:
-            with RawClient(server.port, dialect) as client:
-                busy(client, products=30, n=192)
-                handle = client.buffer(16)[0]
-                while not stop.is_set():
-                    client.post(messages.GraphRecompute(0))
-                    client.ask(messages.BufferGetBase(handle))
-                    runs[0] += 1
+    def compute(client: RawClient) -> None:
+        busy(client, products=30, n=192)
+        while not stop.is_set():
+            client.post(messages.GraphRecompute(0))
+            client.ask(messages.BufferGetBase(handle[client]))
 
-        threads = [threading.Thread(target=compute) for _ in range(10)]
+    with Server([device], dialect) as server, ExitStack() as clients:
+        crowd = [clients.enter_context(RawClient(server.port, dialect)) for _ in range(10)]
+        handle = {client: client.buffer(16)[0] for client in crowd}
+        threads = [threading.Thread(target=compute, args=(client,)) for client in crowd]
         for thread in threads:
             thread.start()
-        with RawClient(server.port, dialect) as client:
-            add = Adder(client)
-            add()
-            assert eventually(lambda: runs[0] > 20)
-            for _ in range(20):
-                before = runs[0]
-                add()
-                waited.append(runs[0] - before)
-                time.sleep(0.01)
-        stop.set()
-        for thread in threads:
-            thread.join()
-    waited.sort()
-    # Clients and server share an interpreter here, which may come to a thread late: that only adds to what went before.
-    # In turns by arrival it would never be less than nine.
-    assert waited[len(waited) // 4] <= 4, f"runs of others that went before: {waited}"
+        try:
+            assert eventually(lambda: turns.others >= 3 * len(crowd))
+            with RawClient(server.port, dialect) as client:
+                turns.small = client.name
+                add = Adder(client)
+                for _ in range(20):
+                    add()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+    device.close()
+    assert turns.waited == [0] * 20, "runs of others that began before it did"
