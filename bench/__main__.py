@@ -69,6 +69,10 @@ def main(
     text_encoders: Annotated[
         str, typer.Option(metavar="full|reduced", help="Of families: few layers, which saves 6 to 14 GB.")
     ] = "full",
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Of families, sdxl: with a LoRA of rank 16 on attention.")
+    ] = False,
+    control: Annotated[bool, typer.Option("--control", help="Of families, sdxl: with a ControlNet.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure sdrpc beside diffusers, and beside what the machine can do."""
@@ -79,8 +83,10 @@ def main(
     variants = _variants(device, type, precision)
     options = FamilyOptions(
         _listed(family, families.KINDS, "--family"), _listed(only, families.PARTS, "--only"), type, text_encoders, size,
-        steps,
+        steps, lora, control,
     )  # fmt: skip
+    if (lora or control) and (options.names != families.ADAPTED or options.parts != ("step",)):
+        raise typer.BadParameter("they are for --family sdxl --only step", param_hint="--lora, --control")
     rows: list[tuple[str, Row]] = []
     with tempfile.TemporaryDirectory(prefix="sdrpc-bench-") as folder:
         setup = Setup(device, size or SIZE, steps or STEPS, checkpoint_size, variants, Path(folder), options)

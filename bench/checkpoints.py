@@ -6,18 +6,22 @@ all tensors are parts of one supply of normal numbers (:class:`Numbers`), times 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from sdrpc.families.model import ModelFiles
+from tools.checkpoints import names
 from tools.checkpoints.families import FAMILIES, Component
 from tools.checkpoints.files import Planned, as_rows_of_256, write_gguf, write_safetensors
 from tools.checkpoints.make import Filed
@@ -30,6 +34,10 @@ BLOCK, FACTOR_BYTES = 32, 2
 SEED = 0
 PICTURES = ("diffusion", "vae")
 """Components that are no text encoders."""
+
+ATTENTION = re.compile(r"\.attn[12]\.(?:to_[qkv]|to_out\.0)\.weight$")
+RANK, LORA_SHARE = 16, 0.25
+"""Of the LoRA, and what of a weight's size it adds."""
 
 MARGIN = 1 << 20
 """How many numbers more than the largest tensor has are in the supply: where tensors may begin in it."""
@@ -138,15 +146,62 @@ def checkpoint(home: Path, family: str, size: str, text_encoders: str, type: str
         if not path.exists():
             missing.append((path, _filed(component, kind)))
     if missing:
-        home.mkdir(parents=True, exist_ok=True)
-        largest = max(prod(planned.shape) for _, filed in missing for planned in filed.planned())
-        numbers = Numbers(largest + MARGIN)
+        numbers = _supply([filed for _, filed in missing])
         for path, filed in missing:
-            part = path.with_name(f"part-{path.name}")
-            _write(part, filed, numbers, FAMILIES[family].architecture)
-            part.rename(path)
+            _put(path, partial(_write, filed=filed, numbers=numbers, architecture=FAMILIES[family].architecture))
     named: dict[str, Any] = {"diffusion_model": paths.pop("diffusion"), **paths}
     return ModelFiles(**named)
+
+
+def control_net(home: Path, family: str, size: str, type: str) -> Path:
+    """A ControlNet for the family's UNet, with diffusers' names, written where it is missing."""
+    path = home / f"control-{size}-{type}.safetensors"
+    if not path.exists():
+        unet = _component(family, size, "diffusion")
+        component = Component(
+            "control",
+            "controlnet",
+            lambda: diffusers.ControlNetModel.from_unet(unet.build()),
+            names.unchanged,
+            names.unchanged,
+        )
+        filed = _filed(component, type)
+        _put(path, lambda part: write_safetensors(part, _filled(filed, _supply([filed]))))
+    return path
+
+
+def lora(home: Path, family: str, size: str) -> Path:
+    """A LoRA of rank 16 on the attention of the family's UNet, in F16, with diffusers' names, written where it is
+    missing. It changes weights by about a quarter of what they are."""
+    path = home / f"lora-{size}.safetensors"
+    if not path.exists():
+        shapes = _component(family, size, "diffusion").shapes()
+        made: dict[str, torch.Tensor] = {}
+        generator = torch.Generator().manual_seed(SEED)
+        for name, shape in shapes.items():
+            if ATTENTION.search(name):
+                layer, (rows, columns) = f"unet.{name.removesuffix('.weight')}", shape
+                down, up = (torch.randn(each, generator=generator) for each in ((RANK, columns), (rows, RANK)))
+                made[f"{layer}.lora_A.weight"] = (down * columns**-0.5).half()
+                made[f"{layer}.lora_B.weight"] = (up * LORA_SHARE * RANK**-0.5).half()
+        _put(path, lambda part: save_file(made, part))
+    return path
+
+
+def _component(family: str, size: str, name: str) -> Component:
+    return next(component for component in FAMILIES[family].of_size(size) if component.name == name)
+
+
+def _supply(filed: Sequence[Filed]) -> Numbers:
+    return Numbers(max(prod(planned.shape) for each in filed for planned in each.planned()) + MARGIN)
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``path`` written, so that it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part-{path.name}")
+    write(part)
+    part.rename(path)
 
 
 def _write(path: Path, filed: Filed, numbers: Numbers, architecture: str | None) -> None:

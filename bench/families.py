@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sdrpc.client import connect
 from sdrpc.diffusion.guidance import Told
+from sdrpc.diffusion.pictures import Pixels
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session, latents_shape, settings_of
 from sdrpc.families import flux2, wan, zimage
@@ -29,13 +30,13 @@ from sdrpc.runtime.lowered import from_bytes
 from tests.support.process import ServerProcess
 
 from .capturing import Shapes, in_new_process
-from .checkpoints import checkpoint
+from .checkpoints import checkpoint, control_net, lora
 from .command import SdCli
 from .inprocess import Drawing, InProcess, drawing
 from .memory import ALIGNMENT, GB, Watched, WatchedDevice, watching
 from .proxy import CountingProxy
 from .rows import Mark, Row
-from .sampling import DTYPES, Sampled, difference, sample, step_seconds
+from .sampling import DTYPES, Sampled, difference, draw, sample, step_seconds
 from .setup import PROMPT, Setup, Variant, development_cache, read
 from .step import until_compiled
 from .upload import through_socket
@@ -107,6 +108,11 @@ KINDS = {
 }
 """Families by the names of tools/checkpoints."""
 
+ADAPTED = ("sdxl",)
+"""The family that is measured with a LoRA and a ControlNet."""
+
+CONTROL_STRENGTH = 0.7
+
 USUAL = ("sdxl", "flux1-dev")
 """Those that are measured where none is named."""
 
@@ -130,7 +136,13 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.folder.name}, {self.variant}"
+        added = "".join(f" + {name}" for name, on in self.added.items() if on)
+        return f"{self.folder.name}{added}, {self.variant}"
+
+    @property
+    def added(self) -> dict[str, bool]:
+        """What the picture is drawn with beside the model."""
+        return {"LoRA": bool(self.request.loras), "ControlNet": self.request.control_image is not None}
 
     @property
     def film(self) -> bool:
@@ -175,16 +187,28 @@ def _case(setup: Setup, family: str) -> Case:
     files = checkpoint(home, family, size, text, weights.upper(), plain)
     for path in files.named.values():
         read(path)
+    loras: tuple[tuple[Path, float], ...] = ()
+    if options.lora:
+        loras = ((lora(home, family, size), 1.0),)
+    if options.control:
+        files = replace(files, control_net=control_net(home, family, size, plain))
     log.print(f"{family}: files ready after {time.perf_counter() - start:.0f} s")
     drawn = TINY if size == "tiny" else kind.drawn
+    width, height = options.size or drawn.width, options.size or drawn.height
     request = Request(
-        PROMPT, width=options.size or drawn.width, height=options.size or drawn.height,
+        PROMPT, width=width, height=height,
         steps=options.steps or drawn.steps, cfg_scale=kind.cfg_scale, sampling_method="euler", scheduler="discrete",
-        video_frames=kind.drawn.frames and drawn.frames,
+        video_frames=kind.drawn.frames and drawn.frames, loras=loras,
+        control_image=_hint(width, height) if options.control else None, control_strength=CONTROL_STRENGTH,
     )  # fmt: skip
     folder = setup.folder / f"{family} {size}"
     folder.mkdir()
     return Case(setup, kind, Variant(weights, setup.variant.precision), files, request, folder, size == "full")
+
+
+def _hint(width: int, height: int) -> Pixels:
+    """What a ControlNet is shown."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
 # A step ---------------------------------------------------------------------------------------------------------------
@@ -199,19 +223,21 @@ def _step(case: Case) -> Iterator[Row]:
         conditions = session.conditions(settings)
         drawn = drawing(session.model, settings, list(conditions.by_name.values()))
         before = session.timer.seconds.get("upload", 0.0)
-        sample(session, case.request, conditions)  # uploads, and finds memory
+        draw(session, settings)  # uploads, and finds memory
         yield _upload(case, session.model["diffusion"].found.nbytes(), session.timer.seconds["upload"] - before)
         theirs = InProcess(session.model, case.setup.torch_device, _dtype(case))
         stack.callback(theirs.close)
+        for applied in settings.loras:
+            theirs.fuse(Path(applied.name))
         layout = f", {theirs.choose_layout(drawn)}" if theirs.convolves else ""
         mine, eager, graph = [], [], []
         theirs.sample(drawn)
         for _ in range(ROUNDS):
-            mine.append(sample(session, case.request, conditions))
+            mine.append(draw(session, settings))
             eager.append(theirs.sample(drawn))
             if not case.setup.on_cpu:
                 graph += theirs.recorded(drawn)
-        rows = list(_compiled(case, drawn, server, lambda: sample(session, case.request, conditions), theirs, layout))
+        rows = list(_compiled(case, drawn, server, lambda: draw(session, settings), theirs, layout))
     apart = difference(mine[-1].latents, eager[-1].latents)
     yield Row(
         f"same work, {case.title}", 100 * apart, "%", None, "", Mark(100 * SAME_WORK, "ours"),
@@ -222,19 +248,19 @@ def _step(case: Case) -> Iterator[Row]:
 
 
 def _compiled(
-    case: Case, drawn: Drawing, server: ServerProcess, draw: Callable[[], Sampled], theirs: InProcess, layout: str
+    case: Case, drawn: Drawing, server: ServerProcess, mine: Callable[[], Sampled], theirs: InProcess, layout: str
 ) -> Iterator[Row]:
     """The same where the server compiles, beside diffusers' model compiled and recorded."""
     if not case.setup.compiles(case.variant):
         return
-    took = until_compiled(server, draw)
+    took = until_compiled(server, mine)
     yield Row(f"compiling, {case.title}", took, "s", None, "", None, "from the first picture on, beside drawing")
-    mine = [draw() for _ in range(ROUNDS)]
+    runs = [mine() for _ in range(ROUNDS)]
     with theirs.compiled():
         graph = [run for _ in range(ROUNDS) for run in theirs.recorded(drawn)]
         eager = [] if graph else [theirs.sample(drawn) for _ in range(ROUNDS + 1)][1:]  # the first one compiles
     ways = {f"diffusers compiled, CUDA graph{layout}": graph, f"diffusers compiled{layout}": eager}
-    yield from _steps(case, drawn, mine, ways, "compiled step")
+    yield from _steps(case, drawn, runs, ways, "compiled step")
 
 
 def _steps(

@@ -6,14 +6,17 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sdrpc.diffusion.pictures import from_pixels
 from sdrpc.diffusion.predictions import TIMESTEPS, Prediction
 from sdrpc.diffusion.request import Settings
 from sdrpc.diffusion.rng import make_rng
@@ -90,22 +93,24 @@ class InProcess:
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        component = model["diffusion"]
-        built: tuple[Any, Callable[..., tuple[Tensor, ...]]]
-        with without_weights():
-            built = component.module().build()
-        module, self.call = built
-        wide = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-        weights = {
-            name: _loaded(weight, device, torch.float32 if wide & set(name.split(".")) else dtype)
-            for name, weight in component.found.tensors.items()
-        }
-        missing = module.load_state_dict(weights, strict=False, assign=True).missing_keys
-        if missing:
-            raise SystemExit(f"diffusers' model lacks {', '.join(missing[:3])}")
-        self.module: Any = module.eval().to(device)  # tables that the module computed for itself
+        self.module: Any
+        self.call: Callable[..., tuple[Tensor, ...]]
+        self.module, self.call = _built(model, "diffusion", device, dtype)
+        self.control: Any = _built(model, "control", device, dtype)[0] if "control" in model.components else None
         self._loop = LOOPS[model.family.name]
         self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def fuse(self, path: Path) -> None:
+        """Add a LoRA with diffusers' names to the weights for good: so it costs nothing per step."""
+        prefix = "unet."
+        layers = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+        self.module.load_lora_adapter(layers, prefix=None)
+        self.module.fuse_lora()
+        self.module.unload_lora()
+
+    @property
+    def _modules(self) -> list[Any]:
+        return [module for module in (self.module, self.control) if module is not None]
 
     @property
     def convolves(self) -> bool:
@@ -117,10 +122,12 @@ class InProcess:
         seconds = {}
         few = drawn._replace(sigmas=np.append(drawn.sigmas[:LAYOUT_STEPS], np.float32(0)))
         for name, layout in layouts.items():
-            self.module.to(memory_format=layout)
+            for module in self._modules:
+                module.to(memory_format=layout)
             seconds[name] = min(self.sample(few).seconds for _ in range(2))
         best = min(seconds, key=lambda name: seconds[name])
-        self.module.to(memory_format=layouts[best])
+        for module in self._modules:
+            module.to(memory_format=layouts[best])
         return best
 
     def recorded(self, drawn: Drawing) -> list[Sampled]:
@@ -137,12 +144,12 @@ class InProcess:
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """The model as Inductor makes it, for shapes that stay."""
-        plain = self.module
-        self.module = torch.compile(plain, dynamic=False)
+        plain = self.module, self.control
+        self.module, self.control = (None if each is None else torch.compile(each, dynamic=False) for each in plain)
         try:
             yield
         finally:
-            self.module = plain
+            self.module, self.control = plain
 
     @torch.inference_mode()
     def sample(self, drawn: Drawing, *, graph: bool = False) -> Sampled:
@@ -160,7 +167,7 @@ class InProcess:
     def close(self) -> None:
         """Give the memory back."""
         self._graphs.clear()
-        del self.module
+        del self.module, self.control
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -195,6 +202,24 @@ class InProcess:
         return time.perf_counter()
 
 
+def _built(model: Model, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Callable[..., Any]]:
+    """diffusers' module of a component with its weights, and the family's function of it and its inputs."""
+    component = model[name]
+    built: tuple[Any, Callable[..., tuple[Tensor, ...]]]
+    with without_weights():
+        built = component.module().build()
+    module, call = built
+    wide = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    weights = {
+        name: _loaded(weight, device, torch.float32 if wide & set(name.split(".")) else dtype)
+        for name, weight in component.found.tensors.items()
+    }
+    missing = module.load_state_dict(weights, strict=False, assign=True).missing_keys
+    if missing:
+        raise SystemExit(f"diffusers' model lacks {', '.join(missing[:3])}")
+    return module.eval().to(device), call  # with the tables that the module computed for itself
+
+
 def _loaded(weight: Weight, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A weight on the device, plain or in blocks of Q8_0."""
     stored = torch.frombuffer(bytearray(weight.data()), dtype=torch.uint8).to(device)
@@ -219,12 +244,22 @@ def _sdxl(side: InProcess, drawn: Drawing) -> Loop:
     text = side.tensor(told["context"])
     added = {"text_embeds": side.tensor(told["pooled"]), "time_ids": torch.from_numpy(told["sizes"]).to(side.device)}
     batch, scale = len(text), drawn.settings.cfg_scale
+    hint = drawn.settings.control_image
+    if hint is not None:
+        picture = side.tensor(from_pixels(hint)).expand(batch, -1, -1, -1).contiguous()
 
     def enter(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         return scheduler.scale_model_input(torch.cat([latents] * batch), timestep), timestep
 
     def model(latents: Tensor, timestep: Tensor) -> Tensor:
-        predicted: Tensor = side.module(latents, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
+        given: dict[str, Any] = {}
+        if hint is not None:
+            down, middle = side.control(
+                latents, timestep, text, picture, conditioning_scale=drawn.settings.control_strength,
+                added_cond_kwargs=added, return_dict=False,
+            )  # fmt: skip
+            given = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        predicted: Tensor = side.module(latents, timestep, text, added_cond_kwargs=added, return_dict=False, **given)[0]
         return predicted
 
     def leave(predicted: Tensor) -> Tensor:

@@ -52,6 +52,13 @@ def sample(
     return Sampled(latents, (time.perf_counter() - start) / settings.steps)
 
 
+def draw(session: Session, settings: Settings) -> Sampled:
+    """As :func:`sample`, with all that the settings' picture is drawn with: its LoRAs and its ControlNet."""
+    before = session.timer.seconds.get("sample", 0.0)
+    ((latents, _),) = session.draw_latents(settings)
+    return Sampled(latents, (session.timer.seconds["sample"] - before) / settings.steps)
+
+
 class InProcess:
     """diffusers' UNet with the checkpoint's weights and its Euler sampler, as StableDiffusionPipeline runs them."""
 

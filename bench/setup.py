@@ -36,7 +36,8 @@ class Variant(NamedTuple):
 class FamilyOptions(NamedTuple):
     """The options of ``families`` alone: families and parts of the benchmark by name; ``type`` of the diffusion
     model's weights, None: the family's usual one; size of text encoders beside a full diffusion model; side of the
-    picture in pixels and steps, None: what belongs to the checkpoint's size."""
+    picture in pixels and steps, None: what belongs to the checkpoint's size; whether it is drawn with a LoRA and with a
+    ControlNet."""
 
     names: tuple[str, ...]
     parts: tuple[str, ...]
@@ -44,6 +45,8 @@ class FamilyOptions(NamedTuple):
     text_encoders: str
     size: int | None
     steps: int | None
+    lora: bool = False
+    control: bool = False
 
 
 @dataclass(frozen=True)

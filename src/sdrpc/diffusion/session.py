@@ -206,9 +206,16 @@ class Session:
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[Video]:
         """As :meth:`generate_video`, of a request in which everything is filled in."""
-        for latents, seed in self._drawn(settings, on_event, cancel, lambda latents, _: latents):
+        for latents, seed in self.draw_latents(settings, on_event, cancel):
             frames = self._film(latents, settings.video_frames, on_event)
             yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed)
+
+    def draw_latents(
+        self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
+    ) -> Iterator[tuple[F32, int]]:
+        """As :meth:`draw` and :meth:`draw_video`, without decoding: the latents of each picture or film, without noise,
+        as :meth:`sample` gives them, and its seed."""
+        return self._drawn(settings, on_event, cancel, lambda latents, _: latents)
 
     def _drawn(
         self, settings: Settings, on_event: OnEvent, cancel: Cancel, finished: Callable[[F32, int], T]
