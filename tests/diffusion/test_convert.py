@@ -223,6 +223,8 @@ def test_other_families_and_parts_of_them(
         ("lumina2", "diffusers", "model"),
         ("pixart-alpha", "safetensors", "model"),
         ("pixart-sigma", "diffusers", "model"),
+        ("sana", "diffusers", "model"),
+        ("sana-1.5", "parts", "vae"),
     ],
 )
 def test_what_a_picture_is_made_of(family: str, form: str, part: str, suffix: str, tmp_path: Path) -> None:

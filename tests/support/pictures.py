@@ -63,6 +63,7 @@ FAMILIES = {
     "krea2": "Krea 2", "wan2.2-5b": "Wan 2.2 TI2V-5B",
     "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha", "lumina2": "Lumina-Image 2.0",
     "ltx-video": "LTX-Video 0.9.0", "ltx-video-13b": "LTX-Video 0.9.7, of a picture",
+    "sana": "Sana 1.0", "sana-1.5": "Sana 1.5",
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
 
@@ -110,6 +111,7 @@ CASES = (
     Case("krea2", "safetensors"), Case("krea2", "sharded"),
     Case("pixart-sigma", "safetensors"), Case("pixart-sigma", "diffusers"), Case("pixart-alpha", "parts"),
     Case("lumina2", "safetensors"), Case("lumina2", "sharded"), Case("lumina2", "gguf-parts", "Q8_0"),
+    Case("sana", "parts"), Case("sana", "sharded"), Case("sana-1.5", "safetensors"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
     Case("ltx-video", "safetensors"), Case("ltx-video", "diffusers"), Case("ltx-video", "gguf-parts", "Q8_0"),
     Case("ltx-video-13b", "safetensors"),
@@ -122,8 +124,9 @@ FORMAT_CASES = (
 )  # fmt: skip
 """What files have numbers in, beside what the families are shown with."""
 
-NOT_WHOLE = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v", "pixart-alpha")
-"""Which nobody has in one file; A14B's models are those of Wan 2.1, PixArt-Alpha's that of Sigma."""
+NOT_WHOLE = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v", "pixart-alpha", "sana")
+"""Which nobody has in one file; A14B's models are those of Wan 2.1, PixArt-Alpha's that of Sigma,
+Sana 1.0's that of 1.5."""
 
 NATIVE_CASES = (
     *(Case(family, "safetensors") for family in FAMILIES if family not in NOT_WHOLE),
@@ -179,6 +182,8 @@ def _latents(family: str) -> Latents:
         return Latents(128, 32)
     if family == "wan2.2-5b":
         return Latents(48, 16)
+    if family.startswith("sana"):
+        return Latents(32, 32)
     return Latents(4) if family.startswith(("sd1", "sd2", "sdxl", "pixart")) else Latents(16)
 
 
@@ -248,6 +253,8 @@ def _predicts(family: str) -> Prediction:
         return prediction("sd3_flow", shift=5.0)
     if family == "lumina2":
         return prediction("sd3_flow", shift=6.0)
+    if family.startswith("sana"):
+        return prediction("sd3_flow", shift=3.0)
     if family.startswith(("sd3", "z-image", "qwen-image")):
         return prediction("sd3_flow")
     if family.startswith(("flux", "chroma", "krea2")):

@@ -36,6 +36,8 @@ AutoencoderKLLTXVideo: Any = diffusers.AutoencoderKLLTXVideo
 LTXVideoTransformer3DModel: Any = diffusers.LTXVideoTransformer3DModel
 Lumina2Transformer2DModel: Any = diffusers.Lumina2Transformer2DModel
 Krea2Transformer2DModel: Any = diffusers.Krea2Transformer2DModel
+AutoencoderDC: Any = diffusers.AutoencoderDC
+SanaTransformer2DModel: Any = diffusers.SanaTransformer2DModel
 PixArtTransformer2DModel: Any = diffusers.PixArtTransformer2DModel
 WanTransformer3DModel: Any = diffusers.WanTransformer3DModel
 
@@ -545,6 +547,44 @@ def _pixart(heads: int, blocks: int, text: int, tokens: int, told_sizes: bool) -
         prefixed("model.diffusion_model.", names.pixart),
         names.pixart,
         {"caption_projection.y_embedding": (tokens, text)},
+    )  # fmt: skip
+
+
+def _sana(heads: int, cross_heads: int, blocks: int, text: int, normed: bool = False) -> Component:
+    """``heads``: of linear attention, ``cross_heads``: of that to the text; ``normed``: queries and keys, as in 1.5."""
+    width = heads * 32
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: SanaTransformer2DModel(
+            num_attention_heads=heads, num_layers=blocks, num_cross_attention_heads=cross_heads,
+            cross_attention_head_dim=width // cross_heads, cross_attention_dim=width, caption_channels=text,
+            qk_norm="rms_norm_across_heads" if normed else None,
+        ),
+        prefixed("model.diffusion_model.", names.sana),
+        names.sana,
+        {"caption_projection.y_embedding": (300, text)},
+    )  # fmt: skip
+
+
+def _dc_vae(widths: tuple[int, ...], head: int, encoder: int, decoder: int) -> Component:
+    """Sana's autoencoder: the second half of its levels attends. ``encoder`` and ``decoder``: blocks of a level."""
+    half = len(widths) // 2
+    blocks = ("ResBlock",) * half + ("EfficientViTBlock",) * half
+    scales = ((),) * half + ((5,),) * half
+    return Component(
+        "vae",
+        "vae",
+        lambda: AutoencoderDC(
+            attention_head_dim=head, encoder_block_types=blocks, decoder_block_types=blocks,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths, encoder_layers_per_block=(encoder,) * half + (encoder + 1,) * half,
+            decoder_layers_per_block=(decoder,) * len(widths), encoder_qkv_multiscales=scales,
+            decoder_qkv_multiscales=scales, upsample_block_type="interpolate", downsample_block_type="Conv",
+            decoder_act_fns="silu", scaling_factor=0.41407,
+        ),
+        prefixed("vae.", names.dc_vae),
+        names.dc_vae,
     )  # fmt: skip
 
 
@@ -1164,6 +1204,28 @@ PIXART_ALPHA = replace(
     pipeline=diffusers.PixArtAlphaPipeline,
     components=_pixart_components({}, 120, told_sizes=True),
 )
+SANA = Family(
+    "sana",
+    diffusers.SanaPipeline,
+    {
+        "full": (
+            _sana(70, 20, 20, 2304), _dc_vae((128, 256, 512, 512, 1024, 1024), 32, 2, 3),
+            _gemma2(2304, 9216, (8, 4), 26, 256000),
+        ),
+        "tiny": (_sana(3, 3, 2, 64), _dc_vae((8, 8, 16, 16, 32, 32), 8, 1, 1), _gemma2(64, 96, (2, 1), 3, GEMMA_WORDS)),
+    },
+    lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+)  # fmt: skip
+"""Sana 1.0 of 1.6B and 1024×1024."""
+SANA15 = replace(
+    SANA,
+    name="sana-1.5",
+    components={
+        "full": (_sana(70, 20, 60, 2304, normed=True), *SANA.components["full"][1:]),
+        "tiny": (_sana(3, 3, 2, 64, normed=True), *SANA.components["tiny"][1:]),
+    },
+)
+"""Of 4.8B."""
 QWEN_IMAGE_EDIT = replace(
     QWEN_IMAGE,
     name="qwen-image-edit",
@@ -1181,6 +1243,6 @@ FAMILIES = {
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
         WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
-        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B,
+        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B, SANA, SANA15,
     )
 }  # fmt: skip

@@ -164,7 +164,7 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": umt5_tokenizer()}
     if family.name == "flux2-dev":
         return {"tokenizer": mistral_tokenizer()}
-    if family.name == "lumina2":
+    if family.name == "lumina2" or family.name.startswith("sana"):
         return {"tokenizer": gemma_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}

@@ -58,6 +58,11 @@ FLAT = Layout(lambda parts: parts[0].flatten(), lambda whole, shapes: [whole.res
 """A table in the module, one row in the file."""
 ONE_TAP = Layout(lambda parts: parts[0][:, :, None, None], lambda whole, _: [whole[:, :, 0, 0]])
 """A matrix in the module, a convolution of 1 by 1 in the file."""
+ROWS_OF_ONE_TAP = Layout(
+    lambda parts: ONE_TAP.join([ROWS.join(parts)]),
+    lambda whole, shapes: ROWS.split(ONE_TAP.split(whole, shapes)[0], shapes),
+)
+"""Matrices in the module, one convolution of 1 by 1 in the file."""
 
 
 class Entry(NamedTuple):
@@ -477,8 +482,30 @@ _PIXART_RULES: Rules = (
 )
 
 
-def pixart(shapes: Shapes) -> Iterator[Entry]:
-    """PixArt's transformer: queries, keys and values of a picture in one matrix, keys and values of its text."""
+_SANA_RULES: Rules = (
+    (r"patch_embed\.proj\.(.*)", r"x_embedder.proj.\1"),
+    (r"caption_projection\.y_embedding", "y_embedder.y_embedding"),
+    (r"caption_projection\.linear_([12])\.(.*)", r"y_embedder.y_proj.fc\1.\2"),
+    (r"caption_norm\.weight", "attention_y_norm.weight"),
+    (r"time_embed\.linear\.(.*)", r"t_block.1.\1"),
+    (r"time_embed\.emb\.timestep_embedder\.linear_1\.(.*)", r"t_embedder.mlp.0.\1"),
+    (r"time_embed\.emb\.timestep_embedder\.linear_2\.(.*)", r"t_embedder.mlp.2.\1"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_q\.(.*)", r"blocks.\1.attn.qkv.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.(.*)", r"blocks.\1.attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.norm_([qk])\.(.*)", r"blocks.\1.attn.\2_norm.\3"),
+    (r"transformer_blocks\.(\d+)\.attn2\.norm_([qk])\.(.*)", r"blocks.\1.cross_attn.\2_norm.\3"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_q\.(.*)", r"blocks.\1.cross_attn.q_linear.\2"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_k\.(.*)", r"blocks.\1.cross_attn.kv_linear.\2"),
+    (r"transformer_blocks\.(\d+)\.attn2\.to_out\.0\.(.*)", r"blocks.\1.cross_attn.proj.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.conv_(\w+)\.(.*)", r"blocks.\1.mlp.\2_conv.conv.\3"),
+    (r"transformer_blocks\.(\d+)\.scale_shift_table", r"blocks.\1.scale_shift_table"),
+    (r"proj_out\.(.*)", r"final_layer.linear.\1"),
+    (r"scale_shift_table", r"final_layer.scale_shift_table"),
+)
+
+
+def _from_three_and_two(shapes: Shapes, rules: Rules) -> Iterator[Entry]:
+    """Queries, keys and values of a picture in one matrix, keys and values of its text in one."""
     for name in shapes:
         if re.search(r"\.attn1\.to_[kv]\.|\.attn2\.to_v\.", name):
             continue
@@ -487,7 +514,53 @@ def pixart(shapes: Shapes) -> Iterator[Entry]:
             sources = tuple(name.replace("to_q", f"to_{letter}") for letter in "qkv")
         elif ".attn2.to_k." in name:
             sources = (name, name.replace("to_k", "to_v"))
-        yield Entry(_renamed(name, _PIXART_RULES), sources, ROWS if len(sources) > 1 else SAME)
+        yield Entry(_renamed(name, rules), sources, ROWS if len(sources) > 1 else SAME)
+
+
+def pixart(shapes: Shapes) -> Iterator[Entry]:
+    """PixArt's transformer."""
+    return _from_three_and_two(shapes, _PIXART_RULES)
+
+
+def sana(shapes: Shapes) -> Iterator[Entry]:
+    """Sana's transformer."""
+    return _from_three_and_two(shapes, _SANA_RULES)
+
+
+_DC_ENDS: Rules = (
+    (r"encoder\.conv_in\.(.*)", r"encoder.project_in.conv.\1"),
+    (r"encoder\.conv_out\.(.*)", r"encoder.project_out.main.op_list.0.conv.\1"),
+    (r"decoder\.conv_in\.(.*)", r"decoder.project_in.main.conv.\1"),
+    (r"decoder\.norm_out\.(.*)", r"decoder.project_out.op_list.0.\1"),
+    (r"decoder\.conv_out\.(.*)", r"decoder.project_out.op_list.2.conv.\1"),
+    (r"encoder\.down_blocks\.(\d+)\.(\d+)\.(.*)", r"encoder.stages.\1.op_list.\2.\3"),
+    (r"decoder\.up_blocks\.(\d+)\.(\d+)\.(.*)", r"decoder.stages.\1.op_list.\2.\3"),
+)
+_DC_PARTS: Rules = (
+    (r"(.*)\.attn\.to_q\.weight", r"\1.context_module.main.qkv.conv.weight"),
+    (r"(.*)\.attn\.to_out\.weight", r"\1.context_module.main.proj.conv.weight"),
+    (r"(.*)\.attn\.norm_out\.(.*)", r"\1.context_module.main.proj.norm.\2"),
+    (r"(.*)\.attn\.to_qkv_multiscale\.0\.proj_in\.weight", r"\1.context_module.main.aggreg.0.0.weight"),
+    (r"(.*)\.attn\.to_qkv_multiscale\.0\.proj_out\.weight", r"\1.context_module.main.aggreg.0.1.weight"),
+    (r"(.*)\.conv_out\.conv_(\w+)\.(.*)", r"\1.local_module.main.\2_conv.conv.\3"),
+    (r"(.*)\.conv_out\.norm\.(.*)", r"\1.local_module.main.point_conv.norm.\2"),
+    (r"(.*op_list\.\d+)\.conv([12])\.(.*)", r"\1.main.conv\2.conv.\3"),
+    (r"(.*op_list\.\d+)\.norm\.(.*)", r"\1.main.conv2.norm.\2"),
+    (r"(encoder\.stages.*op_list\.\d+)\.conv\.(.*)", r"\1.main.conv.\2"),
+    (r"(decoder\.stages.*op_list\.\d+)\.conv\.(.*)", r"\1.main.conv.conv.\2"),
+    (r".*", r"\g<0>"),
+)
+
+
+def dc_vae(shapes: Shapes) -> Iterator[Entry]:
+    """Sana's autoencoder as EfficientViT has it: what are matrices in the class are convolutions, queries, keys and
+    values in one."""
+    for name in shapes:
+        original = _renamed(_renamed(name, _DC_ENDS), _DC_PARTS)
+        if ".attn.to_q." in name:
+            yield Entry(original, tuple(name.replace("to_q", f"to_{letter}") for letter in "qkv"), ROWS_OF_ONE_TAP)
+        elif not re.search(r"\.attn\.to_[kv]\.", name):
+            yield Entry(original, (name,), ONE_TAP if name.endswith(".attn.to_out.weight") else SAME)
 
 
 def clip_vision(shapes: Shapes) -> Iterator[Entry]:

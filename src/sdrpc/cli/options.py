@@ -141,8 +141,8 @@ OPTIONS = (
            shown="20; FLUX.1 schnell, FLUX.2 klein: 4; FLUX.2 dev: 28; Z-Image, Krea 2: 8; Lumina 2: 30",
            help="Sampling steps."),
     Option(SAMPLING, "--cfg-scale", type=float, metavar="FACTOR",
-           shown="7; FLUX.1, FLUX.2, Z-Image, Krea 2: 1; LTX-Video: 3; Chroma, Qwen-Image, Lumina 2: 4; PixArt: 4.5; "
-           "Wan: 5",
+           shown="7; FLUX.1, FLUX.2, Z-Image, Krea 2: 1; LTX-Video: 3; Chroma, Qwen-Image, Lumina 2: 4; "
+           "PixArt, Sana: 4.5; Wan: 5",
            help="How strongly to follow the prompt; 1: no negative prompt."),
     Option(SAMPLING, "--guidance", type=float, metavar="FACTOR", shown="3.5; FLUX.2 dev: 4",
            help="Guidance of models distilled with it: FLUX.1 dev, FLUX.2 dev."),

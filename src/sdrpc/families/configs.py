@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -127,6 +128,18 @@ def check_divides(found: Found, config: Config, key: str, numbers: Sequence[int]
         raise found.error(f"{what}, which does not divide {list(numbers)}; {hint}")
 
 
+def sample_size(found: Found, name: str, patch: int, otherwise: int) -> int:
+    """Latents on a side that a model was trained at, from its table ``name`` of positions, a row for each token of
+    ``patch`` latents on a side; ``otherwise`` where it has none. Raises :class:`CheckpointError` for what is none."""
+    table = found.tensors.get(name)
+    if table is None:
+        return otherwise
+    size = patch * isqrt(table.shape[1]) if len(table.shape) == 3 else 0
+    if not 0 < size <= MAX_SAMPLE_SIZE:
+        raise found.error(f"{list(table.shape)} is no table of positions", table.name)
+    return size
+
+
 def axes(head: int, part: int, whole: int) -> list[int]:
     """How positions (text, row, column) share a head where nothing tells: rows and columns get ``part`` of ``whole``
     each, all of them even numbers."""
@@ -143,7 +156,7 @@ def check_axes(found: Found, config: Config, key: str, head: int, count: int = 3
 
 def _sensible(key: str, value: object) -> bool:
     """Whether a value is of its argument's kind; numbers that divide channels are checked against them later."""
-    if key in ("act_fn", "hidden_act"):
+    if key in ("act_fn", "hidden_act", "decoder_conv_act_fn"):
         return value in _ACTIVATIONS
     if key.endswith(("eps", "epsilon")):
         return isinstance(value, float) and 0 < value < 1

@@ -22,6 +22,11 @@ def thirds(weight: Weight) -> tuple[Weight, ...]:
     return chunk(weight, 3)
 
 
+def halves(weight: Weight) -> tuple[Weight, ...]:
+    """Keys and values in one."""
+    return chunk(weight, 2)
+
+
 def same(weights: Weights) -> dict[str, Weight]:
     """The file has the module's names."""
     return dict(weights)

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..checkpoints.expressions import split
 from ..errors import CheckpointError, InvalidValue
 from ..ggml.weight import Weight
@@ -215,9 +213,8 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     if length > TOKENS:
         reason = f"has {length} tokens with its template; Lumina 2 reads {TOKENS}"
         raise InvalidValue("negative_prompt" if prompt.negative else "prompt", prompt.text, reason)
-    more = -length % llm.LENGTHS
-    seen = np.pad(np.ones((1, length), np.float32), ((0, 0), (0, more)))
-    return {"context": np.pad(hidden, ((0, 0), (0, more), (0, 0))), "seen": seen}
+    context, seen = llm.filled(hidden)
+    return {"context": context, "seen": seen}
 
 
 def settings(_: Mapping[str, Found]) -> Defaults:

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.expressions import chunk
-from ..ggml.weight import Weight
 from ..prompts import t5_chunks
 from . import colours, configs
 from .base import (
@@ -31,7 +28,7 @@ from .base import (
 )
 from .components import flux, t5
 from .components.autoencoder import VAE
-from .keys import same, table, thirds
+from .keys import halves, same, table, thirds
 
 if TYPE_CHECKING:
     import torch
@@ -71,23 +68,13 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
         "in_channels": channels, "out_channels": outputs // PATCH**2, "num_layers": found.count("transformer_blocks."),
         "attention_head_dim": HEAD, "cross_attention_dim": inner, "caption_channels": text,
         "use_additional_conditions": found.has(f"{_EMBEDDING}.resolution_embedder."),
-        "sample_size": _sample_size(found),
+        "sample_size": configs.sample_size(found, _PLACES, PATCH, SAMPLE_SIZE),
     }  # fmt: skip
     config = configs.merged(found, inferred, told, ("attention_head_dim", "sample_size", "interpolation_scale"))
     configs.check_divides(found, config, "attention_head_dim", [inner])
     if config["out_channels"] not in (channels, 2 * channels):
         raise found.error(f"gives {config['out_channels']} channels for {channels}, with or without variances")
     return config | {"num_attention_heads": inner // config["attention_head_dim"]}
-
-
-def _sample_size(found: Found) -> int:
-    table = found.tensors.get(_PLACES)
-    if table is None:
-        return SAMPLE_SIZE
-    size = PATCH * isqrt(table.shape[1]) if len(table.shape) == 3 else 0
-    if not 0 < size <= configs.MAX_SAMPLE_SIZE:
-        raise found.error(f"{list(table.shape)} is no table of positions", table.name)
-    return size
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
@@ -121,10 +108,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     return make(**config), call
 
 
-def _halves(weight: Weight) -> tuple[Weight, ...]:
-    return chunk(weight, 2)
-
-
 _BLOCK, _BLOCKS = r"blocks\.(\d+)", r"transformer_blocks.\1"
 _LINEAR = {
     r"x_embedder\.proj": "pos_embed.proj",
@@ -154,7 +137,7 @@ _ORIGINAL = table(
             (
                 rf"{_BLOCK}\.cross_attn\.kv_linear\.{kind}",
                 [f"{_BLOCKS}.attn2.to_{name}.{kind}" for name in "kv"],
-                _halves,
+                halves,
             )
             for kind in flux.BOTH
         ),
@@ -185,8 +168,9 @@ TRANSFORMER = Component(
 
 
 def _is_pixart(diffusion: Found) -> bool:
-    """Not LTX-Video, whose first layer is no convolution."""
-    return {"pos_embed.proj.weight", "caption_projection.linear_1.weight"} <= diffusion.tensors.keys()
+    """Not LTX-Video, whose first layer is no convolution, nor Sana, whose blocks have more of them."""
+    needed = {"pos_embed.proj.weight", "transformer_blocks.0.ff.net.2.weight", "caption_projection.linear_1.weight"}
+    return needed <= diffusion.tensors.keys()
 
 
 def is_alpha(diffusion: Found) -> bool:

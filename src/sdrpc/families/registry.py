@@ -10,6 +10,7 @@ from .ltx import LTX_VIDEO
 from .lumina2 import LUMINA2
 from .pixart import PIXART_ALPHA, PIXART_SIGMA
 from .qwen_image import QWEN_IMAGE
+from .sana import SANA
 from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
@@ -19,7 +20,7 @@ from .zimage import Z_IMAGE
 
 FAMILIES = (
     SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE, KREA2, PIXART_SIGMA,
-    PIXART_ALPHA, LUMINA2, LTX_VIDEO,
+    PIXART_ALPHA, LUMINA2, LTX_VIDEO, SANA,
 )  # fmt: skip
 
 STRANGERS = (

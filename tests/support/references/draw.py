@@ -40,6 +40,8 @@ picture of ours equals one of these but for rounding:
 - Lumina 2: the text is Gemma's last hidden states but one, behind the pipeline's system prompt. Guidance does not
   change how long a prediction is.
 - PixArt: T5 has 300 tokens (Alpha 120), which mask their padding. Betas are linear; Alpha is told the picture's size.
+- Sana: the text is Gemma's last hidden states behind its norm, of the first token and those from the end of the
+  pipeline's instruction on. Timesteps are 1000 sigma.
 - Wan: UMT5 has 512 tokens, masks its padding, and what it gives for padding is zeros. Latents have frames. The
   transformer gets 1000 sigma. With ``high_cfg`` A14B's model for high noise is guided by that.
 - LTX-Video: T5 has 128 tokens and reads its padding, which the transformer does not see; the transformer gets 1000
@@ -586,6 +588,22 @@ def _lumina2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     ).images
 
 
+def _sana(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return pipeline(
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative,
+        guidance_scale=drawing.cfg,
+        height=drawing.height,
+        width=drawing.width,
+        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+        num_inference_steps=len(drawing.sigmas) - 1,
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
+
+
 def _pixart(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     _discrete(pipeline, drawing)
     return _sampled(
@@ -627,6 +645,7 @@ _FAMILIES = {
     "Krea2Pipeline": _krea2,
     "QwenImageEditPlusPipeline": _qwen_image_edit,
     "Lumina2Pipeline": _lumina2,
+    "SanaPipeline": _sana,
     "PixArtSigmaPipeline": _pixart,
     "PixArtAlphaPipeline": _pixart,
 }

@@ -1,4 +1,4 @@
-"""Gemma 2, a language model that encodes prompts: transformers' Gemma2Model without its final norm.
+"""Gemma 2, a language model that encodes prompts: transformers' Gemma2Model.
 
 Its vocabulary has terms of its own and is not shipped: the model's file brings it.
 """
@@ -38,7 +38,8 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
-    """Input: ids, int (1, length). Output as that of :func:`sdrpc.families.components.qwen3.build`.
+    """Input: ids, int (1, length). Output as that of :func:`sdrpc.families.components.qwen3.build`; behind the last
+    layer is the final norm.
 
     Every second layer sees 4096 tokens back; no text is as long. (As in transformers' usual attention, scores have no
     upper limit.)
@@ -49,7 +50,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
 
     arguments = dict(config)
     states = arguments.pop("states")
-    layers = max(states)
+    layers, whole = max(states), max(states) == arguments["num_hidden_layers"]
     arguments |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
 
     def call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -57,7 +58,8 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         return (torch.cat([hidden[state] for state in states], -1),)
 
     module: Any = Gemma2Model(Gemma2Config(**arguments))
-    module.norm = nn.Identity()
+    if not whole:
+        module.norm = nn.Identity()
     return module, call
 
 
@@ -90,6 +92,6 @@ GEMMA2 = Component(
     _configure,
     build,
     "text_encoder",
-    idle=("norm.", "lm_head."),
-    sometimes=("layers.",),
+    idle=("lm_head.",),
+    sometimes=("layers.", "norm."),
 )

@@ -144,7 +144,8 @@ def hidden_states(
 ) -> F32:
     """A prompt's hidden states (1, tokens, len(states) · hidden_size) in its template, side by side.
 
-    ``states``: the results of layers, the first of which is 1; without a final norm. ``tokenizer``: the family's own,
+    ``states``: the results of layers, the first of which is 1; whether a final norm is behind the last layer's is a
+    matter of the model. ``tokenizer``: the family's own,
     where the file of the model brings none. Raises :class:`InvalidValue` for a prompt that can't be read.
     """
     used = encode.tokenizer(NAME) or tokenizer()
@@ -154,6 +155,14 @@ def hidden_states(
     inputs = {"ids": _known(encode, prompt, ids), **beside(ids, used)}
     (hidden,) = encode(NAME, inputs, states=list(states))
     return apply_weights(hidden[0, :length], tokens.weights[0])[None]
+
+
+def filled(hidden: F32) -> tuple[F32, F32]:
+    """Hidden states (1, tokens, width) filled up with zeros to a multiple of :data:`LENGTHS` tokens, and which of them
+    are the text's (1, tokens): 1, the others 0."""
+    more = -hidden.shape[1] % LENGTHS
+    seen = np.pad(np.ones(hidden.shape[:2], np.float32), ((0, 0), (0, more)))
+    return np.pad(hidden, ((0, 0), (0, more), (0, 0))), seen
 
 
 class Padding(NamedTuple):
