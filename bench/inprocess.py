@@ -288,6 +288,19 @@ class _ExactTimes(nn.Module):
         return embedded
 
 
+class _ExactInTurn(nn.Module):
+    """As :class:`_ExactTimes` before FLUX.2's projection of timestep and guidance, which sees one after the other."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.projection = projection
+        self.exact: Iterator[Tensor] = iter(())
+
+    def forward(self, _rounded: Tensor) -> Tensor:
+        projected: Tensor = self.projection(next(self.exact))
+        return projected
+
+
 def _flux1(side: InProcess, drawn: Drawing) -> Loop:
     """FluxPipeline: latents packed into tokens, no negative prompt."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -340,11 +353,24 @@ def _flow(side: InProcess, drawn: Drawing) -> Loop:
     def enter(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         return latents, timestep.expand(len(latents)) * (most / TIMESTEPS)
 
+    times = _exact_in_turn(side.module)
+    guidance = [torch.from_numpy(conditions["guidance"]).to(side.device)] if "guidance" in conditions else []
+
     def model(latents: Tensor, timestep: Tensor) -> Tensor:
+        if times is not None:
+            times.exact = iter([each * TIMESTEPS for each in (timestep, *guidance)])
         with side.device:  # where the function makes positions
             return side.call(side.module, latents, timestep, **told)[0].to(side.dtype)
 
     return Loop(scheduler, side.tensor(drawn.noise) * float(drawn.sigmas[0]), enter, model, _same, _same)
+
+
+def _exact_in_turn(module: Any) -> _ExactInTurn | None:
+    """What stands before FLUX.2's projection, put there if it is not; None for other models."""
+    embedding = getattr(module, "time_guidance_embed", None)
+    if embedding is not None and not isinstance(embedding.time_proj, _ExactInTurn):
+        embedding.time_proj = _ExactInTurn(embedding.time_proj)
+    return None if embedding is None else embedding.time_proj
 
 
 def _same(tensor: Tensor) -> Tensor:
