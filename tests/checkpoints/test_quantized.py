@@ -20,9 +20,9 @@ from sdrpc.ggml.weight import Weight
 from tools.checkpoints.formats import FORMATS, bnb_nf4, comfy_int8, comfy_int8_convrot, comfy_nvfp4, fp8_scaled
 
 HELD = {
-    "fp8-scaled": "F8_E4M3_SCALED", "comfy-float8": "F8_E4M3_SCALED", "comfy-int8": "Q8_0",
-    "comfy-convrot": "I8_CONVROT", "comfy-mxfp8": "MXFP8", "comfy-nvfp4": "NVFP4_SCALED", "bnb-nf4": "NF4",
-    "bnb-fp4": "FP4",
+    "fp8-scaled": "F8_E4M3_SCALED", "fp8-squares": "F8_E4M3_SCALED", "comfy-float8": "F8_E4M3_SCALED",
+    "comfy-int8": "Q8_0", "comfy-convrot": "I8_CONVROT", "comfy-mxfp8": "MXFP8", "comfy-nvfp4": "NVFP4_SCALED",
+    "bnb-nf4": "NF4", "bnb-fp4": "FP4",
 }  # fmt: skip
 BITS = {
     "F8_E4M3_SCALED": 8.5, "Q8_0": 8.5, "I8_CONVROT": 8.125, "MXFP8": 8.25, "NVFP4_SCALED": 5, "NF4": 4.5, "FP4": 4.5,
@@ -71,7 +71,7 @@ def test_every_format_is_what_it_says_and_stays_small(name: str, shape: tuple[in
 
 
 @pytest.mark.parametrize("columns", [80, 24])
-@pytest.mark.parametrize("name", ["fp8-scaled", "comfy-int8", "comfy-convrot", "comfy-nvfp4"])
+@pytest.mark.parametrize("name", ["fp8-scaled", "fp8-squares", "comfy-int8", "comfy-convrot", "comfy-nvfp4"])
 def test_rows_that_are_no_whole_blocks_are_f16(name: str, columns: int, tmp_path: Path) -> None:
     if columns % 16 and name == "comfy-nvfp4":
         return
@@ -96,6 +96,29 @@ def test_other_names_of_a_scale(name: str, tmp_path: Path) -> None:
     checkpoint = read(tmp_path, tensors)
     assert list(checkpoint.tensors) == ["l.weight"]
     torch.testing.assert_close(numbers(checkpoint.tensors["l.weight"]), made.numbers, rtol=4 * 2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize(("columns", "held"), [(320, "F8_E4M3_SCALED"), (200, "F16")])
+def test_squares_at_the_edges(columns: int, held: str, tmp_path: Path) -> None:
+    """The last rows and columns are no whole squares; scales may be in BF16."""
+    made = FORMATS["fp8-squares"][0](matrix(200, columns))
+    scales = made.tensors[".weight_scale_inv"].bfloat16()
+    each = scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :columns]
+    weight = read(tmp_path, layer({**made.tensors, ".weight_scale_inv": scales})).tensors["l.weight"]
+    assert (weight.type.name, weight.shape) == (held, (200, columns))
+    wanted = (made.tensors[".weight"].double() * each).float()
+    torch.testing.assert_close(numbers(weight), wanted, rtol=2.0**-11 if held == "F16" else 2.0**-22, atol=1e-6)
+    part = torch.cat([numbers(rows(weight, first, first + 50)) for first in range(0, 200, 50)])
+    assert torch.equal(part, numbers(weight))
+
+
+def test_integers_in_squares(tmp_path: Path) -> None:
+    codes = torch.randint(-128, 128, (130, 160), dtype=torch.int8)
+    scales = torch.tensor([[0.5, 2.0], [1.0, 0.25]])
+    weight = read(tmp_path, {"l.weight": codes, "l.weight_scale_inv": scales}).tensors["l.weight"]
+    each = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:130, :160]
+    assert weight.type.name == "Q8_0"
+    assert torch.equal(numbers(weight), codes * each)
 
 
 def test_what_is_said_in_the_header(tmp_path: Path) -> None:
@@ -186,8 +209,13 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "wide scales of blocks": ({**MXFP8, "l.weight_scale": torch.zeros(128, 4)}, r"has scales of blocks F32 \[128, 4\]"),
     "a scale for each column": ({**INT8, "l.weight_scale": torch.ones(1, 64)}, r"has scales F32 \[1, 64\]; one F32"),
     "scales of blocks for whole rows": ({**FP8, "l.scale_weight": torch.ones(64, 2)}, r"has scales F32 \[64, 2\]"),
-    "scales of squares": (
-        {**without(FP8, ".scale_weight"), "l.weight_scale_inv": torch.ones(2, 2)}, r"has scales F32 \[2, 2\]",
+    "scales of small squares": (
+        {**without(FP8, ".scale_weight"), "l.weight_scale_inv": torch.ones(2, 2)},
+        r"has scales F32 \[2, 2\]; .* one for each 128×128",
+    ),
+    "integers for scales of squares": (
+        {"l.weight": torch.zeros(256, 64).to(torch.float8_e4m3fn), "l.weight_scale_inv": torch.ones(2, 1).int()},
+        r"has scales I32 \[2, 1\]; .* one for each 128×128",
     ),
     "several scales of the tensor": (
         {**NVFP4, "l.weight_scale_2": torch.ones(2)}, r"has a scale of its tensor F32 \[2\]",

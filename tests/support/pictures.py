@@ -70,6 +70,7 @@ FAMILIES = {
 NUMBERS = {
     "F8_E4M3": ("fp8 (E4M3)", "F8_E4M3", 8), "F8_E5M2": ("fp8 (E5M2)", "F8_E5M2", 8),
     "fp8-scaled": ("fp8 scaled (`scaled_fp8`, `scale_weight`)", "F8_E4M3_SCALED", 8.5),
+    "fp8-squares": ("fp8 with a scale for each 128×128 numbers (`weight_scale_inv`)", "F8_E4M3_SCALED", 8.5),
     "comfy-float8": ("`comfy_quant` float8_e4m3fn", "F8_E4M3_SCALED", 8.5),
     "comfy-int8": ("`comfy_quant` int8_tensorwise, a scale for each row", "Q8_0", 8.5),
     "comfy-convrot": ("`comfy_quant` int8_tensorwise with ConvRot", "I8_CONVROT, or F16", 8.125),

@@ -43,6 +43,17 @@ def fp8_scaled(values: Tensor) -> Quantized:
     return Quantized({".weight": codes, ".scale_weight": scale}, (codes.double() * scale.double()).float())
 
 
+def fp8_squares(values: Tensor) -> Quantized:
+    """A scale for each 128×128 numbers, as DeepSeek and Qwen publish fp8."""
+    rows, columns = values.shape
+    padded = torch.nn.functional.pad(values, (0, -columns % 128, 0, -rows % 128))
+    squares = padded.reshape(-(-rows // 128), 128, -(-columns // 128), 128)
+    scale = (squares.abs().amax((1, 3)) / 448).float()
+    each = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    codes = (values / each).to(torch.float8_e4m3fn)
+    return Quantized({".weight": codes, ".weight_scale_inv": scale}, (codes.double() * each.double()).float())
+
+
 def comfy_float8(values: Tensor) -> Quantized:
     made = fp8_scaled(values)
     codes, scale = made.tensors.values()
@@ -135,8 +146,9 @@ def _bnb(values: Tensor, kind: str, book: Tensor, nested: bool) -> Quantized:
 
 
 FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], int]] = {
-    "fp8-scaled": (fp8_scaled, 64), "comfy-float8": (comfy_float8, 64), "comfy-int8": (comfy_int8, 32),
-    "comfy-convrot": (comfy_int8_convrot, 64), "comfy-mxfp8": (comfy_mxfp8, 32), "comfy-nvfp4": (comfy_nvfp4, 64),
+    "fp8-scaled": (fp8_scaled, 64), "fp8-squares": (fp8_squares, 64), "comfy-float8": (comfy_float8, 64),
+    "comfy-int8": (comfy_int8, 32),    "comfy-convrot": (comfy_int8_convrot, 64),
+    "comfy-mxfp8": (comfy_mxfp8, 32), "comfy-nvfp4": (comfy_nvfp4, 64),
     "bnb-nf4": (bnb_nf4, 64), "bnb-fp4": (bnb_fp4, 64),
 }  # fmt: skip
 """By name: what writes a matrix so, and of how many numbers its rows are a multiple."""

@@ -36,6 +36,8 @@ CODEBOOKS = {"nf4": ("NF4", NORMAL4), "fp4": ("FP4", PARTS_OF_TWELVE)}
 """bitsandbytes' formats → the type, and the numbers that its codes stand for."""
 ROTATIONS = (4, 16, 64, 256, 1024, 4096)
 """Sizes of groups that ConvRot rotates together."""
+SQUARE = 128
+"""Rows and columns that have a scale together in files of fp8 as DeepSeek's and Qwen's, the last ones fewer."""
 TILE_ROWS, TILE_COLUMNS = 128, 4
 """Scales of blocks lie in tiles as tensor cores read them (cuBLAS: 1-D block scaling factors layout)."""
 
@@ -50,7 +52,9 @@ def plain8(raw: Weight, format: str) -> Weight:
 
 
 def scaled8(raw: Weight, format: str, scale: Weight) -> Weight:
-    """Floats of 8 bits (or I8), each times the scale of the tensor or of its row."""
+    """Floats of 8 bits (or I8), each times the scale of the tensor, of its row, or of its square."""
+    if _has_squares(raw, scale):
+        return _in_squares(raw, format, scale)
     factors = _factors(raw, scale)
     target = _plain_for(format, factors)
     if not prod(raw.shape):
@@ -72,6 +76,35 @@ def scaled8(raw: Weight, format: str, scale: Weight) -> Weight:
 
     flat = _in_blocks(raw, held, (count, row), parts, [scale])
     return reshape(flat, raw.shape)
+
+
+def _has_squares(raw: Weight, scale: Weight) -> bool:
+    if len(raw.shape) != 2 or prod(scale.shape) < 2 or scale.shape == (raw.shape[0], 1):
+        return False
+    return scale.shape == tuple(-(-size // SQUARE) for size in raw.shape)
+
+
+def _in_squares(raw: Weight, format: str, scale: Weight) -> Weight:
+    """Each :data:`SQUARE` rows and columns times a scale."""
+    (rows, columns), factors = raw.shape, _floats(raw, scale).reshape(scale.shape)
+    target, held = _plain_for(format, factors), _scaled_type(format, columns, factors)
+    if held is not None and target == F16:
+        kind, block = np.dtype("<f2" if held.name == "Q8_0" else "<f4"), held.block
+        heads = np.repeat(factors.astype(kind), SQUARE // block, 1)[:, : columns // block, None].view(np.uint8)
+
+        def parts(first: int, last: int) -> Sequence[np.ndarray]:
+            numbers = joined(raw.pieces, first * columns, last * columns)
+            return heads[np.arange(first, last) // SQUARE], numbers.reshape(last - first, columns // block, block)
+
+        return _in_blocks(raw, held, (rows, columns), parts, [scale])
+    meant, square = _meant(format), np.arange(columns) // SQUARE
+
+    def values(first: int, last: int) -> np.ndarray:
+        codes = joined(raw.pieces, first * columns, last * columns).reshape(last - first, columns)
+        found: np.ndarray = meant[codes] * factors[np.arange(first, last) // SQUARE][:, square]
+        return found
+
+    return _of_values(raw, target, (rows, columns), columns, values, [scale])
 
 
 def mxfp8(raw: Weight, scale: Weight) -> Weight:
@@ -174,11 +207,26 @@ def four_bits(
 def _factors(raw: Weight, scale: Weight) -> np.ndarray:
     """The scales, float32: one, or one for each row."""
     per_row = bool(raw.shape) and scale.shape in ((raw.shape[0],), (raw.shape[0], 1))
-    if scale.type not in (F32, F16, BF16) or (prod(scale.shape) != 1 and not per_row):
-        reason = f"has scales {scale.type} {list(scale.shape)}; one F32 number, or one for each row, is understood"
-        raise _error(raw, reason)
+    if prod(scale.shape) != 1 and not per_row:
+        raise _strange(raw, scale)
+    return _floats(raw, scale)
+
+
+def _floats(raw: Weight, scale: Weight) -> np.ndarray:
+    if scale.type not in (F32, F16, BF16):
+        raise _strange(raw, scale)
     factors: np.ndarray = whole_array(cast(scale, F32)).view("<f4")
     return factors
+
+
+def _strange(raw: Weight, scale: Weight) -> CheckpointError:
+    known = f"one F32 number, one for each row or one for each {SQUARE}×{SQUARE} numbers are understood"
+    return _error(raw, f"has scales {scale.type} {list(scale.shape)}; {known}")
+
+
+def _meant(format: str) -> np.ndarray:
+    """What each of the 256 codes means, float32."""
+    return np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32) if format == "I8" else float8(format)
 
 
 def _plain_for(format: str, factors: np.ndarray) -> Type:
@@ -207,7 +255,7 @@ def _unpacked8(raw: Weight, format: str, factors: np.ndarray, target: Type, scal
         return _derived(raw, target, raw.shape, looked_up, target.name, [scale])
     rows = raw.shape[0] if raw.shape else 1
     row, each = prod(raw.shape[1:]), np.broadcast_to(factors, rows)
-    numbers = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32) if format == "I8" else float8(format)
+    numbers = _meant(format)
 
     def values(first: int, last: int) -> np.ndarray:
         codes = joined(raw.pieces, first * row, last * row)

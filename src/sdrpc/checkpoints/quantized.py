@@ -1,7 +1,8 @@
 """Which tensors of a file are numbers, and which scale them: the ways in which quantized checkpoints say so.
 
 * fp8 with scales: ``X.weight`` in 8-bit floats, ``X.scale_weight``, ``X.weight_scale`` or ``X.weight_scale_inv``, which
-  is what numbers are multiplied with all the same; some have a marker ``scaled_fp8``.
+  is what numbers are multiplied with all the same, one for the tensor, for each row, or for each 128×128 numbers (as
+  DeepSeek and Qwen publish fp8); some have a marker ``scaled_fp8``.
 * ComfyUI: JSON in a tensor ``X.comfy_quant``, or for all layers in the header's ``_quantization_metadata``, names the
   format of ``X.weight``; its scales are ``X.weight_scale`` and ``X.weight_scale_2`` (comfy/ops.py, comfy_kitchen).
 * bitsandbytes: ``X.weight.quant_state.bitsandbytes__nf4`` (or fp4), JSON, with ``X.weight.absmax``, which may be
