@@ -19,11 +19,11 @@ from sdrpc.checkpoints.expressions import whole_array
 from sdrpc.diffusion.pictures import from_pixels
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import settings_of
-from sdrpc.errors import CheckpointError, MissingComponent
+from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
 from sdrpc.families.base import F32, Config, Prompt
 from sdrpc.families.components.qwen25_vision import BEHIND, IMAGE, Seen, build, positions, processed_size
 from sdrpc.families.model import ModelFiles, open_model
-from sdrpc.families.qwen_image import EDITING, HIDDEN_EDITING, conditions, drawn_size, seen_size
+from sdrpc.families.qwen_image import EDITING, HIDDEN_EDITING, ZERO_TIMESTEP, conditions, drawn_size, seen_size
 from sdrpc.prompts import qwen_tokenizer
 from tools.checkpoints import Made, make
 from tools.checkpoints.tokenizers import QwenProcessor
@@ -161,6 +161,22 @@ def test_a_directory_has_the_part_that_sees_in_its_text_encoder(tmp_path: Path) 
     assert model["llm_vision"].config == VISION_CONFIG | {"fullatt_block_indexes": [7, 15, 23, 31]}
     assert model["diffusion"].config["zero_cond_t"] is True
     assert "merger.mlp.0.bias" in model["llm_vision"].found.tensors
+
+
+def test_2511_is_told_by_its_marker_or_by_the_user(made: Made, tmp_path: Path) -> None:
+    tensors = load_file(made.files["diffusion"])
+    plain = tmp_path / "plain.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if name != ZERO_TIMESTEP}, plain)
+    for file, said, wanted in ((made.files["diffusion"], False, True), (plain, False, False), (plain, True, True)):
+        files = ModelFiles(
+            diffusion_model=file, vae=made.files["vae"], llm=made.files["llm"], qwen_image_zero_cond_t=said
+        )
+        assert open_model(files)["diffusion"].config["zero_cond_t"] is wanted
+
+
+def test_of_other_families_it_is_refused(tiny: Path) -> None:
+    with pytest.raises(InvalidValue, match="is for Qwen-Image-Edit 2511; this is Stable Diffusion 1"):
+        open_model(ModelFiles(tiny, qwen_image_zero_cond_t=True))
 
 
 def test_a_request_with_pictures(made: Made, tmp_path: Path) -> None:

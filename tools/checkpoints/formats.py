@@ -147,7 +147,7 @@ def _bnb(values: Tensor, kind: str, book: Tensor, nested: bool) -> Quantized:
 
 FORMATS: dict[str, tuple[Callable[[Tensor], Quantized], int]] = {
     "fp8-scaled": (fp8_scaled, 64), "fp8-squares": (fp8_squares, 64), "comfy-float8": (comfy_float8, 64),
-    "comfy-int8": (comfy_int8, 32),    "comfy-convrot": (comfy_int8_convrot, 64),
+    "comfy-int8": (comfy_int8, 32), "comfy-convrot": (comfy_int8_convrot, 64),
     "comfy-mxfp8": (comfy_mxfp8, 32), "comfy-nvfp4": (comfy_nvfp4, 64),
     "bnb-nf4": (bnb_nf4, 64), "bnb-fp4": (bnb_fp4, 64),
 }  # fmt: skip

@@ -24,14 +24,17 @@ def files_of(chosen: Chosen) -> ModelFiles:
     from ..families.model import ModelFiles
     from ..families.weight_types import weight_types
 
-    types = weight_types(chosen["type"], chosen["tensor_type_rules"])
+    beside = {
+        "types": weight_types(chosen["type"], chosen["tensor_type_rules"]),
+        "qwen_image_zero_cond_t": chosen["qwen_image_zero_cond_t"],
+    }
     named = {name: chosen[name] for name in ModelFiles.names() if chosen[name] is not None}
     if not named:
         report.say(f"no model is named with -m: using {models.DEFAULT}, which ships with sdrpc")
-        return ModelFiles(models.named(models.DEFAULT), types=types)
-    paths = {field: Path(path) for field, path in named.items()}
+        return ModelFiles(models.named(models.DEFAULT), **beside)
+    paths: dict[str, Any] = {field: Path(path) for field, path in named.items()}
     whole = {"model": models.named(named["model"])} if "model" in named else {}
-    return ModelFiles(**paths | whole, types=types)
+    return ModelFiles(**paths | whole, **beside)
 
 
 def folder_of(chosen: Chosen, field: str) -> Path | None:

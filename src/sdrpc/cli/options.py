@@ -51,6 +51,8 @@ OPTIONS = (
            help="What it sees pictures with (mmproj of Qwen2.5-VL), where its own file lacks that."),
     Option(MODEL, "--clip_vision", type=FILE, metavar="PATH",
            help="What Wan 2.1 sees the picture with that a film begins with (OpenCLIP-H)."),
+    Option(MODEL, "--qwen-image-zero-cond-t", is_flag=True,
+           help="The diffusion model is Qwen-Image-Edit 2511, whose file does not say so (some GGUF files)."),
     Option(MODEL, "--control-net", type=FILE, metavar="PATH",
            help="ControlNet for Stable Diffusion 1.x, 2.x and XL, or FLUX.1; with --control-image."),
     Option(MODEL, "--embd-dir", type=FILE, metavar="PATH",
@@ -262,7 +264,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
         "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
         "--chroma-t5-mask-pad",
-        "--qwen-image-zero-cond-t", "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
+        "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
         "--model-args", "--linear-scale", "--attn-scale",
     ),
     "images as input": (

@@ -19,7 +19,6 @@ from ..diffusion.request import Settings
 from ..diffusion.session import Session
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError, UsageError
 from ..families.model import Model, ModelFiles, open_model
-from ..families.weight_types import WeightTypes
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +96,13 @@ class About(NamedTuple):
 @dataclass(frozen=True)
 class Work:
     """A model to draw with. ``paths``: of its files, by :class:`ModelFiles`' fields, with the name of a model that
-    ships in its path's place; ``sizes``: their bytes where there is one file. ``options``: of :class:`Session`."""
+    ships in its path's place; ``sizes``: their bytes where there is one file; ``beside``: its fields that are no files.
+    ``options``: of :class:`Session`."""
 
     paths: Mapping[str, str]
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
-    types: WeightTypes
+    beside: Mapping[str, Any]
 
     @classmethod
     def of(cls, files: ModelFiles, options: Mapping[str, Any]) -> Work:
@@ -111,18 +111,18 @@ class Work:
             {field: shipped.get(path, str(path.absolute())) for field, path in files.named.items()},
             {field: path.stat().st_size for field, path in files.named.items() if path.is_file()},
             options,
-            files.types,
+            files.beside,
         )
 
     def files(self) -> ModelFiles:
         """The files, in this process's file system. Raises :class:`UsageError` where they are not there."""
-        found = {field: models.named(path) for field, path in self.paths.items()}
+        found: dict[str, Any] = {field: models.named(path) for field, path in self.paths.items()}
         for field, path in found.items():
             if not path.exists():
                 raise UsageError(f"{path} is not on this node: put the model where all nodes find it by the same path")
             if path.is_file() and path.stat().st_size != self.sizes.get(field):
                 raise UsageError(f"{path} is another file on this node than on sd-server's machine")
-        return ModelFiles(**found, types=self.types)
+        return ModelFiles(**found, **self.beside)
 
 
 class Painter:

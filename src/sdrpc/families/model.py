@@ -18,6 +18,7 @@ from ..prompts import gguf_tokenizer, sentencepiece_tokenizer, tokenizer_from, w
 from .base import Component, Config, Defaults, Family, Found, Joint, ModuleSpec, find
 from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
+from .qwen_image import QWEN_IMAGE
 from .registry import FAMILIES, STRANGERS
 from .weight_types import AS_STORED, WeightTypes, names_of
 
@@ -26,7 +27,8 @@ from .weight_types import AS_STORED, WeightTypes, names_of
 class ModelFiles:
     """Where the components of a model are: one file or directory with all of them, and files of single components,
     which go before it. The fields have the names of sd-cli's options. ``types``: in which types their weights are
-    used, where that is not as they are."""
+    used, where that is not as they are. ``qwen_image_zero_cond_t``: that the diffusion model is Qwen-Image-Edit 2511,
+    where its file does not say so: pictures that it is shown have the timestep 0."""
 
     model: Path | None = None
     diffusion_model: Path | None = None
@@ -41,6 +43,7 @@ class ModelFiles:
     taesd: Path | None = None
     control_net: Path | None = None
     types: WeightTypes = AS_STORED
+    qwen_image_zero_cond_t: bool = False
 
     def of(self, component: Component) -> Path | None:
         """The component's own file."""
@@ -50,13 +53,21 @@ class ModelFiles:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The fields that are files."""
-        return tuple(entry.name for entry in fields(cls) if entry.name != "types")
+        return tuple(entry.name for entry in fields(cls) if entry.name not in _BESIDE)
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """The fields that are no files."""
+        return {name: getattr(self, name) for name in _BESIDE}
 
     @property
     def named(self) -> dict[str, Path]:
         """The files that were named, by field."""
         paths = {name: getattr(self, name) for name in self.names()}
         return {name: path for name, path in paths.items() if path is not None}
+
+
+_BESIDE = ("types", "qwen_image_zero_cond_t")
 
 
 @dataclass(frozen=True)
@@ -168,8 +179,13 @@ def open_model(files: ModelFiles) -> Model:
             found[component.name] = _component(component, family, files, opened)
     found = {name: _retyped(each, files.types) for name, each in found.items()}
     told = {name: told_by(each.checkpoint) for name, each in found.items()}
+    _check_zero_cond_t(files, family)
+    asked = {"diffusion": {"zero_cond_t": True}} if files.qwen_image_zero_cond_t else {}
     components = {
-        c.name: ModelComponent(found[c.name], c.configure(found[c.name], told[c.name].components.get(c.told_as, {})))
+        c.name: ModelComponent(
+            found[c.name],
+            c.configure(found[c.name], {**told[c.name].components.get(c.told_as, {}), **asked.get(c.name, {})}),
+        )
         for c in family.components
         if c.name in found
     }
@@ -191,6 +207,12 @@ def open_model(files: ModelFiles) -> Model:
     )
     _check_joints(model)
     return model
+
+
+def _check_zero_cond_t(files: ModelFiles, family: Family) -> None:
+    if files.qwen_image_zero_cond_t and family.name != QWEN_IMAGE.name:
+        reason = f"is for Qwen-Image-Edit 2511; this is {family.title}"
+        raise InvalidValue("qwen_image_zero_cond_t", True, reason)
 
 
 def _retyped(found: Found, types: WeightTypes) -> Found:
