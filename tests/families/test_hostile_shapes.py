@@ -71,7 +71,7 @@ def reader(name: str, weights: dict[str, Weight]) -> Component | None:
     return None
 
 
-@pytest.mark.parametrize("name", ["diffusion", "vae", "llm", "t5xxl", "clip_l", "clip_g", "clip_vision"])
+@pytest.mark.parametrize("name", ["diffusion", "vae", "llm", "t5xxl", "clip_l", "clip_g", "clip_vision", "connectors"])
 def test_a_tensor_of_another_shape(name: str) -> None:
     """Of tensors whose names differ in numbers only, the first one."""
     refused = 0

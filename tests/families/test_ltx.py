@@ -197,7 +197,6 @@ def test_a_picture_to_end_with_is_refused(made: dict[str, Made]) -> None:
 @pytest.mark.parametrize(
     ("part", "name", "shape", "reason"),
     [
-        ("diffusion", "audio_adaln_single.linear.weight", (6, 2), "this is LTX-2, which sdrpc does not draw with"),
         ("diffusion", "patchify_proj.weight", (100, 128), "32 heads of 3 do not make up its width of 100"),
         ("diffusion", "proj_out.weight", (64, 128), "takes 128 channels and gives 64"),
         ("diffusion", "caption_projection.linear_1.weight", (128, 48), "t5xxl gives 64 channels, but diffusion .* 48"),

@@ -22,6 +22,7 @@ from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.schedules import make_sigmas
 from sdrpc.diffusion.session import Session
+from sdrpc.families.ltx2 import sound_length
 from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
 from tests.support.references.draw import Drawing, draw, psnr
@@ -63,6 +64,7 @@ FAMILIES = {
     "krea2": "Krea 2", "wan2.2-5b": "Wan 2.2 TI2V-5B",
     "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha", "lumina2": "Lumina-Image 2.0",
     "ltx-video": "LTX-Video 0.9.0", "ltx-video-13b": "LTX-Video 0.9.7, of a picture",
+    "ltx2": "LTX-2", "ltx2-i2v": "LTX-2, of a picture",
     "sana": "Sana 1.0", "sana-1.5": "Sana 1.5",
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
@@ -115,7 +117,7 @@ CASES = (
     Case("sana", "parts"), Case("sana", "sharded"), Case("sana-1.5", "safetensors"),
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
     Case("ltx-video", "safetensors"), Case("ltx-video", "diffusers"), Case("ltx-video", "gguf-parts", "Q8_0"),
-    Case("ltx-video-13b", "safetensors"),
+    Case("ltx-video-13b", "safetensors"), Case("ltx2", "safetensors"), Case("ltx2-i2v", "diffusers"),
 )  # fmt: skip
 
 FORMAT_CASES = (
@@ -125,9 +127,9 @@ FORMAT_CASES = (
 )  # fmt: skip
 """What files have numbers in, beside what the families are shown with."""
 
-NOT_WHOLE = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v", "pixart-alpha", "sana")
-"""Which nobody has in one file; A14B's models are those of Wan 2.1, PixArt-Alpha's that of Sigma,
-Sana 1.0's that of 1.5."""
+NOT_WHOLE = ("wan2.1-i2v", "wan2.2-a14b", "wan2.2-i2v", "pixart-alpha", "sana", "ltx2-i2v")
+"""Which nobody has in one file, or others have as well; A14B's models are those of Wan 2.1, PixArt-Alpha's that of
+Sigma, Sana 1.0's that of 1.5."""
 
 NATIVE_CASES = (
     *(Case(family, "safetensors") for family in FAMILIES if family not in NOT_WHOLE),
@@ -199,7 +201,7 @@ def shown(case: Case) -> tuple[np.ndarray, ...]:
 
 def ends(case: Case) -> dict[str, np.ndarray]:
     """The pictures that a case's film begins and ends with (height, width, 3), by a request's names."""
-    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2, "ltx-video-13b": 1}.get(case.family, 0)
+    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2, "ltx-video-13b": 1, "ltx2-i2v": 1}.get(case.family, 0)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return {
         name: np.stack([x * 2, y * 4, np.full_like(x, 90 * number)], -1).astype(np.uint8)
@@ -230,15 +232,16 @@ def drawing(case: Case) -> Drawing:
     asked, latents = request(case), _latents(case.family)
     first, last = [*map(Image.fromarray, ends(case).values()), None, None][:2]
     shape = (latents.channels, HEIGHT // latents.pixels, WIDTH // latents.pixels)
+    sound = sound_length(FRAMES["ltx"] + 1, 24) if case.family.startswith("ltx2") else 0
     if _together(case.family):
-        shape = (shape[0], 2, *shape[1:])
+        shape = (shape[0], 2 + -(-sound // (shape[1] * shape[2])), *shape[1:])
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
         asked.prompt, noise, make_sigmas("discrete", STEPS, _predicts(case.family)).tolist(), asked.negative_prompt,
         asked.cfg_scale or 1.0, asked.guidance or 0.0,
         prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family), pixels=latents.pixels,
         shown=tuple(map(Image.fromarray, shown(case))), image=first, last=last,
-        high_cfg=asked.high_noise_cfg_scale,
+        high_cfg=asked.high_noise_cfg_scale, sound=sound,
     )  # fmt: skip
 
 

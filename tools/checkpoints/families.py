@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 
 from . import names
 from .names import Naming, Shape, prefixed
@@ -32,6 +33,8 @@ UNet2DConditionModel: Any = diffusers.UNet2DConditionModel
 ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
+AutoencoderKLLTX2Video: Any = diffusers.AutoencoderKLLTX2Video
+LTX2VideoTransformer3DModel: Any = diffusers.LTX2VideoTransformer3DModel
 AutoencoderKLLTXVideo: Any = diffusers.AutoencoderKLLTXVideo
 LTXVideoTransformer3DModel: Any = diffusers.LTXVideoTransformer3DModel
 Lumina2Transformer2DModel: Any = diffusers.Lumina2Transformer2DModel
@@ -505,6 +508,23 @@ def _gemma2(width: int, inner: int, heads: tuple[int, int], layers: int, words: 
     )
 
 
+def _gemma3(width: int, inner: int, heads: tuple[int, int], layers: int, words: int) -> Component:
+    """Gemma 3, likewise; positions of every sixth layer are stretched as those of 12B."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=256, sliding_window=1024,
+        rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
+    )  # fmt: skip
+    return Component(
+        "llm",
+        "text_encoder",
+        lambda: transformers.Gemma3TextModel(config),
+        prefixed("text_encoders.gemma3_12b.transformer.model.", names.unchanged),
+        prefixed("model.", names.unchanged),
+        pieces="text_encoders.gemma3_12b.",
+    )
+
+
 def _lumina2(heads: tuple[int, int], head: int, layers: int, refiners: int, text: int, round_to: int) -> Component:
     """``heads``: of queries, and of keys; ``round_to``: what the width of the feed-forward layers is a multiple of."""
     return Component(
@@ -689,6 +709,47 @@ def _ltx_vae_of(**options: Any) -> Component:
         prefixed("vae.", names.ltx_vae),
         names.ltx_vae,
     )
+
+
+def _ltx2(inner: int, sound: int, blocks: int, text: int) -> Component:
+    """``inner`` and ``sound``: its widths for pictures and for sound, of 32 heads each."""
+    return Component(
+        "diffusion",
+        "transformer",
+        lambda: LTX2VideoTransformer3DModel(
+            attention_head_dim=inner // 32, cross_attention_dim=inner, audio_attention_head_dim=sound // 32,
+            audio_cross_attention_dim=sound, num_layers=blocks, caption_channels=text, rope_type="split",
+        ),
+        prefixed("model.diffusion_model.", names.ltx2),
+        names.ltx2,
+    )  # fmt: skip
+
+
+def _ltx2_connectors(width: int, states: int) -> Component:
+    heads = {f"{side}_connector_num_attention_heads": width // 128 for side in ("video", "audio")}
+    return Component(
+        "connectors",
+        "connectors",
+        lambda: LTX2TextConnectors(caption_channels=width, text_proj_in_factor=states, rope_type="split", **heads),
+        names.ltx2_connectors,
+        names.ltx2_connectors,
+    )
+
+
+def _ltx2_vae(width: int, layers: tuple[int, ...], decoder_layers: tuple[int, ...]) -> Component:
+    """``width``: of the finest level of its decoder."""
+    return Component(
+        "vae",
+        "vae",
+        lambda: AutoencoderKLLTX2Video(
+            block_out_channels=tuple(width * factor for factor in (2, 4, 8, 16)), layers_per_block=layers,
+            decoder_block_out_channels=tuple(width * factor for factor in (2, 4, 8)),
+            decoder_layers_per_block=decoder_layers, decoder_causal=False, spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        ),
+        prefixed("vae.", names.ltx_vae),
+        names.ltx_vae,
+    )  # fmt: skip
 
 
 FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
@@ -1067,6 +1128,24 @@ LTX_VIDEO_13B = replace(
 )  # fmt: skip
 """0.9.7 and 0.9.8, with the autoencoder from 0.9.5 on."""
 
+LTX2 = Family(
+    "ltx2",
+    diffusers.LTX2Pipeline,
+    {
+        "full": (
+            _ltx2(4096, 2048, 48, 3840), _ltx2_connectors(3840, 49), _ltx2_vae(128, (4, 6, 6, 2, 2), (5, 5, 5, 5)),
+            _gemma3(3840, 15360, (16, 8), 48, 262208),
+        ),
+        "tiny": (
+            _ltx2(256, 128, 2, 128), _ltx2_connectors(128, 7), _ltx2_vae(8, (1, 1, 1, 1, 1), (1, 1, 1, 1)),
+            _gemma3(128, 160, (2, 1), 6, GEMMA_WORDS),
+        ),
+    },
+    _ltx_scheduler,
+)  # fmt: skip
+
+LTX2_I2V = replace(LTX2, name="ltx2-i2v", pipeline=diffusers.LTX2ImageToVideoPipeline)
+
 QWEN3_8B: tuple[int, int, tuple[int, int], int, int] = (4096, 12288, (32, 8), 128, 36)
 
 
@@ -1243,6 +1322,6 @@ FAMILIES = {
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
         WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
-        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B, SANA, SANA15,
+        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B, LTX2, LTX2_I2V, SANA, SANA15,
     )
 }  # fmt: skip

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -156,7 +157,7 @@ def _module(filed: Filed) -> Any:
 def _tokenizers(family: Family) -> dict[str, Any]:
     if family.name.startswith("flux1"):
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
-    if family.name == "chroma" or family.name.startswith(("pixart", "ltx")):
+    if family.name == "chroma" or family.name.startswith(("pixart", "ltx-video")):
         return {"tokenizer": t5_tokenizer()}
     if family.name in ("z-image", "qwen-image", "qwen-image-edit", "krea2") or family.name.startswith("flux2-klein"):
         return {"tokenizer": qwen_tokenizer()}
@@ -164,7 +165,7 @@ def _tokenizers(family: Family) -> dict[str, Any]:
         return {"tokenizer": umt5_tokenizer()}
     if family.name == "flux2-dev":
         return {"tokenizer": mistral_tokenizer()}
-    if family.name == "lumina2" or family.name.startswith("sana"):
+    if family.name == "lumina2" or family.name.startswith(("sana", "ltx2")):
         return {"tokenizer": gemma_tokenizer()}
     if family.name == "sdxl":
         return {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer("!")}
@@ -193,6 +194,8 @@ def _rest(family: Family) -> dict[str, Any]:
         return {"scheduler": scheduler, "image_processor": CLIPImageProcessorPil()}
     if family.name == "wan2.2-5b":
         return {"scheduler": scheduler, "expand_timesteps": True}
+    if family.name.startswith("ltx2"):
+        return {"scheduler": scheduler, "audio_vae": _silent(), "vocoder": None}
     if family.name == "sdxl":
         return {"scheduler": scheduler, "add_watermarker": False}
     if family.name == "qwen-image-edit":
@@ -202,6 +205,12 @@ def _rest(family: Family) -> dict[str, Any]:
     if family.name.startswith("sd3") and not _has_t5(family):
         return {"scheduler": scheduler, "text_encoder_3": None, "tokenizer_3": None}
     return {"scheduler": scheduler}
+
+
+def _silent() -> Any:
+    """An autoencoder of sound, of whose latents the mean is 0 and the deviation 1. It decodes none here."""
+    kind: Any = diffusers.AutoencoderKLLTX2Audio
+    return kind(ch_mult=(1,), num_res_blocks=0)
 
 
 def make(

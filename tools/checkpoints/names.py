@@ -587,6 +587,38 @@ def ltx(shapes: Shapes) -> Iterator[Entry]:
     return (Entry(_renamed(name, _LTX_RULES), (name,)) for name in shapes)
 
 
+_LTX2_RULES: Rules = (
+    (r"(audio_)?proj_in\.(.*)", r"\1patchify_proj.\2"),
+    (r"(audio_)?time_embed\.(.*)", r"\1adaln_single.\2"),
+    (r"av_cross_attn_(video|audio)_scale_shift\.(.*)", r"av_ca_\1_scale_shift_adaln_single.\2"),
+    (r"av_cross_attn_(video|audio)_(a2v|v2a)_gate\.(.*)", r"av_ca_\2_gate_adaln_single.\3"),
+    (r"(transformer_blocks\.\d+)\.(video|audio)_a2v_cross_attn_scale_shift_table", r"\1.scale_shift_table_a2v_ca_\2"),
+    (r"(transformer_blocks\.\d+\.\w+)\.norm_([qk])\.weight", r"\1.\2_norm.weight"),
+    (r"(transformer_blocks|(?:audio_)?caption_projection|(?:audio_)?proj_out)\.(.*)", r"\g<0>"),
+    (r"(audio_)?scale_shift_table", r"\g<0>"),
+)
+
+
+def ltx2(shapes: Shapes) -> Iterator[Entry]:
+    """LTX-2's transformer, in the names of its own code."""
+    return (Entry(_renamed(name, _LTX2_RULES), (name,)) for name in shapes)
+
+
+_LTX2_CONNECTOR_RULES: Rules = (
+    (r"text_proj_in\.weight", "text_embedding_projection.aggregate_embed.weight"),
+    (r"(\w+)_connector\.transformer_blocks\.(\d+)\.attn1\.norm_([qk])\.weight",
+     r"model.diffusion_model.\1_embeddings_connector.transformer_1d_blocks.\2.attn1.\3_norm.weight"),
+    (r"(\w+)_connector\.transformer_blocks\.(.*)",
+     r"model.diffusion_model.\1_embeddings_connector.transformer_1d_blocks.\2"),
+    (r"(\w+)_connector\.(.*)", r"model.diffusion_model.\1_embeddings_connector.\2"),
+)  # fmt: skip
+
+
+def ltx2_connectors(shapes: Shapes) -> Iterator[Entry]:
+    """LTX-2's connectors, most of whose tensors stand with the diffusion model's."""
+    return (Entry(_renamed(name, _LTX2_CONNECTOR_RULES), (name,)) for name in shapes)
+
+
 _LTX_VAE_BLOCKS = {
     "old": {
         "encoder": {"0": 0, "0.downsamplers.0": 1, "0.conv_out": 2, "1": 3, "1.downsamplers.0": 4, "1.conv_out": 5,

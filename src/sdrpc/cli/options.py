@@ -51,6 +51,8 @@ OPTIONS = (
            help="What it sees pictures with (mmproj of Qwen2.5-VL), where its own file lacks that."),
     Option(MODEL, "--clip_vision", type=FILE, metavar="PATH",
            help="What Wan 2.1 sees the picture with that a film begins with (OpenCLIP-H)."),
+    Option(MODEL, "--connectors", type=FILE, metavar="PATH",
+           help="What is between LTX-2's language model and its diffusion model, where the latter's file lacks that."),
     Option(MODEL, "--qwen-image-zero-cond-t", is_flag=True,
            help="The diffusion model is Qwen-Image-Edit 2511, whose file does not say so (some GGUF files)."),
     Option(MODEL, "--control-net", type=FILE, metavar="PATH",
@@ -117,7 +119,7 @@ OPTIONS = (
            help="Picture that the model is shown (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit); repeat it for several."),
 
     Option(PICTURE, "--video-frames", type=int, metavar="NUMBER", shown="what the model is made for",
-           help="Frames of a film; one more than a multiple of 4 (LTX-Video: 8)."),
+           help="Frames of a film; one more than a multiple of 4 (LTX: 8)."),
     Option(PICTURE, "--fps", type=int, metavar="NUMBER", shown="what the model is made for",
            help="Frames of a film that make a second."),
     Option(PICTURE, "--moe-boundary", type=float, metavar="0..1", shown="0.875; image to video: 0.9",
@@ -140,10 +142,10 @@ OPTIONS = (
     Option(INPUT, "--canny", is_flag=True, help="Show the ControlNet the edges of the picture."),
 
     Option(SAMPLING, "--steps", type=int, metavar="NUMBER",
-           shown="20; FLUX.1 schnell, FLUX.2 klein: 4; FLUX.2 dev: 28; Z-Image, Krea 2: 8; Lumina 2: 30",
+           shown="20; FLUX.1 schnell, FLUX.2 klein: 4; FLUX.2 dev: 28; Z-Image, Krea 2: 8; Lumina 2: 30; LTX-2: 40",
            help="Sampling steps."),
     Option(SAMPLING, "--cfg-scale", type=float, metavar="FACTOR",
-           shown="7; FLUX.1, FLUX.2, Z-Image, Krea 2: 1; LTX-Video: 3; Chroma, Qwen-Image, Lumina 2: 4; "
+           shown="7; FLUX.1, FLUX.2, Z-Image, Krea 2: 1; LTX-Video: 3; Chroma, Qwen-Image, Lumina 2, LTX-2: 4; "
            "PixArt, Sana: 4.5; Wan: 5",
            help="How strongly to follow the prompt; 1: no negative prompt."),
     Option(SAMPLING, "--guidance", type=float, metavar="FACTOR", shown="3.5; FLUX.2 dev: 4",
@@ -152,7 +154,7 @@ OPTIONS = (
            shown="euler_a for Stable Diffusion 1.x, 2.x and XL, dpm++2m for PixArt, else euler",
            help=f"One of {', '.join(SAMPLERS)}."),
     Option(SAMPLING, "--scheduler", type=OneOf(*SCHEDULES, *ALIASES), metavar="NAME",
-           shown="the sampler's own; LTX-Video: ltx2",
+           shown="the sampler's own; LTX-Video, LTX-2: ltx2",
            help=f"Levels of noise: one of {', '.join(SCHEDULES)}."),
     Option(SAMPLING, "--prediction", type=OneOf(*PREDICTIONS), metavar="NAME",
            shown="what its tensors or its file tell", help=f"What the model predicts: {', '.join(PREDICTIONS)}."),
@@ -354,7 +356,7 @@ _UPSCALES = (
 )  # fmt: skip
 _CONVERTS = (
     "model", "diffusion_model", "high_noise_diffusion_model", "vae", "clip_l", "clip_g", "t5xxl", "llm", "llm_vision",
-    "clip_vision", "control_net", "taesd", "type", "tensor_type_rules", "output",
+    "clip_vision", "connectors", "control_net", "taesd", "type", "tensor_type_rules", "output",
 )  # fmt: skip
 
 _READ: dict[tuple[str, object], tuple[str, ...]] = {

@@ -36,6 +36,7 @@ from ..ggml.weight import Weight
 
 ARCHITECTURES = {
     "flux1": "flux", "chroma": "flux", "flux2-klein": "flux", "flux2": "flux", "zimage": "lumina2", "ltx-video": "ltxv",
+    "ltx2": "ltxv",
 }  # fmt: skip
 """What GGUF files call a family (``general.architecture``), where it is not its name here."""
 

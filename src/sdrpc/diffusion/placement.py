@@ -37,6 +37,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "llm": ("llm",),
     "llm_vision": ("llmvision", "qwen2vlvision"),
     "clip_vision": ("clipvision", "vision"),
+    "connectors": ("connectors",),
     "diffusion": ("diffusion", "model", "unet", "dit"),
     "control": ("control", "controlnet"),
     "high_noise_diffusion": ("highnoisediffusion", "highnoise", "highnoisediffusionmodel"),

@@ -206,6 +206,8 @@ class Session:
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[Video]:
         """As :meth:`generate_video`, of a request in which everything is filled in."""
+        if self.model.family.latents.sound(settings.video_frames, settings.fps):
+            log.warning("%s: films are without their sound, which sdrpc does not decode", self.model.family.title)
         for latents, seed in self.draw_latents(settings, on_event, cancel):
             frames = self._film(latents, settings.video_frames, on_event)
             yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed)
@@ -411,7 +413,7 @@ class Session:
 
         def encoded(text: str, negative: bool) -> Conditions:
             prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
-            prompt = prompt._replace(learned=self._embeddings.of(text), fps=settings.fps)
+            prompt = prompt._replace(learned=self._embeddings.of(text), frames=settings.video_frames, fps=settings.fps)
             known = prompt, shown, self._text_loras
             if known not in self._encoded:
                 encode = _Encode(self._devices, tuple(self._seen(settings.ref_images)))
@@ -508,7 +510,8 @@ class Session:
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
         rng = make_rng(settings.rng, seed)
-        start = predicts.start(rng.normal(int(np.prod(shape))).reshape(shape), sigmas[0], begin.latents)
+        drawn = with_sound(model, settings, shape)
+        start = predicts.start(rng.normal(int(np.prod(drawn))).reshape(drawn), sigmas[0], begin.latents)
         if ahead is not None:
             ahead.begin()
             start = cast(F32, ahead.put(start))  # it has an array's arithmetic
@@ -522,7 +525,7 @@ class Session:
         if ahead is not None:
             latents = finite(np.asarray(latents), "the latents")
             ahead.tell()
-        return latents
+        return latents if drawn == shape else latents[:, :, : shape[2]]
 
     def _halves(self, settings: Settings, predicts: Prediction, sigmas: F32) -> list[Half]:
         """What of a schedule which model draws."""
@@ -761,6 +764,16 @@ def latents_shape(model: Model, settings: Settings) -> tuple[int, ...]:
     frames = ((settings.video_frames - 1) // model.frames + 1,) if model.frames else ()
     side = settings.height // model.pixels, settings.width // model.pixels
     return (1, model.latent_channels, *frames, *side)
+
+
+def with_sound(model: Model, settings: Settings, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what is drawn with latents of this ``shape``: of models of films with sound that has more frames,
+    as many as the sound's latents fill."""
+    sound = model.family.latents.sound(settings.video_frames, settings.fps)
+    if not sound:
+        return shape
+    batch, channels, frames, *side = shape
+    return (batch, channels, frames + -(-sound // int(np.prod(side))), *side)
 
 
 def predicts_with(model: Model, settings: Settings, name: str) -> Prediction:

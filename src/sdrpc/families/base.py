@@ -225,7 +225,7 @@ class Prompt(NamedTuple):
 
     ``width`` and ``height`` in pixels; ``clip_skip`` as sd-cli counts it (1: the last layer, 2: the one before, below
     1: the family's own); ``guidance``: of models that were distilled with it; ``negative``: whether the text says what
-    not to draw; ``learned``: its learnt words; ``fps``: pictures a second of a film.
+    not to draw; ``learned``: its learnt words; ``frames``: pictures of a film, ``fps``: how many of them make a second.
     """
 
     text: str
@@ -235,6 +235,7 @@ class Prompt(NamedTuple):
     guidance: float
     negative: bool = False
     learned: Learned = NOTHING
+    frames: int = 1
     fps: int = 1
 
 
@@ -292,7 +293,8 @@ class Latents:
 
     ``scale`` and ``shift``: the diffusion model's latents are (the VAE's - shift) · scale. ``multiple``: width and
     height in pixels are multiples of it. ``films``: whether latents have frames. ``colours``: of the diffusion model's
-    latents, where they were published.
+    latents, where they were published. ``sound``: of films of so many frames, so many of which make a second, how many
+    latents of sound are drawn with those of pictures, as further frames of these behind them.
     """
 
     scale: float
@@ -300,6 +302,7 @@ class Latents:
     multiple: int = 64
     films: bool = False
     colours: Colours | None = None
+    sound: Callable[[int, int], int] = lambda _frames, _fps: 0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class ModelFiles:
     llm: Path | None = None
     llm_vision: Path | None = None
     clip_vision: Path | None = None
+    connectors: Path | None = None
     taesd: Path | None = None
     control_net: Path | None = None
     types: WeightTypes = AS_STORED

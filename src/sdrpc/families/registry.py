@@ -7,6 +7,7 @@ from .flux1 import FLUX1
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN
 from .krea2 import KREA2
 from .ltx import LTX_VIDEO
+from .ltx2 import LTX2
 from .lumina2 import LUMINA2
 from .pixart import PIXART_ALPHA, PIXART_SIGMA
 from .qwen_image import QWEN_IMAGE
@@ -20,7 +21,7 @@ from .zimage import Z_IMAGE
 
 FAMILIES = (
     SD1, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2_KLEIN, FLUX2_DEV, Z_IMAGE, WAN, QWEN_IMAGE, KREA2, PIXART_SIGMA,
-    PIXART_ALPHA, LUMINA2, LTX_VIDEO, SANA,
+    PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX2, SANA,
 )  # fmt: skip
 
 STRANGERS = (
@@ -29,7 +30,6 @@ STRANGERS = (
     (r"\bvace_blocks\.|\bvace_patch_embedding\.", "Wan VACE"),
     (r"\bface_adapter\.|\bmotion_encoder\.", "Wan Animate"),
     (r"\bcasual_audio_encoder\.", "Wan S2V"),
-    (r"\baudio_adaln_single\.|\baudio_time_embed\.", "LTX-2"),
     (r"\bcontrol_model\.|\bcontrolnet_cond_embedding|\bcontrolnet_x_embedder\.|\bpos_embed_input\.", "a ControlNet"),
     (r"\blora_(up|down|A|B)\b|\blora_unet_", "a LoRA"),
 )

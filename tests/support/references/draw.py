@@ -47,6 +47,8 @@ picture of ours equals one of these but for rounding:
 - LTX-Video: T5 has 128 tokens and reads its padding, which the transformer does not see; the transformer gets 1000
   sigma. A film has 25 pictures a second. VAEs that are told a level of noise are told 0. The picture that a film begins
   with is the VAE's mean.
+- LTX-2: Gemma has 1024 tokens, with padding before the text that it does not see. Noise of sound stands behind that of
+  pictures, in further frames. Guidance is by the negative prompt alone, for both; a film has 24 pictures a second.
 - What the VAE decodes is latents / scale + shift: scale 0.18215 for SD, 0.13025 for SDXL, 0.3611 with shift 0.1159 for
   FLUX.1, Chroma and Z-Image, 1.5305 with shift 0.0609 for SD 3.
 - With ``image`` and perhaps ``last`` a film of Wan's pipeline of pictures begins and ends with these. (TI2V-5B's is
@@ -77,6 +79,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -109,7 +112,8 @@ class Drawing:
     """What to draw. ``prediction`` (``epsilon``, ``v_prediction``) is the pipeline's own unless given.
 
     ``pixels``: on a side, that a latent stands for. ``zeros``: what of an empty negative prompt is zero for SDXL:
-    ``text``, ``both`` (with the vector) or ``nothing``. ``control``: with a ControlNet.
+    ``text``, ``both`` (with the vector) or ``nothing``. ``control``: with a ControlNet. ``sound``: latents of it
+    that stand behind those of a film.
     """
 
     prompt: str
@@ -131,6 +135,7 @@ class Drawing:
     left_out: int = 0
     pixels: int = 8
     control: Control | None = None
+    sound: int = 0
 
     @property
     def steps(self) -> int:
@@ -169,6 +174,8 @@ def draw(pipeline: Any, drawing: Drawing) -> Picture:
 
 
 def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    if isinstance(vae, AutoencoderKLLTX2Video):
+        return vae.decode(latents).sample
     if not isinstance(vae, AutoencoderKLLTXVideo):
         return vae.decode(_unscaled(vae.config, latents)).sample
     mean, deviation = (each[:, None, None, None] for each in (vae.latents_mean, vae.latents_std))
@@ -507,6 +514,45 @@ def _ltx(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, *drawing.noise.shape[1:])
 
 
+def _ltx2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    """The pipeline gives the VAE's own latents. With a picture it wants to draw the noise of pictures itself."""
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    _, _, frames, height, width = noise.shape
+    frames -= -(-drawing.sound // (height * width))
+    tokens = noise.flatten(2).transpose(1, 2)
+    pictures = frames * height * width
+    sound = tokens[:, pictures : pictures + drawing.sound]
+    if drawing.image is None:
+        begun: dict[str, Any] = {"latents": tokens[:, :pictures]}
+    else:
+        begun = {"image": drawing.image, "image_crf": 0}
+    with drawn_noise(pipeline, noise[:, :, :frames], sound):  # of what is given it takes 0 times more
+        return pipeline(
+            prompt=drawing.prompt,
+            negative_prompt=drawing.negative,
+            height=drawing.height,
+            width=drawing.width,
+            num_frames=8 * (frames - 1) + 1,
+            **begun,
+            audio_latents=sound,
+            sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
+            num_inference_steps=len(drawing.sigmas) - 1,
+            output_type="latent",
+            use_cross_timestep=False,
+            **{
+                f"{side}{name}": value
+                for side in ("", "audio_")
+                for name, value in {
+                    "guidance_scale": drawing.cfg,
+                    "stg_scale": 0.0,
+                    "modality_scale": 1.0,
+                    "guidance_rescale": 0.0,
+                }.items()
+            },
+        ).frames
+
+
 def _flux2_klein(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     negative, _ = pipeline.encode_prompt(drawing.negative, device="cpu")
     return _flux2(pipeline, drawing, guidance_scale=drawing.cfg, negative_prompt_embeds=negative)
@@ -639,6 +685,8 @@ _FAMILIES = {
     "ZImagePipeline": _z_image,
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
+    "LTX2Pipeline": _ltx2,
+    "LTX2ImageToVideoPipeline": _ltx2,
     "LTXPipeline": _ltx,
     "LTXImageToVideoPipeline": _ltx,
     "QwenImagePipeline": _qwen_image,

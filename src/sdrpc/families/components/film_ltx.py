@@ -1,5 +1,5 @@
-"""The autoencoder (VAE) of LTX-Video: diffusers' AutoencoderKLLTXVideo. Its first frame is a latent frame of its own,
-then each stands for eight.
+"""The autoencoders (VAE) of LTX-Video and LTX-2: diffusers' AutoencoderKLLTXVideo and AutoencoderKLLTX2Video. The first
+frame is a latent frame of its own, then each stands for eight.
 
 What it decodes depends on what is before and behind, so a film is decoded at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,33 @@ SHRINKS = {2: "temporal", 4: "spatial", GROWTH: "spatiotemporal"}
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKLLTXVideo."""
+    config = _inferred(found, told)
+    if max(config["upsample_factor"]) > 1 and not config["timestep_conditioning"]:
+        raise found.error("this is the VAE of LTX-2, and not LTX-Video's")
+    return config
+
+
+def _configure_2(found: Found, told: Config) -> dict[str, Any]:
+    """Arguments of diffusers' AutoencoderKLLTX2Video."""
+    config = _inferred(found, told)
+    older = {*config.get("down_block_types", ())} == {_DOWN}
+    if max(config["upsample_factor"]) == 1 or config["timestep_conditioning"] or older:
+        raise found.error("this is the VAE of LTX-Video, and not LTX-2's")
+    if "block_out_channels" in config:  # the class begins with as many channels as latents have
+        first, *config["block_out_channels"] = config["block_out_channels"]
+        if first != config["latent_channels"]:
+            raise found.error(f"its encoder begins with {first} channels, and not with those of its latents")
+        config["down_block_types"] = ["LTX2VideoDownBlock3D"] * len(config["block_out_channels"])
+    return config | {
+        "decoder_causal": False, "upsample_type": ["spatiotemporal"] * len(config["upsample_factor"]),
+    }  # fmt: skip
+
+
+_DOWN, _NEWER_DOWN = "LTXVideoDownBlock3D", "LTXVideo095DownBlock3D"
+
+
+def _inferred(found: Found, told: Config) -> dict[str, Any]:
+    """What the configurations of both have in common, by the names of the older one's blocks."""
     if any(".per_channel_scale" in name for name in found.tensors):
         raise found.error("adds noise of its own while it decodes (LTX-Video 0.9.1); use the VAE of another version")
     if told.get("decoder_causal"):
@@ -89,7 +117,7 @@ def _encoder(found: Found) -> dict[str, Any]:
     newer = [f"{level}.downsamplers.0.conv.conv.weight" for level in levels]
     if not any(name in found.tensors for name in newer):
         return config | {
-            "block_out_channels": widths, "down_block_types": ["LTXVideoDownBlock3D"] * len(levels),
+            "block_out_channels": widths, "down_block_types": [_DOWN] * len(levels),
             "downsample_type": ["conv"] * len(levels),
         }  # fmt: skip
     widths.append(found.shape("encoder.mid_block.resnets.0.conv1.conv.weight", 5)[0])
@@ -97,7 +125,7 @@ def _encoder(found: Found) -> dict[str, Any]:
     if not all(step in SHRINKS for step in steps):
         raise found.error(f"its encoder's levels of {widths} channels join {steps} places, not 2, 4 or {GROWTH}")
     return config | {
-        "block_out_channels": widths, "down_block_types": ["LTXVideo095DownBlock3D"] * len(levels),
+        "block_out_channels": widths, "down_block_types": [_NEWER_DOWN] * len(levels),
         "downsample_type": [SHRINKS[int(step)] for step in steps],
     }  # fmt: skip
 
@@ -112,6 +140,18 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     is 1 here: the mean of its latents alone (1, channels, 1, height, width).
     """
     import diffusers
+
+    return _built(diffusers.AutoencoderKLLTXVideo, config)
+
+
+def build_2(config: Config) -> tuple[nn.Module, Call]:
+    """The same of LTX-2."""
+    import diffusers
+
+    return _built(diffusers.AutoencoderKLLTX2Video, config)
+
+
+def _built(make: Any, config: Config) -> tuple[nn.Module, Call]:
     import torch
 
     def numbers(buffer: torch.Tensor) -> torch.Tensor:
@@ -137,7 +177,6 @@ def build(config: Config) -> tuple[nn.Module, Call]:
     def encode_film(module: Any, picture: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (told(module, picture)[0],)
 
-    make: Any = diffusers.AutoencoderKLLTXVideo
     arguments = {name: value for name, value in config.items() if name not in (ENCODES, FRAMES)}
     calls = {(False, False): decode, (True, False): encode, (True, True): encode_film}
     return make(**arguments), calls[ENCODES in config, FRAMES in config]
@@ -214,3 +253,5 @@ VAE = VaeComponent(
     pixels=pixels,
     frames=frames,
 )
+
+VAE_2 = replace(VAE, title="VAE of LTX-2", configure=_configure_2, build=build_2)

@@ -30,11 +30,16 @@ START = "<bos>"
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of transformers' Gemma2Config."""
-    if not any(tokenizer.whole for tokenizer in found.checkpoint.tokenizers.values()):
-        reason = "brings no vocabulary, which Gemma's terms keep out of sdrpc; files that have it: ComfyUI's"
-        raise found.error(f"{reason} gemma_2_2b .safetensors, GGUF, and directories with a tokenizer.json")
+    check_vocabulary(found, "gemma_2_2b")
     config = llm.inferred(found, HEAD) | {"rope_theta": 1e4, "rms_norm_eps": 1e-6}
     return llm.merged(found, config, told, ("gemma2",))
+
+
+def check_vocabulary(found: Found, known: str) -> None:
+    """Raises :class:`CheckpointError` for a file without a vocabulary. ``known``: what ComfyUI calls its file."""
+    if not any(tokenizer.whole for tokenizer in found.checkpoint.tokenizers.values()):
+        reason = "brings no vocabulary, which Gemma's terms keep out of sdrpc; files that have it: ComfyUI's"
+        raise found.error(f"{reason} {known} .safetensors, GGUF, and directories with a tokenizer.json")
 
 
 def build(config: Config) -> tuple[nn.Module, Call]:
