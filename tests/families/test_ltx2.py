@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ltx2_transformer_to_diffusers, convert_ltx2_vae_to_diffusers
-from diffusers.pipelines.ltx2.connectors import per_layer_masked_mean_norm
+from diffusers.pipelines.ltx2.connectors import per_layer_masked_mean_norm, per_token_rms_norm
 from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, Tokenizer
+from sdrpc.checkpoints.expressions import cast
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import latents_shape, settings_of, with_sound
 from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
@@ -23,6 +24,7 @@ from sdrpc.families.ltx2 import LTX2, TRANSFORMER, conditions, sound_length
 from sdrpc.families.model import Model, ModelFiles, open_model
 from sdrpc.families.registry import FAMILIES
 from sdrpc.ggml.types import F16
+from sdrpc.ggml.types import F32 as FLOATS
 from sdrpc.ggml.weight import Weight
 from tools.checkpoints import FAMILIES as CHECKPOINTS
 from tools.checkpoints import Made, make
@@ -62,8 +64,16 @@ def found_in(component: Any, checkpoint: Checkpoint) -> Found:
     return found
 
 
-@pytest.mark.parametrize("part", CHECKPOINTS["ltx2"].of_size("full"), ids=lambda part: part.name)
-def test_the_published_model_is_told_by_its_shapes(part: Component) -> None:
+PARTS = [
+    pytest.param(part, id=f"{version} {part.name}")
+    for version in ("ltx2", "ltx2.3")
+    for part in CHECKPOINTS[version].of_size("full")
+    if version == "ltx2" or part.name != "llm"
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_published_models_are_told_by_their_shapes(part: Component) -> None:
     component = LTX2.component(part.name)
     found = found_in(component, in_a_file(part))
     config = component.configure(found, {})
@@ -73,7 +83,13 @@ def test_the_published_model_is_told_by_its_shapes(part: Component) -> None:
         config = {**config, "states": [0]}
     else:
         with torch.device("meta"):
-            theirs = part.build().config
+            theirs = dict(part.build().config)
+        if config.get("per_modality_projections"):  # which does not need to know how many states there are
+            theirs |= {"caption_channels": 3840 * 49, "text_proj_in_factor": 1}
+        if config.get("use_prompt_embeddings") is False:  # nor how wide texts were
+            theirs |= {"caption_channels": 4096}
+        if config.get("per_modality_projections") is False:
+            theirs |= {"video_hidden_dim": 3840, "audio_hidden_dim": 3840}
         assert {name: theirs[name] for name in config} == {
             name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
         }
@@ -127,6 +143,9 @@ def test_hidden_states_are_normalized_as_by_diffusers() -> None:
     ours = ltx2_connectors.normalized(hidden.reshape(1, 5, 24).numpy(), 3)
     theirs = per_layer_masked_mean_norm(hidden.transpose(2, 3), torch.tensor([5]), "cpu")
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+    ours = ltx2_connectors.token_normalized(hidden.reshape(1, 5, 24).numpy(), 3)
+    theirs = per_token_rms_norm(hidden.transpose(2, 3)).flatten(2)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
 
 
 class Encoder:
@@ -156,8 +175,8 @@ class Encoder:
         raise AssertionError
 
 
-def prompt(text: str = "a lovely cat", width: int = 64, height: int = 96) -> Prompt:
-    return Prompt(text, width, height, -1, 3.5, frames=17, fps=24)
+def prompt(text: str) -> Prompt:
+    return Prompt(text, 64, 96, -1, 3.5, frames=17, fps=24)
 
 
 def test_positions_are_those_of_diffusers(made: Made, model: Model) -> None:
@@ -179,8 +198,8 @@ def test_positions_are_those_of_diffusers(made: Made, model: Model) -> None:
 def test_what_can_not_be_told_is_refused(model: Model) -> None:
     with pytest.raises(InvalidValue, match=r"has \d+ tokens; LTX-2 reads 1024"):
         conditions(Encoder(model), prompt("cat " * 1200))
-    with pytest.raises(InvalidValue, match="width 32: LTX-2's films have at least 64 pixels on a side"):
-        conditions(Encoder(model), prompt(width=32))
+    with pytest.raises(InvalidValue, match="width 32: LTX-2 draws at least 64 pixels on a side"):
+        settings_of(model, Request("a cat", width=32, height=64), video=True)
 
 
 def test_what_a_request_means(model: Model) -> None:
@@ -211,12 +230,11 @@ def test_pictures_that_it_can_not_take_are_refused(
 @pytest.mark.parametrize(
     ("part", "name", "shape", "reason"),
     [
-        ("diffusion", "prompt_adaln_single.linear.weight", (6, 2), "this is LTX-2.3 or later"),
-        ("diffusion", "transformer_blocks.0.attn1.to_gate_logits.weight", (2, 2), "this is LTX-2.3 or later"),
+        ("diffusion", "keyframes_abs_pos_embedding", (1, 256), "this is LTX-2.5"),
         ("diffusion", "audio_proj_out.weight", (64, 128), "128 and 128 channels of pictures, 128 and 64 of sound"),
         ("diffusion", "audio_patchify_proj.weight", (100, 128), r"audio_num_attention_heads .* not divide \[100\]"),
-        ("connectors", "text_embedding_projection.aggregate_embed.weight", (128, 800), "joins 800 numbers"),
-        ("connectors", "text_embedding_projection.aggregate_embed.weight", (128, 768), "llm gives 7 hidden states"),
+        ("connectors", "text_embedding_projection.aggregate_embed.weight", (128, 800), "makes 128 numbers of 800"),
+        ("connectors", "text_embedding_projection.aggregate_embed.weight", (128, 768), "llm gives 896 hidden numbers"),
         ("connectors", f"model.diffusion_model.{CONNECTED}", (100, 128), "has 100 registers of 128 numbers for 1024"),
         ("vae", "encoder.down_blocks.0.res_blocks.0.conv1.conv.weight", (9, 9, 3, 3, 3), "begins with 9 channels"),
         ("llm", "model.layers.0.self_attn.q_norm.weight", None, "this is Gemma 2, and not Gemma 3"),
@@ -263,3 +281,18 @@ def test_layers_of_gemma_are_found_in_a_model_that_sees(made: Made, model: Model
         other = opened(made.files, llm=tmp_path / "other.safetensors")["llm"]
         assert other.found.shapes == model["llm"].found.shapes
         assert other.found.component.name == gemma3.GEMMA3.name
+
+
+def test_gguf_files_are_read_as_the_same(model: Model, tmp_path: Path) -> None:
+    """llama.cpp's converter adds 1 to the weights of norms, which the class does itself."""
+    other = opened(make("ltx2", tmp_path, form="gguf-parts", type="Q8_0").files)
+    assert {name: each.config for name, each in other.components.items()} == model.configs
+    for name in ("norm.weight", "layers.0.self_attn.q_norm.weight", "layers.5.post_feedforward_layernorm.weight"):
+        (one, two) = (cast(each["llm"].found.tensors[name], FLOATS).data() for each in (other, model))
+        np.testing.assert_allclose(np.frombuffer(one, np.float32), np.frombuffer(two, np.float32), atol=1e-3)  # F16
+    assert other["llm"].tokenizer is not None
+
+
+def test_other_positions_are_refused(model: Model) -> None:
+    with pytest.raises(CheckpointError, match="positions of kind 'interleaved' are not supported"):
+        TRANSFORMER.configure(model["diffusion"].found, {"rope_type": "interleaved"})

@@ -65,6 +65,7 @@ FAMILIES = {
     "pixart-sigma": "PixArt-Sigma", "pixart-alpha": "PixArt-Alpha", "lumina2": "Lumina-Image 2.0",
     "ltx-video": "LTX-Video 0.9.0", "ltx-video-13b": "LTX-Video 0.9.7, of a picture",
     "ltx2": "LTX-2", "ltx2-i2v": "LTX-2, of a picture",
+    "ltx2.3": "LTX-2.3, of a picture",
     "sana": "Sana 1.0", "sana-1.5": "Sana 1.5",
     "qwen-image": "Qwen-Image", "qwen-image-edit": "Qwen-Image-Edit-2511, two pictures",
 }  # fmt: skip
@@ -118,6 +119,7 @@ CASES = (
     Case("qwen-image-edit", "safetensors"), Case("qwen-image-edit", "gguf-parts", "Q8_0"),
     Case("ltx-video", "safetensors"), Case("ltx-video", "diffusers"), Case("ltx-video", "gguf-parts", "Q8_0"),
     Case("ltx-video-13b", "safetensors"), Case("ltx2", "safetensors"), Case("ltx2-i2v", "diffusers"),
+    Case("ltx2.3", "safetensors"),
 )  # fmt: skip
 
 FORMAT_CASES = (
@@ -201,7 +203,7 @@ def shown(case: Case) -> tuple[np.ndarray, ...]:
 
 def ends(case: Case) -> dict[str, np.ndarray]:
     """The pictures that a case's film begins and ends with (height, width, 3), by a request's names."""
-    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2, "ltx-video-13b": 1, "ltx2-i2v": 1}.get(case.family, 0)
+    count = {"wan2.1-i2v": 1, "wan2.2-i2v": 2, "ltx-video-13b": 1, "ltx2-i2v": 1, "ltx2.3": 1}.get(case.family, 0)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return {
         name: np.stack([x * 2, y * 4, np.full_like(x, 90 * number)], -1).astype(np.uint8)

@@ -711,14 +711,14 @@ def _ltx_vae_of(**options: Any) -> Component:
     )
 
 
-def _ltx2(inner: int, sound: int, blocks: int, text: int) -> Component:
+def _ltx2(inner: int, sound: int, blocks: int, text: int, **options: Any) -> Component:
     """``inner`` and ``sound``: its widths for pictures and for sound, of 32 heads each."""
     return Component(
         "diffusion",
         "transformer",
         lambda: LTX2VideoTransformer3DModel(
             attention_head_dim=inner // 32, cross_attention_dim=inner, audio_attention_head_dim=sound // 32,
-            audio_cross_attention_dim=sound, num_layers=blocks, caption_channels=text, rope_type="split",
+            audio_cross_attention_dim=sound, num_layers=blocks, caption_channels=text, rope_type="split", **options,
         ),
         prefixed("model.diffusion_model.", names.ltx2),
         names.ltx2,
@@ -734,6 +734,42 @@ def _ltx2_connectors(width: int, states: int) -> Component:
         names.ltx2_connectors,
         names.ltx2_connectors,
     )
+
+
+def _ltx23_connectors(width: int, states: int, film: int, sound: int, layers: int) -> Component:
+    """Those of 2.3; ``width`` of the language model."""
+    sides = {
+        f"{side}_{name}": value
+        for side, inner in (("video", film), ("audio", sound))
+        for name, value in {
+            "connector_num_attention_heads": 32,
+            "connector_attention_head_dim": inner // 32,
+            "hidden_dim": inner,
+            "connector_num_layers": layers,
+            "gated_attn": True,
+        }.items()
+    }
+    return replace(
+        _ltx2_connectors(width, states),
+        build=lambda: LTX2TextConnectors(
+            caption_channels=width, text_proj_in_factor=states, rope_type="split", per_modality_projections=True,
+            proj_bias=True, **sides,
+        ),
+    )  # fmt: skip
+
+
+def _ltx23_vae(width: int, layers: tuple[int, ...]) -> Component:
+    return replace(
+        _ltx2_vae(width, layers, layers),
+        build=lambda: AutoencoderKLLTX2Video(
+            block_out_channels=tuple(width * factor for factor in (2, 4, 8, 8)), layers_per_block=layers,
+            decoder_block_out_channels=tuple(width * factor for factor in (2, 4, 4, 8)),
+            decoder_layers_per_block=layers, decoder_causal=False, spatial_compression_ratio=32,
+            decoder_spatio_temporal_scaling=(True,) * 4, decoder_inject_noise=(False,) * 5,
+            upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"), upsample_residual=(False,) * 4,
+            upsample_factor=(2, 2, 1, 2), decoder_spatial_padding_mode="zeros", temporal_compression_ratio=8,
+        ),
+    )  # fmt: skip
 
 
 def _ltx2_vae(width: int, layers: tuple[int, ...], decoder_layers: tuple[int, ...]) -> Component:
@@ -1142,8 +1178,28 @@ LTX2 = Family(
         ),
     },
     _ltx_scheduler,
+    "ltxv",
 )  # fmt: skip
 
+_LTX23 = {
+    "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+}  # fmt: skip
+LTX23 = replace(
+    LTX2,
+    name="ltx2.3",
+    pipeline=diffusers.LTX2ImageToVideoPipeline,
+    components={
+        "full": (
+            _ltx2(4096, 2048, 48, 4096, **_LTX23), _ltx23_connectors(3840, 49, 4096, 2048, 8),
+            _ltx23_vae(128, (4, 6, 4, 2, 2)), LTX2.components["full"][3],
+        ),
+        "tiny": (
+            _ltx2(256, 128, 2, 256, **_LTX23), _ltx23_connectors(128, 7, 256, 128, 1), _ltx23_vae(8, (1,) * 5),
+            LTX2.components["tiny"][3],
+        ),
+    },
+)  # fmt: skip
 LTX2_I2V = replace(LTX2, name="ltx2-i2v", pipeline=diffusers.LTX2ImageToVideoPipeline)
 
 QWEN3_8B: tuple[int, int, tuple[int, int], int, int] = (4096, 12288, (32, 8), 128, 36)
@@ -1322,6 +1378,6 @@ FAMILIES = {
         SD1, SD1_INPAINT, SD2, SD2_BASE, SDXL, FLUX1_DEV, FLUX1_FILL, FLUX1_SCHNELL, SD3, SD3_WITHOUT_T5, SD35_MEDIUM,
         SD35_LARGE, CHROMA, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, Z_IMAGE, WAN, WAN22_A14B,
         WAN22_5B, WAN22_I2V, WAN21_I2V, WAN21_FLF2V, KREA2, QWEN_IMAGE, QWEN_IMAGE_EDIT,
-        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B, LTX2, LTX2_I2V, SANA, SANA15,
+        PIXART_SIGMA, PIXART_ALPHA, LUMINA2, LTX_VIDEO, LTX_VIDEO_13B, LTX2, LTX2_I2V, LTX23, SANA, SANA15,
     )
 }  # fmt: skip

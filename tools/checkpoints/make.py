@@ -337,7 +337,7 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
             one = Filed(component, names.llama_cpp_t5, kind, seed)
             write_gguf(path, one.planned(), "t5encoder", numbers=_t5_numbers(component))
         elif name == "llm" and blocks:
-            architecture = {"flux2-dev": "llama", "lumina2": "gemma2"}.get(family.name, "qwen3")
+            architecture = {"flux2-dev": "llama", "lumina2": "gemma2", "ltx2": "gemma3"}.get(family.name, "qwen3")
             one = Filed(component, _LLAMA_CPP[architecture], kind, seed)
             write_gguf(
                 path, one.planned(), architecture, numbers=_llm_numbers(component, architecture),
@@ -352,12 +352,14 @@ def _write_gguf_parts(family: Family, folder: Path, components: Components, seed
 
 _LLAMA_CPP: dict[str, Naming] = {
     "llama": names.llama_cpp_mistral, "qwen3": names.llama_cpp_qwen3, "gemma2": names.llama_cpp_gemma2,
+    "gemma3": names.llama_cpp_gemma3,
 }  # fmt: skip
 """Names of language models by llama.cpp's architecture."""
 _VOCABULARIES: dict[str, Callable[[], dict[str, Any]]] = {
     "llama": lambda: vocabulary_entries(mistral_tokenizer(), "tekken"),
     "qwen3": lambda: vocabulary_entries(qwen_tokenizer(), "qwen2"),
     "gemma2": gemma_entries,
+    "gemma3": gemma_entries,
 }
 
 
@@ -380,6 +382,7 @@ def _llm_numbers(component: Component, architecture: str) -> dict[str, float]:
     """What llama.cpp's converter says of a language model besides its tensors and its vocabulary."""
     with torch.device("meta"):
         config = component.build().config
+    positions = config.rope_parameters
     numbers = {
         "block_count": config.num_hidden_layers,
         "embedding_length": config.hidden_size,
@@ -388,7 +391,7 @@ def _llm_numbers(component: Component, architecture: str) -> dict[str, float]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": positions.get("full_attention", positions)["rope_theta"],
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
     return {f"{architecture}.{key}": number for key, number in numbers.items()}

@@ -232,7 +232,16 @@ def llama_cpp_mistral(shapes: Shapes) -> Iterator[Entry]:
 
 def llama_cpp_gemma2(shapes: Shapes) -> Iterator[Entry]:
     """Gemma 2 as llama.cpp's converter names it, which adds 1 to the weights of norms."""
-    for entry in _llama_cpp(shapes, "GEMMA2", "layers.", "model."):
+    return _llama_cpp_gemma(shapes, "GEMMA2")
+
+
+def llama_cpp_gemma3(shapes: Shapes) -> Iterator[Entry]:
+    """Gemma 3, likewise."""
+    return _llama_cpp_gemma(shapes, "GEMMA3")
+
+
+def _llama_cpp_gemma(shapes: Shapes, architecture: str) -> Iterator[Entry]:
+    for entry in _llama_cpp(shapes, architecture, "layers.", "model."):
         yield entry._replace(layout=ONE_MORE) if entry.name.endswith("norm.weight") else entry
 
 
@@ -589,7 +598,7 @@ def ltx(shapes: Shapes) -> Iterator[Entry]:
 
 _LTX2_RULES: Rules = (
     (r"(audio_)?proj_in\.(.*)", r"\1patchify_proj.\2"),
-    (r"(audio_)?time_embed\.(.*)", r"\1adaln_single.\2"),
+    (r"((?:audio_)?(?:prompt_)?)(?:time_embed|adaln)\.(.*)", r"\1adaln_single.\2"),
     (r"av_cross_attn_(video|audio)_scale_shift\.(.*)", r"av_ca_\1_scale_shift_adaln_single.\2"),
     (r"av_cross_attn_(video|audio)_(a2v|v2a)_gate\.(.*)", r"av_ca_\2_gate_adaln_single.\3"),
     (r"(transformer_blocks\.\d+)\.(video|audio)_a2v_cross_attn_scale_shift_table", r"\1.scale_shift_table_a2v_ca_\2"),
@@ -606,6 +615,7 @@ def ltx2(shapes: Shapes) -> Iterator[Entry]:
 
 _LTX2_CONNECTOR_RULES: Rules = (
     (r"text_proj_in\.weight", "text_embedding_projection.aggregate_embed.weight"),
+    (r"(\w+)_text_proj_in\.(.*)", r"text_embedding_projection.\1_aggregate_embed.\2"),
     (r"(\w+)_connector\.transformer_blocks\.(\d+)\.attn1\.norm_([qk])\.weight",
      r"model.diffusion_model.\1_embeddings_connector.transformer_1d_blocks.\2.attn1.\3_norm.weight"),
     (r"(\w+)_connector\.transformer_blocks\.(.*)",
@@ -629,7 +639,8 @@ _LTX_VAE_BLOCKS = {
     "new": {
         "encoder": {"0": 0, "0.downsamplers.0": 1, "1": 2, "1.downsamplers.0": 3, "2": 4, "2.downsamplers.0": 5, "3": 6,
                     "3.downsamplers.0": 7, "mid": 8},
-        "decoder": {"mid": 0, "0.upsamplers.0": 1, "0": 2, "1.upsamplers.0": 3, "1": 4, "2.upsamplers.0": 5, "2": 6},
+        "decoder": {"mid": 0, "0.upsamplers.0": 1, "0": 2, "1.upsamplers.0": 3, "1": 4, "2.upsamplers.0": 5, "2": 6,
+                    "3.upsamplers.0": 7, "3": 8},
     },
 }  # fmt: skip
 """Which block of the file is which of the class, in version 0.9.0 and from 0.9.5 on."""

@@ -696,6 +696,10 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
     shown = family.references
     drawn = None if shown is None else shown.drawn
     settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video), drawn)
+    for name, side in (("width", settings.width), ("height", settings.height)):
+        if side < family.latents.least:
+            reason = f"{family.title} draws at least {family.latents.least} pixels on a side"
+            raise InvalidValue(name, side, reason)
     if settings.prediction is not None:
         predicts_with(model, settings, settings.prediction)
     if settings.ref_images and shown is None:

@@ -292,14 +292,15 @@ class Latents:
     """The space that a family draws in.
 
     ``scale`` and ``shift``: the diffusion model's latents are (the VAE's - shift) · scale. ``multiple``: width and
-    height in pixels are multiples of it. ``films``: whether latents have frames. ``colours``: of the diffusion model's
-    latents, where they were published. ``sound``: of films of so many frames, so many of which make a second, how many
-    latents of sound are drawn with those of pictures, as further frames of these behind them.
+    height in pixels are multiples of it, and at least ``least``. ``films``: whether latents have frames. ``colours``:
+    of the diffusion model's latents, where they were published. ``sound``: of films of so many frames, so many of which
+    make a second, how many latents of sound are drawn with those of pictures, as further frames behind these.
     """
 
     scale: float
     shift: float = 0.0
     multiple: int = 64
+    least: int = 1
     films: bool = False
     colours: Colours | None = None
     sound: Callable[[int, int], int] = lambda _frames, _fps: 0

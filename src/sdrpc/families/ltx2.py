@@ -1,5 +1,5 @@
-"""LTX-2: films of a text, or of a text and the picture that they begin with. Sound is drawn beside them, for pictures
-and sound attend to each other; nothing here decodes it, so films are silent."""
+"""LTX-2 and LTX-2.3: films of a text, or of a text and the picture that they begin with. Sound is drawn beside them,
+for pictures and sound attend to each other; nothing here decodes it, so films are silent."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ SPECTRA, SAMPLES, RATE = 4, 160, 16000
 """Spectra of sound that a latent stands for, samples that make one, and samples that make a second."""
 SIDE = 32
 """Pixels on a side that a latent stands for."""
+MODULATED = 9
+"""Rows of a block's table in LTX-2.3, where noise changes what is asked of a text; 6 in 2.0."""
 LEAST = 2 * SIDE
 """Pixels on a side of the smallest film: what is beside it is its mirror image."""
 
@@ -53,13 +55,18 @@ _SOUND_TIME = "audio_time_embed.emb.timestep_embedder.linear_1.weight"
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of diffusers' LTX2VideoTransformer3DModel."""
-    if found.has("prompt_adaln.") or found.has("transformer_blocks.0.attn1.to_gate_logits."):
-        raise found.error("this is LTX-2.3 or later, which is told of texts in another way; it is not supported")
+    if found.has("keyframes_abs_pos_embedding"):
+        raise found.error("this is LTX-2.5, which has another language model and VAE; it is not supported")
+    if told.get("rope_type", "split") != "split":
+        raise found.error(f"positions of kind {told['rope_type']!r} are not supported")
     inner, inputs = found.shape("proj_in.weight", 2)
     sound, sound_inputs = found.shape("audio_proj_in.weight", 2)
     outputs, _ = found.shape("proj_out.weight", 2)
     sound_outputs, _ = found.shape("audio_proj_out.weight", 2)
-    _, text = found.shape("caption_projection.linear_1.weight", 2)
+    projects = found.has("caption_projection.")
+    _, text = found.shape("caption_projection.linear_1.weight", 2) if projects else (inner, inner)
+    rows, _ = found.shape("transformer_blocks.0.scale_shift_table", 2)
+    sound_rows, _ = found.shape("transformer_blocks.0.audio_scale_shift_table", 2)
     inferred = {
         "in_channels": inputs, "out_channels": outputs, "audio_in_channels": sound_inputs,
         "audio_out_channels": sound_outputs, "num_layers": found.count("transformer_blocks."),
@@ -74,7 +81,11 @@ def _configure(found: Found, told: Config) -> dict[str, Any]:
     return config | {
         "attention_head_dim": inner // config["num_attention_heads"], "cross_attention_dim": inner,
         "audio_attention_head_dim": sound // config["audio_num_attention_heads"], "audio_cross_attention_dim": sound,
-        "rope_type": "split",
+        "rope_type": "split", "use_prompt_embeddings": projects, "cross_attn_mod": rows == MODULATED,
+        "audio_cross_attn_mod": sound_rows == MODULATED,
+        "use_prompt_adaln_single": rows != MODULATED or found.has("prompt_adaln."),
+        "gated_attn": found.has("transformer_blocks.0.attn1.to_gate_logits."),
+        "audio_gated_attn": found.has("transformer_blocks.0.audio_attn1.to_gate_logits."),
     }  # fmt: skip
 
 
@@ -130,6 +141,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
             sigma=level,
             video_coords=places.reshape(batch, 3, -1),
             audio_coords=sounds[:, None],
+            use_cross_timestep=config["cross_attn_mod"],
             return_dict=False,
         )
         pictures = pictures.transpose(1, 2).reshape(batch, channels, *shape[1:])
@@ -154,7 +166,7 @@ _TIMES = {
     "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
     "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
     "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
-    "prompt_adaln_single": "prompt_adaln",
+    "prompt_adaln_single": "prompt_adaln", "audio_prompt_adaln_single": "audio_prompt_adaln",
 }  # fmt: skip
 _ORIGINAL = table(
     [
@@ -178,7 +190,11 @@ _ORIGINAL = table(
             rf"{_BLOCK}\.scale_shift_table_a2v_ca_(video|audio)",
             rf"{_BLOCKS}.\2_a2v_cross_attn_scale_shift_table",
         ),
-        (rf"{_BLOCK}\.(scale_shift_table|audio_scale_shift_table)", rf"{_BLOCKS}.\2"),
+        (
+            rf"{_BLOCK}\.(scale_shift_table|audio_scale_shift_table|prompt_scale_shift_table|audio_prompt_scale_shift_table)",
+            rf"{_BLOCKS}.\2",
+        ),
+        ("keyframes_abs_pos_embedding", "keyframes_abs_pos_embedding"),
         ("(scale_shift_table|audio_scale_shift_table)", r"\1"),
         (rf"(proj_out|audio_proj_out)\.{_KIND}", r"\1.\2"),
     ]
@@ -214,20 +230,15 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     """What connectors make of all of Gemma's hidden states, for the film and for its sound (1, 1024, hidden_size) each,
     and at which seconds latents of pictures (1, frames) and of sound (1, latents) are.
 
-    Raises :class:`InvalidValue` for a text that is too long, and for films that are too small."""
-    for name, side in (("width", prompt.width), ("height", prompt.height)):
-        if side < LEAST:
-            raise InvalidValue(name, side, f"LTX-2's films have at least {LEAST} pixels on a side")
+    Raises :class:`InvalidValue` for a text that is too long."""
     states = encode.config(llm.NAME)["num_hidden_layers"] + 1
     hidden = llm.hidden_states(encode, prompt.text.strip(), TEMPLATE, gemma2.no_tokenizer, range(states))
     length = hidden.shape[1]
     if length > ltx2_connectors.TOKENS:
         reason = f"has {length} tokens; LTX-2 reads {ltx2_connectors.TOKENS}"
         raise InvalidValue("negative_prompt" if prompt.negative else "prompt", prompt.text, reason)
-    more = ((0, 0), (0, -length % llm.LENGTHS), (0, 0))
-    text = np.pad(ltx2_connectors.normalized(hidden, states), more)
-    seen = np.pad(np.ones((1, length, 1), np.float32), more)
-    context, sound_context = encode(ltx2_connectors.NAME, {"hidden": text, "seen": seen})
+    given = ltx2_connectors.inputs(encode.config(ltx2_connectors.NAME), hidden, states)
+    context, sound_context = encode(ltx2_connectors.NAME, given)
     together = film_ltx.frames(encode.config("vae"))
     frames = _edges((prompt.frames - 1) // together + 1, together) / np.float32(prompt.fps)
     sounds = _edges(sound_length(prompt.frames, prompt.fps), SPECTRA) * np.float32(SAMPLES) / np.float32(RATE)
@@ -272,14 +283,12 @@ LTX2 = Family(
     (gemma3.GEMMA3, ltx2_connectors.CONNECTORS, TRANSFORMER, film_ltx.VAE_2),
     recognizes,
     conditions,
-    Latents(scale=1.0, multiple=32, films=True, sound=sound_length),
+    Latents(scale=1.0, multiple=SIDE, least=LEAST, films=True, sound=sound_length),
     settings,
     (
-        Joint(llm.NAME, lambda c: c[llm.NAME]["hidden_size"], ltx2_connectors.NAME,
-              lambda c: c[ltx2_connectors.NAME]["caption_channels"]),
-        Joint(llm.NAME, lambda c: c[llm.NAME]["num_hidden_layers"] + 1, ltx2_connectors.NAME,
-              lambda c: c[ltx2_connectors.NAME]["text_proj_in_factor"], "hidden states"),
-        Joint(ltx2_connectors.NAME, lambda c: c[ltx2_connectors.NAME]["caption_channels"], "diffusion",
+        Joint(llm.NAME, lambda c: c[llm.NAME]["hidden_size"] * (c[llm.NAME]["num_hidden_layers"] + 1),
+              ltx2_connectors.NAME, lambda c: ltx2_connectors.numbers(c[ltx2_connectors.NAME]), "hidden numbers"),
+        Joint(ltx2_connectors.NAME, lambda c: c[ltx2_connectors.NAME]["video_hidden_dim"], "diffusion",
               flux.takes("caption_channels")),
         Joint("vae", lambda c: c["vae"]["latent_channels"], "diffusion", flux.takes("in_channels")),
     ),

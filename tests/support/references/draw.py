@@ -539,7 +539,7 @@ def _ltx2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
             sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
             num_inference_steps=len(drawing.sigmas) - 1,
             output_type="latent",
-            use_cross_timestep=False,
+            use_cross_timestep=pipeline.transformer.config.cross_attn_mod,
             **{
                 f"{side}{name}": value
                 for side in ("", "audio_")

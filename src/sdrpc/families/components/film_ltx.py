@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
     from ..base import Call
 
-GROWTH = 8
-"""Places that a step up makes of one: of two frames, two rows and two columns."""
 CLEAN = 0.0
 """The level of noise that autoencoders which are told one are told: as diffusers' pipelines do it unasked."""
-SHRINKS = {2: "temporal", 4: "spatial", GROWTH: "spatiotemporal"}
-"""Places that a step down makes one of, and diffusers' names for which ones."""
+STEPS = {2: "temporal", 4: "spatial", 8: "spatiotemporal"}
+"""Places that a step down makes one of, and a step up of one, and diffusers' names for which ones: two frames, two rows
+and columns, or both."""
 
 
 def _configure(found: Found, told: Config) -> dict[str, Any]:
     """Arguments of diffusers' AutoencoderKLLTXVideo."""
     config = _inferred(found, told)
-    if max(config["upsample_factor"]) > 1 and not config["timestep_conditioning"]:
+    steps = config.pop("upsample_type")
+    if {*steps} != {STEPS[8]} or (max(config["upsample_factor"]) > 1 and not config["timestep_conditioning"]):
         raise found.error("this is the VAE of LTX-2, and not LTX-Video's")
     return config
 
@@ -51,9 +51,16 @@ def _configure_2(found: Found, told: Config) -> dict[str, Any]:
         if first != config["latent_channels"]:
             raise found.error(f"its encoder begins with {first} channels, and not with those of its latents")
         config["down_block_types"] = ["LTX2VideoDownBlock3D"] * len(config["block_out_channels"])
+    levels = len(config["upsample_factor"])
     return config | {
-        "decoder_causal": False, "upsample_type": ["spatiotemporal"] * len(config["upsample_factor"]),
+        "decoder_causal": False, "upsample_residual": [levels == LEVELS] * levels,
+        "decoder_spatial_padding_mode": "reflect" if levels == LEVELS else "zeros",
     }  # fmt: skip
+
+
+LEVELS = 3
+"""Of the decoder of LTX-2.0, whose steps up add what they are given and which sees a mirror beside a film; that of 2.3
+has four."""
 
 
 _DOWN, _NEWER_DOWN = "LTXVideoDownBlock3D", "LTXVideo095DownBlock3D"
@@ -71,8 +78,9 @@ def _inferred(found: Found, told: Config) -> dict[str, Any]:
     if patch < 1 or outputs != COLOURS * patch**2:
         raise found.error(f"gives {outputs} channels, which are no squares of pixels", "decoder.conv_out.conv.weight")
     levels = [_up(found, number) for number in range(found.count("decoder.up_blocks."))]
-    widths, layers, factors, grows = map(list, zip(*levels, strict=True)) if levels else ([], [], [], [])
-    if not levels or widths[0] != width:
+    widths, layers, factors, steps = map(list, zip(*levels, strict=True)) if levels else ([], [], [], [])
+    grows = [step > 1 for step in steps]
+    if not any(grows) or widths[0] != width:
         raise found.error(f"its levels have {widths} channels, but it begins with {width}")
     for statistics in ("latents_mean", "latents_std"):
         (channels,) = found.shape(statistics, 1)
@@ -86,22 +94,23 @@ def _inferred(found: Found, told: Config) -> dict[str, Any]:
         "decoder_block_out_channels": widths, "decoder_layers_per_block": layers,
         "decoder_spatio_temporal_scaling": grows, "decoder_inject_noise": [False] * len(layers),
         "upsample_factor": factors, "upsample_residual": [factor > 1 for factor in factors],
+        "upsample_type": [STEPS[step] for step in steps if step > 1],
         "timestep_conditioning": found.has("decoder.time_embedder."), **_encoder(found),
     }  # fmt: skip
 
 
-def _up(found: Found, number: int) -> tuple[int, int, int, bool]:
+def _up(found: Found, number: int) -> tuple[int, int, int, int]:
     """Of a level of the decoder, as diffusers' class is told: its channels, how many layers it has, by what its step up
-    divides channels, and whether it has one."""
+    divides channels, and how many places that makes of one (1 where there is none)."""
     level = f"decoder.up_blocks.{number}"
     inner, *_ = found.shape(f"{level}.resnets.0.conv1.conv.weight", 5)
     layers, grows = found.count(f"{level}.resnets."), found.has(f"{level}.upsamplers.")
     if not grows:
-        return inner, layers, 1, False
+        return inner, layers, 1, 1
     outputs, inputs, *_ = found.shape(f"{level}.upsamplers.0.conv.conv.weight", 5)
-    if inputs % inner or outputs != inner * GROWTH:
+    if inputs % inner or outputs / inner not in STEPS:
         raise found.error(f"level {number} makes {outputs} channels of {inputs}, for layers of {inner}")
-    return inputs, layers, inputs // inner, True
+    return inputs, layers, inputs // inner, outputs // inner
 
 
 def _encoder(found: Found) -> dict[str, Any]:
@@ -122,11 +131,11 @@ def _encoder(found: Found) -> dict[str, Any]:
         }  # fmt: skip
     widths.append(found.shape("encoder.mid_block.resnets.0.conv1.conv.weight", 5)[0])
     steps = [widths[number + 1] / found.shape(name, 5)[0] for number, name in enumerate(newer)]
-    if not all(step in SHRINKS for step in steps):
-        raise found.error(f"its encoder's levels of {widths} channels join {steps} places, not 2, 4 or {GROWTH}")
+    if not all(step in STEPS for step in steps):
+        raise found.error(f"its encoder's levels of {widths} channels join {steps} places, not 2, 4 or 8")
     return config | {
         "block_out_channels": widths, "down_block_types": [_NEWER_DOWN] * len(levels),
-        "downsample_type": [SHRINKS[int(step)] for step in steps],
+        "downsample_type": [STEPS[int(step)] for step in steps],
     }  # fmt: skip
 
 
@@ -184,12 +193,18 @@ def _built(make: Any, config: Config) -> tuple[nn.Module, Call]:
 
 def frames(config: Config) -> int:
     """Of a film that each latent one but the first stands for."""
-    return int(2 ** sum(config["decoder_spatio_temporal_scaling"]))
+    return _grown(config, "spatial")
 
 
 def pixels(config: Config) -> int:
     """On a side that a latent stands for."""
-    return int(config["patch_size"]) * frames(config)
+    return int(config["patch_size"]) * _grown(config, "temporal")
+
+
+def _grown(config: Config, otherwise: str) -> int:
+    """Of a place what all steps up make of it in one direction, those ``otherwise`` nothing more."""
+    steps = config.get("upsample_type", [STEPS[8]] * sum(config["decoder_spatio_temporal_scaling"]))
+    return int(2 ** sum(step != otherwise for step in steps))
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
