@@ -123,6 +123,7 @@ def test_gguf_tensors_that_a_converter_folded(tmp_path: Path) -> None:
     writer.close()
     weight = open_checkpoint(tmp_path / "a.gguf").tensors["w"]
     assert (weight.type.name, weight.shape) == ("F16", (4, 8, 3, 3))
+    assert weight.before == ("Q8_0 in rows of 3", 8.5)
     expected = dequantize(folded, GGMLQuantizationType.Q8_0).astype(np.float16)
     assert bytes(weight.data()) == expected.tobytes()
 

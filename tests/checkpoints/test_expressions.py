@@ -54,7 +54,12 @@ def random(seed: int, type: Type, shape: Sequence[int], name: str = "w") -> Weig
     elif type.name == "BF16":
         data = (rng.normal(size=size).astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
     else:  # any bytes are blocks; where they may hold an exponent, no exponent is large
-        data = (rng.integers(0, 256, type.row_bytes(size), np.uint8) & 0x3F).tobytes()
+        blocks = rng.integers(0, 256, (size // type.block, type.size), np.uint8) & 0x3F
+        if type.name == "MXFP8":
+            blocks[:, 0] |= 0x40  # nor so small that BF16 would round what it is made of
+        if type.name == "I8_CONVROT":  # a scale of 2^-15 … 2^-1: sums are the same in any order
+            blocks[:, :3], blocks[:, 3] = 0, blocks[:, 3] | 0x38
+        data = blocks.tobytes()
     return Weight(name, type, tuple(shape), View(memoryview(data)), Origin("f", name), "m.gguf")
 
 

@@ -30,6 +30,9 @@ BITS = {
 LARGEST = {"Q8_0": 2.0**-11, "I8_CONVROT": 2.0**-20, "NF4": 2.0**-21}
 """Of the largest number, how far off others may be: scales of 11 bits, and sums that cancel."""
 
+PARTS = (".scale_weight", ".weight_scale", ".weight_scale_inv", ".weight_scale_2")
+"""What scales numbers."""
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -60,7 +63,7 @@ def test_every_format_is_what_it_says_and_stays_small(name: str, shape: tuple[in
     assert sorted(checkpoint.tensors) == ["l.bias", "l.weight", "n"]
     assert not checkpoint.skipped
     weight = checkpoint.tensors["l.weight"]
-    assert (weight.type.name, weight.shape) == (HELD[name], shape)
+    assert (weight.type.name, weight.shape, weight.before) == (HELD[name], shape, None)
     assert weight.nbytes == BITS[HELD[name]] / 8 * shape[0] * shape[1]
     largest = float(made.numbers.abs().max()) * LARGEST.get(HELD[name], 0)
     torch.testing.assert_close(numbers(weight), made.numbers, rtol=4 * 2.0**-24, atol=largest)
@@ -78,6 +81,11 @@ def test_rows_that_are_no_whole_blocks_are_f16(name: str, columns: int, tmp_path
     made = FORMATS[name][0](matrix(7, columns))
     weight = read(tmp_path, layer(made.tensors)).tensors["l.weight"]
     assert (weight.type.name, weight.shape) == ("F16", (7, columns))
+    stored = sum(made.tensors[end].nbytes for end in made.tensors if end in (".weight", *PARTS))
+    assert weight.before is not None
+    assert weight.before.bits == 8 * stored / (7 * columns)
+    group = {80: 16, 24: 4}[columns]
+    assert weight.before.format.endswith(f"groups of {group}" if name == "comfy-convrot" else f"in rows of {columns}")
     torch.testing.assert_close(numbers(weight), made.numbers, rtol=2.0**-11, atol=1e-6)
 
 
@@ -85,6 +93,8 @@ def test_scales_that_are_too_large_for_blocks(tmp_path: Path) -> None:
     made = FORMATS["comfy-int8"][0](matrix(4, 64) * 1e8)
     weight = read(tmp_path, layer(made.tensors)).tensors["l.weight"]
     assert weight.type.name == "BF16"
+    assert weight.before is not None
+    assert weight.before.format == "I8 with scales that F16 does not hold"
     torch.testing.assert_close(numbers(weight), made.numbers, rtol=2.0**-8, atol=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import sdrpc
+from sdrpc.cli.progress import Meter, StatusLine
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
@@ -60,6 +64,24 @@ def test_blocks_cross_the_wire_where_they_are_known(device: Device, checkpoints:
         assert sent["diffusion"] > 2 * stored["diffusion"]
     wanted = np.load(_once(checkpoints, asked.steps, picture.image))
     assert psnr(picture.image / 255, wanted / 255) >= 45
+
+
+def test_what_no_device_holds_is_said_with_what_it_costs(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """ConvRot in groups of 64, which the rows of a tiny model allow, is F16 for every device."""
+    case = replace(CASE, type="comfy-convrot")
+    events: list[Event] = []
+    local = LocalDevice("CPU", torch.device("cpu"), EXACT)
+    with Session.open(checkpoints.files(case), local, Cache(tmp_path)) as session:
+        _ = list(session.generate(replace(request(case), steps=1), events.append))
+        plain = session.model["diffusion"].found.made_plain()
+    local.close()
+    (told,) = [event for event in events if (event.stage, event.component) == ("unpacked", "diffusion")]
+    assert (told.device, told.total) == ("", sum(weight.nbytes for weight, _ in plain))
+    assert 1.7 < told.total / told.done < 2, "half the bits, and scales of rows"
+    said: list[str] = []
+    Meter(StatusLine(Console(file=io.StringIO())), said.append).tell(told)
+    wanted = r"diffusion: no device holds I8 with ConvRot in groups of 64: .* of weights are sent and held as .*"
+    assert re.fullmatch(wanted, said[0])
 
 
 def _once(checkpoints: Checkpoints, steps: int, image: np.ndarray) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..ggml.types import F32, Type
-from ..ggml.weight import Pieces, View, Weight, joined_origin
+from ..ggml.weight import Before, Pieces, View, Weight, joined_origin
 from .numbers import Convert, common, converter, unpacked
 
 BUFFER = 16 << 20
@@ -48,7 +48,7 @@ def split(w: Weight, sizes: Sequence[int], dim: int = 0) -> tuple[Weight, ...]:
     if min(sizes, default=0) < 0 or ends[-1] != w.shape[dim]:
         raise _error(w, f"{list(w.shape)} can't be split into {list(sizes)} along dimension {dim}")
     if dim == len(w.shape) - 1 and any(end % w.type.block for end in ends):
-        w = cast(w, unpacked(w.type))
+        w = _made_plain(w, "in rows that are split within blocks")
     return tuple(_narrow(w, dim, start, stop) for start, stop in pairwise(ends))
 
 
@@ -103,7 +103,7 @@ def permute(w: Weight, order: Sequence[int]) -> Weight:
     if moving == sorted(moving):
         return reshape(w, shape)
     if order[-1] != len(order) - 1:
-        w = cast(w, unpacked(w.type))
+        w = _made_plain(w, "in columns")
     row = w.nbytes // shape[0] if shape[0] else 0
     if row > BUFFER:
         rest = _without(w.shape, order[0])
@@ -124,8 +124,15 @@ def reshape(w: Weight, shape: Sequence[int]) -> Weight:
     if min(shape, default=0) < 0 or prod(shape) != prod(w.shape):
         raise _error(w, f"{list(w.shape)} has another number of elements than {list(shape)}")
     if not shape or shape[-1] % w.type.block:
-        w = cast(w, unpacked(w.type))
+        w = _made_plain(w, f"in rows of {shape[-1] if shape else 1}")
     return replace(w, shape=shape)
+
+
+def _made_plain(w: Weight, how: str) -> Weight:
+    """The tensor in plain numbers, which knows that it was in blocks, ``how`` no blocks can be."""
+    if w.type.plain:
+        return w
+    return replace(cast(w, unpacked(w.type)), before=Before(f"{w.type} {how}", 8 * w.type.size / w.type.block))
 
 
 def cast(w: Weight, type: Type) -> Weight:
@@ -140,7 +147,7 @@ def cast(w: Weight, type: Type) -> Weight:
         raise _error(w, str(error)) from error
     unit = lcm(w.type.block, type.block)
     made = converted(w.pieces, convert, w.type.row_bytes(unit), type.row_bytes(unit), unit, prod(w.shape))
-    return replace(w, type=type, pieces=made, origin=w.origin and w.origin.made(type.name))
+    return replace(w, type=type, pieces=made, origin=w.origin and w.origin.made(type.name), before=None)
 
 
 def plus(w: Weight, number: float) -> Weight:

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..ggml.codebooks import E2M1, NORMAL4, PARTS_OF_TWELVE
 from ..ggml.types import BF16, F16, F32, TYPES, Type
-from ..ggml.weight import Pieces, Weight, joined_origin
+from ..ggml.weight import Before, Pieces, Weight, joined_origin
 from .expressions import BUFFER, NUMBERS, Made, cast, joined, reshape, whole_array
 from .foreign import float8, hadamard, pairs
 from .numbers import converter
@@ -48,7 +48,7 @@ def plain8(raw: Weight, format: str) -> Weight:
     if raw.shape and raw.shape[-1] % held.block == 0:
         return replace(raw, type=held)
     table = _table(format, 1.0, F16)
-    return _derived(raw, F16, raw.shape, _looked_up(raw, table), F16.name, ())
+    return _derived(raw, F16, raw.shape, _looked_up(raw, table), (), _why_plain(format, raw, held))
 
 
 def scaled8(raw: Weight, format: str, scale: Weight) -> Weight:
@@ -104,7 +104,8 @@ def _in_squares(raw: Weight, format: str, scale: Weight) -> Weight:
         found: np.ndarray = meant[codes] * factors[np.arange(first, last) // SQUARE][:, square]
         return found
 
-    return _of_values(raw, target, (rows, columns), columns, values, [scale])
+    what = _why_plain(f"{format} in squares", raw, _blocks_for(format))
+    return _of_values(raw, target, (rows, columns), columns, values, [scale], what)
 
 
 def mxfp8(raw: Weight, scale: Weight) -> Weight:
@@ -147,7 +148,7 @@ def _nvfp4_unpacked(raw: Weight, at: Callable[[int, int], np.ndarray], factor: f
         found: np.ndarray = scales[..., None] * numbers[codes]
         return found
 
-    return _of_values(raw, F16, (rows, 2 * half), 2 * half, values, sources)
+    return _of_values(raw, F16, (rows, 2 * half), 2 * half, values, sources, f"nvfp4 in rows of {2 * half}")
 
 
 def rotated8(raw: Weight, scale: Weight, group: int) -> Weight:
@@ -173,7 +174,10 @@ def rotated8(raw: Weight, scale: Weight, group: int) -> Weight:
         turned: np.ndarray = scaled.reshape(-1, group) @ hadamard(group)
         return turned
 
-    return _of_values(raw, target, (rows, columns), columns, values, [scale])
+    what = f"I8 with ConvRot in groups of {group}"
+    if group == TYPES["I8_CONVROT"].block:
+        what = _why_plain("I8 with ConvRot", raw, TYPES["I8_CONVROT"])
+    return _of_values(raw, target, (rows, columns), columns, values, [scale], what)
 
 
 def four_bits(
@@ -201,7 +205,8 @@ def four_bits(
         found: np.ndarray = absmax(first, last)[:, None] * book[codes]
         return found
 
-    return _of_values(raw, F16, shape, size, values, sources)
+    which = "" if np.array_equal(book, usual) else " of other numbers"
+    return _of_values(raw, F16, shape, size, values, sources, f"{kind} in blocks of {size}{which}")
 
 
 def _factors(raw: Weight, scale: Weight) -> np.ndarray:
@@ -238,7 +243,7 @@ def _plain_for(format: str, factors: np.ndarray) -> Type:
 def _scaled_type(format: str, row: int, factors: np.ndarray) -> Type | None:
     """The type of blocks for rows of ``row`` numbers with such scales, if there is one. ggml's Q8_0 has scales in F16:
     it is as good as its numbers, which have 8 bits, where these keep 11 bits of the largest one."""
-    held = TYPES["Q8_0"] if format == "I8" else TYPES[f"{format}_SCALED"]
+    held = _blocks_for(format)
     if row % held.block:
         return None
     if format == "I8":
@@ -249,10 +254,15 @@ def _scaled_type(format: str, row: int, factors: np.ndarray) -> Type | None:
     return held
 
 
+def _blocks_for(format: str) -> Type:
+    return TYPES["Q8_0"] if format == "I8" else TYPES[f"{format}_SCALED"]
+
+
 def _unpacked8(raw: Weight, format: str, factors: np.ndarray, target: Type, scale: Weight) -> Weight:
+    why = _why_plain(format, raw, _blocks_for(format))
     if len(factors) == 1 and format != "I8":
         looked_up = _looked_up(raw, _table(format, float(factors[0]), target))
-        return _derived(raw, target, raw.shape, looked_up, target.name, [scale])
+        return _derived(raw, target, raw.shape, looked_up, [scale], why)
     rows = raw.shape[0] if raw.shape else 1
     row, each = prod(raw.shape[1:]), np.broadcast_to(factors, rows)
     numbers = _meant(format)
@@ -262,7 +272,7 @@ def _unpacked8(raw: Weight, format: str, factors: np.ndarray, target: Type, scal
         found: np.ndarray = numbers[codes].reshape(last - first, row) * each[first:last, None]
         return found
 
-    return _of_values(raw, target, raw.shape, row, values, [scale])
+    return _of_values(raw, target, raw.shape, row, values, [scale], why)
 
 
 def _table(format: str, scale: float, target: Type) -> np.ndarray:
@@ -323,13 +333,13 @@ def _in_blocks(raw: Weight, held: Type, shape: tuple[int, int], parts: Parts, so
         return made
 
     pieces = Made(rows * size, max(size, 1), max(1, BUFFER // max(size, 1)), make)
-    return _derived(raw, held, shape, pieces, held.name, sources)
+    return _derived(raw, held, shape, pieces, sources)
 
 
 def _of_values(
-    raw: Weight, target: Type, shape: tuple[int, ...], row: int, values: Values, sources: Sequence[Weight]
+    raw: Weight, target: Type, shape: tuple[int, ...], row: int, values: Values, sources: Sequence[Weight], format: str
 ) -> Weight:
-    """A tensor of a plain type, of the numbers of its rows of ``row``."""
+    """A tensor of a plain type, of the numbers of its rows of ``row``; ``format``: what no type holds."""
     encode = converter(F32, target)
 
     def make(first: int, last: int) -> np.ndarray:
@@ -339,14 +349,22 @@ def _of_values(
 
     size = target.size * row
     pieces = Made(target.size * prod(shape), max(size, 1), max(1, NUMBERS // max(row, 1)), make)
-    return _derived(raw, target, shape, pieces, target.name, sources)
+    return _derived(raw, target, shape, pieces, sources, format)
 
 
 def _derived(
-    raw: Weight, type: Type, shape: tuple[int, ...], pieces: Pieces, what: str, sources: Sequence[Weight]
+    raw: Weight, type: Type, shape: tuple[int, ...], pieces: Pieces, sources: Sequence[Weight], format: str = ""
 ) -> Weight:
-    origin = joined_origin(what, [raw.origin, *(source.origin for source in sources)])
-    return Weight(raw.name, type, shape, pieces, origin, raw.file)
+    origin = joined_origin(type.name, [raw.origin, *(source.origin for source in sources)])
+    stored = raw.nbytes + sum(source.nbytes for source in sources)
+    before = Before(format, 8 * stored / max(prod(shape), 1)) if format else None
+    return Weight(raw.name, type, shape, pieces, origin, raw.file, before)
+
+
+def _why_plain(format: str, raw: Weight, held: Type) -> str:
+    """What of a file ``held`` does not hold: rows that are no whole blocks, or else such scales."""
+    columns = raw.shape[-1] if raw.shape else 1
+    return f"{format} " + (f"in rows of {columns}" if columns % held.block else "with scales that F16 does not hold")
 
 
 def _error(raw: Weight, reason: str) -> CheckpointError:

@@ -115,7 +115,8 @@ class Meter:
 
     def _unpacked(self, event: Event) -> None:
         sizes = f"{mebibytes(event.done)} of weights are sent and held as {mebibytes(event.total)}"
-        self._say(f"{event.component}: {event.device} has no {event.reason}: {sizes}")
+        who = f"{event.device} has no" if event.device else "no device holds"
+        self._say(f"{event.component}: {who} {event.reason}: {sizes}")
 
     def _release(self, event: Event) -> None:
         self._say(f"{event.component}: its weights left their device, {event.reason}")

@@ -375,13 +375,17 @@ class DeviceComponent:
             return program
 
     def _tell_unpacked(self) -> None:
-        """Say once what it costs that the devices do not have a type of the file's."""
-        found = self.component.found
-        strange = {w.type.name for w in found.tensors.values()} - self._target.types
-        if strange and not self._told_unpacked:
-            self._told_unpacked, what = True, ", ".join(sorted(strange))
-            size, now = found.nbytes(), self.nbytes
-            self._telling.on_event(Event("unpacked", self.name, size, now, device=self.chain.name, reason=what))
+        """Say once what it costs that the devices do not have a type of the file's, or that none has it."""
+        if self._told_unpacked:
+            return
+        self._told_unpacked, found = True, self.component.found
+        if strange := {w.type.name for w in found.tensors.values()} - self._target.types:
+            what, size = ", ".join(sorted(strange)), found.nbytes()
+            self._telling.on_event(Event("unpacked", self.name, size, self.nbytes, device=self.chain.name, reason=what))
+        if plain := found.made_plain():
+            what, size = ", ".join(sorted({before.format for _, before in plain})), sum(w.nbytes for w, _ in plain)
+            was = sum(int(prod(w.shape) * before.bits / 8) for w, before in plain)
+            self._telling.on_event(Event("unpacked", self.name, was, size, reason=what))
 
     def _cut(self, lowered: Lowered) -> Sequence[Part]:
         """A graph's parts, one for each device of the chain. Raises :class:`DoesNotFit` where it can't be cut so that

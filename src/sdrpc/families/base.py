@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..ggml.types import Type
-from ..ggml.weight import Weight
+from ..ggml.weight import Before, Weight
 from ..prompts.learned import NOTHING, Learned
 
 if TYPE_CHECKING:
@@ -167,9 +167,17 @@ class Found:
 
     def nbytes(self, held: Callable[[Type], Type] = lambda stored: stored) -> int:
         """Bytes of the weights that pictures need, in the types in which they are ``held``, for those as stored."""
+        return sum(held(w.type).row_bytes(prod(w.shape)) for w in self._needed())
+
+    def made_plain(self) -> list[tuple[Weight, Before]]:
+        """The weights that pictures need of which plain numbers are made because no type holds what the file has, with
+        what that is."""
+        return [(weight, weight.before) for weight in self._needed() if weight.before is not None]
+
+    def _needed(self) -> Collection[Weight]:
         idle = self.component.idle
         once = {id(weight): weight for name, weight in self.tensors.items() if not name.startswith(idle)}
-        return sum(held(w.type).row_bytes(prod(w.shape)) for w in once.values())  # some have two names
+        return once.values()  # some have two names
 
     def _why_missing(self, name: str) -> str:
         for skipped, dtype in self.checkpoint.skipped.items():

@@ -79,12 +79,21 @@ class Held:
         return View(memoryview(self._data))(start, stop)
 
 
+class Before(NamedTuple):
+    """What a tensor is in its file, where plain numbers were made of it because no type holds it: ``format``, in words,
+    and the ``bits`` that a number takes there, with its share of scales."""
+
+    format: str
+    bits: float
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A named tensor of a model. ``shape`` is in torch's order (``ne`` reversed, any number of dimensions).
 
     ``pieces`` give its bytes when they are needed, ideally views of the mapped file: nothing is copied before.
-    ``origin``: None where nothing can be said. ``file``: what errors name.
+    ``origin``: None where nothing can be said. ``file``: what errors name. ``before``: None where it is as in the file,
+    or became what somebody asked for.
     """
 
     name: str
@@ -93,6 +102,7 @@ class Weight:
     pieces: Pieces
     origin: Origin | None = None
     file: object = "the model"
+    before: Before | None = None
 
     @property
     def nbytes(self) -> int:
