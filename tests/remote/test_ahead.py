@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
+from bench.proxy import CountingProxy
 from sdrpc.client import connect
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.request import Request
@@ -18,6 +23,7 @@ from sdrpc.diffusion.session import Session
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import Cancelled
+from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.runtime.cache import Cache
 from tests.support.process import ServerProcess
 from tests.support.trouble import Passage, Trouble
@@ -66,6 +72,44 @@ def test_the_picture_is_the_same(sampler: str, server: ServerProcess, tiny: Path
     assert sampling.count("GET_TENSOR") <= STEPS * (2 if sampler == "heun" else 1) + 4, (
         "looks, latents, texts, a picture"
     )
+
+
+def test_what_a_controlnet_gives_stays_there(server: ServerProcess, tiny: Path, cache: Cache, tmp_path: Path) -> None:
+    shown = np.random.default_rng(4).integers(0, 256, (64, 64, 3), np.uint8)
+    asked = replace(request("euler"), control_image=shown)
+    files = ModelFiles(tiny, control_net=controlnet(tiny, tmp_path / "control.safetensors"))
+    with CountingProxy(server.port) as proxy:
+        (device,) = connect([f"127.0.0.1:{proxy.port}"])
+        with Session.open(files, device, cache) as session:
+            (first,) = session.generate(replace(asked, steps=2))
+            before = proxy.sent + proxy.received
+            (picture,) = session.generate(asked)
+            crossed = proxy.sent + proxy.received - before
+            (without,) = session.generate(request("euler"))
+        device.close()
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    with Session.open(files, device, cache) as session:
+        (wanted,) = session.generate(asked)
+    device.close()
+    np.testing.assert_array_equal(picture.image, wanted.image)
+    assert (picture.image != without.image).any()
+    assert (picture.image != first.image).any()
+    finest = 4 * 64 * 8 * 8  # float32, of the first of its outputs
+    assert crossed < shown.size * 4 + picture.image.size * 4 + STEPS * finest, (
+        "two pictures, and nothing of it per step"
+    )
+
+
+def controlnet(tiny: Path, path: Path) -> Path:
+    """A ControlNet of random numbers for the UNet of the model in ``tiny``."""
+    kind: Any = diffusers.ControlNetModel
+    torch.manual_seed(3)
+    control = kind.from_unet(open_model(ModelFiles(tiny))["diffusion"].module().build()[0])
+    for name, parameter in control.named_parameters():
+        if "controlnet_" in name:  # which begin as zeros
+            torch.nn.init.normal_(parameter, 0, 0.05)
+    save_file({name: tensor.contiguous() for name, tensor in control.state_dict().items()}, path)
+    return path
 
 
 def test_a_server_that_dies_costs_a_new_beginning(server: ServerProcess, tiny: Path, cache: Cache) -> None:

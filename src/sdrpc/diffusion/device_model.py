@@ -559,12 +559,12 @@ class DeviceModel:
 
         return self._surviving(component, work)
 
-    def ahead(self, name: str, lane: int = 0) -> Ahead | None:
+    def ahead(self, name: str, lane: int = 0, *beside: str) -> Ahead | None:
         """For arrays that stay on component ``name``'s device; None where that does not queue what it is told, or is
-        several."""
+        several, or where one of the components ``beside``, which is given such arrays as well, is elsewhere."""
         component = self._component(name, lane)
         device, *others = component.chain.devices
-        if others or not device.queues:
+        if others or not device.queues or any(self._component(each).chain.devices != (device,) for each in beside):
             return None
         found = self._aheads.get(component)
         if found is None or (found.device, found.life) != (device, device.life):

@@ -376,18 +376,23 @@ class Session:
         of b prompts. ``options`` are added to its configuration. ``component``: another one than the diffusion model
         itself, where there is one for high noise; ``lane``: which of several that are side by side."""
         inputs: dict[str, F32] = {"latents": latents, "timestep": timestep, **conditions}
-        if isinstance(latents, DeviceArray):
-            (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead, lane)
-            return there
         if self._control is not None:
             inputs |= self._given(self._control, inputs)
             options |= self._controls.options(self.model["control"].config)
+        if isinstance(latents, DeviceArray):
+            (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead, lane)
+            return there
         (predicted,) = self._devices.run(component, options, inputs, lane=lane)
         return predicted
 
     def _given(self, control: Control, inputs: Mapping[str, F32]) -> dict[str, F32]:
         """What a ControlNet adds to the diffusion model that has these inputs."""
         read = {name: array for name, array in inputs.items() if name in control.reads}
+        latents = inputs["latents"]
+        if isinstance(latents, DeviceArray):
+            there = self._devices.run_ahead("control", {}, {**control.told, **read}, latents.ahead)
+            latents.ahead.keep()
+            return {f"{CONTROL}{n}": cast(F32, each) for n, each in enumerate(there)}
         given = self._devices.run("control", {}, {**control.told, **read})
         return {f"{CONTROL}{n}": finite(each, "the ControlNet's output") for n, each in enumerate(given)}
 
@@ -474,7 +479,8 @@ class Session:
                 on_step(done, total, *preview)
 
         if len(lanes) == 1 and self._may_be_ahead(settings):
-            ahead = self._devices.ahead("diffusion", lanes[0])
+            beside = () if self._control is None else ("control",)
+            ahead = self._devices.ahead("diffusion", lanes[0], *beside)
             if ahead is not None:
                 try:
                     return self._sample(settings, seed, told, once, begin, lanes, ahead)
@@ -485,7 +491,7 @@ class Session:
     def _may_be_ahead(self, settings: Settings) -> bool:
         """Whether drawing asks for no numbers between its steps."""
         family = self.model.family
-        looks = settings.cache, settings.previews, self._control, family.tempered
+        looks = settings.cache, settings.previews, family.tempered
         return all(look is None for look in looks) and not self.model.frames
 
     def _sample(

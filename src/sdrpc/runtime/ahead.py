@@ -232,6 +232,13 @@ class Ahead:
         self._look()
         return results
 
+    def keep(self) -> None:
+        """Move what the last module gave to places of its own: the module may leave the device before it is read."""
+        saved = [node for each in self._results if (node := each()) is not None and node.wanted]
+        self._results.clear()
+        with self.device.turns:
+            self._compute([], saved)
+
     # --- how far the device is
 
     def then(self, told: Callable[[], None]) -> None:
