@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, Tokenizer
 from sdrpc.checkpoints.expressions import cast
+from sdrpc.diffusion.device_model import captured
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import latents_shape, settings_of, with_sound
 from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
-from sdrpc.families.base import F32, Config, Found, Prompt, find
+from sdrpc.families.base import F32, Config, Found, ModuleSpec, Prompt, find
 from sdrpc.families.components import film_ltx, gemma3, ltx2_connectors
 from sdrpc.families.components.autoencoder import ENCODES
 from sdrpc.families.ltx2 import LTX2, TRANSFORMER, conditions, sound_length
@@ -26,6 +27,8 @@ from sdrpc.families.registry import FAMILIES
 from sdrpc.ggml.types import F16
 from sdrpc.ggml.types import F32 as FLOATS
 from sdrpc.ggml.weight import Weight
+from sdrpc.server.limits import Limits
+from sdrpc.targets import SDRPC
 from tools.checkpoints import FAMILIES as CHECKPOINTS
 from tools.checkpoints import Made, make
 from tools.checkpoints.families import Component
@@ -133,6 +136,23 @@ def test_a_picture_is_encoded_as_by_diffusers_and_a_film_decoded(made: Made, mod
     torch.testing.assert_close(
         told[:, :128] * deviation[:, :, 0] + mean[:, :, 0], wanted.mean[:, :, 0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_server_takes_the_graph_of_the_published_model() -> None:
+    """The largest of all, counted by what the second block has more than the first."""
+    found = found_in(TRANSFORMER, in_a_file(next(c for c in CHECKPOINTS["ltx2.3"].of_size("full"))))
+    config = TRANSFORMER.configure(found, {})
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (1, 128, 5, 4, 6), "timestep": (1,), "context": (2, 1024, 4096), "sound_context": (2, 1024, 2048),
+        "times": (2, 4), "sounds": (2, 20), "first": (2, 128, 1, 4, 6),
+    }  # fmt: skip
+    inputs = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+    one, two = (
+        len(captured(ModuleSpec(TRANSFORMER, {**config, "num_layers": n}), inputs, SDRPC, {}).graph.tensors)
+        for n in (1, 2)
+    )
+    assert config["num_layers"] == 48
+    assert one + 47 * (two - one) <= Limits().tensors
 
 
 # What is told ---------------------------------------------------------------------------------------------------------

@@ -59,8 +59,9 @@ class Limits:
     """Bytes of all buffers of all clients together."""
     share: float = 0.9
     """Of a device's memory, for one client: the rest is for those that come while it is there."""
-    tensors: int = 1 << 15
-    """Tensors in a graph: today's largest models have below ten thousand, and each takes a millisecond to compile."""
+    tensors: int = 1 << 16
+    """Tensors in a graph: LTX-2.3 has 36,000, other models of today below ten thousand, and each takes a millisecond to
+    compile."""
     graphs: int = 32
     """Graphs of a client that are kept ready under the digest of their bytes, for clients that send them again."""
     graph_bytes: int = 64 << 20
