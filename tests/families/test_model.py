@@ -229,6 +229,7 @@ def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
     ("name", "family"),
     [
         ("model.diffusion_model.nerf_blocks.0.param_generator.weight", "Chroma Radiance"),
+        ("caption_projection.0.linear.weight", "HiDream"),
         ("lora_unet_down_blocks_0.lora_up.weight", "LoRA"),
     ],
 )

@@ -30,6 +30,7 @@ STRANGERS = (
     (r"\bvace_blocks\.|\bvace_patch_embedding\.", "Wan VACE"),
     (r"\bface_adapter\.|\bmotion_encoder\.", "Wan Animate"),
     (r"\bcasual_audio_encoder\.", "Wan S2V"),
+    (r"\bcaption_projection\.0\.linear\.", "HiDream"),
     (r"\bcontrol_model\.|\bcontrolnet_cond_embedding|\bcontrolnet_x_embedder\.|\bpos_embed_input\.", "a ControlNet"),
     (r"\blora_(up|down|A|B)\b|\blora_unet_", "a LoRA"),
 )
