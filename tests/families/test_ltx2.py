@@ -294,6 +294,21 @@ def test_autoencoders_of_the_two_are_not_taken_for_each_other(made: Made, tmp_pa
             opened(older, vae=made.files["vae"])
 
 
+def test_parts_of_other_versions_are_refused(made: Made, tmp_path: Path) -> None:
+    newer = make("ltx2.3", tmp_path / "newer", form="parts").files
+    with pytest.raises(CheckpointError, match=r"vae gives 4 steps .*, but diffusion takes 3"):
+        opened(made.files, vae=newer["vae"])
+    with pytest.raises(CheckpointError, match="connectors gives 256 channels, but diffusion takes 128"):
+        opened(made.files, connectors=newer["connectors"])
+    wrong = {
+        "text_embedding_projection.audio_aggregate_embed.weight": torch.zeros(64, 896),
+        f"model.diffusion_model.{CONNECTED.replace('video', 'audio')}": torch.zeros(128, 64),
+    }
+    save_file(load_file(newer["connectors"]) | wrong, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="connectors gives 64 channels for sound, but diffusion takes 128"):
+        opened(newer, connectors=tmp_path / "other.safetensors")
+
+
 def test_layers_of_gemma_are_found_in_a_model_that_sees(made: Made, model: Model, tmp_path: Path) -> None:
     for prefix in ("language_model.model.", "model.language_model."):
         renamed = {name.replace("model.", prefix, 1): each for name, each in load_file(made.files["llm"]).items()}

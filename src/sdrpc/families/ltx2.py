@@ -269,12 +269,22 @@ def check_begun(_configs: Configs, frames: int, first: bool, last: bool) -> None
 
 
 def settings(_: Mapping[str, Found]) -> Defaults:
-    """Sizes, frames and guidance of diffusers' pipeline, which guides in further ways that are not done here; the
-    authors' levels of noise."""
+    """Sizes and frames of diffusers' pipeline; steps and guidance for guidance by the negative prompt alone, since its
+    further ways are not done here; the authors' levels of noise."""
     return Defaults(
         size=(768, 512), sampler="euler", scheduler="ltx2", steps=40, cfg_scale=4.0, prediction="sd3_flow",
         flow_shift=1.0, frames=121, fps=24,
     )  # fmt: skip
+
+
+def _takes_of_sound(configs: Configs) -> int:
+    config = configs["diffusion"]
+    return int(config["caption_channels" if config["use_prompt_embeddings"] else "audio_cross_attention_dim"])
+
+
+def _steps_up(configs: Configs) -> int:
+    """Of the autoencoder that belongs to a diffusion model: latents of the two versions have as many channels."""
+    return film_ltx.LEVELS + int(configs["diffusion"]["cross_attn_mod"])
 
 
 LTX2 = Family(
@@ -290,6 +300,10 @@ LTX2 = Family(
               ltx2_connectors.NAME, lambda c: ltx2_connectors.numbers(c[ltx2_connectors.NAME]), "hidden numbers"),
         Joint(ltx2_connectors.NAME, lambda c: c[ltx2_connectors.NAME]["video_hidden_dim"], "diffusion",
               flux.takes("caption_channels")),
+        Joint(ltx2_connectors.NAME, lambda c: c[ltx2_connectors.NAME]["audio_hidden_dim"], "diffusion", _takes_of_sound,
+              "channels for sound"),
+        Joint("vae", lambda c: len(c["vae"]["upsample_factor"]), "diffusion", _steps_up,
+              "steps (three are LTX-2.0's, four LTX-2.3's)"),
         Joint("vae", lambda c: c["vae"]["latent_channels"], "diffusion", flux.takes("in_channels")),
     ),
     begun=Begun(check_begun, ltx.takes, ltx.begun),
