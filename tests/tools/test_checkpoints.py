@@ -117,7 +117,7 @@ def assert_same(found: Weights, module: Any) -> None:
 SIMILAR = (
     "flux2-klein-9b", "wan2.2-a14b", "wan2.2-5b", "wan2.2-i2v", "qwen-image-edit",
     "krea2", "wan2.1-i2v", "wan2.1-flf2v", "pixart-sigma", "pixart-alpha", "lumina2", "ltx-video", "ltx-video-13b",
-    "ltx2", "ltx2-i2v", "sana", "sana-1.5",
+    "ltx2", "ltx2-i2v", "ltx2.3", "sana", "sana-1.5",
 )  # fmt: skip
 """As small as others, in the same names; or names are compared in tests/families/test_krea2.py, test_ltx.py,
 test_ltx2.py, test_lumina2.py, test_pixart.py, test_sana.py and test_wan.py."""
