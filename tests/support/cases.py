@@ -194,6 +194,12 @@ CASES: dict[str, Case] = {
     "FLASH_ATTN_EXT-slopes": lambda f: node(
         "FLASH_ATTN_EXT", f(8, 5, 6), f(8, 7, 6), f(8, 7, 6), f(7, 5, type=F16), params=p.FlashAttn(0.35, 8.0)
     ),
+    # rows of 8 numbers, 9 apart: a GPU's attention kernels read 16 bytes at once
+    "FLASH_ATTN_EXT-rows-apart": lambda f: node(
+        "FLASH_ATTN_EXT",
+        view(f(9, 5, 2), 8, 5, 2, offset=4), view(f(9, 7, 2), 8, 7, 2), view(f(9, 7, 2, type=F16), 8, 7, 2, offset=2),
+        params=p.FlashAttn(0.35),
+    ),
     # images
     "IM2COL": lambda f: node("IM2COL", f(3, 2, 4, 5), f(9, 7, 4, 2), params=p.Im2Col(2, 1, 1, 2, 1, 2, 1), type=F16),
     "IM2COL-1d": lambda f: node("IM2COL", f(3, 4, 5), f(9, 4, 2), params=p.Im2Col(2, 0, 1, 0, 2, 0, 0)),

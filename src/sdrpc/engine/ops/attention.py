@@ -22,6 +22,9 @@ SCORES = 1 << 24
 """Scores of queries and keys that are held at once, where it takes any: a long context has billions."""
 SPREAD = 1 << 24
 """Elements of keys and values that are held at once for each head of the queries, where several share them."""
+READ_AT_ONCE = 16
+"""Bytes: torch's attention kernels of GPUs read rows in such pieces, and have no kernel for those that begin between
+("cutlassF: no kernel found to launch!")."""
 Mix = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """Scores [n, heads, queries, keys], values [n, heads, keys, head], sinks of the heads → [n, heads, queries, head]."""
 RAMP = 0.001
@@ -196,7 +199,7 @@ def _attend(
     repeats = mask is not None and any(n not in (1, want) for n, want in zip(mask.shape, (batch, heads), strict=False))
     explicit = bool(softcap) or sinks is not None or mix is not None
     if not (explicit or repeats or p.max_bias > 0):
-        return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=p.scale)
+        return _softmaxed(p.scale, q, k, value, mask)
     some = max(1, SCORES // (batch * heads * k.shape[2]))
     parts = []
     for start in range(0, queries, some):
@@ -208,8 +211,24 @@ def _attend(
         if explicit:
             parts.append((mix or _mixed)(_scores(p.scale, part, k, bias, softcap), value, sinks))
         else:
-            parts.append(F.scaled_dot_product_attention(part, k, value, attn_mask=bias, scale=p.scale))
+            parts.append(_softmaxed(p.scale, part, k, value, bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _softmaxed(scale: float, q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's own attention, of rows that lie where its kernels can read them."""
+    q, k, value = map(_readable, (q, k, value))
+    return F.scaled_dot_product_attention(q, k, value, attn_mask=mask, scale=scale)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x``, copied where a GPU's attention kernels can't read it as it lies. (Of heads that are no multiple of what is
+    read at once, torch knows that, and computes otherwise.)"""
+    step = READ_AT_ONCE // x.element_size()
+    if x.device.type == "cpu" or x.shape[-1] % step:
+        return x
+    fits = x.stride(-1) == 1 and not any(place % step for place in (x.storage_offset(), *x.stride()[:-1]))
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _scores(scale: float, q: Tensor, k: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
