@@ -50,7 +50,10 @@ def peak_of(device: LocalDevice, steps: Graph, memory: dict[int, bytes]) -> tupl
     used = [*buffers.values(), keep]
     program = device.compile(rewrite(steps, placed), {buffer.key: buffer for buffer in used})
     scratch = sum(program.bound.compiled.scratch.values())
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
+    ):
         program.bound.run(Deadline(None))
     live = peak = 0
     events = sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),

@@ -70,6 +70,27 @@ def test_any_of_a_thousand_graphs_runs_again() -> None:
         assert client.ran.count(number) == before + 1
 
 
+@pytest.mark.parametrize("version", ["5.0.1", "8.0.0"])
+def test_the_graph_that_came_last_is_known_by_comparing_it(version: str) -> None:
+    client = Client(dialects()[version])
+    for number in (0, 0, 1, 1, 0, 2, 2, 0):
+        client.compute(number, 1)
+        assert client.ran.count(number) > 0
+    assert sorted(client.ran) == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert len(client.device.programs) == 3
+
+
+def test_the_bytes_of_the_graph_that_came_last_are_counted_and_given_back() -> None:
+    buffers = Buffers(Limits())
+    client = Client(dialects()["5.0.1"], buffers=buffers)
+    held = buffers.held
+    for number in (0, 1, 0, 0):
+        client.compute(number, 1)
+        assert 0 < buffers.held - held < len(client.payload(number, 1))
+    client.session.close()
+    assert buffers.held == 0
+
+
 def test_one_more_and_both_sides_begin_anew() -> None:
     client = Client()
     for number in range(MOST + 1):

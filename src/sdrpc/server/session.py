@@ -14,6 +14,8 @@ from hashlib import blake2b
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..content import SMALLEST, fnv1a, pieces
 from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Soon, Watch
 from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
@@ -72,6 +74,18 @@ class Kept(NamedTuple):
     ready: Ready | None
 
 
+class Latest(NamedTuple):
+    """The graph that came last, as it came (``body``: without its uid), and the digest of that."""
+
+    device: int
+    body: Bytes
+    digest: bytes
+
+    def is_of(self, parts: graphs.Parts) -> bool:
+        same = self.device == parts.device and len(self.body) == len(parts.body)
+        return same and np.array_equal(np.frombuffer(self.body, np.uint8), np.frombuffer(parts.body, np.uint8))
+
+
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
@@ -103,6 +117,7 @@ class Session:
         self._space = AddressSpace()
         self._ready: OrderedDict[bytes, Ready] = OrderedDict()
         self._kept: KeptGraphs[Kept] = KeptGraphs()
+        self._latest: Latest | None = None
         self._shares: dict[int, int] = {}
         self._packed = PackedGraphs(limits.graph_bytes, self._hold, self._give_up)
         self._missed: dict[tuple[int, int, int], int | None] = {}
@@ -164,6 +179,7 @@ class Session:
         """Free everything."""
         self._ready.clear()
         self._forget(lambda _: True)
+        self._give_up_latest()
         for handle in [region.handle for region in self._space]:
             self._free(handle)
         if self.visitor is not None:
@@ -216,7 +232,8 @@ class Session:
 
     def _holds(self, working: int = 0) -> None:
         """Note what the client has now."""
-        self.most_held = max(self.most_held, self._space.held + self._packed.held + working)
+        latest = 0 if self._latest is None else len(self._latest.body)
+        self.most_held = max(self.most_held, self._space.held + self._packed.held + latest + working)
 
     def _hold(self, size: int) -> bool:
         """Count ``size`` bytes of graphs that are kept for the client, if they may be had."""
@@ -438,7 +455,7 @@ class Session:
 
     def _graph_compute(self, asked: messages.GraphCompute) -> None:
         parts = graphs.split(asked.payload, self.framing)
-        digest = blake2b(parts.body, digest_size=32, salt=parts.device.to_bytes(4, "little")).digest()
+        digest = self._digest(parts)
         ready = self._get_ready(digest, asked.payload)
         if not self.framing.has_graph_uids:
             self._kept.put(parts.device, 0, Kept(digest, ready.handles, ready))
@@ -447,6 +464,22 @@ class Session:
             if self._kept.put(parts.device, parts.uid, Kept(digest, ready.handles, None)):
                 self._forget(lambda _: False)
         self._run(ready)
+
+    def _digest(self, parts: graphs.Parts) -> bytes:
+        """What a graph is known by. A client that has no number for it sends the same one at each step: it is compared
+        with the last one, which takes a tenth of the time."""
+        if self._latest is not None and self._latest.is_of(parts):
+            return self._latest.digest
+        digest = blake2b(parts.body, digest_size=32, salt=parts.device.to_bytes(4, "little")).digest()
+        self._give_up_latest()
+        if not self.framing.has_graph_uids and self._hold(len(parts.body)):
+            self._latest = Latest(parts.device, parts.body, digest)
+        return digest
+
+    def _give_up_latest(self) -> None:
+        if self._latest is not None:
+            self._give_up(len(self._latest.body))
+            self._latest = None
 
     def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
         self._device(asked.device)
