@@ -79,7 +79,8 @@ def until_compiled(server: ServerProcess, draw: Callable[[], object]) -> float:
     """Let ``draw`` go on until the server's program runs compiled; how many seconds that took."""
     start = time.perf_counter()
     while "runs compiled" not in server.output:
-        if "is not compiled" in server.output or time.perf_counter() > start + COMPILE_SECONDS:
+        refused = "is not compiled" in server.output or "it is not used" in server.output
+        if refused or time.perf_counter() > start + COMPILE_SECONDS:
             raise SystemExit(f"the diffusion model was not compiled:\n{server.output}")
         draw()
     return time.perf_counter() - start
