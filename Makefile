@@ -5,7 +5,7 @@ BIN := .venv/bin
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
 
-.PHONY: setup test steady lint docs ray fuzz interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
+.PHONY: setup test steady lint docs ray fuzz faults interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -60,6 +60,10 @@ families: setup
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5)
+
+# Every fault at every phase of a picture, with a key and without: ten minutes, most of them waiting.
+faults: setup
+	$(BIN)/python -m tests.faults
 
 parity: setup
 	$(BIN)/pytest -m parity tests/parity

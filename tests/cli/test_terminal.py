@@ -243,6 +243,16 @@ from sdrpc.cli.entry import {command}
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_a_command_ends_without_a_search_for_garbage() -> None:
+    """Among all objects of torch and diffusers that took a second and more, after Ctrl-C, too."""
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+        "from sdrpc.cli.entry import sd_cli; sys.argv = ['sd-cli', '--version']; sd_cli()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
+
+
 def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
     """As in a script's background job."""
     code = "import os, signal, sys; from sdrpc.cli.entry import sd_cli; sys.argv = ['sd-cli', '--version']\n"

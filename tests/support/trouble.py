@@ -236,15 +236,17 @@ class Wire:
 
     def _pass(self, line: Line, up: bool) -> None:
         source, target = (line.client, line.server) if up else (line.server, line.client)
-        with contextlib.suppress(OSError):
+        try:
             while piece := source.recv(PIECE):
                 if fault := self._due(up, len(piece)):
                     piece = fault(line, piece)
                 if not line.silent:
                     target.sendall(piece)
-        if not line.silent:
-            with contextlib.suppress(OSError):
+            if not line.silent:
                 target.shutdown(socket.SHUT_WR)
+        except OSError:  # one end is gone: the other must not wait until somebody reads on
+            if not line.silent:
+                line.cut()
 
     def _due(self, up: bool, size: int) -> Fault | None:
         """What happens to the next ``size`` bytes."""

@@ -65,15 +65,21 @@ class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no clic
 
 
 class Size(click.ParamType):  # type: ignore[type-arg] # as above
-    """A number of bytes: ``512M``, ``2G``, ``1.5GiB``, ``0``."""
+    """A number of bytes: ``512M``, ``2G``, ``1.5GiB``, ``0``; at ``least`` so many."""
 
     name = "size"
+
+    def __init__(self, least: int = 0) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
         if not match:
             raise InvalidValue(str(param and param.name), value, "not a size; write it as 512M or 2G")
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+        size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+        if size < self.least:
+            raise InvalidValue(str(param and param.name), value, f"{size} bytes are too few; write 512M or 2G")
+        return size
 
 
 class Networks(click.ParamType):  # type: ignore[type-arg] # as above

@@ -3,6 +3,7 @@ are met from the first moment."""
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib import import_module
 
@@ -41,7 +42,10 @@ def _run(module: str) -> None:
     interrupts.at_once()
     main = import_module(f"{__package__}.{module}").main
     interrupts.soon()
-    main()
+    try:
+        main()
+    finally:
+        gc.freeze()  # or Python, at its end, looks for garbage in all that torch and diffusers made: a second or two
 
 
 def threads_sleep() -> None:

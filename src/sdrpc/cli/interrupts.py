@@ -11,7 +11,7 @@ from types import FrameType
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-SECONDS = 1.0
+SECONDS = 0.7
 """What is tidied up after the first Ctrl-C may take so long: connections are closed, files that are not whole removed.
 What can't be interrupted (a kernel of torch, a thread that reads a disk) does not end sooner for being waited for."""
 
@@ -26,7 +26,7 @@ def at_once() -> None:
 
 
 def soon() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt, and the process ends a second later if it has not ended by then."""
+    """From now on Ctrl-C raises KeyboardInterrupt, and the process ends ``SECONDS`` later if it has not by then."""
     _listen(_first)
 
 

@@ -196,4 +196,6 @@ def pace(steps: int, seconds: float) -> str:
 
 
 def mebibytes(size: float) -> str:
+    if 0 < size < 0.1 * 2**20:
+        return f"{size / 2**10:,.1f} KiB"
     return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:,.1f} MiB"

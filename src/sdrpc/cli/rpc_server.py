@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..content import fnv1a
 from ..device_names import resolve
-from ..errors import InvalidValue
+from ..errors import InvalidValue, UsageError
 from ..ggml.dialect import Dialect, dialects
 from ..server import Cache, CacheService, Door, Keys, Limits, Policy, Server, identity, key_ring
 from ..server.announcing import announced
@@ -65,7 +65,7 @@ def rpc_server(**chosen: Any) -> int:
         print(COMMAND.completion(chosen["completion"]))
         return 0
     if chosen["warm"] and chosen["compile"] == "off":
-        raise InvalidValue("warm", "on", "with --compile off there are no compiled programs")
+        raise UsageError("--warm has nothing to load with --compile off, which lets no program be compiled")
     versions = protocol_of(chosen["protocol"])
     limits = limited(chosen)
     door = Door(policy(chosen), Keys(KeyRing(key_ring.default_path()), identity.default_path()), limits)
@@ -89,7 +89,7 @@ def rpc_server(**chosen: Any) -> int:
         offer = offered(found, chosen["device"])
         server = Server(offer, versions, chosen["host"], chosen["port"], limits, shared, door)
         if chosen["announce"] and not server.exposed:
-            raise InvalidValue("announce", "on", f"nobody else can reach {server.host}; listen with -H 0.0.0.0")
+            raise UsageError(f"--announce: nobody else can reach {server.host}; listen with -H 0.0.0.0")
         if chosen["warm"] and not sum(device.warm() for device in offer):
             report.warn(
                 "--warm has no effect: no device that is offered compiles programs (GPUs do, in fast precision)"
@@ -140,7 +140,7 @@ def policy(chosen: Chosen) -> Policy:
     come from anywhere: what forwards the port runs here."""
     if chosen["plain"] and (chosen["allow_from"] or chosen["require_key"]):
         other = "allow_from" if chosen["allow_from"] else "require_key"
-        raise InvalidValue("plain", "on", f"it lets everybody in, so {COMMAND.fields[other]} means nothing with it")
+        raise UsageError(f"--plain lets everybody in, so {COMMAND.fields[other]} means nothing with it")
     forwarded = in_container() and not is_local(chosen["host"])
     return Policy(chosen["plain"], not chosen["require_key"] and not forwarded, chosen["allow_from"])
 

@@ -9,6 +9,8 @@ from ..server import Limits
 from .command import SHELLS, Networks, OneOf, Option, Size
 
 AUTO = "auto"
+MIB = 1 << 20
+"""With less than this of memory or disk nothing can be done: a letter was forgotten."""
 
 LISTENING, DEVICES, TRUST, CLIENTS = "Listening", "Devices", "Who may come", "Clients"
 CACHE, ABOUT = "Cache", "About"
@@ -53,10 +55,10 @@ OPTIONS = (
            help="Connections at one time; further ones are refused."),
     Option(CLIENTS, "--max-connections-per-client", type=click.IntRange(min=1), default=Limits.connections_of_address,
            metavar="NUMBER", help="The same with one key, or from one other machine."),
-    Option(CLIENTS, "--max-memory", type=Size(), metavar="SIZE", shown="all that is free",
+    Option(CLIENTS, "--max-memory", type=Size(MIB), metavar="SIZE", shown="all that is free",
            help="Memory for the buffers of all clients."),
-    Option(CLIENTS, "--max-memory-per-client", type=Size(), metavar="SIZE", shown=f"{Limits.share:.0%} of a device",
-           help="Memory for one client's buffers and running graph."),
+    Option(CLIENTS, "--max-memory-per-client", type=Size(MIB), metavar="SIZE",
+           shown=f"{Limits.share:.0%} of a device", help="Memory for one client's buffers and running graph."),
     Option(CLIENTS, "--max-requests", type=click.IntRange(min=1), default=Limits.computing, metavar="NUMBER",
            help="Graphs of all clients that run or wait for their turn; further ones are refused."),
     Option(CLIENTS, "--max-requests-per-client", type=click.IntRange(min=1), default=Limits.computing_of_client,
@@ -73,7 +75,7 @@ OPTIONS = (
 
     Option(CACHE, "-c", "--cache", is_flag=True,
            help="Keep weights on disk: clients that come again need not send them."),
-    Option(CACHE, "--cache-size", type=Size(), default="32G", metavar="SIZE",
+    Option(CACHE, "--cache-size", type=Size(MIB), default="32G", metavar="SIZE",
            help="Disk space for --cache; what was used longest ago goes first."),
 
     Option(ABOUT, "-v", "--verbose", is_flag=True,

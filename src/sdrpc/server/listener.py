@@ -33,7 +33,7 @@ from .version_memory import normal
 log = logging.getLogger(__name__)
 
 _REVOKE_SECONDS = 1.0  # how often it is looked whether keys of clients were revoked
-_JOIN_SECONDS = 3.0  # how long threads may take to end; a kernel that runs then dies with the process
+_JOIN_SECONDS = 1.0  # how long threads may take to end; a kernel that runs then dies with the process
 _DOORKEEPERS = 16  # threads that tell clients that all places are taken; when they are busy, clients are not told
 _QUIET_SECONDS = 1.0  # between two requests of a client that is at work lies less
 _STOPPING = Refusal("stopping", "this server is stopping")
