@@ -56,8 +56,9 @@ def test_a_second_pass(client: Any) -> None:
 def test_a_network_enlarges_pictures_and_what_a_second_pass_begins_with(client: Any) -> None:
     """As spandrel does it in process; a second pass is img2img of what that gives."""
     network = esrgan()
-    shown = {each["name"]: each["model_path"] for each in client.get_upscalers()}
-    assert shown["tiny-esrgan"].endswith("tiny-esrgan.safetensors")
+    shown = {each["name"]: (each["model_path"], each["scale"]) for each in client.get_upscalers()}
+    assert shown["tiny-esrgan"][0].endswith("tiny-esrgan.safetensors")
+    assert (shown["tiny-esrgan"][1], shown["broken"][1], shown["Lanczos"][1]) == (2, None, 4)
     small = client.txt2img(**SMALL, **TINY).image
     wanted = in_process(network, np.asarray(small))
     twice = client.extra_single_image(small, upscaler_1="tiny-esrgan", upscaling_resize=2).image
@@ -86,7 +87,7 @@ def test_larger_pictures(client: Any) -> None:
     np.testing.assert_array_equal(np.asarray(square.image), np.asarray(wanted))
     assert np.array_equal(np.asarray(client.extra_single_image(picture).image), np.asarray(picture))
     assert {"None", "Lanczos", "Nearest"} <= {each["name"] for each in client.get_upscalers()}
-    with pytest.raises(RuntimeError, match="upscaler none: there is no such upscaler; there are Lanczos, Nearest"):
+    with pytest.raises(RuntimeError, match="upscaler_1 none: there is no such upscaler; there are Lanczos, Nearest"):
         client.extra_single_image(picture, upscaler_1="none")
 
 
@@ -129,7 +130,7 @@ def test_progress_and_interruption(client: Any, server: WebServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"enable_hr": True, "hr_upscaler": "x"}, "hires_upscaler x: there is no such upscaler; there are Latent"),
+        ({"enable_hr": True, "hr_upscaler": "x"}, "hr_upscaler x: there is no such upscaler; there are Latent"),
         ({"sampler_name": "PLMS"}, "sampler_name"),
         ({"styles": ["x"]}, "styles"),
         ({"script_name": "x/y plot"}, "script_name"),

@@ -64,7 +64,7 @@ def test_what_a_server_of_films_can_do(cinema: WebServer) -> None:
         ({"high_noise_sample_params": {"scheduler": "karras"}}, "high_noise_sample_params scheduler: this server does"),
         ({"high_noise_sample_params": {"sample_steps": 3}}, "high_noise"),
         ({"init_image": "AAAA"}, "init_image '3 bytes': is no picture"),
-        ({"vae_tiling_params": {"enabled": True}}, "vae_tiling on: films are decoded frame by frame"),
+        ({"vae_tiling_params": {"enabled": True}}, "vae_tiling_params.enabled on: films are decoded frame by frame"),
     ],
 )
 def test_refusals(cinema: WebServer, changes: dict[str, Any], says: str) -> None:

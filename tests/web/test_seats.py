@@ -11,6 +11,7 @@ from sdrpc.client import connect
 from sdrpc.errors import ConnectionLost
 from sdrpc.runtime.chain import Lanes
 from sdrpc.web.studio import OwnSeat
+from tests.server.conftest import eventually
 from tests.support.process import ServerProcess
 from tests.support.trouble import Restartable
 from tests.web.process import SMALL, WebServer
@@ -60,3 +61,27 @@ def test_a_seat_whose_server_is_gone_takes_no_job_until_it_is_back() -> None:
         server.start()
         assert seat.ready()
         assert device.memory().total > 0
+
+
+def test_the_log_says_when_a_server_is_lost_and_when_it_is_back(tmp_path: Path, models: Path) -> None:
+    """By default, once each, while a job waits for it; meanwhile nothing is said of its memory. The job is drawn when
+    it is back."""
+    with Restartable(*OPTIONS) as device:
+        rpc = f"127.0.0.1:{device.port}"
+        with WebServer(tmp_path, "--models-dir", str(models), "--rpc", rpc, "--rpc-retry", "600") as server:
+
+            def free() -> object:
+                return server.ask("/sdcpp/v1/devices").json()[-1]["free"]
+
+            server.until(server.submit(), "completed")
+            assert free() is not None
+            device.kill()
+            name = server.submit()
+            server.until_said("RPC0 is not there: ")
+            assert eventually(lambda: free() is None)
+            device.start()
+            server.until(name, "completed")
+            server.until_said("RPC0 is there again")
+            assert eventually(lambda: free() is not None)
+            for words in ("RPC0 is not there: ", "RPC0 is there again"):
+                assert sum(words in line for line in server.lines) == 1, server.lines

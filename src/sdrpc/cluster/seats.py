@@ -23,7 +23,7 @@ from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.pictures import Picture, Video
 from ..diffusion.request import Request, Settings
 from ..diffusion.session import settings_of
-from ..errors import ConnectionLost, UsageError
+from ..errors import ConnectionLost, DeviceError, UsageError
 from ..families.model import Model
 from ..runtime.chain import devices_of
 from ..web.jobs import Kind
@@ -167,7 +167,7 @@ class FarDevice:
             said: Mapping[str, Memory] = ray.get(self.actor.memory.remote(), timeout=MEMORY_SECONDS)
             if self.about.name in said:
                 return said[self.about.name]
-        raise ConnectionLost(self.name, "asking for its memory", "the actor does not say")
+        raise DeviceError(f"{self.name}: its actor does not say how much memory it has")
 
 
 class FarSession:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from ..errors import CheckpointError, InvalidValue, UsageError
 from ..ggml.types import F32 as FLOAT
 from ..ggml.weight import Weight
 from ..runtime.lost import RETRY_SECONDS
+from .named_files import by_name
 from .pictures import F32, Pixels, f32, finite, to_pixels
 from .tiles import Cell, Tiling, tiled
 
@@ -55,7 +57,7 @@ class Upscalers:
         if self.folder is None or not self.folder.is_dir():
             return {}
         files = sorted(self.folder.absolute().iterdir())
-        return {path.stem: path for path in files if path.suffix.lower() in SUFFIXES}
+        return by_name(path for path in files if path.suffix.lower() in SUFFIXES)
 
     def find(self, name: str, filters: Collection[str], field: str) -> str | Path:
         """The file of a network, by its name with or without its suffix; of the ``filters`` the name itself. Names are
@@ -63,10 +65,23 @@ class Upscalers:
         if name in filters:
             return name
         known = self.names()
-        for stem, path in known.items():
-            if name in (stem, path.name):
+        for short, path in known.items():
+            if name in (short, path.name):
                 return path
         raise InvalidValue(field, name, f"there is no such upscaler; there are {', '.join([*filters, *known])}")
+
+
+def scale_of(path: Path) -> int | None:
+    """How many times as large on a side the network in a file makes pictures; None where that can't be read."""
+    try:
+        return _scale(path, path.stat().st_mtime_ns)
+    except (OSError, UsageError, CheckpointError):
+        return None
+
+
+@lru_cache(256)
+def _scale(path: Path, _changed: int) -> int:
+    return int(_described(path).scale)
 
 
 class Upscaler:

@@ -15,12 +15,14 @@ from typing_extensions import TypedDict
 
 from .. import __version__
 from ..errors import SdrpcError
-from .api import a1111, openai, sdcpp
+from .api import a1111, native, openai, sdcpp
 from .api.common import Ending, NoPicture, failed
 from .api.described import describe, first_fault, refusals
 from .context import Context
 from .gate import Gate, Refused, Rules, error_body
 from .metrics import Counted
+
+_APIS = (openai, a1111, sdcpp)
 
 PAGE = {
     "index.html": "text/html; charset=utf-8", "app.js": "text/javascript; charset=utf-8",
@@ -43,7 +45,7 @@ def create_app(context: Context, rules: Rules) -> FastAPI:
     app = FastAPI(title="sdrpc", version=__version__, description=ABOUT, docs_url=None, redoc_url=None)
     app.state.context = context
     keyed = [Security(HTTPBearer(auto_error=False))] if rules.keys else []  # the gate checks; this is what is described
-    for api in (openai, a1111, sdcpp):
+    for api in _APIS:
         app.include_router(api.router, dependencies=keyed)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -95,7 +97,7 @@ ABOUT = "Pictures and films for everyone on the network: the APIs of OpenAI, AUT
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
-_LOADING = ("starting", "capture", "upload", "release")
+_LOADING = ("opening", "capture", "upload", "release")
 
 
 class Status(TypedDict):
@@ -143,9 +145,21 @@ async def _http(request: Request, error: HTTPException) -> JSONResponse:
 
 def _methods(request: Request) -> set[str]:
     """What can be done at a path: by all of its routes, where the framework names those of the first."""
-    routes = (route for api in (openai, a1111, sdcpp) for route in api.router.routes if isinstance(route, Route))
+    routes = (route for api in _APIS for route in api.router.routes if isinstance(route, Route))
     here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return {method for route in here for method in route.methods or ()}
+
+
+_CALLED = {
+    f"{a1111.router.prefix}/extra-single-image": a1111.CALLED_BY_ENLARGE, a1111.router.prefix: a1111.CALLED,
+    openai.router.prefix: openai.CALLED, sdcpp.router.prefix: native.CALLED,
+}  # fmt: skip
+"""Where a path begins → what requests there call our fields."""
+
+
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    path = request.url.path
+    return failed(error, next((called for prefix, called in _CALLED.items() if path.startswith(prefix)), {}))
 
 
 async def _refused(_: Request, error: Refused) -> JSONResponse:
@@ -153,9 +167,9 @@ async def _refused(_: Request, error: Refused) -> JSONResponse:
 
 
 _HANDLERS: dict[type[Exception], Any] = {
-    SdrpcError: failed,
-    NoPicture: failed,
-    Ending: failed,
+    SdrpcError: _failed,
+    NoPicture: _failed,
+    Ending: _failed,
     NotReady: _not_ready,
     RequestValidationError: _invalid,
     HTTPException: _http,

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from ..device import Device, Memory, Traffic
 from ..device_names import AUTO, folded
 from ..diffusion import placement
-from ..errors import InvalidValue, SdrpcError
+from ..errors import DeviceLost, InvalidValue, SdrpcError
 from ..runtime.chain import Chain, Lanes
 from ..storage import read_own, write_whole
 
@@ -76,6 +76,7 @@ class Places:
         self._known: tuple[float, list[tuple[Shown, Memory | None]]] = (float("-inf"), [])
         self._now: dict[str, tuple[tuple[str, ...], float]] = {}
         self._before: deque[tuple[tuple[str, ...], float, float]] = deque()
+        self._absent: set[str] = set()
         self._chosen = self._read()
 
     # --- what is chosen
@@ -156,6 +157,22 @@ class Places:
             if names:
                 self._before.append((names, began, time.monotonic()))
 
+    def absent(self, device: str, reason: str) -> None:
+        """A device was lost, which the log says once."""
+        with self._lock:
+            news = device not in self._absent
+            self._absent.add(device)
+        if news:
+            log.warning("%s is not there: %s", device, reason)
+
+    def present(self, device: str, anew: bool = False) -> None:
+        """A device is there, which the log says where it was not, or was lost meanwhile (``anew``)."""
+        with self._lock:
+            news = anew or device in self._absent
+            self._absent.discard(device)
+        if news:
+            log.warning("%s is there again", device)
+
     def said(self) -> list[Said]:
         """All devices, as they are."""
         known = self._remembered()
@@ -191,22 +208,26 @@ class Places:
                     with self._lock:
                         busy = {name for names, _ in self._now.values() for name in names}
                     found = [
-                        (device, _memory(device, before.get(device.name), device.name in busy)) for device in there
+                        (device, self._memory(device, before.get(device.name), device.name in busy)) for device in there
                     ]
                     self._known = time.monotonic(), found
             finally:
                 self._asking.release()
         return self._known[1]
 
-
-def _memory(device: Shown, before: Memory | None, busy: bool) -> Memory | None:
-    """What a device says, when it is its turn; one that is drawn on and does not answer meanwhile has what it had
-    ``before``."""
-    try:
-        with device.turns if isinstance(device, Device) else nullcontext():
-            return device.memory()
-    except SdrpcError:
-        return before if busy else None
+    def _memory(self, device: Shown, before: Memory | None, busy: bool) -> Memory | None:
+        """What a device says, when it is its turn; one that is drawn on and does not answer meanwhile has what it had
+        ``before``, one that is lost has none."""
+        try:
+            with device.turns if isinstance(device, Device) else nullcontext():
+                memory = device.memory()
+        except DeviceLost as lost:
+            self.absent(device.name, str(lost))
+            return None
+        except SdrpcError:
+            return before if busy else None
+        self.present(device.name)
+        return memory
 
 
 def _said(

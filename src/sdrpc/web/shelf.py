@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 
+from ..diffusion.named_files import by_name
 from ..errors import InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles, open_model
 
@@ -15,7 +16,8 @@ SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt")
 
 class Shelf:
     """``first``: name and files of the model that is meant where none is named; ``folder``: whole models, each under
-    its name without the suffix. What is no model (a VAE, a LoRA) is not on the shelf."""
+    its name without the suffix (with it where two share the rest). What is no model (a VAE, a LoRA) is not on the
+    shelf."""
 
     def __init__(self, first: tuple[str, ModelFiles], folder: Path | None = None) -> None:
         self.default = first[0]
@@ -26,11 +28,7 @@ class Shelf:
 
     def models(self) -> Mapping[str, ModelFiles]:
         """Name → files, as they are now: files come and go."""
-        found = (
-            {}
-            if self._folder is None
-            else {path.stem: path for path in sorted(self._folder.iterdir()) if self._is(path)}
-        )
+        found = {} if self._folder is None else by_name(filter(self._is, sorted(self._folder.iterdir())))
         return {self.default: self._first[1]} | {
             name: ModelFiles(path, types=self._first[1].types) for name, path in found.items() if name != self.default
         }

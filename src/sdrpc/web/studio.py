@@ -27,6 +27,7 @@ from ..diffusion.hires import PIXEL_FILTERS, UPSCALERS
 from ..diffusion.image_files import read_mask, read_picture
 from ..diffusion.loras import SUFFIXES, find
 from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
+from ..diffusion.named_files import by_name
 from ..diffusion.pictures import Picture, Pixels, Video
 from ..diffusion.placement import UPSCALER
 from ..diffusion.request import Request, Settings
@@ -109,6 +110,8 @@ class Seat(ABC):
 
     name: str
     kinds: frozenset[Kind] = frozenset({Kind.PICTURES})
+    lost: Sequence[Device] = ()
+    """Devices of this process that it waits for."""
 
     def ready(self) -> bool:
         """Whether it can take a job now. May wait to find out."""
@@ -136,14 +139,14 @@ class OwnSeat(Seat):
     upscaler: Callable[[], Device]
     fit: Fit
     kinds: frozenset[Kind] = frozenset(Kind)
-    _lost: Sequence[Device] = ()
+    lost: Sequence[Device] = ()
 
     def ready(self) -> bool:
-        self._lost = [device for device in self._lost if not _is_there(device)]
-        return not self._lost
+        self.lost = [device for device in self.lost if not _is_there(device)]
+        return not self.lost
 
     def lose(self, devices: Sequence[Shown]) -> None:
-        self._lost = [device for device in devices if isinstance(device, Device)]
+        self.lost = [device for device in devices if isinstance(device, Device)]
 
     def open(self, opening: Opening) -> Session:
         placed = opening.placed or self.place(opening.model)
@@ -176,7 +179,7 @@ class Adapters:
         """Name → file of those directly in the folder."""
         if not self.folder.is_dir():
             return {}
-        return {path.stem: path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+        return by_name(path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in SUFFIXES)
 
 
 class Studio:
@@ -334,7 +337,7 @@ class Studio:
             return job.task.kind in seat.kinds and (first or not self.places.chosen(job.task.model))
 
         while not self._stopping.is_set():
-            if not seat.ready():
+            if not self._is_ready(seat):
                 self._stopping.wait(LOOK_SECONDS)
                 continue
             job = self.store.take(seat.name, warm.model, LOOK_SECONDS, mine)
@@ -348,12 +351,24 @@ class Studio:
                 warm.close()
         warm.close()
 
+    def _is_ready(self, seat: Seat) -> bool:
+        """Whether a seat can take a job; what it finds out about devices is known to everybody."""
+        doubted = seat.lost
+        ready = seat.ready()
+        for device in doubted:
+            if device in seat.lost:
+                self.places.absent(device.name, f"seat {seat.name} takes no job until it is")
+            else:
+                self.places.present(device.name)
+        return ready
+
     def _run(self, seat: Seat, job: Job, warm: _Warm) -> None:
         """Draw ``job``; whatever happens, it is over, or in the queue again, and the seat can go on."""
         with self._lock:
             self._running[job.id] = job
         self.metrics.began(job)
-        self.board.show(job.id, stage="starting", seat=seat.name)
+        warmed = job.task.model in (warm.model, "")
+        self.board.show(job.id, stage="starting" if warmed else "opening", seat=seat.name)
         self.board.ring()  # all behind it are one place further
         try:
             self._make(seat, job, warm)
@@ -459,6 +474,10 @@ class Studio:
             shown |= {"step": event.done, "steps": event.total, "picture": event.picture}
         if event.preview is not None:
             shown |= {"preview": small(event.preview), "previews": self.board.get(job.id).previews + 1}
+        if event.stage == "waiting":
+            self.places.absent(event.device, event.reason)
+        elif event.stage == "reconnected":
+            self.places.present(event.device, anew=True)
         self.board.show(job.id, **shown)
         self.metrics.told(seat.name, event)
 

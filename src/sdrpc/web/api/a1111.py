@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,9 +22,11 @@ from ...diffusion.image_files import read_picture
 from ...diffusion.metadata import KEYWORD
 from ...diffusion.samplers import SAMPLERS
 from ...diffusion.schedules import ALIASES, SCHEDULES
+from ...diffusion.upscaling import scale_of
 from ...errors import InvalidValue
 from ..context import Context
 from ..jobs import Job
+from . import native
 from .common import as_base64, context, from_base64, over, pictures_of, submit, submit_task, user
 from .described import MAX_PICTURES, MAX_SEED, MAX_SIDE, MAX_STEPS, Base64, Body, Whole, refusals
 from .masks import prepared, stretched
@@ -117,6 +120,18 @@ class FromPicture(Asked):
     inpainting_mask_invert: Whole | bool = 0
     inpaint_full_res: bool = False
     resize_mode: Whole = 0
+
+
+CALLED: Mapping[str, str] = {
+    **{ours: theirs for ours, theirs in native.CALLED.items() if ours not in FromText.model_fields},
+    "batch_count": "batch_size", "guidance": "distilled_cfg_scale", "sampling_method": "sampler_name",
+    "init_image": "init_images", "ref_images": "extra_images", "mask": "mask", "strength": "denoising_strength",
+    "hires": "enable_hr", "hires_upscaler": "hr_upscaler", "hires_scale": "hr_scale", "hires_width": "hr_resize_x",
+    "hires_height": "hr_resize_y", "hires_steps": "hr_second_pass_steps",
+    "hires_denoising_strength": "denoising_strength", "model": "override_settings.sd_model_checkpoint",
+}  # fmt: skip
+"""A field of a :class:`sdrpc.Request` → what it is here, if not its own name; what only a prompt can carry
+(:func:`native.within`) is called as it is there."""
 
 
 class Drawn(TypedDict):
@@ -413,13 +428,18 @@ class UpscalerShown(TypedDict):
     scale: float | None
 
 
+FILTER_SCALE = 4
+"""What A1111 says of those that have no scale of their own."""
+
+
 @router.get("/upscalers", responses=refusals())
 def upscalers(here: Here) -> list[UpscalerShown]:
     """What enlarges pictures: nothing, filters, and the networks in the folder of upscalers."""
     known: dict[str, Path | None] = {NO_UPSCALER: None, **dict.fromkeys(PIXEL_FILTERS), **here.studio.upscalers.names()}
     return [
         {"name": name, "model_name": None if path is None else path.stem,
-         "model_path": None if path is None else str(path), "model_url": None, "scale": 4}
+         "model_path": None if path is None else str(path), "model_url": None,
+         "scale": FILTER_SCALE if path is None else scale_of(path)}
         for name, path in known.items()
     ]  # fmt: skip
 
@@ -522,6 +542,10 @@ class Enlarge(Body):
     codeformer_weight: float = 0.0
     show_extras_results: bool = True
     upscale_first: bool = False
+
+
+CALLED_BY_ENLARGE: Mapping[str, str] = {"width": "upscaling_resize", "upscaler": "upscaler_1"}
+"""The same of :class:`Enlarge`, of what a task of that kind has."""
 
 
 class Enlarged(TypedDict):

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from ...diffusion.image_files import read_mask, read_picture
 from ...diffusion.request import Request
-from ...errors import CheckpointError, InvalidValue, UsageError
+from ...errors import CheckpointError, InvalidValue, SdrpcError, UsageError
 from ..board import Progress
 from ..context import Context
 from ..gate import error_body
@@ -167,11 +167,15 @@ STATUS: dict[type[Exception], int] = {
 """Error → status of the answer."""
 
 
-async def failed(_: HttpRequest, error: Exception) -> JSONResponse:
-    """The answer to a request that ``error`` ended."""
+def failed(error: Exception, called: Mapping[str, str]) -> JSONResponse:
+    """The answer to a request that ``error`` ended. ``called``: our field → what the request calls it."""
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
     headers = {"Retry-After": "5"} if status in (429, 503) else None
-    body = error_body(str(error), status)
+
+    def name(field: str) -> str:
+        return called.get(field, field)
+
+    body = error_body(error.told(name) if isinstance(error, SdrpcError) else str(error), status)
     if isinstance(error, InvalidValue):
-        body["error"]["param"] = error.field
+        body["error"]["param"] = name(error.field)
     return JSONResponse(body, status, headers)

@@ -239,6 +239,27 @@ def fields_of(asked: Asked) -> dict[str, Any]:
     }
 
 
+_SAMPLING, _SKIPPING = "sample_params", "sample_params.guidance.slg"
+
+CALLED: Mapping[str, str] = {
+    "steps": f"{_SAMPLING}.sample_steps", "scheduler": f"{_SAMPLING}.scheduler",
+    "sampling_method": f"{_SAMPLING}.sample_method", "eta": f"{_SAMPLING}.eta",
+    "flow_shift": f"{_SAMPLING}.flow_shift", "timestep_shift": f"{_SAMPLING}.shifted_timestep",
+    "sigmas": f"{_SAMPLING}.custom_sigmas", "cfg_scale": f"{_SAMPLING}.guidance.txt_cfg",
+    "img_cfg_scale": f"{_SAMPLING}.guidance.img_cfg", "guidance": f"{_SAMPLING}.guidance.distilled_guidance",
+    "slg_scale": f"{_SKIPPING}.scale", "skip_layers": f"{_SKIPPING}.layers",
+    "skip_layer_start": f"{_SKIPPING}.layer_start", "skip_layer_end": f"{_SKIPPING}.layer_end",
+    "vae_tiling": "vae_tiling_params.enabled", "vae_tile_size": "vae_tiling_params.tile_size_x",
+    "vae_tile_overlap": "vae_tiling_params.target_overlap", "loras": "lora", "mask": "mask_image",
+    "hires": "hires.enabled", "hires_upscaler": "hires.upscaler", "hires_scale": "hires.scale",
+    "hires_width": "hires.target_width", "hires_height": "hires.target_height", "hires_steps": "hires.steps",
+    "hires_denoising_strength": "hires.denoising_strength", "hires_sigmas": "hires.custom_sigmas",
+    "hires_upscale_tile_size": "hires.upscale_tile_size",
+    **{ours: f"high_noise_sample_params.{theirs}" for theirs, ours in _OWN.items()},
+}  # fmt: skip
+"""A field of a :class:`sdrpc.Request` → where it is in these requests, if not under its own name."""
+
+
 def _skipped(slg: SkipLayers) -> dict[str, Any]:
     if not slg.scale:
         return {}

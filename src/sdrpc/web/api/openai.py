@@ -19,6 +19,7 @@ from typing_extensions import NotRequired, TypedDict
 from ...errors import InvalidValue
 from ..context import Context
 from ..jobs import Job
+from . import native
 from .common import NoPicture, as_base64, context, over, pictures_of, server_sent, submit, user, watched
 from .described import (
     FILE,
@@ -90,6 +91,14 @@ OURS = {"n", "size", "response_format", "output_format", "output_compression", "
         "prompt", "background", "quality", "style", "moderation", "user",
         "safety_identifier", "input_fidelity"}  # fmt: skip
 """Fields that are none of a :class:`sdrpc.Request`."""
+
+
+CALLED: Mapping[str, str] = {
+    **{ours: theirs for ours, theirs in native.CALLED.items() if ours not in Edit.model_fields},
+    "batch_count": "n", "init_image": "image", "ref_images": "image", "mask": "mask",
+}  # fmt: skip
+"""A field of a :class:`sdrpc.Request` → what it is here, if not its own name; what only a prompt can carry
+(:func:`native.within`) is called as it is there."""
 
 
 class Datum(TypedDict):

@@ -178,7 +178,7 @@ function words(job) {
   if (stage === "sample") return `${job.request.batch_count > 1 ? `picture ${picture}, ` : ""}step ${step} of ${steps}${where}`;
   if (stage === "upload") return `${component}: sending weights, ${Math.round((100 * done) / Math.max(total, 1))} %${where}`;
   if (job.kind === "upscale") return `enlarging, tile ${done} of ${total}${where}`;
-  return `${{ capture: `preparing ${component}`, encode: "reading the prompt", decode: "finishing", starting: "starting" }[stage] ?? stage ?? ""}${where}`;
+  return `${{ capture: `preparing ${component}`, encode: "reading the prompt", decode: "finishing", starting: "starting", opening: "opening the model" }[stage] ?? stage ?? ""}${where}`;
 }
 
 function showQueue(jobs) {
