@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import autoencoder, bank, captions, diffusion, model
+from . import autoencoder, bank, captions, diffusion, model, scenes
 
 SHOWN = 64
 
@@ -38,7 +38,8 @@ def main() -> int:
     if time.monotonic() > until:
         return _unfinished()
 
-    learnt = bank.build(vae, options.scenes, device, options.seed)
+    sampled = scenes.sample(np.random.default_rng((options.seed, 4)), options.scenes)
+    learnt = bank.build(vae, sampled, device, options.seed)
     plan = replace(diffusion.PLAN, steps=options.steps)
     done = diffusion.fit(folder, learnt, device, options.seed, until, plan, fast)
     text_encoder, unet = diffusion.finished(folder, device)
@@ -69,10 +70,8 @@ def _unfinished() -> int:
 def _prompts() -> list[str]:
     from random import Random
 
-    from .scenes import sample
-
     random = Random(1)
-    shown = sample(np.random.default_rng((0, 5)), SHOWN)
+    shown = scenes.sample(np.random.default_rng((0, 5)), SHOWN)
     return [captions.describe(shown[i], random) for i in range(SHOWN)]
 
 

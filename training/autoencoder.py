@@ -75,11 +75,14 @@ class _Pictures:
         return self.drawn[within * self.batch : (within + 1) * self.batch].contiguous(memory_format=torch.channels_last)
 
 
-def draw(sampled: scenes.Scenes, device: torch.device, seed: int) -> Tensor:
-    """Pictures as the VAE sees them: [n, 3, 128, 128], -1 to 1, their colours moved a little."""
+def draw(sampled: scenes.Scenes, device: torch.device, seed: int, line: float = 0) -> Tensor:
+    """Pictures as the VAE sees them: [n, 3, 128, 128], -1 to 1, their colours moved a little.
+
+    ``line``: as of :func:`scenes.draw`.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     jitter = torch.rand((len(sampled), scenes.MOST + 1, 3), generator=generator, device=device) * 2 - 1
-    return scenes.draw(sampled, model.SIDE, device, jitter) * 2 - 1
+    return scenes.draw(sampled, model.SIDE, device, jitter, line) * 2 - 1
 
 
 def finished(folder: Path, device: torch.device) -> nn.Module:

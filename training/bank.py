@@ -37,10 +37,11 @@ class Bank:
     tokens: Tensor
 
 
-def build(vae: nn.Module, count: int, device: torch.device, seed: int, processes: int | None = None) -> Bank:
-    """A bank of ``count`` scenes; equal for equal arguments."""
+def build(vae: nn.Module, sampled: scenes.Scenes, device: torch.device, seed: int, processes: int | None = None,
+          line: float = 0) -> Bank:  # fmt: skip
+    """A bank of the scenes; equal for equal arguments. ``line``: as of :func:`scenes.draw`."""
     began = time.monotonic()
-    sampled = scenes.sample(np.random.default_rng((seed, 4)), count)
+    count = len(sampled)
     starts = range(0, count, CHUNK)
     work = [(sampled.part(i, i + CHUNK), seed + i) for i in starts]
     side = model.SIDE // model.FACTOR
@@ -49,7 +50,7 @@ def build(vae: nn.Module, count: int, device: torch.device, seed: int, processes
         tokens = pool.map_async(_tokens, work, chunksize=1)
         for i in starts:
             for j in range(i, min(i + CHUNK, count), 512):
-                pictures = autoencoder.draw(sampled.part(j, min(j + 512, count)), device, seed + j)
+                pictures = autoencoder.draw(sampled.part(j, min(j + 512, count)), device, seed + j, line)
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     latents[j : j + len(pictures)] = autoencoder.encode(vae, pictures)
         all_tokens = torch.from_numpy(np.concatenate(tokens.get())).to(device)

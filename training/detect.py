@@ -43,6 +43,7 @@ MARGIN = 2
 EDGE_SCALE = 128
 """Edges are a pixel or two wide in pictures of this side, twice that in twice as large ones."""
 
+Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Words = NDArray[np.int64]
 Floats = NDArray[np.floating]
@@ -75,7 +76,7 @@ class Sight:
     shapes: tuple[Found, ...]
 
 
-def detect(picture: NDArray[np.uint8]) -> Sight:
+def detect(picture: Pixels) -> Sight:
     """What the picture, (side, side, 3), shows. Without a background it shows no shapes either.
 
     Raises :class:`ValueError` for an array of another shape or dtype.
@@ -85,7 +86,7 @@ def detect(picture: NDArray[np.uint8]) -> Sight:
     if picture.dtype != np.uint8:
         raise ValueError(f"a picture's pixels are uint8, not {picture.dtype}")
     pixels = picture.astype(np.float32) / 255
-    words = _words(pixels)
+    words = words_of(picture)
     core = _core(words)
     counts = np.bincount(words[core & (words != _NO_WORD)], minlength=len(NAMES))
     background = int(counts.argmax())
@@ -100,8 +101,9 @@ def detect(picture: NDArray[np.uint8]) -> Sight:
     return Sight(NAMES[background], tuple(sorted(shapes, key=lambda shape: -shape.radius)))
 
 
-def _words(pixels: Floats) -> Words:
-    """The number of each pixel's colour word, [side, side]."""
+def words_of(picture: Pixels) -> Words:
+    """The number of each pixel's colour word, [side, side], into :data:`scenes.NAMES`; -1 where no colour is near."""
+    pixels = picture.astype(np.float32) / 255
     distances = _distances(pixels.reshape(-1, 3)).reshape(len(_PALETTE), *pixels.shape[:2])
     return np.where(distances.min(0) <= NEAR, distances.argmin(0), _NO_WORD)
 
@@ -129,14 +131,14 @@ def _core(words: Words) -> Mask:
 def _parts(words: Words, core: Mask, background: int) -> Iterator[Mask]:
     """The pixels of each shape. What has no colour's name can be a shape as well."""
     inside = words != background
-    labels = _components(words, inside)
+    labels = components(words, inside)
     areas = np.bincount(labels[inside], minlength=words.size)
     cores = np.bincount(labels[inside & core], minlength=words.size)
     for label in np.flatnonzero((areas >= LEAST_AREA * words.size) & (cores >= LEAST_CORE * areas)):
         yield labels == label
 
 
-def _components(words: Words, inside: Mask) -> Words:
+def components(words: Words, inside: Mask) -> Words:
     """For each pixel inside the number of one pixel of its component, the same for all of it; -1 outside.
 
     Neighbours (also diagonal ones) of one word belong together. Each round hands the smaller number over every seam
@@ -163,10 +165,10 @@ def _components(words: Words, inside: Mask) -> Words:
 def _windows(parts: list[Mask]) -> list[Mask]:
     """For each part the pixels in which its edges are: those around it that are no other part's."""
     taken = np.logical_or.reduce(parts)
-    return [part | (_grown(part, MARGIN) & ~taken) for part in parts]
+    return [part | (grown(part, MARGIN) & ~taken) for part in parts]
 
 
-def _grown(mask: Mask, by: int) -> Mask:
+def grown(mask: Mask, by: int) -> Mask:
     """The mask and all pixels that are up to ``by`` rows and columns away."""
     height, width = mask.shape
     padded = np.pad(mask, by)

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import Tensor, nn
 
+from sdrpc.families.base import Found
 from sdrpc.families.configs import METADATA_KEY
+from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.families.sd1 import SD1
 from sdrpc.prompts.tokenizers import VOCABULARY
 
@@ -75,6 +80,26 @@ def text_encoder() -> nn.Module:
     model = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
     inner: nn.Module = getattr(model, "text_model", model)  # transformers 5 has no such layer in between any more
     return inner
+
+
+def stored(path: Path) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Text encoder, UNet and VAE of a file that :func:`write` made, f32, not to be trained."""
+    found = open_model(ModelFiles(path)).components
+    return (
+        _filled(text_encoder(), found["clip_l"].found, "text_model."),
+        _filled(unet(), found["diffusion"].found),
+        _filled(vae(), found["vae"].found),
+    )
+
+
+def _filled(module: nn.Module, found: Found, prefix: str = "") -> nn.Module:
+    state = module.state_dict()
+    taken = found.take({prefix + name: tuple(weight.shape) for name, weight in state.items()})
+    for name, weight in state.items():
+        source = taken[prefix + name]
+        numbers = dequantize(np.frombuffer(source.data(), np.uint8), GGMLQuantizationType[source.type.name])
+        weight.copy_(torch.from_numpy(numbers).reshape(weight.shape))
+    return module.eval().requires_grad_(False)
 
 
 def standardize(vae: nn.Module, mean: Tensor, deviation: Tensor) -> None:

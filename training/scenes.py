@@ -97,7 +97,11 @@ class Scenes:
 
     def part(self, first: int, last: int) -> Scenes:
         """Scenes ``first`` to ``last``, the last not included."""
-        arrays = (getattr(self, name)[first:last] for name in self.__dataclass_fields__)
+        return self.chosen(np.s_[first:last])
+
+    def chosen(self, which: NDArray[np.intp] | slice) -> Scenes:
+        """The scenes of these numbers."""
+        arrays = (getattr(self, name)[which] for name in self.__dataclass_fields__)
         return Scenes(*arrays)
 
 
@@ -211,10 +215,12 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def draw(scenes: Scenes, size: int, device: torch.device | str = "cpu", jitter: Tensor | None = None) -> Tensor:
+def draw(scenes: Scenes, size: int, device: torch.device | str = "cpu", jitter: Tensor | None = None,
+         line: float = 0) -> Tensor:  # fmt: skip
     """Pictures of the scenes: [n, 3, size, size], f32, 0 to 1, edges smoothed over a pixel.
 
-    ``jitter``, [n, MOST + 1, 3] of -1 to 1, moves the colours of shapes and (last) background a little.
+    ``jitter``, [n, MOST + 1, 3] of -1 to 1, moves the colours of shapes and (last) background a little. ``line``: shapes
+    are outlines this wide, in sides of the picture, half of it outside; 0: they are filled.
     """
     palette = torch.tensor(list(COLOURS.values()), device=device)
     words = np.concatenate((scenes.colours, scenes.backgrounds[:, None]), 1).astype(np.int64)
@@ -234,6 +240,7 @@ def draw(scenes: Scenes, size: int, device: torch.device | str = "cpu", jitter: 
         for number, name in enumerate(SHAPES):
             here = kinds[:, j] == number
             distance[here] = DISTANCES[name](x[here], y[here])
-        cover = (0.5 - distance * radius * size).clamp(0, 1)[:, None]
+        distance = (distance * radius).abs() - line / 2 if line else distance * radius
+        cover = (0.5 - distance * size).clamp(0, 1)[:, None]
         picture = picture + cover * (colours[:, j, :, None, None] - picture)
     return picture
