@@ -18,9 +18,6 @@ import numpy as np
 import rich.box
 import torch
 import typer
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
-from numpy.typing import NDArray
 from rich.table import Table
 
 from sdrpc import models
@@ -33,8 +30,9 @@ from sdrpc.diffusion.session import Session
 from sdrpc.families.model import Model, ModelFiles, open_model
 
 from . import grid
-from .detect import Sight, detect
+from .detect import Pixels, Sight, detect
 from .judge import Expectation, Stated, Verdict, judge
+from .model import filled
 from .prompts import Prompt, held_out_prompts, spread
 from .scenes import MOST, NAMES, SHAPES, draw, sample
 
@@ -47,8 +45,6 @@ PSNR_SCENES, PSNR_BATCH = 256, 16
 
 UNGUIDED_PROMPTS, NEGATIVE_SEEDS = 104, 40
 """Pictures without guidance, and pictures with and without each kind of negative prompt."""
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -280,16 +276,7 @@ def _negative(artist: Artist, setting: Setting, negative: Negative, meter: Meter
 def vae_psnr(model: Model, scenes: int = PSNR_SCENES) -> float:
     """How well pictures survive the way to latents (their means) and back: the PSNR, in dB, of the mean squared error
     over all pixels of so many scenes that were not trained on."""
-    vae: Any = model["vae"].module().build()[0]
-    wanted = {name: tuple(parameter.shape) for name, parameter in vae.state_dict().items()}
-    weights = {
-        name: torch.from_numpy(
-            dequantize(np.frombuffer(weight.data(), np.uint8), GGMLQuantizationType[weight.type.name])
-        ).reshape(weight.shape)
-        for name, weight in model["vae"].found.take(wanted).items()
-    }
-    vae.load_state_dict(weights)
-    vae.eval()
+    vae: Any = filled(model["vae"].module().build()[0], model["vae"].found)
     shown = sample(np.random.default_rng((0, 99)), scenes)
     jitter = torch.rand((scenes, MOST + 1, 3), generator=torch.Generator().manual_seed(99)) * 2 - 1
     errors = []

@@ -86,13 +86,14 @@ def stored(path: Path) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Text encoder, UNet and VAE of a file that :func:`write` made, f32, not to be trained."""
     found = open_model(ModelFiles(path)).components
     return (
-        _filled(text_encoder(), found["clip_l"].found, "text_model."),
-        _filled(unet(), found["diffusion"].found),
-        _filled(vae(), found["vae"].found),
+        filled(text_encoder(), found["clip_l"].found, "text_model."),
+        filled(unet(), found["diffusion"].found),
+        filled(vae(), found["vae"].found),
     )
 
 
-def _filled(module: nn.Module, found: Found, prefix: str = "") -> nn.Module:
+def filled(module: nn.Module, found: Found, prefix: str = "") -> nn.Module:
+    """The module with a file's weights, f32, not to be trained. ``prefix``: what the file's names have more."""
     state = module.state_dict()
     taken = found.take({prefix + name: tuple(weight.shape) for name, weight in state.items()})
     for name, weight in state.items():

@@ -15,7 +15,7 @@ from .detect import Mask, Pixels, Sight, components, detect, words_of
 from .scenes import COLOURS, NAMES
 
 LINE = 0.06
-"""How wide outlines are, in sides of the picture: what the VAE, which makes one latent of eight pixels, can just draw."""
+"""How wide outlines are, in sides of the picture: what a VAE that makes one latent of eight pixels can just draw."""
 
 LEAST_HOLE = 0.1
 """The share of each silhouette that has the background's colour, at least: a star of middle size has 0.16."""
@@ -43,7 +43,7 @@ def outlines(picture: Pixels) -> Outlines:
     for number in np.unique(silhouettes[peeled]):
         silhouette = silhouettes == number
         painted[silhouette & peeled] = np.bincount(words[silhouette & ~behind].clip(0)).argmax()
-        shares.append((silhouette & behind).sum() / silhouette.sum())
+        shares.append(float((silhouette & behind).sum() / silhouette.sum()))
     palette = (np.array([COLOURS[name] for name in NAMES]) * 255).round().astype(np.uint8)
     return Outlines(detect(palette[painted]), bool(shares) and min(shares) >= LEAST_HOLE)
 

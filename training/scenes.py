@@ -219,8 +219,8 @@ def draw(scenes: Scenes, size: int, device: torch.device | str = "cpu", jitter: 
          line: float = 0) -> Tensor:  # fmt: skip
     """Pictures of the scenes: [n, 3, size, size], f32, 0 to 1, edges smoothed over a pixel.
 
-    ``jitter``, [n, MOST + 1, 3] of -1 to 1, moves the colours of shapes and (last) background a little. ``line``: shapes
-    are outlines this wide, in sides of the picture, half of it outside; 0: they are filled.
+    ``jitter``, [n, MOST + 1, 3] of -1 to 1, moves the colours of shapes and (last) background a little.
+    ``line``: shapes are outlines this wide, in sides of the picture, half of it outside; 0: they are filled.
     """
     palette = torch.tensor(list(COLOURS.values()), device=device)
     words = np.concatenate((scenes.colours, scenes.backgrounds[:, None]), 1).astype(np.int64)

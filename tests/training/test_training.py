@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.prompts.chunks import clip_chunks
-from training import autoencoder, bank, diffusion, loop, model
+from training import autoencoder, bank, diffusion, loop, model, scenes
 
 CPU = torch.device("cpu")
 PLAN = loop.Plan(steps=9, batch=4, rate=0.05, warm_up=2, report=3)
@@ -155,12 +155,11 @@ def test_unknown_words_stand_before_or_after() -> None:
 def test_a_bank_holds_standard_latents_and_captions() -> None:
     torch.manual_seed(0)
     vae = model.vae().eval()
-    built = bank.build(vae, 3, CPU, seed=1, processes=1)
+    sampled = scenes.sample(np.random.default_rng(1), 3)
+    built = bank.build(vae, sampled, CPU, seed=1, processes=1)
     assert built.latents.shape == (3, 4, 16, 16)
     assert built.tokens.shape == (3, bank.CAPTIONS, 77)
-    again = autoencoder.encode(
-        vae, autoencoder.draw(autoencoder.scenes.sample(np.random.default_rng((1, 4)), 3), CPU, 1)
-    )
+    again = autoencoder.encode(vae, autoencoder.draw(sampled, CPU, 1))
     torch.testing.assert_close(built.latents, again.half(), rtol=1e-3, atol=1e-3)
     assert "background" in bank.clip_tokenizer().decode(built.tokens.reshape(-1).tolist())
 
