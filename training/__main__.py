@@ -45,7 +45,8 @@ def main() -> int:
     text_encoder, unet = diffusion.finished(folder, device)
     _preview(folder / "preview.png", diffusion.preview(text_encoder, unet, vae, _prompts(), device))
     weights = model.tensors(text_encoder, unet, vae)
-    model.write(folder / "demo.safetensors", weights, {"license": "MIT", "seed": str(options.seed)})
+    about = {"license": "MIT", "seed": str(options.seed)}
+    model.write(folder / "demo.safetensors", weights, autoencoder.colours(vae, device), about)
     return 0 if done else _unfinished()
 
 

@@ -107,6 +107,21 @@ def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def colours(vae: nn.Module, device: torch.device, count: int = 512) -> tuple[list[list[float]], list[float]]:
+    """What latents look like: the linear function of their channels that is nearest to the mean colour, -1 to 1, of the
+    pixels that each stands for. Factors [4][3] and what is added [3]."""
+    sampled = scenes.sample(np.random.default_rng((0, 7)), count)
+    known, wanted = [], []
+    for i in range(0, count, 64):
+        pictures = draw(sampled.part(i, i + 64), device, i)
+        known.append(encode(vae, pictures).permute(0, 2, 3, 1).flatten(0, 2))
+        wanted.append(nn.functional.avg_pool2d(pictures, model.FACTOR).permute(0, 2, 3, 1).flatten(0, 2))
+    latents = nn.functional.pad(torch.cat(known), (0, 1), value=1).double()
+    *factors, bias = torch.linalg.lstsq(latents, torch.cat(wanted).double()).solution.cpu().numpy().round(6).tolist()
+    return factors, bias
+
+
+@torch.no_grad()
 def psnr(vae: nn.Module, device: torch.device, count: int = 512) -> float:
     """Peak signal to noise of pictures through the VAE and back, in dB: of the mean square error over all of them."""
     coder: Any = vae

@@ -49,7 +49,7 @@ TEXT_ENCODER: dict[str, Any] = {
 
 UNTOLD = {
     "unet": ("sample_size", "attention_head_dim", "norm_num_groups"),
-    "vae": ("norm_num_groups",),
+    "vae": ("sample_size", "norm_num_groups"),
     "text_encoder": ("num_attention_heads",),
 }
 """What the shapes of tensors can't tell: stands in the file's metadata."""
@@ -183,10 +183,13 @@ def tensors(text_encoder: nn.Module, unet: nn.Module, vae: nn.Module) -> dict[st
     return {name: weight.detach().to("cpu", torch.float16).contiguous() for name, weight in made.items()}
 
 
-def write(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """The file: weights, what shapes can't tell of them, and ``about``, more metadata."""
+def write(path: Path, weights: Mapping[str, Tensor], colours: tuple[list[list[float]], list[float]],
+          about: Mapping[str, str]) -> None:  # fmt: skip
+    """The file: weights, what shapes can't tell of them, the latents' colours (factors, what is added), and ``about``,
+    more metadata."""
     from safetensors.torch import save_file
 
     configs = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
     untold = {part: {key: configs[part][key] for key in keys} for part, keys in UNTOLD.items()}
-    save_file(dict(weights), path, {METADATA_KEY: json.dumps(untold), **about})
+    said = {**untold, "latent_rgb_factors": colours[0], "latent_rgb_factors_bias": colours[1]}
+    save_file(dict(weights), path, {METADATA_KEY: json.dumps(said), **about})

@@ -115,9 +115,11 @@ def test_the_file_is_an_sd_checkpoint(tmp_path: Path) -> None:
     """Every weight is found again by what reads SD 1.5, under diffusers' name, and nothing is left over."""
     modules = {"text_encoder": model.text_encoder(), "unet": model.unet(), "vae": model.vae()}
     weights = model.tensors(**modules)
-    model.write(tmp_path / "m.safetensors", weights, {"license": "MIT"})
+    looks = [[0.1, 0.2, 0.3]] * 4, [0.0, 0.0, -0.5]
+    model.write(tmp_path / "m.safetensors", weights, looks, {"license": "MIT"})
     assert (tmp_path / "m.safetensors").stat().st_size <= 32e6
     opened = open_model(ModelFiles(tmp_path / "m.safetensors"))
+    assert opened.colours == (((0.1, 0.2, 0.3),) * 4, (0.0, 0.0, -0.5))
     taken = 0
     for part in opened.components.values():
         told_as = part.found.component.told_as

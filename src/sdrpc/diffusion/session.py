@@ -643,7 +643,7 @@ class Session:
 
     def _preview(self, latents: F32, settings: Settings) -> Pixels:
         """What latents look like, as the settings' previews say."""
-        mode, colours = settings.previews and settings.previews.mode, self.model.family.latents.colours
+        mode, colours = settings.previews and settings.previews.mode, self.model.colours
         if mode == "proj" and colours is not None:
             return projected(latents, colours)
         return self._shown(latents, settings, tiny=mode == "tae")
@@ -747,7 +747,7 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
             raise InvalidValue("preview", mode, f"there are none of {family.title}'s latents, which have frames")
         if mode == "tae" and TINY not in model.components:
             raise InvalidValue("preview", mode, "there is no tiny autoencoder: name its file (taesd)", "taesd")
-        if mode == "proj" and family.latents.colours is None:
+        if mode == "proj" and model.colours is None:
             raise InvalidValue("preview", mode, f"nobody has published the colours of {family.title}'s latents")
     return settings
 

@@ -4,12 +4,14 @@ A file's metadata entry ``sdrpc.config`` may hold a JSON object, ``{"prediction"
 "unet": {...}, "vae": {...}, "text_encoder": {...}}``, whose inner objects are arguments of the components' classes in
 diffusers and transformers, such as ``attention_head_dim`` (diffusers' name for the number of heads),
 ``norm_num_groups`` or the UNet's ``sample_size`` (of the latents that it was trained at). A diffusers directory says
-all of it in its own config.json files.
+all of it in its own config.json files. ``latent_rgb_factors`` and ``latent_rgb_factors_bias`` (ComfyUI's names) say
+what latents look like: red, green and blue, -1 … 1, of each channel, and what is added.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
@@ -17,7 +19,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError
-from .base import Config, Found
+from .base import Colours, Config, Found
 
 METADATA_KEY = "sdrpc.config"
 MAX_SAMPLE_SIZE = 2048
@@ -46,6 +48,7 @@ class Told:
     shift_factor: float | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     components: Mapping[str, Config] = field(default_factory=dict)
+    colours: Colours | None = None
 
 
 def told_by(checkpoint: Checkpoint) -> Told:
@@ -66,6 +69,7 @@ def told_by(checkpoint: Checkpoint) -> Told:
             _number(content.get("shift_factor")),
             dict(content.get("scheduler", {})),
             {name: dict(value) for name, value in content.items() if isinstance(value, dict)},
+            _colours(content.get("latent_rgb_factors"), content.get("latent_rgb_factors_bias", (0, 0, 0))),
         )
         unknown = [name for name, value in content.items() if name in _COMPONENTS and not isinstance(value, dict)]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -85,6 +89,16 @@ _COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def _colours(factors: Any, bias: Any) -> Colours | None:
+    if factors is None:
+        return None
+    rows = [tuple(map(float, row)) for row in (*factors, bias)]
+    if not all(len(row) == 3 and all(map(math.isfinite, row)) for row in rows):
+        raise ValueError("latent_rgb_factors are red, green and blue, finite numbers, for each channel")
+    *channels, added = ((red, green, blue) for red, green, blue in rows)
+    return Colours(tuple(channels), added)
 
 
 def _directory(checkpoint: Checkpoint) -> Told:

@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import PIECES, WHOLE, Checkpoint, open_checkpoint
 from ..errors import CheckpointError, InvalidValue, MissingComponent
 from ..ggml.weight import Weight
 from ..prompts import gguf_tokenizer, sentencepiece_tokenizer, tokenizer_from, whole_tokenizer
-from .base import Component, Config, Defaults, Family, Found, Joint, ModuleSpec, find
+from .base import Colours, Component, Config, Defaults, Family, Found, Joint, ModuleSpec, find
 from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
 from .qwen_image import QWEN_IMAGE
@@ -114,6 +114,7 @@ class Model:
     defaults: Defaults
     scale: float
     shift: float
+    colours: Colours | None
     checkpoints: tuple[Checkpoint, ...]
 
     @property
@@ -204,9 +205,14 @@ def open_model(files: ModelFiles) -> Model:
         _defaults(family.settings(found), told["diffusion"]),
         _or(told["vae"].scaling_factor, family.latents.scale),
         _or(told["vae"].shift_factor, family.latents.shift),
+        told["vae"].colours or family.latents.colours,
         tuple(opened.values()),
     )
     _check_joints(model)
+    own = told["vae"].colours
+    if own is not None and len(own.factors) != model.latent_channels:
+        reason = f"has latent_rgb_factors of {len(own.factors)} channels, but its latents have {model.latent_channels}"
+        raise CheckpointError(found["vae"].checkpoint.path, reason)
     return model
 
 

@@ -429,7 +429,7 @@ class Studio:
 
     def _pictures(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:
         session, task = self._session(job, warm), job.task
-        colours = session.model.family.latents.colours
+        colours = session.model.colours
         settings = session.settings(replace(self._request(job), preview="proj" if colours else "none"))
         quality = QUALITY if task.quality is None else task.quality
         for picture in session.draw(settings, lambda event: self._tell(seat, job, event), cancel):
