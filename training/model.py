@@ -49,7 +49,7 @@ TEXT_ENCODER: dict[str, Any] = {
 
 UNTOLD = {
     "unet": ("sample_size", "attention_head_dim", "norm_num_groups"),
-    "vae": ("sample_size", "norm_num_groups"),
+    "vae": ("norm_num_groups",),
     "text_encoder": ("num_attention_heads",),
 }
 """What the shapes of tensors can't tell: stands in the file's metadata."""
