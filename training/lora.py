@@ -75,10 +75,10 @@ def main() -> int:
         empty = torch.from_numpy(bank.padded(iter([[]]))).to(device)
         until = began + options.seconds * number / len(options.rates)
         while not run.done and time.monotonic() < until:
-            error, _ = gradients(*diffusion.batch(learnt, plan.batch, empty, run.generator()))
+            inputs = diffusion.batch(learnt, plan.batch, empty, run.generator())
+            error = gradients(*inputs)[0].detach()  # while autograd's graph of a step lives, CUDA's can't be recorded
             run.update()
             if run.done or run.step % plan.report == 0:
-                error = error.detach().clone()
                 right = score(_drawn(text_encoder, run.mean["unet"], vae, asked, device), asked)
                 print(
                     f"rate {rate:g}, step {run.step}/{plan.steps}: error {float(error):.4f}, right {right}, "
