@@ -172,6 +172,13 @@ def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path)
         ({"scaling_factor": "x"}, "not understood"),
         ({"unet": 3}, "not understood"),
         ([1], "not understood"),
+        ({"scaling_factor": 10**400}, "not understood"),
+        ({"latent_rgb_factors": 1}, "not understood"),
+        ({"latent_rgb_factors": [[0, 0]] * 4}, "finite numbers, for each channel"),
+        ({"latent_rgb_factors": [[0, 0, "nan"]] * 4}, "finite numbers, for each channel"),
+        ({"latent_rgb_factors": [[0, 0, 10**400]] * 4}, "not understood"),
+        ({"latent_rgb_factors": [[0, 0, 0]] * 4, "latent_rgb_factors_bias": None}, "not understood"),
+        ({"latent_rgb_factors": [[0, 0, 0]] * 5}, "of 5 channels, but its latents have 4"),
     ],
 )
 def test_metadata_that_makes_no_sense(said: object, reason: str, tiny_weights: Weights, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def told_by(checkpoint: Checkpoint) -> Told:
             _colours(content.get("latent_rgb_factors"), content.get("latent_rgb_factors_bias", (0, 0, 0))),
         )
         unknown = [name for name, value in content.items() if name in _COMPONENTS and not isinstance(value, dict)]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(checkpoint.path, f"metadata {METADATA_KEY!r} is not understood: {error}") from error
     if unknown:
         raise CheckpointError(
