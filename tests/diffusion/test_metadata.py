@@ -60,6 +60,11 @@ def test_names_of_parts_and_eta_appear() -> None:
     assert "Eta: 0.500000" in text
 
 
+def test_the_strength_of_a_controlnet_is_written() -> None:
+    _, written = replace(PARAMETERS, control_strength=0.5).text().split("SDCPP: ", 1)
+    assert json.loads(written)["control_strength"] == 0.5
+
+
 @pytest.mark.parametrize(("prompt", "chunk"), [("a cat", b"tEXt"), ("café", b"tEXt"), ("猫 🐱", b"iTXt")])
 def test_png_carries_the_parameters(prompt: str, chunk: bytes) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)

@@ -78,6 +78,7 @@ class Parameters:
     flow_shift: float | None = None
     sampler_rng: str | None = None
     strength: float = 0.75
+    control_strength: float = 0.9
     img_cfg_scale: float | None = None
     sigmas: tuple[float, ...] = ()
     timestep_shift: int = 0
@@ -174,7 +175,7 @@ class Parameters:
             "clip_skip": self.clip_skip,
             **({} if self.hires is None else {"hires": _second_pass(self.hires)}),
             "strength": _single(self.strength),
-            "control_strength": _single(0.9),
+            "control_strength": _single(self.control_strength),
             "auto_resize_ref_image": True,
             "increase_ref_index": False,
             "ip_adapter_strength": 1.0,
@@ -211,6 +212,7 @@ def parameters_of(
         eta=eta,
         flow_shift=settings.flow_shift,
         strength=settings.strength,
+        control_strength=settings.control_strength,
         img_cfg_scale=None if settings.img_cfg_scale == settings.cfg_scale else settings.img_cfg_scale,
         sigmas=settings.sigmas,
         timestep_shift=settings.timestep_shift,
