@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "families": {"errors", "ggml", "device", "checkpoints", "lowering", "prompts", "runtime"},
     "diffusion": {
         "errors",
+        "models",
         "ggml",
         "device",
         "device_names",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from sdrpc import models
+from sdrpc.diffusion.loras import find
+from sdrpc.families.lora import open_lora
 from sdrpc.families.model import ModelFiles, open_model
 
 LARGEST = 32 * 10**6
@@ -28,6 +30,22 @@ def test_they_are_here_and_small(name: str) -> None:
     model = open_model(ModelFiles(path))
     assert model.size == (128, 128)
     assert model.unused(weight for part in model.components.values() for weight in part.found.tensors.values()) == {}
+
+
+@pytest.mark.parametrize("name", models.LORAS)
+def test_loras_fit_the_model_that_ships(name: str) -> None:
+    path = models.LORAS[name]
+    assert path.stat().st_size <= LARGEST // 10
+    assert path.stat().st_mode & 0o044 == 0o044, "all users may read it"
+    lora = open_lora(path, open_model(ModelFiles(models.SHIPPED[models.DEFAULT])))
+    assert not lora.unknown
+
+
+def test_a_lora_of_the_users_stands_before_one_that_ships(tmp_path: Path) -> None:
+    assert find(tmp_path, "outline") == models.LORAS["outline"]
+    mine = tmp_path / "outline.safetensors"
+    mine.touch()
+    assert find(tmp_path, "outline") == mine
 
 
 def test_no_option_at_all_is_help() -> None:

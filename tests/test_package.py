@@ -46,7 +46,7 @@ def test_the_wheel_is_the_package_with_its_data(packages: Mapping[str, set[str]]
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packages["wheel"] == expected
-    assert {f"sdrpc/models/{path.name}" for path in models.SHIPPED.values()} <= expected
+    assert {f"sdrpc/models/{path.name}" for path in (*models.SHIPPED.values(), *models.LORAS.values())} <= expected
 
 
 def test_the_sdist_builds_the_same_wheel_and_has_nothing_else(packages: Mapping[str, set[str]]) -> None:

@@ -23,6 +23,7 @@ from tests.support.process import ServerProcess
 from training.captions import AFTER, BEFORE, BETWEEN
 from training.detect import Sight, detect
 from training.judge import Expectation, Stated, judge
+from training.outlines import outlines
 
 SD_CLI = (sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()")
 SAMPLING = ("--sampling-method", "dpm++2m", "--steps", "12", "--cfg-scale", "4", "-s", "1")
@@ -87,6 +88,25 @@ def test_a_picture_shows_what_its_prompt_says(prompt: str, placement: str, serve
     path = tmp_path / "picture.png"
     draw(servers, path, "-m", "demo", "--backend", placement, "-p", prompt, *SAMPLING)
     assert judge(seen(path), PROMPTS[prompt]).right, seen(path)
+
+
+OUTLINED = {
+    "a large red star on a white background": Expectation("white", (Stated("star", "red", "large"),)),
+    "a large blue square on a yellow background": Expectation("yellow", (Stated("square", "blue", "large"),)),
+    "a large green circle on a black background": Expectation("black", (Stated("circle", "green", "large"),)),
+}
+
+
+@pytest.mark.parametrize("prompt", OUTLINED)
+def test_the_lora_that_ships_draws_outlines(prompt: str, servers: Servers, tmp_path: Path) -> None:
+    """The same prompt gives the same shape, hollow with the LoRA and filled without."""
+    for words, hollow in ((f"{prompt} <lora:outline:1>", True), (prompt, False)):
+        path = tmp_path / "picture.png"
+        draw(servers, path, "-m", "demo", "--backend", PLACEMENTS[0], "-p", words, *SAMPLING)
+        with Image.open(path) as image:
+            found = outlines(np.asarray(image))
+        assert found.hollow == hollow
+        assert judge(found.sight if hollow else seen(path), OUTLINED[prompt]).right, found
 
 
 @pytest.fixture(scope="session")

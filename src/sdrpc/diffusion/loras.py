@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InvalidValue
 from ..families.lora import Lora, open_lora
 from ..families.model import Model
+from ..models import LORAS
 from .request import Applied
 
 SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -18,7 +19,8 @@ KEPT = 8
 
 
 def find(folder: Path, name: str | Path) -> Path:
-    """The file of a LoRA: in ``folder`` or below it, with or without its suffix; a :class:`Path` is the file itself.
+    """The file of a LoRA: in ``folder`` or below it, with or without its suffix, else one that ships with sdrpc; a
+    :class:`Path` is the file itself.
 
     Raises :class:`InvalidValue`, which says what there is.
     """
@@ -30,6 +32,8 @@ def find(folder: Path, name: str | Path) -> Path:
     for path in (folder / relative, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
         if path.is_file():
             return path
+    if name in LORAS:
+        return LORAS[name]
     known = sorted(path.stem for path in folder.glob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     there = f"there are {', '.join(known)}" if known else "there is none at all"
     raise InvalidValue("loras", name, f"no such LoRA in {folder} (lora_dir); {there}", "lora_dir")

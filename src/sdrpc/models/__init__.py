@@ -1,4 +1,4 @@
-"""Models that ship with sdrpc: checkpoints beside this file, each under a name that stands for it."""
+"""Models and LoRAs that ship with sdrpc: checkpoints beside this file, each under a name that stands for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 SHIPPED = {"demo": Path(__file__).with_name("demo.safetensors")}
 """Name → file. ``demo`` draws coloured shapes, 128×128, and says so in its model card."""
+
+LORAS = {"outline": Path(__file__).with_name("outline.safetensors")}
+"""The same of LoRAs. With ``outline``, ``demo`` draws its shapes as outlines."""
 
 DEFAULT = "demo"
 """What is used where no model is named."""
