@@ -51,7 +51,7 @@ OPTIONS = (
            help="What it sees pictures with (mmproj of Qwen2.5-VL), where its own file lacks that."),
     Option(MODEL, "--clip_vision", type=FILE, metavar="PATH",
            help="What Wan 2.1 sees the picture with that a film begins with (OpenCLIP-H)."),
-    Option(MODEL, "--connectors", type=FILE, metavar="PATH",
+    Option(MODEL, "--embeddings-connectors", "connectors", type=FILE, metavar="PATH",
            help="What is between LTX-2's language model and its diffusion model, where the latter's file lacks that."),
     Option(MODEL, "--qwen-image-zero-cond-t", is_flag=True,
            help="The diffusion model is Qwen-Image-Edit 2511, whose file does not say so (some GGUF files)."),
@@ -263,7 +263,7 @@ OPTIONS = (
 _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
         "--tokenizer",
-        "--uncond-diffusion-model", "--embeddings-connectors", "--audio-vae",
+        "--uncond-diffusion-model", "--audio-vae",
         "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
         "--chroma-t5-mask-pad",
         "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
