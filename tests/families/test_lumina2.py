@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
@@ -13,17 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, Tokenizer, open_checkpoint
 from sdrpc.errors import CheckpointError, InvalidValue
-from sdrpc.families.base import F32, Config, Found, Prompt, find
+from sdrpc.families.base import Found, Prompt, find
 from sdrpc.families.components.gemma2 import GEMMA2
 from sdrpc.families.lumina2 import SYSTEM, TRANSFORMER, conditions
 from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.families.registry import FAMILIES
 from sdrpc.ggml.types import F16
 from sdrpc.ggml.weight import Weight
-from sdrpc.prompts import sentencepiece_tokenizer
+from tests.families.stands_for_gemma import Encoder
 from tools.checkpoints import FAMILIES as CHECKPOINTS
 from tools.checkpoints import Made, make
-from tools.checkpoints.tokenizers import gemma_entries, gemma_pieces
+from tools.checkpoints.tokenizers import gemma_entries
 
 
 @pytest.fixture(scope="module")
@@ -65,40 +64,21 @@ def _weights(found: Found) -> list[Weight]:
     return list(found.checkpoint.tensors.values())
 
 
-class Encoder:
-    """Stands for Gemma: hidden states that are the tokens' numbers."""
-
-    pictures: tuple[F32, ...] = ()
-
-    def __call__(self, component: str, inputs: Any, **options: Any) -> tuple[F32, ...]:
-        assert options == {"states": [25]}
-        return (np.repeat(inputs["ids"][..., None], 4, axis=2).astype(np.float32),)
-
-    def config(self, component: str) -> Config:
-        return {"vocab_size": 380, "num_hidden_layers": 26}
-
-    def tokenizer(self, component: str) -> Any:
-        return sentencepiece_tokenizer(Path("gemma"), gemma_pieces())
-
-    def has(self, component: str) -> bool:
-        raise AssertionError
-
-
 def test_prompts_stand_behind_a_system_prompt_and_negative_ones_alone() -> None:
-    encode = Encoder().tokenizer("llm").encode
+    encode = Encoder(25).tokenizer("llm").encode
     for negative, before in ((False, f"<bos>{SYSTEM} <Prompt Start> "), (True, "<bos>")):
-        told = conditions(Encoder(), Prompt("a cat", 64, 64, -1, 3.5, negative))
+        told = conditions(Encoder(25), Prompt("a cat", 64, 64, -1, 3.5, negative))
         length = int(told["seen"].sum())
         assert told["context"].shape[1] == told["seen"].shape[1] == length + -length % 64
         assert told["context"][0, :length, 0].tolist() == encode(f"{before}a cat", add_special_tokens=False).ids
         assert not told["context"][0, length:].any()
     with pytest.raises(InvalidValue, match="tokens with its template; Lumina 2 reads 256"):
-        conditions(Encoder(), Prompt("q" * 256, 64, 64, -1, 3.5))
+        conditions(Encoder(25), Prompt("q" * 256, 64, 64, -1, 3.5))
 
 
 def test_a_vocabulary_is_none_of_a_models_numbers(made: Made) -> None:
     model = opened(made.files)
-    assert model["llm"].tokenizer.encode("a cat").ids == Encoder().tokenizer("llm").encode("a cat").ids
+    assert model["llm"].tokenizer.encode("a cat").ids == Encoder(25).tokenizer("llm").encode("a cat").ids
     assert "spiece_model" not in open_checkpoint(made.files["llm"]).skipped
 
 

@@ -20,18 +20,17 @@ from sdrpc.diffusion.session import Session
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError, InvalidValue
-from sdrpc.families.base import F32, Component, Config, Found, Prompt, find
+from sdrpc.families.base import Component, Found, Prompt, find
 from sdrpc.families.components.autoencoder_dc import VAE
 from sdrpc.families.model import ModelFiles, open_model
 from sdrpc.families.registry import FAMILIES
 from sdrpc.families.sana import INSTRUCTION, SANA, TRANSFORMER, conditions
 from sdrpc.ggml.types import F16
 from sdrpc.ggml.weight import Weight
-from sdrpc.prompts import sentencepiece_tokenizer
 from sdrpc.runtime.cache import Cache
+from tests.families.stands_for_gemma import Encoder
 from tools.checkpoints import FAMILIES as CHECKPOINTS
 from tools.checkpoints import Made, make
-from tools.checkpoints.tokenizers import gemma_pieces
 
 DC: Any = diffusers.AutoencoderDC
 
@@ -142,38 +141,19 @@ def test_pictures_become_latents(made: Made, tmp_path: Path) -> None:
     np.testing.assert_allclose(latents, wanted, atol=1e-4 * np.abs(wanted).max())  # sums in float32, in another order
 
 
-class Encoder:
-    """Stands for Gemma: hidden states that are the tokens' numbers."""
-
-    pictures: tuple[F32, ...] = ()
-
-    def __call__(self, component: str, inputs: Any, **options: Any) -> tuple[F32, ...]:
-        assert options == {"states": [26]}
-        return (np.repeat(inputs["ids"][..., None], 4, axis=2).astype(np.float32),)
-
-    def config(self, component: str) -> Config:
-        return {"vocab_size": 380, "num_hidden_layers": 26}
-
-    def tokenizer(self, component: str) -> Any:
-        return sentencepiece_tokenizer(Path("gemma"), gemma_pieces())
-
-    def has(self, component: str) -> bool:
-        raise AssertionError
-
-
 def test_prompts_stand_behind_an_instruction_and_negative_ones_alone() -> None:
     """Of the instruction its first and its last token are read."""
-    encode = Encoder().tokenizer("llm").encode
+    encode = Encoder(26).tokenizer("llm").encode
     instruction = encode(f"<bos>{INSTRUCTION}", add_special_tokens=False).ids
     for negative, before in ((False, [instruction[0], instruction[-1]]), (True, instruction[:1])):
-        told = conditions(Encoder(), Prompt(" A Cat", 64, 64, -1, 3.5, negative))
+        told = conditions(Encoder(26), Prompt(" A Cat", 64, 64, -1, 3.5, negative))
         length = int(told["seen"].sum())
         assert told["context"].shape[1] == told["seen"].shape[1] == length + -length % 64
         words = encode(f"<bos>{'' if negative else INSTRUCTION}a cat", add_special_tokens=False).ids
         assert told["context"][0, :length, 0].tolist() == before + words[len(instruction) if not negative else 1 :]
         assert not told["context"][0, length:].any()
     with pytest.raises(InvalidValue, match="tokens with those around it; Sana reads 300"):
-        conditions(Encoder(), Prompt("q" * 300, 64, 64, -1, 3.5))
+        conditions(Encoder(26), Prompt("q" * 300, 64, 64, -1, 3.5))
 
 
 def test_parts_that_do_not_belong_are_refused(made: Made, tmp_path: Path) -> None:
