@@ -170,12 +170,13 @@ class Case:
 
 def run(setup: Setup) -> Iterator[Row]:
     for family in setup.families.names:
-        case = _case(setup, family)
+        case = case_of(setup, family)
         for part in setup.families.parts:
             yield from PARTS[part](case)
 
 
-def _case(setup: Setup, family: str) -> Case:
+def case_of(setup: Setup, family: str) -> Case:
+    """The family, with its files made and read."""
     options = setup.families
     kind = KINDS[family]
     weights = options.type or kind.plain

@@ -36,7 +36,7 @@ def run(setup: Setup) -> Iterator[Row]:
     if setup.on_cpu:
         setup = replace(setup, checkpoint_size="tiny", size=64)
     most = DEVICES[-1] if setup.on_cpu else torch.cuda.device_count()
-    with _devices(setup, most) as devices:
+    with devices(setup, most) as devices:
         yield from _pictures(setup, devices)
         if most > 1:
             one = _step(setup, devices[0])
@@ -77,13 +77,14 @@ def _step(setup: Setup, place: Placed) -> float:
 
 
 @contextmanager
-def _devices(setup: Setup, count: int) -> Iterator[list[Device]]:
+def devices(setup: Setup, count: int) -> Iterator[list[Device]]:
     """One device each of so many servers."""
     with ExitStack() as stack:
         found: list[Device] = []
         for number in range(count):
             name = "CPU" if setup.on_cpu else f"CUDA{number}"
-            options = ("--device", name, "--precision", setup.variant.precision)
+            # what a compiler has ready in the middle of a measurement would be in some of the numbers and not in others
+            options = ("--device", name, "--precision", setup.variant.precision, "--compile", "off")
             port = stack.enter_context(ServerProcess(*options)).port
             if setup.on_cpu:
                 port = stack.enter_context(SlowLink(port, ROUND_TRIP)).port

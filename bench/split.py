@@ -1,0 +1,62 @@
+"""A model on two devices of which neither has room for the whole of it: one alone refuses, both together draw what one
+with room draws, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sdrpc.diffusion.session import Session
+from sdrpc.errors import DoesNotFit
+from sdrpc.runtime.chain import Chain
+
+from .families import Case, case_of
+from .memory import GB
+from .rows import Mark, Row
+from .sampling import Sampled, difference, draw
+from .scaling import devices
+from .setup import Setup
+
+SHARE = 0.6
+"""Of the diffusion model's weights, that a device may have."""
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    for family in setup.families.names:
+        case = case_of(setup, family)
+        with devices(setup, 2) as (first, second):
+            yield from _split(case, Chain((first,)), Chain((first, second)))
+
+
+def _split(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
+    with _session(case, one, {}) as session:
+        whole = session.model["diffusion"].found.nbytes()
+    limit = {"": int(SHARE * whole)}
+    try:
+        _sampled(case, one, limit)
+    except DoesNotFit:
+        pass
+    else:
+        raise AssertionError(f"{case.title}: one device took what it has no room for")
+    halves, alone = _sampled(case, two, limit), _sampled(case, one, {})
+    note = f"{whole / GB:.2f} GB of weights, a device may have {limit[''] / GB:.2f} (max_vram); one alone refuses"
+    yield Row(
+        f"same latents, {case.title}", 100 * difference(halves.latents, alone.latents), "%", None, "", Mark(0.0, "ours"),
+        f"distance (relative, L2) from one device's; {note}",
+    )  # fmt: skip
+    yield Row(
+        f"step, layers on two devices, {case.title}", halves.seconds * 1e3, "ms", alone.seconds * 1e3,
+        "one device with room for all", None, note,
+    )  # fmt: skip
+
+
+def _session(case: Case, place: Chain, limit: Mapping[str, int]) -> Session:
+    """The diffusion model there, everything else on the first device."""
+    return Session.open(case.files, {"diffusion": place, "all": place.devices[0]}, case.cache, max_vram=limit)
+
+
+def _sampled(case: Case, place: Chain, limit: Mapping[str, int]) -> Sampled:
+    """The second of two pictures: the first uploads."""
+    with _session(case, place, limit) as session:
+        settings = session.settings(case.request, case.film)
+        draw(session, settings)
+        return draw(session, settings)
