@@ -36,7 +36,7 @@ def run(setup: Setup) -> Iterator[Row]:
     if setup.on_cpu:
         setup = replace(setup, checkpoint_size="tiny", size=64)
     most = DEVICES[-1] if setup.on_cpu else torch.cuda.device_count()
-    with devices(setup, most) as devices:
+    with opened(setup, most) as devices:
         yield from _pictures(setup, devices)
         if most > 1:
             one = _step(setup, devices[0])
@@ -77,7 +77,7 @@ def _step(setup: Setup, place: Placed) -> float:
 
 
 @contextmanager
-def devices(setup: Setup, count: int) -> Iterator[list[Device]]:
+def opened(setup: Setup, count: int) -> Iterator[list[Device]]:
     """One device each of so many servers."""
     with ExitStack() as stack:
         found: list[Device] = []

@@ -13,7 +13,7 @@ from .families import Case, case_of
 from .memory import GB
 from .rows import Mark, Row
 from .sampling import Sampled, difference, draw
-from .scaling import devices
+from .scaling import opened
 from .setup import Setup
 
 SHARE = 0.6
@@ -23,7 +23,7 @@ SHARE = 0.6
 def run(setup: Setup) -> Iterator[Row]:
     for family in setup.families.names:
         case = case_of(setup, family)
-        with devices(setup, 2) as (first, second):
+        with opened(setup, 2) as (first, second):
             yield from _split(case, Chain((first,)), Chain((first, second)))
 
 
@@ -40,7 +40,8 @@ def _split(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
     halves, alone = _sampled(case, two, limit), _sampled(case, one, {})
     note = f"{whole / GB:.2f} GB of weights, a device may have {limit[''] / GB:.2f} (max_vram); one alone refuses"
     yield Row(
-        f"same latents, {case.title}", 100 * difference(halves.latents, alone.latents), "%", None, "", Mark(0.0, "ours"),
+        f"same latents, {case.title}", 100 * difference(halves.latents, alone.latents), "%", None, "",
+        Mark(0.0, "ours"),
         f"distance (relative, L2) from one device's; {note}",
     )  # fmt: skip
     yield Row(
