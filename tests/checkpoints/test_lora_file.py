@@ -167,11 +167,31 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path: Path, parts: Tensors) -> N
         opened(tmp_path, {f"x.{name}": part for name, part in parts.items()})
 
 
-@pytest.mark.parametrize("magnitude", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
-def test_a_dora_is_refused(tmp_path: Path, magnitude: str) -> None:
-    """Without its magnitudes it would be another one."""
-    with pytest.raises(CheckpointError, match="is a DoRA"):
-        opened(tmp_path, {**LOW_RANK["kohya"], f"x.{magnitude}": random(ROWS)})
+MAGNITUDES: dict[str, tuple[str, tuple[int, ...], bool]] = {
+    "PEFT": ("lora_magnitude_vector", (ROWS,), False),
+    "PEFT, as a module's weight": ("lora_magnitude_vector.weight", (ROWS,), False),
+    "PEFT, with the adapter's name": ("lora_magnitude_vector.default.weight", (ROWS,), False),
+    "PEFT, of a convolution": ("lora_magnitude_vector.weight", (1, ROWS, 1, 1), False),
+    "LyCORIS": ("dora_scale", (ROWS, 1), False),
+    "LyCORIS, of columns": ("dora_scale", (1, COLUMNS), True),
+    "LyCORIS, of a convolution's columns": ("dora_scale", (1, COLUMNS, 1, 1), True),
+}
+
+
+@pytest.mark.parametrize("form", MAGNITUDES)
+def test_magnitudes_say_whose_lengths_they_are(tmp_path: Path, form: str) -> None:
+    name, shape, of_columns = MAGNITUDES[form]
+    given = random(*shape)
+    file = opened(tmp_path, {**LOW_RANK["kohya"], f"x.{name}": given})
+    assert not file.unknown
+    assert file.magnitudes["x"].of_columns == of_columns
+    np.testing.assert_array_equal(numbers(file.magnitudes["x"].lengths), given.flatten().numpy())
+
+
+def test_magnitudes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for shape in ((ROWS + 1,), (1, ROWS), (COLUMNS, 1)):
+        with pytest.raises(CheckpointError, match=r"x\.dora_scale.*does not go with 24 rows and 32 columns"):
+            opened(tmp_path, {**LOW_RANK["kohya"], "x.dora_scale": random(*shape)})
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from sdrpc.checkpoints.deltas import LowRank
+from sdrpc.checkpoints.deltas import Delta, LowRank, Product, merged, numbers
+from sdrpc.checkpoints.expressions import cast
 from sdrpc.errors import CheckpointError
 from sdrpc.families.components import unet
 from sdrpc.families.lora import Lora, open_lora
 from sdrpc.families.model import Model, ModelFiles, open_model
+from sdrpc.ggml.types import F32
 from tools.checkpoints import make, names
 from tools.checkpoints.families import SD1, SD2, SDXL
 
@@ -50,6 +52,13 @@ def written(folder: Path, layers: Mapping[str, Shape], form: str = "lora_down.we
 def shapes(model: Model, component: str, parameters: Iterable[str]) -> dict[str, Shape]:
     found = model[component].found.tensors
     return {name: (found[name].shape[0], int(np.prod(found[name].shape[1:]))) for name in parameters}
+
+
+def only(changes: Sequence[Delta]) -> Product:
+    """The product that is all that a LoRA adds to a weight."""
+    (change,) = changes
+    assert isinstance(change, Product)
+    return change
 
 
 def changed(lora: Lora) -> dict[str, list[str]]:
@@ -152,7 +161,7 @@ def test_a_fused_matrix_is_cut_as_the_model_s_is(
         rows, columns = list(layers.values())[number]
         generator = torch.Generator().manual_seed(number)
         down, up = torch.randn(RANK, columns, generator=generator), torch.randn(rows, RANK, generator=generator)
-        cut = [changes[f"{part}.weight"] for part in parts]
+        cut = [only(changes[f"{part}.weight"]) for part in parts]
         assert len({id(change.down) for change in cut if isinstance(change, LowRank)}) == 1
         got = np.concatenate([change.rows(0, change.weights[-1].shape[0]) for change in cut])
         np.testing.assert_allclose(got, (up @ down).numpy(), rtol=1e-5, atol=1e-5)
@@ -168,11 +177,36 @@ def test_shift_and_scale_are_exchanged_where_the_model_s_are(
     parameter = f"transformer_blocks.{block}.norm1_context.linear.weight"
     (shape,) = shapes(model, "diffusion", [parameter]).values()
     name = f"lora_unet_joint_blocks_{block}_context_block_adaLN_modulation_1"
-    change = open_lora(written(tmp_path, {name: shape}), model).components["diffusion"][parameter]
+    change = only(open_lora(written(tmp_path, {name: shape}), model).components["diffusion"][parameter])
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(RANK, shape[1], generator=generator), torch.randn(shape[0], RANK, generator=generator)
     wanted = torch.cat((up[shape[0] // 2 :], up[: shape[0] // 2])) @ down if last else up @ down
     np.testing.assert_allclose(change.rows(0, shape[0]), wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("of_columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_dora_of_a_fused_matrix_is_that_of_the_whole(
+    models: dict[str, Model], kind: str, of_columns: bool, tmp_path: Path
+) -> None:
+    """The columns of queries, keys and values together have one length."""
+    model = models[kind]
+    for original, parts in FUSED[kind].items():
+        weights = [model["diffusion"].found.tensors[f"{part}.weight"] for part in parts]
+        whole = torch.cat([torch.from_numpy(numbers(w).copy()) for w in weights])
+        path = written(tmp_path, {f"lora_unet_{original.replace('.', '_')}": (whole.shape[0], whole.shape[1])})
+        tensors = load_file(path)
+        (down,), (up,) = ([t for name, t in tensors.items() if end in name] for end in ("_down", "_up"))
+        magnitude = torch.rand(1 if of_columns else len(whole), whole.shape[1] if of_columns else 1) + 0.5
+        save_file({**tensors, f"lora_unet_{original.replace('.', '_')}.dora_scale": magnitude}, path)
+        changes = open_lora(path, model).components["diffusion"]
+        added = whole + up @ down
+        wanted = 0.3 * whole + 0.7 * magnitude * added / added.norm(dim=0 if of_columns else 1, keepdim=True)
+        got = [
+            numbers(merged(cast(w, F32), [(change, 0.7) for change in changes[f"{part}.weight"]]))
+            for part, w in zip(parts, weights, strict=True)
+        ]
+        np.testing.assert_allclose(np.concatenate(got), wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

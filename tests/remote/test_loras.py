@@ -7,9 +7,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -39,7 +38,10 @@ Name = Callable[[str, str], str]
 
 def kohya(folder: str, layer: str) -> str:
     """Underscores for dots."""
-    beginning, inner = {"unet": ("lora_unet", ""), "text_encoder": ("lora_te", "text_model.")}[folder]
+    beginning, inner = {
+        "unet": ("lora_unet", ""), "text_encoder": ("lora_te", "text_model."),
+        "text_encoder_2": ("lora_te2", "text_model."),
+    }[folder]  # fmt: skip
     return f"{beginning}_{(inner + layer.removeprefix(inner)).replace('.', '_')}"
 
 
@@ -47,38 +49,52 @@ def diffusers(folder: str, layer: str) -> str:
     return f"{folder}.{layer}"
 
 
-def written(pipeline: Any, path: Path, name: Name, layers: Mapping[str, Sequence[str]], seed: int, peft: bool) -> Path:
-    """A LoRA of all layers whose names end so, by the folders of their components."""
-    tensors: Tensors = {}
-    generator = torch.Generator().manual_seed(seed)
-    for folder, ends in layers.items():
-        for layer, module in getattr(pipeline, folder).named_modules():
-            if not layer.endswith(tuple(ends)) or not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
-            called = name(folder, layer)
-            rows, columns, *taps = module.weight.shape
-            down = torch.randn(RANK, columns, *taps, generator=generator) * (columns * max(1, len(taps) * 4)) ** -0.5
-            up = torch.randn(rows, RANK, *(1 for _ in taps), generator=generator)
-            tensors[f"{called}.{'lora_A' if peft else 'lora_down'}.weight"] = down
-            tensors[f"{called}.{'lora_B' if peft else 'lora_up'}.weight"] = up
-            if not peft:
-                tensors[f"{called}.alpha"] = torch.tensor(2.0)
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path)
-    return path
-
-
 @dataclass(frozen=True)
 class Trained:
-    """A case with LoRAs for it: what of the model they change, and how it is named there."""
+    """A case with LoRAs for it: what of the model they change, and how it is named there. ``lengths``: whose they set,
+    if they are DoRAs."""
 
     case: Case
     name: Name
     layers: Mapping[str, Sequence[str]]
     peft: bool = False
+    lengths: Literal["", "rows", "columns"] = ""
 
     def __str__(self) -> str:
-        return str(self.case)
+        return f"{self.case} {self.lengths}".strip()
+
+    def changed(self, pipeline: Any, folder: str) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+        """The layers of a component that they change, with their names in files."""
+        for layer, module in getattr(pipeline, folder).named_modules():
+            if layer.endswith(tuple(self.layers[folder])) and isinstance(module, nn.Linear | nn.Conv2d):
+                yield self.name(folder, layer), module
+
+
+def written(pipeline: Any, path: Path, trained: Trained, seed: int = 0) -> Path:
+    """A LoRA of all of its layers."""
+    tensors: Tensors = {}
+    generator = torch.Generator().manual_seed(seed)
+    for folder in trained.layers:
+        for called, module in trained.changed(pipeline, folder):
+            rows, columns, *taps = module.weight.shape
+            down = torch.randn(RANK, columns, *taps, generator=generator) * (columns * max(1, len(taps) * 4)) ** -0.5
+            up = torch.randn(rows, RANK, *(1 for _ in taps), generator=generator)
+            tensors[f"{called}.{'lora_A' if trained.peft else 'lora_down'}.weight"] = down
+            tensors[f"{called}.{'lora_B' if trained.peft else 'lora_up'}.weight"] = up
+            if not trained.peft:
+                tensors[f"{called}.alpha"] = torch.tensor(2.0)
+            if trained.lengths:
+                size = columns if trained.lengths == "columns" else rows
+                lengths = (
+                    torch.rand(size, generator=generator) + module.weight.std() * (module.weight.numel() / size) ** 0.5
+                )
+                shape = (size,) if trained.peft and not taps else (1, size, *(1 for _ in taps))
+                tensors[f"{called}.{'lora_magnitude_vector' if trained.peft else 'dora_scale'}"] = lengths.reshape(
+                    shape
+                )
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)
+    return path
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -91,6 +107,19 @@ CASES = (
         "transformer": (*ATTENTION, "add_q_proj", "proj_mlp", "norm.linear"),
     }, peft=True),
     Trained(Case("sd3-without-t5", "diffusers"), diffusers, {"transformer": ATTENTION}, peft=True),
+)  # fmt: skip
+
+
+DORAS = (
+    Trained(Case("sd1", "safetensors"), diffusers, {
+        "unet": (*ATTENTION, "conv1"), "text_encoder": ("q_proj", "fc1"),
+    }, peft=True, lengths="rows"),
+    Trained(Case("flux1-dev", "gguf", "Q8_0"), diffusers, {
+        "transformer": (*ATTENTION, "add_q_proj", "proj_mlp", "norm.linear"),
+    }, peft=True, lengths="rows"),
+    Trained(Case("sdxl", "gguf", "Q4_K"), kohya, {
+        "unet": (*ATTENTION, "conv1"), "text_encoder_2": ("fc2",),
+    }, lengths="columns"),
 )  # fmt: skip
 
 
@@ -110,24 +139,33 @@ def theirs(pipeline: Any, trained: Trained, loras: Sequence[tuple[Path, float]])
         warnings.simplefilter("ignore")  # diffusers and peft about each other
         for number, (path, strength) in enumerate(loras):
             tensors = load_file(path)
-            for folder, ends in trained.layers.items():
-                if folder.startswith("text_encoder"):
-                    _merge(getattr(pipeline, folder), ends, partial(trained.name, folder), tensors, strength)
-            pipeline.load_lora_weights(tensors, adapter_name=f"lora{number}")
-        pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [strength for _, strength in loras])
+            for folder in trained.layers:
+                if folder.startswith("text_encoder") or trained.lengths == "columns":  # which PEFT does not know
+                    for called, module in trained.changed(pipeline, folder):
+                        _merge(module, called, tensors, strength)
+            if tensors:
+                pipeline.load_lora_weights(tensors, adapter_name=f"lora{number}")
+        if tensors:
+            pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [strength for _, strength in loras])
         return draw(pipeline, drawing(trained.case)).pixels
 
 
-def _merge(
-    module: nn.Module, ends: Sequence[str], name: Callable[[str], str], tensors: Tensors, strength: float
-) -> None:
-    """Add a LoRA to the module's weights, and take it out of ``tensors``."""
-    for layer, part in module.named_modules():
-        if layer.endswith(tuple(ends)) and isinstance(part, nn.Linear):
-            found = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name(layer)}.")}
-            down, up = (next(found[key] for key in found if re.search(kind, key)) for kind in ("_down|_A", "_up|_B"))
-            alpha = found.get(f"{name(layer)}.alpha", torch.tensor(float(RANK)))
-            part.weight.data += strength * alpha / RANK * (up @ down)
+def _merge(module: nn.Linear | nn.Conv2d, called: str, tensors: Tensors, strength: float) -> None:
+    """Add what a LoRA has for a layer to its weight, and take it out of ``tensors``."""
+    found = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{called}.")}
+    down, up = (
+        next(found[key] for key in found if re.search(kind, key)) for kind in ("lora_down|lora_A", "lora_up|lora_B")
+    )
+    alpha = found.get(f"{called}.alpha", torch.tensor(float(RANK)))
+    weight = module.weight.data
+    whole = weight + alpha / RANK * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    for key in found:
+        if key.endswith("dora_scale"):
+            across = [dim for dim in range(whole.ndim) if dim != 1]
+            whole *= found[key] / torch.linalg.vector_norm(whole, dim=across, keepdim=True)
+        elif key.endswith("magnitude_vector"):
+            whole *= (found[key].flatten() / whole.flatten(1).norm(dim=1)).reshape(-1, *(1 for _ in whole.shape[1:]))
+    weight += strength * (whole - weight)
 
 
 @pytest.mark.parametrize("trained", CASES, ids=str)
@@ -137,8 +175,9 @@ def test_a_picture_with_loras_is_that_of_diffusers(
     """Two at once; the weights, quantized ones too, are those of the picture without, which comes back after it."""
     case, (_, device) = trained.case, wire
     pipeline = checkpoints.made(case).pipeline()
-    named = {n: written(pipeline, tmp_path / f"{n}.safetensors", trained.name, trained.layers, seed, trained.peft)
-             for seed, n in enumerate(("one", "other"))}  # fmt: skip
+    named = {
+        n: written(pipeline, tmp_path / f"{n}.safetensors", trained, seed) for seed, n in enumerate(("one", "other"))
+    }
     loras = [("one", STRENGTH), ("other.safetensors", -0.5)]
     wanted = theirs(pipeline, trained, [(named[name.partition(".")[0]], strength) for name, strength in loras])
     plain = checkpoints.wanted(case)
@@ -155,15 +194,36 @@ def test_a_picture_with_loras_is_that_of_diffusers(
     assert uploaded <= sum(path.stat().st_size for path in named.values()), "the LoRAs alone"
 
 
+@pytest.mark.parametrize("trained", DORAS, ids=str)
+def test_a_picture_with_a_dora_is_that_of_diffusers(
+    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
+) -> None:
+    """At strength 1, at which PEFT and we agree, and, of columns, at another one by LyCORIS's formula."""
+    case, (_, device), strength = trained.case, wire, 1.0 if trained.peft else STRENGTH
+    pipeline = checkpoints.made(case).pipeline()
+    path = written(pipeline, tmp_path / "one.safetensors", trained)
+    wanted = theirs(pipeline, trained, [(path, strength)])
+    events: list[Event] = []
+    with Session.open(checkpoints.files(case), device, cache, lora_dir=tmp_path) as session:
+        list(session.generate(request(case)))
+        (picture,) = session.generate(replace(request(case), loras=[("one", strength)]), events.append)
+        assert not [path for path in session.unused() if str(tmp_path) in path]
+    assert psnr(picture.image, wanted) >= BOUNDS["exact"]
+    assert psnr(wanted, checkpoints.wanted(case)) < 30, "a DoRA changes the picture"
+    uploaded = sum(event.total for event in events if event.stage == "upload" and event.over)
+    assert uploaded <= path.stat().st_size, "the DoRA alone"
+
+
+@pytest.mark.parametrize("trained", [CASES[0], DORAS[0]], ids=["LoRA", "DoRA"])
 def test_what_changes_is_what_is_sent(
-    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
+    trained: Trained, checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
 ) -> None:
     """Another strength: some bytes; another LoRA: its bytes; none: nothing. Never the model, nor other graphs than for
     another text."""
-    trained, (proxy, device) = CASES[0], wire
+    proxy, device = wire
     pipeline = checkpoints.made(trained.case).pipeline()
     for seed, name in enumerate(("one", "other")):
-        written(pipeline, tmp_path / f"{name}.safetensors", trained.name, trained.layers, seed, trained.peft)
+        written(pipeline, tmp_path / f"{name}.safetensors", trained, seed)
     size = (tmp_path / "one.safetensors").stat().st_size
     asked = request(trained.case)
 
@@ -197,7 +257,7 @@ def test_merged_into_the_weights(
     are unpacked to F16 before."""
     _, device = wire
     pipeline = checkpoints.made(trained.case).pipeline()
-    path = written(pipeline, tmp_path / "one.safetensors", trained.name, trained.layers, 0, trained.peft)
+    path = written(pipeline, tmp_path / "one.safetensors", trained)
     wanted = theirs(pipeline, trained, [(path, STRENGTH)])
     asked = request(trained.case)
     options: Any = {"lora_dir": tmp_path, "lora_apply_mode": "immediately"}

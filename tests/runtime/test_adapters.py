@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdrpc.checkpoints.deltas import Delta, Difference, LowRank
+from sdrpc.checkpoints.deltas import ColumnScaling, Delta, Difference, LowRank, RowScaling
 from sdrpc.device import Target
 from sdrpc.errors import UnsupportedOperation
 from sdrpc.ggml.types import F16, F32
@@ -80,6 +80,14 @@ def difference(module: nn.Module, name: str) -> tuple[Difference, Tensor]:
     return Difference(weight(name, whole)), whole
 
 
+def scaling(module: nn.Module, name: str, kind: type[RowScaling | ColumnScaling]) -> tuple[Delta, Tensor]:
+    whole = module.get_parameter(name).detach()
+    dim = 0 if kind is RowScaling else 1
+    by = random(whole.shape[dim])
+    along = tuple(-1 if i == dim else 1 for i in range(whole.ndim))
+    return kind(weight(f"{name} along {dim}", by)), whole * by.reshape(along)
+
+
 def merged(module: Net, changes: Mapping[str, Tensor]) -> list[np.ndarray]:
     """What the module gives with its weights changed."""
     changed = {name: parameter + changes.get(name, 0) for name, parameter in module.named_parameters()}
@@ -105,7 +113,9 @@ def test_changes_of_every_weight_that_is_multiplied_or_added(target: Target, kin
     for name in MATRICES:
         first[name] = difference(module, name) if kind == "difference" else low_rank(module, name, 3, "half" in kind)
     second = {"query.weight": low_rank(module, "query.weight", 2)}
-    added = adapters([({n: c for n, (c, _) in first.items()}, 0.8), ({n: c for n, (c, _) in second.items()}, -1.5)])
+    added = adapters(
+        [({n: [c] for n, (c, _) in changes.items()}, strength) for changes, strength in ((first, 0.8), (second, -1.5))]
+    )
     wanted = {name: 0.8 * whole for name, (_, whole) in first.items()}
     wanted["query.weight"] = wanted["query.weight"] - 1.5 * second["query.weight"][1]
     graph = adapted(lowered(module, target), added)
@@ -117,15 +127,34 @@ def test_changes_of_every_weight_that_is_multiplied_or_added(target: Target, kin
             assert error(got, whole) <= TOLERANCE["exact"]
 
 
+@pytest.mark.parametrize("target", [SDRPC, PORTABLE], ids=lambda target: target.name)
+@pytest.mark.parametrize("kinds", [(RowScaling,), (ColumnScaling,), (RowScaling, ColumnScaling)], ids=str)
+def test_scalings_of_every_weight_that_is_multiplied(
+    target: Target, kinds: tuple[type[RowScaling | ColumnScaling], ...]
+) -> None:
+    """Twice each, beside what is added; those of a weight's rows and columns do not scale each other."""
+    module, changes, wanted = Net(), dict[str, list[Delta]](), dict[str, Tensor]()
+    for name in MATRICES:
+        found = [low_rank(module, name, 3), *(scaling(module, name, kind) for kind in kinds * 2)]
+        changes[name] = [change for change, _ in found]
+        wanted[name] = 0.6 * sum(whole for _, whole in found)
+    added = adapters([(changes, 0.6)])
+    graph, device = adapted(lowered(module, target), added), ReferenceDevice(target)
+    store = WeightStore(device, added.weights)
+    with Executable(graph, device, {w.name: w for w in weights_of(module)}, adapters=store) as program:
+        for got, whole in zip(run(program, added), merged(module, wanted), strict=True):
+            assert error(got, whole) <= TOLERANCE["exact"]
+
+
 def test_strengths_and_matrices_change_in_place() -> None:
     module, device = Net(), ReferenceDevice(SDRPC)
     one, other = (low_rank(module, "query.weight", 3) for _ in "ab")
-    added = adapters([({"query.weight": one[0]}, 1.0)])
+    added = adapters([({"query.weight": [one[0]]}, 1.0)])
     graph, matrices = adapted(lowered(module, SDRPC), added), dict(added.weights)
     store = WeightStore(device, matrices)
     with Executable(graph, device, {w.name: w for w in weights_of(module)}, adapters=store) as program:
         for (change, whole), strength in ((one, 1.0), (one, 0.25), (other, 0.25)):
-            added = adapters([({"query.weight": change}, strength)])
+            added = adapters([({"query.weight": [change]}, strength)])
             matrices |= added.weights
             store.renew(matrices.keys())
             wanted = merged(module, {"query.weight": strength * whole})
@@ -139,7 +168,7 @@ def test_parts_of_a_fused_matrix_share_their_first_product() -> None:
     down, ups = random(3, 32), [random(24, 3) for _ in "qk"]
     shared = weight("down", down)
     changes = {
-        f"{name}.weight": LowRank(shared, weight(name, up)) for name, up in zip(("query", "key"), ups, strict=True)
+        f"{name}.weight": [LowRank(shared, weight(name, up))] for name, up in zip(("query", "key"), ups, strict=True)
     }
     plain = lowered(module, SDRPC)
     graph = adapted(plain, adapters([(changes, 1.0)]))
@@ -151,14 +180,14 @@ def test_parts_of_a_fused_matrix_share_their_first_product() -> None:
 def test_equal_shapes_have_equal_graphs() -> None:
     module = Net()
     (one, _), (same, _), (wider, _) = (low_rank(module, "key.weight", rank) for rank in (3, 3, 4))
-    shapes = [adapters([({"key.weight": change}, 1.0)]).shape for change in (one, same, wider)]
+    shapes = [adapters([({"key.weight": [change]}, 1.0)]).shape for change in (one, same, wider)]
     assert shapes[0] == shapes[1] != shapes[2]
 
 
 def test_what_a_graph_does_not_read_changes_nothing() -> None:
     module = Net()
     plain, (change, _) = lowered(module, SDRPC), low_rank(module, "key.weight", 3)
-    assert adapted(plain, adapters([({"another.weight": change}, 1.0)])) is plain
+    assert adapted(plain, adapters([({"another.weight": [change]}, 1.0)])) is plain
     assert adapted(plain, adapters(())) is plain
 
 
@@ -166,4 +195,4 @@ def test_a_table_is_refused_by_name() -> None:
     module = Net()
     change, _ = low_rank(module, "table.weight", 3)
     with pytest.raises(UnsupportedOperation, match=r"table\.weight is read by GET_ROWS.*immediately"):
-        adapted(lowered(module, SDRPC), adapters([({"table.weight": change}, 1.0)]))
+        adapted(lowered(module, SDRPC), adapters([({"table.weight": [change]}, 1.0)]))

@@ -4,9 +4,11 @@
     diffusers, PEFT     X.lora_A.weight  X.lora_B.weight; before: X.lora.down.weight, X.lora_linear_layer.down.weight,
                         Y.processor.to_q_lora.down.weight
     LyCORIS             LoCon as kohya; LoHa X.hada_w1_a …; LoKr X.lokr_w1 …; whole differences X.diff, X.diff_b
+    DoRA                besides: X.dora_scale (LyCORIS, OneTrainer) or X.lora_magnitude_vector.weight (PEFT)
 
 W' = W + strength · alpha / rank · up · down. LoHa's and LoKr's products are written as up · down where that is smaller
-than the difference itself (LyCORIS, "Navigating Text-To-Image Customization", Yeh et al. 2023).
+than the difference itself (LyCORIS, "Navigating Text-To-Image Customization", Yeh et al. 2023). What a DoRA's
+magnitudes mean: :mod:`.dora`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from ..errors import CheckpointError
 from ..ggml.types import TYPES
 from ..ggml.weight import Weight
 from .checkpoint import Checkpoint
-from .deltas import Delta, Difference, LowRank, computed, numbers
+from .deltas import Difference, LowRank, Product, computed, numbers
+from .dora import Magnitude, sizes
 from .expressions import cast, reshape
 
 _ROLES = [
@@ -37,14 +40,12 @@ _ROLES = [
         (r"(.+)\.processor\.(\w+)_lora\.up\.weight", r"\1.\2", "up"),
         (r"(.+)\.(?:lora|lora_linear_layer)\.down\.weight", r"\1", "down"),
         (r"(.+)\.(?:lora|lora_linear_layer)\.up\.weight", r"\1", "up"),
-        (r"(.+)\.(alpha|diff|diff_b)", r"\1", r"\2"),
+        (r"(.+)\.(alpha|diff|diff_b|dora_scale)", r"\1", r"\2"),
+        (r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", r"\1", "magnitude"),
         (r"(.+)\.((?:hada|lokr)_(?:w[12](?:_[ab])?|t[12]))", r"\1", r"\2"),
     )
 ]
 """(pattern of a whole name, the layer's name, what the tensor is to the layer), the first that matches."""
-
-_MAGNITUDE = re.compile(r"\.(?:dora_scale|lora_magnitude_vector)\b")
-"""What only DoRAs have."""
 
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 """Types in which an adapter's matrices are multiplied; others are cast."""
@@ -55,40 +56,53 @@ Parts = Mapping[str, Weight]
 @dataclass(frozen=True)
 class LoraFile:
     """``layers``: what is added to a layer's weight, ``biases``: to its bias, by the layer's name. ``unknown``: the
-    file's tensors that say nothing that is understood."""
+    file's tensors that say nothing that is understood. ``magnitudes``: of those layers that are DoRA's."""
 
-    layers: Mapping[str, Delta]
-    biases: Mapping[str, Delta]
+    layers: Mapping[str, Product]
+    biases: Mapping[str, Product]
     unknown: tuple[str, ...]
+    magnitudes: Mapping[str, Magnitude]
 
 
 def read(checkpoint: Checkpoint) -> LoraFile:
-    """What a LoRA file adds. Raises :class:`CheckpointError` for a layer whose tensors do not fit each other, and for a
-    DoRA, which also scales the weight that it is added to."""
+    """What a LoRA file adds. Raises :class:`CheckpointError` for a layer whose tensors do not fit each other."""
     found: dict[str, dict[str, Weight]] = {}
     unknown = list(checkpoint.skipped)
     for name, weight in checkpoint.tensors.items():
-        if _MAGNITUDE.search(name):
-            raise CheckpointError(checkpoint.path, "is a DoRA, which can't be applied yet; a plain LoRA can", name)
         for pattern, layer, role in _ROLES:
             if match := pattern.fullmatch(name):
                 found.setdefault(match.expand(layer), {})[match.expand(role)] = weight
                 break
         else:
             unknown.append(name)
-    layers, biases = {}, {}
+    layers, biases, magnitudes = {}, {}, {}
     for name, parts in found.items():
         if "diff_b" in parts:
             biases[name] = Difference(_plain(parts["diff_b"]))
         kind = next((make for needed, make in _KINDS if any(needed <= parts.keys() for needed in needed)), None)
         if kind is not None:
             layers[name] = kind(parts)
+            if magnitude := _magnitude(parts, layers[name]):
+                magnitudes[name] = magnitude
         elif "diff_b" not in parts:
             unknown += [weight.name for weight in parts.values()]
-    return LoraFile(layers, biases, tuple(unknown))
+    return LoraFile(layers, biases, tuple(unknown), magnitudes)
 
 
-def _low_rank(parts: Parts) -> Delta:
+def _magnitude(parts: Parts, product: Product) -> Magnitude | None:
+    """A layer's magnitudes, if it has any: PEFT's are of rows, LyCORIS's of rows (rows, 1 …) or columns
+    (1, columns …)."""
+    given = parts.get("magnitude", parts.get("dora_scale"))
+    if given is None:
+        return None
+    rows, columns = sizes(product)
+    of_columns = "magnitude" not in parts and len(given.shape) > 1 and given.shape[0] == 1 != rows
+    count = columns if of_columns else rows
+    _need(prod(given.shape) == count, given, f"{rows} rows and {columns} columns")
+    return Magnitude(reshape(_plain(given), (count,)), of_columns)
+
+
+def _low_rank(parts: Parts) -> Product:
     down, up = _plain(parts["down"]), _plain(parts["up"])
     rank = down.shape[0] if down.shape else 0
     _need(len(up.shape) >= 2 and len(down.shape) >= 2 and prod(up.shape[1:]) == rank > 0, up, f"a rank of {rank}")
@@ -102,11 +116,11 @@ def _low_rank(parts: Parts) -> Delta:
     return LowRank(down, reshape(up, (up.shape[0], rank)), _factor(parts, rank))
 
 
-def _whole(parts: Parts) -> Delta:
+def _whole(parts: Parts) -> Product:
     return Difference(_plain(parts["diff"]))
 
 
-def _hadamard(parts: Parts) -> Delta:
+def _hadamard(parts: Parts) -> Product:
     """(w1_a · w1_b) ∘ (w2_a · w2_b): of rank r², its rows products of those of both."""
     one, two = ((_plain(parts[f"hada_w{n}_a"]), _plain(parts[f"hada_w{n}_b"])) for n in (1, 2))
     for a, b in (one, two):
@@ -135,7 +149,7 @@ def _hadamard(parts: Parts) -> Delta:
     return Difference(product, factor)
 
 
-def _kronecker(parts: Parts) -> Delta:
+def _kronecker(parts: Parts) -> Product:
     """w1 ⊗ w2, each of them a tensor or a product of two."""
     left, left_rank = _side(parts, 1)
     right, right_rank = _side(parts, 2)
@@ -182,7 +196,7 @@ def _tucker(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 _LOKR = [{f"lokr_{one}", f"lokr_{two}"} for one in ("w1", "w1_a") for two in ("w2", "w2_a")]
-_KINDS: tuple[tuple[list[set[str]], Callable[[Parts], Delta]], ...] = (
+_KINDS: tuple[tuple[list[set[str]], Callable[[Parts], Product]], ...] = (
     ([{"down", "up"}], _low_rank),
     ([{"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}], _hadamard),
     (_LOKR, _kronecker),

@@ -266,8 +266,8 @@ class DeviceComponent:
     def _merge(self, applied: Sequence[tuple[Changes, float]]) -> None:
         merges: dict[str, list[tuple[Delta, float]]] = {}
         for changes, strength in applied:
-            for name, change in changes.items():
-                merges.setdefault(name, []).append((change, strength))
+            for name, inside in changes.items():
+                merges.setdefault(name, []).extend((change, strength) for change in inside)
         others = {name for name in merges.keys() | self._merges.keys() if merges.get(name) != self._merges.get(name)}
         self._merges = merges
         stored = self.component.found.tensors

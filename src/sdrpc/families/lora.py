@@ -13,10 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoints import lora_file
 from ..checkpoints.checkpoint import open_checkpoint
-from ..checkpoints.deltas import Delta, Difference, LowRank
+from ..checkpoints.deltas import Delta, Difference, LowRank, Product
+from ..checkpoints.dora import Magnitude, Part, with_columns, with_rows
+from ..checkpoints.expressions import reshape
 from ..errors import CheckpointError
 from ..ggml.types import F32
 from ..ggml.weight import Weight, Whole
@@ -26,8 +29,15 @@ from .model import Model
 
 _BEGINNINGS = re.compile(r"^(?:base_model_model_|lycoris_|lora_)+")
 
-Changes = Mapping[str, Delta]
+Changes = Mapping[str, tuple[Delta, ...]]
 """By the names of a module's parameters."""
+
+
+class _Layer(NamedTuple):
+    """What a file adds to a tensor of a model's file and, if it is a DoRA, the lengths that rows or columns get."""
+
+    product: Product
+    magnitude: Magnitude | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +60,19 @@ def open_lora(path: Path, model: Model) -> Lora:
     if not file.layers and not file.biases:
         listed = ", ".join(repr(name) for name in file.unknown[:3])
         raise CheckpointError(path, f"is no LoRA: none of its tensors adds to a layer (they begin with {listed})")
-    layers = {name: ("weight", delta) for name, delta in file.layers.items()}
-    biases = {f"{name} ": ("bias", delta) for name, delta in file.biases.items()}
+    layers = {name: ("weight", _Layer(product, file.magnitudes.get(name))) for name, product in file.layers.items()}
+    biases = {f"{name} ": ("bias", _Layer(product)) for name, product in file.biases.items()}
     changed = {"diffusion", *(encoder.name for encoder in model.family.text_encoders)}
     spellings = {n: _spellings(c.found) for n, c in model.components.items() if n in changed}
-    found: dict[str, dict[Naming, dict[str, Delta]]] = {}
+    found: dict[str, dict[Naming, dict[str, _Layer]]] = {}
     unknown = list(file.unknown)
-    for name, (kind, delta) in (layers | biases).items():
+    for name, (kind, layer) in (layers | biases).items():
         place = _place(name.strip(), kind, spellings)
         if place is None:
             unknown.append(name.strip())
         else:
             component, naming, original = place
-            found.setdefault(component, {}).setdefault(naming, {})[original] = delta
+            found.setdefault(component, {}).setdefault(naming, {})[original] = layer
     missed = len(unknown) - len(file.unknown)
     if 2 * missed > len(layers) + len(biases):
         listed = ", ".join(repr(name) for name in unknown[len(file.unknown) :][:3])
@@ -131,28 +141,47 @@ def _place(layer: str, kind: str, spellings: Mapping[str, Spellings]) -> tuple[s
 # Shapes ---------------------------------------------------------------------------------------------------------------
 
 
-def _converted(found: Found, naming: Naming, changes: Mapping[str, Delta], path: Path) -> dict[str, Delta]:
-    """Changes by the names of ``naming`` as changes of the module's parameters.
-
-    A file of that naming is imagined in which what has rows is the change, and converted as the model's is.
-    """
-    stand_ins = {
-        original: _rows(changes[original], original) if original in changes else _empty(original, parts, found)
-        for original, parts in naming.originals(found.tensors).items()
-    }
-    converted: dict[str, Delta] = {}
-    for parameter, part in naming.convert(stand_ins).items():
-        if part.name in changes and parameter in found.tensors:
-            change = changes[part.name]
-            whole = replace(change, up=part) if isinstance(change, LowRank) else replace(change, tensor=part)
-            converted[parameter] = _fitting(whole, found.tensors[parameter], parameter, path)
+def _converted(found: Found, naming: Naming, layers: Mapping[str, _Layer], path: Path) -> Changes:
+    """Changes by the names of ``naming`` as changes of the module's parameters."""
+    rows = {original: _rows(layer.product) for original, layer in layers.items()}
+    parts: dict[str, dict[str, Part]] = {original: {} for original in layers}
+    for parameter, (original, part) in _cut(found, naming, rows).items():
+        weight, product = found.tensors[parameter], layers[original].product
+        whole = replace(product, up=part) if isinstance(product, LowRank) else replace(product, tensor=part)
+        parts[original][parameter] = weight, _fitting(whole, weight, parameter, path)
+    magnitudes = {original: layer.magnitude for original, layer in layers.items() if layer.magnitude}
+    by_row = {name: reshape(m.lengths, (*m.lengths.shape, 1)) for name, m in magnitudes.items() if not m.of_columns}
+    lengths = {parameter: part for parameter, (_, part) in _cut(found, naming, by_row).items()}
+    converted: dict[str, tuple[Delta, ...]] = {}
+    for original, inside in parts.items():
+        magnitude = magnitudes.get(original)
+        if magnitude is None:
+            converted |= {parameter: (product,) for parameter, (_, product) in inside.items()}
+        elif magnitude.of_columns:
+            converted |= zip(inside, with_columns(list(inside.values()), magnitude.lengths), strict=True)
+        else:
+            for parameter, each in inside.items():
+                converted[parameter] = with_rows(each, reshape(lengths[parameter], lengths[parameter].shape[:1]))
     return converted
 
 
-def _rows(change: Delta, original: str) -> Weight:
+def _cut(found: Found, naming: Naming, rows: Mapping[str, Weight]) -> dict[str, tuple[str, Weight]]:
+    """What has the rows of tensors of a file of that naming, cut into the rows of the module's parameters, by their
+    names: each with the name of that tensor.
+
+    A file is imagined in which ``rows`` are those tensors, and converted as the model's is.
+    """
+    stand_ins = {
+        original: replace(rows[original], name=original) if original in rows else _empty(original, parts, found)
+        for original, parts in naming.originals(found.tensors).items()
+    }
+    converted = naming.convert(stand_ins).items() if rows else ()
+    return {name: (part.name, part) for name, part in converted if part.name in rows and name in found.tensors}
+
+
+def _rows(product: Product) -> Weight:
     """What of a change has the weight's rows."""
-    rows = change.up if isinstance(change, LowRank) else change.tensor
-    return replace(rows, name=original)
+    return product.up if isinstance(product, LowRank) else product.tensor
 
 
 def _empty(original: str, parts: tuple[str, ...], found: Found) -> Weight:
@@ -163,7 +192,7 @@ def _empty(original: str, parts: tuple[str, ...], found: Found) -> Weight:
     return Weight(original, F32, shape, Whole(lambda: b""))
 
 
-def _fitting(change: Delta, weight: Weight, parameter: str, path: Path) -> Delta:
+def _fitting(change: Product, weight: Weight, parameter: str, path: Path) -> Product:
     """The change with the weight's own dimensions. Raises :class:`CheckpointError` where it has others."""
     rows, *columns = weight.shape or (0,)
     if isinstance(change, LowRank):

@@ -1,4 +1,5 @@
-"""Adapters on a lowered graph: y = W x + strength · up (down x), for the weights that they change.
+"""Adapters on a lowered graph: y = W x + strength · up (down x), for the weights that they change. A DoRA scales, too:
+y = W x + strength · a ∘ (W x), or W (x + strength · a ∘ x).
 
 The module is captured and lowered without them. Here its graph is rewritten: what reads a changed weight is followed by
 the change's own product, whose matrices are further leaves and whose strength is an input. So the weights stay as they
@@ -8,13 +9,15 @@ neither of them the model or a graph.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import chain
 from math import prod
 
 import numpy as np
 
-from ..checkpoints.deltas import Delta, Difference
+from ..checkpoints.deltas import ColumnScaling, Delta, Difference, Product, RowScaling
 from ..errors import UnsupportedOperation
 from ..ggml import build
 from ..ggml.params import Conv2D
@@ -26,7 +29,7 @@ from .lowered import Input, Lowered, Parameter
 STRENGTHS = "adapter strengths"
 """The input that an adapted graph has besides its own: float32 (changes,)."""
 
-Changes = Mapping[str, Delta]
+Changes = Mapping[str, Sequence[Delta]]
 """What an adapter adds, by the names of a module's parameters."""
 
 
@@ -56,13 +59,15 @@ class Adapters:
 
 def adapters(applied: Sequence[tuple[Changes, float]]) -> Adapters:
     """The changes of all adapters, in order, with each one's strength."""
-    changes = [(parameter, change) for each, _ in applied for parameter, change in each.items()]
+    every = [(parameter, change, strength) for each, strength in applied for parameter, those in each.items()
+             for change in those]  # fmt: skip
     names: dict[int, str] = {}
-    for number, (parameter, change) in enumerate(changes):
+    for number, (parameter, change, _) in enumerate(every):
         for part, weight in enumerate(change.weights):
             names.setdefault(id(weight), f"{parameter} + {number}.{part}")
-    strengths = [strength * change.factor for each, strength in applied for change in each.values()]
-    return Adapters(tuple(changes), names, np.array(strengths, np.float32))
+    strengths = [strength * change.factor for _, change, strength in every]
+    changes = tuple((parameter, change) for parameter, change, _ in every)
+    return Adapters(changes, names, np.array(strengths, np.float32))
 
 
 def adapted(lowered: Lowered, added: Adapters) -> Lowered:
@@ -128,13 +133,52 @@ class _Rewriting:
         x = src[1] if len(src) > 1 else None
         if node.op not in ("MUL_MAT", "CONV_2D") or node.src[0] is not first or x is None:
             raise self._unsupported(leaf, node.op)
-        total = self._put(replace(new, flags=0))
-        for number, change in self._changes[leaf]:
-            total = self._put(build.node("ADD", total, self._product(node, x, number, change)))
+        total = self._total(self._terms(node, replace(new, flags=0), x, self._changes[leaf]))
         self._nodes[-1] = total = replace(total, flags=node.flags)
         return total
 
-    def _product(self, node: Tensor, x: Tensor, number: int, change: Delta) -> Tensor:
+    def _terms(self, node: Tensor, new: Tensor, x: Tensor, changes: Sequence[tuple[int, Delta]]) -> Iterator[Tensor]:
+        """The summands of a changed product: ``new``, which is ``node`` in the new graph, and what each change adds."""
+        rows = [(number, change) for number, change in changes if isinstance(change, RowScaling)]
+        columns = [(number, change) for number, change in changes if isinstance(change, ColumnScaling)]
+        scaled = (self._by_columns(node, x, number, change) for number, change in columns)
+
+        def of(x: Tensor) -> Tensor:
+            return self._put(replace(new, src=(new.src[0], x, *new.src[2:])))
+
+        if not rows:  # one product does for the input and what is added to it
+            yield of(self._total(chain((x,), scaled)))
+        else:
+            yield (base := of(x))
+            yield from (self._by_rows(node, base, number, change) for number, change in rows)
+            if columns:
+                yield of(self._total(scaled))
+        for number, change in changes:
+            if isinstance(change, Product):
+                yield self._product(node, x, number, change)
+
+    def _total(self, terms: Iterable[Tensor]) -> Tensor:
+        return reduce(lambda one, other: self._put(build.node("ADD", one, other)), terms)
+
+    def _by_rows(self, node: Tensor, base: Tensor, number: int, change: RowScaling) -> Tensor:
+        """What scaled rows add to ``base``, the result of ``node``: each row gives a channel of it."""
+        by = self._leaf(change.by, (*change.by.shape, 1, 1) if node.op == "CONV_2D" else change.by.shape)
+        return self._put(build.node("MUL", base, self._put(build.node("MUL", by, self._strength(number)))))
+
+    def _by_columns(self, node: Tensor, x: Tensor, number: int, change: ColumnScaling) -> Tensor:
+        """What scaled columns add to ``x``, which ``node`` multiplies the weight with. The windows of a convolution
+        have several numbers of each channel side by side."""
+        (channels,) = change.by.shape
+        taps = 1 if node.op == "CONV_2D" else x.ne[0] // channels
+        shape = (channels, 1, 1) if node.op == "CONV_2D" else (channels,) if taps == 1 else (channels, 1)
+        by = self._leaf(change.by, shape)
+        scaled = self._put(build.node("MUL", by, self._strength(number)))
+        if taps == 1:
+            return self._put(build.node("MUL", x, scaled))
+        windows = self._put(build.reshape(x, taps, channels, x.ne[1], x.ne[2] * x.ne[3]))
+        return self._put(build.reshape(self._put(build.node("MUL", windows, scaled)), *x.ne))
+
+    def _product(self, node: Tensor, x: Tensor, number: int, change: Product) -> Tensor:
         """What a change adds to the result of ``node``, a product of the weight and ``x``."""
         if isinstance(change, Difference):
             return self._put(build.node("MUL", self._applied(node, change.tensor, x), self._strength(number)))
