@@ -28,7 +28,6 @@ from ..ggml.weight import Held, View, Weight, Whole, joined_origin
 from .deltas import Array, ColumnScaling, Delta, Difference, LowRank, Product, RowScaling, computed, numbers, row_reader
 from .expressions import NUMBERS
 
-
 _THREADS = min(4, os.cpu_count() or 1)
 """That read a weight: unpacking blocks takes a core 20 ns a number."""
 
