@@ -10,7 +10,8 @@ import click
 
 from ..client import DEFAULT_TIMEOUTS
 from ..device import PRECISIONS
-from ..diffusion.easycache import MODES as MODES_OF_CACHE
+from ..diffusion.caching import MODES as MODES_OF_CACHE
+from ..diffusion.caching import POLICIES
 from ..diffusion.hires import UPSCALERS as HIRES
 from ..diffusion.predictions import PREDICTIONS
 from ..diffusion.previews import MODES as PREVIEWS
@@ -175,9 +176,15 @@ OPTIONS = (
     Option(SAMPLING, "--skip-layer-start", type=float, metavar="0..1", default=0.01, help="From where on it is used."),
     Option(SAMPLING, "--skip-layer-end", type=float, metavar="0..1", default=0.2, help="Up to where it is used."),
     Option(SAMPLING, "--cache-mode", type=OneOf(*MODES_OF_CACHE), metavar="|".join(MODES_OF_CACHE),
-           default="disabled", help="easycache leaves out steps in which little would change."),
+           default="disabled", help="easycache leaves out steps in which little would change, dbcache blocks of DiTs."),
     Option(SAMPLING, "--cache-option", metavar="NAME=NUMBER,...", default="",
-           shown="threshold=0.2,start=0.15,end=0.95", help="How much may change, and between which steps."),
+           shown="easycache: threshold=0.2,start=0.15,end=0.95; dbcache: Fn=8,Bn=0,threshold=0.08,warmup=8",
+           help="How much may change, and between which steps; or how many blocks in front and at the end and how many "
+           "steps at first are always computed. dbcache also: max_cached_steps, max_continuous_cached_steps."),
+    Option(SAMPLING, "--scm-mask", metavar="0|1,...", default="",
+           help="For dbcache: steps that are computed (1) or may leave out blocks (0)."),
+    Option(SAMPLING, "--scm-policy", type=OneOf(*POLICIES), metavar="|".join(POLICIES), default=POLICIES[0],
+           help="They do so where little changes, or always."),
     Option(SAMPLING, "--clip-skip", type=int, metavar="NUMBER", default=-1,
            help="2 leaves out CLIP's last layer; below 1: as the model wants it."),
     Option(SAMPLING, "--rng", type=OneOf(*RNGS), metavar="|".join(RNGS), default="cuda",
@@ -297,8 +304,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "--fa", "--diffusion-fa", "--diffusion-conv-direct", "--vae-conv-direct",
     ),
     "skipping and custom steps": (
-        "--cache-preset", "--scm-mask", "--scm-policy",
-        "--extra-sample-args",
+        "--cache-preset", "--extra-sample-args",
     ),
     "levels of the log; there is --verbose": ("--log-level",),
 }  # fmt: skip
@@ -343,7 +349,8 @@ ACTS_ON: dict[str, str | tuple[str, str]] = {
     "control_strength": "control_net",
     **dict.fromkeys(("canny", "control_mode"), "control_image"),
     **dict.fromkeys(("skip_layers", "skip_layer_start", "skip_layer_end"), "slg_scale"),
-    "cache_option": "cache_mode",
+    **dict.fromkeys(("cache_option", "scm_mask"), "cache_mode"),
+    "scm_policy": "scm_mask",
     **dict.fromkeys(("preview_path", "preview_interval", "preview_noisy"), "preview"),
 }
 """Options that do nothing unless another one is given, or has that value."""

@@ -497,6 +497,10 @@ class DeviceModel:
         """On how many chains of devices, side by side, component ``name`` is."""
         return len(self._lanes[name])
 
+    def cut(self, name: str) -> bool:
+        """Whether component ``name`` is on several devices one after the other, or on one a part at a time."""
+        return any(len(component.chain.devices) > 1 for component in self._lanes[name])
+
     def devices(self, name: str, lane: int) -> tuple[Device, ...]:
         """Where component ``name`` is in that lane, if its first choice does."""
         return self._component(name, lane).choices[0].devices
@@ -559,12 +563,15 @@ class DeviceModel:
 
         return self._surviving(component, work)
 
-    def ahead(self, name: str, lane: int = 0, *beside: str) -> Ahead | None:
-        """For arrays that stay on component ``name``'s device; None where that does not queue what it is told, or is
-        several, or where one of the components ``beside``, which is given such arrays as well, is elsewhere."""
+    def ahead(self, name: str, lane: int = 0, *beside: str, waited_for: bool = False) -> Ahead | None:
+        """For arrays that stay on component ``name``'s device; None where that does not queue what it is told, unless
+        it is ``waited_for`` anyway, or is several, or where one of the components ``beside``, which is given such
+        arrays as well, is elsewhere."""
         component = self._component(name, lane)
         device, *others = component.chain.devices
-        if others or not device.queues or any(self._component(each).chain.devices != (device,) for each in beside):
+        if others or not (device.queues or waited_for):
+            return None
+        if any(self._component(each).chain.devices != (device,) for each in beside):
             return None
         found = self._aheads.get(component)
         if found is None or (found.device, found.life) != (device, device.life):

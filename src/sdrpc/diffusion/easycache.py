@@ -7,15 +7,11 @@ with the arithmetic of stable-diffusion.cpp. Over a network a step that is left 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InvalidValue
 from .predictions import F32, TIMESTEPS, Prediction, f32
-
-MODES = ("disabled", "easycache")
-"""Of sd-cli's --cache-mode, those that are here."""
 
 
 @dataclass(frozen=True)
@@ -27,34 +23,11 @@ class Options:
     start: float = 0.15
     end: float = 0.95
 
-
-def parse_options(text: str) -> Options:
-    """``threshold=0.2,start=0.15,end=0.95``, or some of it. Raises :class:`InvalidValue` for anything else."""
-    known = [entry.name for entry in fields(Options)]
-    given: dict[str, float] = {}
-    for item in filter(None, (piece.strip() for piece in text.split(","))):
-        name, _, number = (part.strip() for part in item.partition("="))
-        if name not in known:
-            raise InvalidValue("cache_option", text, f"{name!r} does not exist; there are {', '.join(known)}")
-        try:
-            given[name] = float(number)
-        except ValueError as error:
-            raise InvalidValue("cache_option", text, f"{name} needs a number") from error
-    options = Options(**given)
-    if not (options.threshold >= 0 and 0 <= options.start < options.end <= 1):
-        raise InvalidValue("cache_option", text, "threshold can be 0 and more, start and end 0 … 1, start first")
-    return options
-
-
-def find_options(mode: str, text: str) -> Options | None:
-    """What ``mode`` with its options means; None: every step is computed."""
-    if mode not in MODES:
-        raise InvalidValue("cache_mode", mode, f"does not exist here; there are {', '.join(MODES)}")
-    if mode == "disabled":
-        if text:
-            raise InvalidValue("cache_option", text, "says something of a cache_mode, and none is chosen", "cache_mode")
-        return None
-    return parse_options(text)
+    @property
+    def wrong(self) -> str:
+        """What makes no sense of it, if anything."""
+        sensible = self.threshold >= 0 and 0 <= self.start < self.end <= 1
+        return "" if sensible else "threshold can be 0 and more, start and end 0 … 1, start first"
 
 
 class EasyCache:

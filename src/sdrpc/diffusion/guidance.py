@@ -13,6 +13,7 @@ import numpy as np
 
 from ..families.base import F32, Conditions
 from ..runtime.ahead import DeviceArray
+from .dbcache import DBCache
 from .easycache import EasyCache
 from .pictures import f32, finite
 from .samplers import Guess
@@ -80,7 +81,8 @@ SKIPPED = Skipped((7, 8, 9), 0.01, 0.2)
 class Guide:
     """The model for one picture as a sampler asks it. ``step_done`` has to be told of every step that is over.
 
-    With several ``lanes`` the model is there as often, and what it is asked at one time is asked on all of them."""
+    With several ``lanes`` the model is there as often, and what it is asked at one time is asked on all of them.
+    ``cache`` leaves out steps; what ``blocks`` makes leaves out blocks, and each of what is asked apart has one."""
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class Guide:
         img_cfg_scale: float,
         left_out: LeftOut | None = None,
         cache: EasyCache | None = None,
+        blocks: Callable[[], DBCache] | None = None,
         tempered: Callable[[F32, F32], F32] | None = None,
         lanes: Sequence[int] = (0,),
     ) -> None:
@@ -102,11 +105,15 @@ class Guide:
         alike = len({tuple(array.shape for array in each.values()) for each in self._conditions.values()}) == 1
         everything = list(self._conditions.values())
         self._batches = [_joined(everything)] if alike and len(lanes) == 1 else everything
+        self.caches = [] if blocks is None else [blocks() for _ in self._batches]
+        """What is remembered of blocks, of each batch."""
         self._done, self._first = 0, True
 
     def step_done(self, done: int) -> None:
         """``done`` steps are over."""
         self._done, self._first = done, True
+        for cache in self.caches:
+            cache.step = done
 
     def __call__(self, x: F32, timestep: f32) -> Guess:
         """Classifier-free guidance (Ho & Salimans 2022), in two parts where a picture is shown (Brooks et al. 2023)."""
@@ -139,13 +146,16 @@ class Guide:
 
     def _computed(self, x: F32, timestep: f32) -> Sequence[F32]:
         """One evaluation of a batch, or one of each where the texts differ in length or lanes are to be used."""
-        lanes, batches = self._lanes, self._batches
+        lanes = self._lanes
+        asked: list[tuple[Conditions, dict[str, Any]]] = [(batch, {}) for batch in self._batches]
+        if self.caches:
+            asked = [(batch, {"blocks": cache}) for batch, cache in zip(self._batches, self.caches, strict=True)]
 
         def of_lane(start: int) -> list[F32]:
-            return [self._asked(x, timestep, batch, lanes[start]) for batch in batches[start :: len(lanes)]]
+            return [self._asked(x, timestep, batch, lanes[start], **how) for batch, how in asked[start :: len(lanes)]]
 
-        by_lane = at_once([partial(of_lane, start) for start in range(min(len(lanes), len(batches)))])
-        predicted = [by_lane[number % len(lanes)][number // len(lanes)] for number in range(len(batches))]
+        by_lane = at_once([partial(of_lane, start) for start in range(min(len(lanes), len(asked)))])
+        predicted = [by_lane[number % len(lanes)][number // len(lanes)] for number in range(len(asked))]
         return [each[number : number + 1] for each in predicted for number in range(len(each))]
 
     def _asked(self, x: F32, timestep: f32, conditions: Conditions, lane: int, **options: Any) -> F32:

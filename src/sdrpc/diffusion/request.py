@@ -14,9 +14,8 @@ from ..errors import InvalidValue
 from ..families.base import Defaults, Resize
 from ..prompts.tags import loras
 from ..prompts.text import check
+from .caching import POLICIES, CacheOptions, find_options
 from .canny import canny
-from .easycache import Options as EasyCacheOptions
-from .easycache import find_options
 from .guidance import SKIPPED, LeftOut
 from .halves import HIGH_NOISE, HighNoise
 from .hires import LATENT, UPSCALERS, Hires, second_size
@@ -86,8 +85,10 @@ class Request:
     ``sigmas``: levels of noise, falling to 0, instead of those of ``scheduler`` and ``steps``. ``timestep_shift``: of
     NitroFusion's models, 0: none. ``slg_scale``: skip layer guidance, how far away from what the model predicts without
     ``skip_layers``, between ``skip_layer_start`` and ``skip_layer_end`` of the steps. ``cache_mode``: ``easycache``
-    leaves steps out in which little would change, as ``cache_option`` says
-    (:func:`sdrpc.diffusion.easycache.parse_options`).
+    leaves steps out in which little would change, ``dbcache`` blocks of transformers, as ``cache_option`` says (the
+    fields of :class:`sdrpc.diffusion.easycache.Options` and :class:`sdrpc.diffusion.dbcache.Options`); ``scm_mask``:
+    for dbcache, which steps are computed (1) and which may leave out blocks (0), or always do if ``scm_policy`` is
+    ``static``.
 
     ``control_image``: pixels (height, width, 3), uint8, that a ControlNet is shown, cut and scaled likewise;
     ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges; ``control_mode``: which kind
@@ -146,6 +147,8 @@ class Request:
     skip_layer_end: float = SKIPPED.end
     cache_mode: str = "disabled"
     cache_option: str = ""
+    scm_mask: str = ""
+    scm_policy: str = POLICIES[0]
     video_frames: int | None = None
     fps: int | None = None
     moe_boundary: float | None = None
@@ -247,7 +250,8 @@ class Request:
             None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
             None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
             cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
-            self._left_out(), find_options(self.cache_mode, self.cache_option),
+            self._left_out(),
+            find_options(self.cache_mode, self.cache_option, self.scm_mask, self.scm_policy),
             (frames - 1) // max(together, 1) * together + 1, fps, boundary,
             None if self.end_image is None else fitted(self.end_image, width, height),
             find_previews(self.preview, self.preview_interval, self.preview_noisy), self.taesd_preview_only,
@@ -409,7 +413,7 @@ class Settings:
     sigmas: tuple[float, ...] = ()
     timestep_shift: int = 0
     left_out: LeftOut | None = None
-    cache: EasyCacheOptions | None = None
+    cache: CacheOptions | None = None
     video_frames: int = 1
     fps: int = 16
     moe_boundary: float = 0.875

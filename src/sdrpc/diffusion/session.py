@@ -28,7 +28,9 @@ from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache
 from ..runtime.chain import Placed, choices, devices_of
 from ..runtime.lost import RETRY_SECONDS
+from . import dbcache, easycache
 from .autoencoder import TINY, Autoencoder
+from .dbcache import DBCache, told_of
 from .demands import AUTOENCODERS, DRAWING
 from .device_model import DeviceModel
 from .easycache import EasyCache
@@ -227,6 +229,7 @@ class Session:
         if settings.prediction is not None:
             self._prediction(settings)
         self._devices.check_fits()
+        self._check_whole(settings)
         telling = self._devices.telling
         telling.listener, telling.cancel = on_event, cancel
         self._adapt(settings.loras)
@@ -268,6 +271,14 @@ class Session:
             over.set()
             pool.shutdown(cancel_futures=True)
             self._devices.leave_devices(*self.model.components)
+
+    def _check_whole(self, settings: Settings) -> None:
+        """Raises :class:`InvalidValue` for blocks to be left out of a model that is not on one device."""
+        if isinstance(settings.cache, dbcache.Options):
+            for name in ("diffusion", HIGH_NOISE):
+                if name in self.model.components and self._devices.cut(name):
+                    reason = f"{name} is not on one device as a whole, and what is between its blocks does not travel"
+                    raise InvalidValue("cache_mode", "dbcache", f"{reason}; easycache goes with that", "backend")
 
     def _side_by_side(self, settings: Settings) -> list[Sequence[int]]:
         """The lanes of the diffusion model that each of the pictures has which are drawn at the same time."""
@@ -370,20 +381,34 @@ class Session:
         component: str = "diffusion",
         *,
         lane: int = 0,
+        blocks: DBCache | None = None,
         **options: Any,
     ) -> F32:
         """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
         of b prompts. ``options`` are added to its configuration. ``component``: another one than the diffusion model
-        itself, where there is one for high noise; ``lane``: which of several that are side by side."""
+        itself, where there is one for high noise; ``lane``: which of several that are side by side; ``blocks``: what
+        may leave out some of its own."""
         inputs: dict[str, F32] = {"latents": latents, "timestep": timestep, **conditions}
         if self._control is not None:
             inputs |= self._given(self._control, inputs)
             options |= self._controls.options(self.model["control"].config)
-        if isinstance(latents, DeviceArray):
-            (there,) = self._devices.run_ahead(component, options, inputs, latents.ahead, lane)
-            return there
-        (predicted,) = self._devices.run(component, options, inputs, lane=lane)
-        return predicted
+        ahead = latents.ahead if isinstance(latents, DeviceArray) else None
+        if blocks is None:
+            (predicted,) = self._run(component, lane, ahead, options, inputs)
+            return predicted
+        on = self._devices.ahead(component, lane, waited_for=True) if blocks.kept and ahead is None else ahead
+        predicted = blocks.predict(
+            lambda more, given: self._run(component, lane, on, {**options, **more}, given), inputs
+        )
+        return predicted if ahead is not None else np.asarray(predicted)
+
+    def _run(
+        self, component: str, lane: int, ahead: Ahead | None, options: Mapping[str, Any], inputs: Mapping[str, F32]
+    ) -> Sequence[F32]:
+        """What a component gives, here or ``ahead`` on its device, which has an array's arithmetic."""
+        if ahead is None:
+            return self._devices.run(component, options, inputs, lane=lane)
+        return cast(list[F32], self._devices.run_ahead(component, options, inputs, ahead, lane))
 
     def _given(self, control: Control, inputs: Mapping[str, F32]) -> dict[str, F32]:
         """What a ControlNet adds to the diffusion model that has these inputs."""
@@ -468,7 +493,8 @@ class Session:
         one is wanted. ``lanes``: of the diffusion model, those that are used.
 
         Where the diffusion model's device queues its work, latents stay there, and the steps are told ahead; what they
-        come to is the same. If that device is lost, the picture begins anew, with numbers here.
+        come to is the same. If that device is lost, the picture begins anew, with numbers here. So it does where what
+        is between blocks stays on a device (:mod:`sdrpc.diffusion.dbcache`).
         """
         reached = -1
 
@@ -478,21 +504,21 @@ class Session:
                 reached = done
                 on_step(done, total, *preview)
 
-        if len(lanes) == 1 and self._may_be_ahead(settings):
-            beside = () if self._control is None else ("control",)
-            ahead = self._devices.ahead("diffusion", lanes[0], *beside)
-            if ahead is not None:
-                try:
-                    return self._sample(settings, seed, told, once, begin, lanes, ahead)
-                except DeviceLost as lost:
-                    log.info("the picture begins anew: %s", lost)
-        return self._sample(settings, seed, told, once, begin, lanes, None)
+        beside = () if self._control is None else ("control",)
+        alone = len(lanes) == 1 and self._may_be_ahead(settings)
+        ahead = self._devices.ahead("diffusion", lanes[0], *beside) if alone else None
+        if ahead is not None or isinstance(settings.cache, dbcache.Options):
+            try:
+                return self._sample(settings, seed, told, once, begin, lanes, ahead)
+            except DeviceLost as lost:
+                log.info("the picture begins anew: %s", lost)
+        return self._sample(settings, seed, told, once, begin, lanes, None, kept=False)
 
     def _may_be_ahead(self, settings: Settings) -> bool:
         """Whether drawing asks for no numbers between its steps."""
         family = self.model.family
-        looks = settings.cache, settings.previews, family.tempered
-        return all(look is None for look in looks) and not self.model.frames
+        looks = isinstance(settings.cache, easycache.Options), settings.previews, family.tempered
+        return not (any(looks) or self.model.frames)
 
     def _sample(
         self,
@@ -503,6 +529,7 @@ class Session:
         begin: Begin,
         lanes: Sequence[int],
         ahead: Ahead | None,
+        kept: bool = True,
     ) -> F32:
         model, predicts = self.model, self._prediction(settings)
         shape = latents_shape(model, settings)
@@ -526,7 +553,7 @@ class Session:
         latents, done = start, 0
         for half in self._halves(settings, predicts, sigmas):
             telling = _Steps(on_step, done, len(sigmas) - 1, ahead)
-            latents = self._sample_half(half, settings, predicts, told, latents, begin, noise, lanes, telling)
+            latents = self._sample_half(half, settings, predicts, told, latents, begin, noise, lanes, telling, kept)
             done += len(half.sigmas) - 1
         if ahead is not None:
             latents = finite(np.asarray(latents), "the latents")
@@ -551,14 +578,18 @@ class Session:
         noise: Rng,
         lanes: Sequence[int],
         steps: _Steps,
+        kept: bool,
     ) -> F32:
-        """Latents at the last level of what one model draws, from ``x`` at its first one."""
-        how = settings.of(half.component)
-        cache = None if settings.cache is None else EasyCache(settings.cache, predicts)
+        """Latents at the last level of what one model draws, from ``x`` at its first one. ``kept``: on its device, what
+        is between blocks."""
+        how, chosen = settings.of(half.component), settings.cache
+        count = self.model[half.component].blocks
+        cache = EasyCache(chosen, predicts) if isinstance(chosen, easycache.Options) else None
+        blocks = partial(DBCache, chosen, count, kept) if isinstance(chosen, dbcache.Options) else None
         guide = Guide(
             partial(self.predict, component=half.component), told.followed(how.cfg_scale, how.img_cfg_scale),
             half.sigmas, cfg_scale=how.cfg_scale, img_cfg_scale=how.img_cfg_scale, left_out=settings.left_out,
-            cache=cache, tempered=self.model.family.tempered, lanes=lanes,
+            cache=cache, blocks=blocks, tempered=self.model.family.tempered, lanes=lanes,
         )  # fmt: skip
         denoise = denoiser(guide, predicts, settings.timestep_shift)
         if begin.latents is not None and begin.anew is not None:
@@ -576,6 +607,8 @@ class Session:
         )
         if cache is not None:
             log.info("easycache: %d of %d steps were not computed", cache.reused, len(half.sigmas) - 1)
+        if isinstance(chosen, dbcache.Options):
+            log.info("dbcache: %s", told_of(guide.caches, chosen, count))
         return latents
 
     def _second_pass(
@@ -732,6 +765,10 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
                 raise InvalidValue(f"high_noise_{name}", said, reason, "high_noise_diffusion_model")
     if settings.left_out is not None:
         _check_layers(model, settings.left_out.layers)
+    if isinstance(settings.cache, dbcache.Options):
+        for name in ("diffusion", HIGH_NOISE):
+            if name in model.components:
+                dbcache.check(settings.cache, family.title, model[name])
     if video and settings.vae_tiling:
         raise InvalidValue("vae_tiling", "on", "films are decoded frame by frame, not in tiles")
     if family.begun is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..ggml.types import Type
 from ..ggml.weight import Before, Weight
 from ..prompts.learned import NOTHING, Learned
+from .blocks import BLOCKS, Span, spanning
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,9 @@ class Component:
     ``told_as``: how files that speak of their own configuration call the component; the folder of a diffusers
     directory. ``idle``: beginnings of names of tensors that no picture needs; ``sometimes``: of those that some need.
     ``whole``: what stands before its names in a file of all components, from the names there, where that is not to be
-    told as in a file of its own. ``within``: another component whose file may have it as well.
+    told as in a file of its own. ``within``: another component whose file may have it as well. ``blocks``: of
+    transformers, their module's lists of blocks in the order in which these compute, each with the name of the
+    configuration's number of them.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Component:
     sometimes: tuple[str, ...] = ()
     whole: Callable[[Collection[str]], tuple[str, ...]] | None = None
     within: str = ""
+    blocks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def option(self) -> str:
@@ -222,7 +226,10 @@ class ModuleSpec:
 
     def build(self) -> tuple[nn.Module, Call]:
         """The module and the function of its inputs."""
-        return self.component.build(self.config)
+        config = dict(self.config)
+        span = config.pop(BLOCKS, None)
+        module, call = self.component.build(config)
+        return module, call if span is None else spanning(list(self.component.blocks), call, Span(*span))
 
 
 # Families ------------------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks=flux.BLOCKS,
 )
 
 # The family -----------------------------------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks=flux.BLOCKS,
 )
 
 # The family -----------------------------------------------------------------------------------------------------------

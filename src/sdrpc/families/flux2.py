@@ -151,6 +151,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks=flux.BLOCKS,
 )
 
 # The families ---------------------------------------------------------------------------------------------------------

@@ -151,6 +151,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks={"transformer_blocks": "num_layers"},
 )
 
 # The family -----------------------------------------------------------------------------------------------------------

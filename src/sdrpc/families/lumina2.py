@@ -193,6 +193,7 @@ TRANSFORMER = Component(
     build,
     "transformer",
     idle=("norm_final.",),
+    blocks={"layers": "num_layers"},
 )
 
 # The family -----------------------------------------------------------------------------------------------------------

@@ -99,6 +99,11 @@ class ModelComponent:
         file = brought.files.get("tokenizer.json")
         return None if file is None else tokenizer_from(file)
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks compute one after the other (:mod:`.blocks`); 0: it is not made of such."""
+        return sum(int(self.config[count]) for count in self.found.component.blocks.values())
+
     def module(self, **options: Any) -> ModuleSpec:
         """Its module; ``options`` are added to its configuration."""
         return ModuleSpec(self.found.component, {**self.config, **options})

@@ -162,6 +162,7 @@ TRANSFORMER = Component(
     build,
     "transformer",
     idle=(_NO_TEXT, _PLACES),
+    blocks={"transformer_blocks": "num_layers"},
 )
 
 # The families ---------------------------------------------------------------------------------------------------------

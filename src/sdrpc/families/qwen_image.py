@@ -128,6 +128,7 @@ TRANSFORMER = Component(
     build,
     "transformer",
     idle=(ZERO_TIMESTEP,),
+    blocks={"transformer_blocks": "num_layers"},
 )
 """Files have the names of diffusers' class."""
 

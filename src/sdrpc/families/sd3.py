@@ -196,6 +196,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks={"transformer_blocks": "num_layers"},
 )
 
 # The family -----------------------------------------------------------------------------------------------------------

@@ -193,6 +193,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks={"blocks": "num_layers"},
 )
 
 _BOTH = "transformer_2.patch_embedding.weight"

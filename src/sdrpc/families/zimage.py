@@ -112,6 +112,7 @@ TRANSFORMER = Component(
     _configure,
     build,
     "transformer",
+    blocks={"layers": "n_layers"},
 )
 
 # The family -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ needs one of them as its input, or somebody wants to see the numbers. Nothing is
 several steps ahead of its device, and the time that messages take does not count.
 
 Arithmetic is numpy's, operation by operation in float32: results are the same, bit for bit, on a device that computes
-float32 as it is written down. What is none of the operations here is done by numpy, with numbers that are read.
+float32 as it is written down; but means, which devices add up in their own order. What is none of the operations here
+is done by numpy, with numbers that are read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..ggml.memory_planner import aligned
 from ..ggml.params import Unary
 from ..ggml.tensor import OUTPUT, Graph, Tensor
 from ..ggml.types import F32
-from .run import Executable, Place
+from .run import Executable, Place, compiled
 
 Array = NDArray[np.float32]
 
@@ -113,9 +114,17 @@ class DeviceArray:
     def __neg__(self) -> Any:
         return self.ahead.apply("NEG", self)
 
+    def __abs__(self) -> Any:
+        return self.ahead.apply("ABS", self)
+
+    def mean(self) -> Any:
+        """Of all its numbers, an array of no dimensions; added up in the device's order, not numpy's."""
+        return self.ahead.apply("MEAN", self)
+
 
 NUMPY: dict[str, Callable[..., Any]] = {
-    "ADD": np.add, "SUB": np.subtract, "MUL": np.multiply, "DIV": np.divide, "NEG": np.negative,
+    "ADD": np.add, "SUB": np.subtract, "MUL": np.multiply, "DIV": np.divide, "NEG": np.negative, "ABS": np.abs,
+    "MEAN": np.mean,
 }  # fmt: skip
 """The operations, as numpy has them."""
 
@@ -132,6 +141,7 @@ class Ahead:
         self.life = device.life
         """What it has is there only in this life of the device."""
         self._buffers: list[Buffer] = []
+        self._room: Buffer | None = None
         self._step = aligned(4, device.alignment)
         self._numbers = self._allocate(NUMBERS * self._step)
         self._looks: deque[tuple[Callable[[], Bytes], list[Callable[[], None]]]] = deque()
@@ -188,7 +198,7 @@ class Ahead:
             if not self._takes(array, other):
                 return NUMPY[op](np.asarray(array), np.asarray(other) if isinstance(other, DeviceArray) else other)
         operands = tuple(each._node if isinstance(each, DeviceArray) else each for each in (array, *others))
-        node = Node(array.shape, None, op, operands)
+        node = Node(() if op == "MEAN" else array.shape, None, op, operands)
         self._pending.append(weakref.ref(node))
         made = self._array(node)
         if len(self._pending) == NUMBERS:  # each has one number at most
@@ -326,6 +336,12 @@ class Ahead:
         self._buffers.append(buffer)
         return buffer
 
+    def _scratch(self, size: int) -> Buffer:
+        """Memory for the nodes of small graphs, which have it in turn."""
+        if self._room is None or self._room.size < size:
+            self._room = self._allocate(size)
+        return self._room
+
     def close(self) -> None:
         """Free its memory on the device, in whose turn this is."""
         for buffer in self._buffers:
@@ -378,7 +394,7 @@ class _Writer:
         key = tuple(self._lines)
         program = ahead._programs.get(key)
         if program is None:
-            program = ahead._programs[key] = device.compile(_graph(key), self._buffers)
+            program = ahead._programs[key] = compiled(device, _graph(key), self._buffers, ahead._scratch)
         ahead._programs.move_to_end(key)
         while len(ahead._programs) > PROGRAMS:
             ahead._programs.popitem(last=False)
@@ -427,6 +443,7 @@ class _Writer:
 
 def _graph(lines: Sequence[Line]) -> Graph:
     tensors: list[Tensor] = []
+    nodes: list[Tensor] = []
     for op, shape, operands, place in lines:
         sources = [tensors[number] for number in operands]
         if not op:
@@ -435,11 +452,15 @@ def _graph(lines: Sequence[Line]) -> Graph:
             continue
         if op == "CONT":
             tensor = build.cont(sources[0], *sources[0].ne)
-        elif op == "NEG":
-            tensor = build.node("UNARY", *sources, params=Unary("NEG"))
+        elif op in ("NEG", "ABS"):
+            tensor = build.node("UNARY", *sources, params=Unary(op))
+        elif op == "MEAN":
+            nodes.append(build.reshape(sources[0], sources[0].elements))
+            tensor = build.node("MEAN", nodes[-1])
         else:
             tensor = build.node(op, *sources)
         if place is not None:
             tensor = replace(tensor, buffer=place[0], offset=place[1], flags=OUTPUT)
         tensors.append(tensor)
-    return Graph(tuple(tensor for tensor, line in zip(tensors, lines, strict=True) if line.op))
+        nodes.append(tensor)
+    return Graph(tuple(nodes))

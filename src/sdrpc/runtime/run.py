@@ -15,7 +15,7 @@ from ..checkpoints.numbers import unpacked
 from ..device import Buffer, Content, Device, Program, Target
 from ..errors import CheckpointError, UsageError
 from ..ggml.memory_planner import aligned, bind, lay_out, place
-from ..ggml.tensor import Tensor, rewrite
+from ..ggml.tensor import Graph, Tensor, rewrite
 from ..ggml.types import F32, NUMPY_DTYPES, Type
 from ..ggml.weight import View, Weight
 from .lowered import Input, Lowered, Output, Parameter, result_dtype
@@ -32,6 +32,18 @@ SCRATCH = -1
 
 Place = tuple[Buffer, int]
 """A buffer and an offset into it, in bytes."""
+
+
+def compiled(device: Device, graph: Graph, buffers: Mapping[int, Buffer], allocate: Callable[[int], Buffer]) -> Program:
+    """``graph``, of which leaves and outputs have their places, as a program; on a device that does not find memory for
+    nodes itself they get it from ``allocate``."""
+    used = dict(buffers)
+    if not device.target.managed:
+        graph, size = place(graph, device.alignment, SCRATCH)
+        scratch = allocate(size)
+        used[scratch.key] = scratch
+        graph = rewrite(graph, lambda tensor: {"buffer": scratch.key} if tensor.buffer == SCRATCH else {})
+    return device.compile(graph, used)
 
 
 def held_as(type: Type, target: Target) -> Type:
@@ -375,14 +387,9 @@ class Executable:
         places = {tensor: (self._io, offset) for tensor, offset in self._offsets.items()} | weights
         buffers = {buffer.key: buffer for buffer, _ in places.values()}
         graph = bind(lowered.graph, {tensor: (buffer.key, offset) for tensor, (buffer, offset) in places.items()})
-        if not device.target.managed:
-            graph, size = place(graph, device.alignment, SCRATCH)
-            scratch = self._allocate(size)
-            buffers[scratch.key] = scratch
-            graph = rewrite(graph, lambda tensor: {"buffer": scratch.key} if tensor.buffer == SCRATCH else {})
         for constant in lowered.constants:
             device.write(self._io, self._offsets[constant.leaf], _raw(constant.array))
-        self._program = device.compile(graph, buffers) if graph.nodes else None
+        self._program = compiled(device, graph, buffers, self._allocate) if graph.nodes else None
 
     def _allocate(self, size: int) -> Buffer:
         buffer = self.device.allocate(max(size, 1))

@@ -192,4 +192,7 @@ MODULATION: tuple[Rule, ...] = tuple(
 )
 """What FLUX.1 has and Chroma has not: blocks that are told time and text by layers of their own."""
 
+BLOCKS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+"""The lists of blocks, and what the configuration calls their lengths."""
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.", "")

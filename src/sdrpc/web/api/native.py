@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from ...diffusion.caching import POLICIES
 from ...diffusion.guidance import SKIPPED
 from ...diffusion.hires import LATENT
 from ...errors import InvalidValue
@@ -157,7 +158,6 @@ def check(asked: Asked) -> None:
         "vae_tiling_params.rel_size_x": tiles.enabled and tiles.rel_size_x,
         "vae_tiling_params.rel_size_y": tiles.enabled and tiles.rel_size_y,
         "vae_tiling_params.extra_tiling_args": tiles.enabled and tiles.extra_tiling_args,
-        "scm_mask": asked.scm_mask,
     }
     if isinstance(asked, ImageRequest):
         refused |= {
@@ -225,6 +225,8 @@ def fields_of(asked: Asked) -> dict[str, Any]:
         "loras": tuple((lora.path, lora.multiplier) for lora in asked.lora),
         "cache_mode": asked.cache_mode,
         "cache_option": asked.cache_option,
+        "scm_mask": asked.scm_mask,
+        "scm_policy": POLICIES[not asked.scm_policy_dynamic],
         **_skipped(guidance.slg),
         **_tiles(tiles),
     }
@@ -251,6 +253,7 @@ CALLED: Mapping[str, str] = {
     "skip_layer_start": f"{_SKIPPING}.layer_start", "skip_layer_end": f"{_SKIPPING}.layer_end",
     "vae_tiling": "vae_tiling_params.enabled", "vae_tile_size": "vae_tiling_params.tile_size_x",
     "vae_tile_overlap": "vae_tiling_params.target_overlap", "loras": "lora", "mask": "mask_image",
+    "scm_policy": "scm_policy_dynamic",
     "hires": "hires.enabled", "hires_upscaler": "hires.upscaler", "hires_scale": "hires.scale",
     "hires_width": "hires.target_width", "hires_height": "hires.target_height", "hires_steps": "hires.steps",
     "hires_denoising_strength": "hires.denoising_strength", "hires_sigmas": "hires.custom_sigmas",
