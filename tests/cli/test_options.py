@@ -142,7 +142,7 @@ def test_without_arguments_there_is_help(sd: Sd) -> None:
 
 
 IDLE = {"cache_option": "threshold=0.1", "hires_upscaler": "Lanczos", "preview_path": "x.png", "skip_layers": "7"}
-IDLE |= {"metadata_format": "json"}
+IDLE |= {"metadata_format": "json", "scm_mask": "1,0", "scm_policy": "static"}
 """Values of options that take no number."""
 ASKED = {"cache_mode": "easycache", "preview": "proj", "slg_scale": "2.5"}
 """Values of options that take no path."""

@@ -89,6 +89,15 @@ def test_what_is_no_operation_of_a_device_is_numpys(ahead: Ahead) -> None:
     np.testing.assert_array_equal(x + other, noise() + noise()[:, :1])
 
 
+def test_a_mean_of_differences(ahead: Ahead) -> None:
+    x, before = ahead.put(noise()), ahead.put(noise() + f32(1))
+    ratio = abs(x * 2 - before).mean() / abs(before).mean()
+    assert isinstance(ratio, DeviceArray)
+    wanted = np.abs(noise() * 2 - (noise() + f32(1))).mean() / np.abs(noise() + f32(1)).mean()
+    np.testing.assert_allclose(np.asarray(ratio), wanted, 1e-6)
+    assert np.asarray(ratio).shape == ()
+
+
 def test_rows_are_part_of_what_is_there(ahead: Ahead) -> None:
     both = ahead.put(np.concatenate([noise(), noise() + f32(1)]))
     negative, positive = both[0:1], both[1:2]

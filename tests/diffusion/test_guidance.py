@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdrpc.diffusion.easycache import EasyCache, Options, find_options, parse_options
+from sdrpc.diffusion.caching import find_options
+from sdrpc.diffusion.dbcache import DBCache
+from sdrpc.diffusion.dbcache import Options as Blocks
+from sdrpc.diffusion.easycache import EasyCache, Options
 from sdrpc.diffusion.guidance import Guide, LeftOut, Told
 from sdrpc.diffusion.predictions import F32, Eps, Flow, prediction
 from sdrpc.diffusion.request import Request
@@ -132,27 +135,99 @@ def test_easycache_asks_for_both_prompts_or_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "options"),
-    [("", Options()), ("threshold=0.3", Options(0.3)), (" start = 0, end=1 ,", Options(0.2, 0, 1))],
-)
-def test_options_of_a_cache(text: str, options: Options) -> None:
-    assert parse_options(text) == options
+    ("mode", "text", "options"),
+    [("disabled", "", None), ("easycache", "", Options()), ("easycache", "threshold=0.3", Options(0.3)),
+     ("easycache", " start = 0, end=1 ,", Options(0.2, 0, 1)), ("dbcache", "", Blocks()),
+     ("dbcache", "Fn=1,Bn=2,threshold=0.1,warmup=3,max_cached_steps=4,max_continuous_cached_steps=5",
+      Blocks(1, 2, 0.1, 3, 4, 5))],
+)  # fmt: skip
+def test_options_of_a_cache(mode: str, text: str, options: Options | Blocks | None) -> None:
+    assert find_options(mode, text) == options
+
+
+def test_a_mask_of_steps() -> None:
+    assert find_options("dbcache", "Fn=1", "1, 0,1") == Blocks(1, mask=(1, 0, 1))
+    assert find_options("dbcache", "", "1,0", "static") == Blocks(mask=(1, 0), always=True)
 
 
 @pytest.mark.parametrize(
-    "text", ["x=1", "threshold", "threshold=a", "start=2", "start=0.5,end=0.4", "threshold=-1", "threshold=nan"]
-)
-def test_options_that_make_no_sense(text: str) -> None:
-    with pytest.raises(InvalidValue, match="cache_option"):
-        parse_options(text)
+    ("wrong", "said"),
+    [("cache_mode", ("ucache", "")), ("cache_mode", ("x", "")), ("cache_option", ("disabled", "threshold=1")),
+     *(("cache_option", ("easycache", text)) for text in (
+         "x=1", "threshold", "threshold=a", "start=2", "start=0.5,end=0.4", "threshold=-1", "threshold=nan", "Fn=1")),
+     *(("cache_option", ("dbcache", text)) for text in (
+         "Fn=0", "Fn=1.5", "Bn=-1", "warmup=-1", "threshold=nan", "start=0", "mask=1", "always=1")),
+     ("scm_mask", ("easycache", "", "1,0")), ("scm_mask", ("dbcache", "", "1,2")), ("scm_mask", ("dbcache", "", "1,")),
+     ("scm_policy", ("dbcache", "", "1,0", "x")), ("scm_policy", ("dbcache", "", "", "static"))],
+)  # fmt: skip
+def test_options_of_a_cache_that_make_no_sense(wrong: str, said: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidValue, match=f"^{wrong} "):
+        find_options(*said)
 
 
-def test_modes_of_a_cache() -> None:
-    assert find_options("disabled", "") is None
-    assert find_options("easycache", "") == Options()
-    for mode, text in (("ucache", ""), ("disabled", "threshold=1")):
-        with pytest.raises(InvalidValue, match=r"cache_(mode|option)"):
-            find_options(mode, text)
+# dbcache --------------------------------------------------------------------------------------------------------------
+
+
+class InBlocks:
+    """A model of ten blocks that each add something to what they get; ``ran`` says which did, evaluation by
+    evaluation."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[int]] = []
+
+    def __call__(self, options: Any, inputs: Any) -> tuple[Any, ...]:
+        first, mark = options["blocks"]
+        if not first:
+            self.ran.append([*range(mark)])
+            return inputs["x"] + f32(mark) * inputs["x"], f32(mark) * inputs["x"]
+        self.ran[-1] += range(first, 10)
+        state = inputs["state"]
+        predicted = state + f32(10 - first) * inputs["x"]
+        return (predicted,) if mark == first else (predicted, f32(mark - first) * inputs["x"])
+
+
+def in_blocks(steps: list[float], **options: Any) -> tuple[list[float], DBCache, list[list[int]]]:
+    """What is predicted in steps with these inputs, and of how many blocks."""
+    model, cache = InBlocks(), DBCache(Blocks(**options), 10)
+    found = []
+    for done, x in enumerate(steps):
+        cache.step = done
+        found.append(float(cache.predict(model, {"x": np.full((1, 2, 3), x, f32)})[0, 0, 0]))
+    return found, cache, model.ran
+
+
+def test_blocks_are_left_out_while_the_first_ones_change_little() -> None:
+    """By less than a tenth since all blocks were computed last: what those between the first two and the last three
+    added then is added again."""
+    steps, computed = [1, 1.05, 1.09, 1.2, 1.25, 2], [1, 1, 1, 1.2, 1.2, 2]
+    found, cache, ran = in_blocks(steps, Fn=2, Bn=3, threshold=0.1, warmup=0)
+    np.testing.assert_allclose(found, [6 * x + 5 * last for x, last in zip(steps, computed, strict=True)], 1e-6)
+    whole, ends = [*range(10)], [0, 1, 7, 8, 9]
+    assert ran == [whole, ends, ends, whole, ends, whole]
+    assert (cache.asked, cache.reused) == (6, 3)
+    assert cache.saved is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "reused"),
+    [({}, "011111"), ({"warmup": 3}, "000111"), ({"max_cached_steps": 2}, "011000"),
+     ({"max_continuous_cached_steps": 2}, "011011"), ({"threshold": 0.0}, "000000"), ({"mask": (1, 1, 0, 1)}, "001011"),
+     ({"threshold": 0.0, "mask": (0, 0, 1, 0), "always": True}, "010100")],
+)  # fmt: skip
+def test_steps_in_which_blocks_may_be_left_out(options: dict[str, Any], reused: str) -> None:
+    _, _, ran = in_blocks([1.0, 1.01, 1.02, 1.01, 1.0, 1.01], **{"Fn": 1, "threshold": 0.5, "warmup": 0, **options})
+    assert "".join("01"[len(blocks) == 1] for blocks in ran) == reused
+
+
+def test_each_of_what_is_asked_apart_has_its_own_cache() -> None:
+    longer = {"number": np.array([2], f32), "more": X}
+    for told, caches in ((Told(number(5), number(1)), 1), (Told(number(5), longer), 2)):
+        follow, asked = guide(told, blocks=lambda: DBCache(Blocks(), 20))
+        follow.step_done(3)
+        follow(X, f32(1))
+        given = [options.pop("blocks") for options in asked.options]
+        assert given == follow.caches
+        assert [cache.step for cache in given] == [3] * caches
 
 
 # Levels and timesteps of one's own ------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def drawing(case: Case) -> Drawing:
         shape = (shape[0], 2 + -(-sound // (shape[1] * shape[2])), *shape[1:])
     noise = make_rng(asked.rng, SEED).normal(int(np.prod(shape))).reshape(shape)
     return Drawing(
-        asked.prompt, noise, make_sigmas("discrete", STEPS, _predicts(case.family)).tolist(), asked.negative_prompt,
+        asked.prompt, noise, make_sigmas("discrete", STEPS, predicts(case.family)).tolist(), asked.negative_prompt,
         asked.cfg_scale or 1.0, asked.guidance or 0.0,
         prediction={"sd2": "v_prediction", "sd2-base": "epsilon"}.get(case.family), pixels=latents.pixels,
         shown=tuple(map(Image.fromarray, shown(case))), image=first, last=last,
@@ -252,7 +252,7 @@ def _together(family: str) -> int:
     return next((frames for begins, frames in FRAMES.items() if family.startswith(begins)), 0)
 
 
-def _predicts(family: str) -> Prediction:
+def predicts(family: str) -> Prediction:
     if family.startswith("ltx"):
         return prediction("sd3_flow", shift=1.0)
     if family.startswith("wan"):

@@ -24,9 +24,9 @@ POLICIES = ("dynamic", "static")
 
 
 def find_options(mode: str, text: str, mask: str = "", policy: str = POLICIES[0]) -> CacheOptions | None:
-    """What ``mode`` means with its options, ``name=number,…``, and with ``mask`` and ``policy`` (--scm-mask, ``1,1,0,…``,
-    of steps: 1 is computed, 0 may reuse something); None: every step is computed. Raises :class:`InvalidValue` for what does not
-    exist or makes no sense."""
+    """What ``mode`` means with its options (``name=number,…``), and with ``mask`` and ``policy``: --scm-mask, in which
+    1 stands for a step that is computed and 0 for one that may reuse something (``1,1,0``). None: every step is
+    computed. Raises :class:`InvalidValue` for what does not exist or makes no sense."""
     if mode not in MODES:
         reason = "is not supported yet" if mode in ELSEWHERE else "does not exist"
         raise InvalidValue("cache_mode", mode, f"{reason}; there are {', '.join(MODES)}")

@@ -50,7 +50,7 @@ def check(options: Options, title: str, component: ModelComponent) -> None:
     """Raises :class:`InvalidValue` where a diffusion model leaves nothing to reuse; ``title``: of its family."""
     count, first, last = component.blocks, options.Fn, options.Bn
     if not count:
-        reason = f"{title} is no row of blocks that could be left out; easycache leaves out whole steps"
+        reason = f"{title} has no row of blocks that could be left out; easycache leaves out whole steps"
         raise InvalidValue("cache_mode", "dbcache", reason)
     if first + last >= count:
         reason = f"of the {count} blocks of the {component.found.component.title} none is left between these"
