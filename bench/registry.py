@@ -8,6 +8,7 @@ from . import (
     cluster,
     encryption,
     families,
+    formats,
     graph,
     language,
     link,
@@ -39,6 +40,7 @@ BENCHMARKS = (
     Benchmark(
         "families", "models of several files at full size: step, memory, bytes, capture, start", families.run, False
     ),
+    Benchmark("formats", "layers with weights of 8 bits a number, over 16 bits", formats.run, False),
     Benchmark("busy", "steps of the demo model on busy and on quiet cores: threads that sleep, over others", busy.run),
     Benchmark("cluster", "pictures a minute of sd-server in a Ray cluster, over one device's", cluster.run, False),
     Benchmark("scaling", "pictures, prompts and layers on several devices, over one device's", scaling.run, False),

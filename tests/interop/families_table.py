@@ -57,8 +57,10 @@ NUMBERS_HEAD = """
 
 What else files have numbers in. *exact* and *fast* as above: diffusers' pipeline draws with the dequantized weights.
 Types that ggml does not have are types of our own: our servers hold them as they are, and make floats of them on the
-device. Another server gets F16 instead (of MXFP8 BF16), and sd-cli says what that costs. ConvRot's groups of other
-sizes than 256, integers whose scales F16 does not hold, and rows that are no whole blocks are F16 or BF16 everywhere.
+device. Another server gets F16 instead (of MXFP8 BF16), and sd-cli says what that costs. Where a GPU multiplies fp8
+with scales, MXFP8 or ConvRot's integers as they are, *fast* does that, and is some 38 dB away
+([how](architecture.md#precision)). ConvRot's groups of other sizes than 256, integers whose scales F16 does not hold,
+and rows that are no whole blocks are F16 or BF16 everywhere.
 """
 
 Distances = Mapping[tuple[Case, str], float]

@@ -40,6 +40,7 @@ from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
 from .memory import MAPPED, LocalBuffer, host_buffer
+from .operations import EngineOp
 from .pages import Frozen as FrozenPages
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
@@ -47,6 +48,7 @@ from .programs import Programs
 from .replay import Pool, Replay
 from .staging import Reading, Staging
 from .system import host_memory, return_freed_memory, shared_resident
+from .values import ordered
 from .weights import Weights
 from .worker import Worker
 
@@ -299,7 +301,12 @@ class LocalDevice(ServedDevice):
         def make() -> Compiled:
             validate.check(graph, sizes, max_bytes=self.memory().free)
             with translated(self.name, "compiling a graph"):
-                return compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
+                made = compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
+            if eights := sum(value.op is EngineOp.PRODUCT_8BIT for value in ordered(made.roots)):
+                log.info(
+                    "%s: %d products of a graph multiply weights of 8 bits a number as they are", self.name, eights
+                )
+            return made
 
         compiled = self._programs.get(name, make, Deadline(COMPILE_SECONDS, f"{self.name}: compiling a graph", watch))
         self._check_room(compiled.peak)

@@ -121,6 +121,11 @@ def _mul_mat(value: Value) -> int:
     return FLOAT * (elements(_source(value, 1)) + 2 * elements(value)) + _batches(value)
 
 
+def _product_8bit(value: Value) -> int:
+    """Rows as floats, and as 8 bits a number; the product, times a scale, times another, plus a bias."""
+    return FLOAT * (4 * elements(_source(value, 1)) + 3 * elements(value))
+
+
 def _batches(value: Value) -> int:
     """A first operand whose matrices are multiplied in one call is copied where it is not dense."""
     a = _source(value, 0)
@@ -204,7 +209,7 @@ WORKING: dict[OpName, Callable[[Value], int]] = {
     "CONV_TRANSPOSE_1D": _transposed, "CONV_TRANSPOSE_2D": _transposed, "COL2IM_1D": _copies(2),
     "IM2COL_BACK": _copies(2), "POOL_1D": _pool, "POOL_2D": _pool, "POOL_2D_BACK": _pool, "UPSCALE": _copies(10),
     "MUL_MAT": _mul_mat, EngineOp.LINEAR: _mul_mat, EngineOp.MUL_MAT_I8: _copies(4), "MUL_MAT_ID": _mul_mat_id,
-    "OUT_PROD": _out_prod, "QUANTIZE_I8_CONVROT": _copies(6),
+    EngineOp.PRODUCT_8BIT: _product_8bit, "OUT_PROD": _out_prod, "QUANTIZE_I8_CONVROT": _copies(6),
     "FLASH_ATTN_EXT": _attention, EngineOp.FLASH_ATTN_F16_SUMS: _attention, EngineOp.ATTENTION: _attention,
     "SOFT_MAX": _copies(4),
     "ROPE": _copies(4), "ROPE_BACK": _copies(5),
@@ -308,7 +313,8 @@ def _mixing_work(value: Value) -> int:
 
 WORK: dict[OpName, Callable[[Value], int]] = {
     **dict.fromkeys(
-        ("MUL_MAT", EngineOp.LINEAR, "MUL_MAT_ID", EngineOp.MUL_MAT_I8), lambda v: elements(v) * _source(v, 0).ne[0]
+        ("MUL_MAT", EngineOp.LINEAR, "MUL_MAT_ID", EngineOp.MUL_MAT_I8, EngineOp.PRODUCT_8BIT),
+        lambda v: elements(v) * _source(v, 0).ne[0],
     ),
     "OUT_PROD": lambda v: elements(v) * _source(v, 0).ne[1],
     "CONV_2D": _conv_work, "CONV_2D_DW": lambda v: _weighted(v, prod(_source(v, 0).ne[:2]), 1),

@@ -27,6 +27,7 @@ class EngineOp(Enum):
     RMS_NORM_AFFINE = "RMS_NORM and MUL by a row"
     GROUP_NORM_AFFINE = "GROUP_NORM, MUL and ADD of one number a channel, perhaps SILU"
     MUL_MAT_I8 = "MUL_MAT of weights in I8 with scales, computed in integers"
+    PRODUCT_8BIT = "MUL_MAT or LINEAR with a weight of 8 bits a number as it is"
     ADAMW_MEAN = "the first moment that OPT_STEP_ADAMW updates in memory"
     ADAMW_SQUARE = "the second one"
     FLASH_ATTN_F16_SUMS = "FLASH_ATTN_EXT, added up in F16 as ggml's CPU backend does it"

@@ -20,6 +20,7 @@ from sdrpc.errors import InvalidValue
 from sdrpc.ggml.params import MulMat
 from sdrpc.ggml.types import F16, F32, Type
 
+from .blocks.eight_bits import EIGHT_BITS
 from .dtypes import DTYPES
 from .operations import EngineOp
 from .ops import KERNELS, Autocast, moves_blocks
@@ -29,6 +30,12 @@ from .weights import WeightFormat
 
 PREC_F32 = 10
 """ggml_prec: GGML_PREC_F32."""
+
+MANY_ROWS = 16
+"""With at most so many rows a product takes weights of 8 bits as other weights: reading these is most of the work, and
+tensor cores want more."""
+EIGHT_BITS_ALIGNMENT = 16
+"""Rows and columns of a matrix of 8 bits a number come in so many for tensor cores."""
 
 FEW = 32
 """A product with no more rows takes less time on a CPU in float16 than converting its weights each time."""
@@ -47,6 +54,8 @@ class Precision:
     otherwise arrange anew at each use (a fifth of a UNet's time).
     ``halves``: few rows are multiplied with float16 weights in float16, as ggml does it, where there is no room to keep
     those in ``narrow``, and one row always: reading weights is most of the work then.
+    ``floats8``, ``integers8``: the hardware multiplies 8-bit floats, or integers: weights of such numbers are taken as
+    they are, and activations become that.
     ``rounds``: what is multiplied is rounded as ggml's CPU backend does it.
     """
 
@@ -55,6 +64,8 @@ class Precision:
     follows: bool = False
     channels_last: bool = False
     halves: bool = False
+    floats8: bool = False
+    integers8: bool = False
     rounds: bool = False
 
     def suited(self, roots: Sequence[Value]) -> Precision:
@@ -87,7 +98,16 @@ def choose(name: str, device: torch.device) -> Precision:
     if device.type == "cpu":
         halves = "avx512_fp16" in processor_features()
         return Precision("fast", torch.bfloat16, channels_last=True, halves=halves)
-    return Precision("fast", torch.bfloat16, follows=True, channels_last=device.type == "cuda")
+    cuda = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if cuda and torch.version.hip is None else (0, 0)
+    return Precision(
+        "fast",
+        torch.bfloat16,
+        follows=True,
+        channels_last=cuda,
+        floats8=capability >= (8, 9),  # from Ada on
+        integers8=capability >= (8, 0),
+    )
 
 
 def _is_narrow_faster(device: torch.device) -> bool:
@@ -117,7 +137,7 @@ def _rows_of_halves(value: Value) -> int | None:
 class _Assigner:
     def __init__(self, roots: Sequence[Value], precision: Precision) -> None:
         self.roots, self.narrow, self.channels_last = roots, precision.narrow, precision.channels_last
-        self.halves = precision.halves
+        self.halves, self.precision = precision.halves, precision
         self.done: dict[Value, Value] = {}
         self.casts: dict[tuple[Value, torch.dtype], Value] = {}
         self.weights: dict[tuple[EngineOp, Place, WeightFormat], Value] = {}
@@ -136,6 +156,8 @@ class _Assigner:
         if value.op is EngineOp.SNAPSHOT:
             return replace(value, src=tuple(src), dtype=src[0].dtype if src[0] is not None else own)
         raw: Sequence[int] = range(len(src)) if moves_blocks(value) else KERNELS[value.op].raw
+        if (eights := self._in_eight_bits(value, src)) is not None:
+            return eights
         compute = self._compute(value, [s for s in src if s is not None])
         rows = _rows_of_halves(value) if self.halves and compute is self.narrow else None
         if rows == 1:
@@ -146,6 +168,40 @@ class _Assigner:
             for i, s in enumerate(src)
         )
         return replace(value, src=operands, dtype=self._held(value, own, compute))
+
+    def _in_eight_bits(self, value: Value, src: Sequence[Value | None]) -> Value | None:
+        """``value`` as a product with its weight of 8 bits as it is, where the hardware has such."""
+        if self.narrow is None or value.op not in ("MUL_MAT", EngineOp.LINEAR):
+            return None
+        weight, x = src[:2]
+        kind = EIGHT_BITS.get(weight.type.name) if weight is not None and weight.op is EngineOp.LEAF else None
+        if kind is None or weight is None or x is None or x.dtype is None or not x.dtype.is_floating_point:
+            return None
+        if not (self.precision.integers8 if kind.dtype is torch.int8 else self.precision.floats8):
+            return None
+        (k, m, *batches), place = weight.ne, weight.place
+        if isinstance(value.params, MulMat) and value.params.prec == PREC_F32:
+            return None
+        if (k | m) % EIGHT_BITS_ALIGNMENT or batches != [1, 1] or prod(value.ne[1:]) <= MANY_ROWS:
+            return None
+        if place is None or any(place.overlaps(w) for w in self.written if w is not None):
+            return None
+        weight = self._weight(weight, EngineOp.WEIGHT, place, WeightFormat(torch.uint8, packed=True))
+        rest = [None if s is None else self._as(s, WeightFormat(torch.float32)) for s in src[2:]]
+        return replace(
+            value,
+            op=EngineOp.PRODUCT_8BIT,
+            src=(weight, x, *rest),
+            dtype=self._held(value, DTYPES.get(value.type), self.narrow),
+        )
+
+    def _weight(self, leaf: Value, op: EngineOp, place: Place, format: WeightFormat) -> Value:
+        """``leaf``, which is at ``place``, converted to ``format``, for all who want that."""
+        made = self.weights.get((op, place, format))
+        if made is None:
+            dtype = None if op is EngineOp.OPPORTUNISTIC_WEIGHT else format.dtype
+            made = self.weights[op, place, format] = replace(leaf, op=op, src=(leaf,), params=format, dtype=dtype)
+        return made
 
     def _compute(self, value: Value, src: Sequence[Value]) -> torch.dtype:
         """The dtype that all floating operands get."""
@@ -191,17 +247,7 @@ class _Assigner:
             place = operand.place
             if not any(place.overlaps(w) for w in self.written if w is not None):
                 op = EngineOp.OPPORTUNISTIC_WEIGHT if opportunistic else EngineOp.WEIGHT
-                made = self.weights.get((op, place, format))
-                if made is None:
-                    made = self.weights[op, place, format] = replace(
-                        operand,
-                        op=op,
-                        src=(operand,),
-                        params=format,
-                        place=place,
-                        dtype=None if opportunistic else compute,
-                    )
-                return made
+                return self._weight(operand, op, place, format)
             if opportunistic:
                 return operand
         cast = self.casts.get((operand, compute))

@@ -18,20 +18,25 @@ from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
 from .blocks import dequantize
+from .blocks.eight_bits import pack, packed_bytes
 
 PIECE = 1 << 16
 """Elements that a core converts at a time."""
 
 
 class WeightFormat(NamedTuple):
-    """How a weight is wanted: its dtype, and whether its channels lie together (kernels of convolutions)."""
+    """How a weight is wanted: its dtype, and whether its channels lie together (kernels of convolutions). ``packed``:
+    as rows of 8 bits a number (:mod:`sdrpc.engine.blocks.eight_bits`), in bytes."""
 
     dtype: torch.dtype
     channels_last: bool = False
+    packed: bool = False
 
 
 def convert(raw: Tensor, type: Type, ne: tuple[int, int, int, int], format: WeightFormat) -> Tensor:
     """``raw``, a typed view of memory, in ``format``; always a copy unless it has that format already."""
+    if format.packed:
+        return pack(raw, type, ne)
     x = raw if type.plain else dequantize(raw, type, ne, format.dtype)
     if (x.dtype, format.dtype, x.device.type) == (torch.float16, torch.bfloat16, "cpu"):
         x = _bfloat16(x)
@@ -66,7 +71,7 @@ class Source(NamedTuple):
     @property
     def nbytes(self) -> int:
         """What the weight takes in its format."""
-        return prod(self.ne) * self.format.dtype.itemsize
+        return packed_bytes(self.ne) if self.format.packed else prod(self.ne) * self.format.dtype.itemsize
 
 
 @dataclass(eq=False, slots=True)

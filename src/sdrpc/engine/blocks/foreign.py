@@ -28,6 +28,13 @@ def _e5m2(x: Tensor) -> Tensor:
     return reinterpret(x, torch.float8_e5m2).float()
 
 
+def power(x: Tensor) -> Tensor:
+    """Bytes as powers of two, float32: 2^(x - 127); 255 is NaN."""
+    e = x.int()
+    bits = torch.where(e == 0, 0x00400000, torch.where(e == 255, 0x7FC00000, e << 23))
+    return bits.contiguous().view(torch.float32)
+
+
 def _pairs(x: Tensor) -> Tensor:
     """[…, k / 2] bytes → […, k] of four bits: of each byte first the high ones."""
     return torch.stack((x >> 4, x & 15), -1).flatten(-2)
@@ -55,9 +62,7 @@ def read_f8_e5m2_scaled(b: Blocks) -> Tensor:
 
 def read_mxfp8(b: Blocks) -> Tensor:
     """exponent, 1 byte | 32 of e4m3: 2^(exponent - 127) q."""
-    e = b[:, :1].int()
-    bits = torch.where(e == 0, 0x00400000, torch.where(e == 255, 0x7FC00000, e << 23))
-    return bits.contiguous().view(torch.float32) * _e4m3(b[:, 1:])
+    return power(b[:, :1]) * _e4m3(b[:, 1:])
 
 
 def read_nvfp4_scaled(b: Blocks) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..deadline import Deadline
+from ..operations import EngineOp
 from ..program import Bound
+from ..values import ordered
 from .compiler import Compiler, Function
 from .job import Job, Origin
 from .pure import is_pure, pure
@@ -25,6 +27,10 @@ ROUNDINGS = 16
 """How far (relative, L2) a compiled program's results may be from those that it replaces, in the narrow dtype's
 roundings. It rounds less often, since it keeps in float32 what lies between operations that it fuses: 1 to 4 of them
 in SD 1.5 and SDXL."""
+
+EIGHT_BITS = 0.125
+"""How much farther they may be apart where activations become 8-bit floats: what is rounded otherwise before goes to
+another of these now and then, of which two neighbours are 2⁻³ apart at most."""
 
 
 class CompiledProgram:
@@ -74,6 +80,8 @@ class Faster:
         self._bound, self._compiler, self._threads = bound, compiler, threads
         self._origin: Origin | None = origin
         self._limit = ROUNDINGS * torch.finfo(origin.precision.narrow or torch.float32).eps
+        if any(value.op is EngineOp.PRODUCT_8BIT for value in ordered(bound.compiled.roots)):
+            self._limit += EIGHT_BITS
         self._runs = 0
         self._asked: Future[Function] | None = None
         self._kept: tuple[bool, ...] = ()

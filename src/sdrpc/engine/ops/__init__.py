@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from ..operations import OpName
 from ..values import Value, same_blocks
-from . import attention, convrot, copies, elementwise, images, products, rows
+from . import attention, convrot, copies, eight_bits, elementwise, images, products, rows
 from .base import Autocast, Kernel
 from .language import deepseek, recurrent, training
 
 __all__ = ["KERNELS", "Autocast", "Kernel", "moves_blocks"]
 
-TOPICS = (copies, elementwise, rows, attention, products, convrot, images, recurrent, deepseek, training)
+TOPICS = (copies, elementwise, rows, attention, products, convrot, eight_bits, images, recurrent, deepseek, training)
 
 KERNELS: dict[OpName, Kernel] = {kernel.op: kernel for topic in TOPICS for kernel in topic.KERNELS}
 """All operations that are computed: ggml's by name, and the engine's own. Leaves are not, and converted weights are

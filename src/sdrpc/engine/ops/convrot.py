@@ -26,7 +26,7 @@ EXACT_SUM = 1 << 10
 multiplies; and TF32, which some do it in, still holds 8 bits. Of more, sums are added up as integers."""
 
 
-def _quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The rows of ``x`` in int8, rotated, [rows, k], and each row's scale, [rows, 1]."""
     x = rotated(x.reshape(-1, x.shape[-1]), group)
     scale = quotient(x.abs().amax(1, keepdim=True), 127)
@@ -36,7 +36,7 @@ def _quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def _quantize_i8_convrot(v: Value[Rotation], x: Tensor) -> Tensor:
     """Rows and scales as bytes; those that fill up are zero."""
-    numbers, scale = _quantized(x, v.params.group)
+    numbers, scale = quantized(x, v.params.group)
     rows, k = numbers.shape
     start = bytes_of_rows(k, rows)
     packed = numbers.new_zeros(prod(v.ne))
@@ -53,7 +53,7 @@ def _unpacked(packed: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return flat[: rows * k].reshape(rows, k), scale.view(torch.float32).reshape(rows, 1)
 
 
-def _sums(x: Tensor, w: Tensor) -> Tensor:
+def sums(x: Tensor, w: Tensor) -> Tensor:
     """``x`` [n, k] · ``w`` [m, k]ᵀ, both in int8, exactly, in int32."""
     if _in_integers(x, w):
         return torch._int_mm(x, w.T)
@@ -84,8 +84,8 @@ def _mul_mat_i8(v: Value[MulMat], a: Tensor, b: Tensor, scales: Tensor, bias: Te
     if b.dtype is torch.int8:
         numbers, scale = _unpacked(b, prod(v.ne[1:]))
     else:
-        numbers, scale = _quantized(b, v.params.group or 1)
-    y = _sums(numbers, weight).float() * scale * scales.reshape(-1)
+        numbers, scale = quantized(b, v.params.group or 1)
+    y = sums(numbers, weight).float() * scale * scales.reshape(-1)
     return (y if bias is None else y + bias.reshape(-1)).reshape(shape_of(v.ne))
 
 

@@ -1,0 +1,134 @@
+"""Layers whose weights are in one format or another, on the engine of this process: 16 bits, and 8 bits a number that
+are multiplied as they are, or made 16-bit floats first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import numpy as np
+import torch
+
+from sdrpc.engine import LocalDevice, devices
+from sdrpc.engine.operations import EngineOp
+from sdrpc.engine.values import ordered
+from sdrpc.ggml.build import leaf, mul_mat, node
+from sdrpc.ggml.memory_planner import bind, lay_out
+from sdrpc.ggml.params import Unary
+from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor
+from sdrpc.ggml.types import F32, TYPES, Type
+
+from .rows import Row
+from .setup import Setup
+
+FORMATS = ("BF16", "Q8_0", "F8_E4M3", "F8_E4M3_SCALED", "MXFP8", "I8_CONVROT")
+"""The first one is what the others are measured against."""
+ROUNDS = 9
+SECONDS = 300.0
+"""How long compiling is waited for."""
+SIZES = {"full": (4096, 3072, 12288, 16), "tiny": (32, 256, 512, 16)}
+"""Rows, numbers of a row, and within a layer, layers: those of FLUX.1 for a picture of 1024×1024."""
+SCALE = 0.0005
+"""Of numbers in 8 bits, such that layers change little."""
+
+
+def run(setup: Setup) -> Iterator[Row]:
+    found = {device.name: device for device in devices("fast")}
+    theirs: dict[str, float] = {}
+    try:
+        for name in FORMATS:
+            for way, seconds, note in _measured(setup, found[setup.device], name):
+                theirs.setdefault(way, seconds)
+                yield Row(f"layers in {name}, {way}", seconds * 1e3, "ms", theirs[way] * 1e3, FORMATS[0], None, note)
+    finally:
+        for each in found.values():
+            each.close()
+
+
+def _measured(setup: Setup, device: LocalDevice, name: str) -> Iterator[tuple[str, float, str]]:
+    """Of layers with weights in the format ``name``: how they run, seconds, and what of them is computed in 8 bits."""
+    graph = _layers(TYPES[name], *SIZES[setup.checkpoint_size])
+    last, leaves = graph.nodes[-1], graph.leaves
+    laid_out = lay_out([each.nbytes for each in (*leaves, last)], device.alignment)
+    buffer = device.allocate(laid_out.size)
+    places = {each: (buffer.key, at) for each, at in zip((*leaves, last), laid_out.offsets, strict=True)}
+    rng = np.random.default_rng(0)
+    for each, at in zip(leaves, laid_out.offsets, strict=False):
+        device.write(buffer, at, _contents(each, rng))
+    program = device.compile(bind(graph, places), {buffer.key: buffer})
+
+    def once() -> float:
+        start = time.perf_counter()
+        program.run()
+        if not setup.on_cpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    values = ordered(program.bound.compiled.roots)
+    eights = sum(value.op is EngineOp.PRODUCT_8BIT for value in values)
+    note = f"{eights} products in 8 bits" if eights else "products in 16 bits"
+    with _compiled() as is_compiled:
+        for _ in range(4):  # weights are converted, the run is recorded
+            once()
+        yield "as they come", median(once() for _ in range(ROUNDS)), note
+        if setup.compiles(setup.variant):
+            end = time.monotonic() + SECONDS
+            while not is_compiled() and time.monotonic() < end:
+                once()
+            if is_compiled():
+                once()  # recorded anew
+                yield "compiled", median(once() for _ in range(ROUNDS)), note
+    device.free(buffer)
+
+
+@contextmanager
+def _compiled() -> Iterator[Callable[[], bool]]:
+    """Whether a program has come to run compiled in this context, as the engine's log says it."""
+    said: list[str] = []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    log, heard = logging.getLogger("sdrpc.engine.compilation"), Heard()
+    level = log.level
+    log.addHandler(heard)
+    log.setLevel(logging.INFO)
+    try:
+        yield lambda: any("runs compiled" in line for line in said)
+    finally:
+        log.removeHandler(heard)
+        log.setLevel(level)
+
+
+def _layers(type: Type, rows: int, width: int, within: int, count: int) -> Graph:
+    """``count`` times: to ``within`` numbers a row, GELU, back, added to what came in."""
+    nodes: list[Tensor] = []
+    x = leaf(F32, width, rows)
+    for _ in range(count):
+        wide = mul_mat(leaf(type, width, within), x)
+        bent = node("UNARY", wide, params=Unary("GELU"))
+        narrow = mul_mat(leaf(type, within, width), bent)
+        x = node("ADD", x, narrow, flags=OUTPUT)
+        nodes += (wide, bent, narrow, x)
+    return Graph(tuple(nodes))
+
+
+def _contents(tensor: Tensor, rng: np.random.Generator) -> bytes:
+    """Normal numbers; of blocks, numbers of 8 bits and one scale."""
+    held, count = tensor.type, tensor.nbytes // tensor.type.size
+    if held is F32:
+        return rng.standard_normal(count, np.float32).tobytes()
+    numbers = torch.from_numpy(rng.standard_normal(count * held.block, np.float32))
+    if held.plain:
+        return (numbers * SCALE).bfloat16().view(torch.uint8).numpy().tobytes()
+    codes = (numbers * 40).to(torch.int8) if held.name in ("Q8_0", "I8_CONVROT") else numbers.to(torch.float8_e4m3fn)
+    head = {4: np.float32(SCALE).tobytes(), 2: np.float16(SCALE).tobytes(), 1: bytes([116]), 0: b""}
+    blocks = np.empty((count, held.size), np.uint8)
+    width = held.size - held.block
+    blocks[:, :width] = np.frombuffer(head[width], np.uint8)
+    blocks[:, width:] = codes.view(torch.uint8).numpy().reshape(count, held.block)
+    return blocks.tobytes()
