@@ -24,6 +24,7 @@ from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
 from tests.support.scripted import HANG_UP, SILENCE, Proxy, Scripted, raw
+from tests.support.trouble import Line, Wire
 
 QUICK = Timeouts(connect=2.0, answer=2.0)
 IMPATIENT = Timeouts(connect=0.15, answer=0.15)
@@ -185,6 +186,28 @@ def test_what_it_was_doing() -> None:
             f"{server.endpoint}: the server hung up while reading 256 bytes on device 0 "
             "(after a graph was started on RPC0)"
         )
+
+
+def test_an_end_behind_which_nobody_reads() -> None:
+    """A proxy whose server was killed ends the connection, but what it had not read yet fills its buffers: nothing that
+    is sent comes through, so nothing shows that nobody wants it."""
+    over = threading.Event()
+
+    def ends(line: Line, data: bytes) -> bytes:
+        line.cut()
+        over.wait(120)
+        return b""
+
+    with Scripted().listening() as server, Wire(server.port) as wire:
+        (device,) = connect([wire.endpoint], Timeouts(answer=60.0))
+        buffer = device.allocate(64 << 20)
+        wire.disturb(ends, up=True)
+        try:
+            with pytest.raises(ConnectionLost, match="the server hung up while writing"):
+                device.write(buffer, 0, bytes(64 << 20))
+        finally:
+            over.set()
+            device.close()
 
 
 def counted() -> dict[str, int]:

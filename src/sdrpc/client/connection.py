@@ -37,7 +37,7 @@ from ..wire.records import Record
 from ..wire.refusals import from_text
 from .endpoint import Endpoint
 from .keychain import Credential, Keychain
-from .liveness import is_gone, keep_asking
+from .liveness import hung_up, is_gone, keep_asking
 from .refused import Refused
 from .secure import secured, show_key
 
@@ -163,9 +163,15 @@ class Connection:
         if Capability.BEATS in self.capabilities:
             self.watch(silent)
 
+    def _wait_for_room(self, silent: float) -> None:
+        """The same, while the server takes nothing of what is sent to it."""
+        if hung_up(self._socket):
+            raise ConnectionResetError("the server hung up")
+        self._wait(silent)
+
     def _send(self, buffers: Sequence[Bytes]) -> None:
         try:
-            _send_all(self._socket, buffers, self._wait)
+            _send_all(self._socket, buffers, self._wait_for_room)
         except HANGS_UP:
             # A server of ours says why before it hangs up, and what it said can still be read.
             if self.capabilities & Capability.ERRORS:

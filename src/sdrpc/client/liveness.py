@@ -4,10 +4,15 @@ TCP's keepalive asks after an end that has nothing to say, but not while bytes o
 system sends them again and again, for a quarter of an hour as a rule. TCP_USER_TIMEOUT would bound that, but it also
 ends connections to a program that is alive and does not read for a while. So what is looked at is whether the machine
 acknowledges anything: Linux tells.
+
+An end that was closed shows at once to who reads. Who sends learns it from the answer to the next bytes, and there is no
+next as long as what was sent before fills all buffers: a proxy that lost its server ends the connection, too, but leaves
+what it had not read where it is.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import sys
@@ -38,3 +43,13 @@ def is_gone(connection: socket.socket, seconds: float) -> bool:
     except (OSError, struct.error):
         return False
     return bool(max(again, probes) >= _IN_VAIN and quiet >= seconds * 1000)
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the other end has said that nothing more comes from it, behind whatever was not read yet. Where the system
+    does not tell: no."""
+    if not sys.platform.startswith("linux"):
+        return False
+    poll = select.poll()
+    poll.register(connection, select.POLLHUP | select.POLLERR | select.POLLRDHUP)
+    return bool(poll.poll(0))
