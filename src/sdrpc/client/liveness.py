@@ -5,9 +5,9 @@ system sends them again and again, for a quarter of an hour as a rule. TCP_USER_
 ends connections to a program that is alive and does not read for a while. So what is looked at is whether the machine
 acknowledges anything: Linux tells.
 
-An end that was closed shows at once to who reads. Who sends learns it from the answer to the next bytes, and there is no
-next as long as what was sent before fills all buffers: a proxy that lost its server ends the connection, too, but leaves
-what it had not read where it is.
+An end that was closed shows at once to who reads. Who sends learns it from the answer to the next bytes, and there is
+no next as long as what was sent before fills all buffers: a proxy that lost its server ends the connection, too, but
+leaves what it had not read where it is.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def is_gone(connection: socket.socket, seconds: float) -> bool:
 
 
 def hung_up(connection: socket.socket) -> bool:
-    """Whether the other end has said that nothing more comes from it, behind whatever was not read yet. Where the system
-    does not tell: no."""
+    """Whether the other end has said that nothing more comes from it, behind whatever was not read yet. Where the
+    system does not tell: no."""
     if not sys.platform.startswith("linux"):
         return False
     poll = select.poll()
