@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
 
 from sdrpc.errors import CaptureError
 from sdrpc.lowering.capture import capture
@@ -122,6 +123,22 @@ def test_attention_in_chunks(masked: str, steps: int, monkeypatch: pytest.Monkey
     assert len(scores) == -(-steps // 5)
     assert all(node.nbytes <= attention.MAX_SCORES for node in scores)
     assert not any(node.op == "SOFT_MAX" for node in lower(graph, SDRPC, {}).graph.nodes)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_transformers_builds_masks_without_numbers(flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch's flag it asks as its versions before 5.20 do."""
+    if not flag:
+        monkeypatch.delattr(torch.compiler, "_is_exporting_flag")
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False)
+    sizes = {"vocab_size": 7, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_layers": 1, "num_heads": 2}
+    module = UMT5EncoderModel(UMT5Config(**sizes)).eval()
+
+    def call(module: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return (module(input_ids=ids, attention_mask=mask).last_hidden_state,)
+
+    inputs = {"ids": torch.tensor([[1, 2, 0]]), "mask": torch.tensor([[1, 1, 0]])}
+    capture(module, inputs, call)
 
 
 def test_known_inputs_become_part_of_the_graph() -> None:

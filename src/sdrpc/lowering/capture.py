@@ -216,17 +216,26 @@ def _left(recorder: Recorder) -> None:
 
 @contextmanager
 def _exporting() -> Iterator[None]:
-    """``torch.compiler.is_exporting()`` is true inside: transformers then builds masks without looking at numbers.
-    torch has no public way to say so; where this one is missing, such masks have to be known."""
-    before = getattr(torch.compiler, "_is_exporting_flag", None)
-    if before is None:
+    """transformers builds masks without looking at numbers inside: it asks ``torch.compiler.is_exporting()``, before
+    5.20 its own ``is_tracing``. Neither can be told so in public; where both are missing, such masks have to be
+    known."""
+    masks = sys.modules.get("transformers.masking_utils")
+    with _replaced(torch.compiler, "_is_exporting_flag", True), _replaced(masks, "is_tracing", lambda *_: True):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """The owner's attribute is ``value`` inside, if it has one of this name."""
+    if not hasattr(owner, name):
         yield
         return
-    torch.compiler._is_exporting_flag = True
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.compiler._is_exporting_flag = before
+        setattr(owner, name, before)
 
 
 @contextmanager
