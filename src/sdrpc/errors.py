@@ -47,7 +47,7 @@ class SdrpcError(Exception):
 
     def __init__(self, message: str = "", *names: str) -> None:
         super().__init__(message)
-        self.names = names
+        self.names: Sequence[str] = names
 
     def told(self, called: Callable[[str], str]) -> str:
         """The message, with what ``called`` makes of the fields in it."""

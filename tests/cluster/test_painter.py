@@ -143,3 +143,4 @@ def test_errors_arrive_as_what_a_seat_tells_apart(error: SdrpcError, kind: type[
     arrived = raised(pickle.loads(pickle.dumps(failure(error))))
     assert type(arrived) is kind
     assert str(arrived) == str(error)
+    assert arrived.told(str.upper) == error.told(str.upper)  # the fields that it names are known

@@ -9,7 +9,10 @@ import pytest
 from pydantic import BaseModel
 
 from sdrpc.diffusion.request import Request
+from sdrpc.errors import DoesNotFit, InvalidValue, Room
 from sdrpc.web.api import a1111, native, openai
+from sdrpc.web.api.common import naming
+from sdrpc.web.jobs import marked, told
 from tests.web.process import SMALL, WebServer
 
 FORM = {"image", "mask"}
@@ -66,3 +69,45 @@ def test_a_refusal_names_the_field_that_was_sent(server: WebServer, path: str, b
     assert answer.status == 400, answer.body
     assert answer.json()["error"]["param"] == says
     assert answer.error.startswith(f"{says} ")
+
+
+SAMPLER = "euler_cfg_pp"
+"""It follows the negative prompt, which is known to be there when it is drawn."""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/sdapi/v1/txt2img", {"prompt": "a cat", "width": 64, "height": 64, "steps": 1, "cfg_scale": 1.0,
+                               "sampler_name": SAMPLER, "override_settings": {"sd_model_checkpoint": "tiny"}},
+         "cfg_scale"),
+        ("/v1/images/generations", {"prompt": "a cat", "size": "64x64", "steps": 1, "cfg_scale": 1, "model": "tiny",
+                                    "sampling_method": SAMPLER}, "cfg_scale"),
+        ("/sdcpp/v1/img_gen", {"sample_params": {"sample_steps": 1, "sample_method": SAMPLER,
+                                                 "guidance": {"txt_cfg": 1}}}, "sample_params.guidance.txt_cfg"),
+    ],
+)  # fmt: skip
+def test_a_job_that_fails_names_the_field_that_was_sent(
+    server: WebServer, path: str, body: dict[str, Any], says: str
+) -> None:
+    if path.startswith("/sdcpp"):
+        job = server.until(server.submit(**body), "failed")
+        message = str(job["error"]["message"])
+    else:
+        message = server.ask(path, body).error
+        job = server.ask("/sdcpp/v1/jobs?most=1").json()[0]
+        assert job["error"]["message"].startswith("sample_params.guidance.txt_cfg 1: ")  # who looks at it there
+    assert message.startswith(f"{says} 1: ")
+    assert message.isprintable()
+
+
+def test_what_is_kept_of_an_error_has_its_fields() -> None:
+    """Also those in its reason, and options of the server where a request has no such field."""
+    kept = marked(InvalidValue("steps", 0, "at least 1, or a scheduler", "scheduler"))
+    assert told(kept, naming(native.CALLED)) == (
+        "sample_params.sample_steps 0: at least 1, or a sample_params.scheduler"
+    )
+    assert told(kept, str) == "steps 0: at least 1, or a scheduler"
+    room = DoesNotFit({"vae": 1 << 30}, {"RPC0": [Room(1 << 20, True)]}, "raise max_vram")
+    assert told(marked(room), naming(native.CALLED)).endswith("raise --max-vram")
+    assert told("an error of an older server", naming(native.CALLED)) == "an error of an older server"

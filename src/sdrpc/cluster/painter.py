@@ -17,7 +17,7 @@ from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.pictures import Picture, Pixels
 from ..diffusion.request import Settings
 from ..diffusion.session import Session
-from ..errors import Cancelled, ConnectionFailed, DeviceLost, SdrpcError, UsageError
+from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError, UsageError
 from ..families.model import Model, ModelFiles, open_model
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,12 @@ REMEMBERED = 64
 
 
 class Failure(NamedTuple):
-    """An error of ours: of ``kind`` (a key of :data:`KINDS`), with its ``words``. Errors themselves don't travel: they
-    are made from facts that their message does not give back."""
+    """An error of ours: of ``kind`` (a key of :data:`KINDS`), with its ``words`` and the ``names`` of fields in them.
+    Errors themselves don't travel: they are made from facts that their message does not give back."""
 
     kind: str
     words: str
+    names: tuple[str, ...] = ()
 
 
 KINDS: Mapping[str, tuple[type[SdrpcError], ...]] = {
@@ -70,12 +71,17 @@ Told = Event | Picture | Film | Frame | Failure
 
 
 def failure(error: SdrpcError) -> Failure:
-    return Failure(next(kind for kind, classes in KINDS.items() if isinstance(error, classes)), str(error))
+    names = (error.field, *error.names) if isinstance(error, InvalidValue) else tuple(error.names)
+    return Failure(next(kind for kind, classes in KINDS.items() if isinstance(error, classes)), str(error), names)
 
 
 def raised(failure: Failure) -> SdrpcError:
     """An error as ``failure`` tells it."""
-    return Cancelled() if failure.kind == "cancelled" else KINDS[failure.kind][0](failure.words)
+    if failure.kind == "cancelled":
+        return Cancelled()
+    error = KINDS[failure.kind][0](failure.words)
+    error.names = failure.names
+    return error
 
 
 class Described(NamedTuple):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heapreplace
 from typing import Any
+
+from ..errors import SdrpcError
 
 
 class State(str, Enum):
@@ -68,7 +71,7 @@ class Task:
 @dataclass(frozen=True)
 class Job:
     """A task in the queue. Times are seconds since the epoch. ``user``: whose turn it takes; ``seeds``: of the pictures
-    that are there; ``error``: why there are none."""
+    that are there; ``error``: why there are none, as :func:`marked` has it."""
 
     id: str
     user: str
@@ -79,6 +82,20 @@ class Job:
     finished: float | None = None
     seeds: tuple[int, ...] = ()
     error: str | None = None
+
+
+MARK = "\x1f"
+"""Stands around a field's name in what is kept of an error: each API has its own name for it."""
+
+
+def marked(error: SdrpcError) -> str:
+    """The words of ``error``, to be kept."""
+    return error.told(lambda field: f"{MARK}{field}{MARK}")
+
+
+def told(words: str, called: Callable[[str], str]) -> str:
+    """``words`` of :func:`marked`, with what ``called`` makes of the fields in them."""
+    return re.sub(f"{MARK}(.*?){MARK}", lambda field: called(field[1]), words)
 
 
 def in_turn(queued: Sequence[Job], served: Mapping[str, float]) -> list[Job]:

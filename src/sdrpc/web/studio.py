@@ -38,7 +38,7 @@ from ..families.model import Model, ModelFiles
 from ..runtime.chain import Lanes, devices_of
 from .board import Board
 from .enlarging import Larger, enlarged
-from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task
+from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task, marked
 from .metrics import Metrics
 from .places import Chosen, Places, Shown
 from .shelf import Shelf
@@ -379,11 +379,11 @@ class Studio:
             warm.close()
             seat.lose(warm.devices)
             if not self.store.put_back(job, TRIES):
-                self.store.finish(job, State.FAILED, str(error))
+                self.store.finish(job, State.FAILED, marked(error))
             self._stopping.wait(PAUSE_SECONDS)  # another seat may have its servers
         except SdrpcError as error:
             log.warning("%s: %s", job.id, error)
-            self.store.finish(job, State.FAILED, str(error))
+            self.store.finish(job, State.FAILED, marked(error))
         except Exception as error:  # a fault of ours must neither end the seat nor lose the queue behind it
             log.exception("%s failed", job.id)
             self.store.finish(job, State.FAILED, f"{type(error).__name__}: {error}")

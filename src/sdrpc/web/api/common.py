@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -18,7 +18,7 @@ from ...errors import CheckpointError, InvalidValue, SdrpcError, UsageError
 from ..board import Progress
 from ..context import Context
 from ..gate import error_body
-from ..jobs import Job, Kind, State, Task
+from ..jobs import Job, Kind, State, Task, told
 from ..store import QueueFull
 from .described import MAX_PICTURES, MAX_STEPS
 
@@ -44,7 +44,16 @@ class NoPicture(Exception):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        super().__init__("the job was cancelled" if job.state is State.CANCELLED else job.error or "nothing was drawn")
+        super().__init__(why_not(job, str))
+
+    def told(self, called: Callable[[str], str]) -> str:
+        """Why, with what ``called`` makes of the fields in it."""
+        return why_not(self.job, called)
+
+
+def why_not(job: Job, called: Callable[[str], str]) -> str:
+    """Why a job that is over has no pictures; ``called``: what a field is to who asks."""
+    return "the job was cancelled" if job.state is State.CANCELLED else told(job.error or "nothing was drawn", called)
 
 
 class Ending(Exception):
@@ -167,15 +176,24 @@ STATUS: dict[type[Exception], int] = {
 """Error → status of the answer."""
 
 
+PLACING = ("backend", "params_backend", "max_vram", "rpc", "control_net", "taesd", "lora_dir", "embd_dir")
+"""Fields that errors name and no request has: who started the server can change them, by these options."""
+
+_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in PLACING} | {"lora_dir": "--lora-model-dir"}
+
+
+def naming(called: Mapping[str, str]) -> Callable[[str], str]:
+    """What a field of ours is to who asks. ``called``: our field → what their request calls it."""
+    return lambda field: called.get(field) or _OPTIONS.get(field, field)
+
+
 def failed(error: Exception, called: Mapping[str, str]) -> JSONResponse:
     """The answer to a request that ``error`` ended. ``called``: our field → what the request calls it."""
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
     headers = {"Retry-After": "5"} if status in (429, 503) else None
 
-    def name(field: str) -> str:
-        return called.get(field, field)
-
-    body = error_body(error.told(name) if isinstance(error, SdrpcError) else str(error), status)
+    name = naming(called)
+    body = error_body(error.told(name) if isinstance(error, SdrpcError | NoPicture) else str(error), status)
     if isinstance(error, InvalidValue):
         body["error"]["param"] = name(error.field)
     return JSONResponse(body, status, headers)

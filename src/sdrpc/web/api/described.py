@@ -94,6 +94,11 @@ def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {kind: {"schema": FILE} for kind in media_types}, "description": "The file"}}
 
 
+def leads_to(*operations: str) -> dict[str, Any]:
+    """The description of an answer whose ``id`` is that of these operations, as links."""
+    return {"links": {name: {"operationId": name, "parameters": {"id": "$response.body#/id"}} for name in operations}}
+
+
 def events(**data: str) -> dict[str, Any]:
     """The description of server-sent events, by name, whose data is JSON of the type that is named."""
     said = [

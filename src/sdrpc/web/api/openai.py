@@ -20,7 +20,7 @@ from ...errors import InvalidValue
 from ..context import Context
 from ..jobs import Job
 from . import native
-from .common import NoPicture, as_base64, context, over, pictures_of, server_sent, submit, user, watched
+from .common import as_base64, context, naming, over, pictures_of, server_sent, submit, user, watched, why_not
 from .described import (
     FILE,
     MAX_PICTURES,
@@ -260,5 +260,10 @@ async def _events(here: Context, job: Job, partial: int, kind: str) -> AsyncIter
             shown += 1
             yield event("completed", data, usage=_NO_TOKENS)
         if now.state.over and not shown:
-            message = {"message": str(NoPicture(now)), "type": "server_error", "code": now.state.value, "param": None}
+            message = {
+                "message": why_not(now, naming(CALLED)),
+                "type": "server_error",
+                "code": now.state.value,
+                "param": None,
+            }
             yield server_sent("error", {"type": "error", "error": message})

@@ -20,9 +20,9 @@ from ...diffusion.schedules import SCHEDULES
 from ..context import Context
 from ..jobs import FILM_FORMATS, FORMATS, MEDIA_TYPES, Job, Kind, State
 from ..places import Said
-from .common import LOOK_SECONDS, as_base64, context, pictures_of, server_sent, submit, user, watched
-from .described import MAX_PICTURES, MAX_SIDE, Body, EventStream, events, files, refusals
-from .native import ImageRequest, VideoRequest, check, fields_of, kind_of, pictures_in
+from .common import LOOK_SECONDS, as_base64, context, naming, pictures_of, server_sent, submit, user, watched, why_not
+from .described import MAX_PICTURES, MAX_SIDE, Body, EventStream, events, files, leads_to, refusals
+from .native import CALLED, ImageRequest, VideoRequest, check, fields_of, kind_of, pictures_in
 
 router = APIRouter(prefix="/sdcpp/v1", tags=["sdcpp"])
 Here = Annotated[Context, Depends(context)]
@@ -178,7 +178,7 @@ def _result(here: Context, job: Job) -> Result | None:
 
 def _failure(job: Job) -> Failure | None:
     if job.state is State.FAILED:
-        return {"code": "generation_failed", "message": job.error or "nothing was drawn"}
+        return {"code": "generation_failed", "message": why_not(job, naming(CALLED))}
     if job.state is State.CANCELLED:
         return {"code": "cancelled", "message": "job cancelled by client"}
     return None
@@ -243,13 +243,18 @@ def capabilities(here: Here) -> Capabilities:
     }  # fmt: skip
 
 
-@router.post("/img_gen", status_code=202, responses=refusals(500))
+_ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"description": "It is in the queue", **leads_to("job", "cancel", "job_events", "preview", "forget")}
+}
+
+
+@router.post("/img_gen", status_code=202, responses=refusals(500) | _ACCEPTED)
 async def img_gen(asked: ImageRequest, here: Here, who: User) -> Accepted:
     """Put a request for pictures into the queue."""
     return _accepted(await submitted(here, who, asked))
 
 
-@router.post("/vid_gen", status_code=202, responses=refusals(500))
+@router.post("/vid_gen", status_code=202, responses=refusals(500) | _ACCEPTED)
 async def vid_gen(asked: VideoRequest, here: Here, who: User) -> Accepted:
     """Put a request for a film into the queue, for a model that draws films."""
     return _accepted(await submitted(here, who, asked))
@@ -268,13 +273,13 @@ def jobs(here: Here, most: Annotated[int, Query(ge=1, le=NEWEST)] = NEWEST) -> l
     return [shown(here, job) for job in here.store.jobs(most=most)]
 
 
-@router.get("/jobs/{id}", responses=refusals(404))
+@router.get("/jobs/{id}", operation_id="job", responses=refusals(404))
 def job(id: Id, here: Here) -> JobShown:
     """A job, and its pictures when it is over."""
     return shown(here, found(here, id), result=True)
 
 
-@router.post("/jobs/{id}/cancel", responses=refusals(404, 409))
+@router.post("/jobs/{id}/cancel", operation_id="cancel", responses=refusals(404, 409))
 def cancel(id: Id, here: Here) -> JobShown:
     """End a job: at once where it waits, within a step where it is drawn."""
     known = found(here, id)
@@ -283,7 +288,7 @@ def cancel(id: Id, here: Here) -> JobShown:
     return shown(here, found(here, id))
 
 
-@router.delete("/jobs/{id}", status_code=204, responses=refusals(404, 409))
+@router.delete("/jobs/{id}", status_code=204, operation_id="forget", responses=refusals(404, 409))
 def forget(id: Id, here: Here) -> None:
     """Delete a job that is over, and its pictures."""
     found(here, id)
@@ -320,7 +325,12 @@ def input_image(id: Id, field: str, index: Index, here: Here) -> Response:
     return Response(found_files[index], media_type="application/octet-stream")
 
 
-@router.get("/jobs/{id}/preview", response_class=Response, responses=refusals(404) | files(MEDIA_TYPES["png"]))
+@router.get(
+    "/jobs/{id}/preview",
+    operation_id="preview",
+    response_class=Response,
+    responses=refusals(404) | files(MEDIA_TYPES["png"]),
+)
 def preview(id: Id, here: Here) -> Response:
     """What is there so far of the picture that is being drawn, as a small PNG."""
     found(here, id)
@@ -332,6 +342,7 @@ def preview(id: Id, here: Here) -> Response:
 
 @router.get(
     "/jobs/{id}/events",
+    operation_id="job_events",
     response_class=EventStream,
     responses=refusals(404) | {200: {"content": events(job="JobShown"), "description": "Until the job is over"}},
 )
