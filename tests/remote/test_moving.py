@@ -176,7 +176,7 @@ def test_a_server_that_is_not_there_at_the_start(
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), undisturbed[0])
     refused = re.escape(
-        f"warning: RPC0 is not there, others do its work: {nobody}: nobody answers (Connection refused)"
+        f"warning: RPC0 is not there, others do the work: {nobody}: nobody answers (Connection refused)"
     )
     assert re.search(rf"^{refused}", done.stderr, re.MULTILINE), done.stderr
     assert re.search(r"diffusion on RPC1, ", done.stderr)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
-from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, parse_endpoint
+from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect, device_counts, parse_endpoint
 from ..device import Device, Memory
 from ..device_names import AUTO, folded, only_remote
 from ..diffusion import placement
@@ -37,18 +37,26 @@ def _number(name: str) -> int:
 
 
 class Found(NamedTuple):
-    """Devices that are there, and by its name what is wrong with each that is not: one for each server that can't be
-    used, since nobody knows how many it has."""
+    """Devices that are there, and by its name what is wrong with each that is not. A server that can't be used has as
+    many as it had when it was last there, and where nobody knows (``guessed`` are their names) one."""
 
     devices: list[Device]
     absent: dict[str, SdrpcError]
+    guessed: frozenset[str] = frozenset()
 
     def told(self) -> dict[str, str]:
-        """What is wrong with those that are not there, in words."""
+        """What is wrong with those that are not there, in words: ``RPC0, RPC1 are not there`` → why."""
         behind = [device.name for device in self.devices if device.name.startswith(REMOTE)] + [*self.absent]
         last = max(behind, key=_number, default="")
         note = "; it counts as one device: if it has more, those behind it had other numbers"
-        return {name: f"{why}{note if name != last else ''}" for name, why in self.absent.items()}
+        servers: dict[SdrpcError, list[str]] = {}
+        for name, why in self.absent.items():
+            servers.setdefault(why, []).append(name)
+        return {
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not there": str(why)
+            + (note if names[0] in self.guessed and names[0] != last else "")
+            for why, names in servers.items()
+        }
 
 
 class Placing(NamedTuple):
@@ -82,7 +90,7 @@ def every_device(
         _servers(rpc, timeouts, keychain, lambda _: True) as remote,
         _opened(_local(precision, threads)) as local,
     ):
-        yield Found([*local, *remote.devices], remote.absent)
+        yield remote._replace(devices=[*local, *remote.devices])
 
 
 def listed(rpc: Sequence[str], keychain: Keychain) -> tuple[list[Listed], list[str]]:
@@ -122,10 +130,10 @@ def placed_devices(
         named = [name for names in wanted.values() for text in names for some in side_by_side(text) for name in some]
         nothing_here = not everything and bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
-            there = Found([*local, *remote.devices], remote.absent)
+            there = remote._replace(devices=[*local, *remote.devices])
             placed = resolved(wanted, there, remote.devices if rpc else local[:1])
-            for name, why in there.told().items():
-                report.warn(f"{name} is not there, others do its work: {why}")
+            for what, why in there.told().items():
+                report.warn(f"{what}, others do the work: {why}")
             yield Placing(placed, there.devices)
 
 
@@ -169,7 +177,7 @@ def _servers(
     keychain: Keychain | None,
     borne: Callable[[SdrpcError], bool],
 ) -> Iterator[Found]:
-    """RPC0, RPC1 … of the servers at ``rpc``; one that raises what can be ``borne`` stands for one device."""
+    """RPC0, RPC1 … of the servers at ``rpc``; one that raises what can be ``borne`` stands for its devices."""
     rpc, keychain = located(rpc, keychain or Keychain())
     endpoints = [parse_endpoint(text) for text in rpc]
     for position, endpoint in enumerate(endpoints):
@@ -177,6 +185,7 @@ def _servers(
             raise UsageError(f"{endpoint} is given twice")
     with _opened([]) as remote:
         absent: dict[str, SdrpcError] = {}
+        guessed = set[str]()
         for endpoint in endpoints:
             number = len(remote) + len(absent)
             try:
@@ -184,12 +193,16 @@ def _servers(
             except SdrpcError as error:
                 if not borne(error):
                     raise
-                absent[f"{REMOTE}{number}"] = error
+                count = device_counts.remembered(endpoint)
+                names = [f"{REMOTE}{number + index}" for index in range(count or 1)]
+                absent |= dict.fromkeys(names, error)
+                guessed |= set(() if count else names)
                 continue
+            device_counts.remember(endpoint, len(found))
             for index, device in enumerate(found, number):
                 device.name = f"{REMOTE}{index}"
             remote += found
-        yield Found(remote, absent)
+        yield Found(remote, absent, frozenset(guessed))
 
 
 def _is_away(error: SdrpcError) -> bool:

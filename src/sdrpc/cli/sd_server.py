@@ -189,8 +189,8 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
         return
     rpc = servers(chosen)
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen)) as found:
-        for name, why in found.told().items():
-            report.warn(f"{name} is not there: {why}")
+        for what, why in found.told().items():
+            report.warn(f"{what}: {why}")
         fit = partial(planned, found, limits_of(chosen["max_vram"], found.devices), waiting(chosen))
         yield [fitted_seat(where, model, found, fit)] if fits else own_seats(where, model, found, fit), found.devices
 
