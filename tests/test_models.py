@@ -10,6 +10,7 @@ import pytest
 
 from sdrpc import models
 from sdrpc.diffusion.loras import find
+from sdrpc.errors import InvalidValue
 from sdrpc.families.lora import open_lora
 from sdrpc.families.model import ModelFiles, open_model
 
@@ -43,9 +44,13 @@ def test_loras_fit_the_model_that_ships(name: str) -> None:
 
 def test_a_lora_of_the_users_stands_before_one_that_ships(tmp_path: Path) -> None:
     assert find(tmp_path, "outline") == models.LORAS["outline"]
+    with pytest.raises(InvalidValue, match=r"no such LoRA.*: there is none; with sdrpc, .* comes outline"):
+        find(tmp_path, "outlines")
     mine = tmp_path / "outline.safetensors"
     mine.touch()
     assert find(tmp_path, "outline") == mine
+    with pytest.raises(InvalidValue, match=r"no such LoRA.*: there are outline; with sdrpc"):
+        find(tmp_path, "outlines")
 
 
 def test_no_option_at_all_is_help() -> None:

@@ -163,7 +163,14 @@ BAD = [
     (("-m", "{checkpoint}", "-H", "0"), 2, r"--height 0"),
     (("-m", "./demo"), 1, r"demo: No such file"),
     (("-m", "{checkpoint}", "--embd-dir", "x", "-p", "y"), 2, r"--embd-dir x: is no folder"),
-    (("-m", "{checkpoint}", "--lora-model-dir", "x", "-p", "<lora:y>"), 2, r"y: no such LoRA in x"),
+    (
+        ("-m", "{checkpoint}", "--lora-model-dir", "x", "-p", "<lora:y>"),
+        2,
+        r"y: no such LoRA in x \(--lora-model-dir\): there is none; .* comes outline$",
+    ),
+    (("-m", "{checkpoint}", "--hires", "--hires-upscaler", "x"), 2, r"no such upscaler; .* \(--hires-upscalers-dir\)$"),
+    (("-m", "{checkpoint}", "--sigmas", ""), 2, r"--sigmas '': numbers with commas"),
+    (("-m", "{checkpoint}", "--hires", "--hires-sigmas", "[]"), 2, r"--hires-sigmas \[\]: numbers with commas"),
     (("-m", "{checkpoint}", "-o", "picture.gif"), 2, r"--output picture\.gif: .*\.jpg"),
     (("-m", "{checkpoint}", "-o", "/proc/nowhere/picture.png"), 2, r"can't write"),
     (("-m", "{checkpoint}", "--precision", "sloppy"), 2, r"sloppy"),
@@ -181,6 +188,14 @@ def test_bad_input_is_one_clear_line(
     assert outcome.status == status, outcome.err
     assert re.search(says, outcome.error)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_none_is_named_with_its_option(sd: Sd, checkpoint: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    for option in ("--model", "--vae", "--upscale-model"):
+        outcome = sd("-m", checkpoint, option, empty, *SMALL, "-o", tmp_path / "x.png")
+        assert (outcome.status, outcome.error) == (1, f"error: {option} {empty}: is empty")
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sdrpc.diffusion.events import Event
-from sdrpc.diffusion.hires import UPSCALERS, enlarged_latents, second_size
+from sdrpc.diffusion.hires import LATENT_FILTERS, UPSCALERS, enlarged_latents, second_size
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
 from sdrpc.engine.device import LocalDevice
@@ -43,7 +43,7 @@ def test_the_second_pass_begins_with_the_first_ones_picture(session: Session) ->
     assert [(event.done, event.total) for event in events if event.stage == "sample" and event.over] == [(3, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("upscaler", UPSCALERS)
+@pytest.mark.parametrize("upscaler", [name for name in UPSCALERS if name not in {*LATENT_FILTERS} - {"Latent"}])
 def test_every_way_of_enlarging_draws(session: Session, upscaler: str) -> None:
     asked = replace(SMALL, hires=True, hires_upscaler=upscaler, hires_width=128, hires_steps=2, steps=2)
     (picture,) = session.generate(asked)
@@ -51,12 +51,16 @@ def test_every_way_of_enlarging_draws(session: Session, upscaler: str) -> None:
     assert picture.image.std() > 5
 
 
-def test_latents_are_enlarged_as_torch_does_it() -> None:
+@pytest.mark.parametrize("upscaler", LATENT_FILTERS)
+def test_latents_are_enlarged_as_torch_does_it(upscaler: str) -> None:
+    """In AUTOMATIC1111's names, which say torch's mode."""
+    words = upscaler.removeprefix("Latent").strip(" ()").split()
+    antialias = "antialiased" in words
+    mode = next((word for word in words if word != "antialiased"), "bilinear")
     latents = np.random.default_rng(1).normal(size=(1, 4, 6, 5)).astype(np.float32)
-    wanted = torch.nn.functional.interpolate(torch.from_numpy(latents), (12, 15), mode="bilinear").numpy()
-    np.testing.assert_allclose(enlarged_latents(latents, "Latent", 12, 15), wanted, atol=1e-6)
-    nearest = torch.nn.functional.interpolate(torch.from_numpy(latents), (12, 15), mode="nearest").numpy()
-    np.testing.assert_array_equal(enlarged_latents(latents, "Latent (nearest)", 12, 15), nearest)
+    for size in ((12, 15), (17, 8), (6, 5)):
+        wanted = torch.nn.functional.interpolate(torch.from_numpy(latents), size, mode=mode, antialias=antialias)
+        np.testing.assert_allclose(enlarged_latents(latents, upscaler, *size), wanted.numpy(), atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,7 @@ def test_a_picture_with_a_controlnet_for_flux(
         else:
             with pytest.raises(InvalidValue, match=r"control_mode 2: there is no ControlNet for several kinds"):
                 session.generate(replace(asked(FLUX), control_mode=2))
+        session.settings(replace(asked(FLUX), control_mode=7, control_image=None))  # it is shown nothing
         unused = [name for names in session.unused().values() for name in names]
     if kind == "plain":
         assert not unused

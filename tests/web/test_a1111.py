@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdrpc.models import LORAS
 from tests.support.references.draw import psnr
 from tests.support.upscaler import esrgan, in_process
 from tests.web.process import LONG, WebServer
@@ -95,7 +97,7 @@ def test_what_there_is(client: Any) -> None:
     assert {model["title"] for model in client.get_sd_models()} == {"demo", "tiny"}
     assert {"Euler a", "DPM++ 2M", "res_multistep"} <= {each["name"] for each in client.get_samplers()}
     assert {"automatic", "karras"} <= {each["name"] for each in client.get_schedulers()}
-    assert client.get_loras() == []
+    assert [(lora["name"], Path(lora["path"])) for lora in client.get_loras()] == list(LORAS.items())
     assert client.get_memory()["cuda"]["system"]["total"] > 0
 
 

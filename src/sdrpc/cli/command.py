@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
-from ..errors import InvalidValue, UsageError
+from ..errors import CheckpointError, InvalidValue, UsageError
 from .report import USAGE, warn
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -114,10 +114,12 @@ class Numbers(click.ParamType):  # type: ignore[type-arg] # as above
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.kind(piece) for piece in value.strip(" []").split(",") if piece.strip())
-        except ValueError as error:
-            field = str(param.name) if param else "value"
-            raise InvalidValue(field, value, "numbers with commas between them are needed") from error
+            found = tuple(self.kind(piece) for piece in value.strip(" []").split(",") if piece.strip())
+        except ValueError:
+            found = ()
+        if not found:
+            raise InvalidValue(str(param and param.name), value, "numbers with commas between them are needed")
+        return found
 
 
 class Sides(click.ParamType):  # type: ignore[type-arg] # as above
@@ -195,7 +197,16 @@ class Command(click.Command):
             return error.exit_code
         except click.ClickException as error:
             raise UsageError(error.format_message()) from error
+        except CheckpointError as error:
+            if option := self._naming(error.path, ctx):
+                raise CheckpointError(f"{option} {error.path}", error.reason, error.tensor) from error
+            raise
         return ended or 0
+
+    def _naming(self, path: object, ctx: click.Context) -> str:
+        """The option that named a file."""
+        files = (str(option.name) for option in self.options if isinstance(option.type, click.Path))
+        return next((self.fields[name] for name in files if str(ctx.params[name]) == str(path)), "")
 
     def _refuse_words(self, words: Sequence[str]) -> None:
         """Raises :class:`UsageError` where there are ``words`` that belong to no option."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,51 @@ from .pictures import F32, Pixels
 
 LATENT, PIXELS = "Latent", "Lanczos"
 
-LATENT_FILTERS = {LATENT: Image.Resampling.BILINEAR, "Latent (nearest)": Image.Resampling.NEAREST}
-"""Ways to enlarge latents, by sd-cli's names."""
+Enlarging = Callable[[int, int], np.ndarray]
+"""From the length of a line and that of the longer one to what makes this of that: (longer, length)."""
+
+
+def _nearest(length: int, longer: int, part: Fraction) -> np.ndarray:
+    """Each new number is the one at that ``part`` of its place."""
+    places = [int((number + part) * length / longer) for number in range(longer)]
+    return np.eye(length)[places]
+
+
+def _weighted(
+    length: int, longer: int, weight: Callable[[np.ndarray], np.ndarray], reach: int, ends: bool
+) -> np.ndarray:
+    """Each new number is a sum of its neighbours, ``reach`` on each side, by the ``weight`` of their distances. Where
+    the line ``ends`` they are fewer; else its first and last number go on beyond it."""
+    places = (np.arange(longer) + 0.5) * length / longer - 0.5
+    found = np.zeros((longer, length))
+    for neighbour in range(1 - reach, reach + 1):
+        at = np.floor(places).astype(int) + neighbour
+        within = (at >= 0) & (at < length)
+        weights = weight(np.abs(places - at)) * (within | (not ends))
+        np.add.at(found, (np.arange(longer), at.clip(0, length - 1)), weights)
+    return found / found.sum(1, keepdims=True)
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic kernel (1981)."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    found: np.ndarray = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+    return found
+
+
+_LINEAR: Enlarging = partial(_weighted, weight=lambda distance: 1 - distance, reach=1, ends=False)
+
+LATENT_FILTERS: dict[str, Enlarging] = {
+    LATENT: _LINEAR,
+    "Latent (antialiased)": _LINEAR,  # they differ where something is made smaller
+    "Latent (bicubic)": partial(_weighted, weight=partial(_cubic, a=-0.75), reach=2, ends=False),
+    "Latent (bicubic antialiased)": partial(_weighted, weight=partial(_cubic, a=-0.5), reach=2, ends=True),
+    "Latent (nearest)": partial(_nearest, part=Fraction(0)),
+    "Latent (nearest-exact)": partial(_nearest, part=Fraction(1, 2)),
+}
+"""Ways to enlarge latents, by the names that sd-cli and AUTOMATIC1111 have for them; torch's ``interpolate``, which the
+latter uses."""
 
 PIXEL_FILTERS = {PIXELS: Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 """Ways to enlarge the picture that the VAE makes of them."""
@@ -60,8 +106,9 @@ def second_size(
 
 def enlarged_latents(latents: F32, upscaler: str, height: int, width: int) -> F32:
     """Latents (1, c, h, w) → (1, c, ``height``, ``width``)."""
-    planes = [Image.fromarray(plane).resize((width, height), LATENT_FILTERS[upscaler]) for plane in latents[0]]
-    return np.stack([np.asarray(plane) for plane in planes])[None]
+    enlarging = LATENT_FILTERS[upscaler]
+    rows, columns = enlarging(latents.shape[2], height), enlarging(latents.shape[3], width)
+    return np.asarray(rows @ latents @ columns.T, np.float32)
 
 
 def enlarged_pixels(image: Pixels, upscaler: str, height: int, width: int) -> Pixels:

@@ -8,7 +8,8 @@ from pathlib import Path
 from ..errors import InvalidValue
 from ..families.lora import Lora, open_lora
 from ..families.model import Model
-from ..models import LORAS
+from ..models import LORAS, LORAS_OF
+from .named_files import by_name
 from .request import Applied
 
 SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -16,6 +17,13 @@ SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
 KEPT = 8
 """LoRAs that stay open, so that the next picture with one of them finds it as it was."""
+
+
+def names(folder: Path) -> dict[str, Path]:
+    """Name → file of the LoRAs directly in ``folder``."""
+    if not folder.is_dir():
+        return {}
+    return by_name(path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
 
 
 def find(folder: Path, name: str | Path) -> Path:
@@ -34,9 +42,9 @@ def find(folder: Path, name: str | Path) -> Path:
             return path
     if name in LORAS:
         return LORAS[name]
-    known = sorted(path.stem for path in folder.glob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    there = f"there are {', '.join(known)}" if known else "there is none at all"
-    raise InvalidValue("loras", name, f"no such LoRA in {folder} (lora_dir); {there}", "lora_dir")
+    there = f"there are {', '.join(known)}" if (known := names(folder)) else "there is none"
+    shipped = f"with sdrpc, for the model {LORAS_OF}, comes {', '.join(LORAS)}"
+    raise InvalidValue("loras", name, f"no such LoRA in {folder} (lora_dir): {there}; {shipped}", "lora_dir")
 
 
 class Loras:

@@ -790,7 +790,9 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
 
 
 def _check_control(model: Model, settings: Settings) -> None:
-    """Raises :class:`InvalidValue` for what the model's ControlNet can't do, if it has one."""
+    """Raises :class:`InvalidValue` for what the model's ControlNet can't do with the picture that it is shown."""
+    if settings.control_image is None:
+        return
     controls, kind = model.family.controls, settings.control_mode
     kinds = controls.kinds(model["control"].config) if controls is not None and "control" in model.components else 0
     if kind is not None and not 0 <= kind < kinds:
@@ -798,10 +800,10 @@ def _check_control(model: Model, settings: Settings) -> None:
             f"it can be 0 … {kinds - 1}" if kinds else "there is no ControlNet for several kinds of pictures (Union)"
         )
         raise InvalidValue("control_mode", kind, known)
-    if kinds and kind is None and settings.control_image is not None:
+    if kinds and kind is None:
         reason = f"the ControlNet is for several kinds of pictures (Union): say which this is, 0 … {kinds - 1}"
         raise InvalidValue("control_mode", "nothing", reason)
-    if settings.control_image is not None and settings.ref_images:
+    if settings.ref_images:
         reason = "there are none beside a control_image"
         raise InvalidValue("ref_images", len(settings.ref_images), reason, "control_image")
 

@@ -68,7 +68,9 @@ class Upscalers:
         for short, path in known.items():
             if name in (short, path.name):
                 return path
-        raise InvalidValue(field, name, f"there is no such upscaler; there are {', '.join([*filters, *known])}")
+        where = "a folder of networks can be named" if self.folder is None else f"networks are those in {self.folder}"
+        reason = f"there is no such upscaler; there are {', '.join([*filters, *known])}; {where} (hires_upscalers_dir)"
+        raise InvalidValue(field, name, reason, "hires_upscalers_dir")
 
 
 def scale_of(path: Path) -> int | None:

@@ -10,6 +10,9 @@ SHIPPED = {"demo": Path(__file__).with_name("demo.safetensors")}
 LORAS = {"outline": Path(__file__).with_name("outline.safetensors")}
 """The same of LoRAs. With ``outline``, ``demo`` draws its shapes as outlines."""
 
+LORAS_OF = "demo"
+"""The model that they are for."""
+
 DEFAULT = "demo"
 """What is used where no model is named."""
 

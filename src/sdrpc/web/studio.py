@@ -25,9 +25,8 @@ from ..diffusion.films import check_format
 from ..diffusion.films import encode as encode_film
 from ..diffusion.hires import PIXEL_FILTERS, UPSCALERS
 from ..diffusion.image_files import read_mask, read_picture
-from ..diffusion.loras import SUFFIXES, find
+from ..diffusion.loras import find, names
 from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
-from ..diffusion.named_files import by_name
 from ..diffusion.pictures import Picture, Pixels, Video
 from ..diffusion.placement import UPSCALER
 from ..diffusion.request import Request, Settings
@@ -35,6 +34,7 @@ from ..diffusion.session import Session, settings_of
 from ..diffusion.upscaling import Upscalers
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles
+from ..models import LORAS, LORAS_OF, SHIPPED
 from ..runtime.chain import Lanes, devices_of
 from .board import Board
 from .enlarging import Larger, enlarged
@@ -175,12 +175,6 @@ class Adapters:
     mode: str
     words: Path | None = None
 
-    def names(self) -> dict[str, Path]:
-        """Name → file of those directly in the folder."""
-        if not self.folder.is_dir():
-            return {}
-        return by_name(path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in SUFFIXES)
-
 
 class Studio:
     """``seats`` that draw the jobs of ``store``; start and stop it once. A model that somebody placed (``places``) is
@@ -260,6 +254,12 @@ class Studio:
         if film:
             fields |= {"video_frames": settings.video_frames, "fps": settings.fps}
         return Task(name, fields, output_format, quality, metadata, kind=kind)
+
+    def loras(self) -> dict[str, Path]:
+        """Name → file of the LoRAs directly in the folder, and of those that ship with sdrpc where their model is
+        here."""
+        here = SHIPPED[LORAS_OF] in {files.model for files in self.shelf.models().values()}
+        return {**(LORAS if here else {}), **names(self.adapters.folder)}
 
     def enlarged(self, upscaler: str, width: int, height: int) -> Task:
         """A task that makes a picture larger. Raises :class:`InvalidValue`."""

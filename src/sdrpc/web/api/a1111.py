@@ -463,8 +463,7 @@ class LoraShown(TypedDict):
 @router.get("/loras", responses=refusals())
 def loras(here: Here) -> list[LoraShown]:
     return [
-        {"name": name, "alias": name, "path": str(path), "metadata": {}}
-        for name, path in here.studio.adapters.names().items()
+        {"name": name, "alias": name, "path": str(path), "metadata": {}} for name, path in here.studio.loras().items()
     ]
 
 

@@ -234,7 +234,7 @@ def capabilities(here: Here) -> Capabilities:
         "features_by_mode": {mode: features[mode] for mode in modes},
         "samplers": list(SAMPLERS),
         "schedulers": list(SCHEDULES),
-        "loras": [{"name": name, "path": path.name} for name, path in here.studio.adapters.names().items()],
+        "loras": [{"name": name, "path": path.name} for name, path in here.studio.loras().items()],
         "upscalers": [{"name": name} for name in (*UPSCALERS, *here.studio.upscalers.names())],
         "limits": {
             "min_width": 8, "max_width": MAX_SIDE, "min_height": 8, "max_height": MAX_SIDE,
