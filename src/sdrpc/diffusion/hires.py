@@ -59,8 +59,8 @@ LATENT_FILTERS: dict[str, Enlarging] = {
     "Latent (nearest)": partial(_nearest, part=Fraction(0)),
     "Latent (nearest-exact)": partial(_nearest, part=Fraction(1, 2)),
 }
-"""Ways to enlarge latents, by the names that sd-cli and AUTOMATIC1111 have for them; torch's ``interpolate``, which the
-latter uses."""
+"""Ways to enlarge latents, by the names that sd-cli and AUTOMATIC1111 have for them: as torch's ``interpolate``, which
+the latter uses. (stable-diffusion.cpp's bicubic is the same, antialiased or not.)"""
 
 PIXEL_FILTERS = {PIXELS: Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 """Ways to enlarge the picture that the VAE makes of them."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import InvalidValue
 from ..families.lora import Lora, open_lora
 from ..families.model import Model
-from ..models import LORAS, LORAS_OF
+from ..models import LORAS, LORAS_OF, SHIPPED
 from .named_files import by_name
 from .request import Applied
 
@@ -19,11 +20,11 @@ KEPT = 8
 """LoRAs that stay open, so that the next picture with one of them finds it as it was."""
 
 
-def names(folder: Path) -> dict[str, Path]:
-    """Name → file of the LoRAs directly in ``folder``."""
-    if not folder.is_dir():
-        return {}
-    return by_name(path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
+def names(folder: Path, models: Collection[Path | None] = ()) -> dict[str, Path]:
+    """Name → file of the LoRAs directly in ``folder``, and of those that ship with sdrpc for one of ``models``."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    shipped = LORAS if SHIPPED[LORAS_OF] in models else {}
+    return {**shipped, **by_name(path for path in files if path.suffix.lower() in SUFFIXES)}
 
 
 def find(folder: Path, name: str | Path) -> Path:

@@ -34,7 +34,6 @@ from ..diffusion.session import Session, settings_of
 from ..diffusion.upscaling import Upscalers
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles
-from ..models import LORAS, LORAS_OF, SHIPPED
 from ..runtime.chain import Lanes, devices_of
 from .board import Board
 from .enlarging import Larger, enlarged
@@ -258,8 +257,7 @@ class Studio:
     def loras(self) -> dict[str, Path]:
         """Name → file of the LoRAs directly in the folder, and of those that ship with sdrpc where their model is
         here."""
-        here = SHIPPED[LORAS_OF] in {files.model for files in self.shelf.models().values()}
-        return {**(LORAS if here else {}), **names(self.adapters.folder)}
+        return names(self.adapters.folder, [files.model for files in self.shelf.models().values()])
 
     def enlarged(self, upscaler: str, width: int, height: int) -> Task:
         """A task that makes a picture larger. Raises :class:`InvalidValue`."""
