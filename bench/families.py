@@ -243,19 +243,22 @@ def _step(case: Case) -> Iterator[Row]:
             f"same work, {case.title}", 100 * apart, "%", None, "", Mark(100 * SAME_WORK, "ours"),
             "distance (relative, L2) of the latents of both sides",
         )  # fmt: skip
-        yield from _steps(case, drawn, mine, {f"diffusers{layout}": eager, f"diffusers, CUDA graph{layout}": graph})
-        yield from _compiled(case, drawn, server, lambda: draw(session, settings), theirs, layout)
+        plain = {f"diffusers{layout}": eager, f"diffusers, CUDA graph{layout}": graph}
+        yield from _steps(case, drawn, mine, plain)
+        yield from _compiled(case, drawn, server, lambda: draw(session, settings), theirs, layout, plain)
 
 
 def _compiled(
-    case: Case, drawn: Drawing, server: ServerProcess, mine: Callable[[], Sampled], theirs: InProcess, layout: str
-) -> Iterator[Row]:
-    """The same where the server compiles, beside diffusers' model compiled and recorded."""
+    case: Case, drawn: Drawing, server: ServerProcess, mine: Callable[[], Sampled], theirs: InProcess, layout: str,
+    plain: Mapping[str, list[Sampled]],
+) -> Iterator[Row]:  # fmt: skip
+    """The same where the server compiles, beside diffusers' ``plain`` runs and its model compiled and recorded."""
     if not case.setup.compiles(case.variant):
         return
     took = until_compiled(server, mine)
     yield Row(f"compiling, {case.title}", took, "s", None, "", None, "from the first picture on, beside drawing")
     runs = [mine() for _ in range(ROUNDS)]
+    yield from _steps(case, drawn, runs, plain, "compiled step")
     with theirs.compiled():
         graph = [run for _ in range(ROUNDS) for run in theirs.recorded(drawn)]
         eager = [] if graph else [theirs.sample(drawn) for _ in range(ROUNDS + 1)][1:]  # the first one compiles
