@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.remote.test_control import made, stored
 from tests.support.process import ServerProcess
 from tests.web.process import DRAW_SECONDS, WebServer
 from tools.checkpoints import make
@@ -215,7 +216,9 @@ def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> N
     assert [int(mask[at, at]) for at in (16, 32, 48)] == [255] * 3  # along the finger's way
     assert [int(mask[at]) for at in ((2, 60), (60, 2))] == [0] * 2
     page.click("#devices")
-    expect(page.get_by_role("dialog", name="Devices")).to_be_visible()
+    devices = page.get_by_role("dialog", name="Devices")
+    expect(devices).to_be_visible()
+    expect(devices).to_contain_text("Choose a device for each part. In", use_inner_text=True)  # nothing of a mouse
     assert _too_wide(page) == 0
     assert others == []
     context.close()
@@ -245,7 +248,7 @@ def test_a_picture_by_keyboard_alone(page: Any) -> None:
     assert nameless == 0
     said = page.locator("body").aria_snapshot()
     for role in (
-        'form "What to draw"', 'textbox "Prompt"', 'textbox "Not in the picture"', 'combobox "Model"',
+        'form "What to draw"', 'textbox "Prompt"', 'textbox "Not in the picture (negative prompt)"', 'combobox "Model"',
         'spinbutton "Width"', 'spinbutton "Seed"', 'button "Draw', 'region "Pictures"', 'list "Queue"',
         'button "Dark or light"',
     ):  # fmt: skip
@@ -334,6 +337,17 @@ def test_parts_are_put_on_devices_by_select_and_by_drag(studio: Any, two: WebSer
     expect(studio.locator("#misplaced")).to_be_empty()
     assert placed()["diffusion"] == ["RPC0&CPU", "RPC0"]
     expect(words).to_be_focused()
+    words.fill("RPC0")
+    words.press("Enter")
+    for key, becomes in (("Shift", ["RPC0&CPU"]), ("Control", ["RPC0|CPU"]), ("Alt", ["RPC0", "CPU"])):
+        expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
+        studio.keyboard.down(key)
+        there.get_by_text("diffusion").drag_to(here)
+        studio.keyboard.up(key)
+        expect(here.locator(".chip")).to_have_text(["clip_l", "diffusion", "vae"], timeout=MILLISECONDS)
+        assert placed()["diffusion"] == becomes
+        here.get_by_text("diffusion").drag_to(there)
+    expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
     studio.click("#leave")
     studio.click("#draw")
     expect(studio.locator("#gallery img")).to_have_count(1, timeout=MILLISECONDS)
@@ -371,3 +385,54 @@ def test_a_lora_is_named_by_its_strength(studio: Any) -> None:
     studio.get_by_label("watercolour").fill("0.8")
     studio.click("#draw")
     playwright.expect(studio.locator("#gallery .failed").first).to_contain_text("watercolour", timeout=MILLISECONDS)
+
+
+def test_what_this_model_can_is_on_the_page(browser: Any, tmp_path: Path) -> None:
+    """A ControlNet, a second pass with its numbers, and steps that are not computed; all of it comes back with the
+    picture's settings. On a phone a job that was asked for is in sight."""
+    expect = playwright.expect
+    hint = tmp_path / "hint.png"
+    Image.new("RGB", (64, 64), "white").save(hint)
+    made_of = make("sd1", tmp_path / "sd1")
+    network = stored(made(made_of.pipeline()), tmp_path / "control.safetensors", original=True)
+    files = ("-m", str(made_of.files["model"]), "--control-net", str(network))
+    with WebServer(tmp_path / "data", *files) as controlled:
+        context = browser.new_context(viewport={"width": 390, "height": 500})
+        page = context.new_page()
+        page.set_default_timeout(MILLISECONDS)
+        page.goto(controlled.url)
+        expect(page.locator("#model")).not_to_have_value("", timeout=MILLISECONDS)
+        for summary in ("Sampler", "hires fix", "ControlNet"):
+            page.locator("summary", has_text=summary).click()
+        expect(page.locator("#references")).to_be_hidden()
+        expect(page.locator("#ending")).to_be_hidden()
+        page.fill("#prompt", "a cat along lines")
+        page.get_by_label("Picture to follow").set_input_files(hint)
+        page.get_by_label("Skip steps").select_option("easycache")
+        given = {"width": "64", "height": "64", "steps": "2", "seed": "3", "control_strength": "0.4",
+                 "hires_scale": "1.5", "hires_steps": "3", "hires_denoising_strength": "0.5"}  # fmt: skip
+        for name, value in given.items():
+            page.fill(f"[name={name}]", value)
+        page.click("#draw")
+        picture = page.get_by_role("button", name="a cat along lines")
+        expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+        [job] = controlled.ask("/sdcpp/v1/jobs").json()
+        assert job["inputs"] == {"control_image": 1}
+        asked = job["request"]
+        assert (asked["control_strength"], asked["cache_mode"]) == (0.4, "easycache")
+        assert [asked[name] for name in ("hires_scale", "hires_steps", "hires_denoising_strength")] == [1.5, 3, 0.5]
+        page.evaluate("localStorage.clear()")
+        page.reload()
+        picture.click()
+        expect(page.locator("#facts")).to_contain_text("1.5")
+        page.click("#reuse")
+        assert {name: page.input_value(f"[name={name}]") for name in given} == given
+        assert page.input_value("[name=cache_mode]") == "easycache"
+        page.fill("[name=steps]", "500")
+        page.fill("#prompt", "a long one")
+        page.click("#draw")
+        row = page.locator("#queue li", has_text="a long one")
+        expect(row).to_be_in_viewport(timeout=MILLISECONDS)
+        row.get_by_role("button", name="Cancel").click()
+        expect(row).to_have_count(0, timeout=MILLISECONDS)
+        context.close()

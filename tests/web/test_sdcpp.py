@@ -149,7 +149,7 @@ def test_what_there_is(server: WebServer) -> None:
             400,
             "params.tile_size_x 1x1",
         ),
-        ({"control_image": data_url()}, 400, "needs a ControlNet: name its file (control_net)"),
+        ({"control_image": data_url()}, 400, "needs a ControlNet: name its file (--control-net)"),
     ],
 )
 def test_refusals(server: WebServer, changes: dict[str, Any], status: int, says: str) -> None:

@@ -5,20 +5,21 @@ import { showDevices } from "./devices.js";
 const form = $("form");
 let models = {};        // name → what is said of a model
 let filmFormat = "webp";
+let asked = null;       // the job that was asked for last, until it was shown
 let opened = null;      // the job and picture that the viewer shows
 let lastOver = null;    // when a job was last over, as the server says
 
 // ---- the form
 
 const NUMBERS = ["width", "height", "steps", "cfg_scale", "seed", "batch_count", "strength", "distilled_guidance",
-  "video_frames", "fps", "hires_scale"];
+  "video_frames", "fps", "hires_scale", "hires_steps", "hires_denoising_strength", "control_strength"];
 const number = (name) => (form.elements[name].value === "" ? null : Number(form.elements[name].value));
 
 async function request() {
   const body = {
     prompt: form.elements.prompt.value, negative_prompt: form.elements.negative_prompt.value, model: form.elements.model.value,
     width: number("width"), height: number("height"), seed: number("seed") ?? -1, strength: number("strength") ?? 0.75,
-    lora: loras(),
+    lora: loras(), cache_mode: form.elements.cache_mode.value,
     sample_params: {
       sample_steps: number("steps"), sample_method: form.elements.sample_method.value || null,
       scheduler: form.elements.scheduler.value || null,
@@ -26,13 +27,22 @@ async function request() {
     },
   };
   if (painting.image) body.init_image = painting.data;
-  if (films()) return { ...body, video_frames: number("video_frames"), fps: number("fps"), output_format: filmFormat };
+  if (films()) {
+    const [end_image] = await files("end_image");
+    return { ...body, end_image, video_frames: number("video_frames"), fps: number("fps"), output_format: filmFormat };
+  }
   if (painting.image && painting.painted) body.mask_image = painting.mask();
-  if (number("hires_scale")) body.hires = { enabled: true, scale: number("hires_scale"), upscaler: form.elements.hires_upscaler.value };
+  if (number("hires_scale")) body.hires = { enabled: true, scale: number("hires_scale"), upscaler: form.elements.hires_upscaler.value,
+    steps: number("hires_steps") ?? 0, denoising_strength: number("hires_denoising_strength") ?? 0.7 };
+  if (model().references) body.ref_images = await files("ref_images");
+  if (controlled()) [body.control_image, body.control_strength] = [(await files("control_image"))[0], number("control_strength") ?? 0.9];
   return { ...body, batch_count: number("batch_count") ?? 1 };
 }
 
-const films = () => models[form.elements.model.value]?.films ?? false;
+const model = () => models[form.elements.model.value] ?? {};
+const films = () => model().films ?? false;
+const controlled = () => model().components?.includes("control") ?? false;
+const files = (id) => Promise.all([...$(id).files].map(dataUrl));
 const loras = () => [...$("loras").querySelectorAll("input")].filter((input) => Number(input.value))
   .map((input) => ({ path: input.name, multiplier: Number(input.value) }));
 
@@ -41,7 +51,7 @@ form.addEventListener("submit", async (event) => {
   problem("");
   $("draw").disabled = true;
   try {
-    await post(films() ? "/vid_gen" : "/img_gen", await request());
+    asked = (await post(films() ? "/vid_gen" : "/img_gen", await request())).id;
     save();
   } catch (error) {
     problem(error.message);
@@ -59,7 +69,7 @@ function problem(text) {
   $("problem").hidden = !text;
 }
 
-const SAVED = ["prompt", "negative_prompt", "model", "sample_method", "scheduler", "hires_upscaler", ...NUMBERS];
+const SAVED = ["prompt", "negative_prompt", "model", "sample_method", "scheduler", "cache_mode", "hires_upscaler", ...NUMBERS];
 const save = () => localStorage.setItem("form", JSON.stringify(Object.fromEntries(SAVED.map((name) => [name, form.elements[name].value]))));
 
 function fill(values) {
@@ -67,11 +77,13 @@ function fill(values) {
 }
 
 function hints() {
-  const known = models[form.elements.model.value]?.defaults ?? {};
+  const known = model().defaults ?? {};
   for (const name of ["width", "height", "steps", "cfg_scale", "video_frames", "fps"]) form.elements[name].placeholder = known[name] ?? "";
   form.elements.distilled_guidance.placeholder = known.guidance ?? "";
-  $("film").hidden = !films();
+  for (const id of ["film", "ending"]) $(id).hidden = !films();
   $("second").hidden = films();
+  $("control").hidden = !controlled();
+  $("references").hidden = !model().references;
   form.elements.batch_count.disabled = films();
 }
 
@@ -192,6 +204,10 @@ function showQueue(jobs) {
       rows.set(job.id, row);
     }
     if ($("queue").children[index] !== row) $("queue").insertBefore(row, $("queue").children[index] ?? null);
+    if (job.id === asked) { // on a phone it is below the form
+      row.scrollIntoView({ block: "nearest" });
+      asked = null;
+    }
     row.querySelector(".words").textContent = title(job);
     row.querySelector(".state").textContent = words(job);
     const progress = row.querySelector("progress");
@@ -290,10 +306,13 @@ async function view(job, index) {
   $("shown").replaceChildren(large);
   $("reuse").hidden = job.kind === "upscale";
   for (const id of ["continue", "larger"]) $(id).hidden = job.kind === "vid_gen";
+  const known = models[job.model]?.defaults ?? {}; // what was not said
+  const [width, height] = ["width", "height"].map((side) => job.request[side] ?? known[side]);
   const facts = { Prompt: job.request.prompt, Frames: job.request.video_frames, "A second": job.request.fps,
     LoRA: job.request.loras?.map(([name, strength]) => `${name} ${strength}`).join(", "), Enlarged: job.request.upscaler, "Not in it": job.request.negative_prompt, Model: job.model, Seed: job.seeds[index],
-    Size: job.request.width && `${job.request.width}×${job.request.height ?? ""}`, Steps: job.request.steps, "CFG scale": job.request.cfg_scale,
-    Sampler: job.request.sampling_method, Schedule: job.request.scheduler, By: job.user };
+    Size: width && `${width}×${height}`, "Times as large": job.request.hires && (job.request.hires_scale ?? 2),
+    Steps: job.request.steps ?? known.steps, "CFG scale": job.request.cfg_scale ?? known.cfg_scale,
+    Sampler: job.request.sampling_method ?? known.sampling_method, Schedule: job.request.scheduler ?? known.scheduler, By: job.user };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => {
     const [term, text] = [document.createElement("dt"), document.createElement("dd")];
     [term.textContent, text.textContent] = [name, value];
@@ -306,7 +325,7 @@ $("reuse").addEventListener("click", () => {
   const { job, index } = opened;
   for (const name of NUMBERS) if (name !== "strength" && name !== "batch_count") form.elements[name].value = "";
   fill({ ...job.request, model: job.model, seed: job.seeds[index], sample_method: job.request.sampling_method ?? "",
-    scheduler: job.request.scheduler ?? "", distilled_guidance: job.request.guidance, batch_count: 1,
+    scheduler: job.request.scheduler ?? "", cache_mode: job.request.cache_mode ?? "disabled", distilled_guidance: job.request.guidance, batch_count: 1,
     hires_scale: job.request.hires ? (job.request.hires_scale ?? 2) : "" });
   const strengths = Object.fromEntries(job.request.loras ?? []);
   for (const input of $("loras").querySelectorAll("input")) input.value = strengths[input.name] ?? "";
@@ -368,8 +387,8 @@ async function begin() {
   models = Object.fromEntries(can.models.map((model) => [model.name, model]));
   filmFormat = can.output_formats_by_mode.vid_gen?.[0] ?? filmFormat;
   options(form.elements.model, Object.keys(models));
-  options(form.elements.sample_method, can.samplers, "the model's own");
-  options(form.elements.scheduler, can.schedulers, "the sampler's own");
+  options(form.elements.sample_method, can.samplers, "usual");
+  options(form.elements.scheduler, can.schedulers, "usual");
   options(form.elements.hires_upscaler, can.upscalers.map((each) => each.name));
   options($("upscaler"), (await (await ask("/sdapi/v1/upscalers")).json()).map((each) => each.name).filter((name) => name !== "None"));
   showLoras(can.loras.map((lora) => lora.name));
