@@ -42,6 +42,16 @@ def test_the_cpu_is_always_there() -> None:
         cpu.close()
 
 
+def test_a_copy_within_a_buffer_takes_no_memory_of_its_own(exact: LocalDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody counts that: a client could have as much again as it may."""
+    buffer = exact.allocate(100)
+    exact.write(buffer, 0, bytes(range(100)))
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    exact.copy(buffer, 0, buffer, 50, 50)
+    assert bytes(exact.read(buffer, 0, 100)) == bytes(range(50)) * 2
+    exact.free(buffer)
+
+
 def test_precisions() -> None:
     cpu = torch.device("cpu")
     assert choose("exact", cpu) is EXACT

@@ -106,12 +106,13 @@ def test_a_device_that_does_not_queue_answers_at_once(size: int) -> None:
     assert not answers(peer).later(get(size))
 
 
-def test_what_is_large_waits_alone() -> None:
+def test_what_is_large_comes_after_all_that_was_asked_before() -> None:
     peer = Peer(Reading(b"a", 3), Reading(b"b", 3))
     waiting = answers(peer)
     waiting.later(get())
-    assert waiting.later(get(SMALL + 1))
-    assert peer.written == framed(b"a", b"b")
+    assert not waiting.later(get(SMALL + 1))
+    waiting.before(get(SMALL + 1))
+    assert peer.written == framed(b"a")
 
 
 def test_only_so_many_wait() -> None:

@@ -13,14 +13,21 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from struct import pack, unpack
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sdrpc.client.connection import CAPABILITIES
+from sdrpc.content import PIECE
+from sdrpc.device import Buffer, Bytes
+from sdrpc.engine.device import LocalDevice
+from sdrpc.errors import DeviceError
 from sdrpc.ggml import params, validate
 from sdrpc.ggml.dialect import Dialect, dialects
 from sdrpc.server import Limits, Server
 from sdrpc.wire import graphs, messages
+from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import NATIVE, Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
@@ -280,14 +287,56 @@ def test_t9_a_thousand_connections_at_once(device: CountingDevice, caplog: pytes
 
 
 def test_a_device_without_memory_that_we_can_touch(device: CountingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator: what arrives is written piece by piece."""
+    """As on an accelerator: what arrives is written piece by piece, and what is read is never here as a whole."""
     monkeypatch.setattr(device, "window", lambda *_: None)
+    asked: list[int] = []
+
+    class Queued:
+        """What is read when the device has been asked three times."""
+
+        def __init__(self, *place: Any) -> None:
+            self.place, self.looks = place, 3
+
+        def ready(self) -> bool:
+            self.looks -= 1
+            return self.looks < 0
+
+        def wait(self) -> Bytes:
+            return bytes(read(*self.place))
+
+    def read(buffer: Buffer, offset: int, size: int) -> Bytes:
+        asked.append(size)
+        return LocalDevice.read(device, buffer, offset, size)
+
+    monkeypatch.setattr(device, "read", read)
+    monkeypatch.setattr(device, "read_soon", Queued)
     data = np.random.default_rng(1).bytes((9 << 20) + 3)
     with Server([device]) as server, RawClient(server.port) as client:
         tensor = client.record(client.buffer(len(data) + 1), (len(data) // 4 + 1,))
         client.set(tensor, data)
         assert client.get(tensor, len(data)) == data
+        assert client.get(tensor, 5, len(data) - 5) == data[-5:]
         client.ask(messages.GetAllocSize(0, tensor, (Record(),) * 10))
+    assert asked == [PIECE, PIECE, len(data) - 2 * PIECE, 5]
+
+
+def test_a_device_that_fails_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reason in the middle of an answer would be taken for data: the connection ends without one."""
+    size = 3 * PIECE
+    device = scene.devices[0]
+
+    def read(buffer: Buffer, offset: int, length: int) -> Bytes:
+        if length == PIECE and offset == 2 * PIECE:
+            raise DeviceError("it fell off the bus")
+        return LocalDevice.read(device, buffer, offset, length)
+
+    monkeypatch.setattr(device, "read", read)
+    client = scene.client(CAPABILITIES)
+    client.post(messages.GetTensor(client.record(client.buffer(size), (size // 4,)), 0, size))
+    assert client.receive(8 + 2 * PIECE) == REPLY_HEADER.pack(size) + bytes(2 * PIECE)
+    with pytest.raises(EOFError):
+        client.receive(1)
+    scene.goes_on()
 
 
 def test_a_client_whose_machine_is_gone_is_noticed_by_the_system(device: CountingDevice) -> None:

@@ -251,7 +251,8 @@ class LocalDevice(ServedDevice):
         self._weights.drop(target.key, target_offset, target_offset + size)
         with translated(self.name, "copying"):
             part = a.data[source_offset : source_offset + size]
-            b.data[target_offset : target_offset + size].copy_(part.clone() if a is b else part)
+            overlaps = a is b and abs(source_offset - target_offset) < size
+            b.data[target_offset : target_offset + size].copy_(part.clone() if overlaps else part)
 
     # what several buffers have together
 

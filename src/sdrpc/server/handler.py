@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
 from ..content import PIECE, pieces
 from ..device import Bytes, Soon
-from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
+from ..errors import ConnectionLost, DeviceError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
@@ -34,7 +34,7 @@ client."""
 ANSWERS = 8
 """Answers of a client that wait for a device, at most."""
 SMALL = 1 << 20
-"""Bytes of an answer from which on nothing else is dealt with before it is given."""
+"""Bytes of an answer above which nothing else is dealt with before it is given."""
 PAUSE = 0.0002
 """Seconds between two looks at a device that is not ready."""
 
@@ -125,12 +125,12 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         stream.expect(0)
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
-        if past := _PAST_THE_SESSION.get(request.command):
+        if not answers.later(request):
             answers.before(request)
-            past(stream, session, request)
-        elif not answers.later(request):
-            answers.before(request)
-            stream.write(_answer(session, request, greeting.agreed))
+            if past := _PAST_THE_SESSION.get(request.command):
+                past(stream, session, request)
+            else:
+                stream.write(_answer(session, request, greeting.agreed))
         stream.done()
         session.requests += 1
         if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
@@ -152,16 +152,12 @@ class Answers:
 
     def later(self, request: Received) -> bool:
         """Whether ``request`` will be answered later."""
-        if request.command != Command.GET_TENSOR:
+        if request.command != Command.GET_TENSOR or request.message.size > SMALL:
             return False
-        if request.message.size > SMALL:
-            self._finish()
         soon = self._session.read_soon(request.message)
         if soon is None:
             return False
         self._waiting.append(soon)
-        if request.message.size > SMALL:
-            self._finish()
         return True
 
     def before(self, request: Received) -> None:
@@ -182,12 +178,16 @@ class Answers:
             self._give()
 
     def _give(self) -> None:
-        soon = self._waiting.popleft()
-        while not soon.ready():
-            self._stream.beat()
-            time.sleep(PAUSE)
-        reply = GetTensorReply(soon.wait())
+        reply = GetTensorReply(_come(self._stream, self._waiting.popleft()))
         self._stream.write(encode_reply(Command.GET_TENSOR, reply, self._session.dialect))
+
+
+def _come(stream: Stream, soon: Soon) -> Bytes:
+    """What a device reads when it has done what is before that. The client hears that somebody is at work."""
+    while not soon.ready():
+        stream.beat()
+        time.sleep(PAUSE)
+    return soon.wait()
 
 
 def _answer(session: Session, request: Received, agreed: Capability) -> list[Bytes]:
@@ -267,17 +267,42 @@ def _receive_rows(stream: Stream, session: Session, request: Received) -> None:
         session.devices[region.device].write_rows(region.buffer, part, piece)
 
 
+def _send_tensor(stream: Stream, session: Session, request: Received) -> None:
+    """The answer to a GET_TENSOR."""
+    region, offset, size = session.source(request.message)
+    device = session.devices[region.device]
+
+    def part(at: int, length: int) -> Bytes:
+        soon = None if at else device.read_soon(region.buffer, offset, length)
+        return device.read(region.buffer, offset + at, length) if soon is None else _come(stream, soon)
+
+    _send(stream, size, (part(at, length) for at, length in pieces(size)))
+
+
 def _send_rows(stream: Stream, session: Session, request: Received) -> None:
-    """The answer to a GET_TENSOR_2D, piece by piece: it is never in memory as a whole."""
+    """The answer to a GET_TENSOR_2D."""
     region, rows = session.rows(request.message)
-    stream.write([REPLY_HEADER.pack(rows.size * rows.copies)])
-    for part in rows.parts(PIECE):
-        stream.write([session.devices[region.device].read_rows(region.buffer, part)])
+    device = session.devices[region.device]
+    parts = (device.read_rows(region.buffer, part) for part in rows.parts(PIECE))
+    _send(stream, rows.size * rows.copies, parts)
+
+
+def _send(stream: Stream, size: int, parts: Iterator[Bytes]) -> None:
+    """An answer of ``size`` bytes, piece by piece: it is never in memory as a whole. What goes wrong in its middle ends
+    the connection without a word, which would be taken for data."""
+    first = next(parts, b"")
+    stream.write([REPLY_HEADER.pack(size), first])
+    try:
+        for part in parts:
+            stream.write([part])
+    except DeviceError as error:
+        raise ConnectionLost(stream.peer, stream.doing, str(error)) from error
 
 
 _PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = {
     Command.SET_TENSOR: _receive_tensor,
     Command.SET_TENSOR_2D: _receive_rows,
+    Command.GET_TENSOR: _send_tensor,
     Command.GET_TENSOR_2D: _send_rows,
 }
 """Commands whose data goes straight between socket and device."""

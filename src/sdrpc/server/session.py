@@ -145,13 +145,17 @@ class Session:
             self.cache = self._cache_service.client_cache(visitor.owner)
 
     def answer(self, message: Any) -> Any:
-        """Do what ``message`` asks; the reply's value, None where it has no fields. Data of SET_TENSOR, SET_TENSOR_2D
-        and GET_TENSOR_2D goes past the session: :meth:`destination` and :meth:`rows` say where."""
+        """Do what ``message`` asks; the reply's value, None where it has no fields. Data of SET_TENSOR, GET_TENSOR
+        and their 2D forms goes past the session: :meth:`destination`, :meth:`source` and :meth:`rows` say where."""
         return _COMMANDS[type(message)](self, message)
 
     def destination(self, message: messages.SetTensor, size: int) -> Place:
         """Where the ``size`` bytes of data of a SET_TENSOR belong."""
         return self._place(message.tensor, message.offset, size)
+
+    def source(self, message: messages.GetTensor) -> Place:
+        """Where the bytes are that a GET_TENSOR asks for."""
+        return self._place(message.tensor, message.offset, message.size)
 
     def received(self, place: Place) -> None:
         """The data for ``place`` is there: other clients of the same owner need not send it. (To note every byte that
@@ -401,13 +405,9 @@ class Session:
     def _spot(self, place: Place) -> Spot:
         return Spot(self.devices[place.region.device], place.region.buffer, place.offset, place.size)
 
-    def _get_tensor(self, asked: messages.GetTensor) -> messages.GetTensorReply:
-        region, offset, size = self._place(asked.tensor, asked.offset, asked.size)
-        return messages.GetTensorReply(self.devices[region.device].read(region.buffer, offset, size))
-
     def read_soon(self, asked: messages.GetTensor) -> Soon | None:
         """As GET_TENSOR, from a device that has other work before it; None where there is nothing to wait for."""
-        region, offset, size = self._place(asked.tensor, asked.offset, asked.size)
+        region, offset, size = self.source(asked)
         return self.devices[region.device].read_soon(region.buffer, offset, size)
 
     def _memset_tensor(self, asked: messages.MemsetTensor) -> None:
@@ -613,7 +613,6 @@ _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
     messages.GetAllocSize: Session._get_alloc_size,
     messages.SetTensorHash: Session._set_tensor_hash,
     messages.SetTensorDigest: Session._set_tensor_digest,
-    messages.GetTensor: Session._get_tensor,
     messages.MemsetTensor: Session._memset_tensor,
     messages.CopyTensor: Session._copy_tensor,
     messages.CommInit: Session._comm_init,

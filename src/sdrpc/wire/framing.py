@@ -80,8 +80,8 @@ FEEDS = (Command.SET_TENSOR, Command.SET_TENSOR_2D)
 ASKED_AGAIN = (Command.GET_ALLOC_SIZE,)
 """What native clients send again with the same bytes: a UNet's allocator asks for the same 32 sizes three times before
 each evaluation, of eleven records each."""
-REMEMBERED = 128
-"""Requests, of 3 kB each."""
+REMEMBERED = 384 << 10
+"""Bytes of such requests, of 3 kB each with usual names; what they mean takes as much again."""
 
 
 class ErrorReply(NamedTuple):
@@ -123,7 +123,7 @@ class RequestReader:
         """The request in ``payload``, read once for all times that it comes."""
         key = (self._name_length, payload)
         if (known := self._again.get(key)) is None:
-            if len(self._again) >= REMEMBERED:
+            if (len(self._again) + 1) * len(payload) > REMEMBERED:  # all of a connection are of one size
                 self._again.clear()
             message = decode(EXCHANGES[command].request, payload, self.dialect, self._name_length)
             known = self._again[key] = Received(command, message)
