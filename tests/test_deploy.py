@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import pytest
 import yaml
 
 from sdrpc.cli import keys, rpc_server, sd_server
+from tests.support.process import Listening
+from tests.web.process import DRAW_SECONDS, WebServer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,6 +108,102 @@ def test_services_of_compose_are_commands_and_name_what_is_declared() -> None:
             assert Path(path).name in whole["secrets"]
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))  # nothing is open by itself
     assert cuda["services"].keys() <= whole["services"].keys()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """What the images have of ours: the wheel of the files that they copy, and nothing else, in a folder."""
+    context = tmp_path / "context"
+    context.mkdir()
+    for path in DOCKERFILES:
+        for source in (word for name, rest in instructions(path) if name == "COPY" for word in rest.split()[:-1]):
+            whole, to = ROOT / source, context / source
+            if whole.is_dir():
+                shutil.copytree(whole, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(whole, to)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=context, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    subprocess.run([*install, "--target", str(tmp_path / "image"), str(wheel)], check=True, capture_output=True)
+    return tmp_path / "image"
+
+
+def code(image: Path) -> set[Path]:
+    """Its files, but for what Python and numba make of them where they may."""
+    return {path for path in image.rglob("*") if "__pycache__" not in path.parts}
+
+
+class Container(WebServer):
+    """A process of an image, without a container around it: it has the image's code and variables, no home, and of
+    this machine's environment nothing. ``paths``: where what the image calls so is."""
+
+    def __init__(self, image: Path, dockerfile: Path, words: list[str], says: str, paths: Mapping[str, str]) -> None:
+        self._dockerfile, self._image, self._paths = dockerfile, image, paths
+        Listening.__init__(self, self.words([*entry(dockerfile), *words]), says)
+
+    def words(self, command: list[str]) -> list[str]:
+        said = dict(instructions(self._dockerfile))
+        variables = [self._here(word) for word in said["ENV"].split()]
+        path = os.pathsep.join([str(self._image / "bin"), str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+        return ["env", "-i", f"PATH={path}", f"PYTHONPATH={self._image}", *variables, *map(self._here, command)]
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.words(command), capture_output=True, text=True, timeout=DRAW_SECONDS, check=False)
+
+    def is_healthy(self) -> bool:
+        """What the image's health check says, of the port that it has here."""
+        said = dict(instructions(self._dockerfile))
+        check = json.loads(said["HEALTHCHECK"].partition("CMD ")[2])
+        return self.run([word.replace(said["EXPOSE"], str(self.port)) for word in check]).returncode == 0
+
+    def _here(self, word: str) -> str:
+        for name, path in self._paths.items():
+            word = word.replace(name, path)
+        return word
+
+
+def test_services_of_compose_draw_a_picture(image: Path, tmp_path: Path) -> None:
+    """The commands of compose.yaml, in turn, as processes of the images: a key for the page, the worker, the server."""
+    services = yaml.safe_load(COMPOSE[0].read_text())["services"]
+    files = code(image)
+    worker_data, server_data, models = tmp_path / "worker", tmp_path / "server", tmp_path / "models"
+    for folder in (worker_data, server_data, models):
+        folder.mkdir(mode=0o700)
+    says = r"endpoint\s*:\s*\S+:(\d+)\s*$"
+    command = [*map(str, services["worker"]["command"]), "--port", "0"]
+    with Container(image, DOCKER / "worker.Dockerfile", command, says, {"/data": str(worker_data)}) as worker:
+        assert worker.port
+        assert worker.is_healthy()
+        made = worker.run(["rpc-server", "keys", "add", "page"])
+        assert made.returncode == 0, made.stderr
+        (tmp_path / "rpc.key").write_text(made.stdout)
+        paths = {
+            "/data": str(server_data), "/models": str(models), "/run/secrets/rpc_key": str(tmp_path / "rpc.key"),
+            "worker:50052": f"127.0.0.1:{worker.port}",
+        }  # fmt: skip
+        command = [*map(str, services["server"]["command"]), "--listen-port", "0"]
+        with Container(image, DOCKER / "server.Dockerfile", command, r"^http://\S+:(\d+)\b", paths) as server:
+            assert server.port, server.lines
+            assert server.is_healthy()
+            [key] = [line.partition(":")[2].strip() for line in (server_data / "keys.txt").read_text().splitlines()]
+            body = {"prompt": "a red circle", "size": "64x64", "steps": 1}
+            assert server.ask("/v1/images/generations", body).status == 401
+            answer = server.ask("/v1/images/generations", body, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status == 200, answer.body
+            assert answer.json()["data"][0]["b64_json"]
+            assert server.stop() == 0
+            assert not server.is_healthy()
+        assert worker.stop() == 0
+    assert code(image) == files, "it is only read"
+
+
+def test_torch_comes_with_versions_that_its_own_index_lacks() -> None:
+    """Constraints name one version of each package; torch's index has few."""
+    for path in DOCKERFILES:
+        [torch] = [rest for name, rest in instructions(path) if name == "RUN" and "/whl/${TORCH}" in rest]
+        assert " --extra-index-url https://pypi.org/simple" in torch
 
 
 def test_comments_of_compose_are_commands() -> None:

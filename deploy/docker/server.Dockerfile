@@ -2,12 +2,13 @@
 # With --rpc it needs no GPU: --build-arg TORCH=cpu, the default. To draw on this machine's own GPU: TORCH=cu128.
 FROM python:3.12-slim
 
-# cpu, cu128, rocm6.4 …: which of torch's builds
+# cpu, cu128, rocm6.4 …: which of torch's builds. Their index has not all versions of what torch needs.
 ARG TORCH=cpu
 WORKDIR /src
 COPY constraints.txt ./
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir -c constraints.txt torch --index-url https://download.pytorch.org/whl/${TORCH}
+RUN pip install --no-cache-dir -c constraints.txt torch \
+  --index-url https://download.pytorch.org/whl/${TORCH} --extra-index-url https://pypi.org/simple
 
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY src src

@@ -3,12 +3,13 @@
 # the host has to have NVIDIA's driver and its container toolkit.
 FROM python:3.12-slim
 
-# cpu, cu128, rocm6.4 …: which of torch's builds
+# cpu, cu128, rocm6.4 …: which of torch's builds. Their index has not all versions of what torch needs.
 ARG TORCH=cpu
 WORKDIR /src
 COPY constraints.txt ./
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir -c constraints.txt torch --index-url https://download.pytorch.org/whl/${TORCH}
+RUN pip install --no-cache-dir -c constraints.txt torch \
+  --index-url https://download.pytorch.org/whl/${TORCH} --extra-index-url https://pypi.org/simple
 
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY src src
