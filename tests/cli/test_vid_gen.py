@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def film(wan: Path, servers: Servers, sd: Sd) -> Callable[..., Outcome]:
         return sd(*common, *small, *arguments)
 
     return run
+
+
+def test_sound_is_beside_what_holds_none(tmp_path: Path, servers: Servers, sd: Sd) -> None:
+    ltx2 = make("ltx2", tmp_path / "ltx2").files["model"]
+    made = sd(
+        "-M", "vid_gen", "--rpc", f"127.0.0.1:{servers[0].port}", "-m", ltx2, "-p", "a lovely cat", "-W", 64, "-H", 64,
+        "--steps", 1, "--cfg-scale", 1, "--video-frames", 9, "-o", tmp_path / "film.webp",
+    )  # fmt: skip
+    assert made.status == 0, made.err
+    assert made.out.split() == [str(tmp_path / "film.webp"), str(tmp_path / "film.wav")]
+    with wave.open(str(tmp_path / "film.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 24000, (4 * 9 - 3) * 240)
+        assert np.frombuffer(file.readframes(7920), "<i2").std() > 300
 
 
 def test_a_film_and_its_frames_are_the_same_pictures(film: Callable[..., Outcome], tmp_path: Path) -> None:

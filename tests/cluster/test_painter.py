@@ -99,7 +99,7 @@ def test_a_film_comes_frame_by_frame(cpu: Device, tmp_path: Path) -> None:
     told = told_of(far, 0, Work.of(files, {}), settings, films=True)
     far.put_aside()
     begun = [value for value in told if isinstance(value, Film | Frame)]
-    assert begun[0] == Film(5, film.fps, 32, 32, 1)
+    assert begun[0] == Film(5, film.fps, 32, 32, 1, None)
     np.testing.assert_array_equal([frame.image for frame in begun[1:] if isinstance(frame, Frame)], wanted)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import wave
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +16,9 @@ import pytest
 from PIL import Image
 
 from sdrpc.cli.output import FILM_SIDES
-from sdrpc.diffusion.films import CODECS, SUFFIXES, check_format, encode
+from sdrpc.diffusion.films import CODECS, SUFFIXES, check_format, encode, has_sound, wav
 from sdrpc.diffusion.metadata import Parameters
-from sdrpc.diffusion.pictures import Video
+from sdrpc.diffusion.pictures import Sound, Video
 from sdrpc.errors import InvalidValue
 from tests.diffusion.test_metadata import PARAMETERS
 
@@ -73,6 +74,49 @@ def test_a_file_has_the_films_frames_its_speed_and_its_parameters(suffix: str) -
         assert apart < LOUDEST.get(suffix, LOUD), number
     assert "(lovely:1.3) cat" in said
     assert '"frame_count":9' in said.replace("&quot;", '"')
+
+
+RATE = 24000
+
+
+def tones(ears: int = 2, rate: int = RATE) -> Sound:
+    """As long as the film: an ear's number + 1 times 300 Hz."""
+    seconds = np.arange(rate * FRAMES // FPS) / rate
+    return Sound(np.stack([np.sin(2 * np.pi * 300 * (i + 1) * seconds) / 2 for i in range(ears)]).astype("f4"), rate)
+
+
+@pytest.mark.parametrize(("suffix", "ears", "rate"), [(each, 2, RATE) for each in CODECS] + [(".mp4", 1, 400)])
+def test_a_video_has_the_films_sound(suffix: str, ears: int, rate: int) -> None:
+    """Which the codec may shift by what it looks ahead, and resample."""
+    file, sound = BytesIO(), tones(ears, rate)
+    if rate == 400:  # no tone of 300 Hz fits
+        sound = Sound(np.sin(np.arange(rate * FRAMES // FPS)[None] / 20).astype("f4"), rate)
+    encode(replace(film(), sound=sound), suffix, file, None)
+    frames, *_ = read(file, suffix)
+    assert len(frames) == FRAMES
+    file.seek(0)
+    with av.open(file) as container:
+        stream = container.streams.audio[0]
+        heard = np.concatenate([one.to_ndarray().reshape(-1, ears) if one.format.is_packed else one.to_ndarray().T
+                                for one in container.decode(audio=0)])  # fmt: skip
+        found = stream.rate
+    scale = 32768 if heard.dtype == np.int16 else 1
+    assert len(heard) / found == pytest.approx(FRAMES / FPS, abs=0.1)
+    if rate == RATE:
+        for ear in range(ears):
+            spectrum = np.abs(np.fft.rfft(heard[:, ear]))
+            loudest = np.argmax(spectrum) * found / len(heard)
+            assert loudest == pytest.approx(300 * (ear + 1), abs=3)
+            assert np.std(heard[:, ear] / scale) == pytest.approx(0.5 / 2**0.5, rel=0.1)
+
+
+def test_a_wav_file_has_what_animations_have_not() -> None:
+    assert [suffix for suffix in SUFFIXES if not has_sound(suffix)] == [".webp", ".gif"]
+    sound = tones()
+    with wave.open(BytesIO(wav(Sound(sound.samples * 4, sound.rate)))) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (2, 2, RATE)
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, 2).T
+    np.testing.assert_allclose(samples / 32767, np.clip(sound.samples * 4, -1, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from sdrpc.checkpoints.checkpoint import Checkpoint, Tokenizer
 from sdrpc.checkpoints.expressions import cast
 from sdrpc.diffusion.device_model import captured
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import latents_shape, settings_of, with_sound
+from sdrpc.diffusion.session import Session, latents_shape, settings_of, with_sound
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
 from sdrpc.families.base import F32, Config, Found, ModuleSpec, Prompt, find
-from sdrpc.families.components import film_ltx, gemma3, ltx2_connectors
+from sdrpc.families.components import film_ltx, gemma3, ltx2_connectors, sound
 from sdrpc.families.components.autoencoder import ENCODES
 from sdrpc.families.ltx2 import LTX2, TRANSFORMER, conditions, sound_length
 from sdrpc.families.model import Model, ModelFiles, open_model
@@ -93,12 +97,66 @@ def test_published_models_are_told_by_their_shapes(part: Component) -> None:
             theirs |= {"caption_channels": 4096}
         if config.get("per_modality_projections") is False:
             theirs |= {"video_hidden_dim": 3840, "audio_hidden_dim": 3840}
-        assert {name: theirs[name] for name in config} == {
-            name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
-        }
+        assert json.loads(json.dumps({name: theirs[name] for name in config})) == config
     with torch.device("meta"):
         module, _ = component.build(config)
-    assert {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == found.shapes
+    unheard = ("encoder.",) if part.name == "audio_vae" else ()
+    wanted_shapes = {name: shape for name, shape in found.shapes.items() if not name.startswith(unheard)}
+    assert {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == wanted_shapes
+
+
+def test_the_vocoders_are_told_in_a_file_of_everything_too() -> None:
+    for version, wide in (("ltx2", False), ("ltx2.3", True)):
+        part = next(each for each in CHECKPOINTS[version].of_size("tiny") if each.name == "vocoder")
+        config = sound.GENERATOR.configure(found_in(sound.GENERATOR, in_a_file(part, whole=True)), {})
+        assert ("bwe_in_channels" in config, sound.rate(config)) == (wide, 48000 if wide else 24000)
+
+
+def test_without_what_decodes_sound_a_film_is_silent(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    files = {name: path for name, path in made.files.items() if name != "vocoder"}
+    model = opened(files)
+    assert "vocoder" not in model.components
+    assert "audio_vae" in model.components
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT)
+    session = Session(model, {"all": device})
+    settings = settings_of(model, Request("a", width=64, height=64, video_frames=9, seed=1), True)
+    drawn = np.zeros(with_sound(model, settings, latents_shape(model, settings)), np.float32)
+    assert session._sound(drawn, settings) is None
+    assert "the film is silent, for no file that was named has its vocoder" in caplog.text
+    session.close()
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("latents_mean", (100,), "numbers are no 8 channels|needs"),
+        ("decoder.up.1.block.0.conv2.conv.weight", (100, 128, 3, 3), "no multiples of 128"),
+    ],
+)
+def test_an_audio_vae_of_other_shapes_is_refused(name: str, shape: tuple[int, ...], said: str) -> None:
+    part = next(each for each in CHECKPOINTS["ltx2"].of_size("tiny") if each.name == "audio_vae")
+    found = found_in(sound.AUTOENCODER, in_a_file(part))
+    changed = {**found.tensors, name: replace(found.tensors[name], shape=shape)}
+    with pytest.raises(CheckpointError, match=said):
+        sound.AUTOENCODER.configure(replace(found, tensors=changed), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("upsamplers.0.weight", (32, 16, 7), "no vocoder that is known"),
+        ("conv_out.weight", (6, 1, 7), "6 ears"),
+    ],
+)
+def test_a_vocoder_of_other_shapes_is_refused(name: str, shape: tuple[int, ...], said: str) -> None:
+    part = next(each for each in CHECKPOINTS["ltx2"].of_size("tiny") if each.name == "vocoder")
+    found = found_in(sound.GENERATOR, in_a_file(part))
+    changed = {**found.tensors, name: replace(found.tensors[name], shape=shape)}
+    with pytest.raises(CheckpointError, match=said):
+        sound.GENERATOR.configure(replace(found, tensors=changed), {})
+    with pytest.raises(CheckpointError, match=r"upsample_factors of the vocoder is \[2\]"):
+        sound.GENERATOR.configure(found, {"upsample_factors": [2]})
 
 
 def test_no_other_family_takes_it() -> None:

@@ -233,6 +233,12 @@ CASES = [
     Case("conv1d",
          lambda x, w, b: (F.conv1d(x, w, b, 2, 1), F.conv1d(x, w, padding="same")),
          ((2, 3, 9), (4, 3, 3), (4,))),
+    Case("conv_transpose1d",
+         lambda x, w, b: (F.conv_transpose1d(x, w, b), F.conv_transpose1d(x, w, stride=3, padding=2)),
+         ((2, 3, 5), (3, 4, 6), (4,))),
+    Case("conv_transpose1d of channels",
+         lambda x, w: (F.conv_transpose1d(x, w, groups=3), F.conv_transpose1d(x, w, None, 2, 1, groups=3)),
+         ((2, 3, 5), (3, 1, 6))),
     Case("upsample_nearest2d", lambda x: (F.interpolate(x, scale_factor=2.0), F.interpolate(x, size=(7, 9))), (X,)),
     Case("avg_pool2d", lambda x: (F.avg_pool2d(x, 2), F.avg_pool2d(x, (2, 3), 1)), ((2, 3, 6, 7),)),
 ]  # fmt: skip

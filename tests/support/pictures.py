@@ -26,6 +26,7 @@ from sdrpc.families.ltx2 import sound_length
 from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
 from tests.support.references.draw import Drawing, draw, psnr
+from tests.support.references.draw import Picture as Drawn
 from tools.checkpoints import Made, make
 from tools.checkpoints.formats import FORMATS as QUANTIZED
 
@@ -159,7 +160,11 @@ class Checkpoints:
 
     def wanted(self, case: Case) -> np.ndarray:
         """What diffusers' pipeline draws: (height, width, 3) of 0 … 1, of a film (frames, height, width, 3)."""
-        return _wanted(self.folder, case)
+        return _wanted(self.folder, case).pixels
+
+    def heard(self, case: Case) -> np.ndarray | None:
+        """The sound of a film that it draws, (ears, samples) of -1 … 1; None where there is none."""
+        return _wanted(self.folder, case).sound
 
 
 @cache
@@ -168,8 +173,8 @@ def _made(folder: Path, case: Case) -> Made:
 
 
 @cache
-def _wanted(folder: Path, case: Case) -> np.ndarray:
-    return draw(_made(folder, case).pipeline(), drawing(case)).pixels
+def _wanted(folder: Path, case: Case) -> Drawn:
+    return draw(_made(folder, case).pipeline(), drawing(case))
 
 
 @dataclass(frozen=True)
@@ -284,16 +289,21 @@ def _shift(family: str) -> float:
 
 
 def distance(checkpoints: Checkpoints, case: Case, devices: Sequence[Device], graphs: Path) -> float:
-    """dB between our picture, its components on ``devices`` in turn, and diffusers' one."""
+    """dB between our picture, its components on ``devices`` in turn, and diffusers' one; of a film with sound the less
+    of pictures and sound."""
     files = checkpoints.files(case)
     with Session.open(files, devices[0], Cache(graphs)) as probe:
         names = list(probe.model.components)
     placement: Mapping[str, Device] = {name: devices[i % len(devices)] for i, name in enumerate(names)}
     with Session.open(files, placement, Cache(graphs)) as session:
-        drawn = _film(session, case) if session.model.frames else _picture(session, case)
-    wanted = checkpoints.wanted(case)
+        drawn, sound = _film(session, case) if session.model.frames else (_picture(session, case), None)
+    wanted, heard = checkpoints.wanted(case), checkpoints.heard(case)
     assert wanted.std() > 0.01, "something is to be seen"
-    return psnr(drawn, wanted)
+    if heard is None or sound is None:
+        assert heard is sound
+        return psnr(drawn, wanted)
+    assert heard.std() > 0.01, "something is to be heard"
+    return min(psnr(drawn, wanted), psnr((sound + 1) / 2, (heard + 1) / 2))
 
 
 def _picture(session: Session, case: Case) -> np.ndarray:
@@ -301,7 +311,7 @@ def _picture(session: Session, case: Case) -> np.ndarray:
     return picture.image
 
 
-def _film(session: Session, case: Case) -> np.ndarray:
-    """(frames, height, width, 3)."""
+def _film(session: Session, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+    """(frames, height, width, 3), and its sound (ears, samples)."""
     (film,) = session.generate_video(request(case))
-    return np.stack(list(film.frames))
+    return np.stack(list(film.frames)), None if film.sound is None else film.sound.samples

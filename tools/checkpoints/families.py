@@ -15,6 +15,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 
 from . import names
 from .names import Naming, Shape, prefixed
@@ -34,6 +35,7 @@ ZImageTransformer2DModel: Any = diffusers.ZImageTransformer2DModel
 QwenImageTransformer2DModel: Any = diffusers.QwenImageTransformer2DModel
 AutoencoderKLWan: Any = diffusers.AutoencoderKLWan
 AutoencoderKLLTX2Video: Any = diffusers.AutoencoderKLLTX2Video
+AutoencoderKLLTX2Audio: Any = diffusers.AutoencoderKLLTX2Audio
 LTX2VideoTransformer3DModel: Any = diffusers.LTX2VideoTransformer3DModel
 AutoencoderKLLTXVideo: Any = diffusers.AutoencoderKLLTXVideo
 LTXVideoTransformer3DModel: Any = diffusers.LTXVideoTransformer3DModel
@@ -788,6 +790,31 @@ def _ltx2_vae(width: int, layers: tuple[int, ...], decoder_layers: tuple[int, ..
     )  # fmt: skip
 
 
+def _ltx2_audio_vae(multiples: tuple[int, ...], blocks: int) -> Component:
+    return Component(
+        "audio_vae",
+        "audio_vae",
+        lambda: AutoencoderKLLTX2Audio(ch_mult=multiples, num_res_blocks=blocks),
+        prefixed("audio_vae.", names.ltx2_audio_vae),
+        names.ltx2_audio_vae,
+    )
+
+
+def _ltx2_vocoder(build: Callable[[], Any]) -> Component:
+    return Component("vocoder", "vocoder", build, prefixed("vocoder.", names.ltx2_vocoder), names.ltx2_vocoder)
+
+
+def _tiny_vocoder() -> Any:
+    """One block behind each step, of kernels of 3."""
+    return LTX2Vocoder(hidden_channels=32, resnet_kernel_sizes=[3], resnet_dilations=[[1, 3, 5]])
+
+
+def _tiny_wide_vocoder() -> Any:
+    one: dict[str, Any] = {"resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3, 5]]}
+    wide = {f"bwe_{name}": value for name, value in one.items()}
+    return LTX2VocoderWithBWE(hidden_channels=64, bwe_hidden_channels=32, **one, **wide)
+
+
 FULL_VAE, TINY_VAE = ((128, 256, 512, 512), 2), ((32, 32, 64, 64), 1)
 
 
@@ -1170,11 +1197,11 @@ LTX2 = Family(
     {
         "full": (
             _ltx2(4096, 2048, 48, 3840), _ltx2_connectors(3840, 49), _ltx2_vae(128, (4, 6, 6, 2, 2), (5, 5, 5, 5)),
-            _gemma3(3840, 15360, (16, 8), 48, 262208),
+            _gemma3(3840, 15360, (16, 8), 48, 262208), _ltx2_audio_vae((1, 2, 4), 2), _ltx2_vocoder(LTX2Vocoder),
         ),
         "tiny": (
             _ltx2(256, 128, 2, 128), _ltx2_connectors(128, 7), _ltx2_vae(8, (1, 1, 1, 1, 1), (1, 1, 1, 1)),
-            _gemma3(128, 160, (2, 1), 6, GEMMA_WORDS),
+            _gemma3(128, 160, (2, 1), 6, GEMMA_WORDS), _ltx2_audio_vae((1, 1, 1), 0), _ltx2_vocoder(_tiny_vocoder),
         ),
     },
     _ltx_scheduler,
@@ -1192,11 +1219,11 @@ LTX23 = replace(
     components={
         "full": (
             _ltx2(4096, 2048, 48, 4096, **_LTX23), _ltx23_connectors(3840, 49, 4096, 2048, 8),
-            _ltx23_vae(128, (4, 6, 4, 2, 2)), LTX2.components["full"][3],
+            _ltx23_vae(128, (4, 6, 4, 2, 2)), *LTX2.components["full"][3:5], _ltx2_vocoder(LTX2VocoderWithBWE),
         ),
         "tiny": (
             _ltx2(256, 128, 2, 256, **_LTX23), _ltx23_connectors(128, 7, 256, 128, 1), _ltx23_vae(8, (1,) * 5),
-            LTX2.components["tiny"][3],
+            *LTX2.components["tiny"][3:5], _ltx2_vocoder(_tiny_wide_vocoder),
         ),
     },
 )  # fmt: skip

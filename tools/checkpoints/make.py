@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -194,8 +193,6 @@ def _rest(family: Family) -> dict[str, Any]:
         return {"scheduler": scheduler, "image_processor": CLIPImageProcessorPil()}
     if family.name == "wan2.2-5b":
         return {"scheduler": scheduler, "expand_timesteps": True}
-    if family.name.startswith("ltx2"):
-        return {"scheduler": scheduler, "audio_vae": _silent(), "vocoder": None}
     if family.name == "sdxl":
         return {"scheduler": scheduler, "add_watermarker": False}
     if family.name == "qwen-image-edit":
@@ -205,12 +202,6 @@ def _rest(family: Family) -> dict[str, Any]:
     if family.name.startswith("sd3") and not _has_t5(family):
         return {"scheduler": scheduler, "text_encoder_3": None, "tokenizer_3": None}
     return {"scheduler": scheduler}
-
-
-def _silent() -> Any:
-    """An autoencoder of sound, of whose latents the mean is 0 and the deviation 1. It decodes none here."""
-    kind: Any = diffusers.AutoencoderKLLTX2Audio
-    return kind(ch_mult=(1,), num_res_blocks=0)
 
 
 def make(

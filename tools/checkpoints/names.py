@@ -629,6 +629,31 @@ def ltx2_connectors(shapes: Shapes) -> Iterator[Entry]:
     return (Entry(_renamed(name, _LTX2_CONNECTOR_RULES), (name,)) for name in shapes)
 
 
+def ltx2_audio_vae(shapes: Shapes) -> Iterator[Entry]:
+    """LTX-2's audio VAE, in the names of its own code."""
+    rules: Rules = (
+        ("latents_mean", "per_channel_statistics.mean-of-means"),
+        ("latents_std", "per_channel_statistics.std-of-means"),
+        ("(encoder|decoder).*", r"\g<0>"),
+    )  # fmt: skip
+    return (Entry(_renamed(name, rules), (name,)) for name in shapes)
+
+
+def ltx2_vocoder(shapes: Shapes) -> Iterator[Entry]:
+    """LTX-2's vocoder, likewise."""
+    for name in shapes:
+        theirs = name
+        for ours, original in _VOCODER_NAMES:
+            theirs = theirs.replace(ours, original)
+        yield Entry(theirs, (name,))
+
+
+_VOCODER_NAMES = (
+    ("upsamplers.", "ups."), ("resnets.", "resblocks."), ("conv_in.", "conv_pre."), ("conv_out.", "conv_post."),
+    ("act_out.", "act_post."), ("downsample.", "downsample.lowpass."),
+)  # fmt: skip
+
+
 _LTX_VAE_BLOCKS = {
     "old": {
         "encoder": {"0": 0, "0.downsamplers.0": 1, "0.conv_out": 2, "1": 3, "1.downsamplers.0": 4, "1.conv_out": 5,

@@ -40,8 +40,14 @@ def random_weight(name: str, shape: Shape, seed: int) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith("pos_embed"):
         return values
+    if name.endswith(("mel_basis", "filter")):  # shares of frequencies, and of what is near
+        return values.abs_().div_(values.sum(-1, keepdim=True))
+    if name.endswith(("act.alpha", "act.beta")):  # logarithms
+        return values.mul_(0.2)
     if len(shape) > 1:
         values *= values[0].numel() ** -0.5
+        if name.startswith("vocoder.") and name.endswith("conv_out.weight"):  # blocks that add up to more than one
+            values *= 1 / 16
         return values.mul_(1 / 8) if name.endswith("SelfAttention.q.weight") else values
     return values.mul_(0.2).add_(0.0 if name.endswith("bias") else 1.0)
 

@@ -54,6 +54,9 @@ OPTIONS = (
            help="What Wan 2.1 sees the picture with that a film begins with (OpenCLIP-H)."),
     Option(MODEL, "--embeddings-connectors", "connectors", type=FILE, metavar="PATH",
            help="What is between LTX-2's language model and its diffusion model, where the latter's file lacks that."),
+    Option(MODEL, "--audio-vae", type=FILE, metavar="PATH",
+           help="What decodes the sound of LTX-2's films, audio VAE and vocoder, where the model's file lacks them."),
+    Option(MODEL, "--vocoder", type=FILE, metavar="PATH", help="The vocoder alone, where --audio-vae lacks it."),
     Option(MODEL, "--qwen-image-zero-cond-t", is_flag=True,
            help="The diffusion model is Qwen-Image-Edit 2511, whose file does not say so (some GGUF files)."),
     Option(MODEL, "--control-net", type=FILE, metavar="PATH",
@@ -270,7 +273,7 @@ OPTIONS = (
 _LACKING: dict[str, tuple[str, ...]] = {
     "other model families and their parts": (
         "--tokenizer",
-        "--uncond-diffusion-model", "--audio-vae",
+        "--uncond-diffusion-model",
         "--audio-encoder", "--motion-module", "--chroma-disable-dit-mask", "--chroma-enable-t5-mask",
         "--chroma-t5-mask-pad",
         "--qwen-image-layers", "--force-sdxl-vae-conv-scale", "--vae-format",
@@ -362,7 +365,7 @@ _UPSCALES = (
 )  # fmt: skip
 _CONVERTS = (
     "model", "diffusion_model", "high_noise_diffusion_model", "vae", "clip_l", "clip_g", "t5xxl", "llm", "llm_vision",
-    "clip_vision", "connectors", "control_net", "taesd", "type", "tensor_type_rules", "output",
+    "clip_vision", "connectors", "audio_vae", "vocoder", "control_net", "taesd", "type", "tensor_type_rules", "output",
 )  # fmt: skip
 
 _READ: dict[tuple[str, object], tuple[str, ...]] = {

@@ -45,7 +45,7 @@ from .upscale import enlarging, on_one_device, upscaled
 if TYPE_CHECKING:
     from ..diffusion.events import Event, OnEvent
     from ..diffusion.metadata import Parameters
-    from ..diffusion.pictures import Picture, Pixels, Video
+    from ..diffusion.pictures import Picture, Pixels, Sound, Video
     from ..diffusion.request import Request, Settings
     from ..families.model import Model
     from ..runtime.chain import Lanes
@@ -236,7 +236,10 @@ def _keep_all(
         if isinstance(one, Picture):
             elsewhere += _keep(next(left), one, parameters)
         elif singly:
-            elsewhere += sum(_keep(next(left), Picture(frame, one.seed), parameters) for frame in one.frames)
+            files = [next(left) for _ in range(one.count)]
+            frames = zip(files, one.frames, strict=True)
+            elsewhere += sum(_keep(path, Picture(frame, one.seed), parameters) for path, frame in frames)
+            elsewhere += _keep_sound(files[0], one.sound)
         else:
             elsewhere += _keep_film(next(left), one, parameters)
     return elsewhere
@@ -276,11 +279,27 @@ def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
 
 def _keep_film(path: Path, film: Video, parameters: Parameters | None) -> bool:
     """As :func:`_keep`, of a film, whose frames are written as they come."""
-    from ..diffusion.films import encode
+    from ..diffusion.films import encode, has_sound
 
     saved = save_as_made(path, lambda file: encode(film, path.suffix, file, parameters))
     if saved.why:
         report.warn(f"{path}: {saved.why}; the film is in {saved.path}")
+    report.result(saved.path)
+    if has_sound(path.suffix):
+        return bool(saved.why)
+    return bool(saved.why) | _keep_sound(path, film.sound)
+
+
+def _keep_sound(path: Path, sound: Sound | None) -> bool:
+    """The same of a film's sound, beside the file ``path``, which holds none."""
+    from ..diffusion.films import wav
+
+    if sound is None:
+        return False
+    path = path.with_suffix(".wav")
+    saved = save(path, wav(sound))
+    if saved.why:
+        report.warn(f"{path}: {saved.why}; the sound is in {saved.path}")
     report.result(saved.path)
     return bool(saved.why)
 

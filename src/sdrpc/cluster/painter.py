@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .. import __version__, models
 from ..device import Device, Memory
 from ..diffusion.events import Cancel, Event, OnEvent
-from ..diffusion.pictures import Picture, Pixels
+from ..diffusion.pictures import Picture, Pixels, Sound
 from ..diffusion.request import Settings
 from ..diffusion.session import Session
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError, UsageError
@@ -59,6 +59,7 @@ class Film(NamedTuple):
     width: int
     height: int
     seed: int
+    sound: Sound | None
 
 
 class Frame(NamedTuple):
@@ -235,7 +236,7 @@ class Painter:
 def _frames(session: Session, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Film | Frame]:
     """The films of ``settings``, frame by frame."""
     for film in session.draw_video(settings, on_event, cancel):
-        yield Film(film.count, film.fps, film.width, film.height, film.seed)
+        yield Film(film.count, film.fps, film.width, film.height, film.seed, film.sound)
         yield from map(Frame, film.frames)
 
 

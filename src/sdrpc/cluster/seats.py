@@ -188,7 +188,7 @@ class FarSession:
         drawn = self._drawn(settings, True, on_event, cancel)
         for film in drawn:
             frames = (frame.image for frame in itertools.islice(drawn, film.frames))
-            yield Video(frames, film.frames, film.fps, film.width, film.height, film.seed)
+            yield Video(frames, film.frames, film.fps, film.width, film.height, film.seed, film.sound)
             deque(frames, 0)  # those that nobody took
 
     def _drawn(self, settings: Settings, films: bool, on_event: OnEvent, cancel: Cancel) -> Iterator[Any]:

@@ -7,32 +7,36 @@ pictures.
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import chain
+from io import BytesIO
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import InvalidValue
 from .metadata import QUALITY, Parameters, xmp
-from .pictures import Video
+from .pictures import F32, Sound, Video
 
 
 class Codec(NamedTuple):
     """How PyAV writes a kind of file: its name for the container and the codec, how pixels are stored, the codec's
-    options."""
+    options, the codec for sound."""
 
     container: str
     codec: str
     pixels: str
     options: dict[str, str]
+    sound: str
 
 
 CODECS = {
-    ".mp4": Codec("mp4", "libx264", "yuv420p", {"crf": "18", "preset": "medium"}),
-    ".webm": Codec("webm", "libvpx-vp9", "yuv420p", {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}),
-    ".avi": Codec("avi", "mjpeg", "yuvj420p", {"qmin": "2", "qmax": "3"}),
+    ".mp4": Codec("mp4", "libx264", "yuv420p", {"crf": "18", "preset": "medium"}, "aac"),
+    ".webm": Codec("webm", "libvpx-vp9", "yuv420p", {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}, "libopus"),
+    ".avi": Codec("avi", "mjpeg", "yuvj420p", {"qmin": "2", "qmax": "3"}, "pcm_s16le"),
 }
 """By suffix. Quality is such that a film looks as its frames do."""
 
@@ -63,9 +67,30 @@ def check_format(suffix: str) -> None:
 
 def encode(film: Video, suffix: str, file: IO[bytes], parameters: Parameters | None) -> None:
     """Write ``film`` into a new file in the format that ``suffix`` means (one of :data:`SUFFIXES`), with its parameters
-    if they are given. Frames are asked for one by one."""
+    if they are given. Frames are asked for one by one. Sound is in files of :data:`CODECS`; for others there is
+    :func:`wav`."""
     text = None if parameters is None else parameters.text()
     _ENCODERS[suffix.lower()](film, file, text)
+
+
+def has_sound(suffix: str) -> bool:
+    """Whether a film's file of this kind holds its sound."""
+    return suffix.lower() in CODECS
+
+
+def wav(sound: Sound) -> bytes:
+    """A .wav file, 16 bits a sample."""
+    file = BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(len(sound.samples))
+        out.setsampwidth(2)
+        out.setframerate(sound.rate)
+        out.writeframes(_integers(sound.samples).T.tobytes())
+    return file.getvalue()
+
+
+def _integers(samples: F32) -> NDArray[np.int16]:
+    return (np.clip(samples, -1, 1) * np.float32(32767)).round().astype("<i2")
 
 
 # Pillow ---------------------------------------------------------------------------------------------------------------
@@ -135,10 +160,60 @@ def _video(kind: Codec) -> Callable[[Video, IO[bytes], str | None], None]:
             if kind.pixels == "yuv420p":
                 context.color_primaries = context.color_trc = context.colorspace = _BT709
                 context.color_range = _MPEG_RANGE
-            for packet in chain.from_iterable(_packets(stream, film, kind)):
+            heard = _Heard(container, kind, film.sound, film.fps)
+            for packets in _packets(stream, film, kind):
+                for packet in (*packets, *heard.beside_a_frame()):
+                    container.mux(packet)
+            for packet in heard.rest():
                 container.mux(packet)
 
     return write
+
+
+class _Heard:
+    """A film's sound beside its frames: so much of it for each of them, so that a player finds both in one place."""
+
+    def __init__(self, container: Any, kind: Codec, sound: Sound | None, fps: int) -> None:
+        self._sound, self._fps, self._frames, self._at = sound, fps, 0, 0
+        if sound is not None:
+            layout = {1: "mono", 2: "stereo"}[len(sound.samples)]
+            self._stream = container.add_stream(kind.sound, rate=_known_rate(kind.sound, sound.rate), layout=layout)
+            self._layout = layout
+
+    def beside_a_frame(self) -> Iterator[Any]:
+        self._frames += 1
+        return self._until(self._frames)
+
+    def rest(self) -> Iterator[Any]:
+        if self._sound is None:
+            return
+        yield from self._until(None)
+        yield from self._stream.encode(None)
+
+    def _until(self, frames: int | None) -> Iterator[Any]:
+        """What is heard until so many frames are over; None: all of it."""
+        import av
+
+        if self._sound is None:
+            return
+        samples, rate = self._sound
+        end = samples.shape[1] if frames is None else min(samples.shape[1], frames * rate // self._fps)
+        if end == self._at:
+            return
+        part = np.ascontiguousarray(np.clip(samples[:, self._at : end], -1, 1), np.float32)
+        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=self._layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, self._at, Fraction(1, rate)
+        self._at = end
+        yield from self._stream.encode(frame)
+
+
+def _known_rate(codec: str, rate: int) -> int:
+    """The least of the rates that a codec has which is no less than ``rate``, to which that is resampled, or its
+    highest."""
+    import av
+
+    rates = sorted(av.Codec(codec, "w").audio_rates or [rate])
+    return next((each for each in rates if each >= rate), rates[-1])
 
 
 def _packets(stream: Any, film: Video, kind: Codec) -> Iterator[Any]:

@@ -26,12 +26,20 @@ class Picture(NamedTuple):
     seed: int
 
 
+class Sound(NamedTuple):
+    """What is to be heard: ``samples``, float32 (ears, count) of -1 … 1, ``rate`` of them a second."""
+
+    samples: F32
+    rate: int
+
+
 @dataclass(frozen=True)
 class Video:
     """A film that was drawn, and the seed that it was drawn with.
 
     ``frames``: ``count`` pictures, uint8 (height, width, 3), each read from its device when it is asked for, once and
-    before the session draws anything else; ``fps`` of them make a second.
+    before the session draws anything else; ``fps`` of them make a second. ``sound``: what is heard with them; None:
+    nothing.
     """
 
     frames: Iterator[Pixels]
@@ -40,6 +48,7 @@ class Video:
     width: int
     height: int
     seed: int
+    sound: Sound | None = None
 
 
 def to_pixels(picture: F32) -> Pixels:

@@ -42,6 +42,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "control": ("control", "controlnet"),
     "high_noise_diffusion": ("highnoisediffusion", "highnoise", "highnoisediffusionmodel"),
     "vae": ("vae", "firststage", "autoencoder"),
+    "audio_vae": ("audiovae",),
+    "vocoder": ("vocoder",),
     "taesd": ("taesd", "tae"),
     UPSCALER: ("upscaler", "esrgan", "hires"),
     TEXT_ENCODERS: ("te", "clip", "text", "textencoder", "textencoders", "conditioner", "cond"),
@@ -187,6 +189,7 @@ def keys_of(component: str) -> tuple[str, ...]:
 
 _WITH: dict[str, tuple[str, ...]] = {
     "clip_vision": (), "control": (), "diffusion": (), "vae": (), "taesd": ("vae",), "upscaler": (),
+    "audio_vae": ("vae",), "vocoder": ("audio_vae", "vae"),
     "high_noise_diffusion": ("diffusion",),
 }  # fmt: skip
 """What a component is placed with that has no device of its own; text encoders are with each other."""

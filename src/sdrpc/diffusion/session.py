@@ -22,6 +22,8 @@ from tokenizers import Tokenizer
 from ..device import Device
 from ..errors import DeviceLost, InvalidValue, MissingComponent, UsageError
 from ..families.base import AROUND, CONTROL, F32, REFERENCE, Conditions, Config, Controls, Prompt
+from ..families.components.sound import AUDIO_VAE, VOCODER
+from ..families.components.sound import rate as sound_rate
 from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
 from ..runtime.ahead import Ahead, DeviceArray
@@ -53,7 +55,7 @@ from .inputs import (
     steps_left_out,
 )
 from .loras import Loras
-from .pictures import Picture, Pixels, Video, f32, finite, fitted, from_pixels, to_pixels
+from .pictures import Picture, Pixels, Sound, Video, f32, finite, fitted, from_pixels, to_pixels
 from .placement import UPSCALER, WAITING, assigned
 from .predictions import Eps, NoiseScale, Prediction, flux2_shift, flux_shift_by_size, prediction
 from .previews import Watched, projected
@@ -208,18 +210,17 @@ class Session:
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[Video]:
         """As :meth:`generate_video`, of a request in which everything is filled in."""
-        if self.model.family.latents.sound(settings.video_frames, settings.fps):
-            log.warning("%s: films are without their sound, which sdrpc does not decode", self.model.family.title)
-        for latents, seed in self.draw_latents(settings, on_event, cancel):
-            frames = self._film(latents, settings.video_frames, on_event)
-            yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed)
+        for whole, seed in self._drawn(settings, on_event, cancel, lambda latents, _: latents):
+            sound = self._sound(whole, settings)
+            frames = self._film(self._silent(whole, settings), settings.video_frames, on_event)
+            yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed, sound)
 
     def draw_latents(
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[tuple[F32, int]]:
         """As :meth:`draw` and :meth:`draw_video`, without decoding: the latents of each picture or film, without noise,
-        as :meth:`sample` gives them, and its seed."""
-        return self._drawn(settings, on_event, cancel, lambda latents, _: latents)
+        and its seed."""
+        return self._drawn(settings, on_event, cancel, lambda latents, _: self._silent(latents, settings))
 
     def _drawn(
         self, settings: Settings, on_event: OnEvent, cancel: Cancel, finished: Callable[[F32, int], T]
@@ -321,6 +322,29 @@ class Session:
         if settings.hires is not None:
             latents = self._second_pass(settings, settings.hires, seed, latents, beside, on_step, lanes)
         return latents
+
+    def _silent(self, latents: F32, settings: Settings) -> F32:
+        """What was drawn, without the sound's latents, which are further frames behind those of the pictures."""
+        shape = latents_shape(self.model, settings)
+        return latents if latents.shape == shape else latents[:, :, : shape[2]]
+
+    def _sound(self, latents: F32, settings: Settings) -> Sound | None:
+        """What is heard of what was drawn; None where nothing is, or nothing decodes it."""
+        length = self.model.family.latents.sound(settings.video_frames, settings.fps)
+        if not length:
+            return None
+        lacking = [name for name in (AUDIO_VAE, VOCODER) if name not in self.model.components]
+        if lacking:
+            what = " and ".join(self.model.family.component(name).title for name in lacking)
+            log.warning("%s: the film is silent, for no file that was named has its %s", self.model.family.title, what)
+            return None
+        batch, channels, frames, *_ = latents_shape(self.model, settings)
+        drawn = np.ascontiguousarray(latents[:, :, frames:].reshape(batch, channels, -1)[:, :, :length])
+        with self.timer("decode"), self._devices.telling.stage("decode", AUDIO_VAE):
+            (spectra,) = self._devices.run(AUDIO_VAE, {}, {"latents": drawn})
+            (samples,) = self._devices.run(VOCODER, {}, {"spectra": spectra})
+        samples = finite(samples[0], "the film's sound")
+        return Sound(samples, sound_rate(self.model[VOCODER].config))
 
     def _film(self, latents: F32, count: int, on_event: OnEvent) -> Iterator[Pixels]:
         """The frames of a film, as they are asked for."""
@@ -489,8 +513,9 @@ class Session:
         lanes: Sequence[int] = (0,),
     ) -> F32:
         """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
-        films (1, c, frames, h, w). ``on_step`` is told the steps that are done, how many there are, and a preview where
-        one is wanted. ``lanes``: of the diffusion model, those that are used.
+        films (1, c, frames, h, w), with those of sound as further frames behind them. ``on_step`` is told the steps
+        that are done, how many there are, and a preview where one is wanted. ``lanes``: of the diffusion model, those
+        that are used.
 
         Where the diffusion model's device queues its work, latents stay there, and the steps are told ahead; what they
         come to is the same. If that device is lost, the picture begins anew, with numbers here. So it does where what
@@ -558,7 +583,7 @@ class Session:
         if ahead is not None:
             latents = finite(np.asarray(latents), "the latents")
             ahead.tell()
-        return latents if drawn == shape else latents[:, :, : shape[2]]
+        return latents
 
     def _halves(self, settings: Settings, predicts: Prediction, sigmas: F32) -> list[Half]:
         """What of a schedule which model draws."""

@@ -62,7 +62,7 @@ class Naming:
         return {} if backwards is None else backwards(names)
 
 
-IMAGE_SIDE = ("clip_vision", "control", "high_noise_diffusion", "diffusion", "vae")
+IMAGE_SIDE = ("clip_vision", "control", "high_noise_diffusion", "diffusion", "vae", "audio_vae", "vocoder")
 """Names of components that are no text encoders."""
 
 OPTIONS = {

@@ -1,5 +1,5 @@
-"""LTX-2 and LTX-2.3: films of a text, or of a text and the picture that they begin with. Sound is drawn beside them,
-for pictures and sound attend to each other; nothing here decodes it, so films are silent."""
+"""LTX-2 and LTX-2.3: films of a text, or of a text and the picture that they begin with, with their sound: both are
+drawn together, for they attend to each other. What decodes the sound may be missing; films are silent then."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .base import (
     Naming,
     Prompt,
 )
-from .components import film_ltx, flux, gemma2, gemma3, llm, ltx2_connectors
+from .components import film_ltx, flux, gemma2, gemma3, llm, ltx2_connectors, sound
 from .keys import same, table
 
 if TYPE_CHECKING:
@@ -290,7 +290,9 @@ def _steps_up(configs: Configs) -> int:
 LTX2 = Family(
     "ltx2",
     "LTX-2",
-    (gemma3.GEMMA3, ltx2_connectors.CONNECTORS, TRANSFORMER, film_ltx.VAE_2),
+    (
+        gemma3.GEMMA3, ltx2_connectors.CONNECTORS, TRANSFORMER, film_ltx.VAE_2, sound.AUTOENCODER, sound.GENERATOR,
+    ),
     recognizes,
     conditions,
     Latents(scale=1.0, multiple=SIDE, least=LEAST, films=True, sound=sound_length),
@@ -305,6 +307,11 @@ LTX2 = Family(
         Joint("vae", lambda c: len(c["vae"]["upsample_factor"]), "diffusion", _steps_up,
               "steps (three are LTX-2.0's, four LTX-2.3's)"),
         Joint("vae", lambda c: c["vae"]["latent_channels"], "diffusion", flux.takes("in_channels")),
+        Joint(sound.AUDIO_VAE, lambda c: sound.numbers(c[sound.AUDIO_VAE]), "diffusion",
+              flux.takes("audio_in_channels")),
+        Joint(sound.AUDIO_VAE, lambda c: sound.heard(c[sound.AUDIO_VAE]), sound.VOCODER,
+              lambda c: c[sound.VOCODER]["in_channels"], "numbers of a spectrum"),
     ),
+    optional=frozenset({sound.AUDIO_VAE, sound.VOCODER}),
     begun=Begun(check_begun, ltx.takes, ltx.begun),
 )  # fmt: skip

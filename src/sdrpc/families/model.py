@@ -41,6 +41,8 @@ class ModelFiles:
     llm_vision: Path | None = None
     clip_vision: Path | None = None
     connectors: Path | None = None
+    audio_vae: Path | None = None
+    vocoder: Path | None = None
     taesd: Path | None = None
     control_net: Path | None = None
     types: WeightTypes = AS_STORED

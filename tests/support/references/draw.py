@@ -153,10 +153,11 @@ class Drawing:
 class Picture(NamedTuple):
     """``pixels`` (height, width, 3) of 0 … 1, clipped, of a film (frames, height, width, 3); and the ``latents`` that
     they were decoded from, in the sampler's scale (FLUX.2: the VAE's own), shape (channels, height / 8, width / 8), of
-    a film (channels, frames, …)."""
+    a film (channels, frames, …). ``sound``: of a film, (ears, samples) of -1 … 1."""
 
     pixels: F32
     latents: F32
+    sound: F32 | None = None
 
 
 def draw(pipeline: Any, drawing: Drawing) -> Picture:
@@ -165,12 +166,13 @@ def draw(pipeline: Any, drawing: Drawing) -> Picture:
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)  # diffusers' scheduler with numpy 2
-        latents = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
+        drawn = _FAMILIES[type(pipeline).__name__](pipeline, drawing)
+        latents, sound = drawn if isinstance(drawn, tuple) else (drawn, None)
         decoded = _decoded(pipeline.vae, latents)
     if isinstance(pipeline, Krea2Pipeline | QwenImagePipeline | QwenImageEditPlusPipeline):
         decoded = decoded[:, :, 0]  # of a film of one picture
     pixels = (decoded[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
-    return Picture(pixels.numpy(), latents[0].numpy())
+    return Picture(pixels.numpy(), latents[0].numpy(), None if sound is None else sound[0].numpy())
 
 
 def _decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -514,8 +516,9 @@ def _ltx(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, *drawing.noise.shape[1:])
 
 
-def _ltx2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
-    """The pipeline gives the VAE's own latents. With a picture it wants to draw the noise of pictures itself."""
+def _ltx2(pipeline: Any, drawing: Drawing) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pipeline gives the VAE's own latents, and those of the audio VAE. With a picture it wants to draw the noise
+    of pictures itself."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
     _, _, frames, height, width = noise.shape
@@ -527,15 +530,17 @@ def _ltx2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
         begun: dict[str, Any] = {"latents": tokens[:, :pictures]}
     else:
         begun = {"image": drawing.image, "image_crf": 0}
+    # it takes what it is given for the audio VAE's own numbers
+    given = sound * pipeline.audio_vae.latents_std + pipeline.audio_vae.latents_mean
     with drawn_noise(pipeline, noise[:, :, :frames], sound):  # of what is given it takes 0 times more
-        return pipeline(
+        drawn = pipeline(
             prompt=drawing.prompt,
             negative_prompt=drawing.negative,
             height=drawing.height,
             width=drawing.width,
             num_frames=8 * (frames - 1) + 1,
             **begun,
-            audio_latents=sound,
+            audio_latents=given,
             sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
             num_inference_steps=len(drawing.sigmas) - 1,
             output_type="latent",
@@ -550,7 +555,8 @@ def _ltx2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
                     "guidance_rescale": 0.0,
                 }.items()
             },
-        ).frames
+        )
+    return drawn.frames, pipeline.vocoder(pipeline.audio_vae.decode(drawn.audio).sample)
 
 
 def _flux2_klein(pipeline: Any, drawing: Drawing) -> torch.Tensor:
