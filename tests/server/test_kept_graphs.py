@@ -70,6 +70,19 @@ def test_any_of_a_thousand_graphs_runs_again() -> None:
         assert client.ran.count(number) == before + 1
 
 
+def test_only_so_many_tensors_are_kept_ready() -> None:
+    """A compiled graph takes memory for each: here of two, and three graphs may be kept; the last one always is."""
+    client = Client(limits=Limits(ready_tensors=6))
+    for number in (0, 1, 2, 0, 3, 0, 2, 1):
+        client.compute(number, 1 + number)
+    made = [program.graph.nodes[0].offset // 64 - 1 for program in client.device.programs]
+    assert made == [0, 1, 2, 3, 1]
+    client = Client(limits=Limits(ready_tensors=1))
+    for number in (0, 0, 1, 1, 0):
+        client.compute(number, 1 + number)
+    assert len(client.device.programs) == 3
+
+
 @pytest.mark.parametrize("version", ["5.0.1", "8.0.0"])
 def test_the_graph_that_came_last_is_known_by_comparing_it(version: str) -> None:
     client = Client(dialects()[version])

@@ -309,7 +309,8 @@ class LocalDevice(ServedDevice):
                 )
             return made
 
-        compiled = self._programs.get(name, make, Deadline(COMPILE_SECONDS, f"{self.name}: compiling a graph", watch))
+        deadline = Deadline(COMPILE_SECONDS, f"{self.name}: compiling a graph", watch)
+        compiled = self._programs.get(name, make, len(graph.tensors), deadline)
         self._check_room(compiled.peak)
         used = [mine[keys[number]] for number in compiled.buffers]
         known = (name, tuple(buffer.key for buffer in used))

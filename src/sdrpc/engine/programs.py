@@ -11,6 +11,8 @@ from .program import Compiled
 
 PROGRAMS = 32
 """Graphs that are kept compiled."""
+TENSORS = 1 << 18
+"""Of all of them together: each takes one to two kB, also when nobody is there any more."""
 
 
 class Programs:
@@ -18,11 +20,12 @@ class Programs:
     and those that compute would wait for all of them."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[bytes, Compiled] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[Compiled, int]] = OrderedDict()
         self._lock, self._compiling = Lock(), Lock()
 
-    def get(self, name: bytes, make: Callable[[], Compiled], deadline: Deadline) -> Compiled:
-        """The graph that is called ``name``, made if it is not there. ``deadline`` may end that."""
+    def get(self, name: bytes, make: Callable[[], Compiled], tensors: int, deadline: Deadline) -> Compiled:
+        """The graph of so many ``tensors`` that is called ``name``, made if it is not there. ``deadline`` may end
+        that."""
         if (known := self._find(name)) is not None:
             return known
         while not self._compiling.acquire(timeout=WATCH_SECONDS):
@@ -36,8 +39,8 @@ class Programs:
         finally:
             self._compiling.release()
         with self._lock:
-            self._kept[name] = made
-            while len(self._kept) > PROGRAMS:
+            self._kept[name] = made, tensors
+            while len(self._kept) > PROGRAMS or sum(count for _, count in self._kept.values()) > TENSORS:
                 self._kept.popitem(last=False)
         return made
 
@@ -47,6 +50,7 @@ class Programs:
 
     def _find(self, name: bytes) -> Compiled | None:
         with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-            return self._kept.get(name)
+            if name not in self._kept:
+                return None
+            self._kept.move_to_end(name)
+            return self._kept[name][0]

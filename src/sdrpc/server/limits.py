@@ -64,6 +64,9 @@ class Limits:
     compile."""
     graphs: int = 32
     """Graphs of a client that are kept ready under the digest of their bytes, for clients that send them again."""
+    ready_tensors: int = 1 << 18
+    """Tensors of all graphs that are kept ready for a client, each of which takes one to two kB: 32 graphs of 8,000, or
+    seven of LTX-2.3. The last one is kept in any case."""
     graph_bytes: int = 64 << 20
     """Graphs of a client, packed, that it may ask for by number (protocol 8.0). Of a large model's, which take 0.1 MB
     each, it has a thousand at most."""

@@ -57,12 +57,14 @@ class Read(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A compiled graph, the buffers without which it means nothing, and in which versions it means this."""
+    """A compiled graph, the buffers without which it means nothing, in which versions it means this, and how many
+    tensors it has."""
 
     device: int
     program: ServedProgram
     handles: frozenset[int]
     versions: Versions
+    tensors: int
 
 
 class Kept(NamedTuple):
@@ -493,16 +495,19 @@ class Session:
 
     def _get_ready(self, digest: bytes, payload: Bytes | None = None) -> Ready:
         """The graph with this ``digest``, compiled if it is not ready: from ``payload``, or from what was kept."""
-        ready = self._ready.pop(digest, None)
+        ready = self._ready.get(digest)
         if ready is None:
             if payload is None and (payload := self._packed.get(digest)) is None:
                 raise RemoteProtocolError(
                     "GRAPH_RECOMPUTE: the graph is forgotten, since this client's later ones fill the "
                     f"{self.limits.graph_bytes / 2**20:,.1f} MiB for graphs, or all clients together have no more room"
                 )
-            ready = self._compile(payload, digest)
-        self._ready[digest] = ready
-        if len(self._ready) > self.limits.graphs:
+            ready = self._ready[digest] = self._compile(payload, digest)
+        self._ready.move_to_end(digest)
+        while len(self._ready) > 1 and (
+            len(self._ready) > self.limits.graphs
+            or sum(each.tensors for each in self._ready.values()) > self.limits.ready_tensors
+        ):
             self._ready.popitem(last=False)
         return ready
 
@@ -559,7 +564,7 @@ class Session:
         name = blake2b(digest, digest_size=32)
         name.update(repr((read.versions[0].version, [region[:4] for region in regions])).encode())
         program = self.devices[read.device].compile(read.graph, buffers, name.digest(), self._watch)
-        return Ready(read.device, program, frozenset(read.used), read.versions)
+        return Ready(read.device, program, frozenset(read.used), read.versions, len(read.graph.tensors))
 
     def _check(self, read: Read) -> None:
         sizes = {region.buffer.key: region.buffer.size for region in read.used.values()}
