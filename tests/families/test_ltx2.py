@@ -147,6 +147,7 @@ def test_an_audio_vae_of_other_shapes_is_refused(name: str, shape: tuple[int, ..
     [
         ("upsamplers.0.weight", (32, 16, 7), "no vocoder that is known"),
         ("conv_out.weight", (6, 1, 7), "6 ears"),
+        ("conv_in.weight", (48, 128, 7), "48 channels can't be halved 5 times"),
     ],
 )
 def test_a_vocoder_of_other_shapes_is_refused(name: str, shape: tuple[int, ...], said: str) -> None:

@@ -127,6 +127,8 @@ def _generator(found: Found, prefix: str) -> dict[str, Any]:
     layers = found.count(f"{prefix}resnets.0.convs1.")
     if layers != len(DILATIONS):
         raise found.error(f"its blocks have {layers} layers, not {len(DILATIONS)}")
+    if hidden % (1 << ups):
+        raise found.error(f"{hidden} channels can't be halved {ups} times", f"{prefix}conv_in.weight")
     if outputs not in (1, 2):
         raise found.error(f"makes sound for {outputs} ears", f"{prefix}conv_out.weight")
     each = blocks // ups
