@@ -49,9 +49,9 @@ def test_a_strength_leaves_out_what_stable_diffusion_cpp_leaves_out(strength: fl
     assert steps_left_out(strength, steps) == left_out
 
 
-def test_a_mask_is_seen_where_latents_begin() -> None:
+def test_a_latent_is_as_white_as_the_whitest_pixel_of_a_mask() -> None:
     mask = np.zeros((16, 24), np.uint8)
-    mask[8, 16], mask[0, 8], mask[15, 23] = 255, 51, 255
+    mask[15, 23], mask[0, 8], mask[3, 9] = 255, 26, 51
     expected = np.array([[0, 0.2, 0], [0, 0, 1]], np.float32)[None, None]
     np.testing.assert_allclose(latent_mask(mask, 8), expected)
     assert latent_mask(None, 8) is None

@@ -1,13 +1,16 @@
-"""The pictures of SDXL and FLUX.1 that stable-diffusion.cpp drew, and the checkpoints that it drew them from.
+"""The pictures that stable-diffusion.cpp drew, of SDXL, of FLUX.1 and, begun with other pictures, of SD 1.5, and the
+checkpoints that it drew them from.
 
-The checkpoints are tools/checkpoints' with random weights, made once into ``$SDRPC_DEV_CACHE``: SDXL at its full size
-(7 GB), FLUX.1 at its full widths with 2 double and 4 single blocks (3 GB; stable-diffusion.cpp counts blocks), with the
-whole of T5 in 4-bit blocks (3 GB; its number of layers is fixed there).
+The checkpoints have random weights and are made once into ``$SDRPC_DEV_CACHE``: SD 1.5 and SDXL at their full size
+(2 and 7 GB), FLUX.1 at its full widths with 2 double and 4 single blocks (3 GB; stable-diffusion.cpp counts blocks),
+with the whole of T5 in 4-bit blocks (3 GB; its number of layers is fixed there).
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,22 @@ class Model:
         return {path.stem: path for path in sorted(folder.iterdir())}
 
 
+@dataclass(frozen=True)
+class Whole(Model):
+    """SD 1.5 at its full size with random weights, in one file (2.1 GB)."""
+
+    def files(self) -> dict[str, Path]:
+        path = Path(os.environ["SDRPC_DEV_CACHE"]) / "sd15-random.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part.safetensors")
+            subprocess.run([sys.executable, ROOT / "tools" / "make_checkpoint.py", "--size", "full", part], check=True)
+            part.rename(path)
+        return {"model": path}
+
+
+SD15 = Whole("sd15", "sd1", {})
+
 # Parts, since stable-diffusion.cpp does not transpose OpenCLIP's projection when it finds it in a whole file.
 SDXL = Model("sdxl", "sdxl", {"size": "full", "form": "parts", "type": "F16"})
 FLUX1_SCHNELL = Model(
@@ -53,7 +72,8 @@ FLUX1_SCHNELL = Model(
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture: its name, the model, and the options of sd-cli beside the files (256 × 256, on a CPU, --rng cuda)."""
+    """A picture: its name, the model, and the options of sd-cli beside the files (on a CPU, --rng cuda). ``side``: in
+    pixels. ``begun``: files of pictures that it begins with, by their names in stable-diffusion.cpp's package."""
 
     name: str
     model: Model
@@ -65,6 +85,8 @@ class Reference:
     sampler: str = "euler"
     scheduler: str = "discrete"
     further: dict[str, float] = field(default_factory=dict)
+    side: int = 256
+    begun: dict[str, Path] = field(default_factory=dict)
 
     @property
     def picture(self) -> Path:
@@ -73,15 +95,40 @@ class Reference:
     def arguments(self) -> list[str]:
         """sd-cli's, without files and devices."""
         named: dict[str, Any] = {
-            "-p": self.prompt, "-n": self.negative, "-W": 256, "-H": 256, "-s": self.seed, "--steps": self.steps,
-            "--cfg-scale": self.cfg, "--sampling-method": self.sampler, "--scheduler": self.scheduler,
+            "-p": self.prompt, "-n": self.negative, "-W": self.side, "-H": self.side, "-s": self.seed,
+            "--steps": self.steps, "--cfg-scale": self.cfg, "--sampling-method": self.sampler,
+            "--scheduler": self.scheduler,
             **{f"--{name.replace('_', '-')}": value for name, value in self.further.items()},
+            **{BEGUN[name]: path for name, path in self.begun.items()},
         }  # fmt: skip
         return [str(word) for pair in named.items() for word in pair]
 
+
+BEGUN = {"init_image": "--init-img", "mask_image": "--mask"}
+"""sd-cli's options for pictures that a picture begins with."""
 
 CAT = "a lovely cat"
 REFERENCES = (
     Reference("sdxl-euler", SDXL, CAT, steps=3, cfg=5.0),
     Reference("flux1-schnell-euler", FLUX1_SCHNELL, CAT, steps=4, cfg=1.0),
+    Reference(
+        "sd15-img2img",
+        SD15,
+        CAT,
+        steps=8,
+        cfg=5.0,
+        further={"strength": 0.6},
+        side=128,
+        begun={"init_image": PICTURES / "begun.png"},
+    ),
+    Reference(
+        "sd15-inpaint",
+        SD15,
+        CAT,
+        steps=6,
+        cfg=5.0,
+        further={"strength": 1.0},
+        side=128,
+        begun={"init_image": PICTURES / "begun.png", "mask_image": PICTURES / "mask.png"},
+    ),
 )

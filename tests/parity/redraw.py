@@ -1,4 +1,4 @@
-"""Draw the reference pictures of SDXL and FLUX.1 anew, with stable-diffusion.cpp itself on this machine's CPU.
+"""Draw the reference pictures of tests/parity/families.py anew, with stable-diffusion.cpp itself on this machine's CPU.
 
     SDRPC_DEV_CACHE=… python -m tests.parity.redraw [--threads NUMBER] [NAME …]
 
@@ -80,14 +80,15 @@ def redraw(model: Any, reference: Reference) -> None:
     image = model.generate_image(
         prompt=reference.prompt,
         negative_prompt=reference.negative,
-        width=256,
-        height=256,
+        width=reference.side,
+        height=reference.side,
         seed=reference.seed,
         sample_steps=reference.steps,
         cfg_scale=reference.cfg,
         sample_method=reference.sampler,
         scheduler=reference.scheduler,
         **reference.further,
+        **{name: str(path) for name, path in reference.begun.items()},
     )[0]
     image.info.clear()
     image.save(reference.picture, optimize=True)
@@ -95,7 +96,7 @@ def redraw(model: Any, reference: Reference) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the reference pictures of SDXL and FLUX.1 anew.")
+    parser = argparse.ArgumentParser(description="Draw the reference pictures anew.")
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`make parity`: sd-cli through an rpc-server draws what stable-diffusion.cpp drew of SDXL and FLUX.1.
+"""`make parity`: sd-cli through an rpc-server draws what stable-diffusion.cpp drew of SDXL and FLUX.1, and of pictures.
 
 The checkpoints take 13 GB of ``$SDRPC_DEV_CACHE``, the largest 7 GB of memory.
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
 from hashlib import sha256
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.parity.families import SD15
 from tests.support.process import ServerProcess
 from tests.support.references.draw import psnr
 
@@ -71,12 +71,7 @@ REFERENCES = (
 @pytest.fixture(scope="module")
 def checkpoint() -> Path:
     """The checkpoint that the pictures were drawn from, made once."""
-    path = Path(os.environ["SDRPC_DEV_CACHE"]) / "sd15-random.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.safetensors")
-        subprocess.run([sys.executable, ROOT / "tools" / "make_checkpoint.py", "--size", "full", part], check=True)
-        part.rename(path)
+    path = SD15.files()["model"]
     digest = sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):

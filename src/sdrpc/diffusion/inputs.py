@@ -70,9 +70,12 @@ def steps_left_out(strength: float, steps: int) -> int:
 
 
 def latent_mask(mask: Pixels | None, pixels: int) -> F32 | None:
-    """Of a mask (height, width) the pixel in the corner of each latent, which stands for ``pixels`` on a side:
-    (1, 1, h, w), 0 … 1."""
-    return None if mask is None else mask[None, None, ::pixels, ::pixels].astype(f32) / f32(255)
+    """Of a mask (height, width) the whitest pixel of each latent, which stands for ``pixels`` on a side: (1, 1, h, w),
+    0 … 1. As in stable-diffusion.cpp, which however makes black or white of grey."""
+    if mask is None:
+        return None
+    height, width = (side // pixels for side in mask.shape)
+    return mask.reshape(1, 1, height, pixels, width, pixels).max((3, 5)).astype(f32) / f32(255)
 
 
 def hidden(settings: Settings) -> tuple[F32, F32 | None]:
