@@ -40,16 +40,22 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
-def offload(module: nn.Module, device: Device, retry: float | None = None) -> nn.Module:
+def offload(
+    module: nn.Module,
+    device: Device,
+    retry: float | None = None,
+    float32_matmul_precision: str | None = None,
+) -> nn.Module:
     """``module`` with its computing done by ``device``: same class, signatures, results and errors.
 
     ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. A server
-    that is lost is waited for, 60 seconds unless ``retry`` says otherwise. See :func:`sdrpc.lowering.offload.offload`.
+    that is lost is waited for, 60 seconds unless ``retry`` says otherwise. Float32 is multiplied in float32, unless
+    ``float32_matmul_precision`` or torch's setting of that name is "medium". See :func:`sdrpc.lowering.offload.offload`.
     """
     from .lowering.offload import offload
     from .runtime.lost import RETRY_SECONDS
 
-    return offload(module, device, RETRY_SECONDS if retry is None else retry)
+    return offload(module, device, RETRY_SECONDS if retry is None else retry, float32_matmul_precision)
 
 
 class Devices(dict[str, "Device"]):

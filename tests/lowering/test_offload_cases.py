@@ -32,7 +32,8 @@ from tests.support.process import ServerProcess
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--precision", "exact", "--device", "CPU") as process:
+    """It multiplies in bfloat16 where nobody asks for more, as a server with a GPU does."""
+    with ServerProcess("--precision", "fast", "--device", "CPU") as process:
         yield process
 
 
@@ -46,7 +47,7 @@ def remote(server: ServerProcess) -> Iterator[RemoteDevice]:
 
 @pytest.fixture
 def cpu() -> Iterator[Device]:
-    device = sdrpc.devices(precision="exact", threads=1)["CPU"]
+    device = sdrpc.devices(precision="fast", threads=1)["CPU"]
     yield device
     device.close()
 
@@ -259,13 +260,52 @@ def test_offload_to_dtype(remote: RemoteDevice) -> None:
     x = torch.ones(1, 4)
     module = nn.Linear(4, 4)
     offloaded = sdrpc.offload(module, remote).half()
-    same(offloaded(x.half()), module(x.half()), 1e-3)  # before the first call
+    same(offloaded(x.half()), module(x.half()), 1e-2)  # before the first call
     offloaded.bfloat16()
     same(offloaded(x.bfloat16()), module(x.bfloat16()), 1e-2)  # and after
     offloaded.float()
     same(offloaded(x), module(x))
     module.weight.mul_(2)
     same(offloaded(x), module(x))
+
+
+class Multiplying(nn.Module):
+    """Everything that devices have a narrower dtype for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.deep, self.groups = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2)
+        self.up, self.line, self.film = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv1d(8, 8, 3), nn.Conv3d(8, 4, (1, 3, 3))
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.up(self.groups(self.deep(self.wide(x))))
+        rows = y.flatten(2).transpose(1, 2)
+        seen = nn.functional.scaled_dot_product_attention(rows, rows, rows)
+        return self.linear(seen), self.line(y.flatten(2)), self.film(y[:, :, None]), rows @ rows.transpose(1, 2)
+
+
+@torch.no_grad()
+def test_float32_is_multiplied_in_float32(remote: RemoteDevice, cpu: Device) -> None:
+    """Whatever the device prefers, unless torch is told that less will do."""
+    module, x = Multiplying(), torch.randn(1, 4, 10, 10)
+    wanted = module(x)
+
+    def errors(offloaded: nn.Module) -> list[float]:
+        return [error(mine.numpy(), right.numpy()) for mine, right in zip(offloaded(x), wanted, strict=True)]
+
+    for device in (remote, cpu):
+        offloaded = sdrpc.offload(module, device)
+        assert max(errors(offloaded)) <= TOLERANCE["exact"]
+        torch.set_float32_matmul_precision("medium")
+        try:
+            assert min(errors(offloaded)) > 1e-3, "bfloat16"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert max(errors(copy.copy(offloaded))) <= TOLERANCE["exact"]
+        assert min(errors(sdrpc.offload(module, device, float32_matmul_precision="medium"))) > 1e-3
+    with pytest.raises(UsageError, match="float32_matmul_precision low: there are highest, high, medium"):
+        sdrpc.offload(module, cpu, float32_matmul_precision="low")
 
 
 @pytest.mark.parametrize(

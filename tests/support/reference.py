@@ -345,13 +345,13 @@ def _im2col(node: Tensor, kernel: Array, x: Array) -> Array:
 
 
 def _conv_2d(node: Tensor, kernel: Array, x: Array) -> Array:
-    s0, s1, p0, p1, d0, d1 = node.params
+    s0, s1, p0, p1, d0, d1, _ = node.params
     windows = _windows(x, kernel.shape[2:], (s1, s0), (p1, p0), (d1, d0))
     return np.tensordot(windows, kernel, axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2)
 
 
 def _conv_2d_dw(node: Tensor, kernel: Array, x: Array) -> Array:
-    s0, s1, p0, p1, d0, d1 = node.params
+    s0, s1, p0, p1, d0, d1, _ = node.params
     windows = _windows(x, kernel.shape[2:], (s1, s0), (p1, p0), (d1, d0))
     return np.einsum("nchwyx,cyx->nchw", windows, kernel[:, 0])
 

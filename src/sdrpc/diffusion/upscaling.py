@@ -101,7 +101,8 @@ class Upscaler:
         self.scale, self._least = int(descriptor.scale), max(1, int(requirements.minimum or 1))
         self._multiple, self._square = max(1, int(requirements.multiple_of or 1)), bool(requirements.square)
         self.title = str(descriptor.architecture.name)
-        self._module: Any = offload(descriptor.model.eval(), device, retry)
+        # the device's precision decides, as for all else that draws a picture
+        self._module: Any = offload(descriptor.model.eval(), device, retry, float32_matmul_precision="medium")
 
     def __call__(
         self,

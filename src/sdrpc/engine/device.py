@@ -395,8 +395,8 @@ class LocalDevice(ServedDevice):
         with (
             running(deadline),
             torch.inference_mode(),
-            # torch's own default lets convolutions round to TF32
-            torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=not exact),
+            # torch's own default lets convolutions in float32 round to TF32
+            torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=False),
             translated(self.name, "computing"),
         ):
             bound.run(deadline)

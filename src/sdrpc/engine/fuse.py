@@ -15,7 +15,7 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from sdrpc.ggml.params import Conv2D, Eps, GroupNorm, Im2Col, Scale, SoftMax, Unary, Window3D
+from sdrpc.ggml.params import Conv2D, Eps, GroupNorm, Im2Col, MulMat, Scale, SoftMax, Unary, Window3D
 from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import F16, F32
 
@@ -315,7 +315,9 @@ def attention(value: Value, readers: Readers) -> Value | None:
     straight = view(turned, Strided((size, keys, *turned.ne[2:]), (keys, 1, step, step * turned.ne[2])), value.at)
     straight = view_of_view(straight, readers) or straight
     src = (query, key, straight) if mask is None else (query, key, straight, mask)
-    return replace(value, op=EngineOp.ATTENTION, src=src, params=Attention(scale, p.max_bias))
+    # native clients mark the first one, which is added up in float32 anyway; ours both
+    prec = min(each.params.prec for each in (scores, value) if isinstance(each.params, MulMat))
+    return replace(value, op=EngineOp.ATTENTION, src=src, params=Attention(scale, p.max_bias, prec))
 
 
 class Pass(NamedTuple):

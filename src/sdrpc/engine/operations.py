@@ -41,10 +41,12 @@ OpName = str | EngineOp
 
 
 class Attention(NamedTuple):
-    """softmax(scale · q kᵀ + mask) v; with ``max_bias`` the mask is multiplied with each head's slope (ALiBi)."""
+    """softmax(scale · q kᵀ + mask) v; with ``max_bias`` the mask is multiplied with each head's slope (ALiBi).
+    ``prec`` is that of both products."""
 
     scale: float
     max_bias: float = 0.0
+    prec: int = 0
 
 
 class AffineNorm(NamedTuple):

@@ -2,7 +2,8 @@
 
 *exact*: everything that ggml calls a float is computed in float32, and rounded where a tensor is declared narrower.
 *fast*: matrix products, convolutions and attention take and give a narrow dtype (they accumulate in float32), and what
-lies between them stays narrow; an operation marked GGML_PREC_F32 takes and gives float32.
+lies between them stays narrow; an operation marked GGML_PREC_F32 takes and gives float32, but for attention over keys
+that are narrower: native clients mark all of theirs, and mean what is added up.
 *ggml*: as exact, but what is multiplied is rounded first as ggml's CPU backend does it (:mod:`sdrpc.engine.rounding`).
 """
 
@@ -17,19 +18,16 @@ import torch
 
 from sdrpc.device import PRECISIONS
 from sdrpc.errors import InvalidValue
-from sdrpc.ggml.params import MulMat
+from sdrpc.ggml.params import PREC_F32, Conv2D, ConvTranspose2D, FlashAttn, MulMat
 from sdrpc.ggml.types import F16, F32, Type
 
 from .blocks.eight_bits import EIGHT_BITS
 from .dtypes import DTYPES
-from .operations import EngineOp
+from .operations import Attention, EngineOp
 from .ops import KERNELS, Autocast, moves_blocks
 from .system import processor_features
 from .values import Place, Value, ordered
 from .weights import WeightFormat
-
-PREC_F32 = 10
-"""ggml_prec: GGML_PREC_F32."""
 
 MANY_ROWS = 16
 """With at most so many rows a product takes weights of 8 bits as other weights: reading these is most of the work, and
@@ -126,6 +124,16 @@ def _autocast(value: Value) -> Autocast:
     return KERNELS[value.op].autocast
 
 
+def _in_float32(value: Value) -> bool:
+    """Whether the client wants a product, a convolution or attention in float32."""
+    match value.params:
+        case MulMat(prec=prec) | Conv2D(prec=prec) | ConvTranspose2D(prec=prec):
+            return prec == PREC_F32
+        case FlashAttn(prec=prec) | Attention(prec=prec):
+            return prec == PREC_F32 and all(s is None or s.type is F32 for s in value.src[:3])
+    return False
+
+
 def _rows_of_halves(value: Value) -> int | None:
     """How many rows, or places of images, ``value`` multiplies with a weight in F16; None if it is no such product."""
     weight = value.src[0] if value.op in ("MUL_MAT", EngineOp.LINEAR, "CONV_2D") else None
@@ -215,9 +223,7 @@ class _Assigner:
         if self.narrow is None:
             return torch.float32
         if autocast is Autocast.NARROW:
-            if isinstance(value.params, MulMat) and value.params.prec == PREC_F32:
-                return torch.float32
-            return self.narrow
+            return torch.float32 if _in_float32(value) else self.narrow
         if autocast is Autocast.FOLLOWS and any(s.dtype is self.narrow and s.op is not EngineOp.LEAF for s in src):
             return self.narrow
         return torch.float32

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 WORDS = 16
 
+PREC_F32 = 10
+"""ggml_prec: GGML_PREC_F32, to be computed in float32 whatever a device's own precision."""
+
 
 class NoParams(NamedTuple):
     """An operation without parameters."""
@@ -95,12 +98,15 @@ class Im2Col(NamedTuple):
 
 
 class Conv2D(NamedTuple):
+    """``prec``, as products have it, is our own: ggml's backends do not read that word, and its clients send 0."""
+
     s0: int
     s1: int
     p0: int
     p1: int
     d0: int
     d1: int
+    prec: int = 0
 
 
 class Window3D(NamedTuple):
@@ -129,7 +135,10 @@ class ConvTranspose1D(NamedTuple):
 
 
 class ConvTranspose2D(NamedTuple):
+    """``prec``: see :class:`Conv2D`."""
+
     stride: int
+    prec: int = 0
 
 
 class Col2Im1D(NamedTuple):

@@ -83,6 +83,8 @@ class Emitter:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.prec = 0
+        """ggml_prec of the products, convolutions and attention that are made now."""
         self.nodes: list[Tensor] = []
         self.floats: dict[Tensor, Tensor] = {}
         """Input leaf of integers → its twin that receives the same numbers as F32."""
@@ -305,7 +307,7 @@ class Emitter:
 
     def mul_mat(self, a: Value, b: Value) -> Value:
         """a […, M, K] and b [… , N, K] → [… , N, M]: b times a transposed, a repeated over b's leading dimensions."""
-        tensor = self.node("MUL_MAT", self._rows(a).tensor, self._rows(self.f32(b)).tensor, params=MulMat())
+        tensor = self.node("MUL_MAT", self._rows(a).tensor, self._rows(self.f32(b)).tensor, params=MulMat(self.prec))
         return Value(tensor, (*b.shape[:-1], a.shape[-2]))
 
     def _rows(self, value: Value) -> Value:

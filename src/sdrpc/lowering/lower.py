@@ -14,6 +14,7 @@ from ..device import Target
 from ..errors import CaptureError, GraphError
 from ..ggml import build
 from ..ggml.ops import ALIASES
+from ..ggml.params import PREC_F32
 from ..ggml.tensor import OUTPUT, Graph, Tensor, rewrite, sources
 from ..ggml.types import F32, I32, Type
 from ..runtime.lowered import Constant, Input, Lowered, Output, Parameter
@@ -26,12 +27,17 @@ IGNORED = frozenset({"memory_format", "device", "layout", "pin_memory", "non_blo
 """Keyword arguments about where and how numbers are stored: here that is ggml's business."""
 
 
+WIDE = (torch.float32, torch.float64)
+"""Dtypes whose products are float32's on a device: ggml computes in nothing wider."""
+
 VOCABULARY = RULES.keys() | COMPLEX_RULES.keys() | {"getitem"}
 """Operations that can be lowered."""
 
 
-def lower(captured: Captured, target: Target, types: Mapping[str, Type]) -> Lowered:
+def lower(captured: Captured, target: Target, types: Mapping[str, Type], float32: bool = False) -> Lowered:
     """The graph of an captured module. ``types`` are the stored types of weights by name (F32 where none is given).
+
+    ``float32``: what torch multiplies in float32 is marked GGML_PREC_F32; without it a device's precision decides.
 
     Weights of one dimension are F32 whatever their stored type, as everything is that no matrix product reads. Raises
     :class:`CaptureError` with all operations that have no rule, or with the place of one that can't be expressed.
@@ -43,6 +49,7 @@ def lower(captured: Captured, target: Target, types: Mapping[str, Type]) -> Lowe
     values: dict[Node, Any] = {**inputs, **weights}
     for node in captured.nodes:
         if node not in values and node not in captured.known:
+            emitter.prec = PREC_F32 if float32 and _meta(node).dtype in WIDE else 0
             values[node] = _apply(emitter, node, values, captured.known)
     results = [_output(emitter, node, values, captured.known) for node in captured.outputs]
     return _lowered(captured, emitter, inputs, weights, results)

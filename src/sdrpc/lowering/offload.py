@@ -52,7 +52,16 @@ TYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 """Dtypes that weights keep; others are sent as F32."""
 
 
-def offload(module: nn.Module, device: Device, retry: float = RETRY_SECONDS) -> nn.Module:
+MATMUL_PRECISIONS = ("highest", "high", "medium")
+"""What :func:`torch.set_float32_matmul_precision` takes."""
+
+
+def offload(
+    module: nn.Module,
+    device: Device,
+    retry: float = RETRY_SECONDS,
+    float32_matmul_precision: str | None = None,
+) -> nn.Module:
     """``module`` with its computing done by ``device``.
 
     The result is a module of the same class: it has the same attributes, configuration, signatures, results and
@@ -65,6 +74,11 @@ def offload(module: nn.Module, device: Device, retry: float = RETRY_SECONDS) -> 
     call on, weights too, within the limits that :mod:`sdrpc.lowering.state` states. It can't be pickled. What it has on
     the device is freed by ``close()``, or when it is garbage.
 
+    What the module multiplies in float32 the device does, too, also one that is faster in a narrower dtype, as under
+    torch's own default. With :func:`torch.set_float32_matmul_precision` at "medium" the device's precision decides
+    (``rpc-server --precision``: bfloat16 where it has units for that); ``float32_matmul_precision`` says so for this
+    module alone. Modules in float16 or bfloat16 are always computed as the device prefers.
+
     A server that is lost, between calls or in the middle of one, is waited for up to ``retry`` seconds (0: that is an
     error at once); the weights are uploaded again then, and the call's result is the same.
 
@@ -74,13 +88,16 @@ def offload(module: nn.Module, device: Device, retry: float = RETRY_SECONDS) -> 
     original = getattr(type(module), "_sdrpc_original", type(module))
     if not retry >= 0:
         raise InvalidValue("retry", retry, "it is a number of seconds")
-    remote = _Remote(original, device, retry)
+    if float32_matmul_precision not in (None, *MATMUL_PRECISIONS):
+        there_are = ", ".join(MATMUL_PRECISIONS)
+        raise InvalidValue("float32_matmul_precision", float32_matmul_precision, f"there are {there_are}")
+    remote = _Remote(original, device, retry, float32_matmul_precision)
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     entries = {name: _Entry(name, remote) for name in ENTRY_POINTS if callable(getattr(original, name, None))}
     behaviour = {
         "_sdrpc_original": original,
         "close": lambda _: remote.close(),
-        "__copy__": lambda self: offload(remote.plain(self), device, retry),
+        "__copy__": lambda self: remote.offloaded(remote.plain(self)),
         "__deepcopy__": lambda self, memo: remote.deep_copy(self, memo),
         "__reduce_ex__": _refuse_to_pickle,
     }
@@ -186,10 +203,12 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Request:
-    """One call: what decides its graph. ``state`` numbers the module's states."""
+    """One call: what decides its graph. ``float32``: whether products of float32 are. ``state`` numbers the module's
+    states."""
 
     method: str
     arguments: Parts
+    float32: bool
     state: int
 
     @functools.cached_property
@@ -200,7 +219,7 @@ class _Request:
     def signature(self) -> tuple[Any, ...]:
         """Without the state."""
         facts = tuple((str(t.dtype), tuple(t.shape)) for t in self.arguments.tensors)
-        return self.method, self.arguments.description, facts
+        return self.method, self.arguments.description, facts, self.float32
 
     def numbers(self, known: Sequence[str]) -> tuple[str, ...]:
         """Digests of the inputs named in ``known``."""
@@ -210,8 +229,10 @@ class _Request:
 class _Remote:
     """The device's side of an offloaded module."""
 
-    def __init__(self, original: type[nn.Module], device: Device, retry: float) -> None:
-        self.original = original
+    def __init__(
+        self, original: type[nn.Module], device: Device, retry: float, float32_matmul_precision: str | None
+    ) -> None:
+        self.original, self.float32_matmul_precision = original, float32_matmul_precision
         self.device, self.retry = device, retry
         self.cache = Cache()
         self.memory = _Memory(device, original.__name__, retry)
@@ -237,7 +258,8 @@ class _Remote:
             raise UsageError(f"an offloaded {self.original.__name__} has no gradients: call it under torch.no_grad()")
         with self._lock:
             self._look(module)
-            request = _Request(method, arguments, self._number)
+            precision = self.float32_matmul_precision or torch.get_float32_matmul_precision()
+            request = _Request(method, arguments, precision != "medium", self._number)
             bound = self._bound(module, request)
             arrays = self.memory.run(bound, {name: _array(tensor) for name, tensor in request.inputs.items()})
         where = arguments.tensors[0].device if arguments.tensors else torch.device("cpu")
@@ -323,7 +345,7 @@ class _Remote:
         graph = capture(self._tracing.plain, request.inputs, flat, known)
         del self._tracing.plain
         types = {name: weight.type for name, weight in self.memory.weights.items()}
-        return _Bound(lower(graph, self.device.target, types), results[0])
+        return _Bound(lower(graph, self.device.target, types, request.float32), results[0])
 
     @contextmanager
     def _traced(self, module: nn.Module) -> Iterator[None]:
@@ -389,7 +411,11 @@ class _Remote:
         """A copy with its own memory. While the module is captured, what was set on it finds the copy that is traced
         in its place."""
         traced = memo.get(id(getattr(self._tracing, "plain", None)))
-        return offload(copy.deepcopy(self.plain(module), memo), self.device, self.retry) if traced is None else traced
+        return self.offloaded(copy.deepcopy(self.plain(module), memo)) if traced is None else traced
+
+    def offloaded(self, module: nn.Module) -> nn.Module:
+        """Another module on the same device, in the same way."""
+        return offload(module, self.device, self.retry, self.float32_matmul_precision)
 
     def close(self) -> None:
         """Free everything on the device; the next call uploads again."""

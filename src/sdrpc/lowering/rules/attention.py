@@ -73,7 +73,7 @@ def _flash(e: Emitter, q: Value, k: Value, v: Value, mask: Value | None, scale: 
     """With the mask as F32: only our own devices get this operation from us, and they take it exactly."""
     rows = [x if x.tensor.nb[0] == x.tensor.type.size else e.contiguous(x) for x in map(e.f32, (q, k, v))]
     operands = [x.tensor for x in rows] + ([] if mask is None else [e.contiguous(_added_mask(e, mask)).tensor])
-    heads = e.node("FLASH_ATTN_EXT", *operands, params=FlashAttn(scale))
+    heads = e.node("FLASH_ATTN_EXT", *operands, params=FlashAttn(scale, prec=e.prec))
     batch, n, steps, _ = q.shape
     return e.transpose(Value(heads, (batch, steps, n, v.shape[-1])), 1, 2)
 

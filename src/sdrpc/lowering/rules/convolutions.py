@@ -55,7 +55,7 @@ def shaped(tensor: Any, rank: int) -> Value:
 def _conv_2d(e: Emitter, x: Value, weight: Value, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Value:
     (s1, s0), (p1, p0), (d1, d0) = stride, padding, dilation
     channels, each = x.shape[1], x.shape[1] // groups
-    params = Conv2D(s0, s1, p0, p1, d0, d1)
+    params = Conv2D(s0, s1, p0, p1, d0, d1, e.prec)
     image = e.contiguous(e.f32(x))
     if groups == 1:
         return _convolved(e, image, weight, params)
@@ -92,14 +92,14 @@ def _tap_by_tap(e: Emitter, lines: Value, weight: Value, stride: int, padding: i
 def _convolved(e: Emitter, image: Value, kernel: Value, params: Conv2D) -> Value:
     """CONV_2D, or for devices that lack it the product of the kernel and the image's windows (F32: exact)."""
     if kernel.tensor.ne != dims_of(kernel.shape):  # one tap, stored as a matrix
-        if params != Conv2D(1, 1, 0, 0, 1, 1):
+        if params[:6] != (1, 1, 0, 0, 1, 1):
             raise CaptureError(f"a kernel of one tap stored as {kernel.tensor.type}, with {params}")
         matrix = Value(kernel.tensor, kernel.shape[:2])
         return e.contiguous(e.permute(e.mul_mat(matrix, e.permute(image, (0, 2, 3, 1))), (0, 3, 1, 2)))
     kernel = e.contiguous(kernel)
     if "CONV_2D" in e.target.ops:
         return shaped(e.node("CONV_2D", kernel.tensor, image.tensor, params=params), 4)
-    windows = e.node("IM2COL", kernel.tensor, image.tensor, params=Im2Col(*params, 1), type=F32)
+    windows = e.node("IM2COL", kernel.tensor, image.tensor, params=Im2Col(*params[:6], 1), type=F32)
     taps, width, height, batch = windows.ne
     columns = e.reshape(shaped(windows, 4), (batch * height * width, taps))
     product = e.mul_mat(e.reshape(kernel, (kernel.shape[0], taps)), columns)
@@ -143,7 +143,7 @@ def _transposed(
         )
     image = e.contiguous(e.f32(x))
     kernel = e.contiguous(weight)
-    result = shaped(e.node("CONV_TRANSPOSE_2D", kernel.tensor, image.tensor, params=ConvTranspose2D(stride[0])), 4)
+    result = shaped(e.node("CONV_TRANSPOSE_2D", kernel.tensor, image.tensor, params=ConvTranspose2D(stride[0], e.prec)), 4)
     return e.slice(e.slice(result, 2, padding[0], shape[2]), 3, padding[1], shape[3])
 
 
