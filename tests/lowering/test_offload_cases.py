@@ -274,7 +274,8 @@ class Multiplying(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.deep, self.groups = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2)
+        self.wide = nn.Conv2d(4, 8, 3)
+        self.deep, self.groups = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2)
         self.up, self.line, self.film = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv1d(8, 8, 3), nn.Conv3d(8, 4, (1, 3, 3))
         self.linear = nn.Linear(8, 16)
 

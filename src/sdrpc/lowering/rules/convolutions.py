@@ -143,7 +143,9 @@ def _transposed(
         )
     image = e.contiguous(e.f32(x))
     kernel = e.contiguous(weight)
-    result = shaped(e.node("CONV_TRANSPOSE_2D", kernel.tensor, image.tensor, params=ConvTranspose2D(stride[0], e.prec)), 4)
+    result = shaped(
+        e.node("CONV_TRANSPOSE_2D", kernel.tensor, image.tensor, params=ConvTranspose2D(stride[0], e.prec)), 4
+    )
     return e.slice(e.slice(result, 2, padding[0], shape[2]), 3, padding[1], shape[3])
 
 
