@@ -339,9 +339,11 @@ class ServedDevice(Device):
         buffers: Mapping[int, Buffer],
         name: bytes | None = None,
         watch: Watch | None = None,
+        client: Client = NOBODY,
     ) -> ServedProgram:
         """As :meth:`Device.compile`. ``name`` stands for the content of ``graph``, the sizes of ``buffers`` and the
-        order in which they are given, where the caller knows a digest of all that. ``watch`` may end it."""
+        order in which they are given, where the caller knows a digest of all that. ``watch`` may end it. Clients take
+        turns."""
 
     def mark(self, buffer: Buffer, offset: int, size: int) -> Mark:  # noqa: ARG002
         """Have it noted when ``size`` bytes from ``offset`` on, which were just written, are written again. Where

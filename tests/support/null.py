@@ -78,7 +78,12 @@ class NullDevice(ServedDevice):
         assert source_offset + size <= source.size
 
     def compile(
-        self, graph: Graph, buffers: Mapping[int, Buffer], name: bytes | None = None, watch: Watch | None = None
+        self,
+        graph: Graph,
+        buffers: Mapping[int, Buffer],
+        name: bytes | None = None,
+        watch: Watch | None = None,
+        client: Client = NOBODY,
     ) -> NullProgram:
         validate.check(graph, {key: buffer.size for key, buffer in buffers.items()}, max_bytes=self.total)
         self.programs.append(NullProgram(graph))

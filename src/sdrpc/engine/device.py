@@ -292,6 +292,7 @@ class LocalDevice(ServedDevice):
         buffers: Mapping[int, Buffer],
         name: bytes | None = None,
         watch: Watch | None = None,
+        client: Client = NOBODY,
     ) -> LocalProgram:
         mine = {key: self._range(buffer, 0, 0) for key, buffer in buffers.items()}
         sizes = {key: buffer.size for key, buffer in mine.items()}
@@ -310,7 +311,7 @@ class LocalDevice(ServedDevice):
             return made
 
         deadline = Deadline(COMPILE_SECONDS, f"{self.name}: compiling a graph", watch)
-        compiled = self._programs.get(name, make, len(graph.tensors), deadline)
+        compiled = self._programs.get(name, make, len(graph.tensors), deadline, client)
         self._check_room(compiled.peak)
         used = [mine[keys[number]] for number in compiled.buffers]
         known = (name, tuple(buffer.key for buffer in used))

@@ -6,7 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
 
-from .deadline import WATCH_SECONDS, Deadline, running
+from sdrpc.device import Client
+
+from .deadline import Deadline, running
+from .in_turn import InTurn
 from .program import Compiled
 
 PROGRAMS = 32
@@ -17,27 +20,25 @@ TENSORS = 1 << 18
 
 class Programs:
     """For any thread. Graphs are compiled one at a time: it is Python's work, of which two threads do no more than one,
-    and those that compute would wait for all of them."""
+    and those that compute would wait for all of them. The largest take half a minute, so clients take turns."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, tuple[Compiled, int]] = OrderedDict()
-        self._lock, self._compiling = Lock(), Lock()
+        self._lock, self._compiling = Lock(), InTurn()
 
-    def get(self, name: bytes, make: Callable[[], Compiled], tensors: int, deadline: Deadline) -> Compiled:
-        """The graph of so many ``tensors`` that is called ``name``, made if it is not there. ``deadline`` may end
-        that."""
+    def get(
+        self, name: bytes, make: Callable[[], Compiled], tensors: int, deadline: Deadline, client: Client
+    ) -> Compiled:
+        """The graph of so many ``tensors`` that is called ``name``, made for ``client`` if it is not there.
+        ``deadline`` may end that."""
         if (known := self._find(name)) is not None:
             return known
-        while not self._compiling.acquire(timeout=WATCH_SECONDS):
-            deadline.check()
-        try:
+        with self._compiling.turn(client, deadline):
             if (known := self._find(name)) is not None:  # somebody else was faster
                 return known
             deadline.start()
             with running(deadline):
                 made = make()
-        finally:
-            self._compiling.release()
         with self._lock:
             self._kept[name] = made, tensors
             while len(self._kept) > PROGRAMS or sum(count for _, count in self._kept.values()) > TENSORS:

@@ -563,7 +563,7 @@ class Session:
         # the graph's bytes mean the same wherever a client has buffers of the same sizes at the same addresses
         name = blake2b(digest, digest_size=32)
         name.update(repr((read.versions[0].version, [region[:4] for region in regions])).encode())
-        program = self.devices[read.device].compile(read.graph, buffers, name.digest(), self._watch)
+        program = self.devices[read.device].compile(read.graph, buffers, name.digest(), self._watch, self._client)
         return Ready(read.device, program, frozenset(read.used), read.versions, len(read.graph.tensors))
 
     def _check(self, read: Read) -> None:
