@@ -87,6 +87,15 @@ def test_what_has_no_length_stays_without() -> None:
         assert not numbers(merged(base, [(each, 1.0) for each in found])).any()
 
 
+@pytest.mark.parametrize("of_columns", [False, True], ids=["rows", "columns"])
+def test_numbers_that_are_too_large_are_no_warnings(of_columns: bool) -> None:
+    huge, base = np.full((ROWS, CHANNELS), 3e38), weight(np.full((ROWS, CHANNELS), 3e38))
+    lengths = weight(np.full(CHANNELS if of_columns else ROWS, np.inf))
+    for change in (Difference(weight(huge), 2.0), LowRank(weight(huge[:RANK]), weight(huge[:, :RANK]))):
+        for each in deltas(base, change, lengths, of_columns):
+            assert all(len(part.data()) == part.nbytes for part in each.weights)
+
+
 def test_a_weight_is_read_once_and_late() -> None:
     """For all of the deltas' bytes together, when the first of them are asked for."""
     base, asked = weight(RANDOM.normal(size=(ROWS, CHANNELS))), list[tuple[int, int | None]]()

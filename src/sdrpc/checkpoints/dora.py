@@ -89,8 +89,9 @@ def _gain(parts: Sequence[Part], lengths: Weight, of_columns: bool) -> Weight:
 
     def data() -> bytes:
         norms = np.sqrt(sum(_squares(weight, product, of_columns) for weight, product in parts))
-        gain = np.divide(numbers(lengths), norms, out=np.zeros(lengths.shape), where=norms > 0)
-        return gain.astype("<f4").tobytes()
+        with np.errstate(all="ignore"):
+            gain = np.divide(numbers(lengths), norms, out=np.zeros(lengths.shape), where=norms > 0)
+            return gain.astype("<f4").tobytes()
 
     said = f"lengths of {'columns' if of_columns else 'rows'} {[product.factor for _, product in parts]}"
     origins = [lengths.origin, *(w.origin for weight, product in parts for w in (weight, *product.weights))]
@@ -106,9 +107,10 @@ def _squares(weight: Weight, product: Product, of_columns: bool) -> np.ndarray:
 
     def of_some(first: int) -> np.ndarray:
         last = min(first + step, rows)
-        squares = np.square(read(first, last) + product.rows(first, last))
         across = (0, 2) if of_columns else (1, 2)
-        summed: np.ndarray = squares.reshape(last - first, channels, -1).sum(across, dtype=float)
+        with np.errstate(all="ignore"):  # what is too large becomes infinite, which the picture's check finds
+            squares = np.square(read(first, last) + product.rows(first, last))
+            summed: np.ndarray = squares.reshape(last - first, channels, -1).sum(across, dtype=float)
         return summed
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-lengths") as pool:
