@@ -1,7 +1,7 @@
 """Edges of a picture, for ControlNets that were trained on such: Canny's method as stable-diffusion.cpp computes it.
 
-With its peculiarities: convolutions in half precision, gradients of 0 … 22.5 degrees compared with the maximum instead
-of their neighbours, and weak edges followed in one pass over the picture.
+With its peculiarities: whatever the direction of a slope, it is compared with its neighbours above and below (and where
+it falls to the left, with the maximum), and weak edges are followed in one pass over the picture.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .pictures import F32, Pixels, f32
 
-SIGMA = 1.4
+SIGMA = f32(1.4)
 HIGH, LOW = f32(0.08), f32(0.08)
 """Thresholds: the higher one in parts of the strongest gradient, the lower one in parts of the higher."""
 MARGIN = 3
@@ -26,56 +26,47 @@ _BEHIND = ((-1, 1), (0, 1), (-1, 0), (1, 0), (-1, -1), (0, -1))
 
 def canny(image: Pixels) -> Pixels:
     """The edges of ``image`` (height, width, 3), white on black."""
-    grey = image.astype(f32) / f32(255) @ np.array([0.2989, 0.5870, 0.1140], f32)
+    red, green, blue = np.moveaxis(image.astype(f32) / f32(255), 2, 0)
+    grey = f32(0.2989) * red + f32(0.5870) * green + f32(0.1140) * blue
     smooth = _convolved(grey, _gaussian())
     across, down = _convolved(smooth, _ACROSS), _convolved(smooth, _DOWN)
     slope = np.sqrt(across * across + down * down)
     if not slope.max() > 0:
         return np.zeros_like(image)
-    edges = _thinned(slope / slope.max(), np.arctan2(down, across), smooth)
+    edges = _thinned(slope * (f32(1) / slope.max()), np.arctan2(down, across))
     high = edges.max() * HIGH
     levels = np.where(edges >= high, STRONG, np.where(edges >= high * LOW, WEAK, edges))
     inside = np.zeros(levels.shape, bool)
     inside[MARGIN : levels.shape[0] - MARGIN + 1, MARGIN : levels.shape[1] - MARGIN + 1] = True
     followed = _followed(np.where(inside, levels, f32(0)))
-    return np.repeat((np.clip(followed, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
+    return np.repeat((np.clip(followed, 0, 1) * f32(255) + f32(0.5)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _gaussian() -> F32:
-    places = np.arange(-2, 3)
-    squares = (places[:, None] ** 2 + places[None] ** 2).astype(f32)
-    return (np.exp(-squares / f32(2 * SIGMA**2)) / f32(2 * np.pi * SIGMA**2)).astype(f32)
+    """Rounded as it is there: plain areas are edges or none by the last bit."""
+    places = np.arange(-2, 3, dtype=f32)
+    squares, twice = places[:, None] ** 2 + places[None] ** 2, f32(2) * (SIGMA * SIGMA)
+    return np.exp(-(squares / twice).astype(np.float64)).astype(f32) * (f32(1) / (f32(np.pi) * twice))
 
 
 def _convolved(plane: F32, kernel: F32) -> F32:
-    """A correlation with zeros around, of numbers in half precision."""
+    """A correlation with zeros around."""
     half = len(kernel) // 2
-    padded = np.pad(plane.astype(np.float16).astype(f32), half)
-    weights = kernel.astype(np.float16).astype(f32)
+    padded = np.pad(plane, half)
     height, width = plane.shape
     total = np.zeros(plane.shape, f32)
-    for row, column in np.ndindex(*weights.shape):
-        total += weights[row, column] * padded[row : row + height, column : column + width]
+    for row, column in np.ndindex(*kernel.shape):
+        total += kernel[row, column] * padded[row : row + height, column : column + width]
     return total
 
 
-def _thinned(slope: F32, direction: F32, border: F32) -> F32:
-    """Slopes that are no smaller than both neighbours along their direction, else 0; ``border``: what stays there."""
+def _thinned(slope: F32, direction: F32) -> F32:
+    """Slopes that are no smaller than those above and below, else 0; none at the border."""
     degrees = direction[1:-1, 1:-1] * f32(180) / f32(np.pi)
     degrees = np.where(degrees < 0, degrees + f32(180), degrees)
-
-    def beside(row: int, column: int) -> F32:
-        height, width = slope.shape
-        return slope[1 + row : height - 1 + row, 1 + column : width - 1 + column]
-
-    ones = np.ones_like(degrees)
-    sectors = [degrees >= 157.5, degrees >= 112.5, degrees >= 67.5, degrees >= 22.5, degrees <= 0]
-    before = [beside(1, 0), beside(-1, -1), beside(0, 1), beside(-1, 1), beside(1, 0)]
-    after = [beside(-1, 0), beside(1, 1), beside(0, -1), beside(1, -1), beside(-1, 0)]
-    here = slope[1:-1, 1:-1]
-    kept = (here >= np.select(sectors, before, ones)) & (here >= np.select(sectors, after, ones))
-    result = border.copy()
-    result[1:-1, 1:-1] = np.where(kept, here, f32(0))
+    steepest = np.where(degrees <= f32(157.5), np.maximum(slope[2:, 1:-1], slope[:-2, 1:-1]), f32(1))
+    result = np.zeros_like(slope)
+    result[1:-1, 1:-1] = np.where(slope[1:-1, 1:-1] >= steepest, slope[1:-1, 1:-1], f32(0))
     return result
 
 
