@@ -246,7 +246,9 @@ def _sdxl(side: InProcess, drawn: Drawing) -> Loop:
     batch, scale = len(text), drawn.settings.cfg_scale
     hint = drawn.settings.control_image
     if hint is not None:
-        picture = side.tensor((from_pixels(hint) + 1) / 2).expand(batch, -1, -1, -1).contiguous()  # 0 … 1
+        picture = (
+            side.tensor(from_pixels(hint) / np.float32(2) + np.float32(0.5)).expand(batch, -1, -1, -1).contiguous()
+        )
 
     def enter(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         return scheduler.scale_model_input(torch.cat([latents] * batch), timestep), timestep
