@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..families.base import Conditions, Config, Controls
 from .pictures import F32, Pixels, f32, from_pixels
 from .request import Settings
+from .rng import Rng
 
 REFERENCE_PIXELS = 1 << 20
 """Pixels that a reference picture is scaled to, or as many as the picture that is drawn has, if those are fewer."""
@@ -20,10 +21,11 @@ REFERENCE_PIXELS = 1 << 20
 
 class Begin(NamedTuple):
     """What pictures begin with besides noise: latents (1, c, h, w), and how much of each is drawn anew (1, 1, h, w),
-    0 … 1; None is all."""
+    0 … 1; None is all. ``rng``: where the noise comes from, if not from the beginning of the seed's."""
 
     latents: F32 | None = None
     anew: F32 | None = None
+    rng: Rng | None = None
 
 
 NOTHING = Begin()

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -567,7 +568,7 @@ class Session:
             )  # fmt: skip
         if begin.latents is not None:
             sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
-        rng = make_rng(settings.rng, seed)
+        rng = make_rng(settings.rng, seed) if begin.rng is None else deepcopy(begin.rng)  # it may begin anew
         drawn = with_sound(model, settings, shape)
         start = predicts.start(rng.normal(int(np.prod(drawn))).reshape(drawn), sigmas[0], begin.latents)
         if ahead is not None:
@@ -652,18 +653,18 @@ class Session:
             first, width=hires.width, height=hires.height, steps=hires.steps, strength=hires.strength,
             sigmas=hires.sigmas, control_image=None if hint is None else fitted(hint, hires.width, hires.height),
         )  # fmt: skip
+        rng = make_rng(first.rng, seed)
         with self.timer("encode"):
             if hires.upscaler in LATENT_FILTERS:
                 larger = enlarged_latents(latents, hires.upscaler, hires.height // side, hires.width // side)
             else:
                 picture = self._enlarged(self._shown(latents, first, False), hires)
-                rng = make_rng(first.rng, seed)
                 larger = self._vae.encode(from_pixels(picture), rng, first.tiling, first.vae_tiling)
             told = self.conditions(second, beside)
         before, self._control = self._control, self._control_of(second)
         try:
             with self.timer("sample"):
-                return self.sample(second, seed, told, on_step, Begin(larger), lanes)
+                return self.sample(second, seed, told, on_step, Begin(larger, rng=rng), lanes)
         finally:
             self._control = before
 
