@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdrpc import __version__
+from sdrpc.diffusion.request import APPLY_MODES
 from sdrpc.engine.system import host_memory, processor
 
 from . import families
@@ -72,6 +73,9 @@ def main(
     lora: Annotated[
         bool, typer.Option("--lora", help="Of families, sdxl: with a LoRA of rank 16 on attention.")
     ] = False,
+    lora_apply_mode: Annotated[
+        str, typer.Option(metavar="|".join(APPLY_MODES), help="Of --lora: how ours is applied; diffusers' is fused.")
+    ] = "auto",
     control: Annotated[bool, typer.Option("--control", help="Of families, sdxl: with a ControlNet.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
@@ -83,10 +87,12 @@ def main(
     variants = _variants(device, type, precision)
     options = FamilyOptions(
         _listed(family, families.KINDS, "--family"), _listed(only, families.PARTS, "--only"), type, text_encoders, size,
-        steps, lora, control,
+        steps, lora, control, lora_apply_mode,
     )  # fmt: skip
     if (lora or control) and (options.names != families.ADAPTED or options.parts != ("step",)):
         raise typer.BadParameter("they are for --family sdxl --only step", param_hint="--lora, --control")
+    if lora_apply_mode not in APPLY_MODES:
+        raise typer.BadParameter(f"there are {', '.join(APPLY_MODES)}", param_hint="--lora-apply-mode")
     rows: list[tuple[str, Row]] = []
     with tempfile.TemporaryDirectory(prefix="sdrpc-bench-") as folder:
         setup = Setup(device, size or SIZE, steps or STEPS, checkpoint_size, variants, Path(folder), options)

@@ -142,7 +142,8 @@ class Case:
     @property
     def added(self) -> dict[str, bool]:
         """What the picture is drawn with beside the model."""
-        return {"LoRA": bool(self.request.loras), "ControlNet": self.request.control_image is not None}
+        lora = f"LoRA ({self.setup.families.lora_apply_mode})"
+        return {lora: bool(self.request.loras), "ControlNet": self.request.control_image is not None}
 
     @property
     def film(self) -> bool:
@@ -165,7 +166,8 @@ class Case:
         device, *others = connect([f"127.0.0.1:{port}"])
         for opened in (device, *others):
             stack.callback(opened.close)
-        return stack.enter_context(Session.open(self.files, device, self.cache))
+        mode = self.setup.families.lora_apply_mode
+        return stack.enter_context(Session.open(self.files, device, self.cache, lora_apply_mode=mode))
 
 
 def run(setup: Setup) -> Iterator[Row]:

@@ -44,7 +44,7 @@ BENCHMARKS = (
     Benchmark("busy", "steps of the demo model on busy and on quiet cores: threads that sleep, over others", busy.run),
     Benchmark("cluster", "pictures a minute of sd-server in a Ray cluster, over one device's", cluster.run, False),
     Benchmark("scaling", "pictures, prompts and layers on several devices, over one device's", scaling.run, False),
-    Benchmark("split", "a model whose halves fit on two devices and whose whole fits on none", split.run, False),
+    Benchmark("split", "a model on two devices: half of its layers on each, and a prompt on each", split.run, False),
     Benchmark("queue", "what sd-server's queue takes of a picture, beside drawing, for 50 users", queue.run, False),
     Benchmark("start", "second run of sd-cli, from process start to first step", start.run),
 )

@@ -37,7 +37,7 @@ class FamilyOptions(NamedTuple):
     """The options of ``families`` alone: families and parts of the benchmark by name; ``type`` of the diffusion
     model's weights, None: the family's usual one; size of text encoders beside a full diffusion model; side of the
     picture in pixels and steps, None: what belongs to the checkpoint's size; whether it is drawn with a LoRA and with a
-    ControlNet."""
+    ControlNet, and how ours applies the LoRA."""
 
     names: tuple[str, ...]
     parts: tuple[str, ...]
@@ -47,6 +47,7 @@ class FamilyOptions(NamedTuple):
     steps: int | None
     lora: bool = False
     control: bool = False
+    lora_apply_mode: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""A model on two devices of which neither has room for the whole of it: one alone refuses, both together draw what one
-with room draws, to the bit."""
+"""A model on two devices. Layers, where neither has room for the whole of it: one alone refuses, both together draw
+what one with room draws, to the bit. Prompts, where the model is guided: each has the whole of it and evaluates one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from sdrpc.diffusion.session import Session
 from sdrpc.errors import DoesNotFit
-from sdrpc.runtime.chain import Chain
+from sdrpc.runtime.chain import Chain, Lanes
 
 from .families import Case, case_of
 from .memory import GB
@@ -24,10 +24,13 @@ def run(setup: Setup) -> Iterator[Row]:
     for family in setup.families.names:
         case = case_of(setup, family)
         with opened(setup, 2) as (first, second):
-            yield from _split(case, Chain((first,)), Chain((first, second)))
+            one = Chain((first,))
+            yield from _layers(case, one, Chain((first, second)))
+            if case.request.cfg_scale != 1:
+                yield _prompts(case, one, Lanes((one, Chain((second,)))))
 
 
-def _split(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
+def _layers(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
     with _session(case, one, {}) as session:
         whole = session.model["diffusion"].found.nbytes()
     limit = {"": int(SHARE * whole)}
@@ -50,12 +53,21 @@ def _split(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _session(case: Case, place: Chain, limit: Mapping[str, int]) -> Session:
+def _prompts(case: Case, one: Chain, two: Lanes) -> Row:
+    alone, halves = (_sampled(case, place, {}).seconds for place in (one, two))
+    what = f"steps a second, prompt and negative prompt on two devices, {case.title}"
+    drawn = case.request
+    note = f"{drawn.width}×{drawn.height}, {drawn.steps} steps"
+    return Row(what, 1 / halves, "1/s", 1 / alone, "one device", case.mark(Mark(1.7, at_least=True)), note)
+
+
+def _session(case: Case, place: Chain | Lanes, limit: Mapping[str, int]) -> Session:
     """The diffusion model there, everything else on the first device."""
-    return Session.open(case.files, {"diffusion": place, "all": place.devices[0]}, case.cache, max_vram=limit)
+    first = (place.chains[0] if isinstance(place, Lanes) else place).devices[0]
+    return Session.open(case.files, {"diffusion": place, "all": first}, case.cache, max_vram=limit)
 
 
-def _sampled(case: Case, place: Chain, limit: Mapping[str, int]) -> Sampled:
+def _sampled(case: Case, place: Chain | Lanes, limit: Mapping[str, int]) -> Sampled:
     """The second of two pictures: the first uploads."""
     with _session(case, place, limit) as session:
         settings = session.settings(case.request, case.film)
