@@ -160,6 +160,21 @@ def test_a_vocoder_of_other_shapes_is_refused(name: str, shape: tuple[int, ...],
         sound.GENERATOR.configure(found, {"upsample_factors": [2]})
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("mel_stft.mel_basis", (32, 257), "32 frequencies for 2 ears"),
+        ("mel_stft.stft_fn.forward_basis", (300, 1, 512), "300 waves of 512 samples"),
+    ],
+)
+def test_a_vocoder_whose_halves_do_not_fit_is_refused(name: str, shape: tuple[int, ...], said: str) -> None:
+    part = next(each for each in CHECKPOINTS["ltx2.3"].of_size("tiny") if each.name == "vocoder")
+    found = found_in(sound.GENERATOR, in_a_file(part))
+    changed = {**found.tensors, name: replace(found.tensors[name], shape=shape)}
+    with pytest.raises(CheckpointError, match=said):
+        sound.GENERATOR.configure(replace(found, tensors=changed), {})
+
+
 def test_no_other_family_takes_it() -> None:
     found = found_in(TRANSFORMER, in_a_file(next(c for c in CHECKPOINTS["ltx2"].of_size("tiny"))))
     seen = {each.name: find(each.diffusion, found.checkpoint) for each in FAMILIES}

@@ -108,6 +108,10 @@ def _configure_vocoder(found: Found, told: Config) -> dict[str, Any]:
     wide = rate // HOP * prod(wider["upsample_factors"])
     if rate % HOP or wide % rate:
         raise found.error(f"makes {wide} samples a second of {rate}, which is no multiple")
+    ears = config["out_channels"]
+    if (frequencies * ears, ears) != (wider["in_channels"], wider["out_channels"]):
+        reason = f"spectra of {frequencies} frequencies for {ears} ears are not what its second vocoder takes"
+        raise found.error(reason, "mel_stft.mel_basis")
     config |= {EXTENDED + name: value for name, value in wider.items()}
     config |= {
         "filter_length": window, "window_length": window, "hop_length": HOP, "num_mel_channels": frequencies,
