@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import cache
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -24,6 +24,7 @@ from tests.interop.test_native_client import check, complaint
 from tests.interop.test_native_server import SIZES
 from tests.interop.test_native_server import check as check_part
 from tests.support import ggml
+from tools.native_ggml import ALWAYS
 
 pytestmark = pytest.mark.interop
 
@@ -63,6 +64,11 @@ SLACK = 2.0
 SOME_GRAPHS = [name for name in GRAPHS if "flash" not in name][::4]
 """Flash attention in graphs sets its precision by one of those functions."""
 ADDRESSES = count(2)
+
+
+def marked(rows: Iterable[tuple[str, ...]]) -> list[Any]:
+    """Parameters of tests, of which the first is the version, as far as they are not run by ``make interop``."""
+    return [pytest.param(*row, marks=() if row[0] in ALWAYS else pytest.mark.older) for row in rows]
 
 
 class Peer(NamedTuple):
@@ -138,7 +144,7 @@ def compared(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("peer", "op"), [(p, op) for p, op in compared(OPERATIONS) if representative(op, p)], indirect=["peer"]
+    ("peer", "op"), marked((p, op) for p, op in compared(OPERATIONS) if representative(op, p)), indirect=["peer"]
 )
 def test_operation(peer: Peer, op: str) -> None:
     names = representative(op, peer.protocol)
@@ -148,17 +154,17 @@ def test_operation(peer: Peer, op: str) -> None:
     assert not wrong, f"{len(wrong)} of {len(had)} cases:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("peer", "name"), compared(SOME_GRAPHS), indirect=["peer"])
+@pytest.mark.parametrize(("peer", "name"), marked(compared(SOME_GRAPHS)), indirect=["peer"])
 def test_graph(peer: Peer, name: str) -> None:
     check(name, peer.client.run(name, peer.endpoint, True))
 
 
-@pytest.mark.parametrize(("peer", "name"), compared(SCENARIOS), indirect=["peer"])
+@pytest.mark.parametrize(("peer", "name"), marked(compared(SCENARIOS)), indirect=["peer"])
 def test_scenario(peer: Peer, name: str) -> None:
     check(name, peer.client.run(name, peer.endpoint))
 
 
-@pytest.mark.parametrize("protocol", OLDER)
+@pytest.mark.parametrize("protocol", marked((p,) for p in OLDER))
 def test_a_client_is_served_after_the_runs_that_it_takes_to_learn_its_version(
     protocol: str, our_server: Server, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,7 +178,7 @@ def test_a_client_is_served_after_the_runs_that_it_takes_to_learn_its_version(
     client.close()
 
 
-@pytest.mark.parametrize("peer", OLDER, indirect=True)
+@pytest.mark.parametrize("peer", marked((p,) for p in OLDER), indirect=True)
 def test_clients_of_two_versions_at_once(peer: Peer, native_client: NativeClient, server: Server) -> None:
     """Names of other lengths among them. Then one asks for what nobody has: the other notices nothing."""
     with Tap(server.endpoint, f"127.0.0.{next(ADDRESSES)}") as tap:
@@ -190,7 +196,7 @@ def test_clients_of_two_versions_at_once(peer: Peer, native_client: NativeClient
         native_client.renew()
 
 
-@pytest.fixture(scope="module", params=OLDER)
+@pytest.fixture(scope="module", params=marked((p,) for p in OLDER))
 def older_server(request: pytest.FixtureRequest) -> Iterator[NativeServer]:
     server = NativeServer(devices=2, protocol=request.param)
     yield server

@@ -54,5 +54,6 @@ def test_the_page_has_every_case() -> None:
 def test_a_picture_is_that_of_diffusers(
     case: Case, checkpoints: Checkpoints, devices: dict[str, list[Device]], graphs: Path
 ) -> None:
-    for precision in ("exact", "fast"):
+    """Narrow arithmetic does not depend on the form of the file that numbers come from."""
+    for precision in ("exact", "fast") if checkpoints.first(case) == case else ("exact",):
         assert distance(checkpoints, case, devices[precision], graphs) >= BOUNDS[precision], precision

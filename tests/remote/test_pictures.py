@@ -90,23 +90,17 @@ def test_a_picture_shows_what_its_prompt_says(prompt: str, placement: str, serve
     assert judge(seen(path), PROMPTS[prompt]).right, seen(path)
 
 
-OUTLINED = {
-    "a large red star on a white background": Expectation("white", (Stated("star", "red", "large"),)),
-    "a large blue square on a yellow background": Expectation("yellow", (Stated("square", "blue", "large"),)),
-    "a large green circle on a black background": Expectation("black", (Stated("circle", "green", "large"),)),
-}
-
-
-@pytest.mark.parametrize("prompt", OUTLINED)
-def test_the_lora_that_ships_draws_outlines(prompt: str, servers: Servers, tmp_path: Path) -> None:
+def test_the_lora_that_ships_draws_outlines(servers: Servers, tmp_path: Path) -> None:
     """The same prompt gives the same shape, hollow with the LoRA and filled without."""
+    prompt = "a large blue square on a yellow background"
+    says = Expectation("yellow", (Stated("square", "blue", "large"),))
     for words, hollow in ((f"{prompt} <lora:outline:1>", True), (prompt, False)):
         path = tmp_path / "picture.png"
         draw(servers, path, "-m", "demo", "--backend", PLACEMENTS[0], "-p", words, *SAMPLING)
         with Image.open(path) as image:
             found = outlines(np.asarray(image))
         assert found.hollow == hollow
-        assert judge(found.sight if hollow else seen(path), OUTLINED[prompt]).right, found
+        assert judge(found.sight if hollow else seen(path), says).right, found
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ class Component:
     sometimes: tuple[str, ...] = ()
     whole: Callable[[Collection[str]], tuple[str, ...]] | None = None
     within: str = ""
-    blocks: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def option(self) -> str:
