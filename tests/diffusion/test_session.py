@@ -334,6 +334,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_uploaded(
     assert not any(device._buffers for device in devices.values())
 
 
+def test_all_components_that_do_not_fit_are_named(model: Model, devices: dict[str, LocalDevice], cache: Cache) -> None:
+    each = r"clip_l takes \d+ MiB, diffusion takes \d+ MiB, vae takes \d+ MiB"
+    with (
+        Session(model, {"all": devices["diffusion"]}, cache, max_vram={"": 1 << 20}) as session,
+        pytest.raises(DoesNotFit, match=rf"^diffusion: {each}, and there is room for 1 MiB \(max_vram\); "),
+    ):
+        drawn(session, SMALL)
+    assert not any(device._buffers for device in devices.values())
+
+
 @pytest.mark.parametrize(
     ("where", "asked", "idle"),
     [

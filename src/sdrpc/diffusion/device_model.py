@@ -531,10 +531,20 @@ class DeviceModel:
     def check_fits(self) -> None:
         """Give each component the first of its choices that has room for its weights; nothing has been uploaded then.
 
-        Raises :class:`DoesNotFit`, with the numbers of all of them, when none has.
+        Raises :class:`DoesNotFit`, with the numbers of all choices, when none has, and of all components that find no
+        room in the same places.
         """
+        refused: list[tuple[DeviceComponent, DoesNotFit]] = []
         for component in self._components:
-            self._surviving(component, partial(self._choose, component))
+            try:
+                self._surviving(component, partial(self._choose, component))
+            except DoesNotFit as refusal:
+                refused.append((component, refusal))
+        if refused:
+            together = [(one, why) for one, why in refused if why.rooms.keys() == refused[0][1].rooms.keys()]
+            largest, why = max(together, key=lambda pair: pair[0].nbytes)
+            sizes = {name: size for _, each in together for name, size in each.sizes.items()}
+            raise DoesNotFit(sizes, why.rooms, self._hint(largest))
 
     def adapt(self, loras: Sequence[tuple[Lora, float]], merge: bool) -> None:
         """Draw with these LoRAs from now on, each with its strength; ``merge``: into the weights."""
