@@ -84,7 +84,7 @@ class Reference:
     seed: int = 42
     sampler: str = "euler"
     scheduler: str = "discrete"
-    further: dict[str, float] = field(default_factory=dict)
+    further: dict[str, Any] = field(default_factory=dict)
     side: int = 256
     begun: dict[str, Path] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ class Reference:
             **{f"--{name.replace('_', '-')}": value for name, value in self.further.items()},
             **{BEGUN[name]: path for name, path in self.begun.items()},
         }  # fmt: skip
-        return [str(word) for pair in named.items() for word in pair]
+        return [str(word) for name, value in named.items() for word in ((name,) if value is True else (name, value))]
 
 
 BEGUN = {"init_image": "--init-img", "mask_image": "--mask"}
@@ -130,5 +130,15 @@ REFERENCES = (
         further={"strength": 1.0},
         side=128,
         begun={"init_image": PICTURES / "begun.png", "mask_image": PICTURES / "mask.png"},
+    ),
+    *(
+        Reference(f"sd15-{name}", SD15, CAT, steps, 5.0, "blurry", sampler=sampler, further=further, side=side)
+        for name, steps, sampler, side, further in (
+            ("sigmas", 3, "euler", 64, {"sigmas": "14.6,7.8,3.5,0.0"}),
+            ("res_2s", 2, "res_2s", 64, {"eta": 0.0}),
+            ("tiling", 2, "euler", 128, {"vae_tiling": True, "vae_tile_size": "8x8", "vae_tile_overlap": 0.5}),
+            ("hires-latent", 2, "euler", 64, {"hires": True, "hires_scale": 2.0, "hires_upscaler": "Latent"}),
+            ("hires-lanczos", 2, "euler", 64, {"hires": True, "hires_scale": 2.0, "hires_upscaler": "Lanczos"}),
+        )
     ),
 )
