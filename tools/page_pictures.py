@@ -39,10 +39,11 @@ def main() -> None:
         sync_playwright() as driver,
     ):
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 760}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1100, "height": 830}, color_scheme="light")
         page.set_default_timeout(WAIT)
         page.goto(server.url)
         drawing(page)
+        page.evaluate("() => scrollTo(0, 0)")
         page.screenshot(path=DOCS / "sd-server.png")
         placing(page)
         page.screenshot(path=DOCS / "sd-server-devices.png")
