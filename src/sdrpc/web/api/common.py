@@ -176,10 +176,12 @@ STATUS: dict[type[Exception], int] = {
 """Error → status of the answer."""
 
 
-PLACING = ("backend", "params_backend", "max_vram", "rpc", "control_net", "taesd", "lora_dir", "embd_dir")
-"""Fields that errors name and no request has: who started the server can change them, by these options."""
-
-_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in PLACING} | {"lora_dir": "--lora-model-dir"}
+_OPTIONS = {
+    "backend": "--backend", "params_backend": "--params-backend", "max_vram": "--max-vram", "rpc": "--rpc",
+    "control_net": "--control-net", "taesd": "--taesd", "lora_dir": "--lora-model-dir", "embd_dir": "--embd-dir",
+    "hires_upscalers_dir": "--hires-upscalers-dir",
+}  # fmt: skip
+"""Fields that errors name and no request has → sd-server's options: who started it can change them."""
 
 
 def naming(called: Mapping[str, str]) -> Callable[[str], str]:
