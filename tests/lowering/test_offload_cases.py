@@ -380,6 +380,16 @@ def test_copies_have_their_own_memory() -> None:
     same(deep(x), wanted)
 
 
+def test_what_is_no_module_or_no_device_is_refused(cpu: Device) -> None:
+    with pytest.raises(UsageError, match="takes a torch module, not an object of function"):
+        sdrpc.offload(lambda x: x, cpu)  # type: ignore[arg-type]
+    for wrong in ("CPU", sdrpc.Devices({"CPU": cpu})):
+        with pytest.raises(
+            UsageError, match=rf'such as sdrpc.devices\(\)\["CPU"\], not an object of {type(wrong).__name__}'
+        ):
+            sdrpc.offload(nn.Linear(2, 2), wrong)  # type: ignore[arg-type]
+
+
 def test_pickling_is_refused() -> None:
     offloaded = sdrpc.offload(nn.Linear(4, 4), ReferenceDevice())
     with pytest.raises(UsageError, match=r"an offloaded Linear can't be pickled: save its state_dict\(\)"):

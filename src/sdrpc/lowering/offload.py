@@ -85,6 +85,11 @@ def offload(
     Calls raise :class:`sdrpc.errors.CaptureError` for what can't be turned into a graph, the module's own errors for
     inputs that it refuses, and what the device raises. There are no gradients.
     """
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"offload takes a torch module, not an object of {type(module).__name__}")
+    if not isinstance(device, Device):
+        kind = type(device).__name__
+        raise UsageError(f'offload takes a device, such as sdrpc.devices()["CPU"], not an object of {kind}')
     original = getattr(type(module), "_sdrpc_original", type(module))
     if not retry >= 0:
         raise InvalidValue("retry", retry, "it is a number of seconds")
