@@ -13,6 +13,7 @@ import pytest
 
 from sdrpc.server import Limits, Server
 from sdrpc.wire import messages
+from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello
 from sdrpc.wire.messages import Command
 from tests.server.conftest import CountingDevice, Scene
@@ -180,12 +181,15 @@ def test_t7_silence(hasty: Server, caplog: pytest.LogCaptureFixture, name: str) 
 
 
 def test_t7_a_client_that_does_not_read(hasty: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """If it reads on, it finds a part of the answer and no reason behind it, which it would take for the rest."""
     size = 64 << 20
     with Scene(hasty, caplog) as scene:
-        with scene.client() as client:
+        with scene.client(Capability.ERRORS) as client:
             tensor = client.record(client.buffer(size), (size // 4,))
             client.post(messages.GetTensor(tensor, 0, size))
             scene.logs(client, "does not read its replies")
+            assert client.receive(8) == REPLY_HEADER.pack(size)
+            assert client.rest().strip(b"\0") == b""
         scene.goes_on()
 
 

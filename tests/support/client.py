@@ -68,14 +68,18 @@ class RawClient:
 
     def ended(self) -> str:
         """Wait for the server to close the connection; what it said before: nothing, or its reason."""
+        _, _, reason = self.rest().partition(REPLY_HEADER.pack(ERROR_MARK))
+        return reason[4:].decode("utf-8", "replace")
+
+    def rest(self) -> bytes:
+        """All that comes until the server closes the connection."""
         said = bytearray()
         try:
             while piece := self.socket.recv(1 << 16):
                 said += piece
         except ConnectionResetError:
             pass
-        _, _, reason = bytes(said).partition(REPLY_HEADER.pack(ERROR_MARK))
-        return reason[4:].decode("utf-8", "replace")
+        return bytes(said)
 
     def command(self, number: int, payload: bytes = b"", size: int | None = None) -> None:
         """A command with any payload, whose header says ``size`` (default: the truth)."""

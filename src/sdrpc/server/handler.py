@@ -309,8 +309,8 @@ _PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = 
 
 
 def _tell(stream: Stream, session: Session, agreed: Capability, why: Refusal) -> None:
-    """Send the reason to a client that knows what to make of it."""
-    if Capability.ERRORS not in agreed:
+    """Send the reason to a client that knows what to make of it, and that would not take it for data."""
+    if Capability.ERRORS not in agreed or stream.halved:
         return
     try:
         stream.write([encode_error(to_text(why) if Capability.REASONS in agreed else why.reason)])

@@ -37,8 +37,8 @@ class Stream:
     counted for: the address, until it is known better. ``doing`` says what is going on,
     for errors; ``deadline`` (monotonic) bounds all reads if set; ``aborted`` is why it was us who ended it, if it was.
     ``received`` and ``sent`` count bytes. ``idle_since`` (monotonic) is when it began to wait for the client, None
-    while there is something to do. ``beats``: whether the client wants to hear that we are at work. Large messages are
-    counted in ``payloads``."""
+    while there is something to do. ``beats``: whether the client wants to hear that we are at work. ``halved``: a part
+    of something was sent, behind which nothing else has a meaning. Large messages are counted in ``payloads``."""
 
     def __init__(
         self, connection: socket.socket, peer: str, address: str, limits: Limits, payloads: Payloads | None = None
@@ -51,7 +51,7 @@ class Stream:
         self.received = self.sent = 0
         self.began = time.monotonic()
         self.idle_since: float | None = self.began
-        self.beats = self._sending = False
+        self.beats = self.halved = self._sending = False
         self._told = self.began
         self._socket, self._limits, self._payloads = connection, limits, payloads
         self._stall = limits.stall_seconds
@@ -284,6 +284,7 @@ class Stream:
                 self.sent += count
                 rest = rest[count:]
         except TimeoutError as error:
+            self.halved = True
             if error.errno:
                 raise ConnectionLost(self.peer, self.doing, "its machine does not answer any more") from None
             raise RemoteProtocolError("the client does not read its replies") from None
