@@ -99,7 +99,8 @@ def test_a_computation_that_takes_too_long() -> None:
             run()
 
 
-def test_a_server_that_stops_says_so_to_who_waits_and_who_computes() -> None:
+def test_a_server_that_stops_says_so_to_who_waits_and_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdrpc.server.listener._JOIN_SECONDS", 60.0)  # on a busy machine a product takes over a second
     with serving() as server, connected(server) as idle, connected(server) as busy:
         run = endless(busy)
         threading.Timer(0.5, server.stop).start()
