@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sdrpc import storage
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.compilation import CompiledProgram, Compiler, Origin, missing
 from sdrpc.engine.compilation import compiler as compiling
-from sdrpc.engine.compilation.faster import REPEATS
+from sdrpc.engine.compilation.faster import REPEATS, TIMES
 from sdrpc.engine.compilation.job import Job, encode, read
 from sdrpc.engine.compilation.pure import is_pure, pure
 from sdrpc.engine.precision import EXACT, Precision
@@ -162,7 +163,53 @@ def test_compiled_code_takes_over_when_it_agrees() -> None:
     program.weigh()
     program()
     assert not program.runs_compiled, "the compiled program holds the weight as it was"
+    for _ in range(REPEATS + 1):
+        program()
+    assert program.runs_compiled, "another one takes it as it comes, since it changes"
+    assert [job.kept for job in compiler.jobs] == [(False, True), (False, False)]
+    program.device.close()
+
+
+class Late(Told):
+    """Answers when it is told to."""
+
+    def ask(self, job: Job) -> Future[Callable[..., Sequence[Tensor]]]:
+        self.jobs.append(job)
+        self.answer: Future[Callable[..., Sequence[Tensor]]] = Future()
+        return self.answer
+
+
+def test_weights_that_change_while_code_is_made_for_them() -> None:
+    compiler = Late(right)
+    program = Program(compiler)
+    for _ in range(REPEATS + 1):
+        program()
+    program.weigh()
+    compiler.answer.set_result(right(compiler.jobs[0]))
+    for _ in range(REPEATS + 1):
+        program()
+    assert [job.kept for job in compiler.jobs] == [(False, True), (False, False)]
+    assert not program.runs_compiled
+    compiler.answer.set_result(right(compiler.jobs[1]))
     program()
+    assert program.runs_compiled
+    program.device.close()
+
+
+def test_weights_that_come_and_go_end_the_wish_for_code(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others may want the room of those that a program keeps."""
+    compiler = Told(right)
+    program = Program(compiler)
+    kept = cycle([(False, True), (True, True)])
+    monkeypatch.setattr("sdrpc.engine.compilation.faster.Faster._kept_now", lambda _: next(kept))
+    with caplog.at_level(logging.INFO):
+        for _ in range(REPEATS + TIMES + 4):
+            program()
+    assert len(compiler.jobs) == TIMES
+    assert not program.runs_compiled
+    assert ["come and go" in record.getMessage() for record in caplog.records] == [True]
     program.device.close()
 
 

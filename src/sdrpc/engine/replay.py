@@ -64,7 +64,9 @@ class Replay:
             self._graph = None
             if self._body is not self.bound:  # it holds weights that are gone
                 self._body, self._warm = self.bound, False
-        found = None if self._faster is None else self._faster.found()
+            if self._faster is not None:
+                self._faster.unsettled()
+        found = self._faster.found() if self._faster is not None and self._body is self.bound else None
         if self._faster is not None and found is not None and self._faster.tried(found, lambda: self._run(deadline)):
             self._body, self._graph, self._attempts = found, None, 0
         elif found is None:

@@ -23,6 +23,8 @@ REPEATS = 4
 """Runs after which a program is one that repeats: text encoders run once or twice for a picture."""
 SMALL = 64
 """A program with fewer steps than this gains nothing that is worth a minute of a processor."""
+TIMES = 3
+"""That code is asked for, where other weights of a program are kept than those that the last one was made for."""
 ROUNDINGS = 16
 """How far (relative, L2) a compiled program's results may be from those that it replaces, in the narrow dtype's
 roundings. It rounds less often, since it keeps in float32 what lies between operations that it fuses: 1 to 4 of them
@@ -77,12 +79,11 @@ class Faster:
     what can't be compiled runs as it is."""
 
     def __init__(self, bound: Bound, origin: Origin, compiler: Compiler, threads: int) -> None:
-        self._bound, self._compiler, self._threads = bound, compiler, threads
-        self._origin: Origin | None = origin
+        self._bound, self._origin, self._compiler, self._threads = bound, origin, compiler, threads
         self._limit = ROUNDINGS * torch.finfo(origin.precision.narrow or torch.float32).eps
         if any(value.op is EngineOp.PRODUCT_8BIT for value in ordered(bound.compiled.roots)):
             self._limit += EIGHT_BITS
-        self._runs = 0
+        self._runs = self._times = 0
         self._asked: Future[Function] | None = None
         self._kept: tuple[bool, ...] = ()
         self._over = len(bound) < SMALL or not is_pure(bound.compiled.roots)
@@ -91,26 +92,30 @@ class Faster:
         if self._asked is not None:
             self._asked.cancel()
 
+    def unsettled(self) -> None:
+        """Weights that the program keeps have changed: those that code was asked for have to settle anew."""
+        if self._asked is not None:
+            self._runs = 0
+
     def found(self) -> CompiledProgram | None:
-        """To be called before each run: the compiled form when it is there, for :meth:`tried`. It asks for it."""
-        if self._over:
-            return None
+        """To be called before each run that is not compiled: the compiled form when it is there, for :meth:`tried`. It
+        asks for it."""
         self._runs += 1
-        if self._asked is None:
-            if self._runs > REPEATS and self._origin is not None:
-                self._kept = self._kept_now()
-                job = Job(self._origin, self._bound.device, self._kept, self._threads)
-                self._origin, self._asked = None, self._compiler.ask(job)
+        if self._over or self._runs <= REPEATS or (self._asked is not None and not self._asked.done()):
             return None
-        if not self._asked.done():
+        kept = self._kept_now()
+        if self._asked is None or (kept != self._kept and self._times < TIMES):
+            self._times, self._kept = self._times + 1, kept
+            self._asked = self._compiler.ask(Job(self._origin, self._bound.device, kept, self._threads))
             return None
-        self._over = True
         try:
             function = self._asked.result()
-            if self._kept_now() == self._kept:
+            if kept == self._kept:
                 return CompiledProgram(self._bound, function)
+            log.info("weights that a program of %d steps keeps come and go: it is not compiled", len(self._bound))
         except Exception as error:
             log.warning("a program of %d steps is not compiled: %s", len(self._bound), _line(error))
+        self._over = True
         return None
 
     def tried(self, compiled: CompiledProgram, run: Callable[[], None]) -> bool:
@@ -119,12 +124,14 @@ class Faster:
             results = compiled.results()
         except Exception as error:
             run()
+            self._over = True
             log.warning("a compiled program of %d steps does not run: %s", len(self._bound), _line(error))
             return False
         run()
         if compiled.agrees(results, self._limit):
             log.info("a program of %d steps runs compiled from now on", len(self._bound))
             return True
+        self._over = True
         log.warning("a compiled program of %d steps gives other numbers: it is not used", len(self._bound))
         return False
 
