@@ -397,6 +397,18 @@ def test_pickling_is_refused() -> None:
     assert offloaded.state_dict().keys() == {"weight", "bias"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_would_compute_here_is_refused() -> None:
+    """torch.jit.script compiled the original without a word."""
+    offloaded, x = sdrpc.offload(nn.Linear(3, 3), ReferenceDevice()), torch.ones(1, 3)
+    with pytest.raises(UsageError, match="an offloaded Linear can't be scripted"):
+        torch.jit.script(offloaded)
+    with torch.no_grad(), pytest.raises(UsageError, match="an offloaded Linear can't be traced or exported"):
+        torch.jit.trace(offloaded, x)
+    with torch.no_grad(), pytest.raises(UsageError, match="an offloaded Linear can't be traced or exported"):
+        torch.export.export(offloaded, (x,))
+
+
 class Scale:
     def __init__(self, factor: float, table: Tensor | None = None) -> None:
         self.factor, self.table = factor, table

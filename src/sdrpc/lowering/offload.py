@@ -21,6 +21,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from ..device import Device
 from ..errors import CaptureError, InvalidValue, SdrpcError, UsageError
@@ -105,6 +106,7 @@ def offload(
         "__copy__": lambda self: remote.offloaded(remote.plain(self)),
         "__deepcopy__": lambda self, memo: remote.deep_copy(self, memo),
         "__reduce_ex__": _refuse_to_pickle,
+        "__prepare_scriptable__": _refuse_to_script,
     }
     kind = type(original.__name__, (original,), {**names, **entries, **behaviour})
     result = _sharing(kind, module)
@@ -122,6 +124,11 @@ def _sharing(kind: type[nn.Module], module: nn.Module) -> nn.Module:
 def _refuse_to_pickle(self: nn.Module, _: object) -> Any:
     name = type(self).__name__
     raise UsageError(f"an offloaded {name} can't be pickled: save its state_dict(), and offload the module again")
+
+
+def _refuse_to_script(self: nn.Module) -> Any:
+    """torch.jit.script asks for this; else it would compile the original, and compute here."""
+    raise UsageError(f"an offloaded {type(self).__name__} can't be scripted: script the original")
 
 
 class _Entry:
@@ -259,6 +266,9 @@ class _Remote:
             return getattr(self.original, method)(self._tracing.copy, *args, **kwargs)
         args, kwargs = _with_numbers_as_tensors(self._function(module, method), args, kwargs)
         arguments = take_apart((tuple(args), dict(kwargs)))
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch's
+        if traced or any(isinstance(tensor, FakeTensor) for tensor in arguments.tensors):
+            raise UsageError(f"an offloaded {self.original.__name__} can't be traced or exported: take the original")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors):
             raise UsageError(f"an offloaded {self.original.__name__} has no gradients: call it under torch.no_grad()")
         with self._lock:
