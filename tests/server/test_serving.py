@@ -13,7 +13,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from struct import pack, unpack
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from sdrpc.errors import DeviceError
 from sdrpc.ggml import params, validate
 from sdrpc.ggml.dialect import Dialect, dialects
 from sdrpc.server import Limits, Server
+from sdrpc.server.handler import AT_ONCE
 from sdrpc.wire import graphs, messages
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import NATIVE, Capability
@@ -289,45 +289,46 @@ def test_t9_a_thousand_connections_at_once(device: CountingDevice, caplog: pytes
 def test_a_device_without_memory_that_we_can_touch(device: CountingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator: what arrives is written piece by piece, and what is read is never here as a whole."""
     monkeypatch.setattr(device, "window", lambda *_: None)
-    asked: list[int] = []
+    order: list[tuple[str, int]] = []
 
     class Queued:
         """What is read when the device has been asked three times."""
 
-        def __init__(self, *place: Any) -> None:
-            self.place, self.looks = place, 3
+        def __init__(self, buffer: Buffer, offset: int, size: int) -> None:
+            self.place, self.looks = (buffer, offset, size), 3
+            order.append(("asked", size))
 
         def ready(self) -> bool:
             self.looks -= 1
             return self.looks < 0
 
         def wait(self) -> Bytes:
-            return bytes(read(*self.place))
+            order.append(("came", self.place[2]))
+            return bytes(device.read(*self.place))
 
-    def read(buffer: Buffer, offset: int, size: int) -> Bytes:
-        asked.append(size)
-        return LocalDevice.read(device, buffer, offset, size)
-
-    monkeypatch.setattr(device, "read", read)
     monkeypatch.setattr(device, "read_soon", Queued)
-    data = np.random.default_rng(1).bytes((9 << 20) + 3)
+    data = np.random.default_rng(1).bytes(AT_ONCE * PIECE + 3)
     with Server([device]) as server, RawClient(server.port) as client:
         tensor = client.record(client.buffer(len(data) + 1), (len(data) // 4 + 1,))
         client.set(tensor, data)
         assert client.get(tensor, len(data)) == data
         assert client.get(tensor, 5, len(data) - 5) == data[-5:]
         client.ask(messages.GetAllocSize(0, tensor, (Record(),) * 10))
-    assert asked == [PIECE, PIECE, len(data) - 2 * PIECE, 5]
+    whole = [PIECE] * AT_ONCE
+    first = [("asked", size) for size in whole] + [("came", PIECE), ("asked", 3)]
+    rest = [("came", size) for size in (*whole[1:], 3)]
+    assert order == [*first, *rest, ("asked", 5), ("came", 5)]
 
 
-def test_a_device_that_fails_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [DeviceError("it fell off the bus"), RuntimeError("a fault of ours")], ids=repr)
+def test_a_device_that_fails_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A reason in the middle of an answer would be taken for data: the connection ends without one."""
     size = 3 * PIECE
     device = scene.devices[0]
 
     def read(buffer: Buffer, offset: int, length: int) -> Bytes:
         if length == PIECE and offset == 2 * PIECE:
-            raise DeviceError("it fell off the bus")
+            raise error
         return LocalDevice.read(device, buffer, offset, length)
 
     monkeypatch.setattr(device, "read", read)

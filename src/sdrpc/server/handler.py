@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 from ..content import PIECE, pieces
 from ..device import Bytes, Soon
-from ..errors import ConnectionLost, DeviceError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
+from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
@@ -35,6 +37,9 @@ ANSWERS = 8
 """Answers of a client that wait for a device, at most."""
 SMALL = 1 << 20
 """Bytes of an answer above which nothing else is dealt with before it is given."""
+AT_ONCE = 4
+"""Pieces of an answer that a device is asked for at once: each that is asked for later waits for what other clients
+were given to compute meanwhile, and nobody can tell the client so in the middle of an answer."""
 PAUSE = 0.0002
 """Seconds between two looks at a device that is not ready."""
 
@@ -272,11 +277,20 @@ def _send_tensor(stream: Stream, session: Session, request: Received) -> None:
     region, offset, size = session.source(request.message)
     device = session.devices[region.device]
 
-    def part(at: int, length: int) -> Bytes:
-        soon = None if at else device.read_soon(region.buffer, offset, length)
-        return device.read(region.buffer, offset + at, length) if soon is None else _come(stream, soon)
+    def ask(at: int, length: int) -> Callable[[], Bytes]:
+        soon = device.read_soon(region.buffer, offset + at, length)
+        if soon is None:
+            return partial(device.read, region.buffer, offset + at, length)
+        return soon.wait if at else partial(_come, stream, soon)
 
-    _send(stream, size, (part(at, length) for at, length in pieces(size)))
+    def parts() -> Iterator[Bytes]:
+        asked = (ask(at, length) for at, length in pieces(size))
+        waiting = deque(islice(asked, AT_ONCE))
+        while waiting:
+            yield waiting.popleft()()
+            waiting.extend(islice(asked, 1))
+
+    _send(stream, size, parts())
 
 
 def _send_rows(stream: Stream, session: Session, request: Received) -> None:
@@ -292,11 +306,10 @@ def _send(stream: Stream, size: int, parts: Iterator[Bytes]) -> None:
     the connection without a word, which would be taken for data."""
     first = next(parts, b"")
     stream.write([REPLY_HEADER.pack(size), first])
-    try:
-        for part in parts:
-            stream.write([part])
-    except DeviceError as error:
-        raise ConnectionLost(stream.peer, stream.doing, str(error)) from error
+    stream.halved = True
+    for part in parts:
+        stream.write([part])
+    stream.halved = False
 
 
 _PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = {
