@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrpc.client import RemoteDevice, Timeouts, connect
+from sdrpc.client.liveness import hung_up
 from sdrpc.errors import ConnectionFailed, ConnectionLost, RemoteProtocolError, SdrpcError
 from sdrpc.ggml.build import leaf, node
 from sdrpc.ggml.tensor import OUTPUT, Graph
@@ -208,6 +210,16 @@ def test_an_end_behind_which_nobody_reads() -> None:
         finally:
             over.set()
             device.close()
+
+
+def test_a_connection_that_was_closed_here_did_not_hang_up() -> None:
+    """Another thread may close it while somebody waits for room."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    if sys.platform.startswith("linux"):
+        assert hung_up(ours)
+    ours.close()
+    assert not hung_up(ours)
 
 
 def counted() -> dict[str, int]:

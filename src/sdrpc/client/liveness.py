@@ -47,8 +47,8 @@ def is_gone(connection: socket.socket, seconds: float) -> bool:
 
 def hung_up(connection: socket.socket) -> bool:
     """Whether the other end has said that nothing more comes from it, behind whatever was not read yet. Where the
-    system does not tell: no."""
-    if not sys.platform.startswith("linux"):
+    system does not tell, or the connection was closed here: no."""
+    if not sys.platform.startswith("linux") or connection.fileno() < 0:
         return False
     poll = select.poll()
     poll.register(connection, select.POLLHUP | select.POLLERR | select.POLLRDHUP)

@@ -39,15 +39,18 @@ class Programs:
             deadline.start()
             with running(deadline):
                 made = make()
-        with self._lock:
-            self._kept[name] = made, tensors
-            while len(self._kept) > PROGRAMS or sum(count for _, count in self._kept.values()) > TENSORS:
-                self._kept.popitem(last=False)
+            self._keep(name, made, tensors)
         return made
 
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
+
+    def _keep(self, name: bytes, made: Compiled, tensors: int) -> None:
+        with self._lock:
+            self._kept[name] = made, tensors
+            while len(self._kept) > PROGRAMS or sum(count for _, count in self._kept.values()) > TENSORS:
+                self._kept.popitem(last=False)
 
     def _find(self, name: bytes) -> Compiled | None:
         with self._lock:

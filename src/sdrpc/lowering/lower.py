@@ -35,7 +35,7 @@ VOCABULARY = RULES.keys() | COMPLEX_RULES.keys() | {"getitem"}
 
 
 def lower(captured: Captured, target: Target, types: Mapping[str, Type], float32: bool = False) -> Lowered:
-    """The graph of an captured module. ``types`` are the stored types of weights by name (F32 where none is given).
+    """The graph of a captured module. ``types`` are the stored types of weights by name (F32 where none is given).
 
     ``float32``: what torch multiplies in float32 is marked GGML_PREC_F32; without it a device's precision decides.
 

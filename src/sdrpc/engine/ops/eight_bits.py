@@ -19,6 +19,8 @@ from .base import Autocast, Kernel, kernel, operand
 from .convrot import quantized, sums
 
 E4M3_LARGEST = 448.0
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Of scales: the reciprocal of a smaller one may be infinite."""
 
 
 def _product(v: Value[MulMat], a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,8 +44,8 @@ def _product(v: Value[MulMat], a: Tensor, b: Tensor, bias: Tensor | None = None)
 
 def _floats8(x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``x`` in float8_e4m3fn, [rows, k], and each row's scale, [rows, 1]."""
-    scale = x.abs().amax(1, keepdim=True) / E4M3_LARGEST
-    numbers = x * torch.where(scale == 0, 0.0, 1 / scale)
+    scale = (x.abs().amax(1, keepdim=True) / E4M3_LARGEST).clamp_min(SMALLEST)
+    numbers = x * (1 / scale)
     return numbers.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn), scale
 
 
