@@ -92,8 +92,10 @@ def test_numbers_that_are_too_large_are_no_warnings(of_columns: bool) -> None:
     huge, base = np.full((ROWS, CHANNELS), 3e38), weight(np.full((ROWS, CHANNELS), 3e38))
     lengths = weight(np.full(CHANNELS if of_columns else ROWS, np.inf))
     for change in (Difference(weight(huge), 2.0), LowRank(weight(huge[:RANK]), weight(huge[:, :RANK]))):
-        for each in deltas(base, change, lengths, of_columns):
+        found = deltas(base, change, lengths, of_columns)
+        for each in found:
             assert all(len(part.data()) == part.nbytes for part in each.weights)
+        assert not np.isfinite(numbers(merged(base, [(each, 1.0) for each in found]))).any()
 
 
 def test_a_weight_is_read_once_and_late() -> None:

@@ -155,8 +155,9 @@ def merged(w: Weight, changes: Sequence[tuple[Delta, float]]) -> Weight:
 
     def make(first: int, last: int) -> np.ndarray:
         values = base = read(first, last)
-        for change, strength in changes:
-            values = values + np.float32(strength) * added(change, base, first)
+        with np.errstate(all="ignore"):  # as in computed
+            for change, strength in changes:
+                values = values + np.float32(strength) * added(change, base, first)
         return write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
     said = " ".join(f"{strength * change.factor!r}" for change, strength in changes)

@@ -211,8 +211,9 @@ class Session:
         self, settings: Settings, on_event: OnEvent = lambda _: None, cancel: Cancel = lambda: False
     ) -> Iterator[Video]:
         """As :meth:`generate_video`, of a request in which everything is filled in."""
+        audible = self._is_audible(settings)
         for whole, seed in self._drawn(settings, on_event, cancel, lambda latents, _: latents):
-            sound = self._sound(whole, settings)
+            sound = self._sound(whole, settings) if audible else None
             frames = self._film(self._silent(whole, settings), settings.video_frames, on_event)
             yield Video(frames, settings.video_frames, settings.fps, settings.width, settings.height, seed, sound)
 
@@ -329,16 +330,19 @@ class Session:
         shape = latents_shape(self.model, settings)
         return latents if latents.shape == shape else latents[:, :, : shape[2]]
 
-    def _sound(self, latents: F32, settings: Settings) -> Sound | None:
-        """What is heard of what was drawn; None where nothing is, or nothing decodes it."""
-        length = self.model.family.latents.sound(settings.video_frames, settings.fps)
-        if not length:
-            return None
+    def _is_audible(self, settings: Settings) -> bool:
+        """Whether films have a sound. It is said before they are drawn where only what decodes it is lacking."""
+        if not self.model.family.latents.sound(settings.video_frames, settings.fps):
+            return False
         lacking = [name for name in (AUDIO_VAE, VOCODER) if name not in self.model.components]
         if lacking:
             what = " and ".join(self.model.family.component(name).title for name in lacking)
             log.warning("%s: the film is silent, for no file that was named has its %s", self.model.family.title, what)
-            return None
+        return not lacking
+
+    def _sound(self, latents: F32, settings: Settings) -> Sound:
+        """What is heard of what was drawn."""
+        length = self.model.family.latents.sound(settings.video_frames, settings.fps)
         batch, channels, frames, *_ = latents_shape(self.model, settings)
         drawn = np.ascontiguousarray(latents[:, :, frames:].reshape(batch, channels, -1)[:, :, :length])
         with self.timer("decode"), self._devices.telling.stage("decode", AUDIO_VAE):
