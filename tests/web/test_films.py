@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from io import BytesIO
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import av
+import numpy as np
 import pytest
 
+from sdrpc.diffusion.pictures import Sound, Video
+from sdrpc.web.studio import Studio
 from tests.web.process import WebServer
 from tools.checkpoints import make
 
@@ -75,3 +79,16 @@ def test_refusals(cinema: WebServer, changes: dict[str, Any], says: str) -> None
 def test_a_model_of_pictures_draws_no_films(server: WebServer) -> None:
     answer = server.ask("/sdcpp/v1/vid_gen", FILM | {"model": "tiny"})
     assert (answer.status, "draws pictures, no films" in answer.error) == (400, True)
+
+
+@pytest.mark.parametrize(("kind", "silent"), [("webp", True), ("avi", False)])
+def test_that_a_format_holds_no_sound_is_said(caplog: pytest.LogCaptureFixture, kind: str, silent: bool) -> None:
+    sound = Sound(np.zeros((2, 800), np.float32), 8000)
+    film = Video(iter([np.zeros((16, 16, 3), np.uint8)]), 1, 10, 16, 16, 1, sound)
+    session = SimpleNamespace(settings=lambda *_, **__: None, draw_video=lambda *_: [film])
+    here = SimpleNamespace(_session=lambda *_: session, _request=lambda _: None, _told=lambda *_: None)
+    job = SimpleNamespace(id="7", task=SimpleNamespace(output_format=kind))
+    [(seed, data)] = Studio._film(cast(Any, here), cast(Any, None), cast(Any, job), cast(Any, None), lambda: False)
+    assert seed == 1
+    assert data
+    assert ("7: the film is silent, for .webp holds no sound; there are webm, avi, mp4" in caplog.text) == silent

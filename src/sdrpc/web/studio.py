@@ -21,7 +21,7 @@ from PIL import Image
 from ..device import Device
 from ..device_names import AUTO
 from ..diffusion.events import Cancel, Event, OnEvent
-from ..diffusion.films import check_format
+from ..diffusion.films import check_format, has_sound
 from ..diffusion.films import encode as encode_film
 from ..diffusion.hires import PIXEL_FILTERS, UPSCALERS
 from ..diffusion.image_files import read_mask, read_picture
@@ -438,8 +438,11 @@ class Studio:
         session, task = self._session(job, warm), job.task
         settings = session.settings(self._request(job), video=True)
         for film in session.draw_video(settings, lambda event: self._tell(seat, job, event), cancel):
-            file = BytesIO()
-            encode_film(film, FILM_FORMATS[task.output_format], file, self._told(task, settings, film))
+            file, suffix = BytesIO(), FILM_FORMATS[task.output_format]
+            if film.sound is not None and not has_sound(suffix):
+                holds = ", ".join(name for name, other in FILM_FORMATS.items() if has_sound(other))
+                log.warning("%s: the film is silent, for %s holds no sound; there are %s", job.id, suffix, holds)
+            encode_film(film, suffix, file, self._told(task, settings, film))
             yield film.seed, file.getvalue()
 
     def _session(self, job: Job, warm: _Warm) -> Drawing:
