@@ -26,6 +26,11 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("wan", tmp_path_factory.mktemp("wan")).files["model"]
 
 
+@pytest.fixture(scope="module")
+def ltx2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("ltx2", tmp_path_factory.mktemp("ltx2")).files["model"]
+
+
 @pytest.fixture
 def film(wan: Path, servers: Servers, sd: Sd) -> Callable[..., Outcome]:
     def run(*arguments: object) -> Outcome:
@@ -36,8 +41,7 @@ def film(wan: Path, servers: Servers, sd: Sd) -> Callable[..., Outcome]:
     return run
 
 
-def test_sound_is_beside_what_holds_none(tmp_path: Path, servers: Servers, sd: Sd) -> None:
-    ltx2 = make("ltx2", tmp_path / "ltx2").files["model"]
+def test_sound_is_beside_what_holds_none(ltx2: Path, tmp_path: Path, servers: Servers, sd: Sd) -> None:
     made = sd(
         "-M", "vid_gen", "--rpc", f"127.0.0.1:{servers[0].port}", "-m", ltx2, "-p", "a lovely cat", "-W", 64, "-H", 64,
         "--steps", 1, "--cfg-scale", 1, "--video-frames", 9, "-o", tmp_path / "film.webp",
@@ -47,6 +51,22 @@ def test_sound_is_beside_what_holds_none(tmp_path: Path, servers: Servers, sd: S
     with wave.open(str(tmp_path / "film.wav")) as file:
         assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 24000, (4 * 9 - 3) * 240)
         assert np.frombuffer(file.readframes(7920), "<i2").std() > 300
+
+
+def test_a_picture_of_a_model_of_films_with_sound_is_a_film_of_one_frame(
+    ltx2: Path, tmp_path: Path, servers: Servers, sd: Sd
+) -> None:
+    """Sound is drawn beside a picture, too, for the model attends to it; nobody hears it."""
+    server = f"127.0.0.1:{servers[0].port}"
+    common = ("--rpc", server, "-m", ltx2, "-p", "a lovely cat", "-W", 64, "-H", 64, "--steps", 1, "--cfg-scale", 1)
+    picture = sd(*common, "-o", tmp_path / "picture.png")
+    assert picture.status == 0, picture.err
+    assert picture.out.split() == [str(tmp_path / "picture.png")]
+    film = sd(*common, "-M", "vid_gen", "--video-frames", 1, "-o", tmp_path / "frame_%d.png")
+    assert film.status == 0, film.err
+    with Image.open(tmp_path / "picture.png") as one, Image.open(tmp_path / "frame_0.png") as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        assert np.asarray(one).std() > 10
 
 
 def test_a_film_and_its_frames_are_the_same_pictures(film: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ class Session:
         def decoded(latents: F32, lane: int) -> Pixels:
             with self.timer("decode"), self._devices.telling.stage("decode", "vae"):
                 tiny = self._vae.has_tiny and not settings.taesd_preview_only
-                return self._shown(latents, settings, tiny, lane)
+                return self._shown(self._silent(latents, settings), settings, tiny, lane)
 
         with self._with_network(settings.hires):
             for picture, seed in self._drawn(settings, on_event, cancel, decoded):
@@ -787,7 +787,8 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         reason = "the model is not shown what is around a mask (an inpainting model would be)"
         raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
     if settings.hires is not None and (video or family.latents.films or inpaints(model) or settings.mask is not None):
-        raise InvalidValue("hires", "on", "it is for pictures without a mask, of models that are not for inpainting")
+        reason = "it is for pictures without a mask, of models that are for pictures and not for inpainting"
+        raise InvalidValue("hires", "on", reason)
     if HIGH_NOISE not in model.components:
         reason = "there is no model for high noise: name its file (high_noise_diffusion_model)"
         for name in ("steps", "cfg_scale", "sampling_method", "eta"):
