@@ -169,6 +169,7 @@ BAD = [
         r"y: no such LoRA in x \(--lora-model-dir\): there is none; .* comes outline$",
     ),
     (("-m", "{checkpoint}", "--hires", "--hires-upscaler", "x"), 2, r"no such upscaler; .* \(--hires-upscalers-dir\)$"),
+    (("-m", "{checkpoint}", "--rpc", ""), 2, r"--rpc '': names no server: HOST:PORT"),
     (("-m", "{checkpoint}", "--sigmas", ""), 2, r"--sigmas '': numbers with commas"),
     (("-m", "{checkpoint}", "--hires", "--hires-sigmas", "[]"), 2, r"--hires-sigmas \[\]: numbers with commas"),
     (("-m", "{checkpoint}", "-o", "picture.gif"), 2, r"--output picture\.gif: .*\.jpg"),

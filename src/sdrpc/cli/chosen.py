@@ -46,8 +46,12 @@ def folder_of(chosen: Chosen, field: str) -> Path | None:
 
 
 def servers(chosen: Chosen) -> list[str]:
-    """The endpoints of ``--rpc``."""
-    return [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
+    """The endpoints of ``--rpc``. Raises :class:`InvalidValue` where it is there and names none, as an empty variable
+    of a shell does: nobody who writes it means this machine."""
+    named = [endpoint.strip() for text in chosen["rpc"] for endpoint in text.split(",") if endpoint.strip()]
+    if chosen["rpc"] and not named:
+        raise InvalidValue("rpc", ",".join(chosen["rpc"]), "names no server: HOST:PORT; leave it out for this machine")
+    return named
 
 
 def keychain(chosen: Chosen) -> Keychain:
