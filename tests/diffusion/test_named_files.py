@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sdrpc.diffusion.named_files import by_name
+from sdrpc.diffusion.loras import names
+from sdrpc.diffusion.named_files import by_name, files_in
 from sdrpc.diffusion.upscaling import Upscalers
 from sdrpc.errors import InvalidValue
 
@@ -24,3 +25,11 @@ def test_a_stem_of_two_networks_is_refused_with_both_names(tmp_path: Path) -> No
     assert known.find("x.pth", (), "upscaler") == tmp_path / "x.pth"
     with pytest.raises(InvalidValue, match=r"there are x\.pth, x\.safetensors, y"):
         known.find("x", (), "upscaler")
+
+
+def test_a_folder_is_no_file_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("b.SAFETENSORS", "a.pth", "notes.txt"):
+        (tmp_path / name).touch()
+    assert files_in(tmp_path, (".safetensors", ".pth")) == [tmp_path / "a.pth", tmp_path / "b.SAFETENSORS"]
+    assert names(tmp_path).keys() == Upscalers(tmp_path).names().keys() == {"a", "b"}

@@ -16,6 +16,7 @@ from ..families.base import F32
 from ..families.model import Model
 from ..ggml.weight import Weight
 from ..prompts.learned import BEGINNING, FIRST, NOTHING, Learned, pattern
+from .named_files import files_in
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt", ".gguf")
 """Of files that are looked at, in order of preference where several have one name."""
@@ -41,7 +42,7 @@ class Embeddings:
             return {}
         if not self._folder.is_dir():
             raise InvalidValue("embd_dir", self._folder, "is no folder")
-        paths = [path for path in sorted(self._folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+        paths = files_in(self._folder, SUFFIXES)
         paths.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()), reverse=True)
         return {path.stem.lower(): path for path in paths}
 

@@ -10,7 +10,7 @@ from ..errors import InvalidValue
 from ..families.lora import Lora, open_lora
 from ..families.model import Model
 from ..models import LORAS, LORAS_OF, SHIPPED
-from .named_files import by_name
+from .named_files import by_name, files_in
 from .request import Applied
 
 SUFFIXES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -22,9 +22,9 @@ KEPT = 8
 
 def names(folder: Path, models: Collection[Path | None] = ()) -> dict[str, Path]:
     """Name → file of the LoRAs directly in ``folder``, and of those that ship with sdrpc for one of ``models``."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = files_in(folder, SUFFIXES) if folder.is_dir() else []
     shipped = LORAS if SHIPPED[LORAS_OF] in models else {}
-    return {**shipped, **by_name(path for path in files if path.suffix.lower() in SUFFIXES)}
+    return {**shipped, **by_name(files)}
 
 
 def find(folder: Path, name: str | Path) -> Path:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+
+def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files directly in ``folder`` whose names end so, whatever the case, in order; a folder is none of them."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.is_file())
 
 
 def by_name(paths: Iterable[Path]) -> dict[str, Path]:

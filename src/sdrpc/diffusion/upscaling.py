@@ -21,7 +21,7 @@ from ..errors import CheckpointError, InvalidValue, UsageError
 from ..ggml.types import F32 as FLOAT
 from ..ggml.weight import Weight
 from ..runtime.lost import RETRY_SECONDS
-from .named_files import by_name
+from .named_files import by_name, files_in
 from .pictures import F32, Pixels, f32, finite, to_pixels
 from .tiles import Cell, Tiling, tiled
 
@@ -56,8 +56,7 @@ class Upscalers:
         """Name → file of those directly in the folder."""
         if self.folder is None or not self.folder.is_dir():
             return {}
-        files = sorted(self.folder.absolute().iterdir())
-        return by_name(path for path in files if path.suffix.lower() in SUFFIXES)
+        return by_name(files_in(self.folder.absolute(), SUFFIXES))
 
     def find(self, name: str, filters: Collection[str], field: str) -> str | Path:
         """The file of a network, by its name with or without its suffix; of the ``filters`` the name itself. Names are
