@@ -204,7 +204,7 @@ def test_weights_that_come_and_go_end_the_wish_for_code(
     program = Program(compiler)
     kept = cycle([(False, True), (True, True)])
     monkeypatch.setattr("sdrpc.engine.compilation.faster.Faster._kept_now", lambda _: next(kept))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "sdrpc"):
         for _ in range(REPEATS + TIMES + 4):
             program()
     assert len(compiler.jobs) == TIMES
