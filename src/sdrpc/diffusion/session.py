@@ -326,9 +326,9 @@ class Session:
         return latents
 
     def _silent(self, latents: F32, settings: Settings) -> F32:
-        """What was drawn, without the sound's latents, which are further frames behind those of the pictures."""
-        shape = latents_shape(self.model, settings)
-        return latents if latents.shape == shape else latents[:, :, : shape[2]]
+        """What was drawn, without the sound's latents, which are further frames behind those of the pictures. (Those of
+        pictures have no frames, and may be larger than the first pass's.)"""
+        return latents[:, :, : latents_shape(self.model, settings)[2]] if latents.ndim == 5 else latents
 
     def _is_audible(self, settings: Settings) -> bool:
         """Whether films have a sound. It is said before they are drawn where only what decodes it is lacking."""
