@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,17 @@ def watching(*watched: Watched | WatchedDevice) -> Iterator[None]:
         thread.join()
 
 
+def _holdings(log: str) -> Iterator[Row]:
+    """What the device's memory was taken by after that first run of a program after which it was most."""
+    found = [
+        {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d+)", line)}
+        for line in re.findall("after a first run: (.*) GB", log)
+    ]
+    most = max(found, key=lambda each: each["reserved_at_most"] + each["context"])
+    for name, size in most.items():
+        yield Row(f"memory, server's device: {name.replace('_', ' ')}", size, "GB")
+
+
 def run(setup: Setup) -> Iterator[Row]:
     graphs = setup.folder / "memory" / "graphs"
     graphs.mkdir(parents=True)
@@ -94,4 +106,5 @@ def run(setup: Setup) -> Iterator[Row]:
             needed = (weights + activations) / GB
             yield Row(f"memory, {where}", seen.peak / GB, "GB", needed, holds, Mark(needed + 1, "ours"), "mark: + 1 GB")
     if on_device is not None:
+        yield from _holdings(server.output)
         yield Row("memory, server", watched_server.peak / GB, "GB", None, "", None, "host memory, torch's own included")

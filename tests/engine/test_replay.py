@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,38 +24,62 @@ from tests.engine.compare import at
 
 N = 32
 WEIGHT, OUT = 4096, 8192
+KEEPER = 1
+"""A pool's own recording."""
 
 
 class Recorder:
-    """Stands for torch.cuda: a recording is replayed by running the program's steps."""
+    """Stands for torch.cuda: a recording is replayed by running the program's steps. ``pools`` are the memories that
+    recordings have."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.emptied = 0
         self.fails = False
         self.bound: Bound | None = None
+        self.pools: weakref.WeakSet[Handle] = weakref.WeakSet()
 
-    def replay(self) -> None:
-        assert self.bound is not None
-        self.replayed += 1
-        self.bound.record()
+    def handle(self) -> Handle:
+        handle = Handle()
+        self.pools.add(handle)
+        return handle
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
 
     @contextmanager
-    def record(self, graph: object, **_: object) -> Iterator[None]:
+    def record(self, graph: Recording, pool: Handle, **_: object) -> Iterator[None]:
         yield
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
+        graph.pool = pool
         self.recorded += 1
+
+
+class Handle:
+    """Of a pool."""
+
+
+class Recording:
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.pool: Handle | None = None
+
+    def replay(self) -> None:
+        assert self.recorder.bound is not None
+        self.recorder.replayed += 1
+        self.recorder.bound.record()
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorder)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(Recording, recorder))
     monkeypatch.setattr(torch.cuda, "graph", recorder.record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-    monkeypatch.setattr(Pool, "handle", lambda pool: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", recorder.handle)
+    monkeypatch.setattr(torch.cuda, "empty_cache", recorder.empty_cache)
     return recorder
 
 
@@ -69,7 +95,8 @@ class Product:
         bound = self.device.compile(Graph((at(product, key, OUT),)), {key: self.buffer}).bound
         assert isinstance(bound, Bound)
         recorder.bound = bound
-        self.replay = Replay(bound, Pool())
+        self.pool = Pool(cpu)
+        self.replay = Replay(bound, self.pool)
         self.weigh(1)
 
     def weigh(self, factor: int) -> None:
@@ -87,7 +114,7 @@ class Product:
 def test_the_second_run_is_recorded_and_further_ones_replayed(recorder: Recorder) -> None:
     product = Product(recorder)
     assert [product(x) for x in (1, 2, 3, 4)] == [N, 2 * N, 3 * N, 4 * N]
-    assert (recorder.recorded, recorder.replayed) == (1, 3)
+    assert (recorder.recorded, recorder.replayed) == (KEEPER + 1, 3)
     product.device.close()
 
 
@@ -98,7 +125,7 @@ def test_a_new_weight_is_seen(recorder: Recorder) -> None:
     assert [product(1) for _ in range(2)] == [2 * N] * 2
     product.weigh(4)
     assert product(1) == 4 * N
-    assert recorder.recorded == 2  # the weight counts as an input from then on
+    assert recorder.recorded == KEEPER + 2  # the weight counts as an input from then on
     product.device.close()
 
 
@@ -111,3 +138,18 @@ def test_what_cannot_be_recorded_runs_step_by_step(recorder: Recorder, caplog: p
     assert len(caplog.records) == 1
     assert "not recorded" in caplog.text
     product.device.close()
+
+
+def test_the_memory_of_recordings_is_given_back_when_there_are_none_any_more(recorder: Recorder) -> None:
+    product = Product(recorder)
+    for x in (1, 2):
+        product(x)
+    product.pool.give_back()
+    assert len(recorder.pools) == 1
+    assert product(3) == 3 * N, "a recording is used on"
+    product.device.close()
+    pool = product.pool
+    recorder.bound = None
+    del product
+    pool.give_back()
+    assert (len(recorder.pools), recorder.emptied) == (0, 2)

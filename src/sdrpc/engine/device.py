@@ -39,6 +39,7 @@ from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
+from .holdings import Holdings, holdings
 from .memory import MAPPED, LocalBuffer, host_buffer
 from .operations import EngineOp
 from .pages import Frozen as FrozenPages
@@ -121,7 +122,7 @@ class LocalDevice(ServedDevice):
         self._staging = Staging(torch_device) if torch_device.type == "cuda" else None
         self.queues = torch_device.type == "cuda"
         self._under_way: deque[torch.cuda.Event] = deque()
-        self._pool = Pool() if torch_device.type == "cuda" else None
+        self._pool = Pool(torch_device) if torch_device.type == "cuda" else None
         self._compiler = compiler if precision.narrow is not None else None
         self._threads = threads
         self._lock = RLock()
@@ -392,6 +393,7 @@ class LocalDevice(ServedDevice):
     def _run(self, bound: Bound | Replay, deadline: Deadline) -> None:
         deadline.start()
         self._check_room(bound.compiled.peak)
+        new = isinstance(bound, Replay) and bound.is_new
         exact = self.precision.narrow is None
         with (
             running(deadline),
@@ -403,6 +405,13 @@ class LocalDevice(ServedDevice):
             bound.run(deadline)
             if self.torch_device.type == "cuda":
                 self._queued()
+                if new:  # it ran step by step, which takes the most memory
+                    log.debug("%s: after a first run: %s", self.name, self._holdings())
+
+    def _holdings(self) -> Holdings:
+        with self._lock:
+            buffers = sum(buffer.size for buffer in self._buffers.values())
+        return holdings(self.torch_device, buffers, self._weights.used)
 
     def _queued(self) -> None:
         """A run was queued on the GPU: wait until at most ``AHEAD`` runs are."""
@@ -415,6 +424,8 @@ class LocalDevice(ServedDevice):
     def trim(self) -> None:
         if self.torch_device.type == "cpu":
             return_freed_memory()
+        if self._pool is not None:
+            self._pool.give_back()
 
     def stop(self, seconds: float) -> bool:
         """End what is computed, for good; whether that was possible within ``seconds``."""

@@ -11,6 +11,10 @@ results agree, the code takes over, and is recorded in its turn.
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,20 +30,37 @@ ATTEMPTS = 3
 
 
 class Pool:
-    """The memory that recordings of a device share. They may: none runs while another does, and no value outlives a
-    run, since what is wanted is in buffers then."""
+    """The memory that recordings of ``device`` share. They may: none runs while another does, and no value outlives a
+    run, since what is wanted is in buffers then. For any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._handle: Any = None
         self._keeper: torch.cuda.CUDAGraph | None = None
+        self._users: weakref.WeakSet[Replay] = weakref.WeakSet()
+        self._lock = Lock()
 
-    def handle(self) -> Any:
-        """What a recording is started with. The first one here is of nothing much and is kept: torch gives a pool up
-        with the last of its recordings, and then refuses its handle."""
+    @contextmanager
+    def recording(self, user: Replay) -> Iterator[Any]:
+        """What a recording of ``user`` is started with."""
+        with self._lock:
+            yield self._handled()
+            self._users.add(user)
+
+    def give_back(self) -> None:
+        """Give back what torch has and nobody uses; that of recordings if there are none any more."""
+        with self._lock:  # torch can't while anything is recorded
+            if not self._users:
+                self._keeper = self._handle = None
+            torch.cuda.empty_cache()
+
+    def _handled(self) -> Any:
+        """The pool's handle. The first recording in it is of nothing much and is kept: torch gives a pool up with the
+        last of its recordings, and then refuses its handle."""
         if self._keeper is None:
             keeper, handle = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
             with torch.cuda.graph(keeper, pool=handle, capture_error_mode="thread_local"):
-                torch.zeros(1, device="cuda")
+                torch.zeros(1, device=self._device)
             self._keeper, self._handle = keeper, handle
         return self._handle
 
@@ -58,6 +79,11 @@ class Replay:
     @property
     def compiled(self) -> Compiled:
         return self.bound.compiled
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it never ran."""
+        return not self._warm
 
     def run(self, deadline: Deadline) -> None:
         if self.bound.begin():
@@ -88,7 +114,10 @@ class Replay:
         stream = torch.cuda.current_stream()
         try:
             # other threads may allocate and copy meanwhile; that must not break this recording
-            with torch.cuda.graph(graph, pool=pool.handle(), capture_error_mode="thread_local"):
+            with (
+                pool.recording(self) as handle,
+                torch.cuda.graph(graph, pool=handle, capture_error_mode="thread_local"),
+            ):
                 self._body.record()
         except Exception as error:
             # a kernel that waits for the host can't be recorded; the same program runs step by step
