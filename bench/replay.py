@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,8 +60,13 @@ def run(setup: Setup) -> Iterator[Row]:
         buffers = {number: client.buffer(size) for number, size in recorded.sizes.items()}
         commands = _commands(client, recorded, buffers, dialect)
         evaluate = partial(_evaluate, client, commands)
-        theirs = _rate(evaluate, *rounds)
-        (device,) = connect([f"127.0.0.1:{server.port}"])
+        theirs, spent = _rate(evaluate, *rounds), _spent(client, commands, rounds[1])
+        yield _steps(what, theirs, None, spent)
+        if setup.compiles(setup.variant):
+            until_compiled(server, evaluate)
+            compiled, spent = _rate(evaluate, *rounds), _spent(client, commands, rounds[1])
+            yield _steps(f"{what}, compiled", compiled, STEPS_PER_SECOND, spent)
+        (device,) = connect([f"127.0.0.1:{server.port}"])  # last: its program is compiled, too, beside what is measured
         stack.callback(device.close)
         ours = _rate(recorded_on(device, PART).run, *rounds)
         size = sum(len(command.request) for command in commands)
@@ -67,14 +74,12 @@ def run(setup: Setup) -> Iterator[Row]:
         yield Row(
             f"{what}, an evaluation", theirs * 1e3, "ms", ours * 1e3, "our own client's, of the same graph", None, note
         )
-        yield _steps(what, theirs, None)
-        if setup.compiles(setup.variant):
-            until_compiled(server, evaluate)
-            yield _steps(f"{what}, compiled", _rate(evaluate, *rounds), STEPS_PER_SECOND)
 
 
-def _steps(what: str, seconds: float, mark: Mark | None) -> Row:
-    return Row(f"{what}, steps", 1 / (A_STEP * seconds), "steps/s", mark=mark, note="two evaluations")
+def _steps(what: str, seconds: float, mark: Mark | None, spent: Mapping[str, float]) -> Row:
+    parts = ", ".join(f"{name} {part * 1e3:.2f}" for name, part in spent.items())
+    note = f"two evaluations of {seconds * 1e3:.2f} ms; ms of one, sent and answered: {parts}"
+    return Row(f"{what}, steps", 1 / (A_STEP * seconds), "steps/s", mark=mark, note=note)
 
 
 def _commands(
@@ -125,6 +130,17 @@ def _evaluate(client: RawClient, commands: list[Sent]) -> None:
     for request, answer in commands:
         client.send(request)
         client.receive(answer)
+
+
+def _spent(client: RawClient, commands: list[Sent], rounds: int) -> dict[str, float]:
+    """Seconds of an evaluation that each kind of command takes, sent and answered: the median of each."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for number, same in groupby(commands, lambda command: command.request[0]):
+            start = time.perf_counter()
+            _evaluate(client, list(same))
+            taken.setdefault(messages.Command(number).name, []).append(time.perf_counter() - start)
+    return {name: median(each) for name, each in taken.items()}
 
 
 def _rate(evaluate: Callable[[], object], warm: int, rounds: int) -> float:

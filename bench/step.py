@@ -19,6 +19,8 @@ ROUNDS = 2
 
 COMPILED = 1 / 0.95
 COMPILE_SECONDS = 900.0
+REFUSED = "is not compiled", "it is not used", "does not run"
+"""What a server says of a program that it goes on to run as it is."""
 
 SAME_WORK = 0.15
 """How far (relative, L2) the latents of both sides may be from each other: rounding in narrow types takes a few per
@@ -79,8 +81,7 @@ def until_compiled(server: ServerProcess, draw: Callable[[], object]) -> float:
     """Let ``draw`` go on until the server's program runs compiled; how many seconds that took."""
     start = time.perf_counter()
     while "runs compiled" not in server.output:
-        refused = "is not compiled" in server.output or "it is not used" in server.output
-        if refused or time.perf_counter() > start + COMPILE_SECONDS:
+        if any(reason in server.output for reason in REFUSED) or time.perf_counter() > start + COMPILE_SECONDS:
             raise SystemExit(f"the diffusion model was not compiled:\n{server.output}")
         draw()
     return time.perf_counter() - start

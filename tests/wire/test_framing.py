@@ -15,7 +15,6 @@ from sdrpc.wire.framing import (
     BEAT,
     ERROR_MARK,
     FEEDS,
-    REMEMBERED,
     ErrorReply,
     Received,
     RequestReader,
@@ -83,19 +82,6 @@ def test_a_conversation_is_read_to_its_end(dialect: Dialect) -> None:
     while stream.rest:
         read_back.append(read(stream, reader)[0])
     assert read_back == commands(dialect)
-
-
-@every_dialect
-def test_what_is_asked_again_is_read_once(dialect: Dialect) -> None:
-    reader = RequestReader(dialect)
-    asked = [m.GetAllocSize(n, TENSOR, (TENSOR,) * 10) for n in range(250)]
-    for one in (*asked, *asked[-3:], asked[0]):
-        sent = b"".join(encode_request(one, dialect, 64))
-        first, again = (read(Stream(sent), reader) for _ in range(2))
-        assert first[1] == again[1] == one
-        assert first[1] is again[1]
-    remembered = [len(payload) for _, payload in reader._again]
-    assert max(remembered) < sum(remembered) <= REMEMBERED < len(asked) * max(remembered)
 
 
 @every_dialect

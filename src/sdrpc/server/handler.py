@@ -19,6 +19,7 @@ from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
 from ..wire.messages import AllocBufferReply, Command, GetTensorReply, response_class
 from ..wire.refusals import Refusal, refusal, to_text
+from .asked_again import AskedAgain
 from .door import Door
 from .fresh_memory import made_ready
 from .negotiation import Protocol
@@ -124,8 +125,15 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         remedy = protocol.refused(stream.address, greeting.hello, greeting.offer)
         log.warning("%s: left right after the greeting, %s", stream.peer, remedy)
         return
-    answers = Answers(stream, session)
+    answers, asked = Answers(stream, session), AskedAgain()
     while answers.catch_up() and stream.wait() and not stream.aborted:
+        question = asked.question(stream.ahead)
+        if question and (known := asked.answer(question, session.versions)):
+            stream.skip(len(question))
+            answers.finish()
+            stream.write([known])
+            session.requests += 1
+            continue
         stream.doing = "receiving a request"
         stream.expect(0)
         request = drive(reader.read(), stream.read)
@@ -135,7 +143,10 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
             if past := _PAST_THE_SESSION.get(request.command):
                 past(stream, session, request)
             else:
-                stream.write(_answer(session, request, greeting.agreed))
+                answer = _answer(session, request, greeting.agreed)
+                if question:
+                    asked.keep(question, session.versions, answer)
+                stream.write(answer)
         stream.done()
         session.requests += 1
         if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
@@ -168,7 +179,7 @@ class Answers:
     def before(self, request: Received) -> None:
         """Give the answers that ``request``'s own must not overtake."""
         if response_class(request.command, self._session.dialect) is not None:
-            self._finish()
+            self.finish()
 
     def catch_up(self) -> bool:
         """Give the answers that are ready, and all while the client sends nothing; True."""
@@ -178,7 +189,8 @@ class Answers:
             self._give()
         return True
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Give all answers that wait."""
         while self._waiting:
             self._give()
 

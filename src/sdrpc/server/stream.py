@@ -29,6 +29,7 @@ _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
 _COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more is counted in such pieces
 _SENT = 1 << 20  # at a time: TLS sends all of it within one time limit
 _BEAT_SECONDS = 2.0  # from one to the next: several fit into the time after which a client wonders
+_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has no such flag
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
@@ -60,6 +61,7 @@ class Stream:
         self._start = self._end = 0
         self._staging = memoryview(bytearray())
         self._records: ssl.SSLSocket | None = None
+        self._patient: float | None = connection.gettimeout()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
@@ -67,7 +69,7 @@ class Stream:
 
     def peek(self) -> int | None:
         """The first byte that comes, which stays there; None when the client leaves without a word."""
-        self._socket.settimeout(self._patience(None))
+        self._wait_at_most(self._patience(None))
         with self._errors():
             first = self._socket.recv(1, socket.MSG_PEEK)
         return first[0] if first else None
@@ -79,7 +81,8 @@ class Stream:
             self._socket = self._records = secured
             if self.aborted:  # while the socket was changed, somebody may have ended the old one
                 raise ConnectionAbortedError
-            secured.settimeout(self._patience(None))
+            self._patient = secured.gettimeout()
+            self._wait_at_most(self._patience(None))
             secured.do_handshake()
 
     @property
@@ -116,6 +119,15 @@ class Stream:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
+
+    @property
+    def ahead(self) -> memoryview:
+        """What has come and was not read yet, as far as it is here."""
+        return self._ahead[self._start : self._end]
+
+    def skip(self, size: int) -> None:
+        """Pass over ``size`` bytes of what is :attr:`ahead`."""
+        self._start += size
 
     def read(self, size: int) -> Bytes:
         """The next ``size`` bytes, which are buffered here: many are counted among the ``payloads``."""
@@ -233,7 +245,7 @@ class Stream:
         receive, filled = self._records.recv_into, 0
         with self._errors():
             patience = self._patience(self._stall)
-            self._socket.settimeout(patience)
+            self._wait_at_most(patience)
             until = time.monotonic() + (patience or self._stall)
             while filled < len(target) and (not filled or time.monotonic() < until):
                 count = receive(target[filled:])
@@ -249,10 +261,16 @@ class Stream:
         if self.aborted:  # what is on its way still comes, also to a socket that was shut
             return 0
         with self._errors():
-            self._socket.settimeout(self._patience(seconds))
+            self._wait_at_most(self._patience(seconds))
             count = self._socket.recv_into(target)
         self.received += count
         return count
+
+    def _wait_at_most(self, seconds: float | None) -> None:
+        """Let the socket wait so long for the client. To say it anew takes as long as to send a few bytes."""
+        if seconds != self._patient:
+            self._socket.settimeout(seconds)
+            self._patient = seconds
 
     def _patience(self, seconds: float | None) -> float | None:
         """How long to wait for the client: ``seconds``, and not beyond the deadline."""
@@ -276,9 +294,12 @@ class Stream:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
 
     def _send(self, rest: memoryview) -> None:
-        self._socket.settimeout(self._stall)
+        rest = rest[self._sent_at_once(rest) :]
+        if not rest:
+            return
         self._sending = True
         try:
+            self._wait_at_most(self._stall)
             while rest:
                 count = self._socket.send(rest[:_SENT])
                 self.sent += count
@@ -292,6 +313,17 @@ class Stream:
             raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
         finally:
             self._sending = False
+
+    def _sent_at_once(self, data: memoryview) -> int:
+        """Send of a small answer what the system takes without waiting, as it nearly always does; how much that was."""
+        if len(data) > _JOIN_BELOW or self._records is not None or not _AT_ONCE:
+            return 0
+        try:
+            count = self._socket.send(data, _AT_ONCE)
+        except OSError:  # there is no room, or something is wrong: sending in the usual way says what
+            return 0
+        self.sent += count
+        return count
 
 
 def _shut(connection: socket.socket, how: int) -> None:

@@ -77,11 +77,6 @@ class Received(NamedTuple):
 
 FEEDS = (Command.SET_TENSOR, Command.SET_TENSOR_2D)
 """Commands that end with tensor data."""
-ASKED_AGAIN = (Command.GET_ALLOC_SIZE,)
-"""What native clients send again with the same bytes: a UNet's allocator asks for the same 32 sizes three times before
-each evaluation, of eleven records each."""
-REMEMBERED = 384 << 10
-"""Bytes of such requests, of 3 kB each with usual names; what they mean takes as much again."""
 
 
 class ErrorReply(NamedTuple):
@@ -104,7 +99,6 @@ class RequestReader:
         ours: bool = False,
     ) -> None:
         self.dialect, self.limits, self.names, self.ours = dialect, limits, known, ours
-        self._again: dict[tuple[int, bytes], Received] = {}
 
     def read(self) -> Generator[int, Bytes, Received]:
         """One request. Raises :class:`RemoteProtocolError`, after which the stream has no meaning any more."""
@@ -113,21 +107,9 @@ class RequestReader:
         if command in FEEDS:
             return (yield from self._read_feed(command, size))
         payload = (yield size) if size else b""
-        if command in ASKED_AGAIN:
-            return self._remembered(command, bytes(payload))
         if request is GraphCompute and (length := graphs.split(payload, self.dialect).name_length):
             self.names = name_length.settle(self.names, command, length)
         return Received(command, decode(request, payload, self.dialect, self._name_length))
-
-    def _remembered(self, command: Command, payload: bytes) -> Received:
-        """The request in ``payload``, read once for all times that it comes."""
-        key = (self._name_length, payload)
-        if (known := self._again.get(key)) is None:
-            if (len(self._again) + 1) * len(payload) > REMEMBERED:  # all of a connection are of one size
-                self._again.clear()
-            message = decode(EXCHANGES[command].request, payload, self.dialect, self._name_length)
-            known = self._again[key] = Received(command, message)
-        return known
 
     @property
     def _name_length(self) -> int:
