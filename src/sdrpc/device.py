@@ -310,7 +310,14 @@ class ServedDevice(Device):
 
     @abstractmethod
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`write`."""
+        """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`receive`."""
+
+    def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+        """Write ``size`` bytes, which ``fill`` puts into memory that it is given: of the kind from which they get to
+        the device fastest. At most :data:`sdrpc.content.PIECE`."""
+        memory = memoryview(bytearray(size))
+        fill(memory)
+        self.write(buffer, offset, memory)
 
     def read_soon(self, buffer: Buffer, offset: int, size: int) -> Soon | None:  # noqa: ARG002
         """As :meth:`read`, without waiting; None where :meth:`read` does not wait either, or for many bytes."""

@@ -15,9 +15,9 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..device import Bytes, Silence, Traffic
 from ..errors import (
@@ -40,6 +40,9 @@ from .keychain import Credential, Keychain
 from .liveness import hung_up, is_gone, keep_asking
 from .refused import Refused
 from .secure import secured, show_key
+
+if TYPE_CHECKING:
+    from .carriers import Carriers
 
 CAPABILITIES = Capability(sum(Capability)) & ~Capability.LOCKED
 MAX_DEVICES = 256
@@ -138,6 +141,31 @@ class Connection:
         with self._guard(doing):
             return self._tensor(into)
 
+    def send_over(
+        self, carriers: Carriers, message: messages.SetRanges, data: Sequence[Sequence[memoryview]], doing: str
+    ) -> None:
+        """Send ``message``, and its data over ``carriers``. What the server says to either it says here."""
+        request = framing.encode_request(message, self.dialect, self.name_length)
+        with self._guard(doing):
+            self._send(request)
+            try:
+                carriers.send(data, self.watch)
+            except ConnectionLost as lost:
+                if isinstance(lost.__cause__, HANGS_UP):
+                    raise self._refusal(framing.drive(framing.read_error(), self._receive)) from lost
+                raise
+            self.traffic.sent += sum(len(view) for views in data for view in views)
+
+    def carry(self, views: Sequence[memoryview]) -> None:
+        """Send data for another connection, as its carrier."""
+        with self._guard("carrying data"):
+            self._send(views)
+
+    def cut(self) -> None:
+        """End whatever another thread does with it."""
+        with suppress(OSError):  # it has ended
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
     def go_on_from(self, lost: Connection) -> None:
         """This connection stands for one that was ``lost``: both count together."""
         lost.traffic.sent += self.traffic.sent
@@ -235,7 +263,7 @@ def open_connection(
     keychain = keychain or Keychain()
     lengths = COMMON if name_length is None else (name_length,)
     for length in lengths:
-        connection = _greet(endpoint, timeouts, keychain)
+        connection = greet(endpoint, timeouts, keychain)
         try:
             devices = _count_devices(connection)
             connection.name_length = length
@@ -252,7 +280,7 @@ def open_connection(
     )
 
 
-def _greet(endpoint: Endpoint, timeouts: Timeouts, keychain: Keychain) -> Connection:
+def greet(endpoint: Endpoint, timeouts: Timeouts, keychain: Keychain) -> Connection:
     """By key where we have one; else the newer HELLO, then the older one."""
     credentials = keychain.credentials(endpoint)
     if credentials:

@@ -33,6 +33,7 @@ from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph
 from ..targets import PORTABLE, SDRPC
 from ..wire import messages
+from ..wire.carrying import Range, pack
 from ..wire.framing import byte_length
 from ..wire.graphs import encode_graph
 from ..wire.hello import NATIVE, Capability
@@ -40,12 +41,13 @@ from ..wire.kept_graphs import KeptGraphs
 from ..wire.limits import MAX_NAME_LENGTH
 from ..wire.messages import COMMANDS
 from ..wire.records import Record, is_name_length
-from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, open_connection
+from .carriers import LEAST_BYTES, Carriers, carriers, done_with
+from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, greet, open_connection
 from .endpoint import Endpoint, parse_endpoint
 from .keychain import Keychain
 from .names import Names
 from .refused import Refused
-from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Scheme, by_hash, upload
+from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Run, Scheme, by_hash, send_all, upload
 
 MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""
@@ -98,6 +100,8 @@ class Server:
     devices: list[RemoteDevice] = field(default_factory=list)
     """Those that are open."""
     turns: Turns = field(default_factory=Turns)
+    another: Callable[[], Connection] | None = None
+    """One more connection to the same server, which is only greeted."""
 
     @property
     def ours(self) -> bool:
@@ -145,6 +149,26 @@ class Server:
         self._answers()
         answers: list[Any] = self._answer(device, doing, lambda doing: self.connection.call_all(messages, doing))
         return answers
+
+    @contextmanager
+    def carriers(self, size: int) -> Iterator[Carriers | None]:
+        """Further connections for an upload of ``size`` bytes, where they pay."""
+        made = None
+        if size >= LEAST_BYTES and Capability.CARRIERS in self.connection.capabilities and self.another is not None:
+            self._answers()
+            made = carriers(self.connection, self.another)
+        try:
+            yield made
+        finally:
+            if made is not None:
+                made.close()
+                done_with(self.connection)
+
+    def send_over(
+        self, device: str, carriers: Carriers, message: Any, data: Sequence[Sequence[memoryview]], doing: str
+    ) -> None:
+        """Send a message for ``device`` and its data over ``carriers``."""
+        self._answer(device, doing, lambda doing: self.connection.send_over(carriers, message, data, doing))
 
     def _answer(self, device: str, doing: str, exchange: Callable[[str], Any]) -> Any:
         if self.computing:
@@ -304,12 +328,16 @@ class RemoteDevice(Device):
     def upload(self, buffer: Buffer, contents: Sequence[Content], progress: Callable[[int], None]) -> None:
         """Only what the server does not have crosses the wire, where that can be found out."""
         scheme = self._server.scheme(contents)
-        if scheme is None:
-            super().upload(buffer, contents, progress)
-            return
         for content in contents:
             self._range(buffer, content.offset, content.size)
-        upload(scheme, contents, _Sender(self, self._own(buffer)), self._server.names, progress)
+        with self._server.carriers(sum(content.size for content in contents)) as carriers:
+            sender = _Sender(self, self._own(buffer), carriers)
+            if scheme is not None:
+                upload(scheme, contents, sender, self._server.names, progress)
+            elif carriers is not None:
+                send_all(contents, sender, progress)
+            else:
+                super().upload(buffer, contents, progress)
 
     def send(self, buffer: RemoteBuffer, offset: int, data: Sequence[memoryview], keep: bool = False) -> None:
         """A single SET_TENSOR of views that are not joined; ``keep``: the server may keep the data for another time."""
@@ -317,6 +345,15 @@ class RemoteDevice(Device):
         record = self._bytes_at(buffer, offset, size)
         self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {size:,} bytes")
         self.sent += size
+
+    def send_over(self, carriers: Carriers, buffer: RemoteBuffer, runs: Sequence[Run]) -> None:
+        """Send ``runs`` over ``carriers``."""
+        sizes = [sum(map(len, run.data)) for run in runs]
+        ranges = [Range(run.offset, size) for run, size in zip(runs, sizes, strict=True)]
+        message = messages.SetRanges(buffer.handle, len(carriers), pack(ranges))
+        doing = f"writing {sum(sizes):,} bytes"
+        self._server.send_over(self.name, carriers, message, [run.data for run in runs], doing)
+        self.sent += sum(sizes)
 
     def offer(self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         """Ask for bytes by name: (offset, size, name) each. Those that the server has are in the buffer then."""
@@ -420,12 +457,21 @@ class _Sender:
 
     device: RemoteDevice
     buffer: RemoteBuffer
+    carriers: Carriers | None
+
+    @property
+    def together(self) -> bool:
+        return self.carriers is not None
 
     def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         return self.device.offer(self.buffer, scheme, offered)
 
-    def send(self, offset: int, data: Sequence[memoryview], keep: bool) -> None:
-        self.device.send(self.buffer, offset, data, keep)
+    def send(self, runs: Sequence[Run]) -> None:
+        if self.carriers is not None and runs:
+            self.device.send_over(self.carriers, self.buffer, runs)
+            return
+        for run in runs:
+            self.device.send(self.buffer, *run)
 
 
 class RemoteProgram(Program):
@@ -472,7 +518,7 @@ def connect(
             reconnect = partial(open_connection, endpoint, timeouts, name_length, keychain)
             connection, devices_there = reconnect()
             connections.append(connection)
-            server = Server(connection, reconnect)
+            server = Server(connection, reconnect, another=partial(greet, endpoint, timeouts, keychain or Keychain()))
             for i in range(devices_there):
                 devices.append(RemoteDevice(f"RPC{len(devices)}", server, i))
     except BaseException:

@@ -65,14 +65,26 @@ def by_hash() -> Scheme | None:
     )
 
 
+class Run(NamedTuple):
+    """Bytes from ``offset`` on, one view after the other; ``keep``: the server may want to have them again."""
+
+    offset: int
+    data: Sequence[memoryview]
+    keep: bool = False
+
+
 class Sender(Protocol):
     """What an upload needs of a device."""
 
     def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
         """(offset, size, name) of bytes → whether the server had them, and has them there now."""
 
-    def send(self, offset: int, data: Sequence[memoryview], keep: bool) -> None:
-        """Send bytes, one view after the other; ``keep``: the server may want to have them again."""
+    def send(self, runs: Sequence[Run]) -> None:
+        """Send bytes."""
+
+    @property
+    def together(self) -> bool:
+        """Whether it pays to give many runs at once."""
 
 
 @dataclass(eq=False)
@@ -140,19 +152,48 @@ def upload(
             asked = [part for part in group if isinstance(part.name, bytes)]
             answers = sender.offer(scheme, [(part.offset, part.size, part.name) for part in asked])  # type: ignore[misc]
             had = {part for part, answer in zip(asked, answers, strict=True) if answer}
-            for part in group:
-                if part not in had:
-                    sender.send(part.offset, part.data(), part.size >= scheme.smallest)
+            for some in [group] if sender.together else [[part] for part in group]:
+                missing = [part for part in some if part not in had]
+                sender.send([Run(part.offset, part.data(), part.size >= scheme.smallest) for part in missing])
+                for part in missing:
                     if part.name is None and part.origin and part.size >= scheme.smallest:
                         behind.append((part, pool.submit(scheme.name, part.data())))
                         finish(BEHIND)
-                part.forget()
-                done += part.size
+                for part in some:
+                    part.forget()
+                    done += part.size
                 progress(done)
         finish(0)
         names.save()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[int], None]) -> None:
+    """Bring ``contents`` to a server that has nothing of them."""
+    done = size = 0
+    runs: list[Run] = []
+
+    def flush() -> None:
+        nonlocal done, size
+        sender.send(runs)
+        done += size
+        size = 0
+        runs.clear()
+        progress(done)
+
+    for content in contents:
+        at = content.offset
+        for piece in content.pieces():
+            whole = memoryview(piece).cast("B")
+            for start in range(0, len(whole), PART):
+                part = whole[start : start + PART]
+                if runs and (size + len(part) > GROUP_BYTES or len(runs) == GROUP_PARTS):
+                    flush()
+                runs.append(Run(at, [part]))
+                size += len(part)
+                at += len(part)
+    flush()
 
 
 def _parts(scheme: Scheme, contents: Iterable[Content]) -> Iterator[_Part]:

@@ -7,7 +7,7 @@ import logging
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import wait
 from functools import partial
 from threading import RLock
@@ -222,6 +222,15 @@ class LocalDevice(ServedDevice):
             return None
         self._weights.drop(buffer.key, offset, offset + size)
         return mine.host[offset : offset + size]
+
+    def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+        mine = self._range(buffer, offset, size)
+        if self._staging is not None:
+            self._weights.drop(buffer.key, offset, offset + size)
+            with translated(self.name, "writing"):
+                if self._staging.receive(mine.data[offset : offset + size], fill):
+                    return
+        super().receive(buffer, offset, size, fill)
 
     def clear(self, buffer: Buffer, value: int = 0) -> None:
         self.fill(buffer, 0, buffer.size, value)

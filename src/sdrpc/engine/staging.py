@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from threading import Condition
 from typing import NamedTuple
 
@@ -10,8 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdrpc import content
+
 PIECE = 1 << 20
 PIECES = 16
+LARGE_PIECE = content.PIECE
+LARGE_PIECES = 16
+"""Of memory that bytes are received into: each is in the hands of a client's thread for as long as the client takes to
+send, so beyond these there is none, and whoever comes then takes ordinary memory."""
 
 
 class Slot(NamedTuple):
@@ -46,7 +53,8 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._slots: deque[Slot] = deque()
-        self._made = 0
+        self._large: deque[Slot] = deque()
+        self._made = self._large_made = 0
         self._changed = Condition()
 
     def write(self, target: Tensor, data: memoryview) -> None:
@@ -64,6 +72,24 @@ class Staging:
                     slot.free.record()
                 finally:
                     self._give(slot)
+
+    def receive(self, target: Tensor, fill: Callable[[memoryview], None]) -> bool:
+        """Have ``fill`` put the bytes of ``target`` (uint8) into pinned memory, and copy them to it after all that is
+        queued. False where that does not pay, or all such memory is in use: then nothing was done."""
+        size = len(target)
+        slot = self._take_large() if PIECE < size <= LARGE_PIECE else None
+        if slot is None:
+            return False
+        try:
+            with torch.cuda.device(self._device):
+                slot.free.synchronize()
+                fill(slot.memory.numpy().data[:size])
+                target.copy_(slot.memory[:size], non_blocking=True)
+                slot.free.record()
+        finally:
+            with self._changed:
+                self._large.append(slot)
+        return True
 
     def read(self, source: Tensor) -> memoryview:
         """The bytes of ``source`` (uint8) when all that is queued before is done."""
@@ -83,7 +109,7 @@ class Staging:
         with self._changed:
             if self._made < PIECES:
                 self._made += 1
-                return Slot(torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
+                return _slot(PIECE)
             self._changed.wait_for(lambda: self._slots)
             return self._slots.popleft()
 
@@ -91,3 +117,17 @@ class Staging:
         with self._changed:
             self._slots.append(slot)
             self._changed.notify()
+
+    def _take_large(self) -> Slot | None:
+        """The slot that was used longest ago, unless a new one is free sooner."""
+        with self._changed:
+            if self._large and (self._large_made == LARGE_PIECES or self._large[0].free.query()):  # type: ignore[no-untyped-call]
+                return self._large.popleft()
+            if self._large_made == LARGE_PIECES:
+                return None
+            self._large_made += 1
+        return _slot(LARGE_PIECE)
+
+
+def _slot(size: int) -> Slot:
+    return Slot(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]

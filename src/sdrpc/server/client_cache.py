@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
-from types import TracebackType
 from typing import BinaryIO
 
 from ..content import FNV_START, PIECE, SMALLEST, fnv1a, joined, pieces
@@ -121,31 +120,26 @@ class ClientCache:
 
 
 class CacheWriter:
-    """A tensor on its way to the cache. As a context manager: kept at the end, unless there was an error. What the disk
-    does is never the client's problem; it is logged."""
+    """A tensor on its way to the cache, to be finished. What the disk does is logged, and never the client's problem."""
 
     def __init__(self, service: CacheService, owner: str, size: int, name: int | None) -> None:
         self._service, self._owner, self._size, self._name = service, owner, size, name
         self._file, self._path = service.cache.create()
         self._turn = threading.Lock()
-        self._at = 0
-        self._digests: list[Future[bytes]] = []
+        self._digests: dict[int, Future[bytes]] = {}
         self._state = FNV_START
 
-    def feed(self, piece: memoryview) -> None:
-        """The next :data:`PIECE` bytes (the last time: the rest). They are copied: the caller may change them."""
+    def feed(self, at: int, piece: memoryview) -> None:
+        """The :data:`PIECE` bytes from ``at`` on (or the rest), which are copied: the caller may change them. In any
+        order, from any thread, where the client has no name for them."""
         data = bytes(piece)
         self._service.waiting.acquire()
-        stored = self._service.pool.submit(self._store, self._at, data)
+        stored = self._digests[at] = self._service.pool.submit(self._store, at, data)
         self._service.line.submit(self._hash, data, stored)
-        self._digests.append(stored)
-        self._at += len(data)
 
-    def __enter__(self) -> CacheWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._service.line.submit(self._finish, kind is None)
+    def finish(self, complete: bool) -> None:
+        """Keep it, if it is ``complete``."""
+        self._service.line.submit(self._finish, complete)
 
     def _store(self, at: int, data: bytes) -> bytes:
         with self._turn:
@@ -163,8 +157,9 @@ class CacheWriter:
         cache = self._service.cache
         try:
             with self._file:
-                digest = joined([stored.result() for stored in self._digests])
-            if complete and self._at == self._size and self._name in (None, self._state):
+                digest = joined(self._digests[at].result() for at in sorted(self._digests))
+            whole = len(self._digests) == -(-self._size // PIECE)
+            if complete and whole and self._name in (None, self._state):
                 cache.commit(self._path, digest, self._size)
                 cache.add_owner(digest, self._owner)
                 if self._name is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -15,9 +15,10 @@ from ..content import PIECE, pieces
 from ..device import Bytes, Soon
 from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
+from ..wire.carrying import Piece, dealt
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
-from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, read_hello
-from ..wire.messages import AllocBufferReply, Command, GetTensorReply, response_class
+from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, own_commands, read_hello
+from ..wire.messages import AllocBufferReply, CarryReply, Command, GetTensorReply, response_class
 from ..wire.refusals import Refusal, refusal, to_text
 from .asked_again import AskedAgain
 from .door import Door
@@ -25,11 +26,19 @@ from .fresh_memory import made_ready
 from .negotiation import Protocol
 from .session import Session
 from .stream import Stream
+from .target import Target
 from .version_memory import Offer
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = Capability.ERRORS | Capability.MANAGED | Capability.BEATS | Capability.REASONS | Capability.FORMATS
+CAPABILITIES = (
+    Capability.ERRORS
+    | Capability.MANAGED
+    | Capability.BEATS
+    | Capability.REASONS
+    | Capability.FORMATS
+    | Capability.CARRIERS
+)
 """What each server of ours can do beyond the native protocol. ``CACHE`` depends on whether it may have anything for the
 client."""
 
@@ -119,7 +128,7 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
 
 
 def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greeting) -> None:
-    reader = RequestReader(session.framing, ours=Capability.CACHE in greeting.agreed)
+    reader = RequestReader(session.framing, ours=own_commands(greeting.agreed))
     spoken = ""
     if _gave_up(stream, session.limits.refusal_seconds):
         remedy = protocol.refused(stream.address, greeting.hello, greeting.offer)
@@ -138,6 +147,9 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         stream.expect(0)
         request = drive(reader.read(), stream.read)
         stream.doing = request.command.name
+        if request.command == Command.CARRY:
+            _carry(stream, session, request)
+            break
         if not answers.later(request):
             answers.before(request)
             if past := _PAST_THE_SESSION.get(request.command):
@@ -156,6 +168,19 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
     if stream.aborted:
         raise Stopped(stream.aborted.reason, stream.aborted.reason)
     log.info("%s: left after %s", stream.peer, _account(stream, session))
+
+
+def _carry(stream: Stream, session: Session, request: Received) -> None:
+    """From now on the connection carries data for another one of the same client, until that ends it. What goes wrong
+    is told there."""
+    number, carrier = session.carries_for(request.message).join(stream)
+    stream.write(encode_reply(Command.CARRY, CarryReply(number), session.dialect))
+    stream.done()
+    session.requests += 1
+    try:
+        carrier.work()
+    except Exception as error:
+        log.debug("%s: carries no more: %s", stream.peer, printable(str(error)))
 
 
 class Answers:
@@ -249,22 +274,39 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
     """The data of a SET_TENSOR: into the device's own memory where that can be had, else piece by piece."""
     head = memoryview(request.message.data)  # what was read ahead of the rest
     place = session.destination(request.message, len(head) + request.bulk)
-    region, start, total = place
-    device = session.devices[region.device]
-    stream.expect(total)
-    window = device.window(region.buffer, start, total)
-    ready = made_ready(window) if window is not None and stream.encrypted else nullcontext()
-    with session.writer(place) or nullcontext() as writer, ready:
-        for offset, size in pieces(total):
-            piece = stream.staging(size) if window is None else window[offset : offset + size]
-            piece[: len(head)] = head
-            stream.read_into(piece[len(head) :])
-            head = head[:0]
-            if window is None:
-                device.write(region.buffer, start + offset, piece)
-            if writer is not None:
-                writer.feed(piece)
-    session.received(place)
+    stream.expect(place.size)
+
+    def read(piece: memoryview) -> None:
+        nonlocal head
+        piece[: len(head)] = head
+        stream.read_into(piece[len(head) :])
+        head = head[:0]
+
+    with Target(session, place) as target:
+        ready = made_ready(target.window) if target.window is not None and stream.encrypted else nullcontext()
+        with ready:
+            for offset, size in pieces(place.size):
+                target.take(offset, size, read)
+
+
+def _receive_ranges(stream: Stream, session: Session, request: Received) -> None:
+    """The data of a SET_RANGES, by the client's carriers."""
+    places = session.ranges(request.message)
+    sizes = [place.size for place in places]
+    stream.expect(sum(sizes))
+    deadline = stream.deadline
+    with ExitStack() as stack:
+        targets = [stack.enter_context(Target(session, place)) for place in places]
+
+        def receive(hand: Sequence[Piece], carrier: Stream) -> None:
+            carrier.doing, carrier.deadline = Command.SET_RANGES.name, deadline
+            for number, at, size in hand:
+                targets[number].take(at, size, carrier.read_into)
+            carrier.deadline = None
+
+        if session.carriers is None or not request.message.carriers:
+            raise RemoteProtocolError("SET_RANGES: there are no carriers")
+        session.carriers.do([partial(receive, hand) for hand in dealt(sizes, request.message.carriers)])
 
 
 def _receive_rows(stream: Stream, session: Session, request: Received) -> None:
@@ -327,6 +369,7 @@ def _send(stream: Stream, size: int, parts: Iterator[Bytes]) -> None:
 _PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = {
     Command.SET_TENSOR: _receive_tensor,
     Command.SET_TENSOR_2D: _receive_rows,
+    Command.SET_RANGES: _receive_ranges,
     Command.GET_TENSOR: _send_tensor,
     Command.GET_TENSOR_2D: _send_rows,
 }

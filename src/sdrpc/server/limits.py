@@ -19,6 +19,9 @@ class Limits:
     """Connections at once of one client, so that none can lock out all others. A client is who has a key, wherever it
     comes from, or who comes without one from another machine. (From this machine come those of all who use it, and of
     SSH tunnels: there, each connection is a client.)"""
+    carriers: int = 4
+    """Connections that may carry data for another one of the same client, each with a thread while an upload lasts:
+    with four, both ends copy as fast as memory does. Each counts as a connection, too."""
     attempts: int = 20
     """Failures to get in, from one address within ``attempt_seconds``: no key can be found so, but each costs a TLS
     handshake and a line in the log."""

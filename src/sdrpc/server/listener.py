@@ -19,6 +19,7 @@ from ..device import ServedDevice
 from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
 from ..wire.refusals import Refusal
+from .carriers import Expected
 from .client_cache import CacheService
 from .door import Door
 from .handler import converse
@@ -81,7 +82,7 @@ class Server:
         self._clients: dict[threading.Thread, Client] = {}
         self._buffers, self._payloads = Buffers(self.limits), Payloads(self.limits.payload_bytes)
         self._accounts = Accounts(self.limits)
-        self._live = Live()
+        self._live, self._expected = Live(), Expected()
         self._looked = 0.0
         self._thread: threading.Thread | None = None
 
@@ -230,6 +231,7 @@ class Server:
             self._buffers,
             self._accounts,
             self._live,
+            self._expected,
         )
         client = Client(stream, session)
         thread = threading.Thread(

@@ -7,6 +7,7 @@ which gives back all that the client had.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,10 +24,11 @@ from ..ggml import validate
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph, contiguous_strides, extent
 from ..ggml.types import Type
-from ..wire import graphs, messages
+from ..wire import carrying, graphs, messages
 from ..wire.kept_graphs import KeptGraphs
 from ..wire.records import Record, record_bytes
 from .addresses import AddressSpace, Region
+from .carriers import TOKEN_BYTES, Carriers, Expected
 from .client_cache import CacheService, CacheWriter, ClientCache
 from .limits import Limits
 from .live import Held, Live, Spot, Wanted
@@ -91,7 +93,8 @@ class Latest(NamedTuple):
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
-    of it. ``live``: what all clients have in memory, to be found by what it is. ``buffers`` and ``accounts`` count what
+    of it. ``live``: what all clients have in memory, to be found by what it is. ``expected``: connections that may come
+    to carry data for others; ``carriers`` are this client's. ``buffers`` and ``accounts`` count what
     all clients have. ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running
     graph took. ``visitor`` is who it is, None until it is let in."""
 
@@ -104,12 +107,14 @@ class Session:
         buffers: Buffers | None = None,
         accounts: Accounts | None = None,
         live: Live | None = None,
+        expected: Expected | None = None,
     ) -> None:
         self.devices, self.limits = devices, limits
         self.requests = self.most_held = 0
         self.visitor: Visitor | None = None
         self.cache: ClientCache | None = None
-        self._cache_service, self._live = cache_service, live
+        self.carriers: Carriers | None = None
+        self._cache_service, self._live, self._expected = cache_service, live, expected
         self._buffers, self._accounts = buffers or Buffers(limits), accounts or Accounts(limits)
         self._account = Account("", limits)
         self._client = NOBODY
@@ -179,7 +184,7 @@ class Session:
         key = (place.region.handle, place.offset, place.size)
         if self.cache is None or key not in self._missed:
             return None
-        return self.cache.writer(place.size, self._missed.pop(key))
+        return self.cache.writer(place.size, self._missed.pop(key, None))
 
     def close(self) -> None:
         """Free everything."""
@@ -188,11 +193,36 @@ class Session:
         self._give_up_latest()
         for handle in [region.handle for region in self._space]:
             self._free(handle)
+        self._end_carriers()
         if self.visitor is not None:
             self._accounts.leave(self._account)
         if self.most_held >= self.limits.trimmed_bytes:
             for device in self.devices:
                 device.trim()
+
+    # --- connections that carry data for this one
+
+    def _get_carriers(self, asked: messages.GetCarriers) -> messages.GetCarriersReply:
+        self._end_carriers()
+        count = min(asked.carriers, self.limits.carriers, os.cpu_count() or 1)
+        if self._expected is None or self.visitor is None or not count:
+            return messages.GetCarriersReply(0, bytes(TOKEN_BYTES))
+        self.carriers = Carriers(self.visitor.owner, count)
+        self._expected.add(self.carriers)
+        return messages.GetCarriersReply(count, self.carriers.token)
+
+    def carries_for(self, asked: messages.Carry) -> Carriers:
+        """The carriers of another session of the same owner, one of which this connection is to be. Raises
+        :class:`RemoteProtocolError` where it may not."""
+        if self.requests or self._expected is None or self.visitor is None:
+            raise RemoteProtocolError("CARRY: this connection has a session of its own")
+        return self._expected.find(asked.token, self.visitor.owner)
+
+    def _end_carriers(self) -> None:
+        if self.carriers is not None and self._expected is not None:
+            self._expected.remove(self.carriers)
+            self.carriers.close()
+            self.carriers = None
 
     @property
     def holds_buffers(self) -> bool:
@@ -319,6 +349,17 @@ class Session:
             raise RemoteProtocolError(f"{_named(tensor)} is in no buffer")
         region = self._space[tensor.buffer]
         return Place(region, region.offset(tensor.data, nbytes) + offset, size)
+
+    def ranges(self, asked: messages.SetRanges) -> list[Place]:
+        """Where the data of a SET_RANGES belongs."""
+        region = self._space[asked.remote_ptr]
+        ranges = carrying.unpack(asked.ranges)
+        for offset, size in ranges:
+            if offset + size > region.size:
+                raise RemoteProtocolError(
+                    f"SET_RANGES: {size} bytes at {offset} are not inside buffer {region.handle} of {region.size}"
+                )
+        return [Place(region, *each) for each in ranges]
 
     def rows(self, asked: messages.SetTensor2d | messages.GetTensor2d) -> tuple[Region, Rows]:
         """Where the rows of a 2D message are in a buffer. Raises :class:`RemoteProtocolError` for rows that overlap: no
@@ -620,10 +661,12 @@ _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
     messages.SetTensorDigest: Session._set_tensor_digest,
     messages.MemsetTensor: Session._memset_tensor,
     messages.CopyTensor: Session._copy_tensor,
+    messages.GetCarriers: Session._get_carriers,
     messages.CommInit: Session._comm_init,
     messages.CommAllreduce: Session._comm_allreduce,
     messages.CommFree: Session._comm_free,
     messages.GraphCompute: Session._graph_compute,
     messages.GraphRecompute: Session._graph_recompute,
 }
-"""Request → method: all commands but HELLO, which comes before a session, and those whose data goes past it."""
+"""Request → method: all commands but HELLO, which comes before a session, CARRY, which ends it, and those whose data
+goes past it."""

@@ -13,14 +13,14 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from struct import Struct
 from typing import Any, NamedTuple, TypeVar
 
 from ..device import Bytes
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect
-from . import graphs, name_length
+from . import carrying, graphs, name_length
 from .limits import DEFAULT_LIMITS, MAX_NAME_LENGTH, Limits
 from .messages import (
     COMMANDS,
@@ -89,14 +89,14 @@ class ErrorReply(NamedTuple):
 
 class RequestReader:
     """A server's view of one client after HELLO: reads requests of one dialect and learns the length of its names.
-    ``ours``: the client and we agreed on commands of our own."""
+    ``ours``: the commands of our own that the client and we agreed on."""
 
     def __init__(
         self,
         dialect: Dialect,
         limits: Limits = DEFAULT_LIMITS,
         known: NameLength = name_length.UNKNOWN,
-        ours: bool = False,
+        ours: Collection[Command] = (),
     ) -> None:
         self.dialect, self.limits, self.names, self.ours = dialect, limits, known, ours
 
@@ -130,12 +130,18 @@ class RequestReader:
         low = shape.size(name_length.ALL[0])
         high = low if not shape.records else shape.size(MAX_NAME_LENGTH)
         if shape.bulk:
-            high += self.limits.tensor_bytes if command in FEEDS else self.limits.graph_bytes
+            high += self._most(command)
         if not low <= size <= high:
             raise RemoteProtocolError(
                 f"{command.name}: {size} bytes instead of {low}{f' to {high}' if high > low else ''}"
             )
         return command, size
+
+    def _most(self, command: Command) -> int:
+        """Bytes of bulk data that a request may have."""
+        if command in FEEDS:
+            return self.limits.tensor_bytes
+        return carrying.MOST_BYTES if command == Command.SET_RANGES else self.limits.graph_bytes
 
     def _read_feed(self, command: Command, size: int) -> Generator[int, Bytes, Received]:
         request: type[SetTensor] | type[SetTensor2d] = EXCHANGES[command].request

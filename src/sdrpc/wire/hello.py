@@ -17,7 +17,7 @@ from ..device import Bytes
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect, Version
 from .framing import REPLY_HEADER, REQUEST_HEADER
-from .messages import Command
+from .messages import OURS, Command
 
 CAPS = Struct("<II16s")
 MAGIC = bytes.fromhex("0100000000000000") + b"sdrpc\0\0\1"
@@ -45,10 +45,17 @@ class Capability(IntFlag):
     """The server's devices queue what they are to do, so that it pays to send it before it is their turn."""
     FORMATS = 128
     """Tensors may be of types that ggml does not have (:data:`sdrpc.ggml.types.OWN_TYPES`)."""
+    CARRIERS = 256
+    """Data of tensors may come over further connections of the same client (:mod:`sdrpc.wire.carrying`)."""
 
 
 NATIVE = Capability(0)
 """A peer that is none of ours."""
+
+
+def own_commands(agreed: Capability) -> frozenset[Command]:
+    """The commands of our own that may be used where that was ``agreed`` on."""
+    return frozenset(command for command, name in OURS.items() if Capability[name] in agreed)
 
 
 class Hello(NamedTuple):

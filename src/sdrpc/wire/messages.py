@@ -7,7 +7,7 @@ and has no length of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 from functools import cache
 from struct import Struct
@@ -25,6 +25,8 @@ U32 = Annotated[int, "I"]
 U64 = Annotated[int, "Q"]
 Digest = Annotated[bytes, "32s"]
 """What :func:`sdrpc.content.digest` gives."""
+Token = Annotated[bytes, "32s"]
+"""Random bytes that nobody else knows."""
 Host = Annotated[bytes, "64s"]
 """A name that ends at its first zero byte."""
 Sources = Annotated[tuple[Record, ...], MAX_SRC]
@@ -60,10 +62,19 @@ class Command(IntEnum):
     COMM_ALLREDUCE = 21
     COMM_FREE = 22
     SET_TENSOR_DIGEST = 240
+    GET_CARRIERS = 241
+    CARRY = 242
+    SET_RANGES = 243
 
 
-OURS = frozenset({Command.SET_TENSOR_DIGEST})
-"""Commands between our own peers (``Capability.CACHE``), far from where ggml will get with its own."""
+OURS = {
+    Command.SET_TENSOR_DIGEST: "CACHE",
+    Command.GET_CARRIERS: "CARRIERS",
+    Command.CARRY: "CARRIERS",
+    Command.SET_RANGES: "CARRIERS",
+}
+"""Commands between our own peers, far from where ggml will get with its own, and the
+:class:`~sdrpc.wire.hello.Capability` on which both must have agreed."""
 
 NEWER = {
     Command.MEMSET_TENSOR: "has_memset_tensor",
@@ -276,6 +287,41 @@ class CommFree(NamedTuple):
     device: U32
 
 
+class GetCarriers(NamedTuple):
+    """Let so many further connections of this client carry data for this one. Those that did so far end."""
+
+    carriers: U8
+
+
+class GetCarriersReply(NamedTuple):
+    """How many may come, up to as many as were asked for, and what each has to show."""
+
+    carriers: U8
+    token: Token
+
+
+class Carry(NamedTuple):
+    """The first and last request of a connection that carries data for the one that was given ``token``."""
+
+    token: Token
+
+
+class CarryReply(NamedTuple):
+    """Which of the carriers it is, from 0 on."""
+
+    number: U8
+
+
+class SetRanges(NamedTuple):
+    """Data for parts of a buffer, which comes over the first ``carriers`` carriers
+    (:func:`sdrpc.wire.carrying.dealt`). ``ranges``: offset and size of each part (:func:`~sdrpc.wire.carrying.pack`).
+    """
+
+    remote_ptr: U64
+    carriers: U8
+    ranges: Bulk
+
+
 class Ack(NamedTuple):
     """The empty answer to commands that change a buffer, up to protocol 5.x (``Dialect.acks_buffer_commands``)."""
 
@@ -311,6 +357,9 @@ EXCHANGES: dict[Command, Exchange] = {
     Command.COMM_ALLREDUCE: Exchange(CommAllreduce, None),
     Command.COMM_FREE: Exchange(CommFree, None),
     Command.SET_TENSOR_DIGEST: Exchange(SetTensorDigest, SetTensorHashReply),
+    Command.GET_CARRIERS: Exchange(GetCarriers, GetCarriersReply),
+    Command.CARRY: Exchange(Carry, CarryReply),
+    Command.SET_RANGES: Exchange(SetRanges, None),
 }
 """All commands but HELLO, which comes before there is a dialect (:mod:`sdrpc.wire.hello`)."""
 
@@ -320,11 +369,11 @@ COMMANDS: dict[type, Command] = {exchange.request: command for command, exchange
 """Request class → its command."""
 
 
-def command_known(command: int, dialect: Dialect, ours: bool = False) -> bool:
-    """Whether ``command`` exists in ``dialect``, HELLO included; ``ours``: as it is spoken between our own peers."""
+def command_known(command: int, dialect: Dialect, ours: Collection[Command] = ()) -> bool:
+    """Whether ``command`` exists in ``dialect``, HELLO included; ``ours``: the commands of our own that were agreed on."""
     if command in NEWER:
         return NEWER[Command(command)] in dialect.switches
-    return command in _NUMBERS and (ours or command not in OURS)
+    return command in _NUMBERS and (command in ours or command not in OURS)
 
 
 def response_class(command: Command, dialect: Dialect) -> type | None:

@@ -1,0 +1,60 @@
+"""A tensor's data over several connections: which parts of it go where.
+
+One TCP stream is as fast as one thread at each end copies. So a client of ours may open further connections,
+*carriers*, that have no words of their own: after CARRY, which shows whom they belong to, there is nothing on them but
+data. The first connection says with SET_RANGES what comes, and is the only one on which anything is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import NamedTuple
+
+from ..content import pieces
+from ..device import Bytes
+from ..errors import RemoteProtocolError
+
+MOST_RANGES = 256
+"""Of one SET_RANGES."""
+_RANGE = Struct("<QQ")
+MOST_BYTES = MOST_RANGES * _RANGE.size
+
+
+class Range(NamedTuple):
+    """``size`` bytes of a buffer from ``offset`` on."""
+
+    offset: int
+    size: int
+
+
+class Piece(NamedTuple):
+    """``size`` bytes from ``at`` on in range ``number``: at most :data:`sdrpc.content.PIECE`."""
+
+    number: int
+    at: int
+    size: int
+
+
+def pack(ranges: Sequence[Range]) -> bytes:
+    return b"".join(_RANGE.pack(*each) for each in ranges)
+
+
+def unpack(data: Bytes) -> list[Range]:
+    """Raises :class:`RemoteProtocolError` for what :func:`pack` would not make."""
+    if not data or len(data) % _RANGE.size:
+        raise RemoteProtocolError(f"SET_RANGES: ranges of {len(data)} bytes")
+    return [Range(*each) for each in _RANGE.iter_unpack(data)]
+
+
+def dealt(sizes: Sequence[int], carriers: int) -> list[list[Piece]]:
+    """What each carrier has of ranges of ``sizes`` bytes, one piece behind the other: the next piece always goes to the
+    one that has least, the first of several such."""
+    hands: list[list[Piece]] = [[] for _ in range(carriers)]
+    held = [0] * carriers
+    for number, size in enumerate(sizes):
+        for at, length in pieces(size):
+            least = held.index(min(held))
+            hands[least].append(Piece(number, at, length))
+            held[least] += length
+    return hands
