@@ -23,7 +23,7 @@ from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.dialect import dialects
 from sdrpc.ggml.weight import Origin, Pieces, Whole
-from sdrpc.server import Cache, CacheService, Server
+from sdrpc.server import Cache, CacheService, Limits, Server
 from sdrpc.wire import messages as m
 from sdrpc.wire.messages import Command
 from tests.interop.tap import Tap
@@ -161,7 +161,8 @@ def test_only_the_part_that_the_server_lacks_is_made(cpu: LocalDevice, tmp_path:
         names = {part: bytes(32).hex() if f" {upload.PART}+" in part else name for part, name in names.items()}
         path.write_text(json.dumps(names))
         again = Pieced(sizes=(size,))
-        assert scene.run(again).commands["SET_TENSOR"] == 1
+        tap = scene.run(again)
+        assert (tap.commands["SET_TENSOR"], tap.bytes["carried"]) == (0, upload.PART)
         assert again.read == upload.PART
 
 
@@ -186,6 +187,42 @@ def test_a_server_without_a_cache_is_asked_nothing(cpu: LocalDevice) -> None:
             assert tap.commands["SET_TENSOR_DIGEST"] == tap.commands["SET_TENSOR_HASH"] == 0
             assert model.read == len(SIZES)
     assert not Names().folder.exists()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_large_uploads_come_over_several_connections(
+    cpu: LocalDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Many small tensors, some of several pieces, and one that is made in pieces of its own, through carriers: all of
+    it arrives, and what the server keeps of it is right."""
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(upload, "GROUP_BYTES", 8 << 20)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    sizes = (*[10_000] * 10, 9 << 20, 1, PIECE + 1, 1023, 5)
+    with Scene(cpu, tmp_path / "weights" if cached else None) as scene:
+        tap = scene.run(Pieced(sizes=sizes))
+        assert tap.commands["SET_TENSOR"] == 0
+        assert tap.commands["CARRY"] == 3
+        assert tap.bytes["carried"] == sum(sizes)
+        assert tap.commands["GET_CARRIERS"] == 2
+        if cached:
+            again = scene.run(Model(sizes=sizes))
+            assert again.bytes["carried"] == 1 + 1023 + 5
+
+
+def test_an_upload_goes_over_one_connection_where_there_is_no_place_for_more(
+    cpu: LocalDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    caplog.set_level("INFO", "sdrpc.client")
+    with Server([cpu], limits=Limits(connections=3)) as server:
+        (device,) = connect([server.endpoint])
+        for _ in range(2):
+            Model(sizes=(2 << 20, 5)).uploaded(device)
+        device.close()
+    assert caplog.text.count("data goes over one connection") == 2
+    assert "3 clients are connected already" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"0 0+100000 sha256": 5}', '{"0 0+100000 sha256": "zz"}'])

@@ -54,7 +54,7 @@ from sdrpc.wire.framing import RequestReader, read_error, read_reply
 from sdrpc.wire.graphs import encode_graph
 from sdrpc.wire.hello import CAPS, Capability, encode_hello, encode_hello_reply, read_hello, read_hello_reply
 from sdrpc.wire.limits import Limits
-from sdrpc.wire.messages import Command, response_class
+from sdrpc.wire.messages import OURS, Command, response_class
 from tests.support.stream import EndOfStream, Stream
 from tests.wire.examples import commands, frame
 from tests.wire.test_fuzz import is_sound
@@ -87,7 +87,7 @@ class Parser(NamedTuple):
 
 
 def requests(data: bytes) -> None:
-    stream, reader = Stream(data[1:]), RequestReader(_dialect(data), LIMITS, ours=True)
+    stream, reader = Stream(data[1:]), RequestReader(_dialect(data), LIMITS, ours=OURS)
     with suppress(RemoteProtocolError, EndOfStream):
         while True:
             received = stream.drive(reader.read())

@@ -15,7 +15,9 @@ COMMANDS = dict(enumerate((
     "SET_TENSOR_HASH", "GET_TENSOR", "COPY_TENSOR", "GRAPH_COMPUTE", "GET_DEVICE_MEMORY", "INIT_TENSOR",
     "GET_ALLOC_SIZE", "HELLO", "DEVICE_COUNT", "GRAPH_RECOMPUTE", "MEMSET_TENSOR", "SET_TENSOR_2D", "GET_TENSOR_2D",
     "COMM_INIT", "COMM_ALLREDUCE", "COMM_FREE",
-))) | {240: "SET_TENSOR_DIGEST"}  # fmt: skip
+))) | {240: "SET_TENSOR_DIGEST", 241: "GET_CARRIERS", 242: "CARRY", 243: "SET_RANGES"}  # fmt: skip
+CARRY = 242
+"""Behind it there are no commands any more."""
 
 
 class Tap:
@@ -63,6 +65,9 @@ class Tap:
                     piece = stream.read(min(size, 1 << 20))
                     server.sendall(piece)
                     size -= len(piece)
+                while command == CARRY and (piece := stream.read1(1 << 20)):
+                    self.bytes["carried"] += len(piece)
+                    server.sendall(piece)
             server.shutdown(socket.SHUT_WR)
 
     @staticmethod

@@ -132,6 +132,16 @@ EXAMPLES: dict[Command, Example] = {
         m.SetTensorHashReply(1),
         b"\1",
     ),
+    Command.GET_CARRIERS: Example(
+        m.GetCarriers(4), lambda d, t: b"\4", m.GetCarriersReply(3, bytes(range(32))), b"\3" + bytes(range(32))
+    ),
+    Command.CARRY: Example(m.Carry(bytes(range(32))), lambda d, t: bytes(range(32)), m.CarryReply(2), b"\2"),
+    Command.SET_RANGES: Example(
+        m.SetRanges(9, 3, pack("<4Q", 0, 100, 2**40, 7)),
+        lambda d, t: pack("<QB4Q", 9, 3, 0, 100, 2**40, 7),
+        None,
+        b"",
+    ),
 }
 
 

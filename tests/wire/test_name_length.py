@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sdrpc.errors import RemoteProtocolError
 from sdrpc.ggml.dialect import Dialect, dialects, newest
 from sdrpc.wire.framing import RequestReader
-from sdrpc.wire.messages import Command, SetTensor, SetTensor2d, layout
+from sdrpc.wire.messages import OURS, Command, SetTensor, SetTensor2d, layout
 from sdrpc.wire.name_length import ALL, COMMON, UNKNOWN, NameLength, learn, learn_feed
 from sdrpc.wire.records import Record
 from tests.support.stream import Stream
@@ -123,7 +123,7 @@ def test_nonsense_has_no_length(dialect: Dialect, change: dict[str, object]) -> 
 
 @pytest.mark.parametrize("command", [*BY_SIZE, Command.GRAPH_COMPUTE])
 def test_mixed_lengths_break_the_protocol(command: Command) -> None:
-    reader = RequestReader(newest(), ours=True)
+    reader = RequestReader(newest(), ours=OURS)
     Stream(frame(Command.INIT_TENSOR, newest(), 128)).drive(reader.read())
     with pytest.raises(RemoteProtocolError, match="names of 64 bytes after names of 128"):
         Stream(frame(command, newest(), 64)).drive(reader.read())

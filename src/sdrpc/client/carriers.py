@@ -13,7 +13,7 @@ from functools import partial
 from ..device import Silence
 from ..errors import SdrpcError
 from ..wire.carrying import dealt
-from ..wire.messages import Carry, GetCarriers
+from ..wire.messages import Carry, GetCarriersReply
 from .connection import LOOK_SECONDS, Connection
 
 log = logging.getLogger(__name__)
@@ -24,10 +24,10 @@ LEAST_BYTES = 64 << 20
 
 
 class Carriers:
-    """``connections`` that carry data for ``main``. Close them when done."""
+    """``connections`` that carry data for another one. Close them when done."""
 
-    def __init__(self, main: Connection, connections: Sequence[Connection]) -> None:
-        self._main, self._connections = main, connections
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = connections
         self._pool = ThreadPoolExecutor(len(connections), thread_name_prefix="sdrpc-carrier")
 
     def __len__(self) -> int:
@@ -66,26 +66,19 @@ class Carriers:
             connection.close()
 
 
-def carriers(main: Connection, another: Callable[[], Connection]) -> Carriers | None:
-    """Carriers for ``main``, made by ``another``; None where there can't be two."""
-    reply = main.call(GetCarriers(MOST), "asking for carriers")
-    opened: list[Connection] = []
+def opened(reply: GetCarriersReply, another: Callable[[], Connection]) -> Carriers | None:
+    """The carriers that a server lets come, made by ``another``; None where there can't be two."""
+    connections: list[Connection] = []
     try:
-        while len(opened) < reply.carriers > 1:
-            opened.append(another())
-            opened[-1].call(Carry(reply.token), "becoming a carrier")
+        while len(connections) < reply.carriers > 1:
+            connections.append(another())
+            connections[-1].call(Carry(reply.token), "becoming a carrier")
     except SdrpcError as error:
-        log.info("%s: data goes over one connection: %s", main.endpoint, error)
-        for connection in opened:
+        log.info("data goes over one connection: %s", error)
+        for connection in connections:
             connection.close()
-        opened.clear()
-    return Carriers(main, opened) if opened else None
-
-
-def done_with(main: Connection) -> None:
-    """``main`` has no carriers any more."""
-    if not main.closed_because:
-        main.call(GetCarriers(0), "ending its carriers")
+        return None
+    return Carriers(connections) if connections else None
 
 
 def _size(views: Sequence[memoryview]) -> int:

@@ -41,7 +41,7 @@ from ..wire.kept_graphs import KeptGraphs
 from ..wire.limits import MAX_NAME_LENGTH
 from ..wire.messages import COMMANDS
 from ..wire.records import Record, is_name_length
-from .carriers import LEAST_BYTES, Carriers, carriers, done_with
+from .carriers import LEAST_BYTES, MOST, Carriers, opened
 from .connection import DEFAULT_TIMEOUTS, Connection, Timeouts, greet, open_connection
 from .endpoint import Endpoint, parse_endpoint
 from .keychain import Keychain
@@ -151,18 +151,22 @@ class Server:
         return answers
 
     @contextmanager
-    def carriers(self, size: int) -> Iterator[Carriers | None]:
-        """Further connections for an upload of ``size`` bytes, where they pay."""
-        made = None
-        if size >= LEAST_BYTES and Capability.CARRIERS in self.connection.capabilities and self.another is not None:
-            self._answers()
-            made = carriers(self.connection, self.another)
+    def carriers(self, device: str, size: int) -> Iterator[Carriers | None]:
+        """Further connections for an upload of ``size`` bytes to ``device``, where they pay."""
+        if size < LEAST_BYTES or Capability.CARRIERS not in self.connection.capabilities or self.another is None:
+            yield None
+            return
+        reply = self.ask(device, messages.GetCarriers(MOST), "asking for carriers")
+        if reply.carriers > MOST:
+            raise self.accuse(f"{reply.carriers} carriers where {MOST} were asked for")
+        made = opened(reply, self.another)
         try:
             yield made
         finally:
             if made is not None:
                 made.close()
-                done_with(self.connection)
+            if not self.connection.closed_because:
+                self.ask(device, messages.GetCarriers(0), "ending its carriers")
 
     def send_over(
         self, device: str, carriers: Carriers, message: Any, data: Sequence[Sequence[memoryview]], doing: str
@@ -330,7 +334,7 @@ class RemoteDevice(Device):
         scheme = self._server.scheme(contents)
         for content in contents:
             self._range(buffer, content.offset, content.size)
-        with self._server.carriers(sum(content.size for content in contents)) as carriers:
+        with self._server.carriers(self.name, sum(content.size for content in contents)) as carriers:
             sender = _Sender(self, self._own(buffer), carriers)
             if scheme is not None:
                 upload(scheme, contents, sender, self._server.names, progress)

@@ -120,7 +120,7 @@ class ClientCache:
 
 
 class CacheWriter:
-    """A tensor on its way to the cache, to be finished. What the disk does is logged, and never the client's problem."""
+    """A tensor on its way to the cache. What the disk does is logged, and never the client's problem."""
 
     def __init__(self, service: CacheService, owner: str, size: int, name: int | None) -> None:
         self._service, self._owner, self._size, self._name = service, owner, size, name

@@ -24,7 +24,7 @@ class Target:
         self._writer: CacheWriter | None = None
 
     def take(self, at: int, size: int, read: Callable[[memoryview], None]) -> None:
-        """Let ``read`` put ``size`` bytes into memory, those from ``at`` on: :data:`sdrpc.content.PIECE`, or the rest."""
+        """Let ``read`` put ``size`` bytes (:data:`sdrpc.content.PIECE`, or the rest) from ``at`` on into memory."""
         writer = self._opened()
 
         def fill(memory: memoryview) -> None:

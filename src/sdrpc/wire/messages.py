@@ -370,7 +370,7 @@ COMMANDS: dict[type, Command] = {exchange.request: command for command, exchange
 
 
 def command_known(command: int, dialect: Dialect, ours: Collection[Command] = ()) -> bool:
-    """Whether ``command`` exists in ``dialect``, HELLO included; ``ours``: the commands of our own that were agreed on."""
+    """Whether ``command`` exists in ``dialect``, HELLO included; ``ours``: commands of our own that were agreed on."""
     if command in NEWER:
         return NEWER[Command(command)] in dialect.switches
     return command in _NUMBERS and (command in ours or command not in OURS)

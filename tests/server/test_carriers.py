@@ -1,0 +1,208 @@
+"""Connections that carry data for another one: whose they may be, and what remains when one of them ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdrpc.client import Keychain, connect, remote
+from sdrpc.content import PIECE
+from sdrpc.device import Content
+from sdrpc.errors import DeviceError, RemoteProtocolError, SdrpcError
+from sdrpc.ggml.weight import Whole
+from sdrpc.server import Door, Keys, Policy, Server
+from sdrpc.server.carriers import Carriers, Expected
+from sdrpc.server.key_ring import KeyRing
+from sdrpc.wire import messages as m
+from sdrpc.wire.carrying import MOST_BYTES, Range, pack
+from sdrpc.wire.hello import Capability
+from tests.server.conftest import CountingDevice, Scene, eventually
+from tests.support.client import RawClient
+from tests.support.null import NullDevice
+
+OURS = Capability.ERRORS | Capability.CARRIERS
+DATA = np.random.default_rng(0).bytes(3 * PIECE)
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+
+
+@pytest.fixture
+def scene(caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
+    with Server([CountingDevice()]) as server, Scene(server, caplog) as scene:
+        yield scene
+
+
+def joined(scene: Scene, count: int = 2) -> tuple[RawClient, list[RawClient]]:
+    """A client and its carriers."""
+    client = scene.client(OURS)
+    reply = client.ask(m.GetCarriers(count))
+    assert reply.carriers == count
+    carriers = [scene.client(OURS) for _ in range(count)]
+    assert [carrier.ask(m.Carry(reply.token)).number for carrier in carriers] == list(range(count))
+    return client, carriers
+
+
+def test_data_comes_over_carriers_and_is_there_for_what_comes_next(scene: Scene) -> None:
+    client, (first, second) = joined(scene)
+    handle, base = client.buffer(len(DATA) + 100)
+    client.post(m.SetRanges(handle, 2, pack([Range(64, len(DATA)), Range(0, 64), Range(len(DATA) + 64, 36)])))
+    second.send(DATA[PIECE : 2 * PIECE], bytes(range(64)), bytes(range(36)))
+    first.send(DATA[:PIECE], DATA[2 * PIECE :])
+    got = client.get(client.record((handle, base), (len(DATA) + 100,), type="I8"), len(DATA) + 100)
+    assert got == bytes(range(64)) + DATA + bytes(range(36))
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (m.SetRanges(1, 2, pack([Range(0, 65)])), "65 bytes at 0 are not inside buffer 1 of 64"),
+        (m.SetRanges(1, 2, pack([Range(2**64 - 1, 2)])), "are not inside buffer 1"),
+        (m.SetRanges(1, 2, pack([Range(0, 64), Range(64, 1)])), "1 bytes at 64 are not inside buffer 1"),
+        (m.SetRanges(1, 2, b"12345"), "ranges of 5 bytes"),
+        (m.SetRanges(1, 2, b""), "ranges of 0 bytes"),
+        (m.SetRanges(1, 3, pack([Range(0, 64)])), "3 carriers where there are 2"),
+        (m.SetRanges(1, 255, pack([Range(0, 64)])), "255 carriers where there are 2"),
+        (m.SetRanges(1, 0, pack([Range(0, 64)])), "there are no carriers"),
+        (m.SetRanges(7, 2, pack([Range(0, 64)])), "buffer 0x7 does not exist"),
+        (m.SetRanges(1, 2, bytes(MOST_BYTES + 16)), f"SET_RANGES: {MOST_BYTES + 25} bytes instead of"),
+        (m.Carry(bytes(32)), "this connection has a session of its own"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_on_the_first_connection(scene: Scene, message: object, reason: str) -> None:
+    client, carriers = joined(scene)
+    client.buffer(64)
+    client.post(message)
+    assert reason in client.ended()
+    assert [carrier.ended() for carrier in carriers] == ["", ""]
+
+
+def test_nobody_else_becomes_a_carrier(scene: Scene) -> None:
+    client, _ = joined(scene)
+    token = client.ask(m.GetCarriers(1)).token
+    for shown in (bytes(32), token[:-1] + bytes([token[-1] ^ 1])):
+        stranger = scene.client(OURS)
+        stranger.post(m.Carry(shown))
+        assert "nobody waits for this connection" in stranger.ended()
+    busy = scene.client(OURS)
+    busy.ask(m.DeviceCount())
+    busy.post(m.Carry(token))
+    assert "has a session of its own" in busy.ended()
+    carrier, late = scene.client(OURS), scene.client(OURS)
+    assert carrier.ask(m.Carry(token)).number == 0
+    late.post(m.Carry(token))
+    assert "nobody waits for this connection" in late.ended()
+
+
+def test_a_token_is_of_no_use_to_another_owner_and_after_its_session() -> None:
+    expected, carriers = Expected(), Carriers("key 1", 1)
+    expected.add(carriers)
+    assert expected.find(carriers.token, "key 1") is carriers
+    for token, owner in ((carriers.token, "key 2"), (carriers.token, "127.0.0.1"), (bytes(32), "key 1")):
+        with pytest.raises(RemoteProtocolError, match="nobody waits"):
+            expected.find(token, owner)
+    expected.remove(carriers)
+    with pytest.raises(RemoteProtocolError, match="nobody waits"):
+        expected.find(carriers.token, "key 1")
+
+
+def test_a_client_without_the_capability_has_no_such_commands(scene: Scene) -> None:
+    client = scene.client(Capability.ERRORS)
+    client.post(m.GetCarriers(2))
+    assert "has no command 241" in client.ended()
+
+
+def test_carriers_end_with_their_client_and_when_it_asks_for_others(scene: Scene) -> None:
+    before = scene.server.clients
+    client, carriers = joined(scene)
+    assert client.ask(m.GetCarriers(0)) == m.GetCarriersReply(0, bytes(32))
+    assert [carrier.ended() for carrier in carriers] == ["", ""]
+    assert eventually(lambda: scene.server.clients == before + 1)
+    reply = client.ask(m.GetCarriers(255))
+    assert reply.carriers == scene.server.limits.carriers
+    carrier = scene.client(OURS)
+    carrier.ask(m.Carry(reply.token))
+    client.socket.close()
+    assert carrier.ended() == ""
+    assert eventually(lambda: scene.server.clients == before)
+
+
+@pytest.mark.parametrize("gone", ["a carrier", "the client"])
+def test_who_vanishes_in_the_middle_takes_all_with_it(scene: Scene, gone: str) -> None:
+    """One of the connections ends while data is under way: all others of the client end, and its memory comes back."""
+    before = scene.server.clients
+    client, carriers = joined(scene)
+    handle, _ = client.buffer(len(DATA))
+    client.post(m.SetRanges(handle, 2, pack([Range(0, len(DATA))])))
+    carriers[0].send(DATA[:1000])
+    carriers[1].send(DATA[PIECE : 2 * PIECE - 1])
+    carriers[1].socket.close()
+    if gone == "the client":
+        client.socket.close()
+    else:
+        assert client.ended() == ""
+    assert carriers[0].ended() == ""
+    assert eventually(lambda: scene.server.clients == before)
+    assert eventually(lambda: scene.devices[0].held == scene.held)
+
+
+def test_a_carrier_that_ended_before_is_noticed(scene: Scene) -> None:
+    client, carriers = joined(scene)
+    handle, _ = client.buffer(64)
+    carriers[1].socket.close()
+    client.post(m.SetRanges(handle, 2, pack([Range(0, 32), Range(32, 32)])))
+    carriers[0].send(bytes(32))
+    assert client.ended() == ""
+
+
+def test_carriers_have_their_client_s_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encrypted upload over several connections, each of which shows the key. With another key, or none, nobody can
+    be a carrier of this client, not even by its token."""
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    ring = KeyRing(tmp_path / "keys.json")
+    laptop = ring.add("laptop").key
+    door = Door(Policy(), Keys(ring, tmp_path / "server.pem"))
+    tokens: list[bytes] = []
+    opened = remote.opened
+    monkeypatch.setattr(remote, "opened", lambda reply, another: tokens.append(reply.token) or opened(reply, another))
+    with Server([CountingDevice()], door=door) as server:
+        (device,) = connect([server.endpoint], keychain=Keychain([(None, laptop)], tmp_path / "known.json"))
+        buffer = device.allocate(len(DATA))
+
+        def stranger(_: int) -> None:
+            if not tokens:
+                return
+            client = RawClient(server.port, capabilities=OURS)
+            client.post(m.Carry(tokens.pop()))
+            assert "nobody waits for this connection" in client.ended()
+            client.socket.close()
+
+        device.upload(buffer, [Content(0, len(DATA), Whole(lambda: memoryview(DATA)))], stranger)
+        assert bytes(device.read(buffer, 0, len(DATA))) == DATA
+        assert not tokens
+        device.close()
+        assert eventually(lambda: server.clients == 0)
+
+
+def test_what_goes_wrong_with_a_carrier_s_data_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is in the middle of sending then, and learns the reason from its first connection."""
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    device = NullDevice()
+
+    def receive(*_: object) -> None:
+        raise DeviceError("NULL: the tape is full")
+
+    monkeypatch.setattr(device, "receive", receive)
+    size = 64 << 20
+    with Server([device]) as server:
+        (client,) = connect([server.endpoint])
+        buffer = client.allocate(size)
+        with pytest.raises(SdrpcError, match="the tape is full"):
+            client.upload(buffer, [Content(0, size, Whole(lambda: bytes(size)))], lambda _: None)
+        client.close()
+        assert eventually(lambda: server.clients == 0)
