@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import mmap
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+from sdrpc.client.carriers import MOST
+from sdrpc.content import PIECE, pieces
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
 
@@ -16,12 +20,14 @@ from .rows import Mark, Row
 from .setup import Setup
 
 ROUNDS = 3
+CONNECTIONS = max(1, min(MOST, os.cpu_count() or 1))
+"""Over which ours go."""
 SMALL = 8
 """Side of the latents of the step that makes the model load: its arithmetic shall not take long."""
 
 
 def run(setup: Setup) -> Iterator[Row]:
-    ours, plainly, copied = [], [], []
+    ours, plainly, together, copied = [], [], [], []
     size = 0
     path = setup.checkpoint(setup.variant.type)
     for _ in range(ROUNDS):
@@ -29,10 +35,15 @@ def run(setup: Setup) -> Iterator[Row]:
             seconds, size = uploaded(setup, server.port)
         ours.append(seconds)
         plainly.append(through_socket(path, size))
+        together.append(through_sockets(path, size, CONNECTIONS, setup.on_cpu))
         copied.append(_copied(path, size))
-    speed, plain, memory = (size / min(seconds) / 1e9 for seconds in (ours, plainly, copied))
+    speed, plain, several, memory = (size / min(seconds) / 1e9 for seconds in (ours, plainly, together, copied))
     note = f"{size / 1e9:.2f} GB, best of {ROUNDS}"
-    yield Row("upload", speed, "GB/s", plain, "plain loopback socket", Mark(1.0, "ours", at_least=True), note)
+    least = Mark(1.0 if setup.on_cpu else 5.0, "ours", at_least=True)
+    yield Row("upload", speed, "GB/s", plain, "plain loopback socket, new memory", least, note)
+    kind = "new memory" if setup.on_cpu else "the same memory again"
+    against = f"{CONNECTIONS} plain loopback sockets, {kind}"
+    yield Row("upload", speed, "GB/s", several, against, Mark(0.9, at_least=True), note)
     yield Row("upload", speed, "GB/s", memory, "memcpy to new memory", None, note)
 
 
@@ -83,6 +94,42 @@ def through_socket(path: Path, size: int) -> float:
         thread.start()
         sender.sendall(memoryview(_mapped(path))[:size])
         thread.join()
+        return time.perf_counter() - start
+
+
+def through_sockets(path: Path, size: int, count: int, fresh: bool) -> float:
+    """The same through ``count`` sockets at once, each with two threads that copy a piece of the file after the other:
+    into memory that was never touched if ``fresh``, else into as much as one piece takes, again and again."""
+    target = memoryview(mmap.mmap(-1, size if fresh else count * PIECE))
+    source = memoryview(_mapped(path))[:size]
+    turns = [[piece for i, piece in enumerate(pieces(size)) if i % count == mine] for mine in range(count)]
+
+    def send(connection: socket.socket, mine: int) -> None:
+        for at, length in turns[mine]:
+            connection.sendall(source[at : at + length])
+
+    def receive(connection: socket.socket, mine: int) -> None:
+        for at, length in turns[mine]:
+            start = at if fresh else mine * PIECE
+            rest = target[start : start + length]
+            while rest:
+                rest = rest[connection.recv_into(rest) :]
+
+    with ExitStack() as stack:
+        threads = []
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for mine in range(count):
+            sender = stack.enter_context(socket.create_connection(listener.getsockname()))
+            receiver = stack.enter_context(listener.accept()[0])
+            threads += [
+                threading.Thread(target=send, args=(sender, mine)),
+                threading.Thread(target=receive, args=(receiver, mine)),
+            ]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         return time.perf_counter() - start
 
 

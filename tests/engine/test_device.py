@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from sdrpc.content import PIECE
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.digest import content
 from sdrpc.engine.precision import EXACT, GGML, choose
-from sdrpc.errors import ComputeError, DeviceError, GraphError, OutOfMemory, UsageError
+from sdrpc.errors import ComputeError, ConnectionLost, DeviceError, GraphError, OutOfMemory, UsageError
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32, I32, TYPES
@@ -49,6 +51,34 @@ def test_a_copy_within_a_buffer_takes_no_memory_of_its_own(exact: LocalDevice, m
     monkeypatch.setattr(torch.Tensor, "clone", None)
     exact.copy(buffer, 0, buffer, 50, 50)
     assert bytes(exact.read(buffer, 0, 100)) == bytes(range(50)) * 2
+    exact.free(buffer)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20, PIECE - 1, PIECE])
+def test_what_is_received_is_there(exact: LocalDevice, size: int) -> None:
+    """Also from several threads at once, while the device still reads what came before."""
+    count = 20
+    data = [np.random.default_rng(seed).bytes(size) for seed in range(count)]
+    buffer = exact.allocate(count * size)
+
+    def receive(number: int) -> None:
+        def fill(memory: memoryview) -> None:
+            assert len(memory) == size
+            memory[:] = data[number]
+
+        exact.receive(buffer, number * size, size, fill)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(receive, range(count)))
+    assert bytes(exact.read(buffer, 0, count * size)) == b"".join(data)
+
+    def broken(_: memoryview) -> None:
+        raise ConnectionLost("somebody", "sending")
+
+    with pytest.raises(ConnectionLost):
+        exact.receive(buffer, 0, size, broken)
+    exact.receive(buffer, 0, size, lambda memory: memory.__setitem__(slice(None), data[1]))
+    assert bytes(exact.read(buffer, 0, size)) == data[1]
     exact.free(buffer)
 
 
