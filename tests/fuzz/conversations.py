@@ -42,7 +42,7 @@ from sdrpc.wire.messages import Command
 from tests.server.conftest import eventually
 from tests.support.client import Adder, RawClient
 
-OURS = Capability.ERRORS | Capability.MANAGED
+OURS = Capability.ERRORS | Capability.MANAGED | Capability.CARRIERS
 GONE = (OSError, EOFError, AssertionError, SdrpcError)
 """How a client that was thrown out, or told a reason, learns of it."""
 SIZES = st.sampled_from([0, 1, 16, 4096, 1 << 20, 1 << 33, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
