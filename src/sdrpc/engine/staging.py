@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdrpc import content
-
 PIECE = 1 << 20
 PIECES = 16
-LARGE_PIECE = content.PIECE
+LARGE_PIECE = 4 << 20
+"""What a server receives at a time (:data:`sdrpc.content.PIECE`)."""
 LARGE_PIECES = 16
 """Of memory that bytes are received into: each is in the hands of a client's thread for as long as the client takes to
 send, so beyond these there is none, and whoever comes then takes ordinary memory."""
