@@ -6,11 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrpc.content import PIECE
+from sdrpc import content
 from sdrpc.errors import RemoteProtocolError
-from sdrpc.wire.carrying import MOST_RANGES, Range, dealt, pack, unpack
+from sdrpc.wire.carrying import MOST_RANGES, PIECE, Range, dealt, pack, unpack
 
 SIZES = st.lists(st.integers(0, 4 * PIECE) | st.integers(0, 2000), max_size=20)
+
+
+def test_pieces_are_those_of_the_cache() -> None:
+    assert PIECE == content.PIECE
 
 
 @given(SIZES, st.integers(1, 8))

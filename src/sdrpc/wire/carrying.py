@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
-from ..content import pieces
 from ..device import Bytes
 from ..errors import RemoteProtocolError
 
+PIECE = 4 << 20
+"""Bytes that go over one carrier together: what servers receive, hash and keep at a time."""
 MOST_RANGES = 256
 """Of one SET_RANGES."""
 _RANGE = Struct("<QQ")
@@ -29,7 +30,7 @@ class Range(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """``size`` bytes from ``at`` on in range ``number``: at most :data:`sdrpc.content.PIECE`."""
+    """``size`` bytes from ``at`` on in range ``number``: at most :data:`PIECE`."""
 
     number: int
     at: int
@@ -53,7 +54,8 @@ def dealt(sizes: Sequence[int], carriers: int) -> list[list[Piece]]:
     hands: list[list[Piece]] = [[] for _ in range(carriers)]
     held = [0] * carriers
     for number, size in enumerate(sizes):
-        for at, length in pieces(size):
+        for at in range(0, size, PIECE):
+            length = min(PIECE, size - at)
             least = held.index(min(held))
             hands[least].append(Piece(number, at, length))
             held[least] += length
