@@ -1,9 +1,9 @@
 """Several devices: pictures that each draws at the same time, prompts that two of them evaluate at once, and a model
 whose layers are on two of them, over what one device does.
 
-Each device has a server of its own. On GPUs there are as many as the machine has. On a CPU servers would only take each
-other's cores, so each is behind a link with a long round trip and the model is tiny: then what is measured is that
-nobody waits who need not.
+Each device has a server of its own, but where it says otherwise. On GPUs there are as many as the machine has. On a CPU
+servers would only take each other's cores, so each is behind a link with a long round trip and the model is tiny: then
+what is measured is that nobody waits who need not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,9 +22,10 @@ from sdrpc.diffusion.session import Session
 from sdrpc.runtime.chain import Chain, Lanes, Placed
 from tests.support.process import ServerProcess
 
+from . import prompts
 from .proxy import SlowLink
 from .rows import Mark, Row
-from .sampling import sample
+from .sampling import Sampled, sample
 from .setup import Setup
 
 DEVICES = (1, 2, 4)
@@ -39,12 +41,11 @@ def run(setup: Setup) -> Iterator[Row]:
     with opened(setup, most) as devices:
         yield from _pictures(setup, devices)
         if most > 1:
-            one = _step(setup, devices[0])
-            two = _step(setup, Lanes((Chain((devices[0],)), Chain((devices[1],)))))
-            what = "steps a second, prompt and negative prompt on two devices"
-            yield Row(what, 1 / two, "1/s", 1 / one, "one device", Mark(1.7, at_least=True), _note(setup))
-            cut = _step(setup, Chain((devices[0], devices[1])))
-            yield Row("step, layers on two devices", cut * 1e3, "ms", one * 1e3, "one device", None, _note(setup))
+            with side_by_side(setup, devices) as pairs:
+                one = Chain((devices[0],))
+                yield from prompts.rows(partial(_sampled, setup), one, pairs, _note(setup), prompts.MARK)
+            alone, cut = (_sampled(setup, place).seconds for place in (one, Chain((devices[0], devices[1]))))
+            yield Row("step, layers on two devices", cut * 1e3, "ms", alone * 1e3, "one device", None, _note(setup))
 
 
 def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
@@ -63,35 +64,46 @@ def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
         yield Row(what, rate, "1/s", count * alone, f"{count} × one", Mark(0.95, at_least=True), _note(setup))
 
 
-def _step(setup: Setup, place: Placed) -> float:
-    """Seconds of a step with the diffusion model there."""
+def _sampled(setup: Setup, place: Placed, guided: bool = True) -> Sampled:
+    """A picture with the diffusion model there."""
     with _session(setup, place) as session:
-        request = setup.request()
+        request = setup.request() if guided else replace(setup.request(), cfg_scale=1.0)
         settings = session.settings(request)
         told, lanes = session.conditions(settings), range(len(place.chains) if isinstance(place, Lanes) else 1)
         sample(session, request, told)
         for _ in range(2):
             began = time.perf_counter()
-            session.sample(settings, request.seed, told, lanes=lanes)
-        return (time.perf_counter() - began) / settings.steps
+            latents = session.sample(settings, request.seed, told, lanes=lanes)
+        return Sampled(latents, (time.perf_counter() - began) / settings.steps)
 
 
 @contextmanager
-def opened(setup: Setup, count: int) -> Iterator[list[Device]]:
-    """One device each of so many servers."""
+def side_by_side(setup: Setup, apart: list[Device]) -> Iterator[dict[str, Lanes]]:
+    """Pairs of devices by where they are: the first two of these, which have a server each, and two of one server,
+    where the machine has as many."""
+    with ExitStack() as stack:
+        pairs = {"two servers": apart[:2]}
+        if not setup.on_cpu:
+            pairs["one server"] = stack.enter_context(opened(setup, 2, together=True))
+        yield {where: Lanes((Chain((first,)), Chain((second,)))) for where, (first, second) in pairs.items()}
+
+
+@contextmanager
+def opened(setup: Setup, count: int, together: bool = False) -> Iterator[list[Device]]:
+    """So many devices, each of a server of its own, or all ``together`` of one."""
     with ExitStack() as stack:
         found: list[Device] = []
-        for number in range(count):
-            name = "CPU" if setup.on_cpu else f"CUDA{number}"
+        names = ["CPU" if setup.on_cpu else f"CUDA{number}" for number in range(count)]
+        for offered in [",".join(names)] if together else names:
             # what a compiler has ready in the middle of a measurement would be in some of the numbers and not in others
-            options = ("--device", name, "--precision", setup.variant.precision, "--compile", "off")
+            options = ("--device", offered, "--precision", setup.variant.precision, "--compile", "off")
             port = stack.enter_context(ServerProcess(*options)).port
             if setup.on_cpu:
                 port = stack.enter_context(SlowLink(port, ROUND_TRIP)).port
-            (device,) = connect([f"127.0.0.1:{port}"])
-            device.name = f"RPC{number}"
-            stack.callback(device.close)
-            found.append(device)
+            for device in connect([f"127.0.0.1:{port}"]):
+                stack.callback(device.close)
+                device.name = f"RPC{len(found)}"
+                found.append(device)
         yield found
 
 

@@ -4,16 +4,19 @@ what one with room draws, to the bit. Prompts, where the model is guided: each h
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 from sdrpc.diffusion.session import Session
 from sdrpc.errors import DoesNotFit
 from sdrpc.runtime.chain import Chain, Lanes
 
+from . import prompts
 from .families import Case, case_of
 from .memory import GB
 from .rows import Mark, Row
 from .sampling import Sampled, difference, draw
-from .scaling import opened
+from .scaling import opened, side_by_side
 from .setup import Setup
 
 SHARE = 0.6
@@ -23,11 +26,13 @@ SHARE = 0.6
 def run(setup: Setup) -> Iterator[Row]:
     for family in setup.families.names:
         case = case_of(setup, family)
-        with opened(setup, 2) as (first, second):
-            one = Chain((first,))
-            yield from _layers(case, one, Chain((first, second)))
+        with opened(setup, 2) as devices:
+            one, note = Chain((devices[0],)), f"{case.request.width}×{case.request.height}, {case.request.steps} steps"
             if case.request.cfg_scale != 1:
-                yield _prompts(case, one, Lanes((one, Chain((second,)))))
+                with side_by_side(setup, devices) as pairs:
+                    for row in prompts.rows(partial(_drawn, case), one, pairs, note, case.mark(prompts.MARK)):
+                        yield replace(row, what=f"{row.what}, {case.title}")
+            yield from _layers(case, one, Chain(tuple(devices)))
 
 
 def _layers(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
@@ -53,12 +58,9 @@ def _layers(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _prompts(case: Case, one: Chain, two: Lanes) -> Row:
-    alone, halves = (_sampled(case, place, {}).seconds for place in (one, two))
-    what = f"steps a second, prompt and negative prompt on two devices, {case.title}"
-    drawn = case.request
-    note = f"{drawn.width}×{drawn.height}, {drawn.steps} steps"
-    return Row(what, 1 / halves, "1/s", 1 / alone, "one device", case.mark(Mark(1.7, at_least=True)), note)
+def _drawn(case: Case, place: Chain | Lanes, guided: bool) -> Sampled:
+    """With all devices free for it."""
+    return _sampled(case if guided else replace(case, request=replace(case.request, cfg_scale=1.0)), place, {})
 
 
 def _session(case: Case, place: Chain | Lanes, limit: Mapping[str, int]) -> Session:

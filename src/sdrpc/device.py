@@ -7,6 +7,7 @@ has some more methods (:class:`ServedDevice`).
 
 from __future__ import annotations
 
+import selectors
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
@@ -116,6 +117,42 @@ class Turns:
                 self._lock.release()
 
 
+class Later(ABC):
+    """Bytes that a device was asked for: as they are when it has done what it was told before."""
+
+    @abstractmethod
+    def wait(self) -> Bytes:
+        """The bytes, once they are there. Those of one device are waited for in the order of the questions."""
+
+    def shows_at(self) -> int | None:
+        """A file descriptor that can be read from when they come; None where that does not tell: then :meth:`wait`
+        does."""
+        return None
+
+
+@dataclass(frozen=True)
+class There(Later):
+    """Bytes that were there when they were asked for."""
+
+    data: Bytes
+
+    def wait(self) -> Bytes:
+        return self.data
+
+
+def first_of(awaited: Sequence[Later], seconds: float = 1.0) -> int:
+    """The position of what comes first; of the first where none comes within so many ``seconds`` (then it is time to
+    see how its device is), and of one that is not to be watched."""
+    shown = [each.shows_at() for each in awaited]
+    if None in shown:
+        return shown.index(None)
+    with selectors.DefaultSelector() as selector:
+        for descriptor in dict.fromkeys(filter(None, shown)):
+            selector.register(descriptor, selectors.EVENT_READ, shown.index(descriptor))
+        there = selector.select(seconds)
+    return int(there[0][0].data) if there else 0
+
+
 _MAKING_TURNS = Lock()
 
 
@@ -186,10 +223,22 @@ class Device(ABC):
     @abstractmethod
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes: ...
 
-    def read_later(self, buffer: Buffer, offset: int, size: int) -> Callable[[], Bytes]:
-        """Ask for ``size`` bytes as they are after all that the device was told to do so far; the result waits for
-        them. Results must be asked for in the order of the questions."""
-        return lambda: self.read(buffer, offset, size)
+    def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
+        """Ask for ``size`` bytes as they are after all that the device was told to do so far."""
+        return There(bytes(self.read(buffer, offset, size)))
+
+    def copy_to(
+        self,
+        buffer: Buffer,  # noqa: ARG002
+        offset: int,  # noqa: ARG002
+        size: int,  # noqa: ARG002
+        other: Device,  # noqa: ARG002
+        target: Buffer,  # noqa: ARG002
+        at: int,  # noqa: ARG002
+    ) -> bool:
+        """Copy ``size`` bytes to the ``target`` of another device, from its byte ``at`` on, when both have done what
+        they were told so far; this program waits for nothing and has no part in it. Whether that can be."""
+        return False
 
     @abstractmethod
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> Program:

@@ -130,16 +130,24 @@ class Connection:
             self._send(request)
             return self._tensor(into)
 
-    def ask_later(self, message: messages.GetTensor, doing: str) -> None:
+    def ask_later(self, message: Any, doing: str) -> None:
         """Send ``message``; :meth:`answer_of` receives the answer, which must come before that of any other."""
         request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
             self._send(request)
 
-    def answer_of(self, into: memoryview, doing: str) -> messages.GetTensorReply:
-        """The answer to the first :meth:`ask_later` that was not received yet."""
+    def answer_of(self, message: Any, into: memoryview, doing: str) -> Any:
+        """The answer to the first :meth:`ask_later` that was not received yet, which sent ``message``; that of a
+        GET_TENSOR is received in ``into``."""
         with self._guard(doing):
-            return self._tensor(into)
+            if isinstance(message, messages.GetTensor):
+                return self._tensor(into)
+            return self._reply(COMMANDS[type(message)])
+
+    def shows_at(self) -> int | None:
+        """The file descriptor that can be read from when an answer comes; None where some of it may be here already."""
+        secured = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()
+        return None if secured or self.closed_because else self._socket.fileno()
 
     def send_over(
         self, carriers: Carriers, message: messages.SetRanges, data: Sequence[Sequence[memoryview]], doing: str

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Content, Device, Memory, Program, Silence, Target, Traffic, Turns
+from ..device import Buffer, Bytes, Content, Device, Later, Memory, Program, Silence, Target, Traffic, Turns
 from ..errors import (
     ConnectionFailed,
     DeviceLost,
@@ -73,12 +73,29 @@ class RemoteBuffer:
     alive: bool = True
 
 
-class _Question(NamedTuple):
-    """A GET_TENSOR that was sent for a device: where its answer belongs."""
+@dataclass(eq=False)
+class _Question:
+    """What was sent for a device and will be answered; the answer to a GET_TENSOR belongs ``into`` somewhere."""
 
+    message: Any
     into: memoryview
     device: str
     doing: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer(Later):
+    """What a GET_TENSOR asked for."""
+
+    server: Server
+    question: _Question
+
+    def wait(self) -> memoryview:
+        self.server.answers_up_to(self.question)
+        return self.question.into
+
+    def shows_at(self) -> int | None:
+        return self.server.connection.shows_at() if self.question in self.server.questions else None
 
 
 @dataclass(eq=False)
@@ -96,6 +113,8 @@ class Server:
     computing: str = ""
     questions: deque[_Question] = field(default_factory=deque)
     """What was asked for and did not come yet."""
+    copies: bool | None = None
+    """Whether it copies tensors from one of its devices to another; None: that was never asked."""
     names: Names = field(default_factory=Names)
     devices: list[RemoteDevice] = field(default_factory=list)
     """Those that are open."""
@@ -114,22 +133,26 @@ class Server:
         large = any(content.size > NATIVE_THRESHOLD and content.origin for content in contents)
         return by_hash() if large else None
 
-    def ask_later(self, device: str, message: messages.GetTensor, doing: str) -> Callable[[], memoryview]:
-        """Send ``message`` for ``device``; the result waits for its answer."""
+    def ask_later(self, device: str, message: Any, doing: str, size: int = 0) -> _Question:
+        """Send ``message`` for ``device``; its answer is received when somebody waits for it or a later one. ``size``:
+        bytes of that to a GET_TENSOR."""
         self.connection.ask_later(message, doing)
-        question = _Question(np.empty(message.size, np.uint8).data, device, doing)
+        question = _Question(message, np.empty(size, np.uint8).data, device, doing)
         self.questions.append(question)
+        return question
 
-        def answer() -> memoryview:
-            while question in self.questions:
-                self._next_answer()
-            return question.into
-
-        return answer
+    def answers_up_to(self, question: _Question) -> None:
+        """Receive the answers that did not come yet, until that to ``question`` is there."""
+        while question in self.questions:
+            self._next_answer()
 
     def _next_answer(self) -> None:
-        into, device, doing = self.questions.popleft()
-        self._answer(device, doing, lambda doing: self.connection.answer_of(into, doing))
+        asked = self.questions.popleft()
+        answer = self._answer(
+            asked.device, asked.doing, lambda doing: self.connection.answer_of(asked.message, asked.into, doing)
+        )
+        if isinstance(answer, messages.CopyTensorReply) and not answer.result:
+            raise self.accuse(f"it copied a tensor before, and does not any more (while {asked.doing})")
 
     def _answers(self) -> None:
         """Receive what was asked for before."""
@@ -200,6 +223,7 @@ class Server:
         self.buffers.clear()
         self.graphs = KeptGraphs()
         self.questions.clear()
+        self.copies = None
         self.computing = ""
         for device in self.devices:
             device.meet()
@@ -376,10 +400,28 @@ class RemoteDevice(Device):
             self._ask(messages.GetTensor(record, 0, len(part)), f"reading {size:,} bytes", part)
         return result
 
-    def read_later(self, buffer: Buffer, offset: int, size: int) -> Callable[[], Bytes]:
-        """Nothing is waited for: the question is sent, and the server answers it in its turn. ``size``: a few bytes."""
+    def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
+        """Nothing is waited for: the question is sent, and the server answers it in its turn. ``size``: so few bytes
+        that a socket has room for them."""
         record = self._bytes_at(self._range(buffer, offset, size), offset, size)
-        return self._server.ask_later(self.name, messages.GetTensor(record, 0, size), f"reading {size:,} bytes later")
+        doing = f"reading {size:,} bytes later"
+        return _Answer(
+            self._server, self._server.ask_later(self.name, messages.GetTensor(record, 0, size), doing, size)
+        )
+
+    def copy_to(self, buffer: Buffer, offset: int, size: int, other: Device, target: Buffer, at: int) -> bool:
+        """Where both are of one server it does that. It is asked once whether it does, later ones are only sent."""
+        server = self._server
+        if not isinstance(other, RemoteDevice) or other._server is not server or server.copies is False:
+            return False
+        source = self._bytes_at(self._range(buffer, offset, size), offset, size)
+        message = messages.CopyTensor(source, self._bytes_at(other._range(target, at, size), at, size))
+        doing = f"copying {size:,} bytes to {other.name}"
+        if server.copies is None:
+            server.copies = bool(self._ask(message, doing).result)
+        else:
+            server.ask_later(self.name, message, doing)
+        return server.copies
 
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> RemoteProgram:
         """Check and encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.

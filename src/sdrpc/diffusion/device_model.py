@@ -35,6 +35,7 @@ from ..runtime.chain import Chain, Chained, Lanes, devices_of
 from ..runtime.cutting import Part, parts, positions, profile, whole
 from ..runtime.lost import RETRY_SECONDS, Absence, first_back, surviving
 from ..runtime.lowered import Lowered
+from ..runtime.mirrors import Mirrors
 from ..runtime.run import Executable, WeightStore, held_as
 from .events import Cancel, Event, OnEvent, Stage
 from .fitting import nearest
@@ -492,6 +493,7 @@ class DeviceModel:
         }
         self._uses = count(1)
         self._aheads: dict[DeviceComponent, Ahead] = {}
+        self._mirrors: dict[tuple[DeviceComponent, ...], Mirrors] = {}
 
     def lanes(self, name: str) -> int:
         """On how many chains of devices, side by side, component ``name`` is."""
@@ -578,10 +580,8 @@ class DeviceModel:
         it is ``waited_for`` anyway, or is several, or where one of the components ``beside``, which is given such
         arrays as well, is elsewhere."""
         component = self._component(name, lane)
-        device, *others = component.chain.devices
-        if others or not (device.queues or waited_for):
-            return None
-        if any(self._component(each).chain.devices != (device,) for each in beside):
+        device = self._alone(component, beside)
+        if device is None or not (device.queues or waited_for):
             return None
         found = self._aheads.get(component)
         if found is None or (found.device, found.life) != (device, device.life):
@@ -589,13 +589,36 @@ class DeviceModel:
                 found = self._aheads[component] = Ahead(device)
         return found
 
+    def mirrors(self, name: str, lanes: Sequence[int], *beside: str) -> Mirrors | None:
+        """For arrays that are on the devices of all these lanes of component ``name``; None where :meth:`ahead` would
+        give that for one of them."""
+        components = tuple(self._component(name, lane) for lane in lanes)
+        devices = [self._alone(component, beside) for component in components]
+        there = [device for device in devices if device is not None and device.queues]
+        if len(there) < len(devices):
+            return None
+        found = self._mirrors.get(components)
+        if found is None or found.devices != tuple(there) or not found.there:
+            if found is not None:
+                with found.turns:
+                    found.close()
+            found = self._mirrors[components] = Mirrors(there)
+        return found
+
+    def _alone(self, component: DeviceComponent, beside: Sequence[str]) -> Device | None:
+        """The device that has all of ``component``, and of those ``beside``, if there is one."""
+        device, *others = component.chain.devices
+        if others or any(self._component(each).chain.devices != (device,) for each in beside):
+            return None
+        return device
+
     def run_ahead(
         self, name: str, options: Mapping[str, Any], inputs: Shaped, ahead: Ahead, lane: int = 0
     ) -> list[DeviceArray]:
         """As :meth:`run`, with inputs on the device, and the outputs left there. A device that is lost is an error."""
         self.telling.check()
         component = self._component(name, lane)
-        with component.chain.turns, self._listening(component):
+        with ahead.turns, self._listening(component):
             component.settle(component.chain)
             self._begin(component)
             found = component.run_ahead(ahead, component.component.module(**options), inputs)
@@ -652,6 +675,10 @@ class DeviceModel:
                 with ahead.device.turns:
                     ahead.close()
         self._aheads.clear()
+        for mirrors in self._mirrors.values():
+            with mirrors.turns:
+                mirrors.close()
+        self._mirrors.clear()
         for component in self._components:
             with component.chain.turns:
                 component.release()

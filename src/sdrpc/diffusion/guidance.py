@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from ..families.base import F32, Conditions
-from ..runtime.ahead import DeviceArray
+from ..runtime.ahead import DeviceArray, Elsewhere
+from ..runtime.mirrors import Mirrored
 from .dbcache import DBCache
 from .easycache import EasyCache
 from .pictures import f32, finite
@@ -108,6 +109,8 @@ class Guide:
         self.caches = [] if blocks is None else [blocks() for _ in self._batches]
         """What is remembered of blocks, of each batch."""
         self._done, self._first = 0, True
+        self._begun = False
+        """Whether the model was asked anything: then it is on its devices."""
 
     def step_done(self, done: int) -> None:
         """``done`` steps are over."""
@@ -128,7 +131,8 @@ class Guide:
             guided = self._tempered(guided, positive)
         if self._left_out is not None and self._left_out.at(self._done + 1, len(self._sigmas) - 1):
             layers = list(self._left_out.layers)
-            without = self._asked(x, timestep, self._conditions["positive"], self._lanes[0], skip_layers=layers)
+            (without,) = self._asked_of(0, x, timestep, [(self._conditions["positive"], {"skip_layers": layers})])
+            (without,) = self._shared(x, [without])
             guided = guided + (positive - without) * f32(self._left_out.scale)
         return Guess(guided, negative)
 
@@ -151,18 +155,30 @@ class Guide:
         if self.caches:
             asked = [(batch, {"blocks": cache}) for batch, cache in zip(self._batches, self.caches, strict=True)]
 
-        def of_lane(start: int) -> list[F32]:
-            return [self._asked(x, timestep, batch, lanes[start], **how) for batch, how in asked[start :: len(lanes)]]
-
-        by_lane = at_once([partial(of_lane, start) for start in range(min(len(lanes), len(asked)))])
+        ahead = isinstance(x, Elsewhere) and (self._begun or not isinstance(x, Mirrored))
+        given = x if ahead else np.asarray(x)  # at first the model goes to all lanes, which is to be at one time
+        works = [
+            partial(self._asked_of, position, given, timestep, asked[position :: len(lanes)])
+            for position in range(min(len(lanes), len(asked)))
+        ]
+        by_lane = [work() for work in works] if ahead else at_once(works)
+        self._begun = True
         predicted = [by_lane[number % len(lanes)][number // len(lanes)] for number in range(len(asked))]
-        return [each[number : number + 1] for each in predicted for number in range(len(each))]
+        return [each[number : number + 1] for each in self._shared(x, predicted) for number in range(len(each))]
 
-    def _asked(self, x: F32, timestep: f32, conditions: Conditions, lane: int, **options: Any) -> F32:
-        predicted = self._ask(x, np.array([timestep], f32), conditions, lane=lane, **options)
-        if isinstance(predicted, DeviceArray):  # nobody waits for its numbers: what comes of them is looked at
-            return predicted
-        return finite(predicted, f"the diffusion model's prediction at timestep {timestep:.3g}")
+    def _asked_of(
+        self, position: int, x: F32, timestep: f32, asked: Sequence[tuple[Conditions, dict[str, Any]]]
+    ) -> list[F32]:
+        """What the model predicts in the lane at ``position`` for conditions and further options: there, if x is."""
+        mine, lane = x.copies[position] if isinstance(x, Mirrored) else x, self._lanes[position]
+        found = [self._ask(mine, np.array([timestep], f32), each, lane=lane, **options) for each, options in asked]
+        if isinstance(mine, DeviceArray):  # nobody waits for its numbers: what comes of them is looked at
+            return found
+        return [finite(each, f"the diffusion model's prediction at timestep {timestep:.3g}") for each in found]
+
+    def _shared(self, x: F32, predicted: Sequence[F32]) -> Sequence[F32]:
+        """What lanes have predicted, on the devices of all of them if x is."""
+        return x.mirrors.shared(predicted) if isinstance(x, Mirrored) else predicted
 
 
 def at_once(works: Sequence[Callable[[], T]]) -> list[T]:

@@ -31,6 +31,7 @@ from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache
 from ..runtime.chain import Placed, choices, devices_of
 from ..runtime.lost import RETRY_SECONDS
+from ..runtime.mirrors import Mirrors
 from . import dbcache, easycache
 from .autoencoder import TINY, Autoencoder
 from .dbcache import DBCache, told_of
@@ -520,11 +521,12 @@ class Session:
         """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
         films (1, c, frames, h, w), with those of sound as further frames behind them. ``on_step`` is told the steps
         that are done, how many there are, and a preview where one is wanted. ``lanes``: of the diffusion model, those
-        that are used.
+        that may be used.
 
         Where the diffusion model's device queues its work, latents stay there, and the steps are told ahead; what they
-        come to is the same. If that device is lost, the picture begins anew, with numbers here. So it does where what
-        is between blocks stays on a device (:mod:`sdrpc.diffusion.dbcache`).
+        come to is the same. On several lanes that is so where no other picture is drawn meanwhile
+        (:mod:`sdrpc.runtime.mirrors`). If such a device is lost, the picture begins anew, with numbers here. So it does
+        where what is between blocks stays on a device (:mod:`sdrpc.diffusion.dbcache`).
         """
         reached = -1
 
@@ -535,8 +537,13 @@ class Session:
                 on_step(done, total, *preview)
 
         beside = () if self._control is None else ("control",)
-        alone = len(lanes) == 1 and self._may_be_ahead(settings)
-        ahead = self._devices.ahead("diffusion", lanes[0], *beside) if alone else None
+        everywhere = len(lanes) == self._devices.lanes("diffusion")
+        lanes = lanes[: max(settings.predictions, settings.of(HIGH_NOISE).predictions)]
+        ahead: Ahead | Mirrors | None = None
+        if self._may_be_ahead(settings) and len(lanes) == 1:
+            ahead = self._devices.ahead("diffusion", lanes[0], *beside)
+        elif self._may_be_ahead(settings) and everywhere and not isinstance(settings.cache, dbcache.Options):
+            ahead = self._devices.mirrors("diffusion", lanes, *beside)
         if ahead is not None or isinstance(settings.cache, dbcache.Options):
             try:
                 return self._sample(settings, seed, told, once, begin, lanes, ahead)
@@ -558,7 +565,7 @@ class Session:
         on_step: OnStep,
         begin: Begin,
         lanes: Sequence[int],
-        ahead: Ahead | None,
+        ahead: Ahead | Mirrors | None,
         kept: bool = True,
     ) -> F32:
         model, predicts = self.model, self._prediction(settings)
@@ -748,7 +755,7 @@ class _Steps(NamedTuple):
     on_step: OnStep
     before: int
     total: int
-    ahead: Ahead | None
+    ahead: Ahead | Mirrors | None
 
     def tell(self, done: int, preview: tuple[Pixels | None, ...]) -> None:
         told = partial(self.on_step, self.before + done, self.total, *preview)

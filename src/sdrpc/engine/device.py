@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import wait
+from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from weakref import WeakValueDictionary
@@ -20,7 +21,9 @@ from sdrpc.device import (
     Buffer,
     Bytes,
     Client,
+    Device,
     Frozen,
+    Later,
     Mark,
     Memory,
     Rows,
@@ -214,6 +217,20 @@ class LocalDevice(ServedDevice):
             return None
         with translated(self.name, "reading"):
             return self._staging.read_soon(mine.data[offset : offset + size])
+
+    def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
+        soon = self.read_soon(buffer, offset, size)
+        return super().read_later(buffer, offset, size) if soon is None else _Soon(soon)
+
+    def copy_to(self, buffer: Buffer, offset: int, size: int, other: Device, target: Buffer, at: int) -> bool:
+        """Between two of one kind. GPUs queue it, each behind what it has to do."""
+        if not isinstance(other, LocalDevice) or other.torch_device.type != self.torch_device.type:
+            return False
+        source, there = self._range(buffer, offset, size), other._range(target, at, size)
+        other._weights.drop(target.key, at, at + size)
+        with translated(self.name, f"copying to {other.name}"):
+            there.data[at : at + size].copy_(source.data[offset : offset + size], non_blocking=True)
+        return True
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``."""
@@ -453,6 +470,16 @@ class LocalDevice(ServedDevice):
             for buffer in list(self._buffers.values()):
                 self.free(buffer)
             self._programs.clear()
+
+
+@dataclass(frozen=True)
+class _Soon(Later):
+    """Bytes on their way from a GPU."""
+
+    reading: Reading
+
+    def wait(self) -> Bytes:
+        return self.reading.wait()
 
 
 def _as_tensor(data: memoryview) -> torch.Tensor:

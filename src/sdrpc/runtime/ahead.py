@@ -2,7 +2,8 @@
 
 A sampler's arithmetic over :class:`DeviceArray` makes expressions. They become a small graph when a lowered module
 needs one of them as its input, or somebody wants to see the numbers. Nothing is read before that, so a client is
-several steps ahead of its device, and the time that messages take does not count.
+several steps ahead of its device, and the time that messages take does not count. Numbers that come from elsewhere are
+no reason to wait, either: what the device is to be told behind them is kept until they are there.
 
 Arithmetic is numpy's, operation by operation in float32: results are the same, bit for bit, on a device that computes
 float32 as it is written down; but means, which devices add up in their own order. What is none of the operations here
@@ -13,21 +14,24 @@ from __future__ import annotations
 
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import Buffer, Bytes, Device, Program
+from ..device import Buffer, Bytes, Device, Later, Program, Turns
 from ..ggml import build
 from ..ggml.memory_planner import aligned
 from ..ggml.params import Unary
 from ..ggml.tensor import OUTPUT, Graph, Tensor
 from ..ggml.types import F32
+from .chain import Turn
 from .run import Executable, Place, compiled
 
 Array = NDArray[np.float32]
@@ -58,19 +62,27 @@ class Node:
         return self.handle() is not None
 
 
-class DeviceArray:
-    """A float32 array on a device. It has numpy's arithmetic; ``np.asarray`` reads it."""
+class Elsewhere(ABC):
+    """A float32 array that is not here. It has numpy's arithmetic; ``np.asarray`` reads it."""
 
     __array_ufunc__ = None  # so that numpy's numbers and arrays leave their operators to this class
     dtype = np.dtype(np.float32)
 
-    def __init__(self, ahead: Ahead, node: Node) -> None:
-        self.ahead, self._node = ahead, node
-        node.handle = weakref.ref(self)
-
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self._node.shape
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def read(self) -> Array:
+        """Its numbers."""
+
+    @abstractmethod
+    def rows(self, rows: Any) -> Any:
+        """Consecutive rows of the first dimension; None where that is no array there."""
+
+    @abstractmethod
+    def apply(self, op: str, *others: Any) -> Any:
+        """An operation with this as the first operand."""
 
     @property
     def size(self) -> int:
@@ -80,46 +92,67 @@ class DeviceArray:
         return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return self.ahead.read(self).astype(dtype or np.float32, copy=False)
+        return self.read().astype(dtype or np.float32, copy=False)
 
     def __getitem__(self, rows: Any) -> Any:
         """Rows of the first dimension, as an array on the device; anything else as numpy has it."""
-        found = self.ahead.rows(self, rows)
+        found = self.rows(rows)
         return np.asarray(self)[rows] if found is None else found
 
     def __add__(self, other: Any) -> Any:
-        return self.ahead.apply("ADD", self, other)
+        return self.apply("ADD", other)
 
     def __radd__(self, other: Any) -> Any:
-        return self.ahead.apply("ADD", self, other)
+        return self.apply("ADD", other)
 
     def __mul__(self, other: Any) -> Any:
-        return self.ahead.apply("MUL", self, other)
+        return self.apply("MUL", other)
 
     def __rmul__(self, other: Any) -> Any:
-        return self.ahead.apply("MUL", self, other)
+        return self.apply("MUL", other)
 
     def __sub__(self, other: Any) -> Any:
-        return self.ahead.apply("SUB", self, other)
+        return self.apply("SUB", other)
 
     def __rsub__(self, other: Any) -> Any:
         return -self + other
 
     def __truediv__(self, other: Any) -> Any:
-        return self.ahead.apply("DIV", self, other)
+        return self.apply("DIV", other)
 
     def __rtruediv__(self, other: Any) -> Any:
         return other / np.asarray(self)
 
     def __neg__(self) -> Any:
-        return self.ahead.apply("NEG", self)
+        return self.apply("NEG")
 
     def __abs__(self) -> Any:
-        return self.ahead.apply("ABS", self)
+        return self.apply("ABS")
 
     def mean(self) -> Any:
         """Of all its numbers, an array of no dimensions; added up in the device's order, not numpy's."""
-        return self.ahead.apply("MEAN", self)
+        return self.apply("MEAN")
+
+
+class DeviceArray(Elsewhere):
+    """An array on a device."""
+
+    def __init__(self, ahead: Ahead, node: Node) -> None:
+        self.ahead, self._node = ahead, node
+        node.handle = weakref.ref(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._node.shape
+
+    def read(self) -> Array:
+        return self.ahead.read(self)
+
+    def rows(self, rows: Any) -> DeviceArray | None:
+        return self.ahead.rows(self, rows)
+
+    def apply(self, op: str, *others: Any) -> Any:
+        return self.ahead.apply(op, self, *others)
 
 
 NUMPY: dict[str, Callable[..., Any]] = {
@@ -129,11 +162,37 @@ NUMPY: dict[str, Callable[..., Any]] = {
 """The operations, as numpy has them."""
 
 
-class Ahead:
-    """A device that is told what to compute before it is its turn. ``close`` frees what it has there."""
+class _Told(NamedTuple):
+    """What a device is still to be told, and what has to be there before."""
 
-    def __init__(self, device: Device) -> None:
+    tell: Callable[[], None]
+    awaits: Later | None = None
+
+
+class _Question(Later):
+    """A question to a device, which it is still to be asked if there is something before it."""
+
+    def __init__(self, ahead: Ahead) -> None:
+        self._ahead = ahead
+        self.answer: Later | None = None
+
+    def wait(self) -> Bytes:
+        while self.answer is None:
+            self._ahead.go_on()
+        return self.answer.wait()
+
+    def shows_at(self) -> int | None:
+        return None if self.answer is None else self.answer.shows_at()
+
+
+class Ahead:
+    """A device that is told what to compute before it is its turn. ``close`` frees what it has there. ``turns``: when
+    it may be used, where that is not up to the device alone."""
+
+    def __init__(self, device: Device, turns: Turn | None = None) -> None:
         self.device = device
+        self.turns: Turn | Turns = turns or device.turns
+        self._held: deque[_Told] = deque()
         self._pending: list[weakref.ref[Node]] = []
         self._results: list[weakref.ref[Node]] = []
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
@@ -144,35 +203,34 @@ class Ahead:
         self._room: Buffer | None = None
         self._step = aligned(4, device.alignment)
         self._numbers = self._allocate(NUMBERS * self._step)
-        self._looks: deque[tuple[Callable[[], Bytes], list[Callable[[], None]]]] = deque()
+        self._looks: deque[tuple[_Question, list[Callable[[], None]]]] = deque()
         self._later: list[Callable[[], None]] = []
         self._due: list[Callable[[], None]] = []
         self._every, self._since = 1, 0
         self._seen = time.monotonic()
 
     def begin(self) -> None:
-        """Something new begins: who waited for what was told before is not told any more. (It may have been
-        cancelled.)"""
-        self._looks = deque((answer, []) for answer, _ in self._looks)
+        """Something new begins: who waited for what was told before is not told any more, nor is the device what it was
+        still to be told. (It may have been cancelled.)"""
+        self._held.clear()
+        self._looks = deque((asked, []) for asked, _ in self._looks if asked.answer is not None)
         self._later, self._due = [], []
 
     # --- arrays
 
     def put(self, array: Array) -> DeviceArray:
         """``array`` on the device."""
-        with self.device.turns:
+        with self.turns:
             place = self._slot(array.nbytes)
-            self.device.write(*place, np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8).data)
+            self._write(place, array)
         return self._array(self._stored(array.shape, place))
 
     def read(self, array: DeviceArray) -> Array:
         """Its numbers, when the device has done all that it was told."""
-        node = array._node
-        with self.device.turns:
-            if node.place is None:
-                self._compute([])
-            assert node.place is not None  # noqa: S101
-            data = self.device.read(*node.place, 4 * array.size)
+        with self.turns:
+            place = self._place(array)
+            self.catch_up()
+            data = self.device.read(*place, 4 * array.size)
             while self._looks:  # they were answered before
                 self._answer()
             self._due, self._later = self._due + self._later, []
@@ -183,6 +241,8 @@ class Ahead:
         if not isinstance(rows, slice):
             return None
         start, stop, step = rows.indices(array.shape[0])
+        if (start, stop, step) == (0, len(array), 1):
+            return array
         offset = start * 4 * prod(array.shape[1:])
         node = array._node
         if step != 1 or stop <= start or node.place is None or offset % self.device.alignment:
@@ -202,7 +262,7 @@ class Ahead:
         self._pending.append(weakref.ref(node))
         made = self._array(node)
         if len(self._pending) == NUMBERS:  # each has one number at most
-            with self.device.turns:
+            with self.turns:
                 self._compute([])
         return made
 
@@ -219,11 +279,83 @@ class Ahead:
     def _array(self, node: Node) -> DeviceArray:
         return DeviceArray(self, node)
 
+    def _place(self, array: DeviceArray) -> Place:
+        """Where its numbers are, or will be."""
+        if array._node.place is None:
+            self._compute([])
+        assert array._node.place is not None  # noqa: S101
+        return array._node.place
+
+    # --- what comes from other devices, in whose turn this is as well
+
+    def ask(self, array: DeviceArray) -> Later:
+        """Ask for its numbers, as bytes."""
+        return self._ask_for(self._place(array), 4 * array.size)
+
+    def arriving(self, awaited: Later, shape: tuple[int, ...]) -> DeviceArray:
+        """An array of which the numbers will come. What the device is told from now on it is told behind them."""
+        place = self._slot(4 * prod(shape))
+        self._held.append(_Told(lambda: self.device.write(*place, awaited.wait()), awaited))
+        return self._array(self._stored(shape, place))
+
+    def copied(self, array: DeviceArray) -> DeviceArray | None:
+        """An array of another device, here, if the devices do that among themselves."""
+        there, size = array.ahead, 4 * array.size
+        place, source = self._slot(size), there._place(array)
+        copy = self._array(self._stored(array.shape, place))
+        return copy if there.device.copy_to(*source, size, self.device, *place) else None
+
+    @property
+    def awaited(self) -> Later | None:
+        """What has to be there before the device is told more; None: nothing."""
+        return self._held[0].awaits if self._held else None
+
+    def go_on(self) -> None:
+        """Wait for what is awaited, and tell the device that and what is behind it, up to what else is awaited."""
+        self._held.popleft().tell()
+        while self._held and self._held[0].awaits is None:
+            self._held.popleft().tell()
+
+    def catch_up(self) -> None:
+        """Tell the device all that it is to be told."""
+        while self._held:
+            self.go_on()
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        if self._held:
+            self._held.append(_Told(tell))
+        else:
+            tell()
+
+    @property
+    def _holds_work(self) -> bool:
+        """Whether the device is still to be told of something that reads and writes."""
+        return any(told.awaits is None for told in self._held)
+
+    def _write(self, place: Place, array: Array) -> None:
+        """Bytes may go before those that are awaited, but not before work that was told earlier."""
+        data = np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8)
+        if self._holds_work:
+            self._tell(partial(self.device.write, *place, data.tobytes()))
+        else:
+            self.device.write(*place, data.data)
+
+    def _ask_for(self, place: Place, size: int) -> _Question:
+        question = _Question(self)
+
+        def ask() -> None:
+            question.answer = self.device.read_later(*place, size)
+
+        self._tell(ask)
+        return question
+
     # --- modules
 
     def run(self, program: Executable, inputs: Mapping[str, Any]) -> list[DeviceArray]:
         """The module's outputs of ``inputs``, of which some are arrays on the device, in whose turn this is."""
         saved = [node for each in self._results if (node := each()) is not None and node.wanted]
+        if self._holds_work:  # which may be this program, with other inputs
+            self.catch_up()
         places = program.prepare({name: each for name, each in inputs.items() if not isinstance(each, DeviceArray)})
         wanted = [
             (each._node, place)
@@ -234,7 +366,7 @@ class Ahead:
         self._compute(wanted, saved)
         self._results.clear()
         results = []
-        program.start()
+        self._tell(program.start)
         for shape, place in program.outputs():
             node = Node(shape, place)
             self._results.append(weakref.ref(node))
@@ -246,7 +378,7 @@ class Ahead:
         """Move what the last module gave to places of its own: the module may leave the device before it is read."""
         saved = [node for each in self._results if (node := each()) is not None and node.wanted]
         self._results.clear()
-        with self.device.turns:
+        with self.turns:
             self._compute([], saved)
 
     # --- how far the device is
@@ -257,7 +389,7 @@ class Ahead:
 
     def finish(self) -> None:
         """Wait until the device has done everything."""
-        with self.device.turns:
+        with self.turns:
             self._ask()
             while self._looks:
                 self._answer()
@@ -280,12 +412,12 @@ class Ahead:
     def _ask(self) -> None:
         if not self._looks:  # nothing was under way: the time since then was nobody's
             self._seen = time.monotonic()
-        self._looks.append((self.device.read_later(self._numbers, 0, 4), self._later))
+        self._looks.append((self._ask_for((self._numbers, 0), 4), self._later))
         self._later, self._since = [], 0
 
     def _answer(self) -> None:
-        answer, told = self._looks.popleft()
-        answer()
+        asked, told = self._looks.popleft()
+        asked.wait()
         now = time.monotonic()
         took, self._seen = now - self._seen, now
         self._every = max(1, min(2 * self._every, int(PACE * self._every / max(took, 1e-6))))
@@ -344,6 +476,7 @@ class Ahead:
 
     def close(self) -> None:
         """Free its memory on the device, in whose turn this is."""
+        self._held.clear()
         for buffer in self._buffers:
             self.device.free(buffer)
         self._buffers.clear()
@@ -386,11 +519,11 @@ class _Writer:
     def run(self) -> None:
         ahead, device = self._ahead, self._ahead.device
         for place, array in self._arrays:
-            device.write(*place, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            ahead._write(place, array)
         if self._numbers:
             table = np.zeros((len(self._numbers), ahead._step // 4), np.float32)
             table[:, 0] = self._numbers
-            device.write(ahead._numbers, 0, table.reshape(-1).view(np.uint8).data)
+            ahead._write((ahead._numbers, 0), table)
         key = tuple(self._lines)
         program = ahead._programs.get(key)
         if program is None:
@@ -398,7 +531,7 @@ class _Writer:
         ahead._programs.move_to_end(key)
         while len(ahead._programs) > PROGRAMS:
             ahead._programs.popitem(last=False)
-        program.run()
+        ahead._tell(program.run)
         for place, array in self._arrays:
             ahead._free.setdefault(array.nbytes, []).append(place)
 

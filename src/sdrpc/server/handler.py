@@ -45,12 +45,14 @@ client."""
 
 ANSWERS = 8
 """Answers of a client that wait for a device, at most."""
+_AMONG_DEVICES = frozenset({Command.COPY_TENSOR})
+"""What devices do in their turn, also where something else before it is still to be answered."""
 SMALL = 1 << 20
 """Bytes of an answer above which nothing else is dealt with before it is given."""
 AT_ONCE = 4
 """Pieces of an answer that a device is asked for at once: each that is asked for later waits for what other clients
 were given to compute meanwhile, and nobody can tell the client so in the middle of an answer."""
-PAUSE = 0.0002
+PAUSE = 0.00005
 """Seconds between two looks at a device that is not ready."""
 
 
@@ -158,7 +160,7 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
                 answer = _answer(session, request, greeting.agreed)
                 if question:
                     asked.keep(question, session.versions, answer)
-                stream.write(answer)
+                answers.give(answer)
         stream.done()
         session.requests += 1
         if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
@@ -184,12 +186,12 @@ def _carry(stream: Stream, session: Session, request: Received) -> None:
 
 
 class Answers:
-    """Answers that wait for a device, while the client's next requests are dealt with: a GPU then need not wait for
-    us. They are given in the order of the questions."""
+    """Answers that wait for a device, and those behind them, while the client's next requests are dealt with: a GPU
+    then need not wait for us. They are given in the order of the questions."""
 
     def __init__(self, stream: Stream, session: Session) -> None:
         self._stream, self._session = stream, session
-        self._waiting: deque[Soon] = deque()
+        self._waiting: deque[Soon | list[Bytes]] = deque()
 
     def later(self, request: Received) -> bool:
         """Whether ``request`` will be answered later."""
@@ -203,25 +205,44 @@ class Answers:
 
     def before(self, request: Received) -> None:
         """Give the answers that ``request``'s own must not overtake."""
-        if response_class(request.command, self._session.dialect) is not None:
+        waits = request.command in _AMONG_DEVICES and len(self._waiting) < ANSWERS
+        if not waits and response_class(request.command, self._session.dialect) is not None:
             self.finish()
+
+    def give(self, answer: list[Bytes]) -> None:
+        """Give an answer, behind those that wait."""
+        if self._waiting and answer:
+            self._waiting.append(answer)
+        elif answer:
+            self._stream.write(answer)
 
     def catch_up(self) -> bool:
         """Give the answers that are ready, and all while the client sends nothing; True."""
         while self._waiting:
-            if not self._waiting[0].ready() and len(self._waiting) <= ANSWERS and self._stream.has_more:
-                break
-            self._give()
+            if not self._is_ready(self._waiting[0]):
+                if len(self._waiting) <= ANSWERS and self._stream.has_more:
+                    break
+                self._stream.beat()
+                time.sleep(PAUSE)
+                continue
+            self._next()
         return True
 
     def finish(self) -> None:
         """Give all answers that wait."""
         while self._waiting:
-            self._give()
+            self._next()
 
-    def _give(self) -> None:
-        reply = GetTensorReply(_come(self._stream, self._waiting.popleft()))
-        self._stream.write(encode_reply(Command.GET_TENSOR, reply, self._session.dialect))
+    @staticmethod
+    def _is_ready(answer: Soon | list[Bytes]) -> bool:
+        return isinstance(answer, list) or answer.ready()
+
+    def _next(self) -> None:
+        answer = self._waiting.popleft()
+        if not isinstance(answer, list):
+            reply = GetTensorReply(_come(self._stream, answer))
+            answer = encode_reply(Command.GET_TENSOR, reply, self._session.dialect)
+        self._stream.write(answer)
 
 
 def _come(stream: Stream, soon: Soon) -> Bytes:

@@ -477,6 +477,9 @@ class Session:
         if reader is writer:
             reader.copy(source.region.buffer, source.offset, target.region.buffer, target.offset, source.size)
             return
+        there = target.region.buffer, target.offset
+        if reader.copy_to(source.region.buffer, source.offset, source.size, writer, *there):
+            return
         for at, size in pieces(source.size):
             data = reader.read(source.region.buffer, source.offset + at, size)
             writer.write(target.region.buffer, target.offset + at, data)
