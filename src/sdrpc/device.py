@@ -336,11 +336,13 @@ class Rows(NamedTuple):
 @dataclass(eq=False, slots=True)
 class Mark:
     """Bytes ``[start, end)`` of a buffer as they were when they were marked, until they are ``written``. ``name`` says
-    what they are, once that is known: bytes of the same name are the same."""
+    what they are, once that is known: bytes of the same name are the same. ``moved``: who looked at them may have seen
+    them change places, so they get no name."""
 
     start: int
     end: int
     written: bool = False
+    moved: bool = False
     name: Hashable | None = None
 
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from sdrpc.engine import LocalDevice
+from sdrpc.engine.memory import host_buffer
 from sdrpc.engine.precision import Precision
 from sdrpc.engine.weights import PIECE, CachedWeight, Source, Weight, WeightFormat, Weights, convert
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.types import F16
 from tests.engine.compare import Leaves, check
+
+BUFFER = host_buffer(1, 4096)
 
 
 def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
@@ -65,9 +68,9 @@ def test_what_others_keep_does_not_decide_how_a_first_run_rounds() -> None:
     one picture, whether somebody else draws with the same model or not."""
     weights, raw = Weights(budget=1000), torch.zeros(10, dtype=torch.float16)
     keep(weights, 0)
-    weight = Weight(weights, source(0), opportunistic=True)
+    weight = Weight(weights, source(0), True, BUFFER)
     assert [weight(raw).dtype for _ in range(2)] == [torch.float16, torch.float32]
-    assert Weight(weights, source(0), opportunistic=False)(raw).dtype == torch.float32
+    assert Weight(weights, source(0), False, BUFFER)(raw).dtype == torch.float32
 
 
 def test_without_patience_all_stay() -> None:
@@ -112,10 +115,10 @@ def test_few_rows_are_right_with_weights_that_are_kept_and_as_they_are(
     try:
         leaves = Leaves()
         check(device, leaves, [b.mul_mat(leaves.normal(64, 8, type="F16"), leaves.normal(64, 3))], runs=2)
-        kernel = leaves.normal(3, 3, 4, 72, type="F16", scale=0.2)
+        kernel = leaves.normal(3, 3, 4, 48, type="F16", scale=0.2)
         params = Conv2D(1, 1, 1, 1, 1, 1)
         check(device, leaves, [b.node("CONV_2D", kernel, leaves.normal(3, 3, 4), params=params)], runs=2)
     finally:
         device.close()
-    weights = {(64 * 8, torch.bfloat16), (9 * 4 * 72, torch.bfloat16)}
+    weights = {(64 * 8, torch.bfloat16), (9 * 4 * 48, torch.bfloat16)}
     assert weights & set(made) == (weights if budget else set())

@@ -42,6 +42,7 @@ from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
+from .forms import in_use
 from .holdings import Holdings, holdings
 from .memory import MAPPED, LocalBuffer, host_buffer
 from .operations import EngineOp
@@ -181,14 +182,16 @@ class LocalDevice(ServedDevice):
     def free(self, buffer: Buffer) -> None:
         """Give ``buffer`` back. A program that uses it keeps its memory until it is dropped itself."""
         with self._lock:
-            if self._buffers.pop(buffer.key, None) is not None and buffer.size >= MAPPED:
+            mine = self._buffers.pop(buffer.key, None)
+            if mine is not None and buffer.size >= MAPPED:
                 self._promised -= buffer.size
+        if mine is not None:
+            mine.forms.free()
         self._weights.drop(buffer.key)
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
         source = memoryview(data).cast("B")
-        mine = self._range(buffer, offset, len(source))
-        self._weights.drop(buffer.key, offset, offset + len(source))
+        mine = self._written(buffer, offset, len(source))
         if mine.host is not None:
             mine.host[offset : offset + len(source)] = source
         elif len(source):
@@ -202,21 +205,22 @@ class LocalDevice(ServedDevice):
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes:
         """``size`` bytes; on the CPU a view of the memory itself, which later computing changes."""
         mine = self._range(buffer, offset, size)
-        if mine.host is not None:
-            return mine.host[offset : offset + size].toreadonly()
         if not size:
             return b""
-        with translated(self.name, "reading"):
-            if self._staging is not None:
-                return self._staging.read(mine.data[offset : offset + size])
-            return memoryview(mine.data[offset : offset + size].cpu().numpy().tobytes())
+        with translated(self.name, "reading"), mine.forms.reading(mine.data, offset, offset + size) as part:
+            if mine.host is not None:
+                return part.numpy().data.toreadonly()
+            if self._staging is None:
+                return memoryview(part.cpu().numpy().tobytes())
+            soon = self._staging.read_soon(part)
+        return soon.wait()
 
     def read_soon(self, buffer: Buffer, offset: int, size: int) -> Reading | None:
         mine = self._range(buffer, offset, size)
         if self._staging is None or not 0 < size <= SOON:
             return None
-        with translated(self.name, "reading"):
-            return self._staging.read_soon(mine.data[offset : offset + size])
+        with translated(self.name, "reading"), mine.forms.reading(mine.data, offset, offset + size) as part:
+            return self._staging.read_soon(part)
 
     def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
         soon = self.read_soon(buffer, offset, size)
@@ -234,10 +238,10 @@ class LocalDevice(ServedDevice):
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``."""
-        mine = self._range(buffer, offset, size)
-        if mine.host is None:
+        if self._range(buffer, offset, size).host is None:
             return None
-        self._weights.drop(buffer.key, offset, offset + size)
+        mine = self._written(buffer, offset, size)
+        assert mine.host is not None  # noqa: S101
         return mine.host[offset : offset + size]
 
     def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
@@ -254,32 +258,37 @@ class LocalDevice(ServedDevice):
 
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
         """Set ``size`` bytes from ``offset`` on to ``value``."""
-        mine = self._range(buffer, offset, size)
-        self._weights.drop(buffer.key, offset, offset + size)
+        mine = self._written(buffer, offset, size)
         with translated(self.name, "filling"):
             mine.data[offset : offset + size].fill_(value)
 
     def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
         """Write ``data`` to ``rows``, one row behind the other."""
-        mine = self._range(buffer, rows.offset, rows.extent)
-        self._weights.drop(buffer.key, rows.offset, rows.offset + rows.extent)
+        mine = self._written(buffer, rows.offset, rows.extent, all_of_it=rows.size == rows.stride)
         with translated(self.name, "writing rows"):
-            _row_view(mine, rows).copy_(_as_tensor(memoryview(data)).view(rows.copies, rows.size))
+            _row_view(mine.data[rows.offset : rows.offset + rows.extent], rows).copy_(
+                _as_tensor(memoryview(data)).view(rows.copies, rows.size)
+            )
 
     def read_rows(self, buffer: Buffer, rows: Rows) -> Bytes:
         """The bytes of ``rows``, one row behind the other."""
         mine = self._range(buffer, rows.offset, rows.extent)
-        with translated(self.name, "reading rows"):
-            return _row_view(mine, rows).contiguous().cpu().numpy().data.cast("B")
+        end = rows.offset + rows.extent
+        with translated(self.name, "reading rows"), mine.forms.reading(mine.data, rows.offset, end) as part:
+            return _row_view(part, rows).contiguous().cpu().numpy().data.cast("B")
 
     def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
         """Copy ``size`` bytes, also within one buffer."""
         a, b = self._range(source, source_offset, size), self._range(target, target_offset, size)
-        self._weights.drop(target.key, target_offset, target_offset + size)
+        overlaps = a is b and abs(source_offset - target_offset) < size
         with translated(self.name, "copying"):
-            part = a.data[source_offset : source_offset + size]
-            overlaps = a is b and abs(source_offset - target_offset) < size
-            b.data[target_offset : target_offset + size].copy_(part.clone() if overlaps else part)
+            if not overlaps:
+                self._written(target, target_offset, size)
+            with a.forms.reading(a.data, source_offset, source_offset + size) as part:
+                if overlaps:
+                    part = part.clone()
+                    self._written(target, target_offset, size)
+                b.data[target_offset : target_offset + size].copy_(part)
 
     # what several buffers have together
 
@@ -294,11 +303,12 @@ class LocalDevice(ServedDevice):
         mine = self._range(buffer, offset, size)
         if mine.pages is None or mine.host is None:
             return None
-        return mine.pages.freeze(mine.host, offset, size)
+        with mine.forms.as_they_came(mine.data, offset, offset + size):
+            self._weights.move(buffer.key, offset, offset + size, moved=False)
+            return mine.pages.freeze(mine.host, offset, size)
 
     def take(self, buffer: Buffer, offset: int, frozen: Frozen) -> bool:
-        mine = self._range(buffer, offset, frozen.size)
-        self._weights.drop(buffer.key, offset, offset + frozen.size)
+        mine = self._written(buffer, offset, frozen.size)
         if mine.pages is None or mine.host is None or not isinstance(frozen, FrozenPages):
             return False
         return mine.pages.take(mine.host, offset, frozen)
@@ -309,6 +319,14 @@ class LocalDevice(ServedDevice):
             raise DeviceError(f"{self.name}: a buffer that it does not have")
         if offset < 0 or size < 0 or offset + size > mine.size:
             raise DeviceError(f"{self.name}: bytes {offset} … {offset + size} of a buffer of {mine.size}")
+        return mine
+
+    def _written(self, buffer: Buffer, offset: int, size: int, all_of_it: bool = True) -> LocalBuffer:
+        """``size`` bytes, or some of them, are about to be written: forget what was made of them."""
+        mine = self._range(buffer, offset, size)
+        with translated(self.name, "writing"):
+            mine.forms.writing(mine.data, offset, offset + size, all_of_it)
+        self._weights.drop(buffer.key, offset, offset + size)
         return mine
 
     # graphs
@@ -427,6 +445,7 @@ class LocalDevice(ServedDevice):
             # torch's own default lets convolutions in float32 round to TF32
             torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=False),
             translated(self.name, "computing"),
+            in_use(bound.buffers),
         ):
             bound.run(deadline)
             if self.torch_device.type == "cuda":
@@ -487,10 +506,9 @@ def _as_tensor(data: memoryview) -> torch.Tensor:
     return torch.frombuffer(data if not data.readonly else bytearray(data), dtype=torch.uint8)
 
 
-def _row_view(buffer: LocalBuffer, rows: Rows) -> torch.Tensor:
-    return buffer.data.as_strided(
-        (rows.copies, rows.size), (rows.stride, 1), buffer.data.storage_offset() + rows.offset
-    )
+def _row_view(part: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """``rows`` of the bytes from their first on."""
+    return part.as_strided((rows.copies, rows.size), (rows.stride, 1), part.storage_offset())
 
 
 def _forget_frames(error: BaseException) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from sdrpc.errors import GraphError
 
 from .dtypes import DTYPES, shape_of
+from .forms import Forms
 from .pages import Pages, pages
 from .values import Place
 
@@ -25,13 +26,18 @@ ALIGNMENT = 64
 @dataclass(frozen=True, eq=False, slots=True)
 class LocalBuffer:
     """Bytes on a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it,
-    ``pages`` where others can have parts of it as well."""
+    ``pages`` where others can have parts of it as well. ``forms`` knows what lies in it otherwise than it came."""
 
     key: int
     size: int
     data: Tensor
     host: memoryview | None
     pages: Pages | None = None
+    forms: Forms = field(default_factory=Forms)
+
+    def may_change(self, start: int, end: int) -> bool:
+        """Whether bytes ``[start, end)`` may be changed where they lie: nobody else has them."""
+        return self.pages is None or not self.pages.is_private(start, end)
 
 
 def host_buffer(key: int, size: int) -> LocalBuffer:

@@ -130,6 +130,11 @@ class Pages:
         host[first + length : offset + frozen.size] = frozen.tail
         return True
 
+    def is_private(self, start: int, end: int) -> bool:
+        """Whether some of bytes ``[start, end)`` were frozen, or taken from elsewhere: to write there takes memory."""
+        with self._lock:
+            return any(start < last and first < end for first, last in self._mapped)
+
     def read(self, at: int, size: int) -> bytes:
         """Bytes of the file."""
         return os.pread(self._descriptor, size, at)

@@ -17,7 +17,9 @@ from .blocks import quantize
 from .deadline import Deadline
 from .errors import translated
 from .footprint import check_work, peak_bytes
+from .forms import fits
 from .fuse import Report, fuse
+from .intervals import Intervals
 from .last_resort import LastResort
 from .memory import LocalBuffer, typed
 from .operations import EngineOp
@@ -29,6 +31,7 @@ from .values import Value, ordered, trace
 from .weights import Source, Weight, WeightFormat, Weights, convert
 
 CPU = torch.device("cpu")
+WEIGHTS = (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,13 @@ class Bound:
         for number, size in compiled.scratch.items():
             memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._memory = memory
-        self._dropped = 0
+        self._dropped, self._versions = 0, [0] * len(buffers)
         self.weights: dict[int, Weight] = {}
         """Converted weights by the register that they go to."""
         self.fixed: list[Tensor | None] = []
         """The registers before a run: views of the buffers."""
         self.program: list[Step] = []
+        self._touched, self._alone = touched(ordered(compiled.roots))
         self._build()
         self._stores = sorted({(p.memory, p.offset, p.end) for v in compiled.roots for p in [v.store or v.place] if p})
 
@@ -118,7 +122,7 @@ class Bound:
         self.fixed.append(None)  # what a missing operand reads
 
     def _function(self, value: Value, register: int) -> Callable[..., Tensor]:
-        if value.op in (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT):
+        if value.op in WEIGHTS:
             return self._weight(value, register)
         run = _on(self.device, value)
         if self.device == CPU:
@@ -130,21 +134,29 @@ class Bound:
         assert place is not None  # noqa: S101
         if place.memory < 0:
             return partial(convert, type=value.type, ne=value.ne, format=wanted)
-        source = Source(self.buffers[place.memory].key, place.offset, place.end, place.type, place.ne, place.nb, wanted)
-        made = self.weights[register] = Weight(self._weights, source, value.op is EngineOp.OPPORTUNISTIC_WEIGHT)
+        buffer = self.buffers[place.memory]
+        source = Source(buffer.key, place.offset, place.end, place.type, place.ne, place.nb, wanted)
+        opportunistic, can_lie = value.op is EngineOp.OPPORTUNISTIC_WEIGHT, value in self._alone and fits(source)
+        made = self.weights[register] = Weight(self._weights, source, opportunistic, buffer, can_lie)
         return made
 
     def begin(self) -> bool:
-        """Another run begins. Whether converted weights that the last one used are gone, since their bytes were
-        written."""
+        """Another run begins. Whether converted weights that the last one used are gone: their bytes were written, or
+        somebody wanted them as they came."""
         self._weights.begin()
         for memory, start, end in self._stores:
             if memory >= 0:
                 self._weights.unmark(self.buffers[memory].key, start, end)
-        if self._weights.dropped == self._dropped:
+        versions = [buffer.forms.version for buffer in self.buffers]
+        if (self._weights.dropped, versions) == (self._dropped, self._versions):
             return False
+        lying = {each.source for each in self.weights.values() if each.lies}
+        for number, buffer in enumerate(self.buffers):
+            if number in self._touched:
+                buffer.forms.suit(buffer.data, lying, self._touched[number])
         self._dropped = self._weights.dropped
-        changed = [each for each in self.weights.values() if each.has_become_an_input()]
+        self._versions = [buffer.forms.version for buffer in self.buffers]
+        changed = [each for each in self.weights.values() if each.has_changed()]
         return bool(changed)
 
     def __len__(self) -> int:
@@ -198,6 +210,31 @@ class Bound:
                 registers[i] = None
             if deadline is not None:
                 deadline.check()
+
+
+def touched(values: Sequence[Value]) -> tuple[dict[int, Intervals], frozenset[Value]]:
+    """Which bytes of each memory ``values`` read or write, and which of them are weights that nothing else of them
+    shares a byte with."""
+    uses: list[tuple[int, int, int, Value]] = []
+    for value in values:
+        if value.op is EngineOp.LEAF:
+            continue
+        weight = value.op in WEIGHTS
+        places = [value.place] if weight else [value.store, value.place]
+        places += [] if weight else [each.place for each in value.src if each is not None and each.op is EngineOp.LEAF]
+        uses += [(each.memory, each.offset, each.end, value) for each in places if each is not None]
+    uses.sort(key=lambda each: each[:3])
+    ranges: dict[int, Intervals] = {}
+    alone: list[Value] = []
+    last, behind = -1, 0
+    for i, (memory, start, end, value) in enumerate(uses):
+        behind = behind if memory == last else 0
+        shares = start < behind or (i + 1 < len(uses) and uses[i + 1][0] == memory and uses[i + 1][1] < end)
+        if value.op in WEIGHTS and not shares:
+            alone.append(value)
+        ranges.setdefault(memory, Intervals()).assign(max(start, behind), end, 0)
+        last, behind = memory, max(behind, end)
+    return ranges, frozenset(alone)
 
 
 def _on(device: torch.device, value: Value) -> Callable[..., Tensor]:

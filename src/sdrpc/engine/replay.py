@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 
 from .compilation import CompiledProgram, Faster
 from .deadline import Deadline
+from .memory import LocalBuffer
 from .program import Bound, Compiled
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ class Replay:
     @property
     def compiled(self) -> Compiled:
         return self.bound.compiled
+
+    @property
+    def buffers(self) -> Sequence[LocalBuffer]:
+        return self.bound.buffers
 
     @property
     def is_new(self) -> bool:

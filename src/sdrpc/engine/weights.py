@@ -17,9 +17,13 @@ from sdrpc.device import Mark
 from sdrpc.ggml.tensor import Dims
 from sdrpc.ggml.types import Type
 
+from . import forms
 from .blocks import dequantize
 from .blocks.eight_bits import pack, packed_bytes
+from .memory import LocalBuffer
 
+LAID = 1 << 12
+"""Bytes that a weight is counted that takes no memory of its own, so that nobody has millions of them."""
 PIECE = 1 << 16
 """Elements that a core converts at a time."""
 
@@ -77,7 +81,9 @@ class Source(NamedTuple):
 @dataclass(eq=False, slots=True)
 class CachedWeight:
     """A converted weight. ``tensor`` is gone when its bytes were ``written``, or when it had to make room. ``content``
-    says of what it was made, where that is known: several places with the same content have one tensor."""
+    says of what it was made, where that is known: several places with the same content have one tensor. One that
+    ``lies_there``, in the place of what it was made of (:mod:`sdrpc.engine.forms`), is gone, too, when somebody wanted
+    that as it came."""
 
     tensor: Tensor | None
     size: int
@@ -85,6 +91,7 @@ class CachedWeight:
     """The run that it was last used in."""
     content: Hashable | None = None
     written: bool = False
+    lies_there: bool = False
 
 
 class Marks:
@@ -107,13 +114,20 @@ class Marks:
 
     def write(self, start: int, end: int | None) -> None:
         """Bytes ``[start, end)`` are written, by default all from ``start`` on."""
+        touched = self._touched(start, end)
+        for mark in self._marks[touched]:
+            mark.written = True
+        del self._starts[touched], self._marks[touched]
+
+    def move(self, start: int, end: int, moved: bool) -> None:
+        for mark in self._marks[self._touched(start, end)]:
+            mark.moved, mark.name = moved, None
+
+    def _touched(self, start: int, end: int | None) -> slice:
         first = max(bisect_right(self._starts, start) - 1, 0)
         if first < len(self._marks) and self._marks[first].end <= start:
             first += 1
-        last = len(self._starts) if end is None else bisect_left(self._starts, end)
-        for mark in self._marks[first:last]:
-            mark.written = True
-        del self._starts[first:last], self._marks[first:last]
+        return slice(first, len(self._starts) if end is None else bisect_left(self._starts, end))
 
     def content(self, start: int, end: int) -> Hashable | None:
         """What bytes ``[start, end)`` are: where they begin in which named bytes, one behind the other."""
@@ -169,7 +183,7 @@ class Weights:
         """The bytes at ``mark`` are those of that ``name``, unless they were written meanwhile. What is kept of them
         will do for others, too."""
         with self._lock:
-            if mark.written:
+            if mark.written or mark.moved:
                 return
             mark.name = name
             for source, kept in self._kept.get(buffer, {}).items():
@@ -191,6 +205,38 @@ class Weights:
             if claimed and self.used + size > self.budget and self.patience is not None:
                 self._make_room(size, self.runs - self.patience)
             return self.used + size <= self.budget
+
+    def lay(self, source: Source, buffer: LocalBuffer) -> CachedWeight | None:
+        """Have the weight of ``source`` in the place of what it is made of, if that can be, and if there is room for
+        what it takes to change it back."""
+        size = forms.rest_bytes(source) + LAID
+        if not self.has_room(size):
+            return None
+        with self._lock:
+            self.used += size
+
+        def give_back() -> None:
+            with self._lock:
+                self.used -= size
+
+        def keep(tensor: Tensor) -> CachedWeight:
+            self.move(source.buffer, source.start, source.end, moved=True)
+            return CachedWeight(tensor, size, self.runs, lies_there=True)
+
+        made = None
+        try:
+            made = buffer.forms.lay(buffer, source, keep, give_back)
+        finally:
+            if made is None:
+                give_back()
+        return made
+
+    def move(self, buffer: int, start: int, end: int, moved: bool) -> None:
+        """Bytes ``[start, end)`` of ``buffer`` are ``moved`` around: who reads them in this moment must not give them a
+        name. Or they are as they came, and stay so while they are read."""
+        with self._lock:
+            if buffer in self._marks:
+                self._marks[buffer].move(start, end, moved)
 
     def keep(self, source: Source, tensor: Tensor) -> CachedWeight:
         """``tensor`` was made of ``source``, and there is room for it."""
@@ -284,10 +330,14 @@ class Weight:
     a CUDA graph is recorded exists in its replays only.
     """
 
-    def __init__(self, weights: Weights, source: Source, opportunistic: bool) -> None:
+    def __init__(
+        self, weights: Weights, source: Source, opportunistic: bool, buffer: LocalBuffer, can_lie: bool = False
+    ) -> None:
         self.may_keep = True
-        self._weights, self._source, self._opportunistic = weights, source, opportunistic
+        self.source, self.can_lie = source, can_lie
+        self._weights, self._buffer, self._opportunistic = weights, buffer, opportunistic
         self._waits = opportunistic
+        self._is_first = True
         self._kept: CachedWeight | None = None
         self._is_input = False
 
@@ -295,16 +345,19 @@ class Weight:
         """The weight; ``raw`` is the typed view of its bytes."""
         kept = self._kept
         if (kept is None or kept.tensor is None) and not self._waits:
-            kept = self._kept = self._weights.find(self._source)
+            kept = self._kept = self._found()
+        if kept is None or kept.tensor is None:
+            kept = self._kept = self._made(raw)
         tensor = None if kept is None else kept.tensor
-        if kept is not None and tensor is not None:
-            kept.used = self._weights.runs
-            return tensor
-        if self._may_be_kept():
-            tensor = self.whole(raw)
-            self._kept = self._weights.keep(self._source, tensor)
-            return tensor
-        return self.alone(raw)
+        if kept is None or tensor is None:
+            return self.alone(raw)
+        kept.used = self._weights.runs
+        return tensor
+
+    @property
+    def lies(self) -> bool:
+        """Whether it uses what it is made of where that lies, in whatever form."""
+        return self.can_lie and not self._is_input
 
     @property
     def kept(self) -> Tensor | None:
@@ -319,27 +372,41 @@ class Weight:
     def alone(self, raw: Tensor) -> Tensor:
         """What a run gets of ``raw`` while nothing is kept."""
         if self._opportunistic:
-            return raw
-        return self._converted(raw, self._source.format._replace(channels_last=False))  # not worth it for a single use
+            return self._buffer.forms.typed(self._buffer.data, self.source, raw) if self.can_lie else raw
+        return self._converted(raw, self.source.format._replace(channels_last=False))  # not worth it for a single use
 
     def whole(self, raw: Tensor) -> Tensor:
         """What would be kept of ``raw``."""
-        return self._converted(raw, self._source.format)
+        return self._converted(raw, self.source.format)
 
-    def has_become_an_input(self) -> bool:
-        """Whether the bytes of what the last run used were written since."""
-        if self._kept is None or not self._kept.written:
+    def has_changed(self) -> bool:
+        """Whether what the last run used is gone, since its bytes were written or somebody wanted them as they came."""
+        kept = self._kept
+        if kept is None or not (kept.written or (kept.lies_there and kept.tensor is None)):
             return False
-        self._kept, self._is_input = None, True
+        self._kept, self._is_input = None, self._is_input or kept.written
         return True
 
-    def _may_be_kept(self) -> bool:
+    def _found(self) -> CachedWeight | None:
+        there = self._buffer.forms.find(self.source) if self.lies else None
+        return there or self._weights.find(self.source)
+
+    def _made(self, raw: Tensor) -> CachedWeight | None:
+        """What can be kept of it from now on."""
         if not self.may_keep or self._is_input:
-            return False
-        if self._waits:
-            self._waits = False
-            return False
-        return self._weights.has_room(self._source.nbytes, claimed=not self._opportunistic)
+            return None
+        waits, first = self._waits, self._is_first
+        self._waits = self._is_first = False
+        if waits:
+            return None
+        if self.can_lie and self._buffer.forms.may_lie(self._buffer, self.source):
+            if first and forms.rest_bytes(self.source):  # takes several times as long as to convert it once
+                return None
+            if (laid := self._weights.lay(self.source, self._buffer)) is not None:
+                return laid
+        if not self._weights.has_room(self.source.nbytes, claimed=not self._opportunistic):
+            return None
+        return self._weights.keep(self.source, self.whole(raw))
 
     def _converted(self, raw: Tensor, format: WeightFormat) -> Tensor:
-        return convert(raw, self._source.type, self._source.ne, format)
+        return convert(raw, self.source.type, self.source.ne, format)

@@ -1,0 +1,315 @@
+"""Weights that lie in their buffer as they are computed with: nobody who looks at the bytes can tell."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdrpc.device import Rows
+from sdrpc.engine import LocalDevice
+from sdrpc.engine.device import LocalProgram
+from sdrpc.engine.dtypes import DTYPES
+from sdrpc.engine.forms import changed, changed_back, fits, rest_bytes
+from sdrpc.engine.memory import LocalBuffer
+from sdrpc.engine.precision import Precision
+from sdrpc.engine.weights import LAID, Source, WeightFormat, convert
+from sdrpc.ggml import build as b
+from sdrpc.ggml.params import Conv2D
+from sdrpc.ggml.tensor import Graph, Tensor, contiguous_strides, dims
+from sdrpc.ggml.types import BF16, F16, F32, Type
+from tests.engine.compare import at, error
+
+FAST = Precision("fast", torch.bfloat16, channels_last=True)
+BUDGET = 1 << 20
+HALF, NARROW = torch.float16, torch.bfloat16
+
+
+def source(type: Type, ne: tuple[int, ...], format: WeightFormat, start: int = 0) -> Source:
+    shape = dims(*ne)
+    nb = contiguous_strides(type, shape)
+    return Source(1, start, start + nb[3] * shape[3], type, shape, nb, format)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    ("type", "wanted"), [(F16, NARROW), (F16, HALF), (BF16, NARROW), (F32, torch.float32)], ids=str
+)
+def test_what_is_changed_can_be_changed_back_to_the_bit(type: Type, wanted: torch.dtype, together: bool) -> None:
+    """Of float16: every number that there is."""
+    place = source(type, (4, 16, 31, 32), WeightFormat(wanted, together))
+    assert fits(place) == (together or (type is F16 and wanted is NARROW))
+    if not fits(place):
+        return
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    halves = halves[np.isfinite(halves.view(np.float16)) | (halves & 0x3FF == 0)]
+    assert len(halves) == 4 * 16 * 31 * 32 + 2, "all but two"
+    numbers = torch.from_numpy(halves[1:-1].view(np.float16).copy()).to(DTYPES[type])
+    raw = numbers.view(32, 31, 16, 4)
+    wished = convert(raw, type, place.ne, place.format)
+    data = numbers.view(torch.uint8)
+    before = data.clone()
+    found = changed(data, place)
+    assert found is not None
+    weight, rest = found
+    assert weight.data_ptr() == data.data_ptr(), "it lies there"
+    assert (weight.dtype, weight.stride()) == (wished.dtype, wished.stride())
+    assert torch.equal(weight, wished)
+    assert rest_bytes(place) == (0 if rest is None else rest.nbytes)
+    assert torch.equal(changed_back(data, place, rest), before)
+
+
+def test_numbers_that_could_not_be_changed_back_stay() -> None:
+    numbers = torch.ones(4096, dtype=HALF)
+    numbers[77] = torch.nan
+    before = numbers.view(torch.uint8).clone()
+    assert changed(numbers.view(torch.uint8), source(F16, (4096,), WeightFormat(NARROW))) is None
+    assert torch.equal(numbers.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        source(F32, (64, 64), WeightFormat(NARROW)),
+        source(F16, (64, 64), WeightFormat(torch.float32)),
+        source(F16, (63, 65), WeightFormat(NARROW)),
+        source(F16, (8, 8), WeightFormat(NARROW)),
+        source(F16, (64, 64), WeightFormat(NARROW), start=32),
+        source(F16, (64, 64), WeightFormat(NARROW))._replace(nb=(2, 256, 16384, 16384)),
+        source(F16, (64, 64), WeightFormat(torch.uint8, packed=True)),
+    ],
+    ids=["loses half", "is larger", "is odd", "is small", "lies between", "has gaps", "is packed"],
+)
+def test_what_can_not_lie_there(place: Source) -> None:
+    assert not fits(place)
+
+
+IMAGE, ROWS, OUT = 0, 8192, 16384
+"""Inputs and outputs, in a buffer of their own."""
+KERNEL, MATRIX, OTHER, SIZE = 64, 64 + 9216 + 128, 64 + 9216 + 128 + 8192, 28_000
+"""Weights: a kernel of 3×3, 16 → 32 channels; a matrix of 64×64; a kernel in BF16; and bytes around them."""
+
+
+class Scene:
+    """A device with weights in one buffer and inputs and outputs in another."""
+
+    def __init__(self, dequant_cache: int) -> None:
+        self.device = LocalDevice("CPU", torch.device("cpu"), FAST, threads=1, dequant_cache=dequant_cache)
+        self.weights, self.rest = self.device.allocate(SIZE), self.device.allocate(1 << 16)
+        rng = np.random.default_rng(0)
+        self.device.write(self.weights, 0, rng.standard_normal(SIZE // 2).astype("<f2").tobytes())
+        self.device.write(self.rest, 0, rng.standard_normal(1 << 12).astype("<f4").tobytes())
+        self.programs: dict[str, LocalProgram] = {}
+
+    def leaf(self, type: Type, *ne: int, start: int) -> Tensor:
+        return b.leaf(type, *ne, buffer=self.weights.key, offset=start)
+
+    def convolution(self, type: Type = F16, start: int = KERNEL) -> Tensor:
+        image = b.leaf(F32, 6, 6, 16, 1, buffer=self.rest.key, offset=IMAGE)
+        return b.node("CONV_2D", self.leaf(type, 3, 3, 16, 32, start=start), image, params=Conv2D(1, 1, 1, 1, 1, 1))
+
+    def product(self) -> Tensor:
+        return b.mul_mat(self.leaf(F16, 64, 64, start=MATRIX), b.leaf(F32, 64, 8, buffer=self.rest.key, offset=ROWS))
+
+    def node(self, which: str) -> Tensor:
+        """What a program computes."""
+        match which:
+            case "kernel":
+                return self.convolution()
+            case "other kernel":
+                return self.convolution(BF16, OTHER)
+            case "matrix":
+                return self.product()
+            case "a matrix of kernels":  # the same bytes, wanted otherwise
+                matrix = self.leaf(F16, 64, 72, start=KERNEL)
+                return b.mul_mat(matrix, b.leaf(F32, 64, 8, buffer=self.rest.key, offset=ROWS))
+            case "bytes across":
+                return b.cont(self.leaf(F16, 1024, start=MATRIX - 512))
+        raise ValueError(which)
+
+    def run(self, which: str) -> np.ndarray:
+        """What a program gives."""
+        if which not in self.programs:
+            buffers = {each.key: each for each in (self.weights, self.rest)}
+            if which == "writes between":
+                place = self.leaf(F32, 512, start=MATRIX + 1024)
+                graph = Graph((b.cpy(b.leaf(F32, 512, buffer=self.rest.key, offset=ROWS), place),))
+            else:
+                graph = Graph((at(self.node(which), self.rest.key, OUT),))
+            self.programs[which] = self.device.compile(graph, buffers)
+        self.programs[which].run()
+        return np.frombuffer(bytes(self.device.read(self.rest, OUT, 8192)), np.float32).copy()
+
+    def bytes_(self) -> bytes:
+        return bytes(self.device.read(self.weights, 0, SIZE))
+
+    @property
+    def lying(self) -> int:
+        """Weights that lie there otherwise than they came."""
+        assert isinstance(self.weights, LocalBuffer)
+        return len(self.weights.forms._laid)
+
+
+@contextmanager
+def scene(dequant_cache: int = BUDGET) -> Iterator[Scene]:
+    made = Scene(dequant_cache)
+    try:
+        yield made
+    finally:
+        made.device.close()
+
+
+PROGRAMS = ["kernel", "other kernel", "matrix", "a matrix of kernels", "bytes across", "writes between"]
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[int, int]:
+    start = draw(st.sampled_from([0, KERNEL, MATRIX, OTHER]) | st.integers(0, SIZE - 1))
+    end = draw(st.sampled_from([KERNEL + 9216, MATRIX + 8192, OTHER + 9216, SIZE]) | st.integers(1, SIZE))
+    return min(start, end), max(start, end)
+
+
+actions = st.one_of(
+    st.tuples(st.just("run"), st.sampled_from(PROGRAMS)),
+    st.tuples(st.just("run"), st.sampled_from(PROGRAMS[:3])),
+    st.tuples(st.sampled_from(["read", "write", "fill", "copy", "rows", "read rows", "window"]), ranges()),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(actions, max_size=14))
+def test_nobody_can_tell(steps: list[tuple[str, object]]) -> None:
+    """Whatever is read, written and run in whatever order: bytes are those of a device that changes none, and so are
+    results, but for how convolutions of another layout add up."""
+    with scene() as one, scene(dequant_cache=0) as other:
+        for number, (what, about) in enumerate(steps):
+            found = [_did(each, what, about, number) for each in (one, other)]
+            if what == "run":
+                assert error(np.frombuffer(found[0], np.float32), np.frombuffer(found[1], np.float32)) < 0.01, about
+            else:
+                assert found[0] == found[1], (what, about)
+            assert other.lying == 0
+        assert one.bytes_() == other.bytes_()
+
+
+def _did(one: Scene, what: str, about: object, number: int) -> bytes:
+    if what == "run":
+        assert isinstance(about, str)
+        return one.run(about).tobytes()
+    assert isinstance(about, tuple)
+    start, end = about
+    size = end - start
+    rows = Rows(start, 16, max(size // 48, 1), 48)
+    new = np.random.default_rng(number).standard_normal(size // 2 + 1).astype("<f2").tobytes()[:size]
+    match what:
+        case "read":
+            return bytes(one.device.read(one.weights, start, size))
+        case "write":
+            one.device.write(one.weights, start, new)
+        case "window":
+            window = one.device.window(one.weights, start, size)
+            assert window is not None
+            window[:] = new
+        case "fill":
+            one.device.fill(one.weights, start, size, 1)
+        case "copy":
+            size = min(size, 3000)
+            one.device.copy(one.weights, start, one.weights, (start * 7 + 640) % (SIZE - size), size)
+        case "rows" if rows.offset + rows.extent <= SIZE:
+            one.device.write_rows(one.weights, rows, bytes(range(16)) * rows.copies)
+        case "read rows" if rows.offset + rows.extent <= SIZE:
+            return bytes(one.device.read_rows(one.weights, rows))
+    return b""
+
+
+def test_there_is_no_second_copy() -> None:
+    with scene() as one:
+        before = one.bytes_()
+        assert [one.run("kernel").any() for _ in range(2)] == [True, True]
+        assert one.lying == 1
+        for _ in range(3):
+            one.run("other kernel")
+            one.run("matrix")
+        assert one.lying == 3
+        rests, inputs = (9 * 16 * 32 + 64 * 64) // 2, (6 * 6 * 16 + 64 * 8) * 2
+        assert one.device._weights.used == rests + 3 * LAID + inputs, "inputs that nobody wrote to are kept, too"
+        assert one.bytes_() == before
+        assert one.lying == 3, "reading changes nothing"
+        one.device.free(one.weights)
+        assert one.device._weights.used == inputs
+        assert one.run("kernel").any(), "a program goes on with a buffer that was freed"
+
+
+def test_who_wants_it_otherwise_gets_it_for_good() -> None:
+    with scene() as one, scene(dequant_cache=0) as other:
+        for _ in range(3):
+            for which in ("kernel", "matrix", "a matrix of kernels", "kernel"):
+                assert error(one.run(which), other.run(which)) < 0.01
+        assert one.lying == 1, "the matrix"
+        one.device.write(one.weights, 0, bytes(SIZE))
+        assert one.lying == 0
+        assert not one.run("kernel").any()
+
+
+def test_what_does_not_fit_into_the_budget_is_converted_each_time() -> None:
+    with scene(dequant_cache=64 * 64 // 2 + LAID + 4000) as one, scene(dequant_cache=0) as other:
+        for _ in range(3):
+            for which in ("matrix", "kernel"):
+                assert error(one.run(which), other.run(which)) < 0.01
+        assert one.lying == 1
+
+
+def test_whoever_wants_bytes_to_stay_waits_for_the_run_that_uses_them() -> None:
+    with scene() as one:
+        before = one.bytes_()
+        for _ in range(2):
+            one.run("matrix")
+        buffer = one.weights
+        assert isinstance(buffer, LocalBuffer)
+        came: list[bytes] = []
+
+        def wait() -> None:
+            with buffer.forms.as_they_came(buffer.data, MATRIX, MATRIX + 100):
+                came.append(buffer.data[:SIZE].numpy().tobytes())
+
+        waiting = threading.Thread(target=wait)
+        with buffer.forms.in_use():
+            waiting.start()
+            assert one.bytes_() == before, "reading does not wait"
+            assert one.lying == 1
+            assert not came
+        waiting.join(60)
+        assert came == [before]
+        one.run("matrix")
+        assert one.lying == 0, "it stays as it came"
+
+
+def test_readers_beside_runs_see_what_came() -> None:
+    with scene() as one:
+        before = one.bytes_()
+        wrong: list[int] = []
+        done = threading.Event()
+
+        def read() -> None:
+            while not done.is_set():
+                with one.weights.forms.reading(one.weights.data, 0, SIZE) as part:  # type: ignore[attr-defined]
+                    if part.numpy().tobytes() != before:
+                        wrong.append(1)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        try:
+            for _ in range(20):
+                one.run("kernel")
+                one.run("matrix")
+                one.device.write(one.weights, MATRIX, before[MATRIX : MATRIX + 8192])
+        finally:
+            done.set()
+            reading.join()
+        assert not wrong
