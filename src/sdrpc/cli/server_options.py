@@ -34,7 +34,7 @@ OPTIONS = (
     Option(DEVICES, "--precision", type=OneOf(*PRECISIONS), default="auto", metavar="|".join(PRECISIONS),
            help="How to compute; exact: float32; ggml: rounding as ggml's CPU does; auto: fast where the hardware is "
            "made for it."),
-    Option(DEVICES, "--dequant-cache", type=Size(), metavar="SIZE", shown="256M; a quarter of an accelerator",
+    Option(DEVICES, "--dequant-cache", type=Size(), metavar="SIZE", shown="448M; a quarter of an accelerator",
            help="Memory of each device for weights in the form that they are computed in."),
     Option(DEVICES, "--compile", type=OneOf("auto", "off"), default="auto", metavar="auto|off",
            help="auto: programs that repeat are compiled in the background, on GPUs in fast precision; code is kept "

@@ -542,7 +542,7 @@ def devices(
     """Every accelerator that torch finds, then the CPU.
 
     ``precision``: exact, fast, ggml, or auto: fast where the hardware has narrow arithmetic. ``threads``: of the
-    CPU (default: torch's). ``dequant_cache``: bytes per device (default: 256 MiB, or a quarter of an
+    CPU (default: torch's). ``dequant_cache``: bytes per device (default: 448 MiB, or a quarter of an
     accelerator's memory). ``compile``: of programs that repeat in *fast* precision; auto: on GPUs, where there is a
     compiler; off. Raises :class:`sdrpc.errors.UsageError` for another precision.
     """

@@ -36,6 +36,8 @@ LEAST = 1 << 12
 """Bytes below which a weight is not worth the bookkeeping."""
 MOST = 1 << 14
 """Weights of a buffer that were wanted otherwise, after which no more of it are changed."""
+MAGNITUDE, INFINITE = 0x7FFF, 0x7C00
+"""Bits of a float16: all but the sign, and what they are of infinity."""
 LOW = 0xF
 """The bits of a float16 that are kept of it when it becomes a bfloat16, which is at most four away from it (counted in
 float16's own steps): they say which of the numbers around the bfloat16 it was."""
@@ -67,23 +69,24 @@ def changed(data: Tensor, source: Source) -> tuple[Tensor, Tensor | None] | None
     what else it takes to change them back. None for numbers that could not be changed back (NaN). Nothing is changed
     where there is no memory to do it."""
     dtype, (wanted, together, _) = DTYPES[source.type], source.format
-    numbers, rest = data.view(dtype), None
+    shape, numbers, rest = shape_of(source.ne), data.view(dtype), None
     if _loses(source):
-        if bool(numbers.isnan().any()):
-            return None
         rounded = torch.empty(len(numbers), dtype=wanted, device=data.device)
         rest = torch.empty(len(numbers) // 2, dtype=torch.uint8, device=data.device)
         for at in range(0, len(numbers), PIECE):
             piece = numbers[at : at + PIECE]
+            if int((piece.view(torch.int16) & MAGNITUDE).max()) > INFINITE:
+                return None
             pairs = piece.view(torch.int32)
             rest[at // 2 : (at + PIECE) // 2] = (pairs & LOW) | ((pairs >> 12) & (LOW << 4))
             rounded[at : at + PIECE] = piece.float()  # torch has no vector code for the way without
         numbers = rounded
-    shape, target = shape_of(source.ne), data.view(wanted)
+    target = data.view(wanted)
     if not together:
         target.copy_(numbers)
         return target.view(shape), rest
-    target.copy_(numbers.view(*shape[:2], -1).transpose(1, 2).reshape(-1))
+    numbers = numbers.view(shape).contiguous(memory_format=torch.channels_last)
+    target.copy_(numbers.permute(0, 2, 3, 1).reshape(-1))
     return target.as_strided(shape, _strides(shape), target.storage_offset()), rest
 
 
@@ -91,8 +94,8 @@ def changed_back(data: Tensor, source: Source, rest: Tensor | None) -> Tensor:
     """The bytes of ``source`` as they were, of what :func:`changed` has made of them: a copy."""
     numbers = data.view(source.format.dtype)
     if source.format.channels_last:
-        outputs, channels = shape_of(source.ne)[:2]
-        numbers = numbers.view(outputs, -1, channels).transpose(1, 2).reshape(-1)
+        shape = shape_of(source.ne)
+        numbers = numbers.as_strided(shape, _strides(shape)).contiguous().view(-1)
     if rest is None:
         return numbers.view(torch.uint8)
     result = torch.empty(len(numbers), dtype=torch.float16, device=data.device)

@@ -337,7 +337,6 @@ class Weight:
         self.source, self.can_lie = source, can_lie
         self._weights, self._buffer, self._opportunistic = weights, buffer, opportunistic
         self._waits = opportunistic
-        self._is_first = True
         self._kept: CachedWeight | None = None
         self._is_input = False
 
@@ -395,15 +394,12 @@ class Weight:
         """What can be kept of it from now on."""
         if not self.may_keep or self._is_input:
             return None
-        waits, first = self._waits, self._is_first
-        self._waits = self._is_first = False
-        if waits:
+        if self._waits:
+            self._waits = False
             return None
-        if self.can_lie and self._buffer.forms.may_lie(self._buffer, self.source):
-            if first and forms.rest_bytes(self.source):  # takes several times as long as to convert it once
-                return None
-            if (laid := self._weights.lay(self.source, self._buffer)) is not None:
-                return laid
+        may_lie = self.can_lie and self._buffer.forms.may_lie(self._buffer, self.source)
+        if may_lie and (laid := self._weights.lay(self.source, self._buffer)) is not None:
+            return laid
         if not self._weights.has_room(self.source.nbytes, claimed=not self._opportunistic):
             return None
         return self._weights.keep(self.source, self.whole(raw))
