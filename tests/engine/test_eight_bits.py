@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from sdrpc.checkpoints import foreign
-from sdrpc.engine import LocalDevice, devices
+from sdrpc.engine import LocalDevice
 from sdrpc.engine.blocks.eight_bits import EIGHT_BITS
 from sdrpc.engine.operations import EngineOp
-from sdrpc.engine.precision import MANY_ROWS, Precision, assign
+from sdrpc.engine.ops.eight_bits import floats_by_rows, floats_then_scales
+from sdrpc.engine.precision import MANY_ROWS, Precision, assign, choose
 from sdrpc.engine.values import ordered, trace
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import MulMat
@@ -38,14 +39,12 @@ normal numbers in 255 steps to the largest one of some hundred."""
 
 @pytest.fixture(scope="module")
 def eights() -> Iterator[LocalDevice]:
-    """On a GPU what *fast* is there; skipped where it has no such units."""
+    """On a GPU what *fast* is there, and integers also where they don't pay; skipped where it has no such units."""
     if DEVICE == "CPU":
         device = LocalDevice("CPU", torch.device("cpu"), HAS_ALL, threads=2)
     else:
-        found = {each.name: each for each in devices("fast")}
-        device = found.pop(DEVICE)
-        for other in found.values():
-            other.close()
+        place = torch.device("cuda", int(DEVICE.removeprefix("CUDA")))
+        device = LocalDevice(DEVICE, place, replace(choose("fast", place), integers8=True))
     if not device.precision.floats8:
         device.close()
         pytest.skip(f"{DEVICE} multiplies no 8-bit floats")
@@ -132,6 +131,25 @@ def test_products_are_those_of_rounded_activations(eights: LocalDevice, name: st
     row = np.frombuffer(leaves.memory, "<f4", m, added.offset).astype("f8") if bias else 0
     assert error(got, rounded @ floats(raw, name).T + row) <= NARROW
     assert error(got, values.astype("f8") @ floats(raw, name).T + row) <= COARSE[EIGHT_BITS[name].dtype]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scales_in_a_product_or_after_it(eights: LocalDevice, bias: bool) -> None:
+    rng = torch.Generator().manual_seed(3)
+    x, w = (torch.randn(n, 64, generator=rng).to(torch.float8_e4m3fn) for n in (24, 32))
+    scale, scales, added = (
+        torch.rand(24, 1, generator=rng),
+        torch.rand(32, generator=rng),
+        torch.randn(32, generator=rng),
+    )
+    wanted = (x.double() @ w.double().T) * scale * scales + (added if bias else 0)
+    on = [each.to(eights.torch_device) for each in (x, scale, w, scales, added)]
+    ways = [floats_then_scales]
+    if DEVICE == "CPU" or torch.cuda.get_device_capability(eights.torch_device) >= (9, 0):
+        ways.append(floats_by_rows)
+    for way in ways:
+        got = way(*on[:4], on[4] if bias else None)
+        assert error(got.double().cpu().numpy(), wanted.numpy()) <= NARROW
 
 
 @pytest.mark.parametrize("name", EIGHT_BITS)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdrpc.ggml.codebooks import E2M1, NORMAL4, PARTS_OF_TWELVE
 
-from ..arithmetic import rotated
+from ..arithmetic import turned
 from .bits import Blocks, reinterpret, shaped, table
 
 
@@ -84,8 +84,8 @@ def read_fp4(b: Blocks) -> Tensor:
 
 
 def read_i8_convrot(b: Blocks) -> Tensor:
-    """d f32 | 256 of int8: d q, rotated back, all 256 together (:func:`sdrpc.engine.arithmetic.rotated`)."""
-    return rotated(_single(b[:, :4]) * b[:, 4:].view(torch.int8).float(), 256)
+    """d f32 | 256 of int8: d q, rotated back, all 256 together (:func:`sdrpc.engine.arithmetic.turned`)."""
+    return turned(b[:, 4:].view(torch.int8).float(), 256) * _single(b[:, :4])
 
 
 READ = {

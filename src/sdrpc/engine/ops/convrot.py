@@ -28,7 +28,11 @@ multiplies; and TF32, which some do it in, still holds 8 bits. Of more, sums are
 
 def quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The rows of ``x`` in int8, rotated, [rows, k], and each row's scale, [rows, 1]."""
-    x = rotated(x.reshape(-1, x.shape[-1]), group)
+    return whole(rotated(x.reshape(-1, x.shape[-1]), group))
+
+
+def whole(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of ``x`` [rows, k] in int8, and each row's scale, [rows, 1]."""
     scale = quotient(x.abs().amax(1, keepdim=True), 127)
     numbers = x * torch.where(scale == 0, 0.0, 1 / scale)
     return numbers.round().clamp(-127, 127).to(torch.int8), scale
