@@ -62,7 +62,7 @@ def test_without_a_home_nothing_is_kept_and_everything_works() -> None:
     assert done.stderr.count("set HOME, or SDRPC_CACHE and SDRPC_STATE") == 1
 
 
-def test_a_folder_that_is_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
+def test_cache_folder_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     storage.write_whole(folder / "x", b"1")
     (folder / "x").unlink()
@@ -160,7 +160,7 @@ def test_text_of_others_stays_in_its_line(text: str, wanted: str) -> None:
     assert printable(text) == wanted
 
 
-def test_hashing_is_compiled_in_memory_where_machine_code_can_not_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_cache_read_only_hashing_is_compiled_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba's words where neither the package's folder nor the home can be written to, as in a container."""
     numba = pytest.importorskip("numba")
     njit = numba.njit

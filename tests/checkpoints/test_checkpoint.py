@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 from sdrpc.checkpoints import gguf_header, mapped
 from sdrpc.checkpoints.checkpoint import open_checkpoint
+from sdrpc.checkpoints.expressions import rows
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.weight import Origin
 
@@ -165,6 +168,14 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 426538051
         ("lfs.safetensors", LFS, r"a Git LFS pointer to a file of 4\.3 GB, .* git lfs pull"),
         ("page.safetensors", b"\n<!DOCTYPE html><html>Sign in</html>", "a web page, not a model: .*DOCTYPE"),
         ("error.gguf", b'{"error": "Access to this model is restricted"}', "JSON text, not a model: .*Access"),
+        ("s3.safetensors", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>', "XML text, such as a server's.*AccessDenied"),
+        ("hub.safetensors", b"Entry not found", "neither .* it begins with 'Entry not found'"),
+        ("powershell.safetensors", b"\xff\xfeh\0e\0", "UTF-16 text, as PowerShell's > does"),
+        ("a.safetensors", b"\x1f\x8b\x08\0", r"an archive \(gzip\), not a model: unpack it first"),
+        ("b.safetensors", b"\x28\xb5\x2f\xfd\0", r"an archive \(zstd\)"),
+        ("a.tar", b"a.safetensors".ljust(257, b"\0") + b"ustar", r"an archive \(tar\)"),
+        ("a.safetensors.crdownload", b"anything", "a download that has not ended, as its name says; rename it"),
+        ("a.safetensors.part", b"", "a download that has not ended"),
         ("zeros.ckpt", bytes(4096), "zeros: the download is not finished"),
         ("terminal.gguf", b"\x1b[2J\x00", r"begins with '\\x1b\[2J"),
         ("a.txt", b"hello, this is text", "neither"),
@@ -180,13 +191,34 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 426538051
         ("entries.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "do not fit"),
     ],
 )
-def test_bad_files_are_refused(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
+def test_pointer_files_and_others_without_a_model(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=reason) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(made: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    made(path)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: is a pipe or a device; .* has to be a file"):
+        open_checkpoint(path)
+
+
+def test_a_file_that_becomes_shorter_in_use(tmp_path: Path) -> None:
+    """As when another one is copied over it. What is gone can't be read: the system would end the process."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3000, 4), "b": torch.ones(2, 3)}, path)
+    found = open_checkpoint(path).tensors
+    part = rows(found["a"], 100, 300)
+    assert len(part.data()) == 200 * 4 * 4
+    os.truncate(path, 4096)
+    for weight in (part, *found.values()):
+        with pytest.raises(CheckpointError, match="has become shorter while it was in use"):
+            weight.data()
 
 
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def values(w: Weight) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.sft", "m", "m.gguf", "m.bin", "m [pruned]"])
-def test_safetensors_and_gguf_under_any_name(name: str, tmp_path: Path) -> None:
+def test_misnamed_safetensors_and_gguf(name: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").rename(tmp_path / name)
     assert list(open_checkpoint(tmp_path / name).tensors) == ["a"]
@@ -49,7 +49,7 @@ def test_a_download_that_was_broken_off(tmp_path: Path) -> None:
 # numbers -------------------------------------------------------------------------------------------------------------
 
 
-def test_float64_is_float32(tmp_path: Path) -> None:
+def test_f64_weights_are_float32(tmp_path: Path) -> None:
     numbers = torch.randn(3, 4, dtype=torch.float64)
     save_file({"a": numbers}, tmp_path / "a.safetensors")
     weight = open_checkpoint(tmp_path / "a.safetensors").tensors["a"]

@@ -139,7 +139,11 @@ def test_archives_that_are_no_checkpoints(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content, reason in (
         (lambda: archive(path, entries, zipfile.ZIP_DEFLATED), "is compressed"),
-        (lambda: archive(path, {"a.txt": b"x"}), r"without data\.pkl"),
+        (lambda: archive(path, {"a.txt": b"x"}), r"is a zip archive without data\.pkl"),
+        (
+            lambda: archive(path, {"x/a.safetensors": b"x", "b.txt": b"y"}, zipfile.ZIP_DEFLATED),
+            r"is a zip archive with 'x/a\.safetensors' in it: unpack it first",
+        ),
         (lambda: archive(path, entries | {"m/byteorder": b"big"}), "big-endian"),
         (lambda: archive(path, entries | {"m/data/0": b"1234"}), "outside of its storage"),
         (lambda: archive(path, {name: data for name, data in entries.items() if name != "m/data/0"}), "no storage '0'"),

@@ -15,10 +15,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from sdrpc import storage
+from sdrpc.checkpoints.checkpoint import open_checkpoint
 from sdrpc.cli import output, report
 from sdrpc.cli.output import MAX_SIDES, check_sides, check_writable, save
 from sdrpc.client.connection import open_connection
@@ -242,6 +245,34 @@ def test_prediction_option(draw: Sd, tmp_path: Path) -> None:
     for name in ("eps", "v"):
         assert draw("--prediction", name, "-o", tmp_path / f"{name}.png").status == 0
     assert np.abs(pixels(tmp_path / "eps.png") - pixels(tmp_path / "v.png")).mean() > 1
+
+
+# Types of numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "same"),
+    [(torch.float64, torch.float32), (torch.float8_e4m3fn, torch.float16)],
+    ids=["f64_weights", "fp8_message"],
+)
+def test_types_that_ggml_lacks(
+    sd: Sd, draw: Sd, checkpoint: Path, tmp_path: Path, stored: torch.dtype, same: torch.dtype
+) -> None:
+    """All of a file's tensors, those too from which sizes are read: the picture is that of the same numbers in a type
+    that ggml has, and a converted file has them in that type, or in the one that is asked for."""
+    tensors = {name: tensor.to(stored) for name, tensor in safetensors.torch.load_file(checkpoint).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "odd.safetensors")
+    safetensors.torch.save_file({name: t.to(same) for name, t in tensors.items()}, tmp_path / "usual.safetensors")
+    pictures = []
+    for name in ("odd", "usual"):
+        assert draw("-m", tmp_path / f"{name}.safetensors", "-o", tmp_path / f"{name}.png").status == 0
+        pictures.append(pixels(tmp_path / f"{name}.png"))
+    np.testing.assert_array_equal(*pictures)
+    for options, types in ((("--type", "f16"), {"F16"}), ((), {{torch.float32: "F32", torch.float16: "F16"}[same]})):
+        outcome = sd("-M", "convert", "-m", tmp_path / "odd.safetensors", *options, "-o", tmp_path / "x.gguf")
+        assert outcome.status == 0, outcome.err
+        found = {w.type.name for w in open_checkpoint(tmp_path / "x.gguf").tensors.values() if len(w.shape) > 1}
+        assert found == types
 
 
 # Words --------------------------------------------------------------------------------------------------------------

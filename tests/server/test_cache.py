@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -475,6 +476,15 @@ def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
     cache_service.flush()
     cache_service.close()
     assert [path.name for path in folder.iterdir()] == ["b.part"]
+
+
+def test_cache_folder_deleted_while_a_server_runs(scene: Scene) -> None:
+    """As people do who want the room back: weights are kept again."""
+    scene.place(True).puts(noise(1))
+    scene.flushed()
+    shutil.rmtree(scene.folder)
+    assert [scene.place(True).puts(noise(1)) for _ in range(2)] == [True, False]
+    assert len(scene.files()) == 1
 
 
 def test_many_clients_at_once(scene: Scene) -> None:

@@ -199,7 +199,7 @@ def _narrow(w: Weight, dim: int, start: int, stop: int) -> Weight:
     outer = prod(w.shape[:dim])
     shape = (*w.shape[:dim], stop - start, *w.shape[dim + 1 :])
     if outer == 1 and isinstance(w.pieces, View):
-        pieces: Pieces = View(w.pieces.data[low:high])
+        pieces: Pieces = w.pieces.part(low, high)
     else:
         pieces = _Strips(outer, (_Strip(w.pieces, stride, low, high),))
     origin = w.origin and w.origin.made(f"{list(w.shape)} {start}-{stop} along {dim}")

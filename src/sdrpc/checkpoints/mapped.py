@@ -5,7 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import stat
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +22,41 @@ YOUNG = 2_000_000_000
 
 SHOWN = 24
 """Bytes of a file's beginning that an error shows."""
+
+SHOWN_TEXT = 160
+"""The same of a file that is text: what a server said in the place of the file, perhaps."""
+
+UNFINISHED = (".crdownload", ".part", ".partial", ".opdownload", ".incomplete", ".aria2")
+"""What browsers and other programs call a file while they download it. It may have its size already."""
+
+PACKED = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip", b"Rar!\x1a\x07": "RAR",
+}  # fmt: skip
+"""What the files of programs that pack others begin with."""
+
+_TAR = slice(257, 262), b"ustar"
+
+
+@dataclass(frozen=True, slots=True)
+class Section(View):
+    """Bytes of a mapped file, up to its byte ``end``.
+
+    Who reads what a file has lost since it was mapped is ended by the system. So they are not given once the file has
+    become shorter, as it does when another one is copied over it; :class:`CheckpointError` is raised in their place.
+    """
+
+    path: Path
+    end: int
+
+    def __call__(self, start: int = 0, stop: int | None = None, /) -> Iterator[memoryview]:
+        if self.data.obj.size() < self.end:  # type: ignore[attr-defined]  # a mapping, whose file this asks
+            raise CheckpointError(self.path, "has become shorter while it was in use; is it being written?")
+        return View.__call__(self, start, stop)
+
+    def part(self, start: int, stop: int) -> Section:
+        data = self.data[start:stop]
+        return Section(data, self.path, self.end - len(self.data) + start + len(data))
 
 
 class Mapped(NamedTuple):
@@ -42,14 +80,20 @@ class Mapped(NamedTuple):
                 f"{kind} {list(shape)} is {expected} bytes, the file has {max(min(end, len(self.data)) - begin, 0)}"
             )
             raise CheckpointError(self.path, reason, name)
-        return Weight(name, kind, shape, View(self.data[begin:end]), self.origin(begin, end), self.path)
+        pieces = Section(self.data[begin:end], self.path, end)
+        return Weight(name, kind, shape, pieces, self.origin(begin, end), self.path)
 
     def origin(self, begin: int, end: int) -> Origin | None:
         return Origin(self.state, f"{begin}-{end}") if self.state else None
 
 
 def mapped(path: Path) -> Mapped:
-    """Raises :class:`CheckpointError` for an empty file, and :class:`OSError`."""
+    """Raises :class:`CheckpointError` for what is no file, an empty one or one that is still downloaded, and
+    :class:`OSError`."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise CheckpointError(path, "is a pipe or a device; a model is read here and there, so it has to be a file")
+    if path.name.lower().endswith(UNFINISHED):
+        raise CheckpointError(path, "is a download that has not ended, as its name says; rename it if it has")
     with path.open("rb") as file:
         facts = os.fstat(file.fileno())
         if not facts.st_size:
@@ -68,13 +112,21 @@ def no_model(data: memoryview) -> str:
         size = re.search(rb"\nsize (\d{1,15})\s", head)
         amount = f" of {int(size[1]) / 1e9:,.1f} GB" if size else ""
         return f"is a Git LFS pointer to a file{amount}, not that file; fetch it with: git lfs pull"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
         return f"is a web page, not a model: the download gave {_shown(head)}; download it again, logged in if need be"
+    if text.startswith(b"<?xml"):
+        return f"is XML text, such as a server's refusal, not a model: {_shown(head, SHOWN_TEXT)}"
     if text.startswith((b"{", b"[")):
-        return f"is JSON text, not a model: {_shown(head, 120)}"
+        return f"is JSON text, not a model: {_shown(head, SHOWN_TEXT)}"
     if not any(head):
         return "begins with zeros: the download is not finished"
-    return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head)}"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "was written as UTF-16 text, as PowerShell's > does with what a program downloads: use its -o or -OutFile"
+    packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
+    if packed or head[_TAR[0]] == _TAR[1]:
+        return f"is an archive ({packed or 'tar'}), not a model: unpack it first"
+    size = SHOWN_TEXT if text.isascii() and text.decode("ascii").replace("\n", "").isprintable() else SHOWN
+    return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head, size)}"
 
 
 def _shown(head: bytes, size: int = SHOWN) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
@@ -26,6 +26,11 @@ from .quantized import AS_BYTES, Stored
 ZIP = b"PK\x03\x04"
 LEGACY = (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"\x80\x02", b"\x80\x04")
 """How files of torch before 1.6 begin (its magic number as a pickle), and other pickles."""
+
+PICKLE = "data.pkl"
+"""What the pickle is called, in the archive's only folder."""
+MODELS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+"""How files of models are called that people pack."""
 
 MAX_PICKLE = 8 << 20
 """Bytes: ten times what the largest models need."""
@@ -92,10 +97,8 @@ def read(file: Mapped) -> Opened:
             file.path, f"a pickle of the old form, which is not read; convert it with: {_command(file)}"
         )
     entries = _entries(file)
-    folder = next((name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")), None)
-    if folder is None:
-        raise CheckpointError(file.path, "a zip archive without data.pkl, so no checkpoint of torch.save")
-    begin, end = entries[f"{folder}data.pkl"]
+    folder = next(name.removesuffix(PICKLE) for name in entries if name.endswith(f"/{PICKLE}"))
+    begin, end = entries[f"{folder}{PICKLE}"]
     if end - begin > MAX_PICKLE:
         raise CheckpointError(file.path, f"damaged: a pickle of {end - begin:,} bytes")
     order = entries.get(f"{folder}byteorder")
@@ -117,6 +120,8 @@ def _entries(file: Mapped) -> dict[str, tuple[int, int]]:
     try:
         with zipfile.ZipFile(file.path) as archive:
             infos = archive.infolist()
+        if not any(info.filename.endswith(f"/{PICKLE}") for info in infos):
+            raise CheckpointError(file.path, _no_checkpoint([info.filename for info in infos]))
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
@@ -135,6 +140,14 @@ def _entries(file: Mapped) -> dict[str, tuple[int, int]]:
     except (ValueError, struct.error, NotImplementedError, EOFError, LookupError, OverflowError) as error:
         raise CheckpointError(file.path, f"damaged: {error}") from error
     return places
+
+
+def _no_checkpoint(names: Sequence[str]) -> str:
+    """What a zip archive of others is, as the reason of an error."""
+    models = [ascii(name) for name in names if name.lower().endswith(MODELS)][:4]
+    if models:
+        return f"is a zip archive with {', '.join(models)} in it: unpack it first"
+    return f"is a zip archive without {PICKLE}, so no checkpoint of torch.save"
 
 
 def _flattened(content: Any) -> Iterator[tuple[str, _Tensor]]:

@@ -98,7 +98,7 @@ def finite(values: F32, what: str) -> F32:
         return values
     broken = np.count_nonzero(~np.isfinite(values))
     raise ComputeError(
-        f"{what}: {broken} of {values.size} values are NaN or infinite; damaged weights give that, and so may reduced "
-        "precision (try precision exact)",
+        f"{what}: {broken} of {values.size} values are NaN or infinite; damaged weights give that, and so may a device "
+        "that computes with fewer bits (try precision exact)",
         "precision",
     )

@@ -55,6 +55,10 @@ class View:
         if view := self.data[start:stop]:
             yield view
 
+    def part(self, start: int, stop: int) -> View:
+        """Bytes ``start`` to ``stop`` of these."""
+        return View(self.data[start:stop])
+
 
 @dataclass(frozen=True, slots=True)
 class Whole:

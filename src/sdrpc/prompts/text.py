@@ -11,10 +11,13 @@ _TAG = re.compile(r"<(?:\w+:[^<>]*>|(?:lora|lyco|hypernet)\s*:|sd_cpp_extra_args
 """Tags of stable-diffusion.cpp and of the web UIs, which are instructions and no words: <lora:name:0.8>,
 <hypernet:name:1>, <sd_cpp_extra_args>."""
 
+MAX_WEIGHT = 1000
+"""Numbers of half the bits overflow at hundreds of times what a text encoder gives, and the picture is lost."""
+
 
 def check(field: str, text: str) -> None:
     """Raises :class:`InvalidValue` for ``field`` when ``text`` is no Unicode text, has a tag that sdrpc can't follow,
-    or a weight that is no number."""
+    or a weight that is no number or larger than ``MAX_WEIGHT``."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -26,6 +29,11 @@ def check(field: str, text: str) -> None:
     if tag:
         raise InvalidValue(field, tag[0], "sdrpc can't apply this tag here, and would read it as words; leave it out")
     try:
-        parse(text)
+        pieces = parse(text)
     except InvalidValue as error:
         raise InvalidValue(field, text, error.reason) from error
+    for piece in pieces:
+        if abs(piece.weight) > MAX_WEIGHT:
+            raise InvalidValue(
+                field, text, f"the weight {piece.weight:g} of {piece.text!r} is beyond {MAX_WEIGHT}: brackets multiply"
+            )
