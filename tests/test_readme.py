@@ -11,7 +11,7 @@ import click
 import pytest
 
 from sdrpc.cli import keys, rpc_server, sd_cli, sd_server
-from tools.newcomer import HOSTS, STAND_INS, Command, commands, reason_to_pass_over
+from tools.newcomer import HOSTS, LORAS, STAND_INS, Command, commands, reason_to_pass_over
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,6 +50,8 @@ def test_its_files_and_hosts_are_there_for_who_tries_it() -> None:
     texts = " ".join(command.text for command in commands(README) if not reason_to_pass_over(command))
     assert set(re.findall(r"[\w.-]+\.(?:safetensors|gguf)\b", texts)) <= set(STAND_INS)
     assert set(re.findall(r"\b[a-z]+:\d{5}\b", texts)) <= {*HOSTS}
+    loras = {(name, folder) for folder, name in re.findall(r"--lora-model-dir (\S+) .*?<lora:([^:>]+)", texts)}
+    assert loras == set(LORAS.items())
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -36,6 +36,9 @@ STAND_INS = {
 }
 """File of the README → family, form, number format, and which file of those that tools.checkpoints writes."""
 
+LORAS = {"watercolour": "loras"}
+"""LoRA of the README → its folder. It is one for the UNet of SDXL."""
+
 PASSED_OVER = {
     r"make (?!demo).*": "long: CI and people run them",
     r"SDRPC_TEST_DEVICE=CUDA0 .*|rpc-server -d CUDA1 .*": "needs a GPU",
@@ -183,6 +186,8 @@ def put_stand_ins(folder: Path) -> None:
     """Write the files that the README's reader has into ``folder``."""
     import numpy as np
     from PIL import Image
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
 
     from tools.checkpoints import make
 
@@ -195,7 +200,18 @@ def put_stand_ins(folder: Path) -> None:
     mask = np.zeros((128, 128), np.uint8)
     mask[32:96, 72:120] = 255
     Image.fromarray(mask).save(folder / "mask.png")
-    make("sdxl", folder / "models", form="diffusers").files["model"].rename(folder / "pipeline")
+    pipeline = make("sdxl", folder / "models", form="diffusers").files["model"].rename(folder / "pipeline")
+    lora = {}
+    with safe_open(pipeline / "unet" / "diffusion_pytorch_model.safetensors", "numpy") as unet:
+        for name in unet.keys():  # noqa: SIM118  what is opened is no dictionary
+            if name.endswith("attn1.to_q.weight"):
+                rows, columns = unet.get_slice(name).get_shape()
+                layer = f"unet.{name.removesuffix('.weight')}"
+                lora[f"{layer}.lora_A.weight"] = np.full((1, columns), 0.01, np.float32)
+                lora[f"{layer}.lora_B.weight"] = np.full((rows, 1), 0.01, np.float32)
+    for name, inside in LORAS.items():
+        (folder / inside).mkdir(exist_ok=True)
+        save_file(lora, folder / inside / f"{name}.safetensors")
 
 
 def main() -> None:

@@ -168,7 +168,11 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 426538051
         ("lfs.safetensors", LFS, r"a Git LFS pointer to a file of 4\.3 GB, .* git lfs pull"),
         ("page.safetensors", b"\n<!DOCTYPE html><html>Sign in</html>", "a web page, not a model: .*DOCTYPE"),
         ("error.gguf", b'{"error": "Access to this model is restricted"}', "JSON text, not a model: .*Access"),
-        ("s3.safetensors", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>', "XML text, such as a server's.*AccessDenied"),
+        (
+            "s3.safetensors",
+            b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>',
+            "XML text, such as a server's.*AccessDenied",
+        ),
         ("hub.safetensors", b"Entry not found", "neither .* it begins with 'Entry not found'"),
         ("powershell.safetensors", b"\xff\xfeh\0e\0", "UTF-16 text, as PowerShell's > does"),
         ("a.safetensors", b"\x1f\x8b\x08\0", r"an archive \(gzip\), not a model: unpack it first"),
@@ -191,7 +195,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 426538051
         ("entries.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "do not fit"),
     ],
 )
-def test_pointer_files_and_others_without_a_model(name: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
+def test_pointer_files_and_others_without_a_model(
+    name: str, content: bytes | None, reason: str, tmp_path: Path
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

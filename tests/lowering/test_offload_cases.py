@@ -371,7 +371,12 @@ def test_copies_have_their_own_memory() -> None:
     offloaded = sdrpc.offload(nn.Linear(4, 4), device)
     wanted = offloaded(x)
     deep, shallow = copy.deepcopy(offloaded), copy.copy(offloaded)
+    offloaded.forward = offloaded.forward  # type: ignore[method-assign]  # a circle
+    round_ = copy.deepcopy(offloaded)
+    del offloaded.forward
     offloaded.weight.zero_()
+    same(round_(x), wanted)
+    round_.close()  # type: ignore[operator]
     same(deep(x), wanted)
     same(shallow(x), offloaded.bias[None])
     for module in (deep, shallow, offloaded):
@@ -407,6 +412,58 @@ def test_what_would_compute_here_is_refused() -> None:
         torch.jit.trace(offloaded, x)
     with torch.no_grad(), pytest.raises(UsageError, match="an offloaded Linear can't be traced or exported"):
         torch.export.export(offloaded, (x,))
+
+
+@torch.no_grad()
+def test_functions_of_functions_are_refused() -> None:
+    offloaded = sdrpc.offload(nn.Linear(3, 3), ReferenceDevice())
+    with pytest.raises(UsageError, match=r"an offloaded Linear has no part in torch\.func"):
+        torch.vmap(offloaded)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("hook", ["enable_group_offload", "enable_layerwise_casting"])
+def test_hooks_that_move_weights_are_refused(hook: str) -> None:
+    unet = models.unet((8, 16))
+    offloaded: Any = sdrpc.offload(unet, ReferenceDevice())
+    if hook == "enable_group_offload":
+        offloaded.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        offloaded.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with torch.no_grad(), pytest.raises(UsageError, match=f"diffusers' {hook} and sdrpc.offload exclude each other"):
+        offloaded(torch.randn(1, 4, 4, 4), torch.tensor(3), torch.randn(1, 2, 24))
+
+
+@torch.no_grad()
+def test_an_offloaded_module_within_another() -> None:
+    """The outer one computes all of it, on its device, also where a method of the inner one was set on it."""
+    linear, x = nn.Linear(4, 4), torch.randn(1, 4)
+    for own in (False, True):
+        inner = sdrpc.offload(linear, ReferenceDevice())
+        if own:
+            inner.forward = inner.forward  # type: ignore[method-assign]
+        model, device = nn.Sequential(inner, nn.ReLU()), ReferenceDevice()
+        same(model(x), linear(x).relu())
+        same(sdrpc.offload(model, device)(x), linear(x).relu())
+        assert device.written
+
+
+@torch.no_grad()
+def test_modules_in_a_chain_of_accelerates() -> None:
+    """As enable_model_cpu_offload makes one: each module's hook leads to the module before, and from there to itself."""
+    accelerate = pytest.importorskip("accelerate")
+    linears, x, before = [nn.Linear(4, 4) for _ in range(2)], torch.randn(1, 4), None
+    chain = [sdrpc.offload(linear, ReferenceDevice()) for linear in linears]
+    for module in chain:
+        _, before = accelerate.cpu_offload_with_hook(module, "cpu", prev_module_hook=before)
+    for module, linear in zip(chain, linears, strict=True):
+        same(module(x), nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_weights_that_are_computed(kind: str) -> None:
+    module, x = getattr(nn.utils.parametrizations, kind)(nn.Linear(6, 5)).eval(), torch.randn(2, 6)
+    same(sdrpc.offload(module, ReferenceDevice())(x), module(x))
 
 
 class Scale:

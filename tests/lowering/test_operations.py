@@ -199,6 +199,11 @@ CASES = [
     Case("rms_norm", lambda x, w: (F.rms_norm(x, (5,), w), F.rms_norm(x, (5,), w, 1e-3)), (X, (5,))),
     Case("group_norm", lambda x, w, b: (F.group_norm(x, 3, w, b), F.group_norm(x, 2)), ((2, 6, 4, 5), (6,), (6,))),
     Case("group_norm", lambda x, w, b: F.group_norm(x, 3, w, b, 0.1), ((2, 6, 5), (6,), (6,))),
+    Case(
+        "_weight_norm_interface",
+        lambda v, g, h: (*aten._weight_norm_interface(v, g), *aten._weight_norm_interface(v, h, 2)),
+        ((5, 4, 3), (5, 1, 1), (1, 1, 3)),
+    ),
     Case("batch_norm", lambda x, m, v, w: F.batch_norm(x, m, v, w, w), (X, (3,), positive(3), (3,))),
     # products
     Case("linear", lambda x, w, b: (F.linear(x, w, b), F.linear(x, w), F.linear(x[0, 0, 0], w)), (X, (7, 5), (7,))),
@@ -206,6 +211,7 @@ CASES = [
     Case("matmul", lambda x, y: (x @ y, x[0] @ y, x @ y[0, 0], x[0, 0, 0] @ y[0, 0]), (X, (2, 3, 5, 6))),
     Case("matmul", lambda x, y: (x @ y, x[0, 0, 0] @ y[0, 0, 0]), ((2, 2, 2, 3, 4), (2, 1, 2, 4, 3))),
     Case("matmul", lambda x, y: (x @ y.mT, x @ y[:1].mT, x @ y[0, 0, 0]), (X, (2, 3, 6, 5))),
+    Case("mv dot vdot", lambda x, y: (x @ y, x.mv(y), x[0].dot(y), torch.vdot(y, x[1])), ((3, 4), (4,))),
     Case("bmm mm", lambda x, y: (torch.bmm(x, y), torch.mm(x[0], y[0])), ((2, 3, 4), (2, 4, 5))),
     Case("addmm baddbmm", lambda b, x, y: (torch.baddbmm(b, x, y, alpha=0.5), torch.addmm(b, x[0], y[0], beta=2)),
          ((5,), (2, 3, 4), (2, 4, 5))),

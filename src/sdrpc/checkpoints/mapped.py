@@ -121,7 +121,9 @@ def no_model(data: memoryview) -> str:
     if not any(head):
         return "begins with zeros: the download is not finished"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "was written as UTF-16 text, as PowerShell's > does with what a program downloads: use its -o or -OutFile"
+        return (
+            "was written as UTF-16 text, as PowerShell's > does with what a program downloads: use its -o or -OutFile"
+        )
     packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
     if packed or head[_TAR[0]] == _TAR[1]:
         return f"is an archive ({packed or 'tar'}), not a model: unpack it first"

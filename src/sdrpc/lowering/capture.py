@@ -30,6 +30,8 @@ Call = Callable[..., tuple[torch.Tensor, ...]]
 _CAPTURING = threading.RLock()
 """One capture at a time: torch's flag for exporting (:func:`_exporting`) is global."""
 
+_capturing = threading.local()
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -55,7 +57,7 @@ def capture(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, k
     that it refuses, :class:`sdrpc.lowering.tracer.DataDependent` (a :class:`CaptureError`) where numbers of other
     inputs decide what is computed, and :class:`CaptureError` for what can't be recorded.
     """
-    with _CAPTURING, _one_thread(), torch.inference_mode(False), torch.no_grad():
+    with _CAPTURING, _capture_is_on(), _one_thread(), torch.inference_mode(False), torch.no_grad():
         recorder = Recorder()
         clone, real = _without_numbers(module)
         weights = _weight_leaves(recorder, clone, real)
@@ -161,6 +163,20 @@ def _without_numbers(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tens
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # copy.deepcopy refuses these
                 memo.setdefault(id(value), value.detach().clone())
     return copy.deepcopy(module, memo), real
+
+
+def is_capturing() -> bool:
+    """Whether this thread captures a module."""
+    return getattr(_capturing, "on", False)
+
+
+@contextmanager
+def _capture_is_on() -> Iterator[None]:
+    before, _capturing.on = is_capturing(), True
+    try:
+        yield
+    finally:
+        _capturing.on = before
 
 
 def _weight_leaves(recorder: Recorder, clone: nn.Module, real: Mapping[str, torch.Tensor]) -> dict[Node, str]:

@@ -21,6 +21,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from ..device import Device
@@ -32,7 +33,7 @@ from ..runtime.cache import key as cache_key
 from ..runtime.lost import RETRY_SECONDS, first_back, surviving
 from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
-from .capture import capture, tensors_of
+from .capture import capture, is_capturing, tensors_of
 from .lower import lower
 from .state import ModuleState
 from .structure import Description, Parts, build, from_json, take_apart, to_json
@@ -52,6 +53,12 @@ REMEMBERED = 64
 TYPES = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 """Dtypes that weights keep; others are sent as F32."""
 
+
+WEIGHT_HOOKS = {
+    "group_offloading": "diffusers' enable_group_offload",
+    "layerwise_casting": "diffusers' enable_layerwise_casting",
+}
+"""Hooks of diffusers that change weights around each call → what sets them."""
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 """What :func:`torch.set_float32_matmul_precision` takes."""
@@ -264,11 +271,16 @@ class _Remote:
     def call(self, module: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if getattr(self._tracing, "on", False):  # something set on the instance calls what was there before
             return getattr(self.original, method)(self._tracing.copy, *args, **kwargs)
+        if is_capturing():  # a part of another module
+            return getattr(self.original, method)(module, *args, **kwargs)
         args, kwargs = _with_numbers_as_tensors(self._function(module, method), args, kwargs)
         arguments = take_apart((tuple(args), dict(kwargs)))
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch's
         if traced or any(isinstance(tensor, FakeTensor) for tensor in arguments.tensors):
             raise UsageError(f"an offloaded {self.original.__name__} can't be traced or exported: take the original")
+        if any(map(is_functorch_wrapped_tensor, arguments.tensors)):
+            what = "has no part in torch.func (vmap, jvp, grad …): call it with the whole batch, or take the original"
+            raise UsageError(f"an offloaded {self.original.__name__} {what}")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors):
             raise UsageError(f"an offloaded {self.original.__name__} has no gradients: call it under torch.no_grad()")
         with self._lock:
@@ -300,6 +312,7 @@ class _Remote:
             if numbers_changed:
                 self.memory.close()
         if self._state.description not in self._states:
+            _check_hooks(module)
             self._states[self._state.description] = next(self._counter)
             _forget_oldest(self._states)
         self._number = self._states[self._state.description]
@@ -424,9 +437,15 @@ class _Remote:
 
     def deep_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """A copy with its own memory. While the module is captured, what was set on it finds the copy that is traced
-        in its place."""
-        traced = memo.get(id(getattr(self._tracing, "plain", None)))
-        return self.offloaded(copy.deepcopy(self.plain(module), memo)) if traced is None else traced
+        in its place; as a part of another one that is captured it is what it was made of."""
+        traced: nn.Module | None = memo.get(id(getattr(self._tracing, "plain", None)))
+        if traced is not None:
+            return traced
+        plain = self.plain(module)
+        made = self.plain(module) if is_capturing() else self.offloaded(module)
+        memo[id(module)] = made  # which its own attributes may lead to: a method that was set on it, a hook
+        made.__dict__ = vars(copy.deepcopy(plain, memo))
+        return made
 
     def offloaded(self, module: nn.Module) -> nn.Module:
         """Another module on the same device, in the same way."""
@@ -441,6 +460,17 @@ class _Remote:
 def _forget_oldest(remembered: dict[Any, Any]) -> None:
     while len(remembered) > REMEMBERED:
         del remembered[next(iter(remembered))]
+
+
+def _check_hooks(module: nn.Module) -> None:
+    """Refuse what of diffusers keeps weights in another form or place between calls than in them."""
+    for part in module.modules():
+        for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
+            if name in WEIGHT_HOOKS:
+                raise UsageError(
+                    f"{WEIGHT_HOOKS[name]} and sdrpc.offload exclude each other: the device has the weights as they are, "
+                    "and this machine needs no room for them; load the model anew and leave it out"
+                )
 
 
 def _with_numbers_as_tensors(
@@ -476,6 +506,9 @@ def weights_of(module: nn.Module) -> Iterator[Weight]:
 
 def _data(name: str, tensor: torch.Tensor) -> memoryview:
     if tensor.is_meta:
-        raise UsageError(f"parameter {name} has no numbers: it is on the meta device")
+        raise UsageError(
+            f"parameter {name} has no numbers: it is on the meta device, as after enable_sequential_cpu_offload(), "
+            "which an offloaded module needs not"
+        )
     kept = tensor.detach() if tensor.dtype in TYPES else tensor.detach().float()
     return kept.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import CaptureError
 from ...ggml.params import Eps, GroupNorm
 from ..emitter import Emitter, Value
-from .base import Out, rule
+from .base import RULES, Out, rule
 
 EPSILON = 2.0**-23
 """What torch's rms_norm adds where nothing is given: float32's epsilon."""
@@ -76,3 +76,12 @@ def batch_norm(
     deviation = e.unary("SQRT", e.scale(e.reshape(var, shape), 1, eps))
     normal = e.binary("DIV", e.binary("SUB", x, e.reshape(mean, shape)), deviation)
     return scaled(e, normal, weight, bias)
+
+
+@rule("_weight_norm_interface")
+def weight_norm(e: Emitter, out: Out, v: Value, g: Value, dim: int = 0) -> tuple[Value, Value]:
+    """g · v / |v|, and |v|: a norm for each index of ``dim``."""
+    v = e.f32(v)
+    others = [d for d in range(len(v.shape)) if d != dim]
+    norms = e.unary("SQRT", RULES["sum"](e, Out(g.shape, "f"), e.unary("SQR", v), others, True))
+    return e.binary("MUL", v, e.binary("DIV", g, norms)), norms

@@ -17,7 +17,7 @@ def linear(e: Emitter, out: Out, x: Value, weight: Value, bias: Value | None = N
     return e.reshape(product if bias is None else e.binary("ADD", product, bias), out.shape)
 
 
-@rule("matmul", "bmm", "mm")
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(e: Emitter, out: Out, a: Value, b: Value) -> Value:
     left = e.reshape(a, (1, *a.shape)) if len(a.shape) == 1 else a
     right = e.reshape(b, (*b.shape, 1)) if len(b.shape) == 1 else b
