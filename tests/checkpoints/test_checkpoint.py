@@ -195,7 +195,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 426538051
         ("entries.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "do not fit"),
     ],
 )
-def test_pointer_files_and_others_without_a_model(
+def test_pointer_files_and_others_that_are_no_model(
     name: str, content: bytes | None, reason: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name

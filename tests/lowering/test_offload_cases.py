@@ -449,7 +449,7 @@ def test_an_offloaded_module_within_another() -> None:
 
 @torch.no_grad()
 def test_modules_in_a_chain_of_accelerates() -> None:
-    """As enable_model_cpu_offload makes one: each module's hook leads to the module before, and from there to itself."""
+    """As enable_model_cpu_offload makes one: each hook leads to the module before, and from there to itself."""
     accelerate = pytest.importorskip("accelerate")
     linears, x, before = [nn.Linear(4, 4) for _ in range(2)], torch.randn(1, 4), None
     chain = [sdrpc.offload(linear, ReferenceDevice()) for linear in linears]

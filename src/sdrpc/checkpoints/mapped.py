@@ -121,14 +121,12 @@ def no_model(data: memoryview) -> str:
     if not any(head):
         return "begins with zeros: the download is not finished"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return (
-            "was written as UTF-16 text, as PowerShell's > does with what a program downloads: use its -o or -OutFile"
-        )
+        return "was written as UTF-16 text, as PowerShell's > does with what is downloaded: use -o or -OutFile"
     packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
     if packed or head[_TAR[0]] == _TAR[1]:
         return f"is an archive ({packed or 'tar'}), not a model: unpack it first"
-    size = SHOWN_TEXT if text.isascii() and text.decode("ascii").replace("\n", "").isprintable() else SHOWN
-    return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head, size)}"
+    shown = SHOWN_TEXT if text.isascii() and text.decode("ascii").replace("\n", "").isprintable() else SHOWN
+    return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head, shown)}"
 
 
 def _shown(head: bytes, size: int = SHOWN) -> str:

@@ -468,8 +468,8 @@ def _check_hooks(module: nn.Module) -> None:
         for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
             if name in WEIGHT_HOOKS:
                 raise UsageError(
-                    f"{WEIGHT_HOOKS[name]} and sdrpc.offload exclude each other: the device has the weights as they are, "
-                    "and this machine needs no room for them; load the model anew and leave it out"
+                    f"{WEIGHT_HOOKS[name]} and sdrpc.offload exclude each other: the device has the weights as they "
+                    "are, and this machine needs no room for them; load the model anew and leave it out"
                 )
 
 
