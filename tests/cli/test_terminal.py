@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sdrpc.cli import entry
 from sdrpc.cli.progress import BAR, fitted, pace, uploaded
 from sdrpc.diffusion.events import Event
 from tests.cli.conftest import Outcome
@@ -350,6 +351,40 @@ def test_c2_threads_sleep_while_they_wait() -> None:
         env |= {} if chosen is None else {"OMP_WAIT_POLICY": chosen}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
         assert done.stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("torch", "driver", "chosen", "expected"),
+    [
+        ("2.11.0", True, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.13.0+cu130", True, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.8.0", True, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.11.0", False, {}, {}),
+        ("2.11.0+rocm7.0", True, {}, {}),
+        ("2.13.0+cpu", True, {}, {}),
+        ("2.11.0", True, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, None),
+    ],
+)
+def test_c2_a_gpus_memory_is_taken_in_segments_that_grow(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    torch: str,
+    driver: bool,
+    chosen: dict[str, str],
+    expected: dict[str, str] | None,
+) -> None:
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(entry, "NVIDIA", (str(tmp_path / ("nvidiactl" if driver else "none")),))
+    monkeypatch.setattr("importlib.metadata.version", lambda _: torch)
+    for name in entry.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is undone at the end
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    entry.segments_grow()
+    found = {name: os.environ[name] for name in entry.ALLOCATOR if name in os.environ}
+    assert found == (chosen if expected is None else expected)
 
 
 @pytest.mark.parametrize("instruction", ["bash_source", "source_bash"])

@@ -1,7 +1,9 @@
-"""Weights that lie in their buffer as they are computed with: nobody who looks at the bytes can tell."""
+"""Weights that lie in their buffer as they are computed with: nobody who looks at the bytes can tell.
+``SDRPC_TEST_DEVICE=CUDA0``: where programs are recorded, too."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from sdrpc.ggml.tensor import Graph, Tensor, contiguous_strides, dims
 from sdrpc.ggml.types import BF16, F16, F32, Type
 from tests.engine.compare import at, error
 
+NAME = os.environ.get("SDRPC_TEST_DEVICE", "CPU")
+DEVICE = torch.device("cpu") if NAME == "CPU" else torch.device("cuda", int(NAME.removeprefix("CUDA")))
 FAST = Precision("fast", torch.bfloat16, channels_last=True)
 BUDGET = 1 << 20
 HALF, NARROW = torch.float16, torch.bfloat16
@@ -50,7 +54,7 @@ def test_what_is_changed_can_be_changed_back_to_the_bit(type: Type, wanted: torc
     halves = np.arange(1 << 16, dtype=np.uint16)
     halves = halves[np.isfinite(halves.view(np.float16)) | (halves & 0x3FF == 0)]
     assert len(halves) == 4 * 16 * 31 * 32 + 2, "all but two"
-    numbers = torch.from_numpy(halves[1:-1].view(np.float16).copy()).to(DTYPES[type])
+    numbers = torch.from_numpy(halves[1:-1].view(np.float16).copy()).to(DEVICE, DTYPES[type])
     raw = numbers.view(32, 31, 16, 4)
     wished = convert(raw, type, place.ne, place.format)
     data = numbers.view(torch.uint8)
@@ -100,7 +104,7 @@ class Scene:
     """A device with weights in one buffer and inputs and outputs in another."""
 
     def __init__(self, dequant_cache: int) -> None:
-        self.device = LocalDevice("CPU", torch.device("cpu"), FAST, threads=1, dequant_cache=dequant_cache)
+        self.device = LocalDevice(NAME, DEVICE, FAST, threads=1, dequant_cache=dequant_cache)
         self.weights, self.rest = self.device.allocate(SIZE), self.device.allocate(1 << 16)
         rng = np.random.default_rng(0)
         self.device.write(self.weights, 0, rng.standard_normal(SIZE // 2).astype("<f2").tobytes())
@@ -214,8 +218,10 @@ def _did(one: Scene, what: str, about: object, number: int) -> bytes:
             one.device.write(one.weights, start, new)
         case "window":
             window = one.device.window(one.weights, start, size)
-            assert window is not None
-            window[:] = new
+            if window is None:
+                one.device.write(one.weights, start, new)
+            else:
+                window[:] = new
         case "fill":
             one.device.fill(one.weights, start, size, 1)
         case "copy":
@@ -244,6 +250,20 @@ def test_there_is_no_second_copy() -> None:
         one.device.free(one.weights)
         assert one.device._weights.used == inputs
         assert one.run("kernel").any(), "a program goes on with a buffer that was freed"
+
+
+def test_what_is_copied_to_another_device_is_as_it_came() -> None:
+    with scene() as one, scene() as other:
+        before = one.bytes_()
+        for each in (one, other):
+            each.run("kernel")
+            each.device.fill(each.weights, MATRIX, SIZE - MATRIX, 1)
+            each.run("other kernel")
+        assert (one.lying, other.lying) == (2, 2)
+        start = KERNEL + 1000
+        assert one.device.copy_to(one.weights, start, MATRIX - start, other.device, other.weights, start)
+        assert (one.lying, other.lying) == (2, 1)
+        assert other.bytes_() == before[:MATRIX] + b"\1" * (SIZE - MATRIX)
 
 
 def test_who_wants_it_otherwise_gets_it_for_good() -> None:
@@ -276,7 +296,7 @@ def test_whoever_wants_bytes_to_stay_waits_for_the_run_that_uses_them() -> None:
 
         def wait() -> None:
             with buffer.forms.as_they_came(buffer.data, MATRIX, MATRIX + 100):
-                came.append(buffer.data[:SIZE].numpy().tobytes())
+                came.append(buffer.data[:SIZE].cpu().numpy().tobytes())
 
         waiting = threading.Thread(target=wait)
         with buffer.forms.in_use():
@@ -299,7 +319,7 @@ def test_readers_beside_runs_see_what_came() -> None:
         def read() -> None:
             while not done.is_set():
                 with one.weights.forms.reading(one.weights.data, 0, SIZE) as part:  # type: ignore[attr-defined]
-                    if part.numpy().tobytes() != before:
+                    if part.cpu().numpy().tobytes() != before:
                         wrong.append(1)
 
         reading = threading.Thread(target=read)

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from importlib import import_module
 
 from . import interrupts
 from .streams import prepare
+
+NVIDIA = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
+"""What Linux has of NVIDIA's driver: as a rule, on Tegra, on Windows' Linux."""
+ALLOCATOR = frozenset({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"})
+"""Variables in which a user tells torch how to have a GPU's memory."""
 
 
 def sd_cli() -> None:
@@ -35,6 +41,7 @@ def ready() -> None:
     """What every command needs before it imports torch or prints. To do it again changes nothing."""
     prepare()
     threads_sleep()
+    segments_grow()
 
 
 def _run(module: str) -> None:
@@ -55,3 +62,22 @@ def threads_sleep() -> None:
     have none. OpenMP reads the variable when torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def segments_grow() -> None:
+    """Let torch take memory of NVIDIA's GPUs in segments that grow and shrink, unless the user chose otherwise.
+
+    As a rule it takes blocks of many sizes and has hundreds of megabytes of gaps between what is in use. It reads the
+    variable, which has another name since 2.9, when a GPU is first used. Windows and ROCm have no such segments.
+    """
+    if sys.platform != "linux" or ALLOCATOR & set(os.environ) or not any(map(os.path.exists, NVIDIA)):
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        number, _, build = version("torch").partition("+")
+    except PackageNotFoundError:
+        return
+    if not build.startswith(("cpu", "rocm", "xpu")):
+        renamed = tuple(map(int, number.split(".")[:2])) >= (2, 9)
+        os.environ["PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -230,10 +230,10 @@ class LocalDevice(ServedDevice):
         """Between two of one kind. GPUs queue it, each behind what it has to do."""
         if not isinstance(other, LocalDevice) or other.torch_device.type != self.torch_device.type:
             return False
-        source, there = self._range(buffer, offset, size), other._range(target, at, size)
-        other._weights.drop(target.key, at, at + size)
-        with translated(self.name, f"copying to {other.name}"):
-            there.data[at : at + size].copy_(source.data[offset : offset + size], non_blocking=True)
+        source, there = self._range(buffer, offset, size), other._written(target, at, size)
+        copying = translated(self.name, f"copying to {other.name}")
+        with copying, source.forms.reading(source.data, offset, offset + size) as part:
+            there.data[at : at + size].copy_(part, non_blocking=True)
         return True
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
@@ -245,9 +245,8 @@ class LocalDevice(ServedDevice):
         return mine.host[offset : offset + size]
 
     def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        mine = self._range(buffer, offset, size)
         if self._staging is not None:
-            self._weights.drop(buffer.key, offset, offset + size)
+            mine = self._written(buffer, offset, size)
             with translated(self.name, "writing"):
                 if self._staging.receive(mine.data[offset : offset + size], fill):
                     return
