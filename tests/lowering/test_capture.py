@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from sdrpc.errors import CaptureError
 from sdrpc.lowering.capture import capture
 from sdrpc.lowering.lower import lower
 from sdrpc.lowering.rules import attention
-from sdrpc.lowering.tracer import DataDependent
+from sdrpc.lowering.tracer import DataDependent, Results
 from sdrpc.runtime.run import Executable
 from sdrpc.targets import PORTABLE, SDRPC
 from tests.lowering.compare import TOLERANCE, captured, check, error
@@ -195,3 +197,27 @@ def test_a_module_without_numbers_says_how_it_should_be_built() -> None:
         module = nn.BatchNorm1d(3)
     with pytest.raises(CaptureError, match=r"num_batches_tracked has no numbers: build the module under"):
         capture(module, {"x": numbers(2, 3)}, lambda m, x: (m(x),))
+
+
+def test_blocks_that_are_alike_are_worked_out_once() -> None:
+    asked: list[str] = []
+    mul = torch.ops.aten.mul.Tensor
+    results, whole = Results(), torch.empty(2, 3, dtype=torch.int64, device="meta")
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        one, other = (results.of(mul, (whole, 3), {}) for _ in "ab")
+        assert asked.count("mul") == 1
+        assert one is not other
+        assert (other.shape, other.stride(), other.dtype, other.device) == ((2, 3), (3, 1), torch.int64, one.device)
+        assert results.of(mul, (whole, 3.0), {}).dtype == torch.float32  # equal to 3, which it is not
+        turned = torch.empty(3, 2, dtype=torch.int64, device="meta").T
+        assert results.of(mul, (turned, 3), {}).stride() == (1, 2)
+        for _ in "ab":
+            assert results.of(torch.ops.aten.mul_.Tensor, (whole, 3), {}) is whole
+            assert results.of(torch.ops.aten.t.default, (whole,), {})._is_view()
+    assert (asked.count("mul"), asked.count("mul_"), asked.count("t")) == (3, 2, 2)

@@ -7,15 +7,19 @@ takes seconds), and ``reduced`` (some) the real widths with few blocks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
 import transformers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+from torch import nn
 
 from . import names
 from .names import Naming, Shape, prefixed
@@ -72,9 +76,26 @@ class Component:
 
     def shapes(self) -> dict[str, Shape]:
         """The shapes of the class's tensors and the unused ones, by :func:`tensor_name`."""
-        with torch.device("meta"):
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, Shape]:
+        with torch.device("meta"), not_initialized():
             module = self.build()
         return {**{name: tuple(tensor.shape) for name, tensor in saved_tensors(module).items()}, **self.unused}
+
+
+@contextmanager
+def not_initialized() -> Iterator[None]:
+    """Parameters of modules that are built inside have no numbers yet: random ones cost more time than all else."""
+    with patch.dict(vars(nn.init), dict.fromkeys(_RANDOM, lambda tensor, *_, **__: tensor)):
+        yield
+
+
+_RANDOM = (
+    "uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_",
+    "orthogonal_",
+)  # fmt: skip
 
 
 def saved_tensors(module: Any) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from . import formats, names
-from .families import FAMILIES, Component, Family, saved_tensors
+from .families import FAMILIES, Component, Family, not_initialized, saved_tensors
 from .files import Planned, as_rows_of_256, write_gguf, write_json, write_safetensors, write_shards
 from .names import Entry, Naming, Shape
 from .numbers import PLAIN, Stored, as_stored, decoded, encoded, random_weight, stored_type
@@ -142,7 +142,8 @@ class Made:
 
 
 def _module(filed: Filed) -> Any:
-    module = filed.component.build().float()
+    with not_initialized():
+        module = filed.component.build().float()
     parameters = saved_tensors(module)
     with torch.no_grad():
         for name, numbers in filed.weights():

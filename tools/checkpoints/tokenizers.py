@@ -83,6 +83,13 @@ MISTRAL_TEMPLATE = (
 
 def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
     """CLIP's, from the package openai-clip's file of merges; ``padding`` is "!" for OpenCLIP's."""
+    vocabulary, merges = _clip_vocabulary()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=padding, model_max_length=77)
+
+
+@cache
+def _clip_vocabulary() -> tuple[dict[str, int], list[Any]]:
+    """Words and pairs. (The tokenizer itself is not kept: a pipeline tells it how long texts are.)"""
     # found without importing the package, which needs others
     path = Path(str(distribution("openai-clip").locate_file("clip/bpe_simple_vocab_16e6.txt.gz")))
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 1 + WORDS - 2 * 256 - 2]
@@ -90,8 +97,7 @@ def clip_tokenizer(padding: str = "<|endoftext|>") -> Any:
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=77)
+    return {word: number for number, word in enumerate(words)}, merges
 
 
 def t5_tokenizer() -> Any:
@@ -123,8 +129,7 @@ def mistral_tokenizer() -> Any:
     merges = [
         (token[:at], token[at:])
         for token in tokens[MISTRAL_SPECIAL:]
-        for at in sorted(range(1, len(token)), key=lambda at: numbers.get(token[:at], -1))
-        if token[:at] in numbers and token[at:] in numbers
+        for at in sorted(_cuts(token, numbers), key=lambda at: numbers[token[:at]])
     ]
     made = Tokenizer(BPE(vocab=numbers, merges=merges))
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -138,6 +143,11 @@ def mistral_tokenizer() -> Any:
     tokenizer = make(tokenizer_object=made, bos_token="<s>", pad_token="<pad>", padding_side="left")
     tokenizer.chat_template = MISTRAL_TEMPLATE
     return tokenizer
+
+
+def _cuts(token: str, numbers: dict[str, int]) -> list[int]:
+    """Where ``token`` falls into two others."""
+    return [at for at in range(1, len(token)) if token[:at] in numbers and token[at:] in numbers]
 
 
 def vocabulary_entries(tokenizer: Any, words: str) -> dict[str, Any]:
@@ -213,6 +223,7 @@ def umt5_tokenizer() -> Any:
     )
 
 
+@cache
 def _vocabulary(archive: str) -> tuple[Any, bytes]:
     """Pieces with their scores, and sentencepiece's map of characters, if there is one."""
     with tarfile.open(VOCABULARIES / archive, "r:xz") as opened:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,7 @@ class Recorder:
         self._constants: dict[int, Node] = {}
         """Known tensor → its leaf."""
         self._shapes: dict[int, Tensor] = {}
+        self.results = Results()
         self._kept: list[Tensor] = []
         """Everything whose id is a key above: an id counts while its object lives."""
 
@@ -421,7 +422,7 @@ def _result_shape(recorder: Recorder, operation: Any, args: Any, kwargs: Any) ->
     """An operation's result on the meta device. Raises what torch raises, in the words that it has on the CPU."""
     args, kwargs = _shapes(recorder, args), _shapes(recorder, kwargs)
     try:
-        return operation(*args, **kwargs)
+        return recorder.results.of(operation, args, kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError):
         if sum(tensor.numel() for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)) > RETRIED:
             raise
@@ -431,8 +432,65 @@ def _result_shape(recorder: Recorder, operation: Any, args: Any, kwargs: Any) ->
         raise
 
 
+class Results:
+    """What operations make of meta tensors. torch works much of it out in Python, and blocks of a model are alike: what
+    makes a new tensor is worked out once for the same operands."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Made] = {}
+
+    def of(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        """The result of ``operation``: meta tensors that nobody else has, unless it is one of views or writes."""
+        about = _about((args, kwargs)) if _facts(operation) == (False, "") else None
+        if about is None:
+            return operation(*args, **kwargs)
+        made = self._known.get((operation, about))
+        if made is not None:
+            return made.again()
+        result = operation(*args, **kwargs)
+        parts = result if type(result) in (tuple, list) else (result,)
+        if all(type(part) is Tensor for part in parts):
+            kind = type(result) if parts is result else None
+            self._known[operation, about] = _Made(kind, tuple((p.shape, p.stride(), p.dtype) for p in parts))
+        return result
+
+
+class _Made(NamedTuple):
+    """Results as ``tensors``: shape, strides, dtype of each. ``kind``: of sequence, None of a single one."""
+
+    kind: type[tuple[Tensor, ...]] | type[list[Tensor]] | None
+    tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+
+    def again(self) -> Any:
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in self.tensors]
+        return made[0] if self.kind is None else self.kind(made)
+
+
+def _about(value: Any) -> Any:
+    """All of an argument that decides the shape of a result, to be compared; None of what is not known to be so."""
+    kind = type(value)
+    if kind in (Tensor, torch.nn.Parameter):
+        return kind, value.shape, value.stride(), value.dtype
+    if kind is dict:
+        value = tuple(value.items())
+    if kind in (tuple, list, dict, torch.Size):
+        parts = tuple(map(_about, value))
+        return None if None in parts else (kind, parts)
+    return (kind, value) if value is None or kind in _PLAIN else None
+
+
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
 def _shapes(recorder: Recorder, value: Any) -> Any:
-    return tree_map(lambda v: recorder.shape_of(v) if isinstance(v, Tensor) else v, value)
+    """``value`` with meta tensors in place of its tensors."""
+    if isinstance(value, Tensor):
+        return recorder.shape_of(value)
+    if type(value) in (tuple, list):
+        return type(value)(_shapes(recorder, part) for part in value)
+    if type(value) is dict:
+        return {name: _shapes(recorder, part) for name, part in value.items()}
+    return value
 
 
 _FACTS: dict[Any, tuple[bool, str]] = {}
