@@ -288,8 +288,8 @@ def test_what_does_not_fit_into_the_budget_is_converted_each_time() -> None:
 def test_whoever_wants_bytes_to_stay_waits_for_the_run_that_uses_them() -> None:
     with scene() as one:
         before = one.bytes_()
-        for _ in range(2):
-            one.run("matrix")
+        for which in ("matrix", "matrix", "other kernel"):
+            one.run(which)
         buffer = one.weights
         assert isinstance(buffer, LocalBuffer)
         came: list[bytes] = []
@@ -302,12 +302,15 @@ def test_whoever_wants_bytes_to_stay_waits_for_the_run_that_uses_them() -> None:
         with buffer.forms.in_use():
             waiting.start()
             assert one.bytes_() == before, "reading does not wait"
-            assert one.lying == 1
+            assert one.lying == 2
             assert not came
+            with buffer.forms.as_they_came(buffer.data, KERNEL, KERNEL + 100):
+                assert one.lying == 2, "this one lies as it came anyway"
         waiting.join(60)
         assert came == [before]
-        one.run("matrix")
-        assert one.lying == 0, "it stays as it came"
+        for which in ("matrix", "matrix", "other kernel"):
+            one.run(which)
+        assert one.lying == 0, "all of it stays as it came"
 
 
 def test_readers_beside_runs_see_what_came() -> None:

@@ -225,12 +225,15 @@ class Forms:
 
     @contextmanager
     def as_they_came(self, data: Tensor, start: int, end: int) -> Iterator[None]:
-        """Within the context bytes ``[start, end)`` lie as they came. It begins when nobody computes with them."""
+        """Within the context bytes ``[start, end)`` lie as they came. It begins when nobody computes with them if they
+        lie otherwise; then all of the buffer is changed back, since who wants some of a model wants the rest, too, and
+        would wait for a run each time."""
         with self._lock:
             self._waiting += 1
             try:
-                self._lock.wait_for(lambda: not self._runs)
-                self._change_back(data, self._overlapping(start, end))
+                self._lock.wait_for(lambda: not (self._runs and self._overlapping(start, end)))
+                if self._overlapping(start, end):
+                    self._change_back(data, list(self._laid))
                 yield
             finally:
                 self._waiting -= 1
