@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdrpc.checkpoints.checkpoint import Checkpoint
 from sdrpc.errors import CheckpointError, MissingComponent
 from sdrpc.families.base import find
+from sdrpc.families.components.unet import dotted
 from sdrpc.families.configs import METADATA_KEY
 from sdrpc.families.model import Model, ModelComponent, ModelFiles, open_model
 from sdrpc.families.sd1 import SD1
@@ -101,6 +102,31 @@ def test_configurations_are_those_of_sd_1_5(maker: ModuleType) -> None:
             n: p.shape for n, p in theirs[part].named_parameters()
         }
         assert repr(module) == repr(theirs[part])
+
+
+def test_a_file_with_the_averages_of_a_training_alone(tiny: Path, tiny_weights: Weights, tmp_path: Path) -> None:
+    """Their names have no dots. Where both are there, it is the others that count."""
+    averages = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): weight
+        for name, weight in only(tiny_weights, UNET).items()
+    }
+    others = {name: weight for name, weight in tiny_weights.items() if not name.startswith(UNET)}
+    usual = open_model(ModelFiles(tiny))["diffusion"].found.tensors
+    model = open_model(ModelFiles(saved(tmp_path / "ema.safetensors", others | averages)))
+    fits(model)
+    found = model["diffusion"].found.tensors
+    assert {name: bytes(w.data()) for name, w in found.items()} == {name: bytes(w.data()) for name, w in usual.items()}
+    zeros = {name: torch.zeros_like(weight) for name, weight in averages.items()}
+    both = open_model(ModelFiles(saved(tmp_path / "both.safetensors", tiny_weights | zeros)))["diffusion"].found.tensors
+    assert any(any(w.data()) for w in both.values())
+
+
+def test_names_without_dots(maker: ModuleType) -> None:
+    """Of the full-size model, which has numbers of two digits, and of XL's, with its further layers."""
+    names = [e.name.removeprefix(UNET) for e in maker.entries(maker.SIZES["full"]) if e.name.startswith(UNET)]
+    names += ["label_emb.0.0.weight", "label_emb.0.2.bias", "input_blocks.7.1.transformer_blocks.9.ff.net.2.bias"]
+    names += ["input_blocks.8.1.transformer_blocks.11.attn2.to_out.0.weight", "time_embed.cond_proj.weight"]
+    assert [dotted(name.replace(".", "")) for name in names] == names
 
 
 def test_parts_from_files_of_their_own(tiny_weights: Weights, tmp_path: Path) -> None:

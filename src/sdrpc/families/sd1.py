@@ -27,11 +27,11 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     tokens = clip_chunks(prompt.text, learned=prompt.learned, length=length)
     hidden = clip.hidden_states(encode, "clip_l", tokens, skip=max(prompt.clip_skip, 1), final_norm=True)
     weighted = [apply_weights(h[0], w)[None] for h, w in zip(hidden, tokens.weights, strict=True)]
-    return {"context": joined(weighted)}
+    return {"context": joined(weighted), **unet.guidance(encode.config("diffusion"), prompt.guidance)}
 
 
-def settings(_: Mapping[str, Found]) -> Defaults:
-    return Defaults(size=512)
+def settings(found: Mapping[str, Found]) -> Defaults:
+    return Defaults(size=512, **unet.distilled(found["diffusion"]))
 
 
 UNET_JOINTS = (

@@ -34,7 +34,8 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     if prompt.negative and not prompt.text:
         context = np.zeros_like(context)
     size = [prompt.height, prompt.width]
-    return {"context": context, "pooled": pooled, "sizes": np.array([[*size, 0, 0, *size]], np.float32)}
+    told = {"context": context, "pooled": pooled, "sizes": np.array([[*size, 0, 0, *size]], np.float32)}
+    return told | unet.guidance(encode.config("diffusion"), prompt.guidance)
 
 
 def settings(found: Mapping[str, Found]) -> Defaults:
@@ -42,7 +43,7 @@ def settings(found: Mapping[str, Found]) -> Defaults:
     marks = found["diffusion"].checkpoint.tensors.keys() | found["diffusion"].checkpoint.skipped.keys()
     if "edm_vpred.sigma_max" in marks:
         return Defaults(size=1024, prediction="edm_v", scheduler="exponential")
-    return Defaults(size=1024, prediction="v" if "v_pred" in marks else "eps")
+    return Defaults(size=1024, prediction="v" if "v_pred" in marks else "eps", **unet.distilled(found["diffusion"]))
 
 
 def _text_width(configs: Mapping[str, Config]) -> int:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..base import Call
 
 GROUPS = 32
+GUIDANCE = "time_embedding.cond_proj."
+"""Of UNets that were distilled with guidance and are told it: latent consistency models."""
+_EMA = "model_ema.diffusion_model"
+"""What the averages of a training's weights are called, without dots in what follows."""
 _EXTRA_INPUTS = {8: "InstructPix2Pix"}
 
 
@@ -51,8 +55,12 @@ def unet(heads: Heads, sample_size: int) -> Component:
     return Component(
         "diffusion",
         "diffusion model",
-        ("model.diffusion_model.", "unet.", "diffusion_model.", ""),
-        (Naming("input_blocks.0.0.weight", _from_ldm, ldm_names), Naming("conv_in.weight", same)),
+        ("model.diffusion_model.", "unet.", "diffusion_model.", _EMA, ""),
+        (
+            Naming("input_blocks.0.0.weight", _from_ldm, ldm_names),
+            Naming("conv_in.weight", same),
+            Naming("input_blocks00weight", _from_averages),
+        ),
         configure,
         build,
         "unet",
@@ -95,6 +103,8 @@ def _configure(found: Found, told: Config, heads: Heads, sample_size: int) -> di
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in up],
         "time_embedding_dim": None if embedding == 4 * first else embedding,
     }  # fmt: skip
+    if found.has(GUIDANCE):
+        own["time_cond_proj_dim"] = found.shape(f"{GUIDANCE}weight", 2)[1]
     return down_path(found, told, heads) | configs.merged(found, own, told, ("sample_size",))
 
 
@@ -140,6 +150,23 @@ def _size_conditions(found: Found, told: Config) -> dict[str, Any]:
     }
 
 
+def distilled(found: Found) -> dict[str, Any]:
+    """What a request means where it says nothing, if the UNet is told guidance: as diffusers' pipeline for LCM."""
+    return {"sampler": "lcm", "steps": 4, "cfg_scale": 1.0, "guidance": 8.5} if found.has(GUIDANCE) else {}
+
+
+def guidance(config: Config, scale: float) -> dict[str, F32]:
+    """The condition ``guidance`` (1, width) of UNets that are told it: sines, then cosines of 1000 · (scale - 1)."""
+    width = config.get("time_cond_proj_dim", 0)
+    if not width:
+        return {}
+    half = width // 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / max(1, half - 1)))
+    angles = np.float32(1000 * (scale - 1)) * frequencies
+    told = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2, np.float32)])
+    return {"guidance": told[None]}
+
+
 def inpaints(config: Config) -> bool:
     """Whether it is shown, beside latents, a mask and other latents."""
     return int(config["in_channels"]) == 2 * int(config["out_channels"]) + 1
@@ -167,8 +194,8 @@ def pooled_width(config: Config) -> int:
 def build(config: Config) -> tuple[nn.Module, Call]:
     """Inputs: latents (1 or batch, channels, height, width), timestep (1 or batch,), context (batch, length, width);
     for XL also pooled (batch, width) and sizes (batch, 6), pixels, for inpainting models around (batch, 1 + channels,
-    height, width), and control_0 … what a ControlNet gives, in its order. Output: the prediction (batch, channels,
-    height, width)."""
+    height, width), guidance (batch, width) as :func:`guidance` gives it, and control_0 … what a ControlNet gives, in
+    its order. Output: the prediction (batch, channels, height, width)."""
     import diffusers
     import torch
 
@@ -180,6 +207,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
         pooled: torch.Tensor | None = None,
         sizes: torch.Tensor | None = None,
         around: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
         **controls: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         batch = context.shape[0]
@@ -191,6 +219,7 @@ def build(config: Config) -> tuple[nn.Module, Call]:
             latents,
             timestep,
             context,
+            timestep_cond=guidance,
             added_cond_kwargs=added(pooled, sizes),
             down_block_additional_residuals=down or None,
             mid_block_additional_residual=middle,
@@ -211,6 +240,7 @@ def added(pooled: torch.Tensor | None = None, sizes: torch.Tensor | None = None)
 
 _ENDS = {
     "time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
+    "time_embed.cond_proj.": GUIDANCE,
     "label_emb.0.0.": "add_embedding.linear_1.", "label_emb.0.2.": "add_embedding.linear_2.",
     "input_blocks.0.0.": "conv_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out.",
     "middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.",
@@ -229,6 +259,30 @@ _BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.")
 
 def _from_ldm(weights: Weights) -> dict[str, Weight]:
     return {new: weights[old] for old, new in renamed(weights).items()}
+
+
+_WORDS = re.compile(
+    r"(?:input|output)_blocks(?=(\d+)(\d))|label_emb(?=(\d)(\d))|time_embed|middle_block|transformer_blocks|"
+    r"(?:in|out|emb)_layers|skip_connection|proj_(?:in|out)|attn[12]|to_(?:q|k|v|out)|ff|net|norm[123]?|proj|op|conv|"
+    r"cond_proj|out|weight|bias|\d+"
+)
+"""What LDM's names consist of."""
+
+
+def _from_averages(weights: Weights) -> dict[str, Weight]:
+    return _from_ldm({dotted(name): weight for name, weight in weights.items()})
+
+
+def dotted(name: str) -> str:
+    """``input_blocks111transformer_blocks0norm1weight`` → ``input_blocks.11.1.transformer_blocks.0.norm1.weight``: of
+    two numbers that follow each other, which is a block's and its piece's, the second one has one digit."""
+    words = []
+    position = 0
+    while match := _WORDS.match(name, position):
+        numbers = [number for number in match.groups() if number]
+        words += [match[0], *numbers]
+        position = match.end() + sum(map(len, numbers))
+    return ".".join(words) + name[position:]
 
 
 def renamed(names: Iterable[str]) -> dict[str, str]:
