@@ -48,12 +48,12 @@ def conditions(encode: Encode, prompt: Prompt) -> Conditions:
     skip = (prompt.clip_skip if prompt.clip_skip >= 1 else 2) - config["missing_layers"]
     hidden = clip.hidden_states(encode, "clip_l", tokens, skip=skip, final_norm=True)
     weighted = [apply_weights(h[0], w)[None] for h, w in zip(hidden, tokens.weights, strict=True)]
-    return {"context": joined(weighted)}
+    return {"context": joined(weighted), **unet.guidance(encode.config("diffusion"), prompt.guidance)}
 
 
-def settings(_: Mapping[str, Found]) -> Defaults:
+def settings(found: Mapping[str, Found]) -> Defaults:
     """Files of base and 768-v have the same tensors."""
-    return Defaults(size=512, prediction=None)
+    return Defaults(size=512, prediction=None, **unet.distilled(found["diffusion"]))
 
 
 def probe(predict: Predict, config: Config) -> str:
