@@ -65,7 +65,7 @@ def main(
         str, typer.Option(metavar="NAME,…", help=f"Of families: {', '.join(families.KINDS)}.")
     ] = ",".join(families.USUAL),
     only: Annotated[str, typer.Option(metavar="PART,…", help="Of families: what to measure.")] = ",".join(
-        families.PARTS
+        families.USUAL_PARTS
     ),
     text_encoders: Annotated[
         str, typer.Option(metavar="full|reduced", help="Of families: few layers, which saves 6 to 14 GB.")

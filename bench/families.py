@@ -19,6 +19,7 @@ from sdrpc.diffusion.guidance import Told
 from sdrpc.diffusion.pictures import Pixels
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session, latents_shape, settings_of
+from sdrpc.engine.device import devices
 from sdrpc.families import flux2, wan, zimage
 from sdrpc.families.base import Config
 from sdrpc.families.components.unet import pooled_width
@@ -33,6 +34,7 @@ from .capturing import Shapes, in_new_process
 from .checkpoints import checkpoint, control_net, lora
 from .command import SdCli
 from .inprocess import Drawing, InProcess, drawing
+from .kernels import Kernels, hearing, kernels_of
 from .memory import ALIGNMENT, GB, Watched, WatchedDevice, watching
 from .proxy import CountingProxy
 from .rows import Mark, Row
@@ -304,6 +306,36 @@ def _dtype(case: Case) -> torch.dtype:
     return DTYPES.get(case.variant.type, DTYPES[case.kind.plain])
 
 
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+def _kernels(case: Case) -> Iterator[Row]:
+    """Both sides in this process, compiled where servers do that, one after the other under torch's profiler."""
+    device = next(each for each in devices(case.variant.precision) if each.name == case.setup.device)
+    with ExitStack() as stack:
+        stack.callback(device.close)
+        heard = stack.enter_context(hearing())
+        session = stack.enter_context(Session.open(case.files, device, case.cache))
+        settings = session.settings(case.request, case.film)
+        conditions = session.conditions(settings)
+        drawn = drawing(session.model, settings, list(conditions.by_name.values()))
+        draw(session, settings)
+        theirs = InProcess(session.model, case.setup.torch_device, _dtype(case))
+        stack.callback(theirs.close)
+        if case.setup.compiles(case.variant):
+            until_compiled(heard, lambda: draw(session, settings))
+            stack.enter_context(theirs.compiled())
+        sides = {"ours": lambda: draw(session, settings), "diffusers": lambda: theirs.sample(drawn)}
+        found: dict[str, Kernels] = {}
+        for side, picture in sides.items():
+            picture()
+            found[side] = kernels_of(picture, settings.steps, case.setup.torch_device)
+            found[side].show(f"{case.title}, {side}")
+        ours, others = (each.by_kind() for each in found.values())
+        for kind, spent in ours.items():
+            yield Row(f"{kind}, {case.title}", spent, "ms", others[kind], "diffusers' of a step", None, "of the device")
+
+
 # sd-cli ---------------------------------------------------------------------------------------------------------------
 
 
@@ -416,5 +448,8 @@ PARTS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "step": _step,
     "command": _command,
     "wire": _wire,
+    "kernels": _kernels,
 }
 """What can be measured alone (``--only``), in the order in which it is."""
+USUAL_PARTS = ("capture", "step", "command", "wire")
+"""What is measured where nothing is named."""

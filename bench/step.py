@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
-
-from tests.support.process import ServerProcess
 
 from .rows import Mark, Row
 from .sampling import DTYPES, InProcess, Sampled, difference, sample, step_seconds
@@ -77,7 +76,14 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
         yield Row(f"full speed after a restart, {variant}", took, "s", None, "", Mark(10.0, "ours"), note)
 
 
-def until_compiled(server: ServerProcess, draw: Callable[[], object]) -> float:
+class Spoken(Protocol):
+    """A server, or what stands for one: what it has said so far."""
+
+    @property
+    def output(self) -> str: ...
+
+
+def until_compiled(server: Spoken, draw: Callable[[], object]) -> float:
     """Let ``draw`` go on until the server's program runs compiled; how many seconds that took."""
     start = time.perf_counter()
     while "runs compiled" not in server.output:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdrpc.errors import CaptureError
-from sdrpc.lowering.lower import rule_name
+from sdrpc.lowering.lower import lower, rule_name
 from sdrpc.lowering.rules import RULES
 from sdrpc.lowering.rules.complex_numbers import BY_PARTS, COMPLEX_RULES
 from sdrpc.targets import PORTABLE, SDRPC
@@ -52,6 +52,14 @@ def written(x: Tensor, part: Any) -> Tensor:
     y.transpose(1, 2)[:, 0].add_(first.sum())
     y.permute(3, 0, 1, 2).unbind(0)[1].sub_(halves.mean())
     y.unsqueeze(0).squeeze(0).split([1, 2], 1)[1].add_(second.sum())
+    return y
+
+
+def in_turns(x: Tensor) -> Tensor:
+    """Every other element first, then the rest: how rotary embeddings are written."""
+    y = torch.empty_like(x)
+    y[..., 0::2] = -x[..., 1::2]
+    y[..., 1::2] = x[..., 0::2]
     return y
 
 
@@ -295,6 +303,17 @@ MORE = [
         (X, (2, 1, 4, 5)),
     ),
     Case(
+        "parts of what was joined",
+        lambda x, y: (
+            torch.cat((x, y, x), 1)[:, 3:4] * 2,
+            torch.cat((x, y, x), 1)[:, 4:7:2],
+            torch.cat((x, y), 1)[:, 2:4],
+            torch.cat((x, y), 1)[:, ::2],
+            in_turns(x[..., :4]),
+        ),
+        (X, (2, 1, 4, 5)),
+    ),
+    Case(
         "index_put",
         lambda x, y: (
             put(x, (torch.tensor([1, 0, 1]),), torch.stack((y[0], y[0], y[0]))),
@@ -396,6 +415,12 @@ def test_conv_transpose2d_where_devices_have_it() -> None:
     check(function, *inputs, targets=[SDRPC])
     with pytest.raises(CaptureError, match="needs CONV_TRANSPOSE_2D, which portable devices don't have"):
         check(function, *inputs, targets=[PORTABLE])
+
+
+def test_what_is_written_in_turns_is_joined_once() -> None:
+    graph, _, _ = captured(in_turns, numbers(2, 3, 4, 6))
+    nodes = lower(graph, SDRPC, {}).graph.nodes
+    assert [node.op for node in nodes].count("CONCAT") == 1
 
 
 def test_every_rule_has_a_case() -> None:

@@ -234,7 +234,10 @@ class Emitter:
             rows = self.reshape(value, (prod(value.shape[:-1]), value.shape[-1], 1))
             return self.reshape(self.slice(rows, 1, start, length, step), shape)
         axis = len(shape) - 1 - dim
-        source, ne, nb = value.tensor, list(value.tensor.ne), list(value.tensor.nb)
+        source, start = _within(value.tensor, axis, start, length + (length - 1) * (step - 1))
+        if source.ne[axis] == length:
+            return Value(source, shape, value.kind)
+        ne, nb = list(source.ne), list(source.nb)
         offset = start * nb[axis]
         ne[axis], nb[axis] = length, nb[axis] * step
         key = ("VIEW", source, tuple(ne), tuple(nb), offset)
@@ -313,6 +316,22 @@ class Emitter:
     def _rows(self, value: Value) -> Value:
         """``value`` with dense rows: what products ask of their operands."""
         return value if value.tensor.nb[0] == value.tensor.type.size else self.contiguous(value)
+
+
+def _within(tensor: Tensor, axis: int, start: int, length: int) -> tuple[Tensor, int]:
+    """Where ``length`` elements of ``tensor`` from ``start`` on along ``axis`` come from: if that is one of several
+    tensors that were joined there, that one, and where they begin in it."""
+    while tensor.op == "CONCAT" and isinstance(tensor.params, Concat) and tensor.params.dim == axis:
+        first, second = tensor.src[:2]
+        if first is None or second is None:
+            break
+        if start + length <= first.ne[axis]:
+            tensor = first
+        elif start >= first.ne[axis]:
+            tensor, start = second, start - first.ne[axis]
+        else:
+            break
+    return tensor, start
 
 
 def _narrow(array: np.ndarray, type: Type) -> np.ndarray:
