@@ -325,7 +325,10 @@ def _kernels(case: Case) -> Iterator[Row]:
         if case.setup.compiles(case.variant):
             until_compiled(heard, lambda: draw(session, settings))
             stack.enter_context(theirs.compiled())
-        sides = {"ours": lambda: draw(session, settings), "diffusers": lambda: theirs.sample(drawn)}
+        sides: dict[str, Callable[[], Sampled]] = {
+            "ours": lambda: draw(session, settings),
+            "diffusers": lambda: theirs.sample(drawn),
+        }
         found: dict[str, Kernels] = {}
         for side, picture in sides.items():
             picture()

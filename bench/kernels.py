@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -34,10 +33,10 @@ class Kernels(NamedTuple):
     times: Mapping[str, float]
 
     def by_kind(self) -> dict[str, float]:
-        sums: Counter[str] = Counter(dict.fromkeys((*KINDS, OTHERS), 0.0))
+        sums = dict.fromkeys((*KINDS, OTHERS), 0.0)
         for name, spent in self.spent.items():
             sums[next((kind for kind, pattern in KINDS.items() if pattern.search(name)), OTHERS)] += spent
-        return dict(sums)
+        return sums
 
     def show(self, title: str) -> None:
         """The longest ones, to the terminal."""

@@ -253,6 +253,42 @@ def test_what_is_of_no_use_is_said_once(
     program.device.close()
 
 
+def covered(key: int) -> Graph:
+    """silu(x) to OUT, and silu(w · x) over its second half: as native clients place what they need no more."""
+    weight, x = b.leaf(F16, N, N, buffer=key, offset=WEIGHT), b.leaf(F32, N, 4, buffer=key, offset=INPUT)
+    product = at(b.mul_mat(weight, x), key, BETWEEN)
+    return Graph((at(silu(x), key, OUT), product, at(silu(product), key, OUT + 4 * N * 2)))
+
+
+@pytest.mark.parametrize(("factor", "takes_over"), [(1.0, True), (1.2, False)])
+def test_results_that_lie_over_parts_of_others(factor: float, takes_over: bool) -> None:
+    def answer(_: Job) -> Callable[..., Sequence[Tensor]]:
+        def function(*inputs: Tensor) -> list[Tensor]:
+            x, w = (next(each for each in inputs if each.shape[-2] == rows) for rows in (4, N))
+            product = x.float() @ w.float().mT
+            return [factor * torch.nn.functional.silu(x), product, torch.nn.functional.silu(product)]
+
+        return function
+
+    device = LocalDevice("CPU", CPU, FAST, threads=1, compiler=Told(answer))  # type: ignore[arg-type]
+    buffer = device.allocate(16384)
+    rng = np.random.default_rng(0)
+    device.write(buffer, WEIGHT, rng.standard_normal((N, N)).astype("<f2").tobytes())
+    program = device.compile(covered(buffer.key), {buffer.key: buffer})
+    x = rng.standard_normal((4, N)).astype("<f4")
+    left = []
+    for _ in range(REPEATS + 3):
+        device.write(buffer, INPUT, x.tobytes())
+        program.run()
+        left.append(np.frombuffer(bytes(device.read(buffer, OUT, 4 * N * 6)), "<f4"))
+    assert isinstance(program.bound, Replay)
+    assert isinstance(program.bound._body, CompiledProgram) is takes_over
+    for one in left:
+        assert np.linalg.norm(one - left[0]) <= 2e-2 * np.linalg.norm(left[0])
+        np.testing.assert_allclose(one[: 2 * N].reshape(2, N), x[:2] / (1 + np.exp(-x[:2])), rtol=1e-5)
+    device.close()
+
+
 def test_exact_stays_what_it_is() -> None:
     compiler = Told(right)
     program = Program(compiler, EXACT)
