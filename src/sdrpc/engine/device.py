@@ -8,7 +8,8 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import wait
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # another one than Python's before 3.11
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
@@ -417,7 +418,7 @@ class LocalDevice(ServedDevice):
             deadline.stop(self._stopped)
         under_way = self._worker.submit(client, partial(self._run, bound, deadline))
         try:
-            while watch is not None and not wait([under_way], WATCH_SECONDS).done:
+            while watch is not None and not _is_over(under_way):
                 if reason := watch():
                     deadline.stop(reason)
                     break
@@ -498,6 +499,15 @@ class _Soon(Later):
 
     def wait(self) -> Bytes:
         return self.reading.wait()
+
+
+def _is_over(work: Future[None]) -> bool:
+    """Whether ``work`` ends within the time after which somebody looks whether it shall go on."""
+    try:
+        work.exception(WATCH_SECONDS)
+    except FutureTimeoutError:
+        return False
+    return True
 
 
 def _as_tensor(data: memoryview) -> torch.Tensor:

@@ -86,8 +86,9 @@ class Latest(NamedTuple):
     digest: bytes
 
     def is_of(self, parts: graphs.Parts) -> bool:
+        # words, of which all parts of a graph are whole numbers, take a third of the time
         same = self.device == parts.device and len(self.body) == len(parts.body)
-        return same and np.array_equal(np.frombuffer(self.body, np.uint8), np.frombuffer(parts.body, np.uint8))
+        return same and np.array_equal(np.frombuffer(self.body, "<u4"), np.frombuffer(parts.body, "<u4"))
 
 
 class Session:
