@@ -13,6 +13,7 @@ from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.samplers import SAMPLERS, Guess, kept_outside, sample
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
+from sdrpc.errors import DeviceLost
 from sdrpc.runtime.ahead import Ahead, DeviceArray
 
 f32 = np.float32
@@ -104,6 +105,14 @@ def test_rows_are_part_of_what_is_there(ahead: Ahead) -> None:
     assert isinstance(positive, DeviceArray)
     found = negative + f32(2) * (positive - negative)
     np.testing.assert_array_equal(np.asarray(found), noise() + f32(2) * ((noise() + f32(1)) - noise()))
+
+
+def test_what_was_on_a_device_that_somebody_had_again_is_lost(ahead: Ahead, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = ahead.put(noise())
+    monkeypatch.setattr(LocalDevice, "life", 1)
+    for work in (lambda: ahead.put(noise()), lambda: np.asarray(x), lambda: np.asarray(x + x), ahead.finish):
+        with pytest.raises(DeviceLost, match="CPU was lost meanwhile"):
+            work()
 
 
 def test_who_was_cancelled_is_not_told(ahead: Ahead) -> None:

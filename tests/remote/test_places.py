@@ -113,6 +113,21 @@ def test_pictures_side_by_side(alone: list[np.ndarray], tiny: Path, devices: lis
     assert steps == {(picture, done) for picture in (1, 2) for done in (0, 1, 2)}
 
 
+@pytest.mark.parametrize("room", ["for all", "for one component at a time"])
+def test_more_pictures_than_devices(
+    room: str, alone: list[np.ndarray], tiny: Path, devices: list[Device], here: Device, graphs: Path
+) -> None:
+    """A device begins the next picture while the last one is decoded, unless one of the two would send away the weights
+    of the other."""
+    lanes = Lanes(tuple(Chain((device,)) for device in devices))
+    limit = None if room == "for all" else {"": size_of("diffusion", tiny), here.name: 1 << 40}
+    with Session.open(tiny, {"te": here, "all": lanes}, Cache(graphs), max_vram=limit) as session:
+        pictures = list(session.generate(replace(REQUEST, batch_count=6)))
+    np.testing.assert_array_equal([picture.image for picture in pictures[:2]], alone)
+    assert [picture.seed for picture in pictures] == list(range(42, 48))
+    assert len({picture.image.tobytes() for picture in pictures}) == len(pictures)
+
+
 def test_prompts_side_by_side(alone: list[np.ndarray], tiny: Path, devices: list[Device], graphs: Path) -> None:
     """The negative prompt on one device and the prompt on the other: as a batch of two, but for the order of sums."""
     before = devices[1].sent or 0

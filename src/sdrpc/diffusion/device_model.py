@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -517,6 +517,10 @@ class DeviceModel:
                         component.leave(device)
                 why = "until it is used again"
                 self.telling.on_event(Event("release", component.name, size, size, reason=why))
+
+    def resident(self, names: Collection[str], lane: int) -> bool:
+        """Whether those of these components that there are have their weights on their devices."""
+        return all(self._component(name, lane).resident for name in names if name in self._lanes)
 
     def waits(self, name: str) -> bool:
         """Whether component ``name`` leaves its devices while it is not used."""

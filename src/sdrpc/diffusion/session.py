@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ from ..runtime.chain import Placed, choices, devices_of
 from ..runtime.lost import RETRY_SECONDS
 from ..runtime.mirrors import Mirrors
 from . import dbcache, easycache
-from .autoencoder import TINY, Autoencoder
+from .autoencoder import TINY, VAE, Autoencoder
 from .dbcache import DBCache, told_of
 from .demands import AUTOENCODERS, DRAWING
 from .device_model import DeviceModel
@@ -194,8 +194,7 @@ class Session:
 
         def decoded(latents: F32, lane: int) -> Pixels:
             with self.timer("decode"), self._devices.telling.stage("decode", "vae"):
-                tiny = self._vae.has_tiny and not settings.taesd_preview_only
-                return self._shown(self._silent(latents, settings), settings, tiny, lane)
+                return self._shown(self._silent(latents, settings), settings, self._decoder(settings) == TINY, lane)
 
         with self._with_network(settings.hires):
             for picture, seed in self._drawn(settings, on_event, cancel, decoded):
@@ -245,10 +244,6 @@ class Session:
         self._devices.leave_devices(*(name for name in self.model.components if name not in DRAWING))
         settings = replace(settings, prediction=self._prediction(settings).name)
         pictures = self._side_by_side(settings)
-
-        def draw(number: int, lanes: Sequence[int]) -> T:
-            return finished(self._picture(settings, number, told, begin, beside, lanes), lanes[0])
-
         if len(pictures) == 1:
             yield from self._one_by_one(settings, told, begin, beside, pictures[0], finished)
             return
@@ -257,16 +252,20 @@ class Session:
         for lanes in pictures:
             free.put(lanes)
 
-        def draw_where_there_is_room(number: int) -> T:
+        def draw(number: int) -> T:
+            """Where there is room; the next one may begin there while this one is decoded, if that sends no weights
+            away."""
             mine = free.get()
-            try:
-                return draw(number, mine)
-            finally:
-                free.put(mine)
+            with ExitStack() as room:
+                room.callback(free.put, mine)
+                latents = self._picture(settings, number, told, begin, beside, mine)
+                if self._devices.resident((*DRAWING, self._decoder(settings)), mine[0]):
+                    room.close()
+                return finished(latents, mine[0])
 
-        pool = ThreadPoolExecutor(len(pictures))
+        pool = ThreadPoolExecutor(2 * len(pictures))
         try:
-            waiting = [pool.submit(draw_where_there_is_room, number) for number in range(settings.batch_count)]
+            waiting = [pool.submit(draw, number) for number in range(settings.batch_count)]
             for number, each in enumerate(waiting):
                 with self.timer("sample"):
                     picture = each.result()
@@ -275,6 +274,10 @@ class Session:
             over.set()
             pool.shutdown(cancel_futures=True)
             self._devices.leave_devices(*self.model.components)
+
+    def _decoder(self, settings: Settings) -> str:
+        """The component that makes pictures of latents."""
+        return TINY if self._vae.has_tiny and not settings.taesd_preview_only else VAE
 
     def _check_whole(self, settings: Settings) -> None:
         """Raises :class:`InvalidValue` for blocks to be left out of a model that is not on one device."""

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Buffer, Bytes, Device, Later, Program, Turns
+from ..errors import DeviceLost
 from ..ggml import build
 from ..ggml.memory_planner import aligned
 from ..ggml.params import Unary
@@ -216,6 +217,11 @@ class Ahead:
         self._looks = deque((asked, []) for asked, _ in self._looks if asked.answer is not None)
         self._later, self._due = [], []
 
+    def _check(self) -> None:
+        """Raises :class:`DeviceLost` when the device was lost and somebody had it again: what was there is nowhere."""
+        if self.life != self.device.life:
+            raise DeviceLost(f"{self.device.name} was lost meanwhile, with all that was on it")
+
     # --- arrays
 
     def put(self, array: Array) -> DeviceArray:
@@ -228,6 +234,7 @@ class Ahead:
     def read(self, array: DeviceArray) -> Array:
         """Its numbers, when the device has done all that it was told."""
         with self.turns:
+            self._check()
             place = self._place(array)
             self.catch_up()
             data = self.device.read(*place, 4 * array.size)
@@ -312,6 +319,7 @@ class Ahead:
 
     def go_on(self) -> None:
         """Wait for what is awaited, and tell the device that and what is behind it, up to what else is awaited."""
+        self._check()
         self._held.popleft().tell()
         while self._held and self._held[0].awaits is None:
             self._held.popleft().tell()
@@ -334,6 +342,7 @@ class Ahead:
 
     def _write(self, place: Place, array: Array) -> None:
         """Bytes may go before those that are awaited, but not before work that was told earlier."""
+        self._check()
         data = np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8)
         if self._holds_work:
             self._tell(partial(self.device.write, *place, data.tobytes()))
@@ -341,6 +350,7 @@ class Ahead:
             self.device.write(*place, data.data)
 
     def _ask_for(self, place: Place, size: int) -> _Question:
+        self._check()
         question = _Question(self)
 
         def ask() -> None:
@@ -353,6 +363,7 @@ class Ahead:
 
     def run(self, program: Executable, inputs: Mapping[str, Any]) -> list[DeviceArray]:
         """The module's outputs of ``inputs``, of which some are arrays on the device, in whose turn this is."""
+        self._check()
         saved = [node for each in self._results if (node := each()) is not None and node.wanted]
         if self._holds_work:  # which may be this program, with other inputs
             self.catch_up()
@@ -432,6 +443,7 @@ class Ahead:
         self._pending.clear()
         if not (alive or wanted or saved):
             return
+        self._check()
         graph = _Writer(self)
         moved = [(node, self._slot(4 * prod(node.shape))) for node in saved]
         for node, place in moved:
