@@ -9,6 +9,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sdrpc.diffusion.guidance import Told
+from sdrpc.diffusion.request import Request
+
 from .rows import Mark, Row
 from .sampling import DTYPES, InProcess, Sampled, difference, sample, step_seconds
 from .setup import Setup, Variant
@@ -18,6 +21,16 @@ ROUNDS = 2
 
 COMPILED = 1 / 0.95
 COMPILE_SECONDS = 900.0
+
+MILESTONES = {
+    "endpoint": "the server listens",
+    "a client of sdrpc": "a client is there",
+    "the loader of": "the compiler's thread",
+    "is loaded after": "the compiler's thread",
+    "programs are ready": "the compiler's thread",
+    "runs compiled": "the device's thread",
+}
+"""Words of the server's lines that say how far it is, and who says it."""
 REFUSED = "is not compiled", "it is not used", "does not run"
 """What a server says of a program that it goes on to run as it is."""
 
@@ -68,12 +81,26 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
             against = "diffusers compiled, CUDA graph"
             yield _row(f"compiled step, {variant}", step_seconds(*mine), step_seconds(*graphs), against, note, COMPILED)
     if setup.compiles(variant):
-        start = time.perf_counter()
-        with setup.server(variant, "--warm") as server, setup.session(variant, server.port) as session:
-            until_compiled(server, lambda: sample(session, request, conditions))
-            took = time.perf_counter() - start
-        note = "server's process start to the first compiled run, compiled before; upload and the first picture in it"
-        yield Row(f"full speed after a restart, {variant}", took, "s", None, "", Mark(10.0, "ours"), note)
+        yield from _restart(setup, variant, request, conditions)
+
+
+def _restart(setup: Setup, variant: Variant, request: Request, conditions: Told) -> Iterator[Row]:
+    """From the start of a server's process to the first compiled run, of a program that was compiled before."""
+    start = time.perf_counter()
+    done: dict[str, float] = {}
+    with setup.server(variant, "--warm") as server, setup.session(variant, server.port) as session:
+        done["the client has opened the model"] = time.perf_counter()
+        sample(session, request, conditions)
+        uploading = session.timer.seconds.get("upload", 0.0)
+        done[f"the first picture is done, of which the upload took {uploading:.1f} s"] = time.perf_counter()
+        until_compiled(server, lambda: sample(session, request, conditions))
+        took = time.perf_counter() - start
+        for line, at in zip(server.lines, server.times, strict=False):
+            done.update({f"{what}: {line.strip()}": at for word, what in MILESTONES.items() if word in line})
+    note = "server's process start to the first compiled run, compiled before; upload and the first picture in it"
+    yield Row(f"full speed after a restart, {variant}", took, "s", None, "", Mark(10.0, "ours"), note)
+    for what, at in sorted(done.items(), key=lambda each: each[1]):
+        yield Row(f"restart, {what}", at - start, "s")
 
 
 class Spoken(Protocol):

@@ -87,11 +87,18 @@ class Program:
 
 
 class Told:
-    """Stands for the compiler: ``answer`` makes the function, or the failure, of the job."""
+    """Stands for the compiler: ``answer`` makes the function of the job, or the failure. ``kept``: if it has it."""
 
-    def __init__(self, answer: Callable[[Job], Callable[..., Sequence[Tensor]]]) -> None:
+    def __init__(self, answer: Callable[[Job], Callable[..., Sequence[Tensor]]], kept: bool = False) -> None:
         self.jobs: list[Job] = []
-        self._answer = answer
+        self.looked_for: list[Job] = []
+        self._answer, self._has = answer, kept
+
+    def find(self, job: Job) -> Future[Callable[..., Sequence[Tensor]] | None]:
+        self.looked_for.append(job)
+        future: Future[Callable[..., Sequence[Tensor]] | None] = Future()
+        future.set_result(self._answer(job) if self._has else None)
+        return future
 
     def ask(self, job: Job) -> Future[Callable[..., Sequence[Tensor]]]:
         self.jobs.append(job)
@@ -167,6 +174,21 @@ def test_compiled_code_takes_over_when_it_agrees() -> None:
         program()
     assert program.runs_compiled, "another one takes it as it comes, since it changes"
     assert [job.kept for job in compiler.jobs] == [(False, True), (False, False)]
+    program.device.close()
+
+
+def test_code_that_is_kept_takes_over_at_once() -> None:
+    """The first run keeps weights; the second looks for code that was made for these; the third has it."""
+    compiler = Told(right, kept=True)
+    program = Program(compiler)
+    program()
+    assert not compiler.looked_for
+    program()
+    program()
+    assert program.runs_compiled
+    assert [job.kept for job in compiler.looked_for] == [(False, True)]
+    program()
+    assert not compiler.jobs
     program.device.close()
 
 
@@ -336,7 +358,10 @@ def test_a_real_compiler_and_what_it_keeps(tmp_path: Path, monkeypatch: pytest.M
     (path,) = tmp_path.iterdir()
     assert path.stat().st_mode & 0o077 == 0
     again = Compiler(tmp_path)
-    function = again.ask(job()).result(SECONDS)
+    assert again.find(job(kept=False)).result(SECONDS) is None
+    function = again.find(job()).result(SECONDS)
+    assert function is not None
+    assert again.ask(job()).result(SECONDS) is function
     x, w = torch.randn(1, 1, 4, N), torch.randn(1, 1, N, N).bfloat16()
     (result,) = function(x, w)
     (wanted,) = right(job())(x, w)
@@ -373,6 +398,8 @@ def test_a_queue_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.Monk
     full = Compiler(tmp_path)
     with pytest.raises(ComputeError, match="too many"):
         full.ask(job()).result(10)
+    assert full.find(job()).result(10) is None
     full.close()
     with pytest.raises(ComputeError):
         full.ask(job()).result(10)
+    assert full.find(job()).result(10) is None

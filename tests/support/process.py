@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ P = TypeVar("P", bound="Listening")
 
 class Listening:
     """A process that says at which port it listens, in a line that matches ``says``; as a context manager it is killed
-    at the end. ``lines`` is what it printed."""
+    at the end. ``lines`` is what it printed, ``times`` when each came (:func:`time.perf_counter`)."""
 
     def __init__(self, words: Sequence[str], says: str, env: Mapping[str, str] | None = None) -> None:
         self._says = says
@@ -29,6 +30,7 @@ class Listening:
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | (env or {})
         )
         self.lines: list[str] = []
+        self.times: list[float] = []
         self._port: int | None = None
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -68,6 +70,7 @@ class Listening:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self.times.append(time.perf_counter())
             self.lines.append(line)
             if match := re.search(self._says, line):
                 self._port = int(match[1])

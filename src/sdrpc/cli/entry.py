@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from . import interrupts
@@ -53,6 +55,19 @@ def _run(module: str) -> None:
         main()
     finally:
         gc.freeze()  # or Python, at its end, looks for garbage in all that torch and diffusers made: a second or two
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While large modules are imported: Python does not look for garbage in what they make, then or later."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def threads_sleep() -> None:

@@ -23,15 +23,17 @@ from ..server.announcing import announced
 from ..server.key_ring import KeyRing
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
-from . import keys, report
+from . import entry, keys, report
 from .command import Command
-from .entry import ready
 from .server_options import AUTO, OPTIONS
 
 if TYPE_CHECKING:
     from ..device import ServedDevice
     from ..engine.device import LocalDevice
 
+SWITCH_SECONDS = 0.0005
+"""For which a thread may keep the interpreter when others want it (Python: 5 ms). One that loads compiled programs
+wants it for seconds; those that receive weights need it for microseconds, a thousand times for each gigabyte."""
 STOP_SECONDS = 1.0
 """How long each device may take to end what it computes when the server stops."""
 
@@ -41,7 +43,7 @@ Chosen = Mapping[str, Any]
 
 def main() -> None:
     """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
-    ready()
+    entry.ready()
     sys.exit(report.guarded(lambda: run(sys.argv[1:]), COMMAND.fields))
 
 
@@ -71,17 +73,18 @@ def rpc_server(**chosen: Any) -> int:
     door = Door(policy(chosen), Keys(KeyRing(key_ring.default_path()), identity.default_path()), limits)
     kept = Cache(cache_folder("weights"), chosen["cache_size"]) if chosen["cache"] else None
 
-    from ..engine.device import devices  # torch takes a while: not before the options are known to be good
-    from ..engine.system import keep_freed_memory
+    with entry.importing():
+        from ..engine.device import devices  # torch takes a while: not before the options are known to be good
+        from ..engine.system import keep_freed_memory
 
-    keep_freed_memory()
-    found = devices(
-        chosen["precision"],
-        chosen["threads"] or None,
-        compute_limit=limits.compute_seconds,
-        dequant_cache=chosen["dequant_cache"],
-        compile=chosen["compile"],
-    )
+        keep_freed_memory()
+        found = devices(
+            chosen["precision"],
+            chosen["threads"] or None,
+            compute_limit=limits.compute_seconds,
+            dequant_cache=chosen["dequant_cache"],
+            compile=chosen["compile"],
+        )
     if chosen["list_devices"]:
         print(*map(described, found), sep="\n")
         return 0
@@ -245,6 +248,7 @@ def serve(server: Server, grace: float) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    sys.setswitchinterval(SWITCH_SECONDS)
     server.serve()
 
 

@@ -14,6 +14,7 @@ import ssl
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from struct import Struct
 
 import numpy as np
 
@@ -30,6 +31,9 @@ _COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more 
 _SENT = 1 << 20  # at a time: TLS sends all of it within one time limit
 _BEAT_SECONDS = 2.0  # from one to the next: several fit into the time after which a client wonders
 _AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has no such flag
+_AT_ONCE = 1 << 22  # bytes that are waited for together
+_WAITS = sys.platform == "linux"  # elsewhere SO_RCVTIMEO looks otherwise, or does not end such a wait
+_TIME = Struct("@ll")  # its struct timeval
 _JOIN_BELOW = 1 << 14  # replies up to here are sent in one piece with their header
 
 
@@ -166,8 +170,10 @@ class Stream:
                 rest[:taken] = self._ahead[:taken]
                 self._start = taken
                 filled += taken
+            elif self._records is not None:
+                filled += self._received_records(rest[:_SENT])
             else:
-                filled += self._received(rest) if self._records is None else self._received_records(rest[:_SENT])
+                filled += self._received_whole(rest[:_AT_ONCE]) if _WAITS else self._received(rest)
 
     def staging(self, size: int) -> memoryview:
         """Memory for ``size`` bytes on their way to somewhere else; the next call may return the same."""
@@ -234,6 +240,26 @@ class Stream:
 
     def _received(self, target: memoryview) -> int:
         count = self._receive(target, self._stall)
+        if not count:
+            raise ConnectionLost(self.peer, self.doing)
+        return count
+
+    def _received_whole(self, target: memoryview) -> int:
+        """As many bytes of ``target``, which is wanted whole, as come in time. The system waits for all of them in one
+        call: each return to Python waits for its turn among the threads of this process, of which one may be at work
+        that never lets go by itself."""
+        if self.aborted:
+            raise ConnectionLost(self.peer, self.doing)
+        with self._errors():
+            milliseconds = max(1, int((self._patience(self._stall) or self._stall) * 1e3))  # 0 would be for ever
+            self._socket.settimeout(None)
+            patience = _TIME.pack(milliseconds // 1000, milliseconds % 1000 * 1000)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+            try:
+                count = self._socket.recv_into(target, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise TimeoutError from None
+        self.received += count
         if not count:
             raise ConnectionLost(self.peer, self.doing)
         return count

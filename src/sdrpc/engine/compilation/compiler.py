@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -10,11 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from hashlib import blake2b
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -48,6 +52,17 @@ WARM, WARM_BYTES = 4, 512 << 20
 picture, and each takes a second and memory."""
 
 
+LOADER = (
+    "torch._inductor.standalone_compile",
+    "torch._inductor.codecache",
+    "torch._inductor.compile_fx",
+    "torch._inductor.async_compile",
+    "torch._inductor.select_algorithm",
+    "torch._functorch._aot_autograd.autograd_cache",
+)
+"""What loading a compiled program imports."""
+
+
 def missing(device: torch.device) -> str:
     """What a compiler for ``device`` lacks here; empty when it is there."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):  # to import the compiler and see takes seconds
@@ -77,12 +92,24 @@ class Compiler:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = cache_folder("compiled") if folder is None else folder
         self._changed = threading.Condition()
+        self._finding: deque[tuple[Future[Function | None], Job]] = deque()
         self._waiting: deque[tuple[Future[Function], Job]] = deque()
         self._warming: deque[tuple[Future[int], bytes]] = deque()
         self._loaded: OrderedDict[str, Function] = OrderedDict()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    def find(self, job: Job) -> Future[Function | None]:
+        """The compiled program, later, if it is kept; None where it has to be compiled."""
+        future: Future[Function | None] = Future()
+        with self._changed:
+            if self._closed or len(self._finding) >= WAITING:
+                future.set_result(None)
+                return future
+            self._finding.append((future, job))
+            self._begin()
+        return future
 
     def ask(self, job: Job) -> Future[Function]:
         """The compiled program, later; :class:`ComputeError` says why there is none. Cancel it when it is not wanted
@@ -109,12 +136,10 @@ class Compiler:
         """End what is being compiled."""
         with self._changed:
             self._closed = True
-            for future, _ in self._waiting:
-                future.cancel()
-            self._waiting.clear()
-            for warming, _ in self._warming:
-                warming.cancel()
-            self._warming.clear()
+            for queue in (self._finding, self._waiting, self._warming):
+                for future, _ in queue:
+                    future.cancel()
+                queue.clear()
             self._changed.notify()
             if self._process is not None:
                 self._process.kill()
@@ -129,10 +154,12 @@ class Compiler:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._warming or self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._finding or self._warming or self._waiting or self._closed)
                 if self._closed:
                     return
-                if self._warming:
+                if self._finding:
+                    work = self._look
+                elif self._warming:
                     warming, where = self._warming.popleft()
                     work = partial(_settle, warming, partial(self._load_last_used, where))
                 else:
@@ -143,18 +170,20 @@ class Compiler:
             del work
 
     def _load_last_used(self, where: bytes) -> int:
-        """Load programs that were made for ``where``."""
-        prepare()
+        """Load programs that were made for ``where``. Who asks for one that is kept does not wait for all."""
+        with _no_look_for_garbage():
+            prepare()
         count = size = 0
         for entry in sorted(entries(self.folder, SUFFIX), key=lambda each: each.used, reverse=True):
             key = entry.path.name.removesuffix(SUFFIX)
             if self._closed or count == WARM or size + entry.size > WARM_BYTES:
                 break
+            self._look()
             code = self._kept(entry.path, where)
             if code is None or key in self._loaded:
                 continue
             try:
-                self._loaded[key] = loaded(code)
+                self._load(key, entry.path, code, used=False)
             except Exception as error:
                 log.warning("%s: does not load: %s", entry.path, error)
                 continue
@@ -162,19 +191,43 @@ class Compiler:
         log.info("%d compiled programs are ready", count)
         return count
 
-    def _made(self, job: Job) -> Function:
-        """The program, loaded, from the disk, or compiled."""
+    def _look(self) -> None:
+        """Give those that look for programs what is kept."""
+        while True:
+            with self._changed:
+                if not self._finding:
+                    return
+                future, job = self._finding.popleft()
+            _settle(future, partial(self._found, job))
+            del future, job
+
+    def _found(self, job: Job) -> Function | None:
+        """The program, loaded, or from the disk."""
         key = job.key
         if key in self._loaded:
             self._loaded.move_to_end(key)
             return self._loaded[key]
         path = self.folder / (key + SUFFIX)
         code = self._kept(path, job.made_for)
-        if code is None:
-            code = self._compiled(job)
-            self._keep(path, job.made_for, code)
-        mark_used(path)
-        self._loaded[key] = function = loaded(code)
+        return None if code is None else self._load(key, path, code)
+
+    def _made(self, job: Job) -> Function:
+        """The program as it is kept, or compiled."""
+        function = self._found(job)
+        if function is not None:
+            return function
+        key = job.key
+        code = self._compiled(job)
+        path = self.folder / (key + SUFFIX)
+        self._keep(path, job.made_for, code)
+        return self._load(key, path, code)
+
+    def _load(self, key: str, path: Path, code: bytes, used: bool = True) -> Function:
+        if used:
+            mark_used(path)
+        with _no_look_for_garbage():
+            prepare()
+            self._loaded[key] = function = loaded(code)
         while len(self._loaded) > LOADED:
             self._loaded.popitem(last=False)
         return function
@@ -229,6 +282,19 @@ class Compiler:
             return self._process
 
 
+@contextmanager
+def _no_look_for_garbage() -> Iterator[None]:
+    """While much is made and nothing thrown away: Python would go through all of it again and again, which takes a
+    third of the time to import the loader."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _settle(future: Future[Result], work: Callable[[], Result]) -> None:
     """Do ``work`` for ``future``, unless that was cancelled."""
     if future.set_running_or_notify_cancel():
@@ -264,13 +330,23 @@ def _last_line(said: Path) -> str:
     return lines[-1] if lines else "the process said nothing"
 
 
+@cache
 def prepare() -> None:
-    """Do what the first program to be loaded would wait for: import the loader, which takes seconds, and have it take
-    the digest of torch's own sources."""
-    from torch._inductor import CompiledArtifact  # type: ignore[attr-defined,unused-ignore]  # noqa: F401
-    from torch._inductor.codecache import torch_key
+    """Do what the first program to be loaded would wait for: import the loader and what it imports when it loads, which
+    takes seconds, and have it take the digest of torch's own sources."""
+    import torch._inductor.config as inductor
 
-    torch_key()
+    began = time.monotonic()
+    inductor.compile_threads = 1  # else it starts processes to compile in
+    for name in LOADER:
+        import_module(name)
+    imported = time.monotonic()
+    sys.modules["torch._inductor.codecache"].torch_key()
+    log.info(
+        "the loader of compiled programs is there after %.1f s, of which its digest of torch took %.1f",
+        time.monotonic() - began,
+        time.monotonic() - imported,
+    )
 
 
 def loaded(code: bytes) -> Function:
@@ -278,6 +354,7 @@ def loaded(code: bytes) -> Function:
     from torch._inductor import CompiledArtifact  # type: ignore[attr-defined,unused-ignore]
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
+    began = time.monotonic()
     folder = tempfile.mkdtemp(prefix="sdrpc-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder) / "code"
@@ -285,4 +362,5 @@ def loaded(code: bytes) -> Function:
     with temporary_cache_dir(folder):
         function: Function = CompiledArtifact.load(path=str(path), format="binary")
     path.unlink()
+    log.info("a compiled program of %.1f MB is loaded after %.1f s", len(code) / 1e6, time.monotonic() - began)
     return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -95,7 +96,8 @@ class Faster:
         if any(value.op is EngineOp.PRODUCT_8BIT for value in ordered(bound.compiled.roots)):
             self._limit += EIGHT_BITS
         self._runs = self._times = 0
-        self._asked: Future[Function] | None = None
+        self._looked = False
+        self._asked: Future[Function] | Future[Function | None] | None = None
         self._kept: tuple[bool, ...] = ()
         self._over = len(bound) < SMALL or not is_pure(bound.compiled.roots)
 
@@ -110,27 +112,37 @@ class Faster:
 
     def found(self) -> CompiledProgram | None:
         """To be called before each run that is not compiled: the compiled form when it is there, for :meth:`tried`. It
-        asks for it."""
+        looks for it from the second run on, in which weights are kept, and asks for it when the program repeats."""
         self._runs += 1
-        if self._over or self._runs <= REPEATS or (self._asked is not None and not self._asked.done()):
+        if self._over or self._runs == 1 or (self._asked is not None and not self._asked.done()):
             return None
         kept = self._kept_now()
-        if self._asked is None or (kept != self._kept and self._times < TIMES):
-            self._times, self._kept = self._times + 1, kept
-            self._asked = self._compiler.ask(Job(self._origin, self._bound.device, kept, self._threads))
-            return None
         try:
-            function = self._asked.result()
-            if kept == self._kept:
+            if self._asked is not None and (function := self._asked.result()) is not None and kept == self._kept:
                 return CompiledProgram(self._bound, function)
-            log.info("weights that a program of %d steps keeps come and go: it is not compiled", len(self._bound))
         except Exception as error:
             log.warning("a program of %d steps is not compiled: %s", len(self._bound), _line(error))
-        self._over = True
+            self._over = True
+            return None
+        if self._runs > REPEATS and self._times == TIMES:
+            log.info("weights that a program of %d steps keeps come and go: it is not compiled", len(self._bound))
+            self._over = True
+        elif self._runs > REPEATS or not self._looked:
+            self._ask(kept)
         return None
+
+    def _ask(self, kept: tuple[bool, ...]) -> None:
+        job = Job(self._origin, self._bound.device, kept, self._threads)
+        self._kept = kept
+        if self._looked and self._runs > REPEATS:
+            self._times += 1
+            self._asked = self._compiler.ask(job)
+        else:
+            self._looked, self._asked = True, self._compiler.find(job)
 
     def tried(self, compiled: CompiledProgram, run: Callable[[], None]) -> bool:
         """``run`` the program as it is; whether ``compiled`` gives the same."""
+        began = time.monotonic()
         try:
             results = compiled.results()
         except Exception as error:
@@ -138,9 +150,12 @@ class Faster:
             self._over = True
             log.warning("a compiled program of %d steps does not run: %s", len(self._bound), _line(error))
             return False
+        took = time.monotonic() - began
         run()
         if compiled.agrees(results, self._limit):
-            log.info("a program of %d steps runs compiled from now on", len(self._bound))
+            log.info(
+                "a program of %d steps runs compiled from now on; its first run took %.1f s", len(self._bound), took
+            )
             return True
         self._over = True
         log.warning("a compiled program of %d steps gives other numbers: it is not used", len(self._bound))
