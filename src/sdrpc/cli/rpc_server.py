@@ -23,8 +23,9 @@ from ..server.announcing import announced
 from ..server.key_ring import KeyRing
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
-from . import entry, keys, report
+from . import keys, report
 from .command import Command
+from .entry import importing, ready
 from .server_options import AUTO, OPTIONS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ Chosen = Mapping[str, Any]
 
 def main() -> None:
     """The console script; exit status 0 after Ctrl-C or SIGTERM, 2 for an option that can't be honoured, else 1."""
-    entry.ready()
+    ready()
     sys.exit(report.guarded(lambda: run(sys.argv[1:]), COMMAND.fields))
 
 
@@ -73,7 +74,7 @@ def rpc_server(**chosen: Any) -> int:
     door = Door(policy(chosen), Keys(KeyRing(key_ring.default_path()), identity.default_path()), limits)
     kept = Cache(cache_folder("weights"), chosen["cache_size"]) if chosen["cache"] else None
 
-    with entry.importing():
+    with importing():
         from ..engine.device import devices  # torch takes a while: not before the options are known to be good
         from ..engine.system import keep_freed_memory
 
