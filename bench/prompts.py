@@ -20,14 +20,14 @@ Measure = Callable[[Chain | Lanes, bool], Sampled]
 """Where the diffusion model is, whether there is a negative prompt → the picture's latents and the time of a step."""
 
 
-def rows(measure: Measure, one: Chain, two: Mapping[str, Lanes], note: str, mark: Mark | None) -> Iterator[Row]:
+def rows(measure: Measure, one: Chain, two: Mapping[str, Chain], note: str, mark: Mark | None) -> Iterator[Row]:
     """``one`` device, and pairs of devices by where they are."""
     alone, most = measure(one, True), measure(one, False).seconds
     both = 1 / alone.seconds
     about = "what two devices come to at most, if nothing but their evaluations takes time"
     yield Row("steps a second, one prompt on one device", 1 / most, "1/s", both, "both prompts", None, about)
-    for where, lanes in two.items():
-        drawn = measure(lanes, True)
+    for where, pair in two.items():
+        drawn = measure(Lanes(tuple(Chain((device,)) for device in pair.devices)), True)
         distance = difference(drawn.latents, alone.latents)
         if not distance < APART:
             raise AssertionError(f"prompts on two devices of {where}: {distance:.1%} from one device's latents")

@@ -41,11 +41,15 @@ def run(setup: Setup) -> Iterator[Row]:
     with opened(setup, most) as devices:
         yield from _pictures(setup, devices)
         if most > 1:
-            with side_by_side(setup, devices) as pairs:
+            with in_pairs(setup, devices) as pairs:
                 one = Chain((devices[0],))
                 yield from prompts.rows(partial(_sampled, setup), one, pairs, _note(setup), prompts.MARK)
-            alone, cut = (_sampled(setup, place).seconds for place in (one, Chain((devices[0], devices[1]))))
-            yield Row("step, layers on two devices", cut * 1e3, "ms", alone * 1e3, "one device", None, _note(setup))
+                alone = _sampled(setup, one).seconds * 1e3
+                for where, pair in pairs.items():
+                    cut = _sampled(setup, pair).seconds * 1e3
+                    yield Row(
+                        f"step, layers on two devices of {where}", cut, "ms", alone, "one device", None, _note(setup)
+                    )
 
 
 def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
@@ -78,14 +82,14 @@ def _sampled(setup: Setup, place: Placed, guided: bool = True) -> Sampled:
 
 
 @contextmanager
-def side_by_side(setup: Setup, apart: list[Device]) -> Iterator[dict[str, Lanes]]:
+def in_pairs(setup: Setup, apart: list[Device]) -> Iterator[dict[str, Chain]]:
     """Pairs of devices by where they are: the first two of these, which have a server each, and two of one server,
     where the machine has as many."""
     with ExitStack() as stack:
         pairs = {"two servers": apart[:2]}
         if not setup.on_cpu:
             pairs["one server"] = stack.enter_context(opened(setup, 2, together=True))
-        yield {where: Lanes((Chain((first,)), Chain((second,)))) for where, (first, second) in pairs.items()}
+        yield {where: Chain(tuple(pair)) for where, pair in pairs.items()}
 
 
 @contextmanager

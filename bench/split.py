@@ -16,7 +16,7 @@ from .families import Case, case_of
 from .memory import GB
 from .rows import Mark, Row
 from .sampling import Sampled, difference, draw
-from .scaling import opened, side_by_side
+from .scaling import in_pairs, opened
 from .setup import Setup
 
 SHARE = 0.6
@@ -26,16 +26,15 @@ SHARE = 0.6
 def run(setup: Setup) -> Iterator[Row]:
     for family in setup.families.names:
         case = case_of(setup, family)
-        with opened(setup, 2) as devices:
+        with opened(setup, 2) as devices, in_pairs(setup, devices) as pairs:
             one, note = Chain((devices[0],)), f"{case.request.width}×{case.request.height}, {case.request.steps} steps"
             if case.request.cfg_scale != 1:
-                with side_by_side(setup, devices) as pairs:
-                    for row in prompts.rows(partial(_drawn, case), one, pairs, note, case.mark(prompts.MARK)):
-                        yield replace(row, what=f"{row.what}, {case.title}")
-            yield from _layers(case, one, Chain(tuple(devices)))
+                for row in prompts.rows(partial(_drawn, case), one, pairs, note, case.mark(prompts.MARK)):
+                    yield replace(row, what=f"{row.what}, {case.title}")
+            yield from _layers(case, one, pairs)
 
 
-def _layers(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
+def _layers(case: Case, one: Chain, two: Mapping[str, Chain]) -> Iterator[Row]:
     with _session(case, one, {}) as session:
         whole = session.model["diffusion"].found.nbytes()
     limit = {"": int(SHARE * whole)}
@@ -45,17 +44,19 @@ def _layers(case: Case, one: Chain, two: Chain) -> Iterator[Row]:
         pass
     else:
         raise AssertionError(f"{case.title}: one device took what it has no room for")
-    halves, alone = _sampled(case, two, limit), _sampled(case, one, {})
+    alone = _sampled(case, one, {})
     note = f"{whole / GB:.2f} GB of weights, a device may have {limit[''] / GB:.2f} (max_vram); one alone refuses"
-    yield Row(
-        f"same latents, {case.title}", 100 * difference(halves.latents, alone.latents), "%", None, "",
-        Mark(0.0, "ours"),
-        f"distance (relative, L2) from one device's; {note}",
-    )  # fmt: skip
-    yield Row(
-        f"step, layers on two devices, {case.title}", halves.seconds * 1e3, "ms", alone.seconds * 1e3,
-        "one device with room for all", None, note,
-    )  # fmt: skip
+    for where, pair in two.items():
+        halves = _sampled(case, pair, limit)
+        yield Row(
+            f"same latents, layers on two devices of {where}, {case.title}",
+            100 * difference(halves.latents, alone.latents), "%", None, "", Mark(0.0, "ours"),
+            f"distance (relative, L2) from one device's; {note}",
+        )  # fmt: skip
+        yield Row(
+            f"step, layers on two devices of {where}, {case.title}", halves.seconds * 1e3, "ms", alone.seconds * 1e3,
+            "one device with room for all", None, note,
+        )  # fmt: skip
 
 
 def _drawn(case: Case, place: Chain | Lanes, guided: bool) -> Sampled:

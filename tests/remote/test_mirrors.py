@@ -102,6 +102,26 @@ def test_devices_of_one_server_copy_by_themselves(
     np.testing.assert_array_equal(picture.image, here("euler_a"))
 
 
+def test_what_crosses_between_layers_on_devices_of_one_server_does_not_come_here(
+    servers: list[ServerProcess], tiny: Path, graphs: Path
+) -> None:
+    asked = replace(request("euler"), steps=1)
+    with Trouble(servers[0].port) as trouble:
+        first, second = connect([trouble.endpoint])
+        with Session.open(tiny, first, Cache(graphs)) as session:
+            (whole,) = session.generate(asked)
+        assert "COPY_TENSOR" not in trouble.requests
+        with Session.open(tiny, {"diffusion": Chain((first, second)), "all": first}, Cache(graphs)) as session:
+            before = len(trouble.requests)
+            (cut,) = session.generate(asked)
+        requests = trouble.requests[before:]
+        for device in (first, second):
+            device.close()
+    assert "COPY_TENSOR" in requests
+    assert requests.count("GET_TENSOR") <= 5, "texts, a prediction, a picture, the latents and a look"
+    np.testing.assert_array_equal(cut.image, whole.image)
+
+
 def test_one_of_two_servers_that_dies_costs_a_new_beginning(
     servers: list[ServerProcess], here: Here, tiny: Path, graphs: Path
 ) -> None:

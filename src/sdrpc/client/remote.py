@@ -402,7 +402,7 @@ class RemoteDevice(Device):
 
     def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
         """Nothing is waited for: the question is sent, and the server answers it in its turn. ``size``: so few bytes
-        that a socket has room for them."""
+        that a socket has room for them, if more is sent before they are waited for."""
         record = self._bytes_at(self._range(buffer, offset, size), offset, size)
         doing = f"reading {size:,} bytes later"
         return _Answer(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import Device, Target
+from ..device import Device, Later, Target
 from ..errors import UsageError
 from .cutting import Part
-from .run import Executable
+from .run import Executable, Place
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,32 @@ class Turn:
             turns.__exit__()
 
 
+class _Crossing(NamedTuple):
+    """A value on the device that has computed it."""
+
+    device: Device
+    place: Place
+    nbytes: int
+
+
+def _cross(values: Sequence[tuple[_Crossing, Sequence[Place]]], device: Device) -> None:
+    """Bring each value to its places on another ``device``."""
+    asked: list[tuple[Later, Sequence[Place]]] = []
+    for (source, place, nbytes), there in values:
+        if not all(source.copy_to(*place, nbytes, device, *at) for at in there):
+            asked.append((source.read_later(*place, nbytes), there))
+    for awaited, there in asked:
+        data = awaited.wait()
+        for at in there:
+            device.write(*at, data)
+
+
 class Chained:
     """A graph whose ``parts`` are on devices, as an :class:`Executable` is a whole one.
 
-    Values that cross a cut come here and go on from here, once in each run, as the numbers that they are. Parts on one
-    device take turns: ``leave`` is called with the number of each that has to go before another one runs there.
+    Values cross a cut once in each run, as the numbers that they are: from one device of a server to another without
+    coming here, else through here, each sent on when it has come. Parts on one device take turns: ``leave`` is called
+    with the number of each that has to go before another one runs there, and what it gives is read before.
     """
 
     def __init__(self, parts: Sequence[tuple[Part, Executable]], leave: Callable[[int], None]) -> None:
@@ -135,25 +156,39 @@ class Chained:
     def results(self, inputs: Mapping[str, Any]) -> Iterator[np.ndarray]:
         """As :meth:`Executable.results`, but ``inputs`` may have more than the graph's. Outputs of the last part are
         read from its device when they are asked for."""
-        values, found = dict(inputs), dict[int, np.ndarray]()
-        for number, (part, _) in enumerate(self.parts[:-1]):
-            given = list(self._run(number, values))
-            values |= zip(part.gives, given, strict=False)
-            found |= zip(part.results, given[len(part.gives) :], strict=True)
-        rest = self._run(len(self.parts) - 1, values)
+        values, found, there = dict(inputs), dict[int, np.ndarray](), dict[str, _Crossing]()
+        for number, (part, program) in enumerate(self.parts[:-1]):
+            results = self._run(number, values, there)
+            given = len(part.gives)
+            if self._in_turns or part.results:
+                read = list(results)
+                found |= zip(part.results, read[given:], strict=True)
+                values |= zip(part.gives, read[:given], strict=True) if self._in_turns else ()
+            if not self._in_turns:
+                there |= {name: _Crossing(program.device, *program.output(n)) for n, name in enumerate(part.gives)}
+        rest = self._run(len(self.parts) - 1, values, there)
         return self._in_order(found, rest)
+
+    @property
+    def _in_turns(self) -> bool:
+        return len({id(program.device) for _, program in self.parts}) < len(self.parts)
 
     def _in_order(self, found: Mapping[int, np.ndarray], rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for number in sorted((*found, *self.parts[-1][0].results)):
             yield found[number] if number in found else next(rest)
 
-    def _run(self, number: int, values: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    def _run(self, number: int, values: Mapping[str, Any], there: Mapping[str, _Crossing]) -> Iterator[np.ndarray]:
         program = self.parts[number][1]
         for other, (_, theirs) in enumerate(self.parts):
             if other != number and theirs.device is program.device:
                 self._leave(other)
         wanted = {entry.name for entry in program.lowered.inputs}
-        return program.results(**{name: value for name, value in values.items() if name in wanted})
+        here = {name: value for name, value in values.items() if name in wanted}
+        if missing := wanted - here.keys() - there.keys():
+            raise UsageError(f"input {', '.join(sorted(missing))} is missing")
+        places = program.prepare(here, there)
+        _cross([(there[name], places[name]) for name in places], program.device)
+        return program.started()
 
     def suspend(self, number: int) -> None:
         """Free what part ``number`` has on its device until it runs again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -285,7 +285,15 @@ class Executable:
 
         Raises :class:`UsageError` when the next one is asked for after the graph ran again or its memory was freed.
         """
-        self._run(inputs)
+        missing = {entry.name for entry in self.lowered.inputs} - inputs.keys()
+        if missing:
+            raise UsageError(f"input {', '.join(sorted(missing))} is missing")
+        self.prepare(inputs)
+        return self.started()
+
+    def started(self) -> Iterator[np.ndarray]:
+        """Run the graph with what its inputs hold; its outputs as :meth:`results` gives them."""
+        self.start()
         return self._read(self._runs)
 
     def _read(self, run: int) -> Iterator[np.ndarray]:
@@ -294,16 +302,10 @@ class Executable:
                 raise UsageError("these results are gone: the graph ran again, or its memory was freed")
             yield self._result(output)
 
-    def _run(self, inputs: Mapping[str, Any]) -> None:
-        missing = {entry.name for entry in self.lowered.inputs} - inputs.keys()
-        if missing:
-            raise UsageError(f"input {', '.join(sorted(missing))} is missing")
-        self.prepare(inputs)
-        self.start()
-
-    def prepare(self, inputs: Mapping[str, Any]) -> dict[str, list[Place]]:
+    def prepare(self, inputs: Mapping[str, Any], crossing: Container[str] = ()) -> dict[str, list[Place]]:
         """Send ``inputs`` as far as they changed, for :meth:`start`. Returns the places of all others, by name, which
-        the caller has to fill: each with the numbers in float32, dense. Raises :class:`UsageError` as a call does."""
+        the caller has to fill, dense: with numbers in float32, or with those of another graph's output of this type,
+        as they are, where it is ``crossing``. Raises :class:`UsageError` as a call does."""
         if self._bound_at != self._releases():
             self._free()
             self._bind()
@@ -317,7 +319,7 @@ class Executable:
         for entry in others:
             for leaf in entry.leaves:
                 self._sent.pop(leaf, None)
-                if leaf.type != F32:
+                if leaf.type != F32 and entry.name not in crossing:
                     raise UsageError(f"input {entry.name} is {leaf.type}: it can't be filled on the device")
         return {entry.name: [(self._io, self._offsets[leaf]) for leaf in entry.leaves] for entry in others}
 
@@ -336,6 +338,13 @@ class Executable:
                 raise UsageError("an output of the graph is no float32 array of its device")
             found.append((tuple(output.shape), (self._io, self._offsets[output.source])))
         return found
+
+    def output(self, number: int) -> tuple[Place, int]:
+        """Where output ``number``, which the graph computes, is when it has run, and its bytes."""
+        source = self.lowered.outputs[number].source
+        if not isinstance(source, Tensor):
+            raise UsageError(f"output {number} of the graph is a constant")
+        return (self._io, self._offsets[source]), source.nbytes
 
     def suspend(self) -> None:
         """Free the graph's memory until it is run again; the weights are their store's."""
