@@ -357,6 +357,7 @@ def test_a_real_compiler_and_what_it_keeps(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(compiling.Compiler, "_compiled", lambda _, job: failing(job))
     (path,) = tmp_path.iterdir()
     assert path.stat().st_mode & 0o077 == 0
+    assert path.name == job().key + compiling.SUFFIX
     again = Compiler(tmp_path)
     assert again.find(job(kept=False)).result(SECONDS) is None
     function = again.find(job()).result(SECONDS)
@@ -379,6 +380,26 @@ def test_a_real_compiler_and_what_it_keeps(tmp_path: Path, monkeypatch: pytest.M
     assert Compiler(tmp_path).warm(CPU, 1).result(SECONDS) == 0
     with pytest.raises(ComputeError, match="no compiler"):
         Compiler(tmp_path).ask(job()).result(SECONDS)
+
+
+def test_what_kernels_remember_goes_with_their_program(tmp_path: Path) -> None:
+    compiler = Compiler(tmp_path)
+    mine, theirs = (tmp_path / (name + compiling.TUNED) / "aa" for name in ("mine", "theirs"))
+    for folder in (mine, theirs):
+        folder.mkdir(parents=True)
+        (folder / "kernel.best_config").write_text("{}")
+    compiler._keep(tmp_path / ("mine" + compiling.SUFFIX), bytes(20), b"code")
+    assert mine.exists()
+    assert not theirs.parent.exists()
+    with compiler._tuned(job(), tmp_path) as folder:
+        assert folder == tmp_path / (job().key + compiling.TUNED)
+        assert not list(folder.iterdir())
+        (folder / "source.py").write_text("")
+    assert not folder.exists()
+    compiler.folder = tmp_path / "mine.compiled"  # a file
+    with compiler._tuned(job(), tmp_path) as folder:
+        assert folder == tmp_path / "inductor"
+    compiler.close()
 
 
 def test_a_device_that_compiles_nothing_has_nothing_to_load(tmp_path: Path) -> None:

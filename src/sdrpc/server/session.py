@@ -205,7 +205,8 @@ class Session:
 
     def _get_carriers(self, asked: messages.GetCarriers) -> messages.GetCarriersReply:
         self._end_carriers()
-        count = min(asked.carriers, self.limits.carriers, os.cpu_count() or 1)
+        places = self.limits.connections_of_address - self._account.connections
+        count = max(min(asked.carriers, self.limits.carriers, os.cpu_count() or 1, places), 0)
         if self._expected is None or self.visitor is None or not count:
             return messages.GetCarriersReply(0, bytes(TOKEN_BYTES))
         self.carriers = Carriers(self.visitor.owner, count)

@@ -37,6 +37,9 @@ Function = Callable[..., Sequence[Tensor]]
 Result = TypeVar("Result")
 
 SUFFIX = ".compiled"
+TUNED = ".tuned"
+"""Folders beside programs, in which Triton's kernels remember which of their forms is fastest: all are tried when one
+first runs, in seconds for a program. They know the folder by the path that it had when they were compiled."""
 MAGIC = b"sdrpc compiled 2\n"
 DIGEST_BYTES = 32
 BUDGET = 2 << 30
@@ -244,14 +247,17 @@ class Compiler:
         try:
             write_whole(path, _head(where, code) + code)
             shrink(self.folder, SUFFIX, BUDGET)
+            for tuned in self.folder.glob("*" + TUNED):
+                if not tuned.with_suffix(SUFFIX).exists():
+                    shutil.rmtree(tuned)
         except OSError as error:
             log.warning("%s: compiled programs are not kept: %s", self.folder, error.strerror)
 
     def _compiled(self, job: Job) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="sdrpc-compile-") as work:
+        with tempfile.TemporaryDirectory(prefix="sdrpc-compile-") as work, self._tuned(job, Path(work)) as tuned:
             result, said = Path(work) / "result", Path(work) / "said"
             with said.open("wb") as errors:
-                process = self._start(work, job.threads, errors)
+                process = self._start(work, tuned, job.threads, errors)
                 try:
                     code = _told(process, encode(job, result))
                 finally:
@@ -263,12 +269,27 @@ class Compiler:
                 raise ComputeError(f"compiling failed: {_last_line(said)}")
             return result.read_bytes()
 
-    def _start(self, work: str, threads: int, errors: BinaryIO) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def _tuned(self, job: Job, otherwise: Path) -> Iterator[Path]:
+        """The folder that kernels of ``job`` will remember, for the compiling process to work in: empty before and
+        after. ``otherwise``: where there can be none."""
+        folder = self.folder / (job.key + TUNED)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True, mode=0o700)
+        except OSError:
+            folder = otherwise / "inductor"
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _start(self, work: str, tuned: Path, threads: int, errors: BinaryIO) -> subprocess.Popen[bytes]:
         """The compiling process. It runs in its own empty folder, in which no module can stand before ours."""
         paths = [str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(work) / "inductor"),
+            "TORCHINDUCTOR_CACHE_DIR": str(tuned.resolve()),
             "TRITON_CACHE_DIR": str(Path(work) / "triton"),
             "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
         }
