@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/mypy --num-workers 2
 
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal $(AGAIN) -m 'not interop and not parity'
+	$(BIN)/pytest -n 2 --dist worksteal $(AGAIN) -m 'not interop and not parity' --ignore tests/interop --ignore tests/parity
 
 # ROUNDS of the suite beside two processes that use all that they get: what failed, and how often.
 steady: setup

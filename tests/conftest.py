@@ -31,11 +31,22 @@ settings.register_profile(
 settings.load_profile("sdrpc")
 
 
+@pytest.fixture(scope="session")
+def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of lowered graphs that all processes of this run share, because a capture takes seconds."""
+    here = tmp_path_factory.getbasetemp()
+    folder = (here.parent if hasattr(request.config, "workerinput") else here) / "graphs"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def no_graphs_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Offloaded modules find graphs of this session only."""
+def no_cache_from_outside(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands and offloaded modules find graphs of this run only, and nothing else that was kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "graphs").symlink_to(graphs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SDRPC_CACHE", str(tmp_path_factory.mktemp("graphs")))
+        patch.setenv("SDRPC_CACHE", str(folder))
         yield
 
 

@@ -16,7 +16,10 @@ from contextlib import contextmanager
 BUSY = 2
 """Processes beside the tests."""
 
-SUITE = (sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not interop and not parity")
+SUITE = (
+    sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not interop and not parity",
+    "--ignore", "tests/interop", "--ignore", "tests/parity",
+)  # fmt: skip
 """What `make test` runs, but that nothing is run once more."""
 
 

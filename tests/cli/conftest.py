@@ -31,14 +31,6 @@ def servers() -> Iterator[tuple[ServerProcess, ServerProcess]]:
         yield one, other
 
 
-@pytest.fixture(autouse=True, scope="session")
-def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lowered graphs of the tests stay out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SDRPC_CACHE", str(tmp_path_factory.mktemp("graphs")))
-        yield
-
-
 class Outcome:
     """What a run of sd-cli gave: exit status, standard output and standard error."""
 

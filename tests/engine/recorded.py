@@ -64,11 +64,11 @@ def contents(leaf: Tensor, rng: np.random.Generator) -> Array:
     if leaf.elements == 1:
         return np.full(shape, 500, np.float32)
     drawn = rng.standard_normal(min(leaf.elements, PERIOD), np.float32)
-    drawn = np.resize(drawn, leaf.elements).reshape(shape)
     if leaf.type.name == "F16":
         fan_in = leaf.elements // (leaf.ne[3] if leaf.ne[3] > 1 else leaf.ne[1])
         scale = 0.02 if "embedding" in leaf.name else fan_in**-0.5
-        return (drawn * np.float32(scale)).astype(np.float16)
+        return np.resize((drawn * np.float32(scale)).astype(np.float16), shape)
+    drawn = np.resize(drawn, shape)
     if leaf.name.endswith("weight") and leaf.ne[1] == 1:
         return 1 + np.float32(0.1) * drawn
     if leaf.name.endswith("bias"):

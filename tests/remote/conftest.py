@@ -21,12 +21,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 
 @pytest.fixture(scope="session")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of lowered graphs."""
-    return tmp_path_factory.mktemp("graphs")
-
-
-@pytest.fixture(scope="session")
 def cache(graphs: Path) -> Cache:
     return Cache(graphs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
@@ -122,10 +121,9 @@ def test_an_offloaded_module_finds_its_server_again(server: Restartable) -> None
                 each.close()  # type: ignore[operator]
 
 
-def sd_cli(*words: object, graphs: Path) -> subprocess.CompletedProcess[str]:
+def sd_cli(*words: object) -> subprocess.CompletedProcess[str]:
     command = [*SD_CLI, *map(str, words), "-t", "1"]
-    environment = os.environ | {"SDRPC_CACHE": str(graphs)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -134,7 +132,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_sd_cli_says_what_happens_and_goes_on(
-    server: Restartable, undisturbed: list[np.ndarray], tiny: Path, graphs: Path, tmp_path: Path
+    server: Restartable, undisturbed: list[np.ndarray], tiny: Path, tmp_path: Path
 ) -> None:
     drawing = ["-m", tiny, "-p", REQUEST.prompt, "-W", 64, "-H", 64, "--steps", REQUEST.steps, "-b", 2]
     drawing += ["--sampling-method", REQUEST.sampling_method, "-o", tmp_path / "%d.png"]
@@ -146,7 +144,7 @@ def test_sd_cli_says_what_happens_and_goes_on(
         started[0].start()
 
     with Trouble(server.port, 420, kill) as trouble:
-        done = sd_cli("--rpc", trouble.endpoint, *drawing, graphs=graphs)
+        done = sd_cli("--rpc", trouble.endpoint, *drawing)
     assert done.returncode == 0, done.stderr
     started[0].join()
     for number, picture in enumerate(undisturbed):
@@ -166,13 +164,13 @@ def nobody() -> Iterator[str]:
 
 
 def test_a_server_that_is_not_there_at_the_start(
-    server: Restartable, nobody: str, undisturbed: list[np.ndarray], tiny: Path, graphs: Path, tmp_path: Path
+    server: Restartable, nobody: str, undisturbed: list[np.ndarray], tiny: Path, tmp_path: Path
 ) -> None:
     """Keeps its number; who has another device goes on with that."""
     drawing = ["-m", tiny, "-p", REQUEST.prompt, "-W", 64, "-H", 64, "--steps", REQUEST.steps]
     drawing += ["--sampling-method", REQUEST.sampling_method, "-o", tmp_path / "x.png"]
     servers = ["--rpc", f"{nobody},127.0.0.1:{server.port}", "--backend", "diffusion=RPC0,RPC1"]
-    done = sd_cli(*servers, *drawing, graphs=graphs)
+    done = sd_cli(*servers, *drawing)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(pixels(tmp_path / "x.png"), undisturbed[0])
     refused = re.escape(
@@ -203,10 +201,10 @@ def test_a_server_that_wants_a_key_is_not_passed_over(server: Restartable, tmp_p
             pass
 
 
-def test_sd_cli_need_not_wait(server: Restartable, tiny: Path, graphs: Path, tmp_path: Path) -> None:
+def test_sd_cli_need_not_wait(server: Restartable, tiny: Path, tmp_path: Path) -> None:
     drawing = ["-m", tiny, "-p", "x", "-W", 64, "-H", 64, "--steps", 2, "-o", tmp_path / "x.png", "--rpc-retry", 0]
     with Trouble(server.port, 420, Passage.cut) as trouble:
-        done = sd_cli("--rpc", trouble.endpoint, *drawing, graphs=graphs)
+        done = sd_cli("--rpc", trouble.endpoint, *drawing)
     assert done.returncode == 1
     assert re.search(rf"^error: {trouble.endpoint}: the server hung up while .*$", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,26 +53,24 @@ PROMPTS = {
 
 
 class Servers(NamedTuple):
-    """Two rpc-server processes that compute in ``precision``, and the folder of the graphs that were captured."""
+    """Two rpc-server processes that compute in ``precision``."""
 
     precision: str
     rpc: str
-    graphs: Path
 
 
 @pytest.fixture(scope="session", params=["exact", "fast"])
-def servers(request: pytest.FixtureRequest, graphs: Path) -> Iterator[Servers]:
+def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
     options = ("--precision", request.param, "--device", "CPU")
     with ExitStack() as stack:
         started = [stack.enter_context(ServerProcess(*options)) for _ in range(2)]
-        yield Servers(request.param, ",".join(f"127.0.0.1:{server.port}" for server in started), graphs)
+        yield Servers(request.param, ",".join(f"127.0.0.1:{server.port}" for server in started))
 
 
 def draw(servers: Servers, path: Path, *options: str) -> str:
     """sd-cli as a process; what it wrote to standard error."""
     command = [*SD_CLI, "--rpc", servers.rpc, "--precision", servers.precision, "--threads", "1", *options]
-    environment = os.environ | {"SDRPC_CACHE": str(servers.graphs)}
-    ended = subprocess.run([*command, "-o", str(path)], env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stderr
 

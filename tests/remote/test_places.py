@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -153,19 +152,16 @@ def test_cancelling_ends_all_that_is_side_by_side(tiny: Path, devices: list[Devi
         assert len(list(session.generate(replace(REQUEST, steps=1)))) == 2, "the session goes on"
 
 
-def sd_cli(*words: object, graphs: Path) -> subprocess.CompletedProcess[str]:
+def sd_cli(*words: object) -> subprocess.CompletedProcess[str]:
     command = [*SD_CLI, *map(str, words), "-t", "1"]
-    environment = os.environ | {"SDRPC_CACHE": str(graphs)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_sd_cli_says_where_it_was_cut(
-    alone: list[np.ndarray], ports: list[int], tiny: Path, graphs: Path, tmp_path: Path
-) -> None:
+def test_sd_cli_says_where_it_was_cut(alone: list[np.ndarray], ports: list[int], tiny: Path, tmp_path: Path) -> None:
     drawing = ["-m", tiny, "-p", REQUEST.prompt, "-n", REQUEST.negative_prompt, "-W", 64, "-H", 64, "--steps", 2]
     servers = ",".join(f"127.0.0.1:{port}" for port in ports)
     place = ("--rpc", servers, "--backend", "all=RPC0,diffusion=RPC1&RPC0")
-    done = sd_cli(*drawing, "-v", *place, "-o", tmp_path / "x.png", graphs=graphs)
+    done = sd_cli(*drawing, "-v", *place, "-o", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     assert "clip_l on RPC0, diffusion on RPC1&RPC0, vae on RPC0" in done.stderr
     size = r"[\d.]+ MiB"
@@ -247,14 +243,14 @@ def test_layers_take_turns_where_there_is_little_room(
 
 
 def test_sd_cli_finds_a_place_for_everything(
-    alone: list[np.ndarray], ports: list[int], tiny: Path, graphs: Path, tmp_path: Path
+    alone: list[np.ndarray], ports: list[int], tiny: Path, tmp_path: Path
 ) -> None:
     """Whatever is fastest at the moment: what has room nowhere is cut, and it is drawn as planned."""
     drawing = ["-m", tiny, "-p", REQUEST.prompt, "-n", REQUEST.negative_prompt, "-W", 64, "-H", 64, "--steps", 2]
     servers = ("--rpc", ",".join(f"127.0.0.1:{port}" for port in ports), "--precision", "exact")
     most, rest = size_of("diffusion", tiny) * 7 // 10240, (size_of("clip_l", tiny) + size_of("vae", tiny)) // 1024 + 64
     small = ("--max-vram", f"{most}K,CPU={rest}K", "--backend", "te=CPU,vae=CPU,all=auto")
-    done = sd_cli(*drawing, *servers, *small, "-o", tmp_path / "x.png", graphs=graphs)
+    done = sd_cli(*drawing, *servers, *small, "-o", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     planned = {
         device: (float(room), parts)
