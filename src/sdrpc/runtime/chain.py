@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -121,6 +122,10 @@ class Turn:
             turns.__exit__()
 
 
+PIECE = 4 << 20
+"""Bytes of a value that are sent on while those behind them come."""
+
+
 class _Crossing(NamedTuple):
     """A value on the device that has computed it."""
 
@@ -131,14 +136,18 @@ class _Crossing(NamedTuple):
 
 def _cross(values: Sequence[tuple[_Crossing, Sequence[Place]]], device: Device) -> None:
     """Bring each value to its places on another ``device``."""
-    asked: list[tuple[Later, Sequence[Place]]] = []
-    for (source, place, nbytes), there in values:
-        if not all(source.copy_to(*place, nbytes, device, *at) for at in there):
-            asked.append((source.read_later(*place, nbytes), there))
-    for awaited, there in asked:
+    asked: deque[tuple[Later, list[Place]]] = deque()
+    for (source, (buffer, offset), nbytes), there in values:
+        if all(source.copy_to(buffer, offset, nbytes, device, *at) for at in there):
+            continue
+        for start in range(0, nbytes, PIECE):
+            awaited = source.read_later(buffer, offset + start, min(PIECE, nbytes - start))
+            asked.append((awaited, [(target, at + start) for target, at in there]))
+    while asked:
+        awaited, places = asked.popleft()
         data = awaited.wait()
-        for at in there:
-            device.write(*at, data)
+        for place in places:
+            device.write(*place, data)
 
 
 class Chained:
