@@ -8,6 +8,7 @@ them finds the others as they came. A program that wants them otherwise has them
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,8 @@ ALIGNMENT = 64
 """Of weights that are computed with where they lie: vector units, and compiled code, want a multiple of it."""
 PIECE = 1 << 18
 """Numbers that are changed at a time: what lies between stays in a processor's cache."""
+MAPPED = 1 << 18
+"""Bytes from which on memory is a mapping of its own: a process may have 65,530."""
 LEAST = 1 << 12
 """Bytes below which a weight is not worth the bookkeeping."""
 MOST = 1 << 14
@@ -67,27 +70,25 @@ def _loses(source: Source) -> bool:
 def changed(data: Tensor, source: Source) -> tuple[Tensor, Tensor | None] | None:
     """Change ``data``, the bytes of ``source``, to its format where they lie: the weight, which is a view of them, and
     what else it takes to change them back. None for numbers that could not be changed back (NaN). Nothing is changed
-    where there is no memory to do it."""
+    where an accelerator has no memory to do it."""
     dtype, (wanted, together, _) = DTYPES[source.type], source.format
-    shape, numbers, rest = shape_of(source.ne), data.view(dtype), None
+    shape, numbers, target, rest = shape_of(source.ne), data.view(dtype), data.view(wanted), None
     if _loses(source):
-        rounded = torch.empty(len(numbers), dtype=wanted, device=data.device)
-        rest = torch.empty(len(numbers) // 2, dtype=torch.uint8, device=data.device)
-        for at in range(0, len(numbers), PIECE):
-            piece = numbers[at : at + PIECE]
-            if int((piece.view(torch.int16) & MAGNITUDE).max()) > INFINITE:
-                return None
+        if any(int((piece & MAGNITUDE).max()) > INFINITE for piece in torch.split(data.view(torch.int16), PIECE)):
+            return None
+        rest = _lasting(len(numbers) // 2, data.device)
+    step = _step(source, data.device)
+    for at in range(0, len(numbers), step):
+        piece = numbers[at : at + step]
+        if rest is not None:
             pairs = piece.view(torch.int32)
-            rest[at // 2 : (at + PIECE) // 2] = (pairs & LOW) | ((pairs >> 12) & (LOW << 4))
-            rounded[at : at + PIECE] = piece.float()  # torch has no vector code for the way without
-        numbers = rounded
-    target = data.view(wanted)
-    if not together:
-        target.copy_(numbers)
-        return target.view(shape), rest
-    numbers = numbers.view(shape).contiguous(memory_format=torch.channels_last)
-    target.copy_(numbers.permute(0, 2, 3, 1).reshape(-1))
-    return target.as_strided(shape, _strides(shape), target.storage_offset()), rest
+            rest[at // 2 : (at + step) // 2] = (pairs & LOW) | ((pairs >> 12) & (LOW << 4))
+            piece = piece.float()  # torch has no vector code for the way without
+        if together:
+            images = piece.view(-1, *shape[1:]).to(wanted, memory_format=torch.channels_last)
+            piece = images.permute(0, 2, 3, 1).reshape(-1)
+        target[at : at + step].copy_(piece)
+    return target.as_strided(shape, _strides(shape, together), target.storage_offset()), rest
 
 
 def changed_back(data: Tensor, source: Source, rest: Tensor | None) -> Tensor:
@@ -107,10 +108,32 @@ def changed_back(data: Tensor, source: Source, rest: Tensor | None) -> Tensor:
     return result.view(torch.uint8)
 
 
-def _strides(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Of a tensor whose channels lie together."""
+def _lasting(size: int, device: torch.device) -> Tensor:
+    """Memory of ``size`` bytes that will be used for long. The CPU's is not the heap's, where it would lie between what
+    a run takes and gives back: gaps as large as the largest weights would stay."""
+    if device.type != "cpu" or size < MAPPED or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size)
+
+
+def _step(source: Source, device: torch.device) -> int:
+    """Numbers that are changed at a time, so many outputs of a kernel: each has the same bytes in both orders. On a CPU
+    few: gaps as large as the largest weights would stay in its heap. An accelerator may lack memory for a piece when
+    others are changed already, so there it is all of them."""
+    if device.type != "cpu":
+        return prod(source.ne)
+    output = prod(source.ne[:3]) if source.format.channels_last else 1
+    pair = output * (1 + output % 2)  # float16 are looked at two by two
+    return pair * max(PIECE // pair, 1)
+
+
+def _strides(shape: tuple[int, int, int, int], together: bool = True) -> tuple[int, int, int, int]:
+    """Of a tensor whose channels lie ``together``, or of a dense one."""
     _, channels, height, width = shape
-    return channels * height * width, 1, width * channels, channels
+    if together:
+        return channels * height * width, 1, width * channels, channels
+    return channels * height * width, height * width, width, 1
 
 
 @dataclass(eq=False)
