@@ -12,7 +12,8 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	# what is never imported, two thirds of it, need not be compiled
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	# without torchvision, which spandrel asks for and we don't: the registry's does not load beside a CPU's torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps spandrel einops
 	touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from tests.cli.terminal import in_terminal
 from tests.cli.test_sd_cli import SMALL, Servers, rpc
 from tests.interop.tap import Tap
 from tests.server.conftest import eventually
-from tests.support.process import ServerProcess
+from tests.support.process import ServerProcess, lasting_port
 
 Sd = Callable[..., Outcome]
 
@@ -280,12 +281,8 @@ def test_other_streams_closed(servers: Servers, checkpoint: Path, tmp_path: Path
 
 
 def test_stdout_closed_at_a_server() -> None:
-    """It serves; where, it says nowhere, so the port is a fixed one that is free now."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """It serves; where, it says nowhere, so the port is a fixed one."""
+    port = lasting_port()
     script = f"exec {sys.executable} -m sdrpc rpc-server -p {port} --device CPU >&-"
     with subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE, text=True) as process:
 

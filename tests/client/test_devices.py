@@ -39,13 +39,13 @@ from tests.wire.examples import DIALECTS
 
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 OURS = Capability.ERRORS | Capability.MANAGED
-QUICK = Timeouts(connect=2.0, answer=2.0)
+PATIENT = Timeouts(connect=60.0, answer=60.0)
 
 
 @contextmanager
 def connected(server: Scripted, **options: object) -> Iterator[RemoteDevice]:
     with server.listening():
-        device, *_ = connect([server.endpoint], QUICK, **options)  # type: ignore[arg-type]
+        device, *_ = connect([server.endpoint], PATIENT, **options)  # type: ignore[arg-type]
         try:
             yield device
         finally:
@@ -108,11 +108,11 @@ def test_version_and_name_length_are_found_out(dialect: Dialect) -> None:
 def test_an_unusual_name_length_has_to_be_told() -> None:
     server = Scripted(name_length=96)
     with server.listening(), pytest.raises(ConnectionFailed, match="names of 64, 128, 160 bytes; if it was built"):
-        connect([server.endpoint], QUICK)
+        connect([server.endpoint], PATIENT)
     with connected(Scripted(name_length=96), name_length=96) as device:
         device.write(device.allocate(4), 0, b"abcd")
     with pytest.raises(UsageError, match="a name length of 97"):
-        connect([], QUICK, name_length=97)
+        connect([], PATIENT, name_length=97)
 
 
 def test_our_servers_are_asked_nothing_about_names() -> None:
@@ -131,7 +131,7 @@ def test_a_server_of_ours_without_managed_graphs() -> None:
 def test_names_count_across_servers() -> None:
     first, second = Scripted(devices=2), Scripted(devices=3)
     with first.listening(), second.listening():
-        devices = connect([second.endpoint, first.endpoint], QUICK)
+        devices = connect([second.endpoint, first.endpoint], PATIENT)
         assert [device.name for device in devices] == ["RPC0", "RPC1", "RPC2", "RPC3", "RPC4"]
         assert devices[3].description.startswith(f"{first.endpoint}, device 0 ")
         buffers = [device.allocate(64) for device in devices]
@@ -145,7 +145,7 @@ def test_names_count_across_servers() -> None:
 
 def test_the_connection_ends_with_the_last_device() -> None:
     with Scripted(devices=2).listening() as server:
-        first, second = connect([server.endpoint], QUICK)
+        first, second = connect([server.endpoint], PATIENT)
         first.close()
         first.close()
         assert second.memory()
@@ -164,14 +164,14 @@ def test_a_server_that_is_not_there_is_named_and_the_others_are_left() -> None:
         endpoint = gone.endpoint
     with Scripted().listening() as server:
         with pytest.raises(ConnectionFailed, match=f"{endpoint}: nobody answers") as raised:
-            connect([server.endpoint, endpoint], QUICK)
+            connect([server.endpoint, endpoint], PATIENT)
         assert raised.value.endpoint == endpoint
-        connect([server.endpoint], QUICK)[0].close()  # a server for one client at a time is free again
+        connect([server.endpoint], PATIENT)[0].close()  # a server for one client at a time is free again
 
 
 def test_names_that_are_no_hosts() -> None:
     with pytest.raises(ConnectionFailed, match="nobody answers"):
-        connect(["x" * 300 + ":50052"], QUICK)
+        connect(["x" * 300 + ":50052"], PATIENT)
 
 
 def test_large_data_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ def test_both_sides_count_graphs_alike() -> None:
 def test_each_device_has_its_own_last_graph() -> None:
     server = Scripted(dialects()["7.0.0"], devices=2, on_graph=doubling)
     with server.listening():
-        devices = connect([server.endpoint], QUICK)
+        devices = connect([server.endpoint], PATIENT)
         programs = []
         for device in devices:
             buffer = device.allocate(256)
@@ -412,7 +412,7 @@ def test_versions() -> None:
     for reply, theirs in ((bytes([9, 0, 0]), "9.0.0"), (bytes([6, 1, 0]), "6.1.0"), (bytes([0, 0, 0]), "0.0.0")):
         server = Scripted(hello=raw(reply + bytes(25)))
         with server.listening(), pytest.raises(VersionMismatch, match=f"speaks RPC protocol {theirs}") as raised:
-            connect([server.endpoint], QUICK)
+            connect([server.endpoint], PATIENT)
         assert raised.value.endpoint == server.endpoint
 
 
@@ -424,7 +424,7 @@ def test_a_newer_patch_is_its_older_sibling() -> None:
 
 def test_through_a_proxy() -> None:
     with Scripted().listening() as server, Proxy(server.port).listening() as proxy:
-        (device,) = connect([proxy.endpoint], QUICK)
+        (device,) = connect([proxy.endpoint], PATIENT)
         buffer = device.allocate(1 << 20)
         device.write(buffer, 0, bytes(range(256)) * 4096)
         assert bytes(device.read(buffer, 0, 512)) == bytes(range(256)) * 2

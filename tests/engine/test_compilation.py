@@ -418,9 +418,9 @@ def test_a_queue_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(compiling, "WAITING", 0)
     full = Compiler(tmp_path)
     with pytest.raises(ComputeError, match="too many"):
-        full.ask(job()).result(10)
-    assert full.find(job()).result(10) is None
+        full.ask(job()).result(SECONDS)
+    assert full.find(job()).result(SECONDS) is None
     full.close()
     with pytest.raises(ComputeError):
-        full.ask(job()).result(10)
-    assert full.find(job()).result(10) is None
+        full.ask(job()).result(SECONDS)
+    assert full.find(job()).result(SECONDS) is None

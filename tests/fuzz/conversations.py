@@ -145,7 +145,7 @@ def machine(house: House) -> type[RuleBasedStateMachine]:
         @rule(data=st.binary(max_size=200), first=st.sampled_from([b"", b"\x16\x03\x01", b"\x0e"]))
         def somebody_says_anything(self, data: bytes, first: bytes) -> None:
             house.messages += 1
-            with socket.create_connection(("127.0.0.1", house.server.port), 20) as sock, suppress(OSError):
+            with socket.create_connection(("127.0.0.1", house.server.port), 120) as sock, suppress(OSError):
                 sock.sendall(first + data)
 
         @rule(talker=talkers, size=SIZES)

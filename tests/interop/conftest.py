@@ -22,6 +22,7 @@ from sdrpc.engine.precision import EXACT, GGML, Precision
 from sdrpc.server import Server
 from tests.interop import worker
 from tests.support import ggml
+from tests.support.process import lasting_port
 
 OLDER = [protocol for protocol in ggml.FOLDERS if protocol != ggml.NEWEST and ggml.FOLDERS[protocol].is_dir()]
 """Protocol versions of the other ggmls that have been built."""
@@ -98,8 +99,7 @@ class NativeServer:
     def __init__(self, devices: int, protocol: str = ggml.NEWEST, cache: Path | None = None) -> None:
         self._devices, self._protocol = devices, protocol
         self._cache = None if cache is None else str(cache)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        self.endpoint = f"127.0.0.1:{lasting_port()}"
         self.start()
 
     def start(self) -> None:

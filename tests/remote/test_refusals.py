@@ -125,7 +125,7 @@ def test_who_asks_without_a_pause_is_told_as_well() -> None:
         uploading.start()
         time.sleep(0.3)
         server.stop()
-        uploading.join(20)
+        uploading.join(120)
         assert isinstance(asked[0], ServerStopping | ConnectionLost)
 
 

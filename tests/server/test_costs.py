@@ -346,7 +346,7 @@ def test_07_idle_connections_lock_nobody_out(server: ServerProcess, works: Adder
     with ExitStack() as idle:
         served = 0
         for i in range(300):
-            connection = idle.enter_context(socket.create_connection(("127.0.0.1", server.port), 20))
+            connection = idle.enter_context(socket.create_connection(("127.0.0.1", server.port), 120))
             if i % 2:
                 connection.sendall(pack("<BQ", Command.HELLO, 24) + bytes(24))
 

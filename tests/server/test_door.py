@@ -233,7 +233,7 @@ def test_broken_tls_ends_with_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, behaviour: tuple[str, bytes]
 ) -> None:
     house = House(tmp_path, limits=Limits(hello_seconds=0.5))
-    with house.server, socket.create_connection(("127.0.0.1", house.port), 20) as sock:
+    with house.server, socket.create_connection(("127.0.0.1", house.port), 120) as sock:
         name = "{}:{}".format(*sock.getsockname())
         sock.sendall(behaviour[1])
         with suppress(ConnectionResetError):
@@ -250,7 +250,7 @@ def test_anything_in_the_place_of_a_key(house: House, caplog: pytest.LogCaptureF
     key = house.ring.add("laptop").key
     offer = encode_offer(nonce(), [key.id])
     for said, answer in ((b"GET / HTTP/1.1\r\n" + bytes(41), 0), (offer[:-8], 0), (offer + bytes(32), 67)):
-        with secured(endpoint, socket.create_connection(endpoint, 20)) as sock:
+        with secured(endpoint, socket.create_connection(endpoint, 120)) as sock:
             sock.sendall(said)
             if len(said) < len(offer):
                 socket.socket.shutdown(sock, socket.SHUT_WR)
@@ -353,7 +353,7 @@ def test_coming_and_going_does_not_fill_the_log(tmp_path: Path, caplog: pytest.L
     house = House(tmp_path, limits=Limits(attempts=3, linger_seconds=0.0))
     with house.server:
         for coming in range(1, 9):
-            with socket.create_connection(("127.0.0.1", house.port), 20) as sock:
+            with socket.create_connection(("127.0.0.1", house.port), 120) as sock:
                 sock.sendall(says)
             assert eventually(lambda coming=coming: len(caplog.records) == coming)  # type: ignore[misc]
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 3
@@ -493,11 +493,13 @@ def test_a_damaged_certificate_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_slow_handshake_ends_in_time(tmp_path: Path) -> None:
     """A byte now and then does not hold a place for longer than a client may take to greet."""
     house = House(tmp_path, limits=Limits(hello_seconds=1.0))
-    with house.server, socket.create_connection(("127.0.0.1", house.port), 20) as sock:
-        began = time.monotonic()
-        with suppress(OSError):
-            for byte in b"\x16\x03\x01\x02\x00\x01" + bytes(500):
-                sock.sendall(bytes([byte]))
-                time.sleep(0.05)
+
+    def drip(sock: socket.socket) -> None:
+        for byte in b"\x16\x03\x01\x02\x00\x01" + bytes(500):
+            sock.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    with house.server, socket.create_connection(("127.0.0.1", house.port), 120) as sock:
+        with pytest.raises(OSError, match=r"reset|pipe"):  # long before the last byte, after 25 seconds
+            drip(sock)
         assert eventually(lambda: house.server.clients == 0)
-        assert time.monotonic() - began < 20, "all of it would take 25 seconds"

@@ -3,8 +3,11 @@ bits, and a client that would have the server listen or connect somewhere."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from struct import pack
 
 import numpy as np
@@ -147,9 +150,14 @@ def test_weights_that_are_kept_converted_are_made_anew(device: CountingDevice) -
 
 
 def listening() -> set[str]:
-    """The ports on which this machine listens, as the system names them."""
+    """The ports on which this process listens, as the system names them. (Other tests' servers come and go.)"""
+    own = set()
+    for handle in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it was that of the folder, or is closed by another thread
+            own.add(os.readlink(handle))
     with open("/proc/net/tcp") as table:
-        return {line.split()[1] for line in table if line.split()[3] == "0A"}
+        rows = [line.split() for line in table]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2**32 - 1])

@@ -199,7 +199,7 @@ def is_idle(scene: Scene) -> None:
 
 
 def says_nothing(scene: Scene) -> None:
-    with socket.create_connection(("127.0.0.1", scene.port), 20):
+    with socket.create_connection(("127.0.0.1", scene.port), 120):
         time.sleep(random.random() * 3)
 
 
@@ -234,7 +234,7 @@ def is_greedy(scene: Scene) -> None:
 
 
 def talks_nonsense(scene: Scene) -> None:
-    with socket.create_connection(("127.0.0.1", scene.port), 20) as connection, suppress(*GONE):
+    with socket.create_connection(("127.0.0.1", scene.port), 120) as connection, suppress(*GONE):
         connection.sendall(random.choice([b"GET / HTTP/1.1\r\n\r\n", random.randbytes(200), b"\x0e" + bytes(31)]))
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(1 << 16):

@@ -23,7 +23,7 @@ from sdrpc.wire.records import Record, encode_records
 
 FORK = {"QUANTIZE_I8_CONVROT": 101}
 """Operations of stable-diffusion.cpp's own, as its protocol 5.0.1 numbered them at first."""
-SECONDS = 20.0
+SECONDS = 120.0
 """How long a server may take to answer; far more than any of these tests needs."""
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +21,18 @@ from typing import TypeVar
 START_SECONDS = 240.0
 
 P = TypeVar("P", bound="Listening")
+
+PORTS = range(15_000, 30_000)
+"""Below those that systems give to who asks for any (on Linux 32768 and on)."""
+
+
+def lasting_port() -> int:
+    """A free port of this machine that it gives to nobody else meanwhile: for a server that starts later, or again."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)  # hypothesis seeds the others alike in all processes
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Listening:
@@ -46,7 +61,7 @@ class Listening:
     def output(self) -> str:
         return "".join(self.lines)
 
-    def wait(self, seconds: float = 20.0) -> int:
+    def wait(self, seconds: float = 120.0) -> int:
         """Its exit status, with all of its output read."""
         status = self.process.wait(seconds)
         self._reader.join(seconds)
@@ -55,7 +70,7 @@ class Listening:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Its exit status after a signal."""
         self.process.send_signal(number)
-        return self.wait(60)
+        return self.wait()
 
     def __enter__(self: P) -> P:
         return self

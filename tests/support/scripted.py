@@ -70,7 +70,7 @@ class Scripted:
                 yield self
             finally:
                 listener.shutdown(socket.SHUT_RDWR)
-                thread.join(10)
+                thread.join(60)
         assert not self.problems, self.problems
 
     def _serve(self, listener: socket.socket) -> None:
@@ -209,7 +209,7 @@ class Proxy:
             finally:
                 self._done.set()
                 listener.shutdown(socket.SHUT_RDWR)
-                thread.join(10)
+                thread.join(60)
 
     def _serve(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ def sink() -> Iterator[str]:
         thread = threading.Thread(target=_serve, args=(listener,), daemon=True)
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
-        thread.join(10)
+        thread.join(60)
 
 
 def _serve(listener: socket.socket) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.interop.tap import COMMANDS, HEADER
-from tests.support.process import ServerProcess
+from tests.support.process import ServerProcess, lasting_port
 
 PIECE = 1 << 16
 
@@ -26,8 +26,8 @@ class Restartable:
     def __init__(self, *options: str, state: Path | None = None) -> None:
         self._options, self._state = options, state
         self._stack = ExitStack()
-        self.server = self._stack.enter_context(ServerProcess(*options, state=state))
-        self.port = self.server.port
+        self.port = lasting_port()
+        self.start()
 
     def __enter__(self) -> Restartable:
         return self
@@ -124,7 +124,7 @@ class Passage:
     def end(self) -> None:
         self.cut()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
         self.client.close()
         self.server.close()
 
@@ -205,7 +205,7 @@ class Wire:
         for line in self._lines:
             line.cut()
         for thread in list(self._threads):
-            thread.join(10)
+            thread.join(60)
         self._listening.close()
         for line in self._lines:
             line.close()
