@@ -6,9 +6,12 @@ pipeline with the same weights, noise, levels of noise and Euler's method; ours 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,14 @@ from sdrpc.diffusion.session import Session
 from sdrpc.families.ltx2 import sound_length
 from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
+from sdrpc.storage import write_whole
 from tests.support.references.draw import Drawing, draw, psnr
 from tests.support.references.draw import Picture as Drawn
 from tools.checkpoints import Made, make
 from tools.checkpoints.formats import FORMATS as QUANTIZED
 from tools.checkpoints.numbers import PLAIN
+from tools.checkpoints.tokenizers import VOCABULARIES
+from tools.native_ggml import CACHE
 
 WIDTH, HEIGHT, STEPS, SEED = 128, 64, 3, 42
 FRAMES = {"wan": 4, "ltx": 8}
@@ -184,7 +190,41 @@ def _made(folder: Path, case: Case) -> Made:
 
 @cache
 def _wanted(folder: Path, case: Case) -> Drawn:
-    return draw(_made(folder, case).pipeline(), drawing(case))
+    """Kept outside the clone: ``make interop`` compares with the same pictures, and drawing them takes a minute."""
+    path = KEPT / f"{case}-{_how_drawn(case)}.npz"
+    if path.is_file():
+        with np.load(path) as kept:
+            return Drawn(**kept)
+    drawn = draw(_made(folder, case).pipeline(), drawing(case))
+    made = io.BytesIO()
+    np.savez(made, **{name: array for name, array in drawn._asdict().items() if array is not None})
+    write_whole(path, made.getvalue())
+    return drawn
+
+
+KEPT = CACHE / "pictures"
+WHO_DRAWS = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "gguf")
+
+
+def _how_drawn(case: Case) -> str:
+    """A digest of all that decides what diffusers draws: who makes the weights, what is asked for, and versions."""
+    asked = {name: _plain(value) for name, value in vars(drawing(case)).items()}
+    about = repr((_sources(), [version(name) for name in WHO_DRAWS], asked))
+    return blake2b(about.encode(), digest_size=12).hexdigest()
+
+
+@cache
+def _sources() -> str:
+    root = Path(__file__).parents[2]
+    folders = (root / "tools" / "checkpoints", root / "tests" / "support" / "references")
+    files = [*(path for folder in folders for path in folder.glob("*.py")), *VOCABULARIES.iterdir()]
+    return blake2b(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [*map(_plain, value)]
+    return blake2b(np.asarray(value).tobytes()).digest() if isinstance(value, np.ndarray | Image.Image) else value
 
 
 @dataclass(frozen=True)
