@@ -32,6 +32,8 @@ from .step import until_compiled
 PART = "unet"
 PROTOCOL = "5.0.1"
 """stable-diffusion.cpp's."""
+NAME_LENGTH = 160
+"""Bytes of a tensor's name there."""
 ASKED = "FLASH_ATTN_EXT", 3
 """What its allocator asks the size of, three times for each, before every graph."""
 WARM, ROUNDS = 5, 20
@@ -55,7 +57,7 @@ def run(setup: Setup) -> Iterator[Row]:
     what = f"recorded sd-cli, 128×128, {setup.variant}"
     with ExitStack() as stack:
         server = stack.enter_context(setup.server(setup.variant, "--protocol", PROTOCOL))
-        client = RawClient(server.port, dialect)
+        client = RawClient(server.port, dialect, NAME_LENGTH)
         stack.callback(client.socket.close)
         buffers = {number: client.buffer(size) for number, size in recorded.sizes.items()}
         commands = _commands(client, recorded, buffers, dialect)
