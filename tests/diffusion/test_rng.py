@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdrpc.diffusion import libm
-from sdrpc.diffusion.rng import RNGS, make_rng
+from sdrpc.diffusion.rng import BLOCK, RNGS, Philox, make_rng
 from sdrpc.errors import InvalidValue
 
 
@@ -20,6 +20,13 @@ def test_noise_has_the_bits_of_sd_cpp(sdcpp: dict[str, Any]) -> None:
         rng = make_rng(name, int(seed))
         drawn = b"".join(rng.normal(int(size)).astype("<f4").tobytes() for size in sizes.split(","))
         assert sha256(drawn).hexdigest() == digest, key
+
+
+def test_noise_of_several_blocks_is_that_of_one() -> None:
+    count = 2 * BLOCK + 5
+    rng, whole = Philox(1 << 40 | 3), Philox(1 << 40 | 3)
+    for offset in range(2):
+        np.testing.assert_array_equal(rng.normal(count), whole._some(offset, 0, count))
 
 
 @pytest.mark.parametrize("name", ["log", "sin", "cos"])

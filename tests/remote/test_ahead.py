@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from bench.proxy import CountingProxy
 from sdrpc.client import connect
+from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
@@ -24,7 +25,10 @@ from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import Cancelled
 from sdrpc.families.model import ModelFiles, open_model
+from sdrpc.runtime.ahead import DeviceArray
 from sdrpc.runtime.cache import Cache
+from tests.support import pictures
+from tests.support.pictures import Case, Checkpoints
 from tests.support.process import ServerProcess
 from tests.support.trouble import Passage, Trouble
 
@@ -72,6 +76,35 @@ def test_the_picture_is_the_same(sampler: str, server: ServerProcess, tiny: Path
     assert sampling.count("GET_TENSOR") <= STEPS * (2 if sampler == "heun" else 1) + 4, (
         "looks, latents, texts, a picture"
     )
+
+
+def test_a_film_stays_there_too(
+    server: ServerProcess, checkpoints: Checkpoints, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("wan", "safetensors")
+    wanted = replace(pictures.request(case), steps=STEPS, sampling_method="euler")
+    stayed: list[bool] = []
+    predict = Session.predict
+
+    def watched(self: Session, latents: Any, *others: Any, **named: Any) -> Any:
+        predicted = predict(self, latents, *others, **named)
+        stayed.append(isinstance(latents, DeviceArray) and isinstance(predicted, DeviceArray))
+        return predicted
+
+    def drawn(device: Device) -> np.ndarray:
+        with Session.open(checkpoints.files(case), device, cache) as session:
+            (film,) = session.generate_video(wanted)
+            return np.stack(list(film.frames))
+
+    monkeypatch.setattr(Session, "predict", watched)
+    (device,) = connect([f"127.0.0.1:{server.port}"])
+    found = drawn(device)
+    device.close()
+    assert len(stayed) >= STEPS
+    assert all(stayed)
+    local = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    np.testing.assert_array_equal(found, drawn(local))
+    local.close()
 
 
 def test_what_a_controlnet_gives_stays_there(server: ServerProcess, tiny: Path, cache: Cache, tmp_path: Path) -> None:

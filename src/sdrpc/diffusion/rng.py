@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,11 @@ from ..errors import InvalidValue
 from . import libm
 
 F32 = NDArray[np.float32]
+
+BLOCK = 1 << 15
+"""Values that Philox makes at a time: what lies between them stays in a core's cache."""
+THREADS = 4
+_WORD, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class Rng(Protocol):
@@ -42,41 +48,43 @@ class Philox:
         self._offset = 0
 
     def normal(self, count: int) -> F32:
-        first, second = self._words(count)
-        self._offset += 1
+        values = np.empty(count, np.float32)
+        offset, self._offset = self._offset, self._offset + 1
+
+        def fill(start: int) -> None:
+            part = values[start : start + BLOCK]
+            part[:] = self._some(offset, start, len(part))
+
+        if count <= BLOCK:
+            fill(0)
+        else:
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(fill, range(0, count, BLOCK)))
+        return values
+
+    def _some(self, offset: int, start: int, count: int) -> F32:
+        """Values ``start`` … ``start + count - 1`` of the call with this ``offset``."""
         inverse = np.float32(2.3283064e-10)
         inverse_2pi = inverse * np.float32(6.2831855)
-        u = first.astype(np.float32) * inverse + inverse / np.float32(2)
-        v = second.astype(np.float32) * inverse_2pi + inverse_2pi / np.float32(2)
+        first, second = (words.astype(np.uint32).astype(np.float32) for words in self._words(offset, start, count))
+        u = first * inverse + inverse / np.float32(2)
+        v = second * inverse_2pi + inverse_2pi / np.float32(2)
         # there log, sqrt and sin are C's double precision functions; the radius is kept as a float
         radius = np.sqrt(-2.0 * np.log(u.astype(np.float64))).astype(np.float32)
         return (radius * np.sin(v.astype(np.float64))).astype(np.float32)
 
-    def _words(self, count: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """The first two of the four words that Philox makes of each counter (offset, 0, i, 0)."""
-        zero = np.zeros(count, np.uint32)
-        counter = [zero + np.uint32(self._offset), zero, np.arange(count, dtype=np.uint32), zero]
-        key = list(self._key)
+    def _words(self, offset: int, start: int, count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """The first two of the four words (32 bits, held in 64) that Philox makes of each counter (offset, 0, i, 0)."""
+        none = np.zeros(count, np.uint64)
+        a, b, c, d = none + np.uint64(offset), none, np.arange(start, start + count, dtype=np.uint64), none
+        key = self._key
         for _ in range(self._ROUNDS):
-            low, high = (word * m for word, m in zip(map(_wide, counter[::2]), self._MULTIPLIERS, strict=True))
-            counter = [
-                _high(high) ^ counter[1] ^ np.uint32(key[0]), _low(high),
-                _high(low) ^ counter[3] ^ np.uint32(key[1]), _low(low),
-            ]  # fmt: skip
-            key = [(word + weyl) & 0xFFFFFFFF for word, weyl in zip(key, self._WEYL, strict=True)]
-        return counter[0], counter[1]
-
-
-def _wide(words: NDArray[np.uint32]) -> NDArray[np.uint64]:
-    return words.astype(np.uint64)
-
-
-def _high(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    return (words >> np.uint64(32)).astype(np.uint32)
-
-
-def _low(words: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+            low, high = a * self._MULTIPLIERS[0], c * self._MULTIPLIERS[1]
+            a = (high >> _WORD) ^ b ^ np.uint64(key[0])
+            c = (low >> _WORD) ^ d ^ np.uint64(key[1])
+            b, d = high & _LOW, low & _LOW
+            key = ((key[0] + self._WEYL[0]) & 0xFFFFFFFF, (key[1] + self._WEYL[1]) & 0xFFFFFFFF)
+        return a, b
 
 
 class MersenneTwister:

@@ -558,7 +558,8 @@ class Session:
         """Whether drawing asks for no numbers between its steps."""
         family = self.model.family
         looks = isinstance(settings.cache, easycache.Options), settings.previews, family.tempered
-        return not (any(looks) or self.model.frames)
+        # two models that draw one film's halves may be on different devices
+        return not (any(looks) or HIGH_NOISE in self.model.components)
 
     def _sample(
         self,

@@ -278,7 +278,7 @@ class Ahead:
             return other.ahead is self and other.shape == array.shape
         if isinstance(other, np.ndarray):
             fits = other.ndim == len(array.shape) and all(
-                b in (1, a) for a, b in zip(array.shape, other.shape, strict=True)
+                b in (1, a) for a, b in zip(ranked(array.shape), ranked(other.shape), strict=True)
             )
             return other.dtype == np.float32 and fits
         return type(other) in (np.float32, float, int)
@@ -586,6 +586,11 @@ class _Writer:
         return len(self._lines) - 1
 
 
+def ranked(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` with at most four dimensions, as ggml has them: films have one more, and the first ones become one."""
+    return shape if len(shape) <= 4 else (prod(shape[:-3]), *shape[-3:])
+
+
 def _graph(lines: Sequence[Line]) -> Graph:
     tensors: list[Tensor] = []
     nodes: list[Tensor] = []
@@ -593,7 +598,7 @@ def _graph(lines: Sequence[Line]) -> Graph:
         sources = [tensors[number] for number in operands]
         if not op:
             assert place is not None  # noqa: S101
-            tensors.append(build.leaf(F32, *reversed(shape), buffer=place[0], offset=place[1]))
+            tensors.append(build.leaf(F32, *reversed(ranked(shape)), buffer=place[0], offset=place[1]))
             continue
         if op == "CONT":
             tensor = build.cont(sources[0], *sources[0].ne)
