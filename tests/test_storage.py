@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from sdrpc import content, storage
+from sdrpc.client import Keychain
+from sdrpc.client.endpoint import Endpoint
 from sdrpc.client.names import Names
 from sdrpc.errors import UsageError
 from sdrpc.ggml.weight import Origin
@@ -144,6 +146,7 @@ def test_names_survive_a_folder_that_is_a_file(tmp_path: Path) -> None:
     names.save()
     assert names.get(Origin("f", "0")) == bytes(32)
     assert Learning(tmp_path / "file" / "clients.json").dialect
+    assert Keychain(path=tmp_path / "file" / "servers.json").credentials(Endpoint("box", 50052)) == []
 
 
 @pytest.mark.parametrize(

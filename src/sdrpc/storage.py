@@ -81,11 +81,18 @@ def make_own(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.lstat()
     except OSError as error:
-        raise UsageError(f"{folder}: {error.strerror or error}; set SDRPC_CACHE to choose another place") from error
+        raise UsageError(f"{folder}: {error.strerror or error}{_remedy(folder)}") from error
     if not stat.S_ISDIR(facts.st_mode):
-        raise UsageError(f"{folder} is a symbolic link; set SDRPC_CACHE to choose another place")
+        raise UsageError(f"{folder} is a symbolic link{_remedy(folder)}")
     if not is_mine(facts) or (hasattr(os, "getuid") and facts.st_mode & 0o022):
         raise UsageError(f"others can write to {folder}: it must be yours alone (chmod 700)")
+
+
+def _remedy(folder: Path) -> str:
+    """How the user chooses another place for one of our own folders."""
+    places = {"SDRPC_STATE": state_folder(), "SDRPC_CACHE": cache_folder("x").parent}
+    variable = next((name for name, place in places.items() if folder.is_relative_to(place)), None)
+    return f"; set {variable} to choose another place" if variable else ""
 
 
 # --- writing
@@ -169,10 +176,11 @@ def read_secret(path: Path, most: int) -> bytes | None:
     """
     try:
         facts = path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
+        remedy = "; HOME, or SDRPC_STATE, must be a folder of yours" if isinstance(error, PermissionError) else ""
+        raise UsageError(f"{path}: {error.strerror or error}{remedy}") from error
     if hasattr(os, "getuid") and stat.S_ISREG(facts.st_mode) and facts.st_mode & 0o077:
         raise UsageError(f"others can read {path}: it must be yours alone (chmod 600)")
     data = read_own(path, most)

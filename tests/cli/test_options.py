@@ -105,6 +105,9 @@ BAD_VALUES = [
         ("-n", "(" * 80 + "cat"),
         r"--negative-prompt .*: the weight 2048\.\d+ of 'cat' is beyond 1000: brackets multiply",
     ),
+    (("-p", "x", "--cache-option", "Fn=1"), r"--cache-option Fn=1: says something of a --cache-mode, and none is"),
+    (("-p", "x", "--scm-mask", "1,0"), r"--scm-mask 1,0: is of --cache-mode dbcache"),
+    (("-p", "x", "--cache-mode", "dbcache", "--cache-option", "Fn=1,Fn=2"), r"--cache-option .*: Fn is given twice"),
     (("-o", ""), r"--output ''"),
     (("-o", "picture.gif"), r"--output picture\.gif: pictures are written as \.png"),
     (("--rpc", "http://box:1", "--list-devices"), r"without http://"),
@@ -146,10 +149,10 @@ def test_without_arguments_there_is_help(sd: Sd) -> None:
     assert "Usage: sd-cli" in outcome.out
 
 
-IDLE = {"cache_option": "threshold=0.1", "hires_upscaler": "Lanczos", "preview_path": "x.png", "skip_layers": "7"}
-IDLE |= {"metadata_format": "json", "scm_mask": "1,0", "scm_policy": "static"}
+IDLE = {"hires_upscaler": "Lanczos", "preview_path": "x.png", "skip_layers": "7"}
+IDLE |= {"metadata_format": "json"}
 """Values of options that take no number."""
-ASKED = {"cache_mode": "easycache", "preview": "proj", "slg_scale": "2.5"}
+ASKED = {"preview": "proj", "slg_scale": "2.5"}
 """Values of options that take no path."""
 
 

@@ -21,6 +21,7 @@ from bench.proxy import CountingProxy
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
+from sdrpc.errors import CheckpointError
 from sdrpc.runtime.cache import Cache
 from tests.support.pictures import BOUNDS, Case, Checkpoints, drawing, request
 from tests.support.references.draw import draw, psnr
@@ -212,6 +213,22 @@ def test_a_picture_with_a_dora_is_that_of_diffusers(
     assert psnr(wanted, checkpoints.wanted(case)) < 30, "a DoRA changes the picture"
     uploaded = sum(event.total for event in events if event.stage == "upload" and event.over)
     assert uploaded <= path.stat().st_size, "the DoRA alone"
+
+
+def test_a_lora_with_values_that_are_no_numbers(
+    checkpoints: Checkpoints, wire: tuple[CountingProxy, Device], cache: Cache, tmp_path: Path
+) -> None:
+    """It is the LoRA that is named, not the model."""
+    case = CASES[0].case
+    path = written(checkpoints.made(case).pipeline(), tmp_path / "one.safetensors", CASES[0])
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_unet" in name and "lora_up" in name)
+    tensors[name][0] = float("nan")
+    save_file(tensors, path)
+    with Session.open(checkpoints.files(case), wire[1], cache, lora_dir=tmp_path) as session:
+        with pytest.raises(CheckpointError, match=rf"one\.safetensors: tensor '{name}': has values that are NaN"):
+            list(session.generate(replace(request(case), loras=[("one", 1.0)])))
+        assert len(list(session.generate(request(case)))) == 1
 
 
 @pytest.mark.parametrize("trained", [CASES[0], DORAS[0]], ids=["LoRA", "DoRA"])

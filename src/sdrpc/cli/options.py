@@ -352,7 +352,6 @@ ACTS_ON: dict[str, str | tuple[str, str]] = {
     "control_strength": "control_net",
     **dict.fromkeys(("canny", "control_mode"), "control_image"),
     **dict.fromkeys(("skip_layers", "skip_layer_start", "skip_layer_end"), "slg_scale"),
-    **dict.fromkeys(("cache_option", "scm_mask", "scm_policy"), "cache_mode"),
     **dict.fromkeys(("preview_path", "preview_interval", "preview_noisy"), "preview"),
 }
 """Options that do nothing unless another one is given, or has that value."""

@@ -60,6 +60,8 @@ def parsed(text: str, defaults: CacheOptions) -> CacheOptions:
         name, _, number = (part.strip() for part in item.partition("="))
         if name not in known:
             raise InvalidValue("cache_option", text, f"{name!r} does not exist; there are {', '.join(known)}")
+        if name in given:
+            raise InvalidValue("cache_option", text, f"{name} is given twice")
         try:
             given[name] = known[name](number)
         except ValueError as error:

@@ -6,7 +6,11 @@ from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 
-from ..errors import InvalidValue
+import numpy as np
+
+from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.deltas import numbers
+from ..errors import CheckpointError, InvalidValue
 from ..families.lora import Lora, open_lora
 from ..families.model import Model
 from ..models import LORAS, LORAS_OF, SHIPPED
@@ -70,6 +74,14 @@ class Loras:
         while len(self._open) > KEPT:
             self._open.popitem(last=False)
         return self._open[key]
+
+    def check(self, loras: Collection[Applied]) -> None:
+        """Read ``loras`` through. Raises :class:`CheckpointError` for values that are no finite numbers."""
+        for applied in loras:
+            file = open_checkpoint(find(self._folder, applied.name))
+            for tensor in file.tensors.values():
+                if not np.isfinite(numbers(tensor)).all():
+                    raise CheckpointError(file.path, "has values that are NaN or infinite", tensor.name)
 
     def unknown(self) -> dict[str, list[str]]:
         """Per file, what in it belongs to no layer of the model."""

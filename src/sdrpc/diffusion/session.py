@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ..device import Device
-from ..errors import DeviceLost, InvalidValue, MissingComponent, UsageError
+from ..errors import ComputeError, DeviceLost, InvalidValue, MissingComponent, Stopped, UsageError
 from ..families.base import AROUND, CONTROL, F32, REFERENCE, Conditions, Config, Controls, Prompt
 from ..families.components.sound import AUDIO_VAE, VOCODER
 from ..families.components.sound import rate as sound_rate
@@ -228,7 +228,18 @@ class Session:
         self, settings: Settings, on_event: OnEvent, cancel: Cancel, finished: Callable[[F32, int], T]
     ) -> Iterator[tuple[T, int]]:
         """What ``finished`` makes of latents without noise (and the lane that they come from), and the seed that they
-        began as noise of. Several pictures are drawn at the same time where the diffusion model is there as often."""
+        began as noise of."""
+        try:
+            yield from self._drawing(settings, on_event, cancel, finished)
+        except ComputeError as error:
+            if not isinstance(error, Stopped):
+                self._loras.check(settings.loras)  # it may not be the model's fault
+            raise
+
+    def _drawing(
+        self, settings: Settings, on_event: OnEvent, cancel: Cancel, finished: Callable[[F32, int], T]
+    ) -> Iterator[tuple[T, int]]:
+        """Several pictures are drawn at the same time where the diffusion model is there as often."""
         if settings.prediction is not None:
             self._prediction(settings)
         self._devices.check_fits()

@@ -54,6 +54,7 @@ class Cache:
     def __init__(self, folder: Path | None = None, budget: int = BUDGET) -> None:
         self.folder = default_folder() if folder is None else folder
         self.budget = budget
+        self._refused = False
 
     def get(self, key: str) -> Lowered | None:
         """The module under ``key``; None when there is none or its file is damaged."""
@@ -100,7 +101,11 @@ class Cache:
             try:
                 self.put(key, found)
             except OSError as error:
-                log.warning(
-                    "%s: graphs are not kept, the next run captures them again: %s", self.folder, error.strerror
+                again, self._refused = self._refused, True
+                log.log(
+                    logging.DEBUG if again else logging.WARNING,
+                    "%s: graphs are not kept, the next run captures them again: %s",
+                    self.folder,
+                    error.strerror,
                 )
         return found
