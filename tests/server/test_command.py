@@ -69,7 +69,8 @@ def test_a_port_in_use_is_one_clear_line(server: ServerProcess, run: Run) -> Non
 
 
 def test_ctrl_c_in_the_middle_of_a_computation(server: ServerProcess) -> None:
-    """Status 0, no traceback, in a moment. (The last test that uses this server.)"""
+    """Status 0, no traceback, in a moment: a thread that gets no processor meanwhile logs nothing any more. (The last
+    test that uses this server.)"""
     with RawClient(server.port, dialects()["5.0.1"]) as client:
         busy(client)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -78,7 +79,6 @@ def test_ctrl_c_in_the_middle_of_a_computation(server: ServerProcess) -> None:
         assert server.wait() == 0
         assert client.ended() == ""
     assert "Traceback" not in server.output
-    assert "this server is stopping" in server.output
 
 
 def test_versions_are_learnt_and_kept_for_the_next_server(tmp_path: Path) -> None:
