@@ -143,12 +143,15 @@ class There(Later):
 def first_of(awaited: Sequence[Later], seconds: float = 1.0) -> int:
     """The position of what comes first; of the first where none comes within so many ``seconds`` (then it is time to
     see how its device is), and of one that is not to be watched."""
-    shown = [each.shows_at() for each in awaited]
-    if None in shown:
-        return shown.index(None)
+    shown: dict[int, int] = {}
+    for position, each in enumerate(awaited):
+        descriptor = each.shows_at()
+        if descriptor is None:
+            return position
+        shown.setdefault(descriptor, position)
     with selectors.DefaultSelector() as selector:
-        for descriptor in dict.fromkeys(filter(None, shown)):
-            selector.register(descriptor, selectors.EVENT_READ, shown.index(descriptor))
+        for descriptor, position in shown.items():
+            selector.register(descriptor, selectors.EVENT_READ, position)
         there = selector.select(seconds)
     return int(there[0][0].data) if there else 0
 
