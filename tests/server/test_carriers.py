@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 from sdrpc.client import Keychain, connect, remote
 from sdrpc.content import PIECE
 from sdrpc.device import Content
-from sdrpc.errors import DeviceError, RemoteProtocolError, SdrpcError
+from sdrpc.errors import ConnectionLost, DeviceError, RemoteProtocolError, SdrpcError
 from sdrpc.ggml.weight import Whole
-from sdrpc.server import Door, Keys, Policy, Server
+from sdrpc.server import Door, Keys, Limits, Policy, Server
 from sdrpc.server.carriers import Carriers, Expected
 from sdrpc.server.key_ring import KeyRing
+from sdrpc.server.stream import Stream
 from sdrpc.wire import messages as m
 from sdrpc.wire.carrying import MOST_BYTES, Range, pack
 from sdrpc.wire.hello import Capability
@@ -109,6 +111,23 @@ def test_a_token_is_of_no_use_to_another_owner_and_after_its_session() -> None:
     expected.remove(carriers)
     with pytest.raises(RemoteProtocolError, match="nobody waits"):
         expected.find(carriers.token, "key 1")
+
+
+def test_nobody_waits_for_a_carrier_that_has_left() -> None:
+    """It may have gone before it began to work; what was asked of it by then is over, too."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        stream = Stream(listener.accept()[0], "somebody", "127.0.0.1", Limits())
+        carriers = Carriers("127.0.0.1", 1)
+        _, carrier = carriers.join(stream)
+        before = carrier.ask(lambda _: None)
+        carrier.leave()
+        with pytest.raises(ConnectionLost, match="somebody"):
+            before.result(0)
+        with pytest.raises(ConnectionLost, match="somebody"):
+            carriers.do([lambda _: None])
+        with pytest.raises(RemoteProtocolError, match="nobody waits"):
+            carriers.join(stream)
+        stream.close()
 
 
 def test_a_client_without_the_capability_has_no_such_commands(scene: Scene) -> None:

@@ -42,24 +42,26 @@ class Carrier:
         return done
 
     def work(self) -> None:
-        """Do what is asked for, until :meth:`end`; in the carrier's own thread. Raises what goes wrong."""
-        try:
-            while asked := self._next():
-                job, done = asked
-                try:
-                    job(self.stream)
-                    done.set_result(None)
-                except BaseException as error:
-                    done.set_exception(error)
-                    raise
-                finally:
-                    del asked, job, done  # the error refers to this frame, which must not refer to the error
-        finally:
-            with self._lock:
-                self._over = True
-            while not self._jobs.empty():
-                if asked := self._jobs.get():
-                    asked[1].set_exception(ConnectionLost(self.stream.peer, "carrying data"))
+        """Do what is asked for, until :meth:`end`; in the carrier's own thread, which then must :meth:`leave`. Raises what
+        goes wrong."""
+        while asked := self._next():
+            job, done = asked
+            try:
+                job(self.stream)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            finally:
+                del asked, job, done  # the error refers to this frame, which must not refer to the error
+
+    def leave(self) -> None:
+        """Nothing is done any more, also of what was asked for: who waits for it is told."""
+        with self._lock:
+            self._over = True
+        while not self._jobs.empty():
+            if asked := self._jobs.get():
+                asked[1].set_exception(ConnectionLost(self.stream.peer, "carrying data"))
 
     def _next(self) -> tuple[Job, Future[None]] | None:
         self.stream.doing, self.stream.idle_since = "waiting for data to carry", time.monotonic()
@@ -98,6 +100,7 @@ class Carriers:
         if len(carriers) < len(jobs):
             raise RemoteProtocolError(f"SET_RANGES: {len(jobs)} carriers where there are {len(carriers)}")
         under_way = [carrier.ask(job) for carrier, job in zip(carriers, jobs, strict=True)]
+        failed: list[Future[None]] = []
         try:
             failed = [each for each in wait(under_way, return_when=FIRST_EXCEPTION).done if each.exception()]
             if failed:
@@ -105,7 +108,7 @@ class Carriers:
                 wait(under_way)  # nobody writes to the client's memory any more when this returns
                 failed[0].result()
         finally:
-            del under_way, failed
+            del under_way, failed  # as in Carrier.work
 
     def close(self) -> None:
         with self._lock:

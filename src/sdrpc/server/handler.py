@@ -176,13 +176,15 @@ def _carry(stream: Stream, session: Session, request: Received) -> None:
     """From now on the connection carries data for another one of the same client, until that ends it. What goes wrong
     is told there."""
     number, carrier = session.carries_for(request.message).join(stream)
-    stream.write(encode_reply(Command.CARRY, CarryReply(number), session.dialect))
-    stream.done()
-    session.requests += 1
     try:
+        stream.write(encode_reply(Command.CARRY, CarryReply(number), session.dialect))
+        stream.done()
+        session.requests += 1
         carrier.work()
     except Exception as error:
         log.debug("%s: carries no more: %s", stream.peer, printable(str(error)))
+    finally:
+        carrier.leave()
 
 
 class Answers:
