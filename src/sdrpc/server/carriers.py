@@ -42,7 +42,7 @@ class Carrier:
         return done
 
     def work(self) -> None:
-        """Do what is asked for, until :meth:`end`; in the carrier's own thread, which then must :meth:`leave`. Raises what
+        """Do what is asked for, until :meth:`end`, in the carrier's own thread; then it must :meth:`leave`. Raises what
         goes wrong."""
         while asked := self._next():
             job, done = asked
