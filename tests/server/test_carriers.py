@@ -36,7 +36,8 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scene(caplog: pytest.LogCaptureFixture) -> Iterator[Scene]:
-    with Server([CountingDevice()]) as server, Scene(server, caplog) as scene:
+    limits = Limits(linger_seconds=0.1)
+    with Server([CountingDevice()], limits=limits) as server, Scene(server, caplog) as scene:
         yield scene
 
 
