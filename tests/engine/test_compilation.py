@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import cycle
@@ -384,22 +385,37 @@ def test_a_real_compiler_and_what_it_keeps(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_kernels_remember_goes_with_their_program(tmp_path: Path) -> None:
     compiler = Compiler(tmp_path)
-    mine, theirs = (tmp_path / (name + compiling.TUNED) / "aa" for name in ("mine", "theirs"))
-    for folder in (mine, theirs):
+    mine, theirs, left = (tmp_path / (name + compiling.TUNED) / "aa" for name in ("mine", "theirs", "left"))
+    for folder in (mine, theirs, left):
         folder.mkdir(parents=True)
         (folder / "kernel.best_config").write_text("{}")
+    os.utime(left.parent, (0, 0))
     compiler._keep(tmp_path / ("mine" + compiling.SUFFIX), bytes(20), b"code")
     assert mine.exists()
-    assert not theirs.parent.exists()
+    assert theirs.exists(), "another server may be compiling there"
+    assert not left.parent.exists()
     with compiler._tuned(job(), tmp_path) as folder:
         assert folder == tmp_path / (job().key + compiling.TUNED)
         assert not list(folder.iterdir())
         (folder / "source.py").write_text("")
+        with compiler._tuned(job(), tmp_path) as meanwhile:
+            assert meanwhile == tmp_path / "inductor"
+        assert (folder / "source.py").exists()
     assert not folder.exists()
     compiler.folder = tmp_path / "mine.compiled"  # a file
     with compiler._tuned(job(), tmp_path) as folder:
         assert folder == tmp_path / "inductor"
     compiler.close()
+
+
+def test_code_is_for_one_device_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code names the device that it launches its kernels on."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    first, second = (job()._replace(device=torch.device("cuda", number)) for number in (0, 1))
+    assert first.key != second.key
+    assert first.made_for != second.made_for
+    assert first.key == job()._replace(device=torch.device("cuda")).key
 
 
 def test_a_device_that_compiles_nothing_has_nothing_to_load(tmp_path: Path) -> None:

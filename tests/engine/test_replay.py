@@ -37,6 +37,7 @@ class Recorder:
         self.fails = False
         self.bound: Bound | None = None
         self.pools: weakref.WeakSet[Handle] = weakref.WeakSet()
+        self.streams: list[Stream] = []
 
     def handle(self) -> Handle:
         handle = Handle()
@@ -47,12 +48,18 @@ class Recorder:
         self.emptied += 1
 
     @contextmanager
-    def record(self, graph: Recording, pool: Handle, **_: object) -> Iterator[None]:
+    def record(self, graph: Recording, pool: Handle, stream: Stream, **_: object) -> Iterator[None]:
+        self.streams.append(stream)
         yield
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         graph.pool = pool
         self.recorded += 1
+
+
+class Stream:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
 
 class Handle:
@@ -75,6 +82,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(Recording, recorder))
     monkeypatch.setattr(torch.cuda, "graph", recorder.record)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
@@ -116,6 +124,20 @@ def test_the_second_run_is_recorded_and_further_ones_replayed(recorder: Recorder
     assert [product(x) for x in (1, 2, 3, 4)] == [N, 2 * N, 3 * N, 4 * N]
     assert (recorder.recorded, recorder.replayed) == (KEEPER + 1, 3)
     product.device.close()
+
+
+def test_what_a_device_records_is_on_a_stream_of_its_own(recorder: Recorder) -> None:
+    """torch's own stream is of the first device that records: what others launch would be in no recording."""
+    product = Product(recorder)
+    product.pool = Pool(torch.device("meta"))
+    product.replay = Replay(product.replay.bound, product.pool)
+    other = Product(recorder)
+    for each in (product, other):
+        assert [each(x) for x in (1, 2)] == [N, 2 * N]
+    assert [stream.device.type for stream in recorder.streams] == ["meta", "meta", "cpu", "cpu"]
+    assert len(set(recorder.streams)) == 2
+    product.device.close()
+    other.device.close()
 
 
 def test_a_new_weight_is_seen(recorder: Recorder) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Recordings of one program that are started before it runs step by step for good."""
+_RECORDING = Lock()
+"""torch records one graph of a process at a time, on whatever device."""
 
 
 class Pool:
@@ -37,20 +39,22 @@ class Pool:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._handle: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._keeper: torch.cuda.CUDAGraph | None = None
         self._users: weakref.WeakSet[Replay] = weakref.WeakSet()
-        self._lock = Lock()
 
     @contextmanager
-    def recording(self, user: Replay) -> Iterator[Any]:
-        """What a recording of ``user`` is started with."""
-        with self._lock:
-            yield self._handled()
+    def recording(self, user: Replay, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Record what the context launches as ``graph``, for ``user``."""
+        with _RECORDING:
+            handle = self._handled()
+            with self._into(graph, handle):
+                yield
             self._users.add(user)
 
     def give_back(self) -> None:
         """Give back what torch has and nobody uses; that of recordings if there are none any more."""
-        with self._lock:  # torch can't while anything is recorded
+        with _RECORDING:  # torch can't while anything is recorded
             if not self._users:
                 self._keeper = self._handle = None
             torch.cuda.empty_cache()
@@ -60,10 +64,18 @@ class Pool:
         last of its recordings, and then refuses its handle."""
         if self._keeper is None:
             keeper, handle = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(keeper, pool=handle, capture_error_mode="thread_local"):
+            with self._into(keeper, handle):
                 torch.zeros(1, device=self._device)
             self._keeper, self._handle = keeper, handle
         return self._handle
+
+    def _into(self, graph: torch.cuda.CUDAGraph, handle: Any) -> AbstractContextManager[None]:
+        """A recording. Other threads may allocate and copy meanwhile; that must not break it. Its stream is one of this
+        device: torch's own is of the first device that anything was recorded on, and what another one launches is then
+        in no recording, without a word."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return torch.cuda.graph(graph, pool=handle, stream=self._stream, capture_error_mode="thread_local")
 
 
 class Replay:
@@ -118,11 +130,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
-            # other threads may allocate and copy meanwhile; that must not break this recording
-            with (
-                pool.recording(self) as handle,
-                torch.cuda.graph(graph, pool=handle, capture_error_mode="thread_local"),
-            ):
+            with pool.recording(self, graph):
                 self._body.record()
         except Exception as error:
             # a kernel that waits for the host can't be recorded; the same program runs step by step

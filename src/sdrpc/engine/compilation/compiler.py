@@ -66,6 +66,14 @@ LOADER = (
 """What loading a compiled program imports."""
 
 
+def _is_left(folder: Path) -> bool:
+    """Whether no server that still runs can be compiling in ``folder``."""
+    try:
+        return time.time() - folder.stat().st_mtime > 2 * SECONDS
+    except FileNotFoundError:
+        return False
+
+
 def missing(device: torch.device) -> str:
     """What a compiler for ``device`` lacks here; empty when it is there."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):  # to import the compiler and see takes seconds
@@ -248,7 +256,7 @@ class Compiler:
             write_whole(path, _head(where, code) + code)
             shrink(self.folder, SUFFIX, BUDGET)
             for tuned in self.folder.glob("*" + TUNED):
-                if not tuned.with_suffix(SUFFIX).exists():
+                if not tuned.with_suffix(SUFFIX).exists() and _is_left(tuned):
                     shutil.rmtree(tuned)
         except OSError as error:
             log.warning("%s: compiled programs are not kept: %s", self.folder, error.strerror)
@@ -272,10 +280,11 @@ class Compiler:
     @contextmanager
     def _tuned(self, job: Job, otherwise: Path) -> Iterator[Path]:
         """The folder that kernels of ``job`` will remember, for the compiling process to work in: empty before and
-        after. ``otherwise``: where there can be none."""
+        after. ``otherwise``: where there can be none, or another server works in it."""
         folder = self.folder / (job.key + TUNED)
-        shutil.rmtree(folder, ignore_errors=True)
         try:
+            if _is_left(folder) or folder.with_suffix(SUFFIX).exists():  # that has just been found damaged
+                shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, mode=0o700)
         except OSError:
             folder = otherwise / "inductor"

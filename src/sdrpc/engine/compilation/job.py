@@ -103,7 +103,9 @@ def _machine(device: torch.device) -> list[str]:
     """The versions and the hardware that code is made for."""
     facts = [torch.__version__, _sources()]
     if device.type == "cuda":
-        return [*facts, torch.cuda.get_device_name(device), str(torch.cuda.get_device_capability(device))]
+        # code launches its kernels on the device, by number, that it was compiled for
+        number, capability = device.index or 0, torch.cuda.get_device_capability(device)
+        return [*facts, torch.cuda.get_device_name(device), str(capability), str(number)]
     return [*facts, torch.backends.cpu.get_cpu_capability()]
 
 
