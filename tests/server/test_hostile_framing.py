@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
+from contextlib import closing
+from itertools import product, repeat
 from struct import pack
+from threading import Thread, Timer
 from typing import NamedTuple
 
 import pytest
 
+from sdrpc.errors import RemoteProtocolError
 from sdrpc.server import Limits, Server
+from sdrpc.server.stream import Stream
 from sdrpc.wire import messages
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello
@@ -198,11 +202,34 @@ def test_t7_a_client_that_does_not_read(hasty: Server, caplog: pytest.LogCapture
 
 
 def test_t7_silence_between_messages_is_fine(hasty: Server) -> None:
+    """Also behind data that is received in one call of the system, which has a time limit of its own."""
+    size = 1 << 20
     with Scene(hasty) as scene, scene.client() as client:
         add = Adder(client)
         add()
+        client.set(client.record(client.buffer(size), (size // 4,)), bytes(size))
+        add()
         time.sleep(1.2 * STALL_SECONDS)
         add()
+
+
+def test_t7_small_answers_that_nobody_reads() -> None:
+    """Behind data that was received in one call of the system, without Python's own time limit."""
+    limits = Limits(stall_seconds=0.2)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        closing(Stream(listener.accept()[0], "somebody", "127.0.0.1", limits)) as stream,
+    ):
+        sender = Thread(target=client.sendall, args=(bytes(1 << 20),))
+        sender.start()
+        stream.read_into(memoryview(bytearray(1 << 20)))
+        sender.join()
+        watchdog = Timer(5, stream.cut)
+        watchdog.start()
+        with pytest.raises(RemoteProtocolError, match="does not read its replies"):
+            any(map(stream.write, repeat([bytes(1000)])))
+        watchdog.cancel()
 
 
 def test_t8_a_client_that_is_cut_off_in_the_middle_of_a_tensor_and_comes_back(scene: Scene) -> None:

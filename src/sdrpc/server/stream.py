@@ -30,7 +30,7 @@ _SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
 _COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more is counted in such pieces
 _SENT = 1 << 20  # at a time: TLS sends all of it within one time limit
 _BEAT_SECONDS = 2.0  # from one to the next: several fit into the time after which a client wonders
-_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has no such flag
+_NOW = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has no such flag
 _AT_ONCE = 1 << 22  # bytes that are waited for together
 _WAITS = sys.platform == "linux"  # elsewhere SO_RCVTIMEO looks otherwise, or does not end such a wait
 _TIME = Struct("@ll")  # its struct timeval
@@ -252,13 +252,15 @@ class Stream:
             raise ConnectionLost(self.peer, self.doing)
         with self._errors():
             milliseconds = max(1, int((self._patience(self._stall) or self._stall) * 1e3))  # 0 would be for ever
-            self._socket.settimeout(None)
+            self._wait_at_most(None)
             patience = _TIME.pack(milliseconds // 1000, milliseconds % 1000 * 1000)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
             try:
                 count = self._socket.recv_into(target, 0, socket.MSG_WAITALL)
             except BlockingIOError:
                 raise TimeoutError from None
+            finally:  # between messages a client may be silent for as long as it likes
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(_TIME.size))
         self.received += count
         if not count:
             raise ConnectionLost(self.peer, self.doing)
@@ -342,10 +344,11 @@ class Stream:
 
     def _sent_at_once(self, data: memoryview) -> int:
         """Send of a small answer what the system takes without waiting, as it nearly always does; how much that was."""
-        if len(data) > _JOIN_BELOW or self._records is not None or not _AT_ONCE:
+        if len(data) > _JOIN_BELOW or self._records is not None or not _NOW:
             return 0
         try:
-            count = self._socket.send(data, _AT_ONCE)
+            self._wait_at_most(None)  # else Python waits before it sends
+            count = self._socket.send(data, _NOW)
         except OSError:  # there is no room, or something is wrong: sending in the usual way says what
             return 0
         self.sent += count
