@@ -21,6 +21,7 @@ from sdrpc.engine.dtypes import DTYPES
 from sdrpc.engine.forms import changed, changed_back, fits, rest_bytes
 from sdrpc.engine.memory import LocalBuffer
 from sdrpc.engine.precision import Precision
+from sdrpc.engine.program import Bound
 from sdrpc.engine.weights import LAID, Source, WeightFormat, convert
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Conv2D
@@ -114,8 +115,8 @@ class Scene:
     def leaf(self, type: Type, *ne: int, start: int) -> Tensor:
         return b.leaf(type, *ne, buffer=self.weights.key, offset=start)
 
-    def convolution(self, type: Type = F16, start: int = KERNEL) -> Tensor:
-        image = b.leaf(F32, 6, 6, 16, 1, buffer=self.rest.key, offset=IMAGE)
+    def convolution(self, type: Type = F16, start: int = KERNEL, side: int = 6) -> Tensor:
+        image = b.leaf(F32, side, side, 16, 1, buffer=self.rest.key, offset=IMAGE)
         return b.node("CONV_2D", self.leaf(type, 3, 3, 16, 32, start=start), image, params=Conv2D(1, 1, 1, 1, 1, 1))
 
     def product(self) -> Tensor:
@@ -126,6 +127,8 @@ class Scene:
         match which:
             case "kernel":
                 return self.convolution()
+            case "kernel of a smaller image":
+                return self.convolution(side=5)
             case "other kernel":
                 return self.convolution(BF16, OTHER)
             case "matrix":
@@ -169,7 +172,15 @@ def scene(dequant_cache: int = BUDGET) -> Iterator[Scene]:
         made.device.close()
 
 
-PROGRAMS = ["kernel", "other kernel", "matrix", "a matrix of kernels", "bytes across", "writes between"]
+PROGRAMS = [
+    "kernel",
+    "kernel of a smaller image",
+    "other kernel",
+    "matrix",
+    "a matrix of kernels",
+    "bytes across",
+    "writes between",
+]
 
 
 @st.composite
@@ -181,7 +192,7 @@ def ranges(draw: st.DrawFn) -> tuple[int, int]:
 
 actions = st.one_of(
     st.tuples(st.just("run"), st.sampled_from(PROGRAMS)),
-    st.tuples(st.just("run"), st.sampled_from(PROGRAMS[:3])),
+    st.tuples(st.just("run"), st.sampled_from(PROGRAMS[:4])),
     st.tuples(st.sampled_from(["read", "write", "fill", "copy", "rows", "read rows", "window"]), ranges()),
 )
 
@@ -275,6 +286,33 @@ def test_who_wants_it_otherwise_gets_it_for_good() -> None:
         one.device.write(one.weights, 0, bytes(SIZE))
         assert one.lying == 0
         assert not one.run("kernel").any()
+
+
+def test_what_another_program_has_changed_since_it_was_written() -> None:
+    """It is no weight any more to the one that has used it before, which reads it as it came."""
+    with scene() as one, scene(dequant_cache=0) as other:
+        new = np.random.default_rng(1).standard_normal(SIZE // 2).astype("<f2").tobytes()
+        for which in ("kernel", "kernel", "kernel of a smaller image", "kernel"):
+            if which == "kernel of a smaller image":
+                for each in (one, other):
+                    each.device.write(each.weights, 0, new)
+            assert error(one.run(which), other.run(which)) < 0.01, which
+        assert one.lying == 0
+
+
+def test_what_another_program_has_changed_since_a_run_that_took_it_as_it_came() -> None:
+    """What was recorded then, or is compiled, reads it as it came and is of no use any more."""
+    with scene(dequant_cache=0) as one, scene(dequant_cache=0) as other:
+        for _ in range(3):
+            assert error(one.run("kernel"), other.run("kernel")) < 0.01
+        one.device._weights.budget = BUDGET
+        for which in ("kernel of a smaller image", "kernel of a smaller image"):
+            assert error(one.run(which), other.run(which)) < 0.01
+        assert one.lying == 1
+        bound = one.programs["kernel"].bound
+        if isinstance(bound, Bound):
+            assert bound.begin()
+        assert error(one.run("kernel"), other.run("kernel")) < 0.01
 
 
 def test_what_does_not_fit_into_the_budget_is_converted_each_time() -> None:

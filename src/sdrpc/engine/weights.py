@@ -356,7 +356,7 @@ class Weight:
     @property
     def lies(self) -> bool:
         """Whether it uses what it is made of where that lies, in whatever form."""
-        return self.can_lie and not self._is_input
+        return self.can_lie and not (self._is_input or (self._kept is not None and self._kept.written))
 
     @property
     def kept(self) -> Tensor | None:
@@ -379,16 +379,21 @@ class Weight:
         return self._converted(raw, self.source.format)
 
     def has_changed(self) -> bool:
-        """Whether what the last run used is gone, since its bytes were written or somebody wanted them as they came."""
+        """Whether what the last run used is gone, since its bytes were written or somebody wanted them as they came; or
+        since another program has changed where they lie what that run took as it came."""
         kept = self._kept
-        if kept is None or not (kept.written or (kept.lies_there and kept.tensor is None)):
+        if kept is None:
+            return self._lies_there() is not None
+        if not (kept.written or (kept.lies_there and kept.tensor is None)):
             return False
         self._kept, self._is_input = None, self._is_input or kept.written
         return True
 
     def _found(self) -> CachedWeight | None:
-        there = self._buffer.forms.find(self.source) if self.lies else None
-        return there or self._weights.find(self.source)
+        return self._lies_there() or self._weights.find(self.source)
+
+    def _lies_there(self) -> CachedWeight | None:
+        return self._buffer.forms.find(self.source) if self.lies else None
 
     def _made(self, raw: Tensor) -> CachedWeight | None:
         """What can be kept of it from now on."""
