@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def test_data_comes_over_carriers_and_is_there_for_what_comes_next(scene: Scene)
         (m.SetRanges(1, 2, pack([Range(0, 65)])), "65 bytes at 0 are not inside buffer 1 of 64"),
         (m.SetRanges(1, 2, pack([Range(2**64 - 1, 2)])), "are not inside buffer 1"),
         (m.SetRanges(1, 2, pack([Range(0, 64), Range(64, 1)])), "1 bytes at 64 are not inside buffer 1"),
+        (m.SetRanges(1, 2, pack([Range(32, 32), Range(0, 33)])), "ranges of buffer 1 overlap"),
+        (m.SetRanges(1, 2, pack([Range(0, 64)] * 256)), "ranges of buffer 1 overlap"),
         (m.SetRanges(1, 2, b"12345"), "ranges of 5 bytes"),
         (m.SetRanges(1, 2, b""), "ranges of 0 bytes"),
         (m.SetRanges(1, 3, pack([Range(0, 64)])), "3 carriers where there are 2"),
@@ -226,3 +229,36 @@ def test_what_goes_wrong_with_a_carrier_s_data_is_told(monkeypatch: pytest.Monke
             client.upload(buffer, [Content(0, size, Whole(lambda: bytes(size)))], lambda _: None)
         client.close()
         assert eventually(lambda: server.clients == 0)
+
+
+def test_carriers_are_as_patient_as_their_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server takes nothing for longer than connecting may last, as one that sleeps: who watches is told."""
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    device, told, size = NullDevice(), Event(), 64 << 20
+    receive = device.receive
+    monkeypatch.setattr(device, "receive", lambda *arguments: told.wait(60) and receive(*arguments))
+    with Server([device]) as server:
+        (client,) = connect([server.endpoint])
+        with client.watched(lambda _: told.set()):
+            client.upload(client.allocate(size), [Content(0, size, Whole(lambda: bytes(size)))], lambda _: None)
+        assert client.sent == size
+        assert told.is_set()
+        client.close()
+        assert eventually(lambda: server.clients == 0)
+
+
+def test_carriers_that_are_called_otherwise_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each piece goes to the carrier of a number: over others it would get to another place."""
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    caplog.set_level("INFO", "sdrpc.client")
+    join = Carriers.join
+    monkeypatch.setattr(Carriers, "join", lambda self, stream: (1, join(self, stream)[1]))
+    with Server([CountingDevice()]) as server:
+        (device,) = connect([server.endpoint])
+        buffer = device.allocate(len(DATA))
+        device.upload(buffer, [Content(0, len(DATA), Whole(lambda: memoryview(DATA)))], lambda _: None)
+        assert bytes(device.read(buffer, 0, len(DATA))) == DATA
+        device.close()
+    assert "data goes over one connection: carrier 0 is called 1" in caplog.text

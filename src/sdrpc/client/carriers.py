@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 
 from ..device import Silence
-from ..errors import SdrpcError
+from ..errors import RemoteProtocolError, SdrpcError
 from ..wire.carrying import dealt
 from ..wire.messages import Carry, GetCarriersReply
 from .connection import LOOK_SECONDS, Connection
@@ -72,7 +72,10 @@ def opened(reply: GetCarriersReply, another: Callable[[], Connection]) -> Carrie
     try:
         while len(connections) < reply.carriers > 1:
             connections.append(another())
-            connections[-1].call(Carry(reply.token), "becoming a carrier")
+            number = connections[-1].call(Carry(reply.token), "becoming a carrier").number
+            if number != len(connections) - 1:  # its data would get to other places
+                raise RemoteProtocolError(f"carrier {len(connections) - 1} is called {number}")
+            connections[-1].greeted()
     except SdrpcError as error:
         log.info("data goes over one connection: %s", error)
         for connection in connections:

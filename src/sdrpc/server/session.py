@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -353,7 +354,8 @@ class Session:
         return Place(region, region.offset(tensor.data, nbytes) + offset, size)
 
     def ranges(self, asked: messages.SetRanges) -> list[Place]:
-        """Where the data of a SET_RANGES belongs."""
+        """Where the data of a SET_RANGES belongs. Raises :class:`RemoteProtocolError` for ranges that overlap: a few
+        bytes would be as many pieces as a client likes, and two carriers would write to one place."""
         region = self._space[asked.remote_ptr]
         ranges = carrying.unpack(asked.ranges)
         for offset, size in ranges:
@@ -361,6 +363,9 @@ class Session:
                 raise RemoteProtocolError(
                     f"SET_RANGES: {size} bytes at {offset} are not inside buffer {region.handle} of {region.size}"
                 )
+        for one, other in pairwise(sorted(ranges)):
+            if one.offset + one.size > other.offset:
+                raise RemoteProtocolError(f"SET_RANGES: ranges of buffer {region.handle} overlap")
         return [Place(region, *each) for each in ranges]
 
     def rows(self, asked: messages.SetTensor2d | messages.GetTensor2d) -> tuple[Region, Rows]:

@@ -313,7 +313,7 @@ class CarryReply(NamedTuple):
 
 
 class SetRanges(NamedTuple):
-    """Data for parts of a buffer, which comes over the first ``carriers`` carriers
+    """Data for parts of a buffer that do not overlap, which comes over the first ``carriers`` carriers
     (:func:`sdrpc.wire.carrying.dealt`). ``ranges``: offset and size of each part (:func:`~sdrpc.wire.carrying.pack`).
     """
 
