@@ -33,7 +33,7 @@ from sdrpc.wire.framing import encode_error
 from sdrpc.wire.graphs import Received
 from sdrpc.wire.hello import NATIVE, Capability
 from sdrpc.wire.kept_graphs import MOST
-from sdrpc.wire.messages import Command, GraphRecompute
+from sdrpc.wire.messages import Command, CopyTensor, CopyTensorReply, GraphRecompute
 from tests.support.scripted import HANG_UP, Proxy, Scripted, base, raw
 from tests.wire.examples import DIALECTS
 
@@ -186,6 +186,34 @@ def test_large_data_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [len(message.data) for message in sent] == [1000, 1000, 1000, 1]
         assert [message.tensor.ne for message in sent] == [(1000, 1, 1, 1)] * 3 + [(1, 1, 1, 1)]
         assert [message.tensor.data - base(1) for message in sent] == [7, 1007, 2007, 3007]
+
+
+def test_what_is_read_later_and_what_is_written_before_may_be_large() -> None:
+    """The server does not read while it gives an answer that nobody receives."""
+    size = 64 << 20
+    with connected(Scripted()) as device:
+        buffer = device.allocate(size)
+        later = device.read_later(buffer, 0, size)
+        device.write(buffer, 0, b"\1" * size)
+        assert not any(later.wait()[:: 1 << 12]), "as it was when it was asked for"
+        assert bytes(device.read(buffer, size - 1, 1)) == b"\1"
+
+
+def test_each_two_devices_are_asked_whether_they_copy() -> None:
+    def among_gpus(message: CopyTensor) -> CopyTensorReply:
+        return CopyTensorReply(int(message.dst.buffer < 3))
+
+    server = Scripted(devices=3, answers={Command.COPY_TENSOR: among_gpus})
+    with server.listening():
+        devices = connect([server.endpoint], PATIENT)
+        a, b, c = ((device, device.allocate(64)) for device in devices)
+        for _ in range(2):
+            for (one, source), (other, target), copied in ((a, b, True), (b, c, False), (b, a, True)):
+                assert one.copy_to(source, 0, 64, other, target, 0) == copied
+        assert not any(devices[0].read(a[1], 0, 64))
+        for device in devices:
+            device.close()
+    assert server.commands().count("COPY_TENSOR") == 5
 
 
 def test_memory_of_any_shape_is_written() -> None:

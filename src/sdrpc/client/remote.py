@@ -52,6 +52,10 @@ from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Run, Scheme, by_hash, sen
 MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""
 ADDRESSES = 1 << 64
+ROOM = 1 << 16
+"""Bytes that a socket takes in any case."""
+OUR_ROOM = 1 << 20
+"""Bytes of answers that a server of ours gives when the device has them, and goes on reading until then."""
 
 LAST = 0
 """The uid of all graphs in protocols that have none: the server keeps the last one."""
@@ -113,8 +117,9 @@ class Server:
     computing: str = ""
     questions: deque[_Question] = field(default_factory=deque)
     """What was asked for and did not come yet."""
-    copies: bool | None = None
-    """Whether it copies tensors from one of its devices to another; None: that was never asked."""
+    copies: dict[tuple[int, int], bool] = field(default_factory=dict)
+    """Whether it copies tensors from one of its devices to another, where that was asked: a native server's GPUs may do
+    so, and none of them to its CPU."""
     names: Names = field(default_factory=Names)
     devices: list[RemoteDevice] = field(default_factory=list)
     """Those that are open."""
@@ -158,6 +163,13 @@ class Server:
         """Receive what was asked for before."""
         while self.questions:
             self._next_answer()
+
+    def make_room(self, size: int) -> None:
+        """To be called before ``size`` bytes are sent: a server that is giving an answer does not read meanwhile, and
+        we would wait for each other. So answers that sockets may have no room for are received first."""
+        awaited = sum(len(question.into) for question in self.questions)
+        if size > ROOM and awaited > (OUR_ROOM if self.ours else ROOM):
+            self._answers()
 
     def ask(self, device: str, message: Any, doing: str, into: memoryview | None = None) -> Any:
         """Send a message for ``device`` and return its answer; that of a GET_TENSOR is received in ``into``."""
@@ -223,7 +235,7 @@ class Server:
         self.buffers.clear()
         self.graphs = KeptGraphs()
         self.questions.clear()
-        self.copies = None
+        self.copies = {}
         self.computing = ""
         for device in self.devices:
             device.meet()
@@ -371,6 +383,7 @@ class RemoteDevice(Device):
         """A single SET_TENSOR of views that are not joined; ``keep``: the server may keep the data for another time."""
         size = sum(map(len, data))
         record = self._bytes_at(buffer, offset, size)
+        self._server.make_room(size)
         self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {size:,} bytes")
         self.sent += size
 
@@ -401,8 +414,7 @@ class RemoteDevice(Device):
         return result
 
     def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
-        """Nothing is waited for: the question is sent, and the server answers it in its turn. ``size``: so few bytes
-        that a socket has room for them, if more is sent before they are waited for."""
+        """Nothing is waited for: the question is sent, and the server answers it in its turn."""
         record = self._bytes_at(self._range(buffer, offset, size), offset, size)
         doing = f"reading {size:,} bytes later"
         return _Answer(
@@ -410,18 +422,21 @@ class RemoteDevice(Device):
         )
 
     def copy_to(self, buffer: Buffer, offset: int, size: int, other: Device, target: Buffer, at: int) -> bool:
-        """Where both are of one server it does that. It is asked once whether it does, later ones are only sent."""
+        """Where both are of one server it may do that. It is asked once whether it does, later ones are only sent."""
         server = self._server
-        if not isinstance(other, RemoteDevice) or other._server is not server or server.copies is False:
+        if not isinstance(other, RemoteDevice) or other._server is not server:
+            return False
+        between = self.index, other.index
+        if server.copies.get(between) is False:
             return False
         source = self._bytes_at(self._range(buffer, offset, size), offset, size)
         message = messages.CopyTensor(source, self._bytes_at(other._range(target, at, size), at, size))
         doing = f"copying {size:,} bytes to {other.name}"
-        if server.copies is None:
-            server.copies = bool(self._ask(message, doing).result)
-        else:
+        if between in server.copies:
             server.ask_later(self.name, message, doing)
-        return server.copies
+        else:
+            server.copies[between] = bool(self._ask(message, doing).result)
+        return server.copies[between]
 
     def compile(self, graph: Graph, buffers: Mapping[int, Buffer]) -> RemoteProgram:
         """Check and encode ``graph`` once, for all runs. What the server thinks of it shows when it runs.
@@ -451,6 +466,7 @@ class RemoteDevice(Device):
         if server.graphs.get(self.index, program.uid) == program.digest:
             self._ask(messages.GraphRecompute(self.index, program.uid), "running a graph again")
         else:
+            server.make_room(len(program.payload))
             self._ask(messages.GraphCompute(program.payload), "sending a graph")
             server.graphs.put(self.index, program.uid, program.digest)
         server.computing = self.name
