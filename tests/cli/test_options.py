@@ -101,6 +101,7 @@ BAD_VALUES = [
     (("--lora-apply-mode", "later"), r"--lora-apply-mode later: does not exist; there are auto"),
     (("-n", "x (nose:.)"), r"--negative-prompt 'x \(nose:\.\)': the weight '\.' is no number"),
     (("-p", "(cat:99999999999999999999)"), r"--prompt .*: the weight 1e\+20 of 'cat' is beyond 1000"),
+    (("-p", f"(((cat:{'9' * 38}):{'9' * 38}):0)"), r"--prompt .*: the weight nan of 'cat' is beyond 1000"),
     (
         ("-n", "(" * 80 + "cat"),
         r"--negative-prompt .*: the weight 2048\.\d+ of 'cat' is beyond 1000: brackets multiply",

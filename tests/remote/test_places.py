@@ -15,6 +15,7 @@ from PIL import Image
 
 import sdrpc
 from sdrpc.client import connect
+from sdrpc.client.remote import RemoteDevice
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
@@ -22,7 +23,8 @@ from sdrpc.engine.device import devices as local_devices
 from sdrpc.errors import Cancelled, DoesNotFit
 from sdrpc.families.model import open_model
 from sdrpc.runtime.cache import Cache
-from sdrpc.runtime.chain import Chain, Lanes, Placed
+from sdrpc.runtime.chain import Chain, Lanes, Placed, _cross, _Crossing
+from sdrpc.server import Server
 from tests.support.pictures import Case, Checkpoints, request
 from tests.support.trouble import Restartable
 
@@ -45,6 +47,22 @@ def here() -> Iterator[Device]:
     (device,) = local_devices("exact", 1)
     yield device
     device.close()
+
+
+def test_a_server_that_copies_nothing_is_listened_to_before_it_is_written_to(
+    here: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A native one with two devices: while it answers, it takes nothing."""
+    monkeypatch.setattr(RemoteDevice, "copy_to", lambda *_: False)
+    data = np.random.default_rng(0).bytes(48 << 20)
+    with Server([here, here]) as server:  # type: ignore[list-item]
+        source, target = connect([server.endpoint])
+        buffer, other = source.allocate(len(data)), target.allocate(len(data))
+        source.write(buffer, 0, data)
+        _cross([(_Crossing(source, (buffer, 0), len(data)), [(other, 0)])], target)
+        assert bytes(target.read(other, 0, len(data))) == data
+        for device in (source, target):
+            device.close()
 
 
 def drawn(files: sdrpc.ModelFiles, placement: dict[str, Placed], graphs: Path, case: Case) -> list[np.ndarray]:

@@ -508,7 +508,7 @@ def _data(name: str, tensor: torch.Tensor) -> memoryview:
     if tensor.is_meta:
         raise UsageError(
             f"parameter {name} has no numbers: it is on the meta device, as after enable_sequential_cpu_offload(), "
-            "which an offloaded module needs not"
+            "which an offloaded module does not need"
         )
     kept = tensor.detach() if tensor.dtype in TYPES else tensor.detach().float()
     return kept.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

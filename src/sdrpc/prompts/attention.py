@@ -53,7 +53,8 @@ def parse(prompt: str) -> tuple[Piece, ...]:
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def multiply(start: int, factor: f32) -> None:
-        weights[start:] = [weight * factor for weight in weights[start:]]
+        with np.errstate(over="ignore", invalid="ignore"):  # who checks the prompt says it
+            weights[start:] = [weight * factor for weight in weights[start:]]
 
     rest = prompt
     while match := _TOKEN.search(rest):  # searched anew each time: \b sees the rest alone, as there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isnan
 
 from ..errors import InvalidValue
 from .attention import parse
@@ -33,7 +34,7 @@ def check(field: str, text: str) -> None:
     except InvalidValue as error:
         raise InvalidValue(field, text, error.reason) from error
     for piece in pieces:
-        if abs(piece.weight) > MAX_WEIGHT:
+        if isnan(piece.weight) or abs(piece.weight) > MAX_WEIGHT:
             raise InvalidValue(
                 field, text, f"the weight {piece.weight:g} of {piece.text!r} is beyond {MAX_WEIGHT}: brackets multiply"
             )
