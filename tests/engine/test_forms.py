@@ -115,9 +115,9 @@ class Scene:
     def leaf(self, type: Type, *ne: int, start: int) -> Tensor:
         return b.leaf(type, *ne, buffer=self.weights.key, offset=start)
 
-    def convolution(self, type: Type = F16, start: int = KERNEL, side: int = 6) -> Tensor:
-        image = b.leaf(F32, side, side, 16, 1, buffer=self.rest.key, offset=IMAGE)
-        return b.node("CONV_2D", self.leaf(type, 3, 3, 16, 32, start=start), image, params=Conv2D(1, 1, 1, 1, 1, 1))
+    def convolution(self, type: Type = F16, start: int = KERNEL, image: int = IMAGE) -> Tensor:
+        x = b.leaf(F32, 6, 6, 16, 1, buffer=self.rest.key, offset=image)
+        return b.node("CONV_2D", self.leaf(type, 3, 3, 16, 32, start=start), x, params=Conv2D(1, 1, 1, 1, 1, 1))
 
     def product(self) -> Tensor:
         return b.mul_mat(self.leaf(F16, 64, 64, start=MATRIX), b.leaf(F32, 64, 8, buffer=self.rest.key, offset=ROWS))
@@ -127,8 +127,8 @@ class Scene:
         match which:
             case "kernel":
                 return self.convolution()
-            case "kernel of a smaller image":
-                return self.convolution(side=5)
+            case "kernel of another image":
+                return self.convolution(image=ROWS)
             case "other kernel":
                 return self.convolution(BF16, OTHER)
             case "matrix":
@@ -174,7 +174,7 @@ def scene(dequant_cache: int = BUDGET) -> Iterator[Scene]:
 
 PROGRAMS = [
     "kernel",
-    "kernel of a smaller image",
+    "kernel of another image",
     "other kernel",
     "matrix",
     "a matrix of kernels",
@@ -292,8 +292,8 @@ def test_what_another_program_has_changed_since_it_was_written() -> None:
     """It is no weight any more to the one that has used it before, which reads it as it came."""
     with scene() as one, scene(dequant_cache=0) as other:
         new = np.random.default_rng(1).standard_normal(SIZE // 2).astype("<f2").tobytes()
-        for which in ("kernel", "kernel", "kernel of a smaller image", "kernel"):
-            if which == "kernel of a smaller image":
+        for which in ("kernel", "kernel", "kernel of another image", "kernel"):
+            if which == "kernel of another image":
                 for each in (one, other):
                     each.device.write(each.weights, 0, new)
             assert error(one.run(which), other.run(which)) < 0.01, which
@@ -306,7 +306,7 @@ def test_what_another_program_has_changed_since_a_run_that_took_it_as_it_came() 
         for _ in range(3):
             assert error(one.run("kernel"), other.run("kernel")) < 0.01
         one.device._weights.budget = BUDGET
-        for which in ("kernel of a smaller image", "kernel of a smaller image"):
+        for which in ("kernel of another image", "kernel of another image"):
             assert error(one.run(which), other.run(which)) < 0.01
         assert one.lying == 1
         bound = one.programs["kernel"].bound
