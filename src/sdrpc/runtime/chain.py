@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import Device, Later, Target, There
+from ..device import Device, Later, Target
 from ..errors import UsageError
 from .cutting import Part
 from .run import Executable, Place
@@ -142,8 +142,6 @@ def _cross(values: Sequence[tuple[_Crossing, Sequence[Place]]], device: Device) 
             continue
         for start in range(0, nbytes, PIECE):
             awaited = source.read_later(buffer, offset + start, min(PIECE, nbytes - start))
-            if source.turns is device.turns:  # of one connection: a server that nobody listens to takes nothing
-                awaited = There(awaited.wait())
             asked.append((awaited, [(target, at + start) for target, at in there]))
     while asked:
         awaited, places = asked.popleft()
