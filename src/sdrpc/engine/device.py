@@ -450,7 +450,7 @@ class LocalDevice(ServedDevice):
             bound.run(deadline)
             if self.torch_device.type == "cuda":
                 self._queued()
-                if new:  # it ran step by step, which takes the most memory
+                if new and log.isEnabledFor(logging.DEBUG):  # it ran step by step, which takes the most memory
                     log.debug("%s: after a first run: %s", self.name, self._holdings())
 
     def _holdings(self) -> Holdings:
