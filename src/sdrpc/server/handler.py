@@ -23,10 +23,10 @@ from ..wire.refusals import Refusal, refusal, to_text
 from .asked_again import AskedAgain
 from .door import Door
 from .fresh_memory import made_ready
+from .incoming import Incoming
 from .negotiation import Protocol
 from .session import Session
 from .stream import Stream
-from .target import Target
 from .version_memory import Offer
 
 log = logging.getLogger(__name__)
@@ -305,11 +305,11 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
         stream.read_into(piece[len(head) :])
         head = head[:0]
 
-    with Target(session, place) as target:
-        ready = made_ready(target.window) if target.window is not None and stream.encrypted else nullcontext()
+    with Incoming(session, place) as incoming:
+        ready = made_ready(incoming.window) if incoming.window is not None and stream.encrypted else nullcontext()
         with ready:
             for offset, size in pieces(place.size):
-                target.take(offset, size, read)
+                incoming.take(offset, size, read)
 
 
 def _receive_ranges(stream: Stream, session: Session, request: Received) -> None:
@@ -319,12 +319,12 @@ def _receive_ranges(stream: Stream, session: Session, request: Received) -> None
     stream.expect(sum(sizes))
     deadline = stream.deadline
     with ExitStack() as stack:
-        targets = [stack.enter_context(Target(session, place)) for place in places]
+        incoming = [stack.enter_context(Incoming(session, place)) for place in places]
 
         def receive(hand: Sequence[Piece], carrier: Stream) -> None:
             carrier.doing, carrier.deadline = Command.SET_RANGES.name, deadline
             for number, at, size in hand:
-                targets[number].take(at, size, carrier.read_into)
+                incoming[number].take(at, size, carrier.read_into)
             carrier.deadline = None
 
         if session.carriers is None or not request.message.carriers:

@@ -10,7 +10,7 @@ from .client_cache import CacheWriter
 from .session import Place, Session
 
 
-class Target:
+class Incoming:
     """``place`` of a client's memory, which gets its data piece by piece, in any order and from any thread. To be
     entered before the first piece: what came is kept in the cache when all did, if the client may ask for it again.
     ``window``: the device's own memory, where that can be had."""
@@ -41,7 +41,7 @@ class Target:
             if not self._left:
                 self._close(complete=True)
 
-    def __enter__(self) -> Target:
+    def __enter__(self) -> Incoming:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
