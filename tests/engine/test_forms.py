@@ -7,14 +7,16 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdrpc.device import Rows
+from sdrpc.device import Buffer, Rows
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.device import LocalProgram
 from sdrpc.engine.dtypes import DTYPES
@@ -23,6 +25,7 @@ from sdrpc.engine.memory import LocalBuffer
 from sdrpc.engine.precision import Precision
 from sdrpc.engine.program import Bound
 from sdrpc.engine.weights import LAID, Source, WeightFormat, convert
+from sdrpc.errors import ConnectionLost
 from sdrpc.ggml import build as b
 from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.tensor import Graph, Tensor, contiguous_strides, dims
@@ -349,6 +352,108 @@ def test_whoever_wants_bytes_to_stay_waits_for_the_run_that_uses_them() -> None:
         for which in ("matrix", "matrix", "other kernel"):
             one.run(which)
         assert one.lying == 0, "all of it stays as it came"
+
+
+class Asked(TorchDispatchMode):
+    """Asks from another thread, whenever torch is to write to ``memory``, whether that could read it now."""
+
+    def __init__(self, buffer: LocalBuffer) -> None:
+        super().__init__()
+        self.buffer = buffer
+        self.answers: list[bool] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        target = args[0] if func._schema.is_mutable else None
+        if isinstance(target, torch.Tensor) and _is_in(target, self.buffer.data):
+            asking = threading.Thread(target=self._ask)
+            asking.start()
+            asking.join()
+        return func(*args, **(kwargs or {}))
+
+    def _ask(self) -> None:
+        lock = self.buffer.forms._lock
+        self.answers.append(lock.acquire(blocking=False))
+        if self.answers[-1]:
+            lock.release()
+
+
+def _is_in(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    return 0 <= part.data_ptr() - whole.data_ptr() < whole.nbytes
+
+
+@pytest.mark.parametrize("how", ["write", "receive", "fill", "rows", "copy", "copy within", "from another device"])
+def test_nobody_can_read_between_what_a_write_makes_of_bytes_and_the_write(how: str) -> None:
+    """A weight that is written over is not changed back before: a reader would see what nobody ever sent. On a GPU it
+    must not come between in the one stream in which all of it is queued."""
+    size, new = 8192, bytes(range(256)) * 32
+    with scene() as one, scene() as other:
+        one.run("matrix")
+        one.run("matrix")
+        device, weights = one.device, one.weights
+        assert isinstance(weights, LocalBuffer)
+        assert one.lying == 1
+        expected = new
+        with Asked(weights) as asked:
+            match how:
+                case "write":
+                    device.write(weights, MATRIX, new)
+                case "receive":
+                    device.receive(weights, MATRIX, size, lambda memory: memory.__setitem__(slice(None), new))
+                case "fill":
+                    device.fill(weights, MATRIX, size, 7)
+                    expected = bytes([7]) * size
+                case "rows":
+                    device.write_rows(weights, Rows(MATRIX, 256, 32, 256), new)
+                case "copy":
+                    device.write(one.rest, 0, new)
+                    device.copy(one.rest, 0, weights, MATRIX, size)
+                case "copy within":
+                    expected = bytes(device.read(weights, KERNEL, size))
+                    device.copy(weights, KERNEL, weights, MATRIX, size)
+                case "from another device":
+                    other.device.write(other.rest, 0, new)
+                    assert other.device.copy_to(other.rest, 0, size, device, weights, MATRIX)
+        assert asked.answers == ([] if NAME == "CPU" and how in ("write", "receive") else [False]), "not while it waits"
+        assert bytes(device.read(weights, MATRIX, size)) == expected
+        assert one.lying == 0
+
+
+@pytest.mark.parametrize("size", [1000, (1 << 20) + 1, 4 << 20])
+def test_what_is_received_is_there_and_only_what_was_received(size: int) -> None:
+    """Pieces of all sizes: through memory that a GPU reads itself, and through ordinary memory. Where filling it fails,
+    nothing was written."""
+    with scene() as one:
+        buffer, rng = one.device.allocate(size + 2), np.random.default_rng(0)
+        first, other = rng.bytes(size), rng.bytes(size)
+
+        def lost(memory: memoryview) -> None:
+            memory[:] = other
+            raise ConnectionLost("somewhere", "receiving")
+
+        one.device.receive(buffer, 1, size, lambda memory: memory.__setitem__(slice(None), first))
+        with pytest.raises(ConnectionLost):
+            one.device.receive(buffer, 1, size, lost)
+        assert bytes(one.device.read(buffer, 0, size + 2)) == b"\0" + first + b"\0"
+
+
+def test_two_that_copy_to_and_fro_do_not_wait_for_each_other() -> None:
+    with scene() as one:
+        a, b = one.weights, one.rest
+        done: list[int] = []
+
+        def copy(source: Buffer, target: Buffer) -> None:
+            for _ in range(300):
+                one.device.copy(source, 0, target, 0, 4096)
+            done.append(1)
+
+        threads = [threading.Thread(target=copy, args=each, daemon=True) for each in ((a, b), (b, a))]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(60)
+        assert done == [1, 1]
 
 
 def test_readers_beside_runs_see_what_came() -> None:

@@ -7,9 +7,10 @@ import logging
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one than Python's before 3.11
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
@@ -43,7 +44,7 @@ from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
-from .forms import in_use
+from .forms import held, in_use
 from .holdings import Holdings, holdings
 from .memory import MAPPED, LocalBuffer, host_buffer
 from .operations import EngineOp
@@ -192,11 +193,10 @@ class LocalDevice(ServedDevice):
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
         source = memoryview(data).cast("B")
-        mine = self._written(buffer, offset, len(source))
-        if mine.host is not None:
-            mine.host[offset : offset + len(source)] = source
-        elif len(source):
-            with translated(self.name, "writing"):
+        with self._writing(buffer, offset, len(source)) as mine:
+            if mine.host is not None:
+                mine.host[offset : offset + len(source)] = source
+            elif len(source):
                 part = mine.data[offset : offset + len(source)]
                 if self._staging is None:
                     part.copy_(_as_tensor(source))
@@ -231,25 +231,32 @@ class LocalDevice(ServedDevice):
         """Between two of one kind. GPUs queue it, each behind what it has to do."""
         if not isinstance(other, LocalDevice) or other.torch_device.type != self.torch_device.type:
             return False
-        source, there = self._range(buffer, offset, size), other._written(target, at, size)
-        copying = translated(self.name, f"copying to {other.name}")
-        with copying, source.forms.reading(source.data, offset, offset + size) as part:
+        source = self._range(buffer, offset, size)
+        with (
+            translated(self.name, f"copying to {other.name}"),
+            held(source, other._range(target, at, size)),
+            source.forms.reading(source.data, offset, offset + size) as part,
+            other._writing(target, at, size) as there,
+        ):
             there.data[at : at + size].copy_(part, non_blocking=True)
         return True
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``."""
+        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``. Until
+        all of it was written, what is there is nobody's to read or to compute with."""
         if self._range(buffer, offset, size).host is None:
             return None
-        mine = self._written(buffer, offset, size)
-        assert mine.host is not None  # noqa: S101
-        return mine.host[offset : offset + size]
+        with self._writing(buffer, offset, size) as mine:
+            assert mine.host is not None  # noqa: S101
+            return mine.host[offset : offset + size]
 
     def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
         if self._staging is not None:
-            mine = self._written(buffer, offset, size)
-            with translated(self.name, "writing"):
-                if self._staging.receive(mine.data[offset : offset + size], fill):
+            self._range(buffer, offset, size)
+            with translated(self.name, "writing"), self._staging.filled(size, fill) as memory:
+                if memory is not None:
+                    with self._writing(buffer, offset, size) as mine:
+                        mine.data[offset : offset + size].copy_(memory, non_blocking=True)
                     return
         super().receive(buffer, offset, size, fill)
 
@@ -258,14 +265,13 @@ class LocalDevice(ServedDevice):
 
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
         """Set ``size`` bytes from ``offset`` on to ``value``."""
-        mine = self._written(buffer, offset, size)
-        with translated(self.name, "filling"):
+        with self._writing(buffer, offset, size, "filling") as mine:
             mine.data[offset : offset + size].fill_(value)
 
     def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
         """Write ``data`` to ``rows``, one row behind the other."""
-        mine = self._written(buffer, rows.offset, rows.extent, all_of_it=rows.size == rows.stride)
-        with translated(self.name, "writing rows"):
+        dense = rows.size == rows.stride
+        with self._writing(buffer, rows.offset, rows.extent, "writing rows", all_of_it=dense) as mine:
             _row_view(mine.data[rows.offset : rows.offset + rows.extent], rows).copy_(
                 _as_tensor(memoryview(data)).view(rows.copies, rows.size)
             )
@@ -279,16 +285,16 @@ class LocalDevice(ServedDevice):
 
     def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
         """Copy ``size`` bytes, also within one buffer."""
-        a, b = self._range(source, source_offset, size), self._range(target, target_offset, size)
-        overlaps = a is b and abs(source_offset - target_offset) < size
-        with translated(self.name, "copying"):
-            if not overlaps:
-                self._written(target, target_offset, size)
-            with a.forms.reading(a.data, source_offset, source_offset + size) as part:
-                if overlaps:
-                    part = part.clone()
-                    self._written(target, target_offset, size)
-                b.data[target_offset : target_offset + size].copy_(part)
+        one, other = self._range(source, source_offset, size), self._range(target, target_offset, size)
+        overlaps = one is other and abs(source_offset - target_offset) < size
+        with (
+            translated(self.name, "copying"),
+            held(one, other),
+            one.forms.reading(one.data, source_offset, source_offset + size) as part,
+        ):
+            data = part.clone() if overlaps else part
+            with self._writing(target, target_offset, size):
+                other.data[target_offset : target_offset + size].copy_(data)
 
     # what several buffers have together
 
@@ -308,10 +314,10 @@ class LocalDevice(ServedDevice):
             return mine.pages.freeze(mine.host, offset, size)
 
     def take(self, buffer: Buffer, offset: int, frozen: Frozen) -> bool:
-        mine = self._written(buffer, offset, frozen.size)
-        if mine.pages is None or mine.host is None or not isinstance(frozen, FrozenPages):
-            return False
-        return mine.pages.take(mine.host, offset, frozen)
+        with self._writing(buffer, offset, frozen.size) as mine:
+            if mine.pages is None or mine.host is None or not isinstance(frozen, FrozenPages):
+                return False
+            return mine.pages.take(mine.host, offset, frozen)
 
     def _range(self, buffer: Buffer, offset: int, size: int) -> LocalBuffer:
         mine = self._buffers.get(buffer.key)
@@ -321,13 +327,16 @@ class LocalDevice(ServedDevice):
             raise DeviceError(f"{self.name}: bytes {offset} … {offset + size} of a buffer of {mine.size}")
         return mine
 
-    def _written(self, buffer: Buffer, offset: int, size: int, all_of_it: bool = True) -> LocalBuffer:
-        """``size`` bytes, or some of them, are about to be written: forget what was made of them."""
+    @contextmanager
+    def _writing(
+        self, buffer: Buffer, offset: int, size: int, doing: str = "writing", all_of_it: bool = True
+    ) -> Iterator[LocalBuffer]:
+        """Within the context ``size`` bytes, or some of them, are written: what was made of them is forgotten, and
+        nobody reads them or makes anything of them meanwhile."""
         mine = self._range(buffer, offset, size)
-        with translated(self.name, "writing"):
-            mine.forms.writing(mine.data, offset, offset + size, all_of_it)
-        self._weights.drop(buffer.key, offset, offset + size)
-        return mine
+        with translated(self.name, doing), mine.forms.writing(mine.data, offset, offset + size, all_of_it):
+            self._weights.drop(buffer.key, offset, offset + size)
+            yield mine
 
     # graphs
 

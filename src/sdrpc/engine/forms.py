@@ -4,6 +4,9 @@ A program wants kernels of convolutions with their channels together, or on a CP
 many bytes as what came, so these can be changed where they lie, if they can be changed back: of what rounding to
 bfloat16 loses, four bits a number are kept beside. Who reads the bytes gets them as they came; who writes to some of
 them finds the others as they came. A program that wants them otherwise has them changed back, and then they stay so.
+
+All of that happens behind one lock for each buffer, in which whatever is done to its bytes is also queued: on a GPU,
+which does it later, the order is that of its one stream, and so that of the lock. Nobody waits for the GPU.
 """
 
 from __future__ import annotations
@@ -236,8 +239,10 @@ class Forms:
                 result[first - start : last - start] = bytes_[first - source.start : last - source.start]
             yield result
 
-    def writing(self, data: Tensor, start: int, end: int, all_of_it: bool = True) -> None:
-        """Bytes ``[start, end)``, or with ``all_of_it`` false some of them, are about to be written."""
+    @contextmanager
+    def writing(self, data: Tensor, start: int, end: int, all_of_it: bool = True) -> Iterator[None]:
+        """Bytes ``[start, end)``, or with ``all_of_it`` false some of them, are written within the context, which may
+        mean queued. Nobody reads or changes them meanwhile: what else is queued comes before or behind."""
         with self._lock:
             for each in self._overlapping(start, end):
                 covered = all_of_it and start <= each.source.start and each.source.end <= end
@@ -245,6 +250,13 @@ class Forms:
                 each.kept.written = True
             if all_of_it and self._stay:
                 self._stay = {each for each in self._stay if each.start < start or end < each.end}
+            yield
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else reads the buffer or writes to it."""
+        with self._lock:
+            yield
 
     @contextmanager
     def as_they_came(self, data: Tensor, start: int, end: int) -> Iterator[None]:
@@ -314,6 +326,16 @@ def in_use(buffers: Collection[LocalBuffer]) -> Iterator[None]:
     with ExitStack() as stack:
         for buffer in buffers:
             stack.enter_context(buffer.forms.in_use())
+        yield
+
+
+@contextmanager
+def held(*buffers: LocalBuffer) -> Iterator[None]:
+    """Nobody else reads ``buffers`` or writes to them. They are taken in one order, so that two threads that copy to
+    and fro don't wait for each other."""
+    with ExitStack() as stack:
+        for buffer in sorted(buffers, key=lambda each: each.key):
+            stack.enter_context(buffer.forms.held())
         yield
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Condition
 from typing import NamedTuple
 
@@ -72,23 +73,23 @@ class Staging:
                 finally:
                     self._give(slot)
 
-    def receive(self, target: Tensor, fill: Callable[[memoryview], None]) -> bool:
-        """Have ``fill`` put the bytes of ``target`` (uint8) into pinned memory, and copy them to it after all that is
-        queued. False where that does not pay, or all such memory is in use: then nothing was done."""
-        size = len(target)
+    @contextmanager
+    def filled(self, size: int, fill: Callable[[memoryview], None]) -> Iterator[Tensor | None]:
+        """``size`` bytes of pinned memory in which ``fill`` has put something, to be copied from within the context.
+        None where that does not pay, or all such memory is in use: then nothing was done."""
         slot = self._take_large() if PIECE < size <= LARGE_PIECE else None
         if slot is None:
-            return False
+            yield None
+            return
         try:
+            slot.free.synchronize()
+            fill(slot.memory.numpy().data[:size])
             with torch.cuda.device(self._device):
-                slot.free.synchronize()
-                fill(slot.memory.numpy().data[:size])
-                target.copy_(slot.memory[:size], non_blocking=True)
+                yield slot.memory[:size]
                 slot.free.record()
         finally:
             with self._changed:
                 self._large.append(slot)
-        return True
 
     def read(self, source: Tensor) -> memoryview:
         """The bytes of ``source`` (uint8) when all that is queued before is done."""
