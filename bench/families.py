@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from sdrpc.client import connect
+from sdrpc.diffusion.drawable import latents_shape, settings_of
 from sdrpc.diffusion.guidance import Told
 from sdrpc.diffusion.pictures import Pixels
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import Session, latents_shape, settings_of
+from sdrpc.diffusion.session import Session
 from sdrpc.engine.device import devices
 from sdrpc.families import flux2, wan, zimage
 from sdrpc.families.base import Config

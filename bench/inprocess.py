@@ -16,12 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sdrpc.diffusion.drawable import latents_shape, predicts_with
 from sdrpc.diffusion.pictures import from_pixels
 from sdrpc.diffusion.predictions import TIMESTEPS, Prediction
 from sdrpc.diffusion.request import Settings
 from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.schedules import make_sigmas
-from sdrpc.diffusion.session import latents_shape, predicts_with
 from sdrpc.families.base import Conditions
 from sdrpc.families.model import Model
 from sdrpc.ggml.weight import Weight

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sdrpc.cli.fitting import fitted, roughly
+from sdrpc.diffusion.drawable import settings_of
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import settings_of
 from sdrpc.errors import DoesNotFit
 from sdrpc.families.model import Model, ModelFiles, open_model
 from sdrpc.runtime import speed

@@ -278,7 +278,7 @@ def test_the_second_run_captures_nothing(session: Session, monkeypatch: pytest.M
     request = replace(SMALL, height=64, steps=1, clip_skip=2)
     first = drawn(session, request)
     session.close()
-    monkeypatch.setattr("sdrpc.diffusion.device_model.captured", lambda *_: pytest.fail("captured again"))
+    monkeypatch.setattr("sdrpc.diffusion.device_component.captured", lambda *_: pytest.fail("captured again"))
     np.testing.assert_array_equal(drawn(session, request)[0], first[0])
 
 
@@ -379,6 +379,7 @@ def test_weights_leave_when_another_component_needs_the_room(
     model: Model, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdrpc.diffusion.device_model.WORKING_ROOM", SmallDevice.work)
+    monkeypatch.setattr("sdrpc.diffusion.rooms.WORKING_ROOM", SmallDevice.work)
     device = SmallDevice("small", torch.device("cpu"), EXACT)
     sizes = {name: component.found.nbytes() for name, component in model.components.items()}
     assert sizes["clip_l"] + sizes["diffusion"] > SmallDevice.room > sizes["diffusion"] + sizes["vae"] + (1 << 20)

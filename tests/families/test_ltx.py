@@ -15,10 +15,10 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint
+from sdrpc.diffusion.drawable import settings_of
 from sdrpc.diffusion.predictions import prediction
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.schedules import make_sigmas
-from sdrpc.diffusion.session import settings_of
 from sdrpc.errors import CheckpointError, InvalidValue
 from sdrpc.families.base import F32, Config, Found, Prompt, find
 from sdrpc.families.components import film_ltx

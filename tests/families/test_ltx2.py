@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, Tokenizer
 from sdrpc.checkpoints.expressions import cast
-from sdrpc.diffusion.device_model import captured
+from sdrpc.diffusion.device_component import captured
+from sdrpc.diffusion.drawable import latents_shape, settings_of, with_sound
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import Session, latents_shape, settings_of, with_sound
+from sdrpc.diffusion.session import Session
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent

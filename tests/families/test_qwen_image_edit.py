@@ -16,9 +16,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from sdrpc.checkpoints.expressions import whole_array
+from sdrpc.diffusion.drawable import settings_of
 from sdrpc.diffusion.pictures import from_pixels
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import settings_of
 from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
 from sdrpc.families.base import F32, Config, Prompt
 from sdrpc.families.components.qwen25_vision import BEHIND, IMAGE, Seen, build, positions, processed_size

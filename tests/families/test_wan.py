@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint
+from sdrpc.diffusion.drawable import settings_of
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.session import settings_of
 from sdrpc.errors import CheckpointError, InvalidValue, MissingComponent
 from sdrpc.families.base import F32, Config, Found, Prompt, find
 from sdrpc.families.components import film, t5, umt5

@@ -39,8 +39,8 @@ def fitted(
     bytes of weights, by device; ``waits``: where weights are that nobody uses, as a session takes it. Raises
     :class:`DoesNotFit`."""
     from ..diffusion.demands import demands
-    from ..diffusion.device_model import weights_room
     from ..diffusion.fitting import Plan, Share, fit, nearest
+    from ..diffusion.rooms import weights_room
 
     if set(model.components) <= set(fixed):
         report.warn("auto-fit has nothing to plan: --backend names a device for each component")

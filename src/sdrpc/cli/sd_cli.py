@@ -123,9 +123,10 @@ def _draw(chosen: Chosen) -> int:
         raise InvalidValue("output", output, "a picture is not for a terminal: send it to a file or a program")
     named, waits = placement.parse(chosen["backend"]), waiting(chosen)
 
+    from ..diffusion.drawable import settings_of
     from ..diffusion.metadata import parameters_of
     from ..diffusion.request import Request
-    from ..diffusion.session import Session, settings_of
+    from ..diffusion.session import Session
     from ..diffusion.stage_timer import STAGES, StageTimer
     from ..families.model import open_model
 

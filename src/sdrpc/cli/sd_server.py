@@ -281,8 +281,8 @@ def planned(
 ) -> dict[str, list[Lanes]]:
     """A plan for those components of a model that are not ``fixed`` to where they are ``before``. ``limits`` and
     ``waits``: as :func:`fitting.fitted` takes them. Raises :class:`DoesNotFit`."""
+    from ..diffusion.drawable import settings_of
     from ..diffusion.request import Request
-    from ..diffusion.session import settings_of
 
     return fitting.fitted(model, settings_of(model, Request("")), before, fixed, found.devices, limits, waits)
 

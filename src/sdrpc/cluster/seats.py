@@ -19,10 +19,10 @@ from ray.exceptions import RayError, RayTaskError
 from .. import __version__
 from ..client import parse_endpoint
 from ..device import Device, Memory
+from ..diffusion.drawable import settings_of
 from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.pictures import Picture, Video
 from ..diffusion.request import Request, Settings
-from ..diffusion.session import settings_of
 from ..errors import ConnectionLost, DeviceError, UsageError
 from ..families.model import Model
 from ..runtime.chain import devices_of

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..device import Device
 from ..device_names import AUTO
+from ..diffusion.drawable import settings_of
 from ..diffusion.events import Cancel, Event, OnEvent
 from ..diffusion.films import check_format, has_sound
 from ..diffusion.films import encode as encode_film
@@ -30,7 +31,7 @@ from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
 from ..diffusion.pictures import Picture, Pixels, Video
 from ..diffusion.placement import UPSCALER
 from ..diffusion.request import Request, Settings
-from ..diffusion.session import Session, settings_of
+from ..diffusion.session import Session
 from ..diffusion.upscaling import Upscalers
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model, ModelFiles
