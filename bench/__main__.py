@@ -101,7 +101,8 @@ def main(
             start = time.perf_counter()
             for row in benchmark.run(setup):
                 rows.append((benchmark.name, row))
-                log.print(f"  {row.what}: {_short(row.ours)} {row.unit}{_beside(row)}")
+                note = f" ({row.note})" if row.note else ""  # told now: what comes may end the process
+                log.print(f"  {row.what}: {_short(row.ours)} {row.unit}{_beside(row)}{note}")
             log.print(f"{benchmark.name}: {time.perf_counter() - start:.0f} s")
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(_table([row for _, row in rows]))
     facts = _facts(device) | {"options": setup_options(setup)}

@@ -27,7 +27,7 @@ from tests.support.client import RawClient
 from .operations import recorded_on
 from .rows import Mark, Row
 from .setup import Setup
-from .step import until_compiled
+from .step import NotCompiled, until_compiled
 
 PART = "unet"
 PROTOCOL = "5.0.1"
@@ -39,6 +39,8 @@ ASKED = "FLASH_ATTN_EXT", 3
 WARM, ROUNDS = 5, 20
 WARM_ON_CPU, ROUNDS_ON_CPU = 1, 3
 """Where an evaluation takes a second or two."""
+COMPILE_SECONDS = 420.0
+"""How long compiling is waited for."""
 A_STEP = 2
 """Evaluations: of the prompt, and of the negative one."""
 STEPS_PER_SECOND = Mark(50, of="ours", at_least=True)
@@ -65,9 +67,13 @@ def run(setup: Setup) -> Iterator[Row]:
         theirs, spent = _rate(evaluate, *rounds), _spent(client, commands, rounds[1])
         yield _steps(what, theirs, None, spent)
         if setup.compiles(setup.variant):
-            until_compiled(server, evaluate)
-            compiled, spent = _rate(evaluate, *rounds), _spent(client, commands, rounds[1])
-            yield _steps(f"{what}, compiled", compiled, STEPS_PER_SECOND, spent)
+            try:
+                until_compiled(server, evaluate, COMPILE_SECONDS)
+            except NotCompiled as reason:
+                yield Row(f"{what}, compiled, steps", 0.0, "steps/s", mark=STEPS_PER_SECOND, note=str(reason))
+            else:
+                compiled, spent = _rate(evaluate, *rounds), _spent(client, commands, rounds[1])
+                yield _steps(f"{what}, compiled", compiled, STEPS_PER_SECOND, spent)
         (device,) = connect([f"127.0.0.1:{server.port}"])  # last: its program is compiled, too, beside what is measured
         stack.callback(device.close)
         ours = _rate(recorded_on(device, PART).run, *rounds)

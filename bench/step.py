@@ -22,6 +22,11 @@ ROUNDS = 2
 COMPILED = 1 / 0.95
 COMPILE_SECONDS = 900.0
 
+
+class NotCompiled(SystemExit):
+    """A server's program runs on as it is; the reason is that of the server, or that it took too long."""
+
+
 MILESTONES = {
     "endpoint": "the server listens",
     "a client of sdrpc": "a client is there",
@@ -110,12 +115,16 @@ class Spoken(Protocol):
     def output(self) -> str: ...
 
 
-def until_compiled(server: Spoken, draw: Callable[[], object]) -> float:
-    """Let ``draw`` go on until the server's program runs compiled; how many seconds that took."""
+def until_compiled(server: Spoken, draw: Callable[[], object], seconds: float = COMPILE_SECONDS) -> float:
+    """Let ``draw`` go on until the server's program runs compiled; how many seconds that took. Raises
+    :class:`NotCompiled`, also where it takes longer than ``seconds``."""
     start = time.perf_counter()
-    while "runs compiled" not in server.output:
-        if any(reason in server.output for reason in REFUSED) or time.perf_counter() > start + COMPILE_SECONDS:
-            raise SystemExit(f"the diffusion model was not compiled:\n{server.output}")
+    while "runs compiled" not in (said := server.output):
+        refused = next((line for line in said.splitlines() if any(words in line for words in REFUSED)), "")
+        if refused:
+            raise NotCompiled(f"not compiled: {refused}")
+        if time.perf_counter() > start + seconds:
+            raise NotCompiled(f"not compiled after {seconds:.0f} s; the server said:\n{said}")
         draw()
     return time.perf_counter() - start
 

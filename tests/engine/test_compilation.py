@@ -125,10 +125,11 @@ def test_a_program_as_a_pure_function() -> None:
     kept = {i: tensor for i, weight in bound.weights.items() if (tensor := weight.kept) is not None}
     assert [(tensor.dtype, tensor.shape[-2:]) for tensor in kept.values()] == [(torch.bfloat16, (N, N))]
     for given in (kept, {}):
-        function, inputs, stores = pure(bound, given)
+        function, inputs, stores, nodes = pure(bound, given)
         assert (torch.bfloat16 in {each.dtype for each in inputs}) == bool(given)
         (result,), (store,) = function(*inputs), stores
         assert result.dtype is store.dtype is torch.float32
+        assert "UNARY" in nodes[0]
         torch.testing.assert_close(result, store)
     program.device.close()
 
@@ -258,8 +259,8 @@ def failing(_: Job) -> Callable[..., Sequence[Tensor]]:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (wrong, "gives other numbers"),
-        (no_number, "gives other numbers"),
+        (wrong, "gives other numbers: it is not used; 1 of 1 results are farther than 1.25e-01, node 1 (UNARY"),
+        (no_number, "is inf from what it was, over 128 elements"),
         (raising, "does not run: no kernel image"),
         (failing, "is not compiled: compiling failed: no compiler"),
     ],
@@ -309,6 +310,36 @@ def test_results_that_lie_over_parts_of_others(factor: float, takes_over: bool) 
     for one in left:
         assert np.linalg.norm(one - left[0]) <= 2e-2 * np.linalg.norm(left[0])
         np.testing.assert_allclose(one[: 2 * N].reshape(2, N), x[:2] / (1 + np.exp(-x[:2])), rtol=1e-5)
+    device.close()
+
+
+def zeros_below(key: int) -> Graph:
+    """64 halves that are zero to OUT, and silu(x) over all but the first 16 of them."""
+    nothing, x = b.leaf(F16, 2 * N, buffer=key, offset=WEIGHT), b.leaf(F32, N, 4, buffer=key, offset=INPUT)
+    return Graph((at(b.node("CONT", nothing), key, OUT), at(silu(x), key, OUT + 2 * N)))
+
+
+def test_bytes_of_another_result_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    """Numbers that a compiled program has rounded end in a half that is zero, as is what lies below them; the last
+    bits of those that were there are any half."""
+
+    def rounded(_: Job) -> Callable[..., Sequence[Tensor]]:
+        def function(*inputs: Tensor) -> list[Tensor]:
+            (x,) = (each for each in inputs if each.dtype is torch.float32)
+            return [torch.zeros(1, 1, 1, 2 * N, dtype=torch.float16), torch.nn.functional.silu(x).bfloat16().float()]
+
+        return function
+
+    device = LocalDevice("CPU", CPU, FAST, threads=1, compiler=Told(rounded))  # type: ignore[arg-type]
+    buffer = device.allocate(16384)
+    device.write(buffer, INPUT, np.random.default_rng(0).standard_normal((4, N)).astype("<f4").tobytes())
+    program = device.compile(zeros_below(buffer.key), {buffer.key: buffer})
+    with caplog.at_level(logging.INFO, "sdrpc"):
+        for _ in range(REPEATS + 3):
+            program.run()
+    assert isinstance(program.bound, Replay)
+    assert isinstance(program.bound._body, CompiledProgram)
+    assert "over 128 elements" in caplog.text, "silu(x) is what is rounded"
     device.close()
 
 

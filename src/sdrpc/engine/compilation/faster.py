@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from math import inf, isnan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +38,22 @@ EIGHT_BITS = 0.125
 another of these now and then, of which two neighbours are 2⁻³ apart at most."""
 
 
+class Distance(NamedTuple):
+    """How far a compiled program's result is from what the program has left of it: ``apart`` (relative, L2), over so
+    many of its elements."""
+
+    node: str
+    apart: float
+    elements: int
+
+
 class CompiledProgram:
     """A bound program as compiled code. It runs as :class:`Bound` does."""
 
     def __init__(self, bound: Bound, function: Function) -> None:
         self._bound, self._function = bound, function
         program = pure(bound, {i: kept for i, weight in bound.weights.items() if (kept := weight.kept) is not None})
-        self._inputs, self._stores = program.inputs, program.stores
+        self._inputs, self._stores, self._nodes = program.inputs, program.stores, program.nodes
 
     def results(self) -> list[Tensor]:
         """What belongs into the buffers; nothing is written."""
@@ -64,26 +75,38 @@ class CompiledProgram:
         for store, result in zip(self._stores, results, strict=True):
             store.copy_(result)
 
-    def agrees(self, results: list[Tensor], limit: float) -> bool:
-        """Whether ``results`` are within ``limit`` of what the program has just left in the buffers. They are there
-        then: of some only a part, since a native client places others over what it needs no more."""
-        left = [store.clone() for store in self._stores]
-        self._write(results)
-        for store, result, was in zip(self._stores, results, left, strict=True):
-            own = (store == result) | (store != store)  # NaN is not passed over
-            if not _apart(store[own], was[own]) <= limit:
-                self._write(left)
-                return False
-        return True
+    def distances(self, results: Sequence[Tensor]) -> list[Distance]:
+        """Of all ``results``, from what the program has just left in the buffers, which stays there. Of some that is
+        only a part, since a native client places others over what it needs no more."""
+        there = [store.clone() for store in self._stores]
+        left = _left(self._stores)
+        self._write(there)
+        return [
+            Distance(node, _apart(result[own], was[own]), int(own.sum()))
+            for node, result, was, own in zip(self._nodes, results, there, left, strict=True)
+        ]
+
+
+def _left(stores: Sequence[Tensor]) -> list[Tensor]:
+    """Which elements of each of ``stores`` no later one shares a byte with: found by writing each one's number to all
+    of its bytes, a digit at a time."""
+    parts = [store.unsqueeze(-1).view(torch.uint8) for store in stores]
+    left = [torch.ones_like(store, dtype=torch.bool) for store in stores]
+    for shift in range(0, len(stores).bit_length(), 8):
+        for number, part in enumerate(parts):
+            part.fill_(number >> shift & 0xFF)
+        for number, (part, own) in enumerate(zip(parts, left, strict=True)):
+            own &= (part == number >> shift & 0xFF).all(-1)
+    return left
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    """Relative, in the L2 norm; for integers and blocks 0 or infinity. NaN agrees with nothing."""
+    """Relative, in the L2 norm; for integers and blocks 0 or infinity, as for what is no number."""
     if not one.dtype.is_floating_point:
-        return 0.0 if torch.equal(one, other) else float("inf")
+        return 0.0 if torch.equal(one, other) else inf
     one, other = one.float(), other.float()
-    norm = float(other.norm())
-    return float((one - other).norm()) / (norm or 1.0)
+    apart = float((one - other).norm()) / (float(other.norm()) or 1.0)
+    return inf if isnan(apart) else apart
 
 
 class Faster:
@@ -152,13 +175,21 @@ class Faster:
             return False
         took = time.monotonic() - began
         run()
-        if compiled.agrees(results, self._limit):
+        distances = compiled.distances(results)
+        farther = sum(each.apart > self._limit for each in distances)
+        last = max(distances, key=lambda each: each.apart)
+        where = f"{last.node} is {last.apart:.2e} from what it was, over {last.elements:,} elements"
+        if not farther:
             log.info(
-                "a program of %d steps runs compiled from now on; its first run took %.1f s", len(self._bound), took
-            )
+                "a program of %d steps runs compiled from now on; its first run took %.1f s, %s",
+                len(self._bound), took, where,
+            )  # fmt: skip
             return True
         self._over = True
-        log.warning("a compiled program of %d steps gives other numbers: it is not used", len(self._bound))
+        log.warning(
+            "a compiled program of %d steps gives other numbers: it is not used; %d of %d results are farther than "
+            "%.2e, %s", len(self._bound), farther, len(distances), self._limit, where,
+        )  # fmt: skip
         return False
 
     def _kept_now(self) -> tuple[bool, ...]:

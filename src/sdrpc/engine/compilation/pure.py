@@ -20,12 +20,13 @@ from ..values import Place, Value, ordered
 
 
 class Pure(NamedTuple):
-    """``function(*inputs)`` gives what belongs to ``stores``, in their shapes and dtypes. Inputs are views of buffers
-    and weights that are kept."""
+    """``function(*inputs)`` gives what belongs to ``stores``, in their shapes and dtypes; ``nodes`` made it. Inputs are
+    views of buffers and weights that are kept."""
 
     function: Callable[..., list[Tensor]]
     inputs: list[Tensor]
     stores: list[Tensor]
+    nodes: list[str]
 
 
 def is_pure(roots: Iterable[Value]) -> bool:
@@ -57,7 +58,7 @@ def pure(bound: Bound, kept: Mapping[int, Tensor]) -> Pure:
     steps = [step for step in bound.program if step.out not in given]
     read = sorted({i for step in steps for i in step.args if bound.fixed[i] is not None} | given)
     inputs = [kept[i] if i in given else bound.fixed[i] for i in read]
-    stores = [step.store for step in steps if step.store is not None]
+    stored = [(step.store, step.node) for step in steps if step.store is not None]
 
     def function(*values: Tensor) -> list[Tensor]:
         registers: list[Tensor | None] = [None] * len(bound.fixed)
@@ -76,4 +77,9 @@ def pure(bound: Bound, kept: Mapping[int, Tensor]) -> Pure:
             registers[out] = result
         return results
 
-    return Pure(function, [each for each in inputs if each is not None], stores)
+    return Pure(
+        function,
+        [each for each in inputs if each is not None],
+        [store for store, _ in stored],
+        [node for _, node in stored],
+    )
