@@ -28,9 +28,10 @@ lint: setup
 	$(BIN)/mypy --num-workers 2
 
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal $(AGAIN) -m 'not interop and not parity' --ignore tests/interop --ignore tests/parity
+	$(BIN)/pytest @tests/suite.txt $(AGAIN)
 
-# ROUNDS of the suite beside two processes that use all that they get: what failed, and how often.
+# ROUNDS of the suite beside two processes that use all that they get: what failed, and how often. What pytest prints is
+# in build/steady.
 steady: setup
 	$(BIN)/python -m tools.steady $(or $(ROUNDS),10)
 
