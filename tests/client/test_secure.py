@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,9 @@ def test_a_slow_reader_is_not_a_silent_one(pair: tuple[ssl.SSLSocket, ssl.SSLSoc
     reader.start()
     silences: list[float] = []
     client.settimeout(0.02)
-    began = time.monotonic()
     _send_all(client, [b"head", sent[:100], memoryview(sent)[100:-4]], silences.append)
-    took = time.monotonic() - began
     reader.join()
     assert bytes(got) == b"head" + sent[:-4]
-    assert silences, "the reader was never waited for"
-    assert max(silences) < took / 2
+    assert any(later < earlier for earlier, later in pairwise(silences)), "when bytes moved, the silence was over"
     for end in pair:
         end.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -115,17 +114,19 @@ def test_who_asks_without_a_pause_is_told_as_well() -> None:
     with serving() as server, connected(server) as device:
         buffer = device.allocate(32 * MIB)
         asked: list[SdrpcError | None] = []
+        begun = threading.Event()
 
         def upload() -> None:
             while not asked:
                 if error := failure(lambda: device.write(buffer, 0, bytes(32 * MIB))):
                     asked.append(error)
+                begun.set()
 
         uploading = threading.Thread(target=upload)
         uploading.start()
-        time.sleep(0.3)
+        assert begun.wait(240)
         server.stop()
-        uploading.join(120)
+        uploading.join(240)
         assert isinstance(asked[0], ServerStopping | ConnectionLost)
 
 
@@ -133,16 +134,16 @@ def test_grace_lets_finish_what_is_under_way(monkeypatch: pytest.MonkeyPatch) ->
     """A client that is idle is told, one at work gets its result before, and nobody new is let in."""
     monkeypatch.setattr(listener, "_QUIET_SECONDS", 4.0)  # on a busy machine a client at work may pause for long
     with serving() as server, connected(server) as idle, connected(server) as busy:
-        run = products(busy, 512, 300)
+        run = products(busy, 512, 100)
         run()
         done: list[object] = []
         working = threading.Thread(target=lambda: done.extend(run() for _ in range(3)))
         working.start()
-        server.stop(grace=60)
+        server.stop(grace=240)
         assert eventually(lambda: isinstance(failure(lambda: connect([server.endpoint])), ConnectionFailed))
-        working.join(60)
+        working.join(240)
         assert len(done) == 3
-        time.sleep(5.0)  # now both were quiet for long enough
+        assert eventually(lambda: not server.clients), "both were quiet for long enough"
         assert isinstance(failure(idle.memory), ServerStopping | ConnectionLost)
         assert isinstance(failure(run), ServerStopping | ConnectionLost)
 
