@@ -30,12 +30,18 @@ class NotCompiled(SystemExit):
 MILESTONES = {
     "endpoint": "the server listens",
     "a client of sdrpc": "a client is there",
-    "the loader of": "the compiler's thread",
+    "torch's libraries": "the device's thread",
+    "the loader of": "the compiler",
     "is loaded after": "the compiler's thread",
     "programs are ready": "the compiler's thread",
+    "is a program after": "the client's thread",
+    "has its memory after": "the client's thread",
+    "the first run of": "the device's thread",
+    "a recording of": "the device's thread",
     "runs compiled": "the device's thread",
 }
 """Words of the server's lines that say how far it is, and who says it."""
+TOLD_STEPS = 3
 REFUSED = "is not compiled", "it is not used", "does not run"
 """What a server says of a program that it goes on to run as it is."""
 
@@ -95,9 +101,14 @@ def _restart(setup: Setup, variant: Variant, request: Request, conditions: Told)
     done: dict[str, float] = {}
     with setup.server(variant, "--warm") as server, setup.session(variant, server.port) as session:
         done["the client has opened the model"] = time.perf_counter()
-        sample(session, request, conditions)
-        uploading = session.timer.seconds.get("upload", 0.0)
-        done[f"the first picture is done, of which the upload took {uploading:.1f} s"] = time.perf_counter()
+
+        def stepped(count: int) -> None:
+            if count < TOLD_STEPS:
+                done[f"steps known to be done: {count}"] = time.perf_counter()
+
+        sample(session, request, conditions, stepped)
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in session.timer.seconds.items())
+        done[f"the first picture is done ({stages})"] = time.perf_counter()
         until_compiled(server, lambda: sample(session, request, conditions))
         took = time.perf_counter() - start
         for line, at in zip(server.lines, server.times, strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import cycle
@@ -449,15 +450,31 @@ def test_code_is_for_one_device_of_several(monkeypatch: pytest.MonkeyPatch) -> N
     assert first.key == job()._replace(device=torch.device("cuda")).key
 
 
-def test_a_device_that_compiles_nothing_has_nothing_to_load(tmp_path: Path) -> None:
+def test_what_loads_programs_is_there_before_clients_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[threading.Thread] = []
+    monkeypatch.setattr(compiling, "prepare", lambda: prepared.append(threading.current_thread()))
+    here = threading.current_thread()
+    for kept in (False, True):
+        if kept:
+            (tmp_path / ("some" + compiling.SUFFIX)).write_bytes(b"damaged")
+        prepared.clear()
+        compiler = Compiler(tmp_path)
+        loading = compiler.warm(CPU, 1)
+        assert (here in prepared) == kept, "without a program nobody waits"
+        assert loading.result(SECONDS) == 0
+        compiler.close()
+
+
+def test_a_device_that_compiles_nothing_has_nothing_to_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     compiler = Compiler(tmp_path)
     asked: list[tuple[torch.device, int]] = []
     compiler.warm = lambda *where: asked.append(where) or Future()  # type: ignore[method-assign, func-returns-value]
     for precision, given in ((FAST, None), (EXACT, compiler), (FAST, compiler)):
         device = LocalDevice("CPU", CPU, precision, threads=3, compiler=given)
         assert device.warm() == (given is not None and precision is FAST)
-        device.close()
+        device.close()  # which waits for torch's libraries
     assert asked == [(CPU, 3)]
+    assert not caplog.records
     compiler.close()
 
 

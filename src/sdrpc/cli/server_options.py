@@ -40,8 +40,8 @@ OPTIONS = (
            help="auto: programs that repeat are compiled in the background, on GPUs in fast precision; code is kept "
            "for the next start."),
     Option(DEVICES, "--warm", is_flag=True,
-           help="Load the compiled programs that were used last when the server starts, in the background, so that the "
-           "first pictures are drawn with them."),
+           help="Have ready what the first pictures need when the server starts: torch's libraries, the loader of "
+           "compiled programs, and in the background those that were used last."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print this machine's devices and exit."),
 
     Option(TRUST, "--allow-from", type=Networks(), metavar="NETWORK,...", default=(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 import traceback
 import weakref
 from collections import deque
@@ -34,7 +35,7 @@ from sdrpc.device import (
     Target,
     Watch,
 )
-from sdrpc.errors import DeviceError, OutOfMemory
+from sdrpc.errors import DeviceError, OutOfMemory, SdrpcError
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
@@ -53,6 +54,7 @@ from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
 from .programs import Programs
 from .replay import Pool, Replay
+from .slow import tell_if_long
 from .staging import Reading, Staging
 from .system import host_memory, return_freed_memory, shared_resident
 from .values import ordered
@@ -72,7 +74,7 @@ stopped."""
 SOON = 64 << 20
 """Bytes that are read without waiting, at most: they take memory of the host's that is pinned."""
 MEASURED = 1 << 26
-"""Runs that take less working memory than this start without a look at what the machine has left."""
+"""Runs that take less working memory than this start without a look at what the machine has left, or had."""
 
 _keys = itertools.count(1)
 """Buffers' keys are unique in the process, so that a graph can't name another device's memory by mistake."""
@@ -355,9 +357,11 @@ class LocalDevice(ServedDevice):
             name, keys = content(graph, sizes)
 
         def make() -> Compiled:
+            began = time.monotonic()
             validate.check(graph, sizes, max_bytes=self.memory().free)
             with translated(self.name, "compiling a graph"):
                 made = compile_graph(graph, self.precision, {key: number for number, key in keys.items()})
+            tell_if_long(log, f"{self.name}: a graph of {len(graph.tensors)} tensors is a program", began)
             if eights := sum(value.op is EngineOp.PRODUCT_8BIT for value in ordered(made.roots)):
                 log.info(
                     "%s: %d products of a graph multiply weights of 8 bits a number as they are", self.name, eights
@@ -372,8 +376,10 @@ class LocalDevice(ServedDevice):
         with self._lock:
             bound = self._bound.get(known)
         if bound is None:
+            began = time.monotonic()
             with translated(self.name, "binding a graph"):
                 steps = Bound(compiled, used, self._weights, self.torch_device)
+            tell_if_long(log, f"{self.name}: a program of {len(steps)} steps has its memory", began)
             self._promise(steps, sum(compiled.scratch.values()))
             bound = self._repeating(steps, Origin(graph, self.precision, sizes, {key: n for n, key in keys.items()}))
             with self._lock:
@@ -381,11 +387,28 @@ class LocalDevice(ServedDevice):
         return LocalProgram(self, bound)
 
     def warm(self) -> bool:
-        """Load the compiled programs that were used last, in the background; whether this device compiles any."""
+        """Have ready what the first runs would wait for; whether this device compiles programs, without which there is
+        nothing. In the background: torch's libraries, and the compiled programs that were used last. What loads these
+        is there when this returns: clients that are served meanwhile would take turns with it at the interpreter, and
+        both would take far longer."""
         if self._compiler is None:
             return False
+        self._worker.submit(NOBODY, self._warm_libraries)
         self._compiler.warm(self.torch_device, self._compiling_threads)
         return True
+
+    def _warm_libraries(self) -> None:
+        """Use what products, convolutions and attention come from: the first use loads hundreds of megabytes."""
+        began = time.monotonic()
+        try:
+            with torch.inference_mode(), translated(self.name, "loading torch's libraries"):
+                x = torch.ones(1, 8, 16, 16, dtype=self.precision.narrow, device=self.torch_device)
+                torch.nn.functional.conv2d(x, x[..., :3, :3].expand(8, -1, -1, -1))
+                torch.nn.functional.scaled_dot_product_attention(x, x, x)
+                (x @ x).sum().item()
+        except SdrpcError as error:  # nobody has asked for anything yet
+            log.warning("%s", error)
+        tell_if_long(log, f"{self.name}: torch's libraries are there", began)
 
     @property
     def _compiling_threads(self) -> int:
@@ -459,7 +482,10 @@ class LocalDevice(ServedDevice):
             bound.run(deadline)
             if self.torch_device.type == "cuda":
                 self._queued()
-                if new and log.isEnabledFor(logging.DEBUG):  # it ran step by step, which takes the most memory
+                large = bound.compiled.peak >= MEASURED
+                if (
+                    new and large and log.isEnabledFor(logging.DEBUG)
+                ):  # it ran step by step, which takes the most memory
                     log.debug("%s: after a first run: %s", self.name, self._holdings())
 
     def _holdings(self) -> Holdings:

@@ -11,6 +11,7 @@ results agree, the code takes over, and is recorded in its turn.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +24,7 @@ from .compilation import CompiledProgram, Faster
 from .deadline import Deadline
 from .memory import LocalBuffer
 from .program import Bound, Compiled
+from .slow import tell_if_long
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,10 @@ class Replay:
     def buffers(self) -> Sequence[LocalBuffer]:
         return self.bound.buffers
 
+    def __str__(self) -> str:
+        how = "as it is" if self._body is self.bound else "compiled"
+        return f"a program of {len(self.bound)} steps, {how},"
+
     @property
     def is_new(self) -> bool:
         """Whether it never ran."""
@@ -116,13 +122,17 @@ class Replay:
             self._run(deadline)
 
     def _run(self, deadline: Deadline) -> None:
+        began = time.monotonic()
         if self._pool is not None and self._graph is None and self._warm and self._attempts < ATTEMPTS:
             self._record(self._pool)
+            tell_if_long(log, f"a recording of {self}", began)
         if self._graph is not None:
             self._graph.replay()
             self.bound.stored()
         else:
             self._body.steps(deadline)
+            if not self._warm:
+                tell_if_long(log, f"the first run of {self}", began)
             self._warm = True
 
     def _record(self, pool: Pool) -> None:

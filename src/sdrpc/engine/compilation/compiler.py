@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from hashlib import blake2b
 from importlib import import_module
@@ -136,7 +136,10 @@ class Compiler:
 
     def warm(self, device: torch.device, threads: int) -> Future[int]:
         """Load the programs for ``device`` that were used last, in the background, so that who asks for one need not
-        wait for that; how many, later."""
+        wait for that; how many, later. What loads them is there at once, if any are kept."""
+        with suppress(OSError):  # which is told when they are loaded
+            if any(True for _ in entries(self.folder, SUFFIX)):
+                prepare()
         future: Future[int] = Future()
         with self._changed:
             self._warming.append((future, made_for(device, threads)))
@@ -182,8 +185,7 @@ class Compiler:
 
     def _load_last_used(self, where: bytes) -> int:
         """Load programs that were made for ``where``. Who asks for one that is kept does not wait for all."""
-        with _no_look_for_garbage():
-            prepare()
+        prepare()
         count = size = 0
         for entry in sorted(entries(self.folder, SUFFIX), key=lambda each: each.used, reverse=True):
             key = entry.path.name.removesuffix(SUFFIX)
@@ -236,8 +238,8 @@ class Compiler:
     def _load(self, key: str, path: Path, code: bytes, used: bool = True) -> Function:
         if used:
             mark_used(path)
+        prepare()
         with _no_look_for_garbage():
-            prepare()
             self._loaded[key] = function = loaded(code)
         while len(self._loaded) > LOADED:
             self._loaded.popitem(last=False)
@@ -364,14 +366,15 @@ def _last_line(said: Path) -> str:
 def prepare() -> None:
     """Do what the first program to be loaded would wait for: import the loader and what it imports when it loads, which
     takes seconds, and have it take the digest of torch's own sources."""
-    import torch._inductor.config as inductor
-
     began = time.monotonic()
-    inductor.compile_threads = 1  # else it starts processes to compile in
-    for name in LOADER:
-        import_module(name)
-    imported = time.monotonic()
-    sys.modules["torch._inductor.codecache"].torch_key()
+    with _no_look_for_garbage():
+        import torch._inductor.config as inductor
+
+        inductor.compile_threads = 1  # else it starts processes to compile in
+        for name in LOADER:
+            import_module(name)
+        imported = time.monotonic()
+        sys.modules["torch._inductor.codecache"].torch_key()
     log.info(
         "the loader of compiled programs is there after %.1f s, of which its digest of torch took %.1f",
         time.monotonic() - began,
