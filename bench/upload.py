@@ -10,11 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 from sdrpc.client.carriers import MOST
 from sdrpc.content import PIECE, pieces
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
+from tests.support.process import ServerProcess
 
 from .rows import Mark, Row
 from .setup import Setup
@@ -32,7 +36,7 @@ def run(setup: Setup) -> Iterator[Row]:
     path = setup.checkpoint(setup.variant.type)
     for _ in range(ROUNDS):
         with setup.server(setup.variant) as server:
-            seconds, size = uploaded(setup, server.port)
+            seconds, size, _ = uploaded(setup, server)
         ours.append(seconds)
         plainly.append(through_socket(path, size))
         together.append(through_sockets(path, size, CONNECTIONS, setup.on_cpu))
@@ -47,28 +51,39 @@ def run(setup: Setup) -> Iterator[Row]:
     yield Row("upload", speed, "GB/s", memory, "memcpy to new memory", None, note)
 
 
-def uploaded(setup: Setup, port: int) -> tuple[float, int]:
-    """Seconds from the first byte of the diffusion model to the last, and how many there are, with the server at
-    ``port``."""
-    with setup.session(setup.variant, port) as session:
-        return loaded(setup, session)
+class Upload(NamedTuple):
+    """Seconds from the first byte of the diffusion model to the last, how many there are, and seconds that client's and
+    server's processors spent meanwhile."""
+
+    seconds: float
+    size: int
+    processor: float
 
 
-def loaded(setup: Setup, session: Session) -> tuple[float, int]:
+def uploaded(setup: Setup, server: ServerProcess) -> Upload:
+    """What it took to upload to ``server``."""
+    with setup.session(setup.variant, server.port) as session:
+        return loaded(setup, session, server)
+
+
+def loaded(setup: Setup, session: Session, server: ServerProcess) -> Upload:
     """The same of ``session``, which goes on."""
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     size = 0
+    there = psutil.Process(server.process.pid)
 
     def tell(event: Event) -> None:
         nonlocal size
         if event.stage == "upload" and event.component == "diffusion":
-            times.append(time.perf_counter())
+            processor = time.process_time() + float(sum(there.cpu_times()[:2]))
+            times.append((time.perf_counter(), processor))
             size = event.total
 
     request = setup.request(steps=1, size=SMALL * session.model.pixels)
     for _ in session.generate(request, tell):
         pass
-    return times[-1] - times[0], size
+    (start, before), (end, after) = times[0], times[-1]
+    return Upload(end - start, size, after - before)
 
 
 def _mapped(path: Path) -> mmap.mmap:

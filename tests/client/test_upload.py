@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,7 +172,7 @@ def test_names_do_not_depend_on_pieces(sizes: list[int]) -> None:
     data = np.random.default_rng(0).bytes(sum(sizes))
     ends = [0, *accumulate(sizes)]
     views = [memoryview(data)[a:b] for a, b in pairwise(ends)]
-    expected = sha256(b"".join(sha256(data[at : at + PIECE]).digest() for at in range(0, len(data), PIECE))).digest()
+    expected = blake3(b"".join(blake3(data[at : at + PIECE]).digest() for at in range(0, len(data), PIECE))).digest()
     assert digest(*views) == digest(data) == expected
     scheme = upload.by_hash()
     assert scheme is not None
@@ -225,7 +225,7 @@ def test_an_upload_goes_over_one_connection_where_there_is_no_place_for_more(
     assert "3 clients are connected already" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"0 0+100000 sha256": 5}', '{"0 0+100000 sha256": "zz"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"0 0+100000 blake3": 5}', '{"0 0+100000 blake3": "zz"}'])
 def test_damaged_names_are_computed_again(cpu: LocalDevice, tmp_path: Path, damage: str) -> None:
     with Scene(cpu, tmp_path / "weights") as scene:
         scene.run(Model())

@@ -30,7 +30,7 @@ NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
 """Parts that are sent and whose names are not known yet. Their bytes may be in memory too."""
-_THREADS = min(4, os.cpu_count() or 1)
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 class Scheme(NamedTuple):
@@ -45,7 +45,7 @@ class Scheme(NamedTuple):
 
 
 BY_DIGEST = Scheme(
-    "sha256", SMALLEST, lambda views: digest(*views), lambda record, name: SetTensorDigest(record, 0, name), True
+    "blake3", SMALLEST, lambda views: digest(*views), lambda record, name: SetTensorDigest(record, 0, name), True
 )
 """Between our own peers: the question costs less than the answer on any network."""
 

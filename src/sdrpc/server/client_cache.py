@@ -10,20 +10,53 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from typing import BinaryIO
 
-from ..content import FNV_START, PIECE, SMALLEST, fnv1a, joined, pieces
-from ..device import Bytes
+import numpy as np
+
+from ..content import FNV_START, PIECE, SMALLEST, fnv1a, hashed, joined, pieces
 from ..storage import remove
 from .cache import Cache
 
-WAITING = 16
-"""Pieces that are held in memory until they are hashed and written: a disk that is slower slows uploads down."""
+WAITING = 64
+"""Pieces that are held in memory until they are hashed and written: so far a disk may lag behind an upload. One that is
+slower slows it down."""
 _THREADS = min(8, os.cpu_count() or 1)
 
-Write = Callable[[int, Bytes], None]
-"""(offset, bytes): to memory that can't be read into directly."""
+Receive = Callable[[int, int, Callable[[memoryview], None]], None]
+"""(offset, size, fill): have ``fill`` put a piece of at most :data:`sdrpc.content.PIECE` bytes where it belongs."""
+
+
+class Room:
+    """Memory for up to ``most`` pieces. While any of it is in use it is used again: new memory takes longer to be had
+    than to be filled. For any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._left = threading.Semaphore(most)
+        self._lock = threading.Lock()
+        self._free: list[np.ndarray] = []
+        self._used = 0
+
+    def copy(self, piece: memoryview) -> np.ndarray:
+        """A copy of ``piece``, once there is room for it; other threads run meanwhile."""
+        self._left.acquire()
+        with self._lock:
+            self._used += 1
+            memory = self._free.pop() if self._free else np.empty(PIECE, np.uint8)
+        data = memory[: len(piece)]
+        np.copyto(data, np.frombuffer(piece, np.uint8))
+        return data
+
+    def give_back(self, data: np.ndarray) -> None:
+        """What :meth:`copy` gave is not needed any more."""
+        with self._lock:
+            self._used -= 1
+            assert data.base is not None  # noqa: S101
+            self._free.append(data.base)
+            if not self._used:
+                self._free.clear()
+        self._left.release()
 
 
 class CacheService:
@@ -35,7 +68,7 @@ class CacheService:
         """For pieces; what runs there waits for nothing but the disk."""
         self.line = ThreadPoolExecutor(1, thread_name_prefix="sdrpc-cache-line")
         """For what must happen in order: names, which are hashed from end to end, and changes of the folder."""
-        self.waiting = threading.Semaphore(WAITING)
+        self.room = Room(WAITING)
         self.line.submit(self._tidy)
 
     def client_cache(self, owner: str) -> ClientCache:
@@ -69,10 +102,9 @@ class ClientCache:
         """The digest of the ``size`` bytes that these clients sent before and call ``name`` (FNV-1a 64)."""
         return self.service.cache.lookup(name, size, self.owner)
 
-    def restore(self, digest: bytes, size: int, window: memoryview | None, write: Write) -> bool:
-        """Read the ``size`` bytes of ``digest`` to ``window``, or through ``write`` where there is none; False when
-        they are not there, or others have sent them. Then, if a file turned out to be damaged, the target is
-        overwritten nevertheless.
+    def restore(self, digest: bytes, size: int, receive: Receive) -> bool:
+        """Read the ``size`` bytes of ``digest`` to where ``receive`` has them; False when they are not there, or others
+        have sent them. Then, if a file turned out to be damaged, the target is overwritten nevertheless.
         """
         cache = self.service.cache
         file = cache.open(digest, size) if cache.owned(digest, self.owner) else None
@@ -82,13 +114,17 @@ class ClientCache:
 
         def read(piece: tuple[int, int]) -> bytes:
             at, length = piece
-            target = memoryview(bytearray(length)) if window is None else window[at : at + length]
-            with turn:
-                file.seek(at)
-                _read_all(file, target)
-            if window is None:
-                write(at, target)
-            return sha256(target).digest()
+            digest = b""
+
+            def fill(target: memoryview) -> None:
+                nonlocal digest
+                with turn:
+                    file.seek(at)
+                    _read_all(file, target)
+                digest = hashed(target)
+
+            receive(at, length, fill)
+            return digest
 
         try:
             with file:
@@ -132,26 +168,29 @@ class CacheWriter:
     def feed(self, at: int, piece: memoryview) -> None:
         """The :data:`PIECE` bytes from ``at`` on (or the rest), which are copied: the caller may change them. In any
         order, from any thread, where the client has no name for them."""
-        data = bytes(piece)
-        self._service.waiting.acquire()
+        data = self._service.room.copy(piece)
         stored = self._digests[at] = self._service.pool.submit(self._store, at, data)
-        self._service.line.submit(self._hash, data, stored)
+        if self._name is None:
+            stored.add_done_callback(lambda _: self._service.room.give_back(data))
+        else:
+            self._service.line.submit(self._hash, data, stored)
 
     def finish(self, complete: bool) -> None:
         """Keep it, if it is ``complete``."""
         self._service.line.submit(self._finish, complete)
 
-    def _store(self, at: int, data: bytes) -> bytes:
+    def _store(self, at: int, data: np.ndarray) -> bytes:
         with self._turn:
             self._file.seek(at)
-            _write_all(self._file, data)
-        return sha256(data).digest()
+            _write_all(self._file, data.data)
+        return hashed(data.data)
 
-    def _hash(self, data: bytes, stored: Future[bytes]) -> None:
-        if self._name is not None and (fnv := fnv1a()):
-            self._state = fnv(data, self._state)
+    def _hash(self, data: np.ndarray, stored: Future[bytes]) -> None:
+        """The client's name for it, which is hashed from end to end."""
+        if fnv := fnv1a():
+            self._state = fnv(data.data, self._state)
         wait([stored])
-        self._service.waiting.release()
+        self._service.room.give_back(data)
 
     def _finish(self, complete: bool) -> None:
         cache = self._service.cache
@@ -178,7 +217,6 @@ def _read_all(file: BinaryIO, target: memoryview) -> None:
         target = target[got:]
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    rest = memoryview(data)
+def _write_all(file: BinaryIO, rest: memoryview) -> None:
     while rest:
         rest = rest[file.write(rest) :]

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from ..text import printable
 from ..wire.carrying import Piece, dealt
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, own_commands, read_hello
-from ..wire.messages import AllocBufferReply, CarryReply, Command, GetTensorReply, response_class
+from ..wire.messages import AllocBufferReply, CarryReply, Command, GetTensorReply, SetTensorDigest, response_class
 from ..wire.refusals import Refusal, refusal, to_text
 from .asked_again import AskedAgain
 from .door import Door
@@ -54,6 +55,8 @@ AT_ONCE = 4
 were given to compute meanwhile, and nobody can tell the client so in the middle of an answer."""
 PAUSE = 0.00005
 """Seconds between two looks at a device that is not ready."""
+LOOK = 0.002
+"""Seconds between two looks at the client while something is looked for."""
 
 
 class Greeting(NamedTuple):
@@ -187,23 +190,55 @@ def _carry(stream: Stream, session: Session, request: Received) -> None:
         carrier.leave()
 
 
+class Coming(NamedTuple):
+    """An answer on its way: whether it is there, what it is then, and how to pass a moment until then."""
+
+    ready: Callable[[], bool]
+    answer: Callable[[], list[Bytes]]
+    pause: Callable[[], object]
+
+
 class Answers:
-    """Answers that wait for a device, and those behind them, while the client's next requests are dealt with: a GPU
-    then need not wait for us. They are given in the order of the questions."""
+    """Answers that wait for a device, or for what the server looks for, and those behind them, while the client's next
+    requests are dealt with: a GPU then need not wait for us. They are given in the order of the questions."""
 
     def __init__(self, stream: Stream, session: Session) -> None:
         self._stream, self._session = stream, session
-        self._waiting: deque[Soon | list[Bytes]] = deque()
+        self._waiting: deque[Coming | list[Bytes]] = deque()
+        self._looking = False
 
     def later(self, request: Received) -> bool:
         """Whether ``request`` will be answered later."""
+        if request.command == Command.SET_TENSOR_DIGEST:
+            self._waiting.append(self._looked_for(request.message))
+            self._looking = True
+            return True
+        if self._looking:
+            self.finish()
         if request.command != Command.GET_TENSOR or request.message.size > SMALL:
             return False
         soon = self._session.read_soon(request.message)
         if soon is None:
             return False
-        self._waiting.append(soon)
+        self._waiting.append(self._read(soon))
         return True
+
+    def _read(self, soon: Soon) -> Coming:
+        """What a device reads when it has done what is before that."""
+
+        def answer() -> list[Bytes]:
+            return encode_reply(Command.GET_TENSOR, GetTensorReply(soon.wait()), self._session.dialect)
+
+        return Coming(soon.ready, answer, partial(time.sleep, PAUSE))
+
+    def _looked_for(self, asked: SetTensorDigest) -> Coming:
+        """Whether the server has bytes, several at the same time."""
+        future = self._session.restoring(asked)
+
+        def answer() -> list[Bytes]:
+            return encode_reply(Command.SET_TENSOR_DIGEST, future.result(), self._session.dialect)
+
+        return Coming(future.done, answer, partial(wait, [future], LOOK))
 
     def before(self, request: Received) -> None:
         """Give the answers that ``request``'s own must not overtake."""
@@ -224,8 +259,7 @@ class Answers:
             if not self._is_ready(self._waiting[0]):
                 if len(self._waiting) <= ANSWERS and self._stream.has_more:
                     break
-                self._stream.beat()
-                time.sleep(PAUSE)
+                self._pass(self._waiting[0])
                 continue
             self._next()
         return True
@@ -234,17 +268,23 @@ class Answers:
         """Give all answers that wait."""
         while self._waiting:
             self._next()
+        self._looking = False
 
     @staticmethod
-    def _is_ready(answer: Soon | list[Bytes]) -> bool:
+    def _is_ready(answer: Coming | list[Bytes]) -> bool:
         return isinstance(answer, list) or answer.ready()
+
+    def _pass(self, answer: Coming | list[Bytes]) -> None:
+        """Pass a moment until ``answer`` is there. The client hears that somebody is at work."""
+        self._stream.beat()
+        if not isinstance(answer, list):
+            answer.pause()
 
     def _next(self) -> None:
         answer = self._waiting.popleft()
-        if not isinstance(answer, list):
-            reply = GetTensorReply(_come(self._stream, answer))
-            answer = encode_reply(Command.GET_TENSOR, reply, self._session.dialect)
-        self._stream.write(answer)
+        while not self._is_ready(answer):
+            self._pass(answer)
+        self._stream.write(answer if isinstance(answer, list) else answer.answer())
 
 
 def _come(stream: Stream, soon: Soon) -> Bytes:

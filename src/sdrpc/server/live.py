@@ -4,7 +4,7 @@ Nothing is hashed while it comes. When a client asks for bytes, ranges of as man
 hashed, each once and the likeliest first: those at the same offset of a buffer, since the same program puts the same
 model there. What is hashed is frozen before, where the device can do that (:meth:`sdrpc.device.ServedDevice.freeze`),
 so that it stays what its digest says, whatever its client does with its own memory; and then the asker gets the same
-memory, not a copy. Elsewhere it gets a copy, which is checked in its own memory.
+memory, not a copy. Elsewhere it gets a copy, and that is what is hashed, in its own memory.
 
 Only what its own owner has sent is looked at for a client, and it takes no longer when others have the same: nobody
 learns from it what others draw with.
@@ -19,11 +19,10 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from threading import Lock
 from typing import NamedTuple
 
-from ..content import FNV_START, PIECE, fnv1a, joined, pieces
+from ..content import FNV_START, PIECE, fnv1a, hashed, joined, pieces
 from ..device import Buffer, Bytes, Frozen, Mark, ServedDevice
 from ..errors import DeviceError
 
@@ -103,6 +102,8 @@ class Live:
         self._owners: dict[str, Owned] = {}
         self._ranges = 0
         self._over: deque[Callable[[], None]] = deque()
+        self.questions = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-questions")
+        """For what clients ask for; it waits for pieces."""
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-live")
 
     def has_any(self, owner: str) -> bool:
@@ -146,10 +147,11 @@ class Live:
                 continue
             try:
                 with held.lock:
-                    if wanted.met_by(held) is None and looked_at < MOST:
+                    if wanted.met_by(held) is None:
+                        if looked_at >= MOST:
+                            continue
                         looked_at += spot.size
-                        self._look_at(owner, held, wanted, hold)
-                    found = wanted.met_by(held) and self._given(held, target)
+                    found = self._becomes(owner, held, wanted, target, hold)
             except DeviceError:  # its client has just freed it
                 found = False
             if found:
@@ -171,32 +173,43 @@ class Live:
         candidates.sort(key=lambda each: (not wanted.met_by(each), each.spot.offset != target.offset))
         return (held for held in candidates if held.spot.buffer.key != target.buffer.key)
 
-    def _look_at(self, owner: str, held: Held, wanted: Wanted, hold: Hold) -> None:
-        """Find out what ``held`` is."""
+    def _becomes(self, owner: str, held: Held, wanted: Wanted, target: Spot, hold: Hold) -> bool:
+        """Find out whether ``held`` is ``wanted``; if so, ``target`` is the same now."""
+        source, known = held.spot, wanted.met_by(held)
+        if known is None and held.frozen is None:
+            self._freeze(held, hold)
+        if held.frozen is not None:
+            if known is None:
+                self._look_at(owner, held, wanted, held.frozen.read)
+            if not wanted.met_by(held):
+                return False
+            _give(held.frozen, target)
+            return True
+        source.device.copy(source.buffer, source.offset, target.buffer, target.offset, target.size)
+        if known:
+            return self._digest(target.read, target.size) == held.digest
+        self._look_at(owner, held, wanted, target.read)
+        return bool(wanted.met_by(held))
+
+    def _freeze(self, held: Held, hold: Hold) -> None:
+        """Have ``held`` stay what it is, where that can be."""
+        spot, give_up = held.spot, hold(held.spot.size)
+        if give_up is None:
+            return
+        held.frozen = spot.device.freeze(spot.buffer, spot.offset, spot.size)
+        if held.frozen is None:
+            give_up()
+        else:
+            # not at once: it may be collected in the middle of anything
+            weakref.finalize(held.frozen, self._over.append, give_up).atexit = False
+
+    def _look_at(self, owner: str, held: Held, wanted: Wanted, read: Read) -> None:
+        """Find out what ``held`` is; ``read`` gives its bytes."""
         spot = held.spot
-        if held.frozen is None and (give_up := hold(spot.size)):
-            held.frozen = spot.device.freeze(spot.buffer, spot.offset, spot.size)
-            if held.frozen is None:
-                give_up()
-            else:
-                # not at once: it may be collected in the middle of anything
-                weakref.finalize(held.frozen, self._over.append, give_up).atexit = False
-        read = spot.read if held.frozen is None else held.frozen.read
         held.digest = self._digest(read, spot.size)
         if wanted.digest is None:
             held.fnv = _fnv(read, spot.size)
         spot.device.identify(spot.buffer, held.mark, _name(owner, held.digest))
-
-    def _given(self, held: Held, target: Spot) -> bool:
-        """Whether ``target`` is the same as ``held`` now."""
-        source, frozen, digest = held.spot, held.frozen, held.digest
-        if frozen is not None:
-            if not target.device.take(target.buffer, target.offset, frozen):
-                for at, size in pieces(target.size):
-                    target.device.write(target.buffer, target.offset + at, b"".join(frozen.read(at, size)))
-            return True
-        source.device.copy(source.buffer, source.offset, target.buffer, target.offset, target.size)
-        return self._digest(target.read, target.size) == digest
 
     def _here(self, owner: str, held: Held, target: Spot) -> Held:
         """``target``, which has become the same as ``held``."""
@@ -207,8 +220,8 @@ class Live:
 
     def _digest(self, read: Read, size: int) -> bytes:
         if size <= PIECE:
-            return joined([_sha(read, (0, size))])
-        return joined(self._pool.map(partial(_sha, read), pieces(size)))
+            return joined([_hashed(read, (0, size))])
+        return joined(self._pool.map(partial(_hashed, read), pieces(size)))
 
     def _remove(self, position: Position, only: Held | None = None) -> None:
         """Forget what is there, if anything is (and that is ``only``)."""
@@ -236,11 +249,15 @@ def _position(spot: Spot) -> Position:
     return spot.buffer.key, spot.offset, spot.size
 
 
-def _sha(read: Read, piece: tuple[int, int]) -> bytes:
-    hashing = sha256()
-    for part in read(*piece):
-        hashing.update(part)
-    return hashing.digest()
+def _give(frozen: Frozen, target: Spot) -> None:
+    """Have ``target`` be ``frozen``: the same memory, if it can be."""
+    if not target.device.take(target.buffer, target.offset, frozen):
+        for at, size in pieces(target.size):
+            target.device.write(target.buffer, target.offset + at, b"".join(frozen.read(at, size)))
+
+
+def _hashed(read: Read, piece: tuple[int, int]) -> bytes:
+    return hashed(*read(*piece))
 
 
 def _fnv(read: Read, size: int) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
@@ -116,7 +117,7 @@ class Session:
         self.visitor: Visitor | None = None
         self.cache: ClientCache | None = None
         self.carriers: Carriers | None = None
-        self._cache_service, self._live, self._expected = cache_service, live, expected
+        self._cache_service, self._live, self._expected = cache_service, live or Live(), expected
         self._buffers, self._accounts = buffers or Buffers(limits), accounts or Accounts(limits)
         self._account = Account("", limits)
         self._client = NOBODY
@@ -130,6 +131,7 @@ class Session:
         self._shares: dict[int, int] = {}
         self._packed = PackedGraphs(limits.graph_bytes, self._hold, self._give_up)
         self._missed: dict[tuple[int, int, int], int | None] = {}
+        self._looking: list[Future[messages.SetTensorHashReply]] = []
 
     @property
     def dialect(self) -> Dialect:
@@ -169,7 +171,7 @@ class Session:
     def received(self, place: Place) -> None:
         """The data for ``place`` is there: other clients of the same owner need not send it. (To note every byte that
         comes alone would take more memory than the bytes.)"""
-        if self._live is not None and self.visitor is not None and place.size >= SMALLEST:
+        if self.visitor is not None and place.size >= SMALLEST:
             spot = self._spot(place)
             mark = spot.device.mark(spot.buffer, spot.offset, spot.size)
             self._live.add(self.visitor.owner, Held(spot, mark))
@@ -177,7 +179,7 @@ class Session:
     @property
     def keeps(self) -> bool:
         """Whether it pays for the client to ask for tensors by what they are."""
-        live = self._live is not None and self.visitor is not None and self._live.has_any(self.visitor.owner)
+        live = self.visitor is not None and self._live.has_any(self.visitor.owner)
         return live or self.cache is not None
 
     def writer(self, place: Place) -> CacheWriter | None:
@@ -190,6 +192,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything."""
+        wait(self._looking)  # nobody writes to the client's memory any more
         self._ready.clear()
         self._forget(lambda _: True)
         self._give_up_latest()
@@ -331,8 +334,7 @@ class Session:
         self._forget(lambda kept: handle in kept.handles)
         for digest in [digest for digest, ready in self._ready.items() if handle in ready.handles]:
             del self._ready[digest]
-        if self._live is not None:
-            self._live.forget(region.buffer)
+        self._live.forget(region.buffer)
         self.devices[region.device].free(region.buffer)
         self._buffers.give_back(region.size)
         self._account.give_back(region.device, region.size)
@@ -416,8 +418,13 @@ class Session:
         digest = None if self.cache is None else self.cache.lookup(asked.hash, place.size)
         return self._restored(place, digest, asked.hash)
 
-    def _set_tensor_digest(self, asked: messages.SetTensorDigest) -> messages.SetTensorHashReply:
-        return self._restored(self._rest(asked.tensor, asked.offset), asked.digest, None)
+    def restoring(self, asked: messages.SetTensorDigest) -> Future[messages.SetTensorHashReply]:
+        """The answer to a SET_TENSOR_DIGEST, while it is looked for. Nothing but further such questions may be dealt
+        with before all of them are answered."""
+        place = self._rest(asked.tensor, asked.offset)
+        self._looking = [each for each in self._looking if not each.done()]
+        self._looking.append(self._live.questions.submit(self._restored, place, asked.digest, None))
+        return self._looking[-1]
 
     def _rest(self, tensor: Record, offset: int) -> Place:
         """``tensor`` from ``offset`` on. Who asks for bytes by their name does not say how many: these, or it is told
@@ -434,11 +441,15 @@ class Session:
             return messages.SetTensorHashReply(0)
         region, offset, size = place
         device = self.devices[region.device]
+        window = device.window(region.buffer, offset, size)
 
-        def write(at: int, piece: Bytes) -> None:
-            device.write(region.buffer, offset + at, piece)
+        def receive(at: int, length: int, fill: Callable[[memoryview], None]) -> None:
+            if window is None:
+                device.receive(region.buffer, offset + at, length, fill)
+            else:
+                fill(window[at : at + length])
 
-        if digest and self.cache.restore(digest, size, device.window(region.buffer, offset, size), write):
+        if digest and self.cache.restore(digest, size, receive):
             self.received(place)
             return messages.SetTensorHashReply(1)
         if len(self._missed) < self.limits.tensors:
@@ -447,7 +458,7 @@ class Session:
 
     def _in_memory(self, place: Place, digest: bytes | None, name: int | None) -> bool:
         """Whether a client of the same owner has these bytes, so that ``place`` has them now, too."""
-        if self._live is None or self.visitor is None or (digest is None and fnv1a() is None):
+        if self.visitor is None or (digest is None and fnv1a() is None):
             return False
         wanted = Wanted(digest, None if digest else name)
         return self._live.find(self.visitor.owner, wanted, self._spot(place), self._hold_for_good)
@@ -668,7 +679,6 @@ _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
     messages.InitTensor: Session._init_tensor,
     messages.GetAllocSize: Session._get_alloc_size,
     messages.SetTensorHash: Session._set_tensor_hash,
-    messages.SetTensorDigest: Session._set_tensor_digest,
     messages.MemsetTensor: Session._memset_tensor,
     messages.CopyTensor: Session._copy_tensor,
     messages.GetCarriers: Session._get_carriers,
@@ -678,5 +688,5 @@ _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
     messages.GraphCompute: Session._graph_compute,
     messages.GraphRecompute: Session._graph_recompute,
 }
-"""Request → method: all commands but HELLO, which comes before a session, CARRY, which ends it, and those whose data
-goes past it."""
+"""Request → method: all commands but HELLO, which comes before a session, CARRY, which ends it, those whose data goes
+past it, and those that are answered later."""

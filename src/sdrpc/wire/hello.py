@@ -32,8 +32,6 @@ class Capability(IntFlag):
     """A refusal is answered with a reason (:func:`sdrpc.wire.framing.encode_error`)."""
     MANAGED = 2
     """Graph nodes may live in no buffer; only nodes flagged OUTPUT are stored."""
-    CACHE = 4
-    """The server keeps tensors, and finds them by SET_TENSOR_DIGEST."""
     LOCKED = 8
     """Of a server: it says nothing more to this client, which needs a key (:mod:`sdrpc.key`)."""
     BEATS = 16
@@ -47,6 +45,8 @@ class Capability(IntFlag):
     """Tensors may be of types that ggml does not have (:data:`sdrpc.ggml.types.OWN_TYPES`)."""
     CARRIERS = 256
     """Data of tensors may come over further connections of the same client (:mod:`sdrpc.wire.carrying`)."""
+    CACHE = 512
+    """The server has tensors, and finds them by SET_TENSOR_DIGEST. (4 was the same with digests of another kind.)"""
 
 
 NATIVE = Capability(0)
