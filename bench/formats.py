@@ -3,10 +3,8 @@ are multiplied as they are, or made 16-bit floats first."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 import numpy as np
@@ -21,18 +19,22 @@ from sdrpc.ggml.params import Unary
 from sdrpc.ggml.tensor import OUTPUT, Graph, Tensor
 from sdrpc.ggml.types import F32, TYPES, Type
 
+from .kernels import hearing
 from .rows import Row
 from .setup import Setup
+from .step import NotCompiled, until_compiled
 
 FORMATS = ("BF16", "Q8_0", "F8_E4M3", "F8_E4M3_SCALED", "MXFP8", "I8_CONVROT")
 """The first one is what the others are measured against."""
 COMPILED = ("BF16", "F8_E4M3_SCALED", "I8_CONVROT")
-"""Those that are also measured compiled, which takes a minute each."""
+"""Those that are also measured compiled, which takes up to a minute each."""
 ROUNDS = 9
-SECONDS = 150.0
+SECONDS = 60.0
 """How long compiling is waited for."""
 SIZES = {"full": (4096, 3072, 12288, 16), "tiny": (32, 256, 512, 16)}
 """Rows, numbers of a row, and within a layer, layers: those of FLUX.1 for a picture of 1024×1024."""
+PERIOD = 100_003
+"""Blocks, or single numbers, after which a layer's contents repeat: a prime, so that no two rows are alike."""
 SCALE = 0.0005
 """Of numbers in 8 bits, such that layers change little."""
 
@@ -78,38 +80,18 @@ def _measured(setup: Setup, device: LocalDevice, name: str, compiled: bool) -> t
     values = ordered(program.bound.compiled.roots)
     eights = sum(value.op is EngineOp.PRODUCT_8BIT for value in values)
     note = f"{eights} products in 8 bits" if eights else "products in 16 bits"
-    with _compiled() as is_compiled:
+    with hearing() as heard:
         for _ in range(4):  # weights are converted, the run is recorded
             once()
-        end = time.monotonic() + SECONDS
-        while compiled and not is_compiled() and time.monotonic() < end:
-            once()
-        if compiled and not is_compiled():
-            note += "; not compiled in time"
+        if compiled:
+            try:
+                until_compiled(heard, once, SECONDS)
+            except NotCompiled as reason:
+                note += f"; {reason}"
         once()  # recorded anew
         seconds = median(once() for _ in range(ROUNDS))
     device.free(buffer)
     return seconds, note
-
-
-@contextmanager
-def _compiled() -> Iterator[Callable[[], bool]]:
-    """Whether a program has come to run compiled in this context, as the engine's log says it."""
-    said: list[str] = []
-
-    class Heard(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    log, heard = logging.getLogger("sdrpc.engine.compilation"), Heard()
-    level = log.level
-    log.addHandler(heard)
-    log.setLevel(logging.INFO)
-    try:
-        yield lambda: any("runs compiled" in line for line in said)
-    finally:
-        log.removeHandler(heard)
-        log.setLevel(level)
 
 
 def _layers(type: Type, rows: int, width: int, within: int, count: int) -> Graph:
@@ -125,18 +107,22 @@ def _layers(type: Type, rows: int, width: int, within: int, count: int) -> Graph
     return Graph(tuple(nodes))
 
 
-def _contents(tensor: Tensor, rng: np.random.Generator) -> bytes:
-    """Normal numbers; of blocks, numbers of 8 bits and one scale."""
+def _contents(tensor: Tensor, rng: np.random.Generator) -> memoryview:
+    """Normal numbers; of blocks, numbers of 8 bits and one scale. They repeat, which takes less time than to draw
+    hundreds of millions."""
     held, count = tensor.type, tensor.nbytes // tensor.type.size
+    drawn = min(count, PERIOD)
+    numbers = torch.from_numpy(rng.standard_normal(drawn * held.block, np.float32))
     if held is F32:
-        return rng.standard_normal(count, np.float32).tobytes()
-    numbers = torch.from_numpy(rng.standard_normal(count * held.block, np.float32))
-    if held.plain:
-        return (numbers * SCALE).bfloat16().view(torch.uint8).numpy().tobytes()
-    codes = (numbers * 40).to(torch.int8) if held.name in ("Q8_0", "I8_CONVROT") else numbers.to(torch.float8_e4m3fn)
-    head = {4: np.float32(SCALE).tobytes(), 2: np.float16(SCALE).tobytes(), 1: bytes([116]), 0: b""}
-    blocks = np.empty((count, held.size), np.uint8)
-    width = held.size - held.block
-    blocks[:, :width] = np.frombuffer(head[width], np.uint8)
-    blocks[:, width:] = codes.view(torch.uint8).numpy().reshape(count, held.block)
-    return blocks.tobytes()
+        blocks = numbers.view(torch.uint8).numpy()
+    elif held.plain:
+        blocks = (numbers * SCALE).bfloat16().view(torch.uint8).numpy()
+    else:
+        eights = held.name in ("Q8_0", "I8_CONVROT")
+        codes = (numbers * 40).to(torch.int8) if eights else numbers.to(torch.float8_e4m3fn)
+        width = held.size - held.block
+        head = {4: np.float32(SCALE).tobytes(), 2: np.float16(SCALE).tobytes(), 1: bytes([116]), 0: b""}[width]
+        blocks = np.empty((drawn, held.size), np.uint8)
+        blocks[:, :width] = np.frombuffer(head, np.uint8)
+        blocks[:, width:] = codes.view(torch.uint8).numpy().reshape(drawn, held.block)
+    return np.resize(blocks, tensor.nbytes).data
