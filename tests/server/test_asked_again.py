@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from struct import pack
 
+import numpy as np
 import pytest
 
 from sdrpc.ggml.dialect import dialects, newest
@@ -66,10 +67,22 @@ def test_so_much_is_remembered() -> None:
     large = REMEMBERED // 3
     for number in range(10):
         asked.keep(question(number, large), VERSIONS, [b"x"])
-        assert sum(map(len, asked._answers)) <= REMEMBERED
+        assert sum(len(each.question) for each in asked._known) <= REMEMBERED
         assert asked.answer(question(number, large), VERSIONS) == b"x"
     asked.keep(question(0, REMEMBERED), VERSIONS, [b"x"])
     assert asked.answer(question(0, REMEMBERED), VERSIONS) is None
+
+
+def test_questions_come_in_any_order() -> None:
+    asked = AskedAgain()
+    order = np.random.default_rng(0).integers(0, 8, 1000)
+    known: set[int] = set()
+    for number in [*order, *np.repeat(order[:50], 3), *np.repeat(order[:50], 3)]:
+        found = asked.answer(question(number), VERSIONS)
+        assert found == (bytes([number]) if number in known else None)
+        if found is None:
+            asked.keep(question(number), VERSIONS, [bytes([number])])
+            known.add(number)
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "5.0.1", newest().version])

@@ -19,7 +19,7 @@ from struct import Struct
 import numpy as np
 
 from ..device import Bytes
-from ..errors import ConnectionLost, OverQuota, RemoteProtocolError
+from ..errors import ConnectionLost, OverQuota, RemoteProtocolError, SdrpcError
 from ..wire.framing import BEAT
 from ..wire.refusals import Refusal
 from .limits import Limits
@@ -288,9 +288,11 @@ class Stream:
     def _receive(self, target: memoryview, seconds: float | None) -> int:
         if self.aborted:  # what is on its way still comes, also to a socket that was shut
             return 0
-        with self._errors():
+        try:  # not as a context, which takes as long as all the rest: small questions come by the hundred
             self._wait_at_most(self._patience(seconds))
             count = self._socket.recv_into(target)
+        except OSError as error:
+            raise self._fault(error) from None
         self.received += count
         return count
 
@@ -314,12 +316,16 @@ class Stream:
         """What goes wrong with the socket while something is received."""
         try:
             yield
-        except TimeoutError as error:
-            if error.errno:  # the system's, not ours
-                raise ConnectionLost(self.peer, self.doing, "its machine does not answer any more") from None
-            raise RemoteProtocolError(f"nothing more came in time while {self.doing}") from None
         except OSError as error:
-            raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
+            raise self._fault(error) from None
+
+    def _fault(self, error: OSError) -> SdrpcError:
+        """What ``error`` of the socket means while something is received."""
+        if not isinstance(error, TimeoutError):
+            return ConnectionLost(self.peer, self.doing, error.strerror or str(error))
+        if error.errno:  # the system's, not ours
+            return ConnectionLost(self.peer, self.doing, "its machine does not answer any more")
+        return RemoteProtocolError(f"nothing more came in time while {self.doing}")
 
     def _send(self, rest: memoryview) -> None:
         rest = rest[self._sent_at_once(rest) :]
