@@ -1,32 +1,70 @@
 """What of a module decides its graph, and whether it changed.
 
 Modules are changed in many ways between two calls: attention processors and slicing, fused projections, FreeU,
-adapters, hooks, ``half()``, weights merged in place. :class:`ModuleState` looks at everything that is reachable from
-the module's attributes. Looking costs a few milliseconds a call: containers are compared by the identity of what they
-hold, tensors by version, memory and dtype, and weights by samples of their numbers as well, since changes through
-``tensor.data`` leave no other trace. What it can't see: a weight changed through ``.data`` in places that are not
-sampled, and objects that keep their state outside Python.
+adapters, hooks, ``half()``, weights merged in place, methods of classes that are replaced. :class:`ModuleState` looks
+at everything that is reachable from the module's attributes, and at what functions that no package released read:
+their closures, and the globals that they name. Looking costs a few milliseconds a call: containers are compared by the
+identity of what they hold, tensors by version, memory and dtype, and by samples of their numbers as well, since
+changes through ``tensor.data`` leave no other trace. What it can't see: numbers changed through ``.data`` in places
+that are not sampled, and objects that keep their state outside Python.
 """
 
 from __future__ import annotations
 
+import dis
+import functools
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from .capture import is_weight, not_saved, tensors_of
-from .structure import PACKAGES, Description, Walk, from_packages, to_json
+from .structure import PACKAGES, Description, Same, Walk, from_packages, to_json
 
 SAMPLES = 8
 """Numbers of each weight that are looked at before each call."""
 
 _STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module that are described by the tensors' and parts' own entries."""
+
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, f"_global_{name}", {})
+    for name in ("forward_pre_hooks", "forward_hooks", "forward_hooks_always_called", "forward_hooks_with_kwargs")
+)
+"""Hooks of all modules, which torch keeps by number."""
+
+
+class _Reads:
+    """What a function reads that is not passed to it: its closure, and the globals that it names."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self._cells = function.__closure__ or ()
+        self._globals = function.__globals__
+        self._names = tuple(name for name in _globals_of(function.__code__) if name in self._globals)
+
+    def __len__(self) -> int:
+        return len(self._cells) + len(self._names)
+
+    def __iter__(self) -> Iterator[Any]:
+        for cell in self._cells:
+            try:
+                yield cell.cell_contents
+            except ValueError:  # it is empty
+                yield None
+        yield from map(self._globals.get, self._names)
+
+
+@functools.lru_cache(1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that a function and those within it name."""
+    named = {line.argval for line in dis.get_instructions(code) if line.opname == "LOAD_GLOBAL"}
+    within = (_globals_of(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    return tuple(sorted(named.union(*within)))
 
 
 class _StateWalk(Walk):
@@ -35,13 +73,73 @@ class _StateWalk(Walk):
     ignored = frozenset({"_use_default_values", "_name_or_path", "_diffusers_version"})
     """What diffusers notes of a configuration's origin: a path, and a list whose order changes from run to run."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._owners: dict[Any, Description] = {}
+        self._functions: list[types.FunctionType] = []
+        """Those whose code no package released."""
+        self._package: str | None = None
+        """Of the function whose reads are described; None among a module's attributes."""
+
     def tensor(self, value: torch.Tensor) -> Description:
         super().tensor(value)
         about = "numbers", str(value.dtype), tuple(value.shape)
         if value.is_meta:
             return about
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
         return *about, blake2b(raw.data, digest_size=16).hexdigest()
+
+    def parts(self, module: nn.Module) -> Description:
+        """The parts of a module, without their tensors."""
+        described = []
+        for path, part in module.named_modules():
+            attributes = {name: value for name, value in vars(part).items() if name not in _STRUCTURE}
+            described.append((path, self.kind(_original(type(part))), self.describe(attributes)))
+            self.containers += [vars(part), part._parameters, part._buffers, part._modules]
+        return tuple(described)
+
+    def kind(self, kind: type) -> Description:
+        """A class, and what was set on it."""
+        return kind, *chain.from_iterable(map(self.names, kind.__mro__))
+
+    def names(self, owner: Any) -> Description:
+        """What a class, or one of Python's modules, has under its names that no package released."""
+        if owner not in self._owners:
+            self.containers.append(vars(owner))
+            own = isinstance(owner, type) and not from_packages(owner)
+            self._owners[owner] = tuple(
+                (name, self.describe(value))
+                for name, value in vars(owner).items()
+                if (not _released(value) if isinstance(value, types.FunctionType) else own and name[:2] != "__")
+            )
+        return self._owners[owner]
+
+    def reads(self) -> Description:
+        """What the functions that were met read, and those that are met there. Of objects only those of the package
+        that a function is from count by their attributes: a script's own, but not its pipeline."""
+        found = []
+        for function in self._functions:  # which grows meanwhile
+            reads = _Reads(function)
+            if len(reads):
+                self.containers.append(reads)
+                self._package = _package(function)
+                found.append(tuple(map(self.describe, reads)))
+        self._package = None
+        return tuple(found)
+
+    def _describe(self, value: Any) -> Description:
+        if isinstance(value, types.MethodType):
+            return "method", self.describe(value.__func__), self.describe(value.__self__)
+        if isinstance(value, types.FunctionType) and not _released(value):
+            if self._package in (None, _package(value)):
+                self._functions.append(value)
+            return "same", Same(value)
+        return super()._describe(value)
+
+    def _object(self, value: Any) -> Description:
+        foreign = self._package not in (None, _package(type(value))) and not isinstance(value, dict)
+        description = ("same", Same(value)) if foreign else super()._object(value)
+        return (*description, self.kind(_original(type(value)))) if description[0] == "object" else description
 
 
 class ModuleState:
@@ -52,18 +150,17 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self.description: Description = ()
-        self._classes: set[type] = set()
         self._weights: list[torch.Tensor] = []
         self._refresh(module)
 
     @property
     def data(self) -> Any:
         """``description`` as JSON; None where it depends on code whose version is not known."""
-        return to_json(self.description) if all(map(_released, self._classes)) else None
+        return to_json(self.description)
 
     def look(self, module: nn.Module) -> tuple[bool, bool]:
         """Whether anything that decides the graph, and whether weights' numbers changed since the last look."""
-        if not self._changed() and self._numbers == self._numbers_now():
+        if not self._changed() and self._numbers == _numbers(self._weights, self._samples):
             return False, False
         before, numbers = self.description, self._numbers
         self._refresh(module)
@@ -72,39 +169,33 @@ class ModuleState:
     def _refresh(self, module: nn.Module) -> None:
         walk, unsaved, tensors = _StateWalk(), not_saved(module), tensors_of(module)
         weights = {name: tensor for name, tensor in tensors.items() if is_weight(name, tensor, unsaved)}
-        parts = []
-        for path, part in module.named_modules():
-            attributes = {name: value for name, value in vars(part).items() if name not in _STRUCTURE}
-            parts.append((path, _original(type(part)), walk.describe(attributes)))
-            walk.containers += [vars(part), part._parameters, part._buffers, part._modules]
+        first = {id(weight): name for name, weight in reversed(weights.items())}
         self.description = (
-            tuple(parts),
-            tuple((name, str(weight.dtype), tuple(weight.shape)) for name, weight in weights.items()),
+            walk.parts(module),
+            tuple((name, str(w.dtype), tuple(w.shape), first[id(w)]) for name, w in weights.items()),
             tuple((name, walk.tensor(tensor)) for name, tensor in tensors.items() if name not in weights),
+            tuple(map(walk.describe, _GLOBAL_HOOKS)),
+            walk.names(nn.functional),
+            walk.reads(),
         )
-        self._classes = {_original(type(part)) for part in module.modules()}
         self._watch(walk, list(weights.values()))
 
     def _watch(self, walk: Walk, weights: list[torch.Tensor]) -> None:
         self._empty = [container for container in walk.containers if not container]
         self._filled = [(container, tuple(_values(container))) for container in walk.containers if container]
-        self._tensors = walk.tensors
+        self._tables = walk.tensors
         self._weights = list({id(weight): weight for weight in weights}.values())
-        self._facts = list(map(_facts, self._tensors))
-        self._samples = _samples(self._weights)
-        self._numbers = self._numbers_now()
+        self._samples, self._table_samples = _samples(self._weights), _samples(self._tables)
+        self._numbers = _numbers(self._weights, self._samples)
+        self._table_numbers = _numbers(self._tables, self._table_samples)
 
     def _changed(self) -> bool:
         return (
             any(map(len, self._empty))
             or any(len(container) != len(saved) for container, saved in self._filled)
             or not all(all(map(operator.is_, _values(c), saved)) for c, saved in self._filled)
-            or self._facts != list(map(_facts, self._tensors))
+            or self._table_numbers != _numbers(self._tables, self._table_samples)
         )
-
-    def _numbers_now(self) -> tuple[Any, ...]:
-        """What changes when a weight's numbers do."""
-        return (*map(_facts, self._weights), *(torch.cat(group).cpu().numpy().tobytes() for group in self._samples))
 
 
 def _original(kind: type) -> type:
@@ -113,22 +204,24 @@ def _original(kind: type) -> type:
     return original
 
 
-def _released(kind: type) -> bool:
-    """Whether a class and all of its methods, as they are now, are code that some package released."""
-    return all(
-        from_packages(base)
-        and all(_is_package_code(f) for f in vars(base).values() if isinstance(f, types.FunctionType))
-        for base in kind.__mro__
-    )
-
-
-def _is_package_code(function: types.FunctionType) -> bool:
-    """By the module that it was compiled in, which a decorator can't change."""
+def _released(function: types.FunctionType) -> bool:
+    """Whether some package released a function's code: by the module that it was compiled in, which a decorator can't
+    change."""
     return str(function.__globals__.get("__name__")).partition(".")[0] in PACKAGES
 
 
+def _package(value: Any) -> str:
+    """The first name of the module that a class or function is from."""
+    return str(value.__module__).partition(".")[0]
+
+
 def _values(container: Any) -> Iterator[Any]:
-    return iter(container.values() if isinstance(container, dict) else container)
+    return iter(container.values() if isinstance(container, dict | types.MappingProxyType) else container)
+
+
+def _numbers(tensors: Sequence[torch.Tensor], samples: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, ...]:
+    """What changes when the numbers of tensors do."""
+    return (*map(_facts, tensors), *(torch.cat(list(group)).cpu().numpy().tobytes() for group in samples))
 
 
 def _facts(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
@@ -137,15 +230,16 @@ def _facts(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
     return version, 0 if tensor.is_meta else tensor.data_ptr(), tensor.dtype
 
 
-def _samples(weights: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Views of some numbers of each weight, as bytes; together those that can be joined."""
+def _samples(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Views of some numbers of each tensor, as bytes; together those that can be joined."""
     groups: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
-    for weight in weights:
-        if not weight.is_meta and weight.numel():
-            numbers = weight.detach()
+    for tensor in tensors:
+        as_they_lie = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
+        if as_they_lie and tensor.numel():
+            numbers = tensor.detach()
             while numbers.ndim > 1:  # a view, whatever the strides
                 numbers = numbers.view(-1) if numbers.is_contiguous() else numbers.select(-1, 0)
             numbers = numbers.reshape(-1)
             picked = numbers[:: max(1, numbers.numel() // SAMPLES)].unsqueeze(-1)
-            groups.setdefault((weight.device, weight.element_size()), []).append(picked.view(torch.uint8))
+            groups.setdefault((tensor.device, tensor.element_size()), []).append(picked.view(torch.uint8))
     return list(groups.values())
