@@ -7,6 +7,7 @@ has some more methods (:class:`ServedDevice`).
 
 from __future__ import annotations
 
+import os
 import selectors
 import sys
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple, Protocol
 
+from .errors import UsageError
 from .ggml.tensor import Graph
 from .ggml.weight import Origin, Pieces
 
@@ -93,9 +95,15 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = Lock()
+        self._process = os.getpid()
         self._later: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
+        if self._process != os.getpid():
+            raise UsageError(
+                "a device of another process: what was forked has none of its threads, and shares its connections; "
+                "open devices there (sdrpc.devices), or start processes by 'spawn'"
+            )
         self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
@@ -105,8 +113,9 @@ class Turns:
     def later(self, action: Callable[[], None]) -> None:
         """Do ``action`` between two turns: now, if it is nobody's. A garbage collector may call this at any time, also
         in the middle of the same thread's turn."""
-        self._later.append(action)
-        self._catch_up()
+        if self._process == os.getpid():  # a forked one leaves the device alone
+            self._later.append(action)
+            self._catch_up()
 
     def _catch_up(self) -> None:
         while self._later and self._lock.acquire(blocking=False):

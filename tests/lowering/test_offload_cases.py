@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import multiprocessing
+import operator
 import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -503,6 +507,67 @@ def test_hooks_that_move_weights_are_refused(hook: str) -> None:
         offloaded(torch.randn(1, 4, 4, 4), torch.tensor(3), torch.randn(1, 2, 24))
 
 
+class Keeping(nn.Module):
+    """Keeps what it has computed, or counts its calls."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how, self.last, self.calls = nn.Linear(4, 4), how, None, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.how == "attribute":
+            self.last = y
+        self.calls += self.how == "count"
+        return y * 2
+
+
+@torch.no_grad()
+def test_tensors_that_a_call_keeps_are_refused() -> None:
+    """As hooks that collect features and stores of attention do: theirs had no numbers, or only those of one call."""
+    seen: list[Tensor] = []
+    hooked, x = nn.Sequential(nn.Linear(4, 4)), torch.ones(1, 4)
+    hooked[0].register_forward_hook(lambda _, __, y: seen.append(y))
+    for module, place in ((Keeping("attribute"), "last"), (hooked, "0._forward_hooks")):
+        with pytest.raises(CaptureError, match=rf"{place} keeps a tensor of each call"):
+            sdrpc.offload(module, ReferenceDevice())(x)
+    seen.clear()
+    outer = sdrpc.offload(nn.Linear(4, 4), ReferenceDevice())
+    outer.register_forward_hook(lambda _, __, y: seen.append(y))
+    results = [outer(x) for _ in range(2)]
+    assert all(map(operator.is_, seen, results))  # hooks of the module itself run here
+
+
+@torch.no_grad()
+def test_calls_that_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """In a closure by each call; in the module by none, which is said."""
+    calls, module, x = [0], nn.Sequential(nn.Linear(4, 4)), torch.ones(1, 4)
+
+    def counted(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return y * calls[0]
+
+    module[0].register_forward_hook(counted)
+    offloaded = sdrpc.offload(module, ReferenceDevice())
+    for number in (1, 2, 3):
+        same(offloaded(x), nn.functional.linear(x, module[0].weight, module[0].bias) * number)
+    counting = sdrpc.offload(Keeping("count"), ReferenceDevice())
+    for _ in range(2):
+        counting(x)
+    assert [r.getMessage() for r in caplog.records if "calls changes when the module is called" in r.getMessage()]
+
+
+def test_caches_of_diffusers_are_refused() -> None:
+    from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
+
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 6, "num_attention_heads": 1}
+    widths = {"joint_attention_dim": 4, "pooled_projection_dim": 4, "axes_dims_rope": (2, 2, 2), "in_channels": 4}
+    offloaded: Any = sdrpc.offload(FluxTransformer2DModel(**sizes, **widths), ReferenceDevice())
+    offloaded.enable_cache(FirstBlockCacheConfig())
+    with torch.no_grad(), pytest.raises(UsageError, match=r"fbc_.* exclude each other.*disable_cache"):
+        offloaded(torch.ones(1, 4, 4), torch.ones(1, 3, 4), torch.ones(1, 4), torch.ones(1))
+
+
 @torch.no_grad()
 def test_an_offloaded_module_within_another() -> None:
     """The outer one computes all of it, on its device, also where a method of the inner one was set on it."""
@@ -558,6 +623,120 @@ def test_objects_among_the_arguments_count_by_their_state(captures: list[type]) 
     for table in (torch.ones(2), torch.zeros(2)):
         same(offloaded(x, Scale(2.0, table)), 2 * x + table)
     assert len(captures) == 3  # its tensor is an input
+
+
+@dataclass(slots=True)
+class SlottedScale:
+    factor: float
+    table: Tensor | None = None
+
+
+@torch.no_grad()
+def test_objects_with_slots_count_by_their_state() -> None:
+    offloaded, x, scale = sdrpc.offload(Scaled(), ReferenceDevice()), torch.ones(2), SlottedScale(2.0)
+    for factor in (2.0, 3.0):
+        scale.factor = factor
+        same(offloaded(x, scale), x * factor)
+    scale.table = torch.ones(2)
+    same(offloaded(x, scale), x * 3 + 1)
+
+
+@torch.no_grad()
+def test_integers_that_mean_another_thing_as_tensors() -> None:
+    """transformers' ``logits_to_keep``: the last so many, or those at these places."""
+
+    class Last(nn.Module):
+        def forward(self, x: Tensor, keep: int | Tensor = 0) -> Tensor:
+            return x[slice(-keep, None) if isinstance(keep, int) else keep] * 1
+
+    module, x = Last(), torch.arange(5.0)
+    offloaded = sdrpc.offload(module, ReferenceDevice())
+    for keep in (1, 2, torch.tensor([1, 2])):
+        same(offloaded(x, keep), module(x, keep))
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda x: x * 2, torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag),
+        (lambda x: (x * 2).to(torch.float8_e4m3fn), torch.tensor([0.3, -1.4, 2.2])),
+        (lambda x: x.float() + 1, torch.tensor([0.3, -1.4]).to(torch.float8_e5m2)),
+        (lambda x: x + torch.ones(3), torch.ones(3)),
+    ],
+    ids=["negated view", "float8 results", "float8 inputs", "default dtype"],
+)
+@torch.no_grad()
+def test_dtypes_and_views(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    offloaded = sdrpc.offload(Calling(function), ReferenceDevice())
+    same(offloaded(x), function(x))
+    torch.set_default_dtype(torch.float64)
+    try:
+        same(offloaded(x), function(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Calling(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@torch.no_grad()
+def test_what_a_device_has_no_numbers_for_is_refused() -> None:
+    linear, doubled = nn.Linear(4, 4), Calling(lambda x: x + 1)
+    with pytest.raises(UsageError, match="an offloaded Linear needs numbers: an input is on the meta device"):
+        sdrpc.offload(linear, ReferenceDevice())(torch.ones(1, 4, device="meta"))
+    with pytest.raises(UsageError, match="has integers that float32, in which devices compute, can't hold"):
+        sdrpc.offload(doubled, ReferenceDevice())(torch.tensor([2**24 + 1]))
+    linear.factor = nn.Parameter(torch.ones(4, dtype=torch.complex64))  # type: ignore[assignment]
+    linear.forward = lambda x: (x * linear.factor).real  # type: ignore[method-assign]
+    with pytest.raises(CaptureError, match="a weight of complex64"):
+        sdrpc.offload(linear, ReferenceDevice())(torch.ones(1, 4))
+
+
+def test_results_of_what_is_trained_need_gradients() -> None:
+    """As a module's do; who asks for them is told. It was trained without learning."""
+    module, x = nn.Linear(4, 4), torch.ones(1, 4)
+    offloaded = sdrpc.offload(module, ReferenceDevice())
+    result = offloaded(x)
+    same(result, module(x))
+    with pytest.raises(UsageError, match="an offloaded Linear has no gradients: train the original"):
+        result.sum().backward()
+    assert not offloaded.requires_grad_(False)(x).requires_grad
+
+
+def test_a_pipeline_of_the_parts_of_another() -> None:
+    """diffusers compares classes there."""
+    module = nn.Linear(4, 4)
+    kind: Any = type(sdrpc.offload(module, ReferenceDevice()))
+    assert kind in (nn.Linear,)
+    assert {kind: 1}[nn.Linear] == 1
+    assert kind in (type(sdrpc.offload(module, ReferenceDevice())),)
+    assert kind not in (nn.ReLU, type(sdrpc.offload(nn.ReLU(), ReferenceDevice())))
+
+
+def test_a_forked_process_is_refused(remote: RemoteDevice) -> None:
+    """It waited for ever for threads that it does not have, or took answers from its parent's connection."""
+    offloaded, x = sdrpc.offload(nn.Linear(4, 4).requires_grad_(False), remote), torch.ones(1, 4)
+    wanted = offloaded(x)
+    process = multiprocessing.get_context("fork").Process(target=_used_in_a_fork, args=(offloaded, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that this process has threads
+        process.start()
+    process.join()
+    assert process.exitcode == 0
+    same(offloaded(x), wanted)
+
+
+def _used_in_a_fork(offloaded: nn.Module, x: Tensor) -> None:
+    with pytest.raises(UsageError, match="a device of another process"):
+        offloaded(x)
+    del offloaded
+    gc.collect()
 
 
 @torch.no_grad()

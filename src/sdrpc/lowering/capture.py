@@ -66,7 +66,7 @@ def capture(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, k
             with _located(recorder, clone), _exporting(), _eager(), FunctionMode(recorder), OperationMode(recorder):
                 results = call(clone, *examples)
         except RuntimeError as error:
-            if "meta" not in str(error):
+            if "meta" not in str(error) and "fake impl" not in str(error):  # torch's words
                 raise  # the module's own
             raise CaptureError(f"{recorder.place()}: can't run without numbers: {_first_line(error)}") from error
         return _result(recorder, leaves, weights, results)

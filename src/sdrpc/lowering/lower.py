@@ -104,6 +104,8 @@ def _input(emitter: Emitter, node: Node) -> Value:
 def _weight(node: Node, type: Type) -> Value:
     """Blocks of a quantized type lie along the input channels: a kernel of one tap is stored as a matrix."""
     shape = stored = tuple(_meta(node).shape)
+    if _meta(node).dtype.is_complex:
+        raise CaptureError(f"a weight of {dtype_name(_meta(node).dtype)}: keep its real and imaginary parts")
     kept = type if len(shape) > 1 else F32
     while stored and stored[-1] == 1 and not kept.plain:
         stored = stored[:-1]

@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import logging
+import re
 import sys
 import threading
 import types
@@ -34,6 +35,7 @@ from ..runtime.lost import RETRY_SECONDS, first_back, surviving
 from ..runtime.lowered import Lowered
 from ..runtime.run import Executable, WeightStore
 from .capture import capture, is_capturing, tensors_of
+from .effects import counted, kept
 from .lower import lower
 from .state import ModuleState
 from .structure import Description, Parts, build, from_json, take_apart, to_json
@@ -91,7 +93,8 @@ def offload(
     error at once); the weights are uploaded again then, and the call's result is the same.
 
     Calls raise :class:`sdrpc.errors.CaptureError` for what can't be turned into a graph, the module's own errors for
-    inputs that it refuses, and what the device raises. There are no gradients.
+    inputs that it refuses, and what the device raises. There are no gradients, and :func:`torch.autocast` has no part
+    in it: dtypes of weights and inputs decide.
     """
     if not isinstance(module, nn.Module):
         raise UsageError(f"offload takes a torch module, not an object of {type(module).__name__}")
@@ -115,10 +118,22 @@ def offload(
         "__reduce_ex__": _refuse_to_pickle,
         "__prepare_scriptable__": _refuse_to_script,
     }
-    kind = type(original.__name__, (original,), {**names, **entries, **behaviour})
+    kind = _passing_for(original)(original.__name__, (original,), {**names, **entries, **behaviour})
     result = _sharing(kind, module)
     weakref.finalize(result, device.turns.later, remote.memory.forget).atexit = False
     return result
+
+
+def _passing_for(original: type[nn.Module]) -> type[type]:
+    """The class of a class that equals ``original``: diffusers compares classes (``from_pipe``)."""
+
+    def equals(_: type, other: object) -> bool:
+        return getattr(other, "_sdrpc_original", other) is original
+
+    def digest(_: type) -> int:
+        return hash(original)
+
+    return type("Offloaded", (type(original),), {"__eq__": equals, "__hash__": digest})
 
 
 def _sharing(kind: type[nn.Module], module: nn.Module) -> nn.Module:
@@ -238,7 +253,7 @@ class _Request:
     def signature(self) -> tuple[Any, ...]:
         """Without the state."""
         facts = tuple((str(t.dtype), tuple(t.shape)) for t in self.arguments.tensors)
-        return self.method, self.arguments.description, facts, self.float32
+        return self.method, self.arguments.description, facts, self.float32, str(torch.get_default_dtype())
 
     def numbers(self, known: Sequence[str]) -> tuple[str, ...]:
         """Digests of the inputs named in ``known``."""
@@ -265,6 +280,7 @@ class _Remote:
         self._number = 0
         """Of the module's state now, in ``_states``."""
         self._tracing = threading.local()
+        self._counted: set[str] = set()
 
     # calls
 
@@ -281,6 +297,8 @@ class _Remote:
         if any(map(is_functorch_wrapped_tensor, arguments.tensors)):
             what = "has no part in torch.func (vmap, jvp, grad …): call it with the whole batch, or take the original"
             raise UsageError(f"an offloaded {self.original.__name__} {what}")
+        if any(tensor.is_meta for tensor in arguments.tensors):
+            raise UsageError(f"an offloaded {self.original.__name__} needs numbers: an input is on the meta device")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors):
             raise UsageError(f"an offloaded {self.original.__name__} has no gradients: call it under torch.no_grad()")
         with self._lock:
@@ -291,7 +309,8 @@ class _Remote:
             arrays = self.memory.run(bound, {name: _array(tensor) for name, tensor in request.inputs.items()})
         where = arguments.tensors[0].device if arguments.tensors else torch.device("cpu")
         dtypes = [getattr(torch, output.dtype) for output in bound.lowered.outputs]
-        return build(bound.result, [torch.from_numpy(a).to(where, d) for a, d in zip(arrays, dtypes, strict=True)])
+        results = [torch.from_numpy(a).to(where, d) for a, d in zip(arrays, dtypes, strict=True)]
+        return build(bound.result, _without_gradients(self.original.__name__, module, results))
 
     def _function(self, module: nn.Module, method: str) -> Callable[..., Any]:
         """The method as it would run in this process: the instance's own, or the class's."""
@@ -356,8 +375,16 @@ class _Remote:
 
         def flat(copy: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = build(request.arguments.description, tensors)
+            before = kept(copy)
             with self._traced(copy):
                 result = take_apart(self._function(copy, request.method)(*given[0], **given[1]))
+            for tensor, attribute in kept(copy).items():
+                if tensor not in before:
+                    raise CaptureError(
+                        f"{attribute} keeps a tensor of each call, as hooks that collect features and stores of "
+                        "attention do: a device returns nothing but results; have the module return it"
+                    )
+            self._count(counted(plain, copy))
             after = take_apart(given)
             if after.description != request.arguments.description or any(
                 a is not b for a, b in zip(after.tensors, tensors, strict=True)
@@ -369,11 +396,18 @@ class _Remote:
             results.append(result.description)
             return result.tensors
 
-        self._tracing.plain = self.plain(module)
-        graph = capture(self._tracing.plain, request.inputs, flat, known)
+        self._tracing.plain = plain = self.plain(module)
+        graph = capture(plain, request.inputs, flat, known)
         del self._tracing.plain
         types = {name: weight.type for name, weight in self.memory.weights.items()}
         return _Bound(lower(graph, self.device.target, types, request.float32), results[0])
+
+    def _count(self, attribute: str | None) -> None:
+        """Say, once, that a number does not count calls."""
+        if attribute is not None and attribute not in self._counted:
+            self._counted.add(attribute)
+            what = "changes when the module is called: on a device it keeps its value, and each call has the same one"
+            log.warning("%s: %s %s", self.original.__name__, attribute, what)
 
     @contextmanager
     def _traced(self, module: nn.Module) -> Iterator[None]:
@@ -457,20 +491,54 @@ class _Remote:
             self.memory.close()
 
 
+class _NoGradients(torch.autograd.Function):
+    """Results that seem to depend on a parameter, as those of a module do; who asks for gradients is told."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, _: torch.Tensor, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.name = name
+        ctx.mark_non_differentiable(*(r for r in results if not (r.is_floating_point() or r.is_complex())))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UsageError(f"an offloaded {ctx.name} has no gradients: train the original")
+
+
+def _without_gradients(name: str, module: nn.Module, results: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The results as a module with parameters to train gives them: who trains it must not find that it does not
+    learn."""
+    trained = (parameter for parameter in module.parameters() if parameter.requires_grad)
+    parameter = next(trained, None) if torch.is_grad_enabled() and results else None
+    if parameter is None:
+        return results
+    given: tuple[torch.Tensor, ...] = _NoGradients.apply(name, parameter, *results)  # type: ignore[no-untyped-call]
+    return given
+
+
 def _forget_oldest(remembered: dict[Any, Any]) -> None:
     while len(remembered) > REMEMBERED:
         del remembered[next(iter(remembered))]
 
 
 def _check_hooks(module: nn.Module) -> None:
-    """Refuse what of diffusers keeps weights in another form or place between calls than in them."""
-    for part in module.modules():
-        for name in getattr(getattr(part, "_diffusers_hook", None), "hooks", ()):
-            if name in WEIGHT_HOOKS:
-                raise UsageError(
-                    f"{WEIGHT_HOOKS[name]} and sdrpc.offload exclude each other: the device has the weights as they "
-                    "are, and this machine needs no room for them; load the model anew and leave it out"
-                )
+    """Refuse what of diffusers keeps weights in another form or place between calls than in them, or results."""
+    hooks = [getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in module.modules()]
+    for name, hook in (item for part in hooks for item in part.items()):
+        if name in WEIGHT_HOOKS:
+            raise UsageError(
+                f"{WEIGHT_HOOKS[name]} and sdrpc.offload exclude each other: the device has the weights as they "
+                "are, and this machine needs no room for them; load the model anew and leave it out"
+            )
+        if getattr(hook, "_is_stateful", False):
+            raise UsageError(
+                f"diffusers' {name} and sdrpc.offload exclude each other: it takes from one call what the next one "
+                "leaves out, and here each call is computed whole; call disable_cache()"
+            )
+
+
+_WORD_INT = re.compile(r"\bint\b")
+"""In an annotation."""
 
 
 def _with_numbers_as_tensors(
@@ -478,7 +546,8 @@ def _with_numbers_as_tensors(
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Numbers where tensors are welcome (UNet's ``timestep``) become tensors: a graph is not made for each number.
 
-    Arguments that don't fit are left to the function, which raises its own error.
+    Not where it is an integer or a tensor, which then mean two things (``logits_to_keep``). Arguments that don't fit
+    are left to the function, which raises its own error.
     """
     try:
         inputs = inspect.signature(function).bind(*args, **kwargs)
@@ -487,13 +556,14 @@ def _with_numbers_as_tensors(
     for name, value in inputs.arguments.items():
         annotation = inputs.signature.parameters[name].annotation
         takes_tensor = torch.Tensor in (annotation, *get_args(annotation)) or "Tensor" in str(annotation)
-        if isinstance(value, int | float) and not isinstance(value, bool) and takes_tensor:
+        integer = _WORD_INT.search(str(annotation)) and "float" not in str(annotation)
+        if isinstance(value, int | float) and not isinstance(value, bool) and takes_tensor and not integer:
             inputs.arguments[name] = torch.tensor(value)
     return inputs.args, inputs.kwargs
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().resolve_neg().resolve_conj()
     return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
@@ -510,5 +580,6 @@ def _data(name: str, tensor: torch.Tensor) -> memoryview:
             f"parameter {name} has no numbers: it is on the meta device, as after enable_sequential_cpu_offload(), "
             "which an offloaded module does not need"
         )
-    kept = tensor.detach() if tensor.dtype in TYPES else tensor.detach().float()
+    kept = tensor.detach().resolve_neg()
+    kept = kept if tensor.dtype in TYPES else kept.float()
     return kept.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -29,7 +29,7 @@ from .structure import PACKAGES, Description, Same, Walk, from_packages, to_json
 SAMPLES = 8
 """Numbers of each weight that are looked at before each call."""
 
-_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
+STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module that are described by the tensors' and parts' own entries."""
 
 _GLOBAL_HOOKS = tuple(
@@ -39,7 +39,16 @@ _GLOBAL_HOOKS = tuple(
 """Hooks of all modules, which torch keeps by number."""
 
 
-class _Reads:
+_RELEASED = PACKAGES | {__name__.partition(".")[0]}
+
+
+def released(function: types.FunctionType) -> bool:
+    """Whether some package released a function's code, or it is ours: by the module that it was compiled in, which a
+    decorator can't change."""
+    return str(function.__globals__.get("__name__")).partition(".")[0] in _RELEASED
+
+
+class Reads:
     """What a function reads that is not passed to it: its closure, and the globals that it names."""
 
     def __init__(self, function: types.FunctionType) -> None:
@@ -93,7 +102,7 @@ class _StateWalk(Walk):
         """The parts of a module, without their tensors."""
         described = []
         for path, part in module.named_modules():
-            attributes = {name: value for name, value in vars(part).items() if name not in _STRUCTURE}
+            attributes = {name: value for name, value in vars(part).items() if name not in STRUCTURE}
             described.append((path, self.kind(_original(type(part))), self.describe(attributes)))
             self.containers += [vars(part), part._parameters, part._buffers, part._modules]
         return tuple(described)
@@ -110,7 +119,7 @@ class _StateWalk(Walk):
             self._owners[owner] = tuple(
                 (name, self.describe(value))
                 for name, value in vars(owner).items()
-                if (not _released(value) if isinstance(value, types.FunctionType) else own and name[:2] != "__")
+                if (not released(value) if isinstance(value, types.FunctionType) else own and name[:2] != "__")
             )
         return self._owners[owner]
 
@@ -119,7 +128,7 @@ class _StateWalk(Walk):
         that a function is from count by their attributes: a script's own, but not its pipeline."""
         found = []
         for function in self._functions:  # which grows meanwhile
-            reads = _Reads(function)
+            reads = Reads(function)
             if len(reads):
                 self.containers.append(reads)
                 self._package = _package(function)
@@ -130,7 +139,7 @@ class _StateWalk(Walk):
     def _describe(self, value: Any) -> Description:
         if isinstance(value, types.MethodType):
             return "method", self.describe(value.__func__), self.describe(value.__self__)
-        if isinstance(value, types.FunctionType) and not _released(value):
+        if isinstance(value, types.FunctionType) and not released(value):
             if self._package in (None, _package(value)):
                 self._functions.append(value)
             return "same", Same(value)
@@ -202,12 +211,6 @@ def _original(kind: type) -> type:
     """A module's class; one that :func:`sdrpc.offload` made stands for the class that it was made of."""
     original: type = getattr(kind, "_sdrpc_original", kind)
     return original
-
-
-def _released(function: types.FunctionType) -> bool:
-    """Whether some package released a function's code: by the module that it was compiled in, which a decorator can't
-    change."""
-    return str(function.__globals__.get("__name__")).partition(".")[0] in PACKAGES
 
 
 def _package(value: Any) -> str:

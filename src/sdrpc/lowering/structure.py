@@ -127,7 +127,7 @@ class Walk:
     def _object(self, value: Any) -> Description:
         """A mapping, or an object that is made of its attributes; anything else has no value of its own."""
         kind = type(value)
-        state = getattr(value, "__dict__", None)
+        state = attributes(value)
         opaque = isinstance(value, torch.nn.Module | types.ModuleType) or callable(getattr(value, "acquire", None))
         mapping = isinstance(value, dict)
         if opaque or not (mapping or isinstance(state, dict)) or (not mapping and not _made_of_attributes(kind)):
@@ -137,12 +137,43 @@ class Walk:
             self.containers.append(value)
             items = tuple((self.describe(k), self.describe(v)) for k, v in dict.items(value) if not self._ignores(k))
         if state is not None:
-            self.containers.append(state)
-        attributes = tuple((name, self.describe(v)) for name, v in (state or {}).items() if name not in self.ignored)
-        return "object", kind, mapping, items, attributes
+            self.containers.append(Slotted(value) if _slots(kind) else state)
+        described = tuple((name, self.describe(v)) for name, v in (state or {}).items() if name not in self.ignored)
+        return "object", kind, mapping, items, described
 
     def _ignores(self, key: Any) -> bool:
         return isinstance(key, str) and key in self.ignored
+
+
+class Slotted:
+    """The attributes of an object that has slots, as they are now."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+
+    def __len__(self) -> int:
+        return len(attributes(self.it) or ())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((attributes(self.it) or {}).values())
+
+
+def attributes(value: Any) -> dict[str, Any] | None:
+    """An object's own attributes, those in slots too; None where it can't have any."""
+    slots, state = _slots(type(value)), getattr(value, "__dict__", None)
+    if not slots:
+        return state
+    return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **(state or {})}
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    return tuple(
+        name
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for name, member in vars(base).items()
+        if isinstance(member, types.MemberDescriptorType)
+    )
 
 
 def build(description: Description, tensors: Sequence[torch.Tensor]) -> Any:
@@ -166,13 +197,17 @@ def _build_named(rest: Sequence[Any], tensors: Sequence[torch.Tensor]) -> Any:
 
 
 def _build_object(rest: Sequence[Any], tensors: Sequence[torch.Tensor]) -> Any:
-    kind, mapping, items, attributes = rest
+    kind, mapping, items, own = rest
     made = (dict if mapping else object).__new__(kind) if not issubclass(kind, OrderedDict) else kind.__new__(kind)
     put = OrderedDict.__setitem__ if mapping and issubclass(kind, OrderedDict) else dict.__setitem__
     for key, value in items:
         put(made, build(key, tensors), build(value, tensors))
-    for name, value in attributes:
-        made.__dict__[name] = build(value, tensors)
+    slots = _slots(kind)
+    for name, value in own:
+        if name in slots:
+            object.__setattr__(made, name, build(value, tensors))  # it may be frozen
+        else:
+            made.__dict__[name] = build(value, tensors)
     return made
 
 
@@ -212,9 +247,9 @@ def _scalar(value: Any) -> Description | None:
 
 
 def _made_of_attributes(kind: type) -> bool:
-    """Whether an object of a class is its ``__dict__``: nothing in C, no slots, and not callable by a hidden state."""
+    """Whether an object of a class is its attributes: nothing in C."""
     inherited: Any = kind.__new__
-    return inherited is object.__new__ and not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
+    return inherited is object.__new__
 
 
 def _found_by_name(value: Any) -> bool:

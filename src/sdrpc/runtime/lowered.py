@@ -77,8 +77,8 @@ class Lowered:
 
 def result_dtype(dtype: str) -> np.dtype[Any]:
     """How numpy holds results of a torch dtype: floats as float32, integers as int64."""
-    kinds = {"float": "<f4", "bfloat": "<f4", "bool": "?"}
-    return np.dtype(kinds.get(dtype.rstrip("0123456789"), "<i8"))
+    floats = dtype.startswith(("float", "bfloat"))
+    return np.dtype("<f4" if floats else "?" if dtype == "bool" else "<i8")
 
 
 def to_bytes(lowered: Lowered) -> bytes:

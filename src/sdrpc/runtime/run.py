@@ -433,7 +433,10 @@ def _encoded(entry: Input, array: np.ndarray, type: Type) -> np.ndarray:
         limits = np.iinfo(dtype)
         if array.dtype.kind not in "iub" or array.min() < limits.min or array.max() > limits.max:
             raise UsageError(f"input {entry.name} must be integers of 32 bits, not {array.dtype}")
-    return _bytes(array.astype(dtype, copy=False))
+    encoded = array.astype(dtype, copy=False)
+    if array.dtype.kind in "iu" and not np.array_equal(encoded, array):
+        raise UsageError(f"input {entry.name} has integers that float32, in which devices compute, can't hold")
+    return _bytes(encoded)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
