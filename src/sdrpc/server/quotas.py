@@ -54,11 +54,16 @@ class Account:
         """Bytes of its buffers on a device."""
         return self._held[device]
 
+    @property
+    def full(self) -> bool:
+        """Whether it may have no more buffers."""
+        return self.buffers >= self._limits.buffers
+
     def take(self, device: int, size: int, share: int) -> bool:
         """Count a buffer of ``size`` bytes, if there may be one more, and ``share`` bytes on that device."""
         with self._lock:
             total = self._held.total() + size
-            if self.buffers >= self._limits.buffers or total > self._limits.buffer_bytes:
+            if self.full or total > self._limits.buffer_bytes:
                 return False
             if self._held[device] + size > share:
                 return False

@@ -298,6 +298,8 @@ class Session:
     def _alloc_buffer(self, asked: messages.AllocBuffer) -> messages.AllocBufferReply:
         """Raises :class:`OutOfMemory` and :class:`OverQuota`, after which the session is as it was before."""
         device, size = self._device(asked.device), asked.size
+        if self._account.full:  # nothing is cheaper to say: to ask for the memory reads files
+            raise OverQuota(f"{device.name}: one client may have {self.limits.buffers:,} buffers")
         memory = self._memory(asked.device)
         share = f"{memory.total / 2**20:,.1f} MiB are one client's share"
         if size > memory.free:
