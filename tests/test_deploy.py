@@ -147,7 +147,8 @@ class Container(WebServer):
         said = dict(instructions(self._dockerfile))
         variables = [self._here(word) for word in said["ENV"].split()]
         path = os.pathsep.join([str(self._image / "bin"), str(Path(sys.executable).parent), "/usr/bin", "/bin"])
-        return ["env", "-i", f"PATH={path}", f"PYTHONPATH={self._image}", *variables, *map(self._here, command)]
+        ours = [f"PATH={path}", f"PYTHONPATH={self._image}", "CUDA_VISIBLE_DEVICES="]  # no GPU was given to it
+        return ["env", "-i", *ours, *variables, *map(self._here, command)]
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.words(command), capture_output=True, text=True, timeout=DRAW_SECONDS, check=False)

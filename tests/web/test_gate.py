@@ -11,7 +11,7 @@ import pytest
 from sdrpc.cli import sd_server
 from sdrpc.errors import UsageError
 from sdrpc.web.gate import TRIES, given_key, own_names
-from tests.web.process import SMALL, WebServer
+from tests.web.process import DRAW_SECONDS, SMALL, WebServer
 
 KEYS = "# who draws\nanna: s3cret-one\ns3cret-two\n"
 
@@ -96,14 +96,14 @@ def test_the_servers_own_page_may(server: WebServer) -> None:
 
 def test_a_body_that_is_too_large(server: WebServer) -> None:
     """Refused by what it says of itself, and also where it says nothing."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=DRAW_SECONDS)
     connection.putrequest("POST", "/sdcpp/v1/img_gen")
     connection.putheader("Content-Length", str(1 << 40))
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
     chunk = b"a" * (1 << 20)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=DRAW_SECONDS)
     try:
         connection.request(
             "POST", "/sdcpp/v1/img_gen", iter([chunk] * 80), {"Content-Type": "application/json"}, encode_chunked=True
