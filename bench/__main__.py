@@ -23,7 +23,7 @@ from sdrpc import __version__
 from sdrpc.diffusion.request import APPLY_MODES
 from sdrpc.engine.system import host_memory, processor
 
-from . import families
+from . import families, scaling
 from .registry import BENCHMARKS
 from .rows import Row
 from .setup import FamilyOptions, Setup, Variant
@@ -64,9 +64,12 @@ def main(
     family: Annotated[
         str, typer.Option(metavar="NAME,…", help=f"Of families: {', '.join(families.KINDS)}.")
     ] = ",".join(families.USUAL),
-    only: Annotated[str, typer.Option(metavar="PART,…", help="Of families: what to measure.")] = ",".join(
-        families.USUAL_PARTS
-    ),
+    only: Annotated[
+        str, typer.Option(metavar="PART,…", help="Of families, scaling and split: what to measure.")
+    ] = ",".join(families.USUAL_PARTS + scaling.PARTS),
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="Of split: guidance; 1: no negative prompt.", show_default="the family's")
+    ] = None,
     text_encoders: Annotated[
         str, typer.Option(metavar="full|reduced", help="Of families: few layers, which saves 6 to 14 GB.")
     ] = "full",
@@ -86,9 +89,11 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(known)}")
     variants = _variants(device, type, precision)
     options = FamilyOptions(
-        _listed(family, families.KINDS, "--family"), _listed(only, families.PARTS, "--only"), type, text_encoders, size,
-        steps, lora, control, lora_apply_mode,
+        _listed(family, families.KINDS, "--family"), _listed(only, (*families.PARTS, *scaling.PARTS), "--only"), type,
+        text_encoders, size, steps, cfg_scale, lora, control, lora_apply_mode,
     )  # fmt: skip
+    if cfg_scale is not None and names != ["split"]:
+        raise typer.BadParameter("it is for split alone", param_hint="--cfg-scale")
     if (lora or control) and (options.names != families.ADAPTED or options.parts != ("step",)):
         raise typer.BadParameter("they are for --family sdxl --only step", param_hint="--lora, --control")
     if lora_apply_mode not in APPLY_MODES:

@@ -177,7 +177,8 @@ def run(setup: Setup) -> Iterator[Row]:
     for family in setup.families.names:
         case = case_of(setup, family)
         for part in setup.families.parts:
-            yield from PARTS[part](case)
+            if part in PARTS:
+                yield from PARTS[part](case)
 
 
 def case_of(setup: Setup, family: str) -> Case:
@@ -201,9 +202,10 @@ def case_of(setup: Setup, family: str) -> Case:
     log.print(f"{family}: files ready after {time.perf_counter() - start:.0f} s")
     drawn = TINY if size == "tiny" else kind.drawn
     width, height = options.size or drawn.width, options.size or drawn.height
+    cfg_scale = kind.cfg_scale if options.cfg_scale is None else options.cfg_scale
     request = Request(
         PROMPT, width=width, height=height,
-        steps=options.steps or drawn.steps, cfg_scale=kind.cfg_scale, sampling_method="euler", scheduler="discrete",
+        steps=options.steps or drawn.steps, cfg_scale=cfg_scale, sampling_method="euler", scheduler="discrete",
         video_frames=kind.drawn.frames and drawn.frames, loras=loras,
         control_image=_hint(width, height) if options.control else None, control_strength=CONTROL_STRENGTH,
     )  # fmt: skip

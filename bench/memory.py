@@ -78,7 +78,7 @@ def _holdings(log: str) -> Iterator[Row]:
         {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d+)", line)}
         for line in re.findall("after a first run: (.*) GB", log)
     ]
-    most = max(found, key=lambda each: each["reserved_at_most"] + each["context"])
+    most = max(found, key=lambda each: each["reserved_at_most"] + each["context"], default={})
     for name, size in most.items():
         yield Row(f"memory, server's device: {name.replace('_', ' ')}", size, "GB")
 

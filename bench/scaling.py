@@ -9,13 +9,14 @@ what is measured is that nobody waits who need not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from sdrpc.cli.entry import threads_take_turns
 from sdrpc.client import connect
 from sdrpc.device import Device
 from sdrpc.diffusion.session import Session
@@ -28,28 +29,34 @@ from .rows import Mark, Row
 from .sampling import Sampled, sample
 from .setup import Setup
 
+PICTURES, PROMPTS, LAYERS = PARTS = ("pictures", "prompts", "layers")
 DEVICES = (1, 2, 4)
 ROUND_TRIP = 0.2
-PICTURES = 4
-"""Of each device, behind a first one that uploads."""
+OF_EACH = 4
+"""Pictures of each device, behind a first one that uploads."""
 
 
 def run(setup: Setup) -> Iterator[Row]:
     if setup.on_cpu:
         setup = replace(setup, checkpoint_size="tiny", size=64)
-    most = DEVICES[-1] if setup.on_cpu else torch.cuda.device_count()
+    most, parts = DEVICES[-1] if setup.on_cpu else torch.cuda.device_count(), setup.families.parts
+    threads_take_turns()  # as the commands do
     with opened(setup, most) as devices:
-        yield from _pictures(setup, devices)
-        if most > 1:
+        if PICTURES in parts:
+            yield from _pictures(setup, devices)
+        if most > 1 and {PROMPTS, LAYERS} & set(parts):
             with in_pairs(setup, devices) as pairs:
-                one = Chain((devices[0],))
-                yield from prompts.rows(partial(_sampled, setup), one, pairs, _note(setup), prompts.MARK)
-                alone = _sampled(setup, one).seconds * 1e3
-                for where, pair in pairs.items():
-                    cut = _sampled(setup, pair).seconds * 1e3
-                    yield Row(
-                        f"step, layers on two devices of {where}", cut, "ms", alone, "one device", None, _note(setup)
-                    )
+                yield from _in_pairs(setup, Chain((devices[0],)), pairs)
+
+
+def _in_pairs(setup: Setup, one: Chain, pairs: Mapping[str, Chain]) -> Iterator[Row]:
+    if PROMPTS in setup.families.parts:
+        yield from prompts.rows(partial(_sampled, setup), one, pairs, _note(setup), prompts.MARK)
+    if LAYERS in setup.families.parts:
+        alone = _sampled(setup, one).seconds * 1e3
+        for where, pair in pairs.items():
+            cut = _sampled(setup, pair).seconds * 1e3
+            yield Row(f"step, layers on two devices of {where}", cut, "ms", alone, "one device", None, _note(setup))
 
 
 def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
@@ -61,8 +68,8 @@ def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
         with _session(setup, place) as session:
             list(session.generate(replace(setup.request(), batch_count=count)))
             began = time.perf_counter()
-            list(session.generate(replace(setup.request(), batch_count=count * PICTURES)))
-            rate = count * PICTURES / (time.perf_counter() - began)
+            list(session.generate(replace(setup.request(), batch_count=count * OF_EACH)))
+            rate = count * OF_EACH / (time.perf_counter() - began)
         alone = alone or rate
         what = f"pictures a second, {count} device{'s' * (count > 1)}"
         yield Row(what, rate, "1/s", count * alone, f"{count} × one", Mark(0.95, at_least=True), _note(setup))

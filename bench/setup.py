@@ -34,10 +34,10 @@ class Variant(NamedTuple):
 
 
 class FamilyOptions(NamedTuple):
-    """The options of ``families`` alone: families and parts of the benchmark by name; ``type`` of the diffusion
-    model's weights, None: the family's usual one; size of text encoders beside a full diffusion model; side of the
-    picture in pixels and steps, None: what belongs to the checkpoint's size; whether it is drawn with a LoRA and with a
-    ControlNet, and how ours applies the LoRA."""
+    """The options of ``families`` and ``split``, and the parts of ``scaling``: families and parts of the benchmarks by
+    name; ``type`` of the diffusion model's weights and ``cfg_scale``, None: the family's usual ones; size of text
+    encoders beside a full diffusion model; side of the picture in pixels and steps, None: what belongs to the
+    checkpoint's size; whether it is drawn with a LoRA and with a ControlNet, and how ours applies the LoRA."""
 
     names: tuple[str, ...]
     parts: tuple[str, ...]
@@ -45,6 +45,7 @@ class FamilyOptions(NamedTuple):
     text_encoders: str
     size: int | None
     steps: int | None
+    cfg_scale: float | None = None
     lora: bool = False
     control: bool = False
     lora_apply_mode: str = "auto"

@@ -16,7 +16,7 @@ from .families import Case, case_of
 from .memory import GB
 from .rows import Mark, Row
 from .sampling import Sampled, difference, draw
-from .scaling import in_pairs, opened
+from .scaling import LAYERS, PROMPTS, in_pairs, opened
 from .setup import Setup
 
 SHARE = 0.6
@@ -24,14 +24,16 @@ SHARE = 0.6
 
 
 def run(setup: Setup) -> Iterator[Row]:
+    parts = setup.families.parts
     for family in setup.families.names:
         case = case_of(setup, family)
         with opened(setup, 2) as devices, in_pairs(setup, devices) as pairs:
             one, note = Chain((devices[0],)), f"{case.request.width}×{case.request.height}, {case.request.steps} steps"
-            if case.request.cfg_scale != 1:
+            if PROMPTS in parts and case.request.cfg_scale != 1:
                 for row in prompts.rows(partial(_drawn, case), one, pairs, note, case.mark(prompts.MARK)):
                     yield replace(row, what=f"{row.what}, {case.title}")
-            yield from _layers(case, one, pairs)
+            if LAYERS in parts:
+                yield from _layers(case, one, pairs)
 
 
 def _layers(case: Case, one: Chain, two: Mapping[str, Chain]) -> Iterator[Row]:

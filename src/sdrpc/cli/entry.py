@@ -17,6 +17,9 @@ NVIDIA = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
 """What Linux has of NVIDIA's driver: as a rule, on Tegra, on Windows' Linux."""
 ALLOCATOR = frozenset({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"})
 """Variables in which a user tells torch how to have a GPU's memory."""
+SWITCH_SECONDS = 0.0002
+"""For which a thread may keep the interpreter when others want it. Who receives weights, tells several devices what to
+draw or answers requests may wait so long behind each system call, and there are thousands: Python's own 5 ms add up."""
 
 
 def sd_cli() -> None:
@@ -43,6 +46,7 @@ def ready() -> None:
     """What every command needs before it imports torch or prints. To do it again changes nothing."""
     prepare()
     threads_sleep()
+    threads_take_turns()
     segments_grow()
 
 
@@ -77,6 +81,11 @@ def threads_sleep() -> None:
     have none. OpenMP reads the variable when torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def threads_take_turns() -> None:
+    """Let Python's threads wait for each other no longer than ``SWITCH_SECONDS``."""
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def segments_grow() -> None:

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from ..device import ServedDevice
     from ..engine.device import LocalDevice
 
-SWITCH_SECONDS = 0.0005
-"""For which a thread may keep the interpreter when others want it (Python: 5 ms). One that loads compiled programs
-wants it for seconds; those that receive weights need it for microseconds, a thousand times for each gigabyte."""
 STOP_SECONDS = 1.0
 """How long each device may take to end what it computes when the server stops."""
 
@@ -249,7 +246,6 @@ def serve(server: Server, grace: float) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    sys.setswitchinterval(SWITCH_SECONDS)
     server.serve()
 
 

@@ -198,6 +198,8 @@ class Ahead:
         self._results: list[weakref.ref[Node]] = []
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._free: dict[int, list[Place]] = {}
+        self._sizes, self._sizes_before = set[int](), set[int]()
+        """Of the arrays since the last beginning, and of those between the last two."""
         self.life = device.life
         """What it has is there only in this life of the device."""
         self._buffers: list[Buffer] = []
@@ -216,6 +218,7 @@ class Ahead:
         self._held.clear()
         self._looks = deque((asked, []) for asked, _ in self._looks if asked.answer is not None)
         self._later, self._due = [], []
+        self._sizes, self._sizes_before = set(), self._sizes
 
     def _check(self) -> None:
         """Raises :class:`DeviceLost` when the device was lost and somebody had it again: what was there is nowhere."""
@@ -227,6 +230,8 @@ class Ahead:
     def put(self, array: Array) -> DeviceArray:
         """``array`` on the device."""
         with self.turns:
+            self._check()
+            self._give_back()
             place = self._slot(array.nbytes)
             self._write(place, array)
         return self._array(self._stored(array.shape, place))
@@ -468,7 +473,25 @@ class Ahead:
         weakref.finalize(found, self._free.setdefault(4 * prod(shape), []).append, place)
         return found
 
+    def _give_back(self) -> None:
+        """Free the places of sizes that neither what is drawn now nor what was drawn before it has: those of pictures
+        of another size, which may not come again. Nothing may be left to tell, which may be about them."""
+        if self._held:
+            return
+        gone = [places for size, places in self._free.items() if size not in self._sizes | self._sizes_before]
+        keys = {buffer.key for places in gone for buffer, _ in places}
+        if not keys:
+            return
+        for key in [key for key in self._programs if any(line.place and line.place[0] in keys for line in key)]:
+            del self._programs[key]
+        for buffer in [buffer for buffer in self._buffers if buffer.key in keys]:
+            self.device.free(buffer)
+            self._buffers.remove(buffer)
+        for places in gone:
+            places.clear()  # the lists stay: arrays that somebody has will be put into them
+
     def _slot(self, size: int) -> Place:
+        self._sizes.add(size)
         free = self._free.setdefault(size, [])
         if not free:
             return self._allocate(size), 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -13,11 +12,6 @@ from fastapi import FastAPI
 
 GRACE_SECONDS = 2
 """How long answers that are under way may take when the server ends; jobs stay in the queue."""
-
-
-SWITCH_SECONDS = 0.0002
-"""How long the threads that draw may keep an answer waiting at a time. An answer takes a dozen system calls, behind
-each of which it may have to wait so long: Python's own 5 ms add up."""
 
 
 class _Server(uvicorn.Server):
@@ -41,7 +35,6 @@ def serve(app: FastAPI, listening: socket.socket, connections: int, verbose: boo
         app, log_config=None, access_log=verbose, limit_concurrency=connections, server_header=False, lifespan="off",
         timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
-    sys.setswitchinterval(SWITCH_SECONDS)
     before = {number: signal.signal(number, _over) for number in (signal.SIGINT, signal.SIGTERM)}
     _Server(config, ending).run(sockets=[listening])
     for number, handler in before.items():
