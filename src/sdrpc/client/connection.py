@@ -14,7 +14,7 @@ import errno
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,14 +115,6 @@ class Connection:
             raise self._refusal(reply)
         return reply
 
-    def call_all(self, messages: Sequence[Any], doing: str) -> list[Any]:
-        """Send ``messages``, then read their answers, of which each must have one: a single round trip. They must be
-        few and small, because the server answers while we still send."""
-        requests = [framing.encode_request(message, self.dialect, self.name_length) for message in messages]
-        with self._guard(doing):
-            self._send([part for request in requests for part in request])
-            return [self._reply(COMMANDS[type(message)]) for message in messages]
-
     def fetch(self, message: messages.GetTensor, into: memoryview, doing: str) -> messages.GetTensorReply:
         """Send ``message`` and receive the tensor's bytes straight into ``into`` (as many as it asks for)."""
         request = framing.encode_request(message, self.dialect, self.name_length)
@@ -130,11 +122,12 @@ class Connection:
             self._send(request)
             return self._tensor(into)
 
-    def ask_later(self, message: Any, doing: str) -> None:
-        """Send ``message``; :meth:`answer_of` receives the answer, which must come before that of any other."""
-        request = framing.encode_request(message, self.dialect, self.name_length)
+    def ask_later(self, messages: Sequence[Any], doing: str) -> None:
+        """Send ``messages``; :meth:`answer_of` receives the answer to each, before those of any other. They must be few
+        and small, because the server answers while we still send."""
+        requests = [framing.encode_request(message, self.dialect, self.name_length) for message in messages]
         with self._guard(doing):
-            self._send(request)
+            self._send([part for request in requests for part in request])
 
     def answer_of(self, message: Any, into: memoryview, doing: str) -> Any:
         """The answer to the first :meth:`ask_later` that was not received yet, which sent ``message``; that of a
@@ -150,19 +143,40 @@ class Connection:
         return None if secured or self.closed_because else self._socket.fileno()
 
     def send_over(
-        self, carriers: Carriers, message: messages.SetRanges, data: Sequence[Sequence[memoryview]], doing: str
+        self,
+        carriers: Carriers,
+        message: messages.SetRanges,
+        data: Sequence[Sequence[memoryview]],
+        sent: Callable[[], None],
+        doing: str,
     ) -> None:
-        """Send ``message``, and its data over ``carriers``. What the server says to either it says here."""
+        """Send ``message``, and its data over ``carriers``; ``sent`` is called when it is, mostly after this returns.
+        What the server says to either it says here."""
         request = framing.encode_request(message, self.dialect, self.name_length)
-        with self._guard(doing):
+        size = sum(len(view) for views in data for view in views)
+
+        def counted() -> None:
+            self.traffic.sent += size
+            sent()
+
+        with self._guard(doing), self._hearing():
             self._send(request)
-            try:
-                carriers.send(data, self.watch)
-            except ConnectionLost as lost:
-                if isinstance(lost.__cause__, HANGS_UP):
-                    raise self._refusal(framing.drive(framing.read_error(), self._receive)) from lost
-                raise
-            self.traffic.sent += sum(len(view) for views in data for view in views)
+            carriers.send(data, counted, self.watch)
+
+    def finish_over(self, carriers: Carriers, doing: str) -> None:
+        """Wait until all that ``carriers`` have is sent."""
+        with self._guard(doing), self._hearing():
+            carriers.finish(self.watch)
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """Why a server ended a carrier it says to this connection."""
+        try:
+            yield
+        except ConnectionLost as lost:
+            if isinstance(lost.__cause__, HANGS_UP):
+                raise self._refusal(framing.drive(framing.read_error(), self._receive)) from lost
+            raise
 
     def carry(self, views: Sequence[memoryview]) -> None:
         """Send data for another connection, as its carrier."""

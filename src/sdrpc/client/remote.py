@@ -25,6 +25,7 @@ from ..errors import (
     LocalProtocolError,
     OutOfMemory,
     RemoteProtocolError,
+    SdrpcError,
     UnsupportedOperation,
     UsageError,
 )
@@ -85,6 +86,7 @@ class _Question:
     into: memoryview
     device: str
     doing: str
+    answer: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +143,14 @@ class Server:
     def ask_later(self, device: str, message: Any, doing: str, size: int = 0) -> _Question:
         """Send ``message`` for ``device``; its answer is received when somebody waits for it or a later one. ``size``:
         bytes of that to a GET_TENSOR."""
-        self.connection.ask_later(message, doing)
-        question = _Question(message, np.empty(size, np.uint8).data, device, doing)
-        self.questions.append(question)
-        return question
+        return self.ask_all_later(device, [message], doing, size)[0]
+
+    def ask_all_later(self, device: str, messages: Sequence[Any], doing: str, size: int = 0) -> list[_Question]:
+        """The same for several messages."""
+        self.connection.ask_later(messages, doing)
+        asked = [_Question(message, np.empty(size, np.uint8).data, device, doing) for message in messages]
+        self.questions.extend(asked)
+        return asked
 
     def answers_up_to(self, question: _Question) -> None:
         """Receive the answers that did not come yet, until that to ``question`` is there."""
@@ -156,6 +162,7 @@ class Server:
         answer = self._answer(
             asked.device, asked.doing, lambda doing: self.connection.answer_of(asked.message, asked.into, doing)
         )
+        asked.answer = answer
         if isinstance(answer, messages.CopyTensorReply) and not answer.result:
             raise self.accuse(f"it copied a tensor before, and does not any more (while {asked.doing})")
 
@@ -179,12 +186,6 @@ class Server:
             return self._answer(device, doing, lambda doing: self.connection.call(message, doing))
         return self._answer(device, doing, lambda doing: self.connection.fetch(message, into, doing))
 
-    def ask_all(self, device: str, messages: Sequence[Any], doing: str) -> list[Any]:
-        """Send messages and return their answers."""
-        self._answers()
-        answers: list[Any] = self._answer(device, doing, lambda doing: self.connection.call_all(messages, doing))
-        return answers
-
     @contextmanager
     def carriers(self, device: str, size: int) -> Iterator[Carriers | None]:
         """Further connections for an upload of ``size`` bytes to ``device``, where they pay."""
@@ -197,17 +198,34 @@ class Server:
         made = opened(reply, self.another)
         try:
             yield made
+        except Exception:
+            if made is not None:  # the server waits for the rest of what it was told of
+                with suppress(SdrpcError):
+                    self.finish_over(device, made)
+            raise
         finally:
             if made is not None:
+                if made.busy:  # somebody does not want to wait for that
+                    self.connection.close("an upload was interrupted")
                 made.close()
             if not self.connection.closed_because:
                 self.ask(device, messages.GetCarriers(0), "ending its carriers")
 
     def send_over(
-        self, device: str, carriers: Carriers, message: Any, data: Sequence[Sequence[memoryview]], doing: str
+        self,
+        device: str,
+        carriers: Carriers,
+        message: Any,
+        data: Sequence[Sequence[memoryview]],
+        sent: Callable[[], None],
+        doing: str,
     ) -> None:
-        """Send a message for ``device`` and its data over ``carriers``."""
-        self._answer(device, doing, lambda doing: self.connection.send_over(carriers, message, data, doing))
+        """Send a message for ``device`` and its data over ``carriers``; ``sent`` is called when that is done."""
+        self._answer(device, doing, lambda doing: self.connection.send_over(carriers, message, data, sent, doing))
+
+    def finish_over(self, device: str, carriers: Carriers) -> None:
+        """Wait until all that ``carriers`` have for ``device`` is sent."""
+        self._answer(device, "writing", lambda doing: self.connection.finish_over(carriers, doing))
 
     def _answer(self, device: str, doing: str, exchange: Callable[[str], Any]) -> Any:
         if self.computing:
@@ -387,22 +405,37 @@ class RemoteDevice(Device):
         self._ask(messages.SetTensor(record, int(keep), 0, data), f"writing {size:,} bytes")
         self.sent += size
 
-    def send_over(self, carriers: Carriers, buffer: RemoteBuffer, runs: Sequence[Run]) -> None:
-        """Send ``runs`` over ``carriers``."""
+    def send_over(
+        self, carriers: Carriers, buffer: RemoteBuffer, runs: Sequence[Run], sent: Callable[[], None]
+    ) -> None:
+        """Send ``runs`` over ``carriers``; ``sent`` is called when they are, mostly in a later call."""
         sizes = [sum(map(len, run.data)) for run in runs]
         ranges = [Range(run.offset, size) for run, size in zip(runs, sizes, strict=True)]
         message = messages.SetRanges(buffer.handle, len(carriers), pack(ranges))
         doing = f"writing {sum(sizes):,} bytes"
-        self._server.send_over(self.name, carriers, message, [run.data for run in runs], doing)
         self.sent += sum(sizes)
+        self._server.send_over(self.name, carriers, message, [run.data for run in runs], sent, doing)
 
-    def offer(self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
-        """Ask for bytes by name: (offset, size, name) each. Those that the server has are in the buffer then."""
+    def finish_over(self, carriers: Carriers) -> None:
+        """Wait until all is sent that is on its way over ``carriers``."""
+        self._server.finish_over(self.name, carriers)
+
+    def offer(
+        self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]
+    ) -> Callable[[], list[bool]]:
+        """Ask for bytes by name: (offset, size, name) each. What this gives waits for the answers: whether the server
+        has them, which are in the buffer then."""
         questions = [scheme.question(self._bytes_at(buffer, at, size), name) for at, size, name in offered]
         if not questions:
-            return []
+            return list
         doing = f"offering {len(questions)} tensors on device {self.index}"
-        return [bool(answer.result) for answer in self._server.ask_all(self.name, questions, doing)]
+        asked = self._server.ask_all_later(self.name, questions, doing)
+
+        def answers() -> list[bool]:
+            self._server.answers_up_to(asked[-1])
+            return [bool(each.answer.result) for each in asked]
+
+        return answers
 
     def read(self, buffer: Buffer, offset: int, size: int) -> memoryview:
         remote = self._range(buffer, offset, size)
@@ -525,15 +558,20 @@ class _Sender:
     def together(self) -> bool:
         return self.carriers is not None
 
-    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
+    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> Callable[[], list[bool]]:
         return self.device.offer(self.buffer, scheme, offered)
 
-    def send(self, runs: Sequence[Run]) -> None:
+    def send(self, runs: Sequence[Run], sent: Callable[[], None]) -> None:
         if self.carriers is not None and runs:
-            self.device.send_over(self.carriers, self.buffer, runs)
+            self.device.send_over(self.carriers, self.buffer, runs, sent)
             return
         for run in runs:
             self.device.send(self.buffer, *run)
+        sent()
+
+    def finish(self) -> None:
+        if self.carriers is not None:
+            self.device.finish_over(self.carriers)
 
 
 class RemoteProgram(Program):

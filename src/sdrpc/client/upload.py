@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from functools import partial, reduce
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..content import FNV_START, SMALLEST, digest, fnv1a
 from ..device import Content
@@ -24,13 +24,16 @@ from .names import Names
 
 PART = 32 << 20
 """Bytes that have a name of their own: native servers hold what they receive at once in memory twice."""
-GROUP_PARTS, GROUP_BYTES = 64, 64 << 20
-"""What is asked for in one round trip at most. Its bytes may be in memory, and those of the next group."""
+GROUP_PARTS, GROUP_BYTES = 64, 32 << 20
+"""What is asked for together, and sent together, at most. While one group is sent, the answers for the next one are on
+their way and the names of the one behind that are computed: the bytes of all of them may be in memory."""
 NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
 """Parts that are sent and whose names are not known yet. Their bytes may be in memory too."""
 _THREADS = min(8, os.cpu_count() or 1)
+
+T = TypeVar("T")
 
 
 class Scheme(NamedTuple):
@@ -76,11 +79,15 @@ class Run(NamedTuple):
 class Sender(Protocol):
     """What an upload needs of a device."""
 
-    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> list[bool]:
-        """(offset, size, name) of bytes → whether the server had them, and has them there now."""
+    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> Callable[[], list[bool]]:
+        """Ask by (offset, size, name) of bytes. What this gives waits for the answers: whether the server had them, and
+        has them there now."""
 
-    def send(self, runs: Sequence[Run]) -> None:
-        """Send bytes."""
+    def send(self, runs: Sequence[Run], sent: Callable[[], None]) -> None:
+        """Send bytes; ``sent`` is called when they are, which may be in a later call."""
+
+    def finish(self) -> None:
+        """Wait until all bytes are sent."""
 
     @property
     def together(self) -> bool:
@@ -128,6 +135,7 @@ def upload(
         return scheme.name(part.data())
 
     def begin(group: list[_Part]) -> list[_Part]:
+        """Have names computed."""
         for part in group:
             if part.size < scheme.smallest:
                 continue
@@ -136,6 +144,24 @@ def upload(
                 part.name = pool.submit(named, part)
         return group
 
+    def ask(group: list[_Part]) -> tuple[list[_Part], list[_Part], Callable[[], list[bool]]]:
+        """Ask for the parts that have names. The group, which of it was asked for, and what gives the answers."""
+        for part in group:
+            if isinstance(part.name, Future):
+                part.name = part.name.result()
+                if part.origin:
+                    names.put(part.origin, part.name)
+        asked = [part for part in group if isinstance(part.name, bytes)]
+        offered = [(part.offset, part.size, part.name) for part in asked]
+        return group, asked, sender.offer(scheme, offered)  # type: ignore[arg-type]
+
+    def sent(parts: list[_Part]) -> None:
+        nonlocal done
+        for part in parts:
+            part.forget()
+            done += part.size
+        progress(done)
+
     def finish(left: int) -> None:
         while len(behind) > left:
             part, name = behind.popleft()
@@ -143,26 +169,18 @@ def upload(
                 names.put(part.origin, name.result())
 
     try:
-        for group in _one_ahead(map(begin, _groups(_parts(scheme, contents)))):
-            for part in group:
-                if isinstance(part.name, Future):
-                    part.name = part.name.result()
-                    if part.origin:
-                        names.put(part.origin, part.name)
-            asked = [part for part in group if isinstance(part.name, bytes)]
-            answers = sender.offer(scheme, [(part.offset, part.size, part.name) for part in asked])  # type: ignore[misc]
-            had = {part for part, answer in zip(asked, answers, strict=True) if answer}
+        begun = _one_ahead(map(begin, _groups(_parts(scheme, contents))))
+        for group, asked, answers in _one_ahead(map(ask, begun)):
+            had = {part for part, answer in zip(asked, answers(), strict=True) if answer}
             for some in [group] if sender.together else [[part] for part in group]:
                 missing = [part for part in some if part not in had]
-                sender.send([Run(part.offset, part.data(), part.size >= scheme.smallest) for part in missing])
                 for part in missing:
                     if part.name is None and part.origin and part.size >= scheme.smallest:
                         behind.append((part, pool.submit(scheme.name, part.data())))
-                        finish(BEHIND)
-                for part in some:
-                    part.forget()
-                    done += part.size
-                progress(done)
+                runs = [Run(part.offset, part.data(), part.size >= scheme.smallest) for part in missing]
+                sender.send(runs, partial(sent, some))
+                finish(BEHIND)
+        sender.finish()
         finish(0)
         names.save()
     finally:
@@ -174,13 +192,16 @@ def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[in
     done = size = 0
     runs: list[Run] = []
 
+    def sent(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done)
+
     def flush() -> None:
-        nonlocal done, size
-        sender.send(runs)
-        done += size
+        nonlocal size
+        sender.send(tuple(runs), partial(sent, size))
         size = 0
         runs.clear()
-        progress(done)
 
     for content in contents:
         at = content.offset
@@ -194,6 +215,7 @@ def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[in
                 size += len(part)
                 at += len(part)
     flush()
+    sender.finish()
 
 
 def _parts(scheme: Scheme, contents: Iterable[Content]) -> Iterator[_Part]:
@@ -217,9 +239,9 @@ def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield group
 
 
-def _one_ahead(groups: Iterable[list[_Part]]) -> Iterator[list[_Part]]:
-    """The same groups, of which the next one is begun before one is worked on."""
-    before: list[_Part] | None = None
+def _one_ahead(groups: Iterable[T]) -> Iterator[T]:
+    """The same, of which the next one is made before one is worked on."""
+    before: T | None = None
     for group in groups:
         if before is not None:
             yield before
