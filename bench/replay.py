@@ -61,6 +61,7 @@ def run(setup: Setup) -> Iterator[Row]:
         server = stack.enter_context(setup.server(setup.variant, "--protocol", PROTOCOL))
         client = RawClient(server.port, dialect, NAME_LENGTH)
         stack.callback(client.socket.close)
+        client.socket.settimeout(None)  # as sd-cli's: with a limit, Python asks the system before it sends or receives
         buffers = {number: client.buffer(size) for number, size in recorded.sizes.items()}
         commands = _commands(client, recorded, buffers, dialect)
         evaluate = partial(_evaluate, client, commands)
@@ -135,9 +136,13 @@ def _sources(client: RawClient, node: Tensor) -> tuple[Record, ...]:
 
 
 def _evaluate(client: RawClient, commands: list[Sent]) -> None:
+    send, receive = client.socket.sendall, client.socket.recv
     for request, answer in commands:
-        client.send(request)
-        client.receive(answer)
+        send(request)
+        while answer:
+            if not (piece := receive(answer)):
+                raise EOFError("the server has closed the connection")
+            answer -= len(piece)
 
 
 def _spent(client: RawClient, commands: list[Sent], rounds: int) -> dict[str, float]:
