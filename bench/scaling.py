@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import torch
 
 from sdrpc.cli.entry import threads_take_turns
 from sdrpc.client import connect
 from sdrpc.device import Device
+from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
 from sdrpc.runtime.chain import Chain, Lanes, Placed
 from tests.support.process import ServerProcess
@@ -64,15 +66,29 @@ def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
     for count in DEVICES:
         if count > len(devices):
             return
-        place = Lanes(tuple(Chain((device,)) for device in devices[:count]))
-        with _session(setup, place) as session:
-            list(session.generate(replace(setup.request(), batch_count=count)))
-            began = time.perf_counter()
-            list(session.generate(replace(setup.request(), batch_count=count * OF_EACH)))
-            rate = count * OF_EACH / (time.perf_counter() - began)
+        rate, parts = _side_by_side(setup, devices[:count])
         alone = alone or rate
-        what = f"pictures a second, {count} device{'s' * (count > 1)}"
-        yield Row(what, rate, "1/s", count * alone, f"{count} × one", Mark(0.95, at_least=True), _note(setup))
+        what, mark = f"pictures a second, {count} device{'s' * (count > 1)}", Mark(0.95, at_least=True)
+        yield Row(what, rate, "1/s", count * alone, f"{count} × one", mark, f"{_note(setup)}; {parts}")
+
+
+def _side_by_side(setup: Setup, devices: list[Device]) -> tuple[float, str]:
+    """Pictures a second, and of what a picture's time consists."""
+    sampled: dict[int, float] = {}
+
+    def noted(event: Event) -> None:
+        if event.stage == "sample":
+            sampled[event.picture] = event.seconds
+
+    count = OF_EACH * len(devices)
+    with _session(setup, Lanes(tuple(Chain((device,)) for device in devices))) as session:
+        list(session.generate(replace(setup.request(), batch_count=len(devices))))
+        began, computed = time.perf_counter(), time.process_time()
+        list(session.generate(replace(setup.request(), batch_count=count), noted))
+        seconds, here = time.perf_counter() - began, time.process_time() - computed
+    took = [1e3 * each for each in sampled.values()]
+    steps = f"its steps {median(took):.0f} ms, {min(took):.0f} to {max(took):.0f}"
+    return count / seconds, f"of a picture {steps}, {1e3 * here / count:.0f} ms of the client's processor"
 
 
 def _sampled(setup: Setup, place: Placed, guided: bool = True) -> Sampled:

@@ -64,6 +64,12 @@ LOADER = (
     "torch._functorch._aot_autograd.autograd_cache",
 )
 """What loading a compiled program imports."""
+LAUNCHER = (
+    "triton.language",
+    "torch._inductor.runtime.triton_helpers",
+    "torch._inductor.runtime.triton_heuristics",
+)
+"""And what a GPU's program imports when it is loaded, where there is Triton."""
 
 
 def _is_left(folder: Path) -> bool:
@@ -371,7 +377,7 @@ def prepare() -> None:
         import torch._inductor.config as inductor
 
         inductor.compile_threads = 1  # else it starts processes to compile in
-        for name in LOADER:
+        for name in (*LOADER, *(LAUNCHER if find_spec("triton") is not None else ())):
             import_module(name)
         imported = time.monotonic()
         sys.modules["torch._inductor.codecache"].torch_key()
@@ -387,7 +393,7 @@ def loaded(code: bytes) -> Function:
     from torch._inductor import CompiledArtifact  # type: ignore[attr-defined,unused-ignore]
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
-    began = time.monotonic()
+    began, modules = time.monotonic(), len(sys.modules)
     folder = tempfile.mkdtemp(prefix="sdrpc-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder) / "code"
@@ -395,5 +401,8 @@ def loaded(code: bytes) -> Function:
     with temporary_cache_dir(folder):
         function: Function = CompiledArtifact.load(path=str(path), format="binary")
     path.unlink()
-    log.info("a compiled program of %.1f MB is loaded after %.1f s", len(code) / 1e6, time.monotonic() - began)
+    log.info(
+        "a compiled program of %.1f MB is loaded after %.1f s, %d modules among it",
+        len(code) / 1e6, time.monotonic() - began, len(sys.modules) - modules,
+    )  # fmt: skip
     return function
