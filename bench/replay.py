@@ -36,7 +36,7 @@ NAME_LENGTH = 160
 """Bytes of a tensor's name there."""
 ASKED = "FLASH_ATTN_EXT", 3
 """What its allocator asks the size of, three times for each, before every graph."""
-WARM, ROUNDS = 5, 20
+WARM, ROUNDS = 5, 100
 WARM_ON_CPU, ROUNDS_ON_CPU = 1, 3
 """Where an evaluation takes a second or two."""
 COMPILE_SECONDS = 420.0
