@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 
 from sdrpc.client import connect
 from sdrpc.content import FNV_START, digest, fnv1a
@@ -59,13 +60,18 @@ def run(setup: Setup) -> Iterator[Row]:
 def _two_clients(setup: Setup, alone: Upload) -> Iterator[Row]:
     """A second and a third client of the same checkpoint, while the first one is there, of a server that keeps nothing
     on disk. The second one has to find out what its weights are called, the third one knows it."""
+    before = 0 if setup.on_cpu else _taken(setup.torch_device)
     with (
         _own_cache(setup, "clients"),
         setup.server(setup.variant) as server,
         setup.session(setup.variant, server.port) as first,
     ):
+
+        def memory() -> int:
+            return _memory(server.process.pid) if setup.on_cpu else _taken(setup.torch_device) - before
+
         size = loaded(setup, first, server).size
-        one = _memory(server.process.pid)
+        one = memory()
         uploads = []
         for _ in range(2):
             with (
@@ -74,13 +80,13 @@ def _two_clients(setup: Setup, alone: Upload) -> Iterator[Row]:
             ):
                 uploads.append(loaded(setup, session, server))
                 sent = device.sent or 0
-                two = _memory(server.process.pid)
+                two = memory()
     yield _seconds("a second client's upload", uploads[0], alone, "the first one's", Mark(1.0))
     yield _seconds("a third client's, which knows their digests", uploads[1], alone, "the first one's", Mark(1.0))
     note = f"{size / 1e9:.2f} GB"
     yield Row("bytes of tensors that it sends", sent / 1e6, "MB", size / 1e6, "all weights", Mark(0.01), note)
-    if setup.on_cpu:
-        yield Row("memory, server, with both", two / 1e9, "GB", one / 1e9, "with the first", Mark(1.1), note)
+    where = "server" if setup.on_cpu else "server's device"
+    yield Row(f"memory, {where}, with both", two / 1e9, "GB", one / 1e9, "with the first", Mark(1.1), note)
 
 
 @contextmanager
@@ -110,6 +116,12 @@ def _memory(pid: int) -> int:
     """Bytes that a process has for itself, each page counted once however often it is mapped."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return sum(int(lines[name].split()[0]) * 1024 for name in ("Pss_Anon", "Pss_Shmem"))
+
+
+def _taken(device: torch.device) -> int:
+    """Bytes of a CUDA device that are taken by whatever."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def _rate(work: Callable[[], object]) -> float:

@@ -434,6 +434,10 @@ class ServedDevice(Device):
         Whatever is written there later goes to memory of its own."""
         return False
 
+    def may_be_same(self, buffer: Buffer, other: Buffer) -> None:
+        """Some bytes of ``buffer`` were copied from the same places of ``other``: perhaps they are the same as a whole.
+        A device may then have them once, until one of the two is written to."""
+
     def trim(self) -> None:
         """A client that held much is gone: give back what was kept for it."""
 

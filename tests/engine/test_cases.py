@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdrpc.engine import LocalDevice
-from sdrpc.engine.memory import LocalBuffer
+from sdrpc.engine.memory import LocalBuffer, Storage
 from sdrpc.engine.operations import EngineOp
 from sdrpc.engine.ops import KERNELS
 from sdrpc.engine.precision import EXACT, Precision
@@ -63,7 +63,7 @@ def test_no_case_asks_a_device_for_numbers(precision: Precision) -> None:
         sizes = {**{key: len(data) for key, data in feed.memory.items()}, 1 << 20: last.nbytes}
         compiled = compile_graph(steps, precision, {key: key for key in sizes})
         memory = {key: torch.empty(size, dtype=torch.uint8, device=nowhere) for key, size in sizes.items()}
-        buffers = [LocalBuffer(key, sizes[key], memory[key], None) for key in compiled.buffers]
+        buffers = [LocalBuffer(key, sizes[key], Storage(memory[key])) for key in compiled.buffers]
         Bound(compiled, buffers, Weights(0), nowhere).steps()
 
 

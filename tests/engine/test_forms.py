@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,25 +14,17 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdrpc.device import Buffer, Rows
-from sdrpc.engine import LocalDevice
-from sdrpc.engine.device import LocalProgram
 from sdrpc.engine.dtypes import DTYPES
 from sdrpc.engine.forms import changed, changed_back, fits, rest_bytes
 from sdrpc.engine.memory import LocalBuffer
-from sdrpc.engine.precision import Precision
 from sdrpc.engine.program import Bound
 from sdrpc.engine.weights import LAID, Source, WeightFormat, convert
 from sdrpc.errors import ConnectionLost
-from sdrpc.ggml import build as b
-from sdrpc.ggml.params import Conv2D
-from sdrpc.ggml.tensor import Graph, Tensor, contiguous_strides, dims
+from sdrpc.ggml.tensor import contiguous_strides, dims
 from sdrpc.ggml.types import BF16, F16, F32, Type
-from tests.engine.compare import at, error
+from tests.engine.compare import error
+from tests.engine.scene import BUDGET, DEVICE, KERNEL, MATRIX, NAME, SIZE, actions, did, scene
 
-NAME = os.environ.get("SDRPC_TEST_DEVICE", "CPU")
-DEVICE = torch.device("cpu") if NAME == "CPU" else torch.device("cuda", int(NAME.removeprefix("CUDA")))
-FAST = Precision("fast", torch.bfloat16, channels_last=True)
-BUDGET = 1 << 20
 HALF, NARROW = torch.float16, torch.bfloat16
 
 
@@ -98,108 +87,6 @@ def test_what_can_not_lie_there(place: Source) -> None:
     assert not fits(place)
 
 
-IMAGE, ROWS, OUT = 0, 8192, 16384
-"""Inputs and outputs, in a buffer of their own."""
-KERNEL, MATRIX, OTHER, SIZE = 64, 64 + 9216 + 128, 64 + 9216 + 128 + 8192, 28_000
-"""Weights: a kernel of 3×3, 16 → 32 channels; a matrix of 64×64; a kernel in BF16; and bytes around them."""
-
-
-class Scene:
-    """A device with weights in one buffer and inputs and outputs in another."""
-
-    def __init__(self, dequant_cache: int) -> None:
-        self.device = LocalDevice(NAME, DEVICE, FAST, threads=1, dequant_cache=dequant_cache)
-        self.weights, self.rest = self.device.allocate(SIZE), self.device.allocate(1 << 16)
-        rng = np.random.default_rng(0)
-        self.device.write(self.weights, 0, rng.standard_normal(SIZE // 2).astype("<f2").tobytes())
-        self.device.write(self.rest, 0, rng.standard_normal(1 << 12).astype("<f4").tobytes())
-        self.programs: dict[str, LocalProgram] = {}
-
-    def leaf(self, type: Type, *ne: int, start: int) -> Tensor:
-        return b.leaf(type, *ne, buffer=self.weights.key, offset=start)
-
-    def convolution(self, type: Type = F16, start: int = KERNEL, image: int = IMAGE) -> Tensor:
-        x = b.leaf(F32, 6, 6, 16, 1, buffer=self.rest.key, offset=image)
-        return b.node("CONV_2D", self.leaf(type, 3, 3, 16, 32, start=start), x, params=Conv2D(1, 1, 1, 1, 1, 1))
-
-    def product(self) -> Tensor:
-        return b.mul_mat(self.leaf(F16, 64, 64, start=MATRIX), b.leaf(F32, 64, 8, buffer=self.rest.key, offset=ROWS))
-
-    def node(self, which: str) -> Tensor:
-        """What a program computes."""
-        match which:
-            case "kernel":
-                return self.convolution()
-            case "kernel of another image":
-                return self.convolution(image=ROWS)
-            case "other kernel":
-                return self.convolution(BF16, OTHER)
-            case "matrix":
-                return self.product()
-            case "a matrix of kernels":  # the same bytes, wanted otherwise
-                matrix = self.leaf(F16, 64, 72, start=KERNEL)
-                return b.mul_mat(matrix, b.leaf(F32, 64, 8, buffer=self.rest.key, offset=ROWS))
-            case "bytes across":
-                return b.cont(self.leaf(F16, 1024, start=MATRIX - 512))
-        raise ValueError(which)
-
-    def run(self, which: str) -> np.ndarray:
-        """What a program gives."""
-        if which not in self.programs:
-            buffers = {each.key: each for each in (self.weights, self.rest)}
-            if which == "writes between":
-                place = self.leaf(F32, 512, start=MATRIX + 1024)
-                graph = Graph((b.cpy(b.leaf(F32, 512, buffer=self.rest.key, offset=ROWS), place),))
-            else:
-                graph = Graph((at(self.node(which), self.rest.key, OUT),))
-            self.programs[which] = self.device.compile(graph, buffers)
-        self.programs[which].run()
-        return np.frombuffer(bytes(self.device.read(self.rest, OUT, 8192)), np.float32).copy()
-
-    def bytes_(self) -> bytes:
-        return bytes(self.device.read(self.weights, 0, SIZE))
-
-    @property
-    def lying(self) -> int:
-        """Weights that lie there otherwise than they came."""
-        assert isinstance(self.weights, LocalBuffer)
-        return len(self.weights.forms._laid)
-
-
-@contextmanager
-def scene(dequant_cache: int = BUDGET) -> Iterator[Scene]:
-    made = Scene(dequant_cache)
-    try:
-        yield made
-    finally:
-        made.device.close()
-
-
-PROGRAMS = [
-    "kernel",
-    "kernel of another image",
-    "other kernel",
-    "matrix",
-    "a matrix of kernels",
-    "bytes across",
-    "writes between",
-]
-
-
-@st.composite
-def ranges(draw: st.DrawFn) -> tuple[int, int]:
-    start = draw(st.sampled_from([0, KERNEL, MATRIX, OTHER]) | st.integers(0, SIZE - 1))
-    end = draw(st.sampled_from([KERNEL + 9216, MATRIX + 8192, OTHER + 9216, SIZE]) | st.integers(1, SIZE))
-    return min(start, end), max(start, end)
-
-
-actions = st.one_of(
-    st.tuples(st.just("run"), st.sampled_from(PROGRAMS)),
-    st.tuples(st.just("run"), st.sampled_from(PROGRAMS[:4])),
-    st.tuples(st.sampled_from(["read", "write", "fill", "copy", "rows", "read rows", "window"]), ranges()),
-)
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.lists(actions, max_size=14))
 def test_nobody_can_tell(steps: list[tuple[str, object]]) -> None:
@@ -207,45 +94,13 @@ def test_nobody_can_tell(steps: list[tuple[str, object]]) -> None:
     results, but for how convolutions of another layout add up."""
     with scene() as one, scene(dequant_cache=0) as other:
         for number, (what, about) in enumerate(steps):
-            found = [_did(each, what, about, number) for each in (one, other)]
+            found = [did(each, what, about, number) for each in (one, other)]
             if what == "run":
                 assert error(np.frombuffer(found[0], np.float32), np.frombuffer(found[1], np.float32)) < 0.01, about
             else:
                 assert found[0] == found[1], (what, about)
             assert other.lying == 0
         assert one.bytes_() == other.bytes_()
-
-
-def _did(one: Scene, what: str, about: object, number: int) -> bytes:
-    if what == "run":
-        assert isinstance(about, str)
-        return one.run(about).tobytes()
-    assert isinstance(about, tuple)
-    start, end = about
-    size = end - start
-    rows = Rows(start, 16, max(size // 48, 1), 48)
-    new = np.random.default_rng(number).standard_normal(size // 2 + 1).astype("<f2").tobytes()[:size]
-    match what:
-        case "read":
-            return bytes(one.device.read(one.weights, start, size))
-        case "write":
-            one.device.write(one.weights, start, new)
-        case "window":
-            window = one.device.window(one.weights, start, size)
-            if window is None:
-                one.device.write(one.weights, start, new)
-            else:
-                window[:] = new
-        case "fill":
-            one.device.fill(one.weights, start, size, 1)
-        case "copy":
-            size = min(size, 3000)
-            one.device.copy(one.weights, start, one.weights, (start * 7 + 640) % (SIZE - size), size)
-        case "rows" if rows.offset + rows.extent <= SIZE:
-            one.device.write_rows(one.weights, rows, bytes(range(16)) * rows.copies)
-        case "read rows" if rows.offset + rows.extent <= SIZE:
-            return bytes(one.device.read_rows(one.weights, rows))
-    return b""
 
 
 def test_there_is_no_second_copy() -> None:
@@ -264,6 +119,20 @@ def test_there_is_no_second_copy() -> None:
         one.device.free(one.weights)
         assert one.device._weights.used == inputs
         assert one.run("kernel").any(), "a program goes on with a buffer that was freed"
+
+
+@pytest.mark.parametrize("which", ["kernel", "a matrix of floats"])
+def test_of_what_was_freed_nothing_is_kept(which: str) -> None:
+    """By a program that has never run before: neither in the place of what came nor beside it. Nobody would give it
+    back."""
+    with scene() as one:
+        one.program(which)
+        one.device.write(one.rest, 0, bytes(1 << 14))
+        one.device.free(one.weights)
+        for _ in range(3):
+            one.run(which)
+            one.device.write(one.rest, 0, bytes(1 << 14))
+        assert one.device._weights.used == 0
 
 
 def test_what_is_copied_to_another_device_is_as_it_came() -> None:
@@ -331,21 +200,20 @@ def test_whoever_wants_bytes_to_stay_waits_for_the_run_that_uses_them() -> None:
         before = one.bytes_()
         for which in ("matrix", "matrix", "other kernel"):
             one.run(which)
-        buffer = one.weights
-        assert isinstance(buffer, LocalBuffer)
+        storage = one.weights.storage
         came: list[bytes] = []
 
         def wait() -> None:
-            with buffer.forms.as_they_came(buffer.data, MATRIX, MATRIX + 100):
-                came.append(buffer.data[:SIZE].cpu().numpy().tobytes())
+            with storage.forms.as_they_came(storage.data, MATRIX, MATRIX + 100):
+                came.append(storage.data[:SIZE].cpu().numpy().tobytes())
 
         waiting = threading.Thread(target=wait)
-        with buffer.forms.in_use():
+        with storage.forms.in_use():
             waiting.start()
             assert one.bytes_() == before, "reading does not wait"
             assert one.lying == 2
             assert not came
-            with buffer.forms.as_they_came(buffer.data, KERNEL, KERNEL + 100):
+            with storage.forms.as_they_came(storage.data, KERNEL, KERNEL + 100):
                 assert one.lying == 2, "this one lies as it came anyway"
         waiting.join(60)
         assert came == [before]
@@ -366,14 +234,14 @@ class Asked(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         target = args[0] if func._schema.is_mutable else None
-        if isinstance(target, torch.Tensor) and _is_in(target, self.buffer.data):
+        if isinstance(target, torch.Tensor) and _is_in(target, self.buffer.storage.data):
             asking = threading.Thread(target=self._ask)
             asking.start()
             asking.join()
         return func(*args, **(kwargs or {}))
 
     def _ask(self) -> None:
-        lock = self.buffer.forms._lock
+        lock = self.buffer.storage.forms._lock
         self.answers.append(lock.acquire(blocking=False))
         if self.answers[-1]:
             lock.release()
@@ -392,7 +260,6 @@ def test_nobody_can_read_between_what_a_write_makes_of_bytes_and_the_write(how: 
         one.run("matrix")
         one.run("matrix")
         device, weights = one.device, one.weights
-        assert isinstance(weights, LocalBuffer)
         assert one.lying == 1
         expected = new
         with Asked(weights) as asked:
@@ -458,13 +325,13 @@ def test_two_that_copy_to_and_fro_do_not_wait_for_each_other() -> None:
 
 def test_readers_beside_runs_see_what_came() -> None:
     with scene() as one:
-        before = one.bytes_()
+        before, storage = one.bytes_(), one.weights.storage
         wrong: list[int] = []
         done = threading.Event()
 
         def read() -> None:
             while not done.is_set():
-                with one.weights.forms.reading(one.weights.data, 0, SIZE) as part:  # type: ignore[attr-defined]
+                with storage.forms.reading(storage.data, 0, SIZE) as part:
                     if part.cpu().numpy().tobytes() != before:
                         wrong.append(1)
 

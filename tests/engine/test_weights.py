@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from sdrpc.engine import LocalDevice
-from sdrpc.engine.memory import host_buffer
+from sdrpc.engine.marks import Marks
+from sdrpc.engine.memory import LocalBuffer, host_storage
 from sdrpc.engine.precision import Precision
 from sdrpc.engine.weights import PIECE, CachedWeight, Source, Weight, WeightFormat, Weights, convert
 from sdrpc.ggml import build as b
@@ -14,7 +17,7 @@ from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.types import F16
 from tests.engine.compare import Leaves, check
 
-BUFFER = host_buffer(1, 4096)
+BUFFER = LocalBuffer(1, 4096, host_storage(4096))
 
 
 def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
@@ -26,22 +29,24 @@ def test_float16_is_rounded_to_bfloat16_piece_by_piece() -> None:
         torch.testing.assert_close(found, x.to(torch.bfloat16), rtol=0, atol=0)
 
 
-def source(number: int, elements: int = 10, buffer: int = 1) -> Source:
+def source(number: int, elements: int = 10, storage: int = 1) -> Source:
     start = 100 * number
     ne, nb = (elements, 1, 1, 1), (2, 2 * elements, 2 * elements, 2 * elements)
-    return Source(buffer, start, start + 2 * elements, F16, ne, nb, WeightFormat(torch.float32))
+    return Source(storage, start, start + 2 * elements, F16, ne, nb, WeightFormat(torch.float32))
 
 
 def kept(weights: Weights, *numbers: int) -> list[bool]:
     """Which of these are there, in another run than before."""
     weights.begin()
-    return [weights.find(source(number)) is not None for number in numbers]
+    return [weights.find(source(number), Marks()) is not None for number in numbers]
 
 
 def keep(weights: Weights, number: int, elements: int = 10) -> CachedWeight:
     made = source(number, elements)
     assert weights.has_room(made.nbytes)
-    return weights.keep(made, torch.zeros(elements))
+    kept = weights.keep(made, torch.zeros(elements), BUFFER.storage, BUFFER.marks)
+    assert kept is not None
+    return kept
 
 
 def test_what_nobody_used_for_long_makes_room_for_others() -> None:
@@ -105,9 +110,9 @@ def test_few_rows_are_right_with_weights_that_are_kept_and_as_they_are(
     made: list[tuple[int, torch.dtype]] = []
     keep = Weights.keep
 
-    def noticed(weights: Weights, source: Source, tensor: torch.Tensor) -> CachedWeight:
+    def noticed(weights: Weights, source: Source, tensor: torch.Tensor, *of: Any) -> CachedWeight | None:
         made.append((tensor.numel(), tensor.dtype))
-        return keep(weights, source, tensor)
+        return keep(weights, source, tensor, *of)
 
     monkeypatch.setattr(Weights, "keep", noticed)
     halves = Precision("fast", torch.bfloat16, halves=True)

@@ -79,7 +79,7 @@ def test_a_failed_run_leaves_nothing_behind_without_the_cycle_collector() -> Non
     rows = Tensor(TYPES["I32"], (2, 1, 1, 1), (4, 8, 8, 8), buffer=buffer.key, offset=4096)
     node = Tensor(F32, (4, 2, 1, 1), (4, 16, 32, 32), op="GET_ROWS", src=(table, rows), buffer=buffer.key, offset=8192)
     device.write(buffer, 4096, bytes([99, 0, 0, 0, 0, 0, 0, 0]))
-    memory = weakref.ref(buffer.data)
+    memory = weakref.ref(buffer.storage.data)
     gc.disable()
     try:
         with pytest.raises(ComputeError, match="rows 0 … 99 of 3"):

@@ -15,10 +15,10 @@ import torch
 from sdrpc.client import Keychain, connect
 from sdrpc.client.names import Names
 from sdrpc.content import FNV_START, digest, fnv1a
-from sdrpc.device import Buffer, Content, Frozen, Mark
+from sdrpc.device import Buffer, Content, Mark
 from sdrpc.engine import pages
 from sdrpc.engine.device import LocalDevice
-from sdrpc.engine.memory import HUGE, host_buffer
+from sdrpc.engine.memory import HUGE, host_storage
 from sdrpc.engine.precision import Precision
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
@@ -27,6 +27,7 @@ from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually
+from tests.support.accelerator import Untouchable
 from tests.support.client import RawClient
 
 OURS = Capability.ERRORS | Capability.CACHE
@@ -54,14 +55,8 @@ def fnv(data: bytes) -> int:
     return compiled(data, FNV_START)
 
 
-class Copying(CountingDevice):
-    """As an accelerator: its memory can't be touched, and each buffer has its own."""
-
-    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        return None
-
-    def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:
-        return None
+class Accelerator(Untouchable, CountingDevice):
+    """Of which whole buffers have one memory, or none of them."""
 
 
 class Place:
@@ -69,7 +64,7 @@ class Place:
 
     def __init__(self, server: Server, ours: bool = True, at: int = AT, device: int = 0) -> None:
         self.client = RawClient(server.port, server.dialect, capabilities=OURS if ours else Capability(0))
-        self.ours = ours
+        self.ours, self.device = ours, device
         self.buffer = self.client.buffer(ROOM, device)
         self.tensor = self.client.record(self.buffer, (SIZE,), at=at, type="I8")
 
@@ -95,13 +90,18 @@ class Place:
     def read(self) -> bytes:
         return self.client.get(self.tensor, SIZE)
 
+    def compute(self) -> None:
+        """Run a graph that reads the tensor: it is about to be used."""
+        result = self.client.record(self.client.buffer(4000, self.device), (1000,), id=2, op="ADD", src=(1, 1), flags=2)
+        self.client.compute([2], [self.client.record(self.buffer, (1000,), at=AT, id=1), result], self.device, uid=7)
+
     def close(self) -> None:
         self.client.close()
 
 
 @pytest.fixture(scope="module")
 def devices() -> Iterator[list[CountingDevice]]:
-    made = [CountingDevice(), Copying("CPU1")]
+    made = [CountingDevice(), Accelerator("CPU1")]
     yield made
     for device in made:
         device.close()
@@ -130,7 +130,7 @@ def shared_memory() -> int:
 
 
 both = pytest.mark.parametrize("ours", [True, False], ids=["sdrpc", "native"])
-each_device = pytest.mark.parametrize("device", [0, 1], ids=["shared", "copied"])
+each_device = pytest.mark.parametrize("device", [0, 1], ids=["pages", "whole"])
 
 
 @both
@@ -202,7 +202,7 @@ def _clears(place: Place) -> None:
 
 def _copies(place: Place) -> None:
     part = place.client.record(place.buffer, (100_000,), at=AT + 2_000_000, type="I8")
-    other = place.client.record(place.client.buffer(100_000), (100_000,), type="I8")
+    other = place.client.record(place.client.buffer(100_000, place.device), (100_000,), type="I8")
     assert place.client.ask(messages.CopyTensor(other, part)).result
 
 
@@ -210,7 +210,7 @@ def _computes(place: Place) -> None:
     elements = 1_000_000
     x = place.client.record(place.buffer, (elements,), at=AT, id=1)
     doubled = place.client.record(place.buffer, (elements,), at=AT, id=2, op="ADD", src=(1, 1), flags=2)
-    place.client.compute([2], [x, doubled], uid=1)
+    place.client.compute([2], [x, doubled], place.device, uid=1)
 
 
 WRITES = {"set": _sets, "fill": _fills, "clear": _clears, "copy": _copies, "compute": _computes}
@@ -218,21 +218,31 @@ WRITES = {"set": _sets, "fill": _fills, "clear": _clears, "copy": _copies, "comp
 
 @pytest.mark.parametrize("by_first", [True, False], ids=["first", "second"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@each_device
 def test_what_one_writes_is_its_own(
-    scene: Callable[..., Place], write: Callable[[Place], None], by_first: bool
+    scene: Callable[..., Place],
+    devices: list[CountingDevice],
+    device: int,
+    write: Callable[[Place], None],
+    by_first: bool,
 ) -> None:
     data = np.random.default_rng(1).normal(size=SIZE // 4).astype("f4").tobytes()
-    first, second = scene().send(data), scene()
+    first, second = scene(device=device).send(data), scene(device=device)
     assert second.has(data)
+    first.compute()
+    second.compute()
+    assert second.read() == data
+    assert devices[1]._spared == (ROOM if device else 0)
     writer, other = (first, second) if by_first else (second, first)
     write(writer)
     changed = writer.read()
     assert changed != data
     assert other.read() == data
-    third = scene()
+    assert devices[1]._spared == 0
+    third = scene(device=device)
     assert third.has(data)
     assert third.read() == data
-    fourth = scene()
+    fourth = scene(device=device)
     assert not fourth.has(changed) or fourth.read() == changed
 
 
@@ -316,11 +326,11 @@ def test_memory_to_share_leaves_descriptors_for_clients(monkeypatch: pytest.Monk
     gc.collect()
     most = pages._files.count + 2
     monkeypatch.setattr(pages, "_most_files", lambda: most)
-    made = [host_buffer(key, HUGE) for key in range(4)]
-    assert [buffer.pages is not None for buffer in made] == [True, True, False, False]
+    made = [host_storage(HUGE) for _ in range(4)]
+    assert [storage.pages is not None for storage in made] == [True, True, False, False]
     del made
     assert pages._files.count == most - 2
-    assert host_buffer(0, HUGE).pages is not None
+    assert host_storage(HUGE).pages is not None
 
 
 def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice]) -> None:

@@ -8,7 +8,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one than Python's before 3.11
 from contextlib import contextmanager
@@ -45,15 +45,16 @@ from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
-from .forms import held, in_use
+from .forms import in_use
 from .holdings import Holdings, holdings
-from .memory import MAPPED, LocalBuffer, host_buffer
+from .memory import MAPPED, LocalBuffer, Storage, host_storage
 from .operations import EngineOp
 from .pages import Frozen as FrozenPages
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
 from .programs import Programs
 from .replay import Pool, Replay
+from .sharing import copy, held, is_shared, may_share, same
 from .slow import tell_if_long
 from .staging import Reading, Staging
 from .system import host_memory, return_freed_memory, shared_resident
@@ -81,19 +82,23 @@ _keys = itertools.count(1)
 
 
 class LocalProgram(ServedProgram):
-    """A graph bound to buffers of a :class:`LocalDevice`."""
+    """A graph on ``buffers`` of a :class:`LocalDevice`, ``bound`` to the storages that they had last by ``bind``."""
 
-    def __init__(self, device: LocalDevice, bound: Bound | Replay) -> None:
-        self.device, self.bound = device, bound
-        self.peak = bound.compiled.peak
+    def __init__(self, device: LocalDevice, buffers: Sequence[LocalBuffer], bind: Callable[[], Bound | Replay]) -> None:
+        self.device, self.buffers, self.bind = device, buffers, bind
+        self.bound = bind()
+        self.compiled = self.bound.compiled
+        self.peak = self.compiled.peak
+        self.written = tuple(buffers[number] for number in self.compiled.written)
+        """Those that a run writes to."""
 
     def run(self, watch: Watch | None = None, client: Client = NOBODY) -> None:
-        self.device.execute(self.bound, watch, client)
+        self.device.execute(self, watch, client)
 
     @property
     def fusions(self) -> Mapping[str, int]:
         """How often each fusion fired."""
-        return self.bound.compiled.fusions
+        return self.compiled.fusions
 
 
 class LocalDevice(ServedDevice):
@@ -122,9 +127,10 @@ class LocalDevice(ServedDevice):
         self._weights = Weights(dequant_cache, PATIENCE if torch_device.type != "cuda" else None)
         self._buffers: dict[int, LocalBuffer] = {}
         self._promised = 0  # bytes of buffers and scratch memory that take memory when they are touched
+        self._spared = 0  # bytes that buffers would take if each had a storage of its own
         self._programs = Programs()
         # a bound program holds buffers and scratch memory: it lives as long as somebody has a LocalProgram of it
-        self._bound: WeakValueDictionary[tuple[bytes, tuple[int, ...]], Bound | Replay] = WeakValueDictionary()
+        self._bound: WeakValueDictionary[Hashable, Bound | Replay] = WeakValueDictionary()
         self._runs: set[Deadline] = set()
         self._stopped = ""
         self._staging = Staging(torch_device) if torch_device.type == "cuda" else None
@@ -147,7 +153,8 @@ class LocalDevice(ServedDevice):
         return 64
 
     def memory(self) -> Memory:
-        """Free and total bytes; what is promised to buffers but was never touched does not count as free."""
+        """Free and total bytes; what is promised to buffers but was never touched does not count as free, nor what
+        those that share would take, each for itself."""
         kind = self.torch_device.type
         if kind == "cpu":
             free, total = host_memory()
@@ -158,11 +165,11 @@ class LocalDevice(ServedDevice):
         with translated(self.name, "asking for its memory"):
             if kind == "mps":
                 total = torch.mps.recommended_max_memory()
-                return Memory(max(total - torch.mps.driver_allocated_memory(), 0), total)
+                return Memory(max(total - torch.mps.driver_allocated_memory() - self._spared, 0), total)
             module = torch.xpu if kind == "xpu" else torch.cuda
             free, total = module.mem_get_info(self.torch_device)
             cached = module.memory_reserved(self.torch_device) - module.memory_allocated(self.torch_device)
-            return Memory(free + cached, total)
+            return Memory(max(free + cached - self._spared, 0), total)
 
     # bytes
 
@@ -173,33 +180,52 @@ class LocalDevice(ServedDevice):
         if size > (free := self.memory().free):
             raise OutOfMemory(self.name, size, free=free)
         with translated(self.name, "allocating a buffer", size):
-            if self.torch_device.type == "cpu":
-                buffer = host_buffer(next(_keys), size)
-            else:
-                data = torch.zeros(size, dtype=torch.uint8, device=self.torch_device)
-                buffer = LocalBuffer(next(_keys), size, data, None)
+            buffer = LocalBuffer(next(_keys), size, self._storage(size))
         with self._lock:
+            buffer.storage.users.add(buffer)
             self._buffers[buffer.key] = buffer
             self._promised += size if size >= MAPPED else 0
         return buffer
+
+    def _storage(self, size: int) -> Storage:
+        if self.torch_device.type == "cpu":
+            return host_storage(size)
+        return Storage(torch.zeros(size, dtype=torch.uint8, device=self.torch_device))
 
     def free(self, buffer: Buffer) -> None:
         """Give ``buffer`` back. A program that uses it keeps its memory until it is dropped itself."""
         with self._lock:
             mine = self._buffers.pop(buffer.key, None)
-            if mine is not None and buffer.size >= MAPPED:
-                self._promised -= buffer.size
-        if mine is not None:
-            mine.forms.free()
-        self._weights.drop(buffer.key)
+            if mine is None:
+                return
+            self._promised -= mine.size if mine.size >= MAPPED else 0
+            left = self._left(mine)
+        self._freed(left)
+        self._weights.unmark(mine)
+
+    def _left(self, buffer: LocalBuffer) -> Storage | None:
+        """``buffer`` has its storage no longer: that, if nobody has it now. To be called with the lock."""
+        storage = buffer.storage
+        if buffer not in storage.users:  # it was freed, and only a program has it
+            return None
+        storage.users.remove(buffer)
+        if not storage.users:
+            return storage
+        self._spared -= buffer.size
+        return None
+
+    def _freed(self, storage: Storage | None) -> None:
+        if storage is not None:
+            storage.forms.free()
+            self._weights.free(storage)
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
         source = memoryview(data).cast("B")
-        with self._writing(buffer, offset, len(source)) as mine:
-            if mine.host is not None:
-                mine.host[offset : offset + len(source)] = source
+        with self._writing(buffer, offset, len(source)) as storage:
+            if storage.host is not None:
+                storage.host[offset : offset + len(source)] = source
             elif len(source):
-                part = mine.data[offset : offset + len(source)]
+                part = storage.data[offset : offset + len(source)]
                 if self._staging is None:
                     part.copy_(_as_tensor(source))
                 else:
@@ -210,8 +236,8 @@ class LocalDevice(ServedDevice):
         mine = self._range(buffer, offset, size)
         if not size:
             return b""
-        with translated(self.name, "reading"), mine.forms.reading(mine.data, offset, offset + size) as part:
-            if mine.host is not None:
+        with self._reading(mine, offset, size) as part:
+            if mine.storage.host is not None:
                 return part.numpy().data.toreadonly()
             if self._staging is None:
                 return memoryview(part.cpu().numpy().tobytes())
@@ -219,10 +245,10 @@ class LocalDevice(ServedDevice):
         return soon.wait()
 
     def read_soon(self, buffer: Buffer, offset: int, size: int) -> Reading | None:
-        mine = self._range(buffer, offset, size)
+        self._range(buffer, offset, size)
         if self._staging is None or not 0 < size <= SOON:
             return None
-        with translated(self.name, "reading"), mine.forms.reading(mine.data, offset, offset + size) as part:
+        with self._reading(buffer, offset, size) as part:
             return self._staging.read_soon(part)
 
     def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
@@ -233,12 +259,12 @@ class LocalDevice(ServedDevice):
         """Between two of one kind. GPUs queue it, each behind what it has to do."""
         if not isinstance(other, LocalDevice) or other.torch_device.type != self.torch_device.type:
             return False
-        source = self._range(buffer, offset, size)
+        doing = f"copying to {other.name}"
         with (
-            translated(self.name, f"copying to {other.name}"),
-            held(source, other._range(target, at, size)),
-            source.forms.reading(source.data, offset, offset + size) as part,
-            other._writing(target, at, size) as there,
+            translated(self.name, doing),
+            held(self._range(buffer, offset, size), other._range(target, at, size)),
+            self._reading(buffer, offset, size, doing) as part,
+            other._writing(target, at, size, doing) as there,
         ):
             there.data[at : at + size].copy_(part, non_blocking=True)
         return True
@@ -246,19 +272,19 @@ class LocalDevice(ServedDevice):
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``. Until
         all of it was written, what is there is nobody's to read or to compute with."""
-        if self._range(buffer, offset, size).host is None:
+        if self._range(buffer, offset, size).storage.host is None:
             return None
-        with self._writing(buffer, offset, size) as mine:
-            assert mine.host is not None  # noqa: S101
-            return mine.host[offset : offset + size]
+        with self._writing(buffer, offset, size) as storage:
+            assert storage.host is not None  # noqa: S101
+            return storage.host[offset : offset + size]
 
     def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
         if self._staging is not None:
             self._range(buffer, offset, size)
             with translated(self.name, "writing"), self._staging.filled(size, fill) as memory:
                 if memory is not None:
-                    with self._writing(buffer, offset, size) as mine:
-                        mine.data[offset : offset + size].copy_(memory, non_blocking=True)
+                    with self._writing(buffer, offset, size) as storage:
+                        storage.data[offset : offset + size].copy_(memory, non_blocking=True)
                     return
         super().receive(buffer, offset, size, fill)
 
@@ -267,22 +293,20 @@ class LocalDevice(ServedDevice):
 
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
         """Set ``size`` bytes from ``offset`` on to ``value``."""
-        with self._writing(buffer, offset, size, "filling") as mine:
-            mine.data[offset : offset + size].fill_(value)
+        with self._writing(buffer, offset, size, "filling") as storage:
+            storage.data[offset : offset + size].fill_(value)
 
     def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
         """Write ``data`` to ``rows``, one row behind the other."""
         dense = rows.size == rows.stride
-        with self._writing(buffer, rows.offset, rows.extent, "writing rows", all_of_it=dense) as mine:
-            _row_view(mine.data[rows.offset : rows.offset + rows.extent], rows).copy_(
+        with self._writing(buffer, rows.offset, rows.extent, "writing rows", all_of_it=dense) as storage:
+            _row_view(storage.data[rows.offset : rows.offset + rows.extent], rows).copy_(
                 _as_tensor(memoryview(data)).view(rows.copies, rows.size)
             )
 
     def read_rows(self, buffer: Buffer, rows: Rows) -> Bytes:
         """The bytes of ``rows``, one row behind the other."""
-        mine = self._range(buffer, rows.offset, rows.extent)
-        end = rows.offset + rows.extent
-        with translated(self.name, "reading rows"), mine.forms.reading(mine.data, rows.offset, end) as part:
+        with self._reading(buffer, rows.offset, rows.extent, "reading rows") as part:
             return _row_view(part, rows).contiguous().cpu().numpy().data.cast("B")
 
     def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
@@ -292,34 +316,77 @@ class LocalDevice(ServedDevice):
         with (
             translated(self.name, "copying"),
             held(one, other),
-            one.forms.reading(one.data, source_offset, source_offset + size) as part,
+            self._reading(source, source_offset, size, "copying") as part,
         ):
             data = part.clone() if overlaps else part
-            with self._writing(target, target_offset, size):
-                other.data[target_offset : target_offset + size].copy_(data)
+            with self._writing(target, target_offset, size, "copying") as storage:
+                storage.data[target_offset : target_offset + size].copy_(data)
 
     # what several buffers have together
 
     def mark(self, buffer: Buffer, offset: int, size: int) -> Mark:
-        self._range(buffer, offset, size)
-        return self._weights.mark(buffer.key, offset, offset + size)
+        return self._weights.mark(self._range(buffer, offset, size), offset, offset + size)
 
     def identify(self, buffer: Buffer, mark: Mark, name: Hashable) -> None:
-        self._weights.identify(buffer.key, mark, name)
+        self._weights.identify(self._range(buffer, mark.start, mark.end - mark.start), mark, name)
 
     def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:
-        mine = self._range(buffer, offset, size)
-        if mine.pages is None or mine.host is None:
+        storage = self._range(buffer, offset, size).storage
+        if storage.pages is None or storage.host is None:
             return None
-        with mine.forms.as_they_came(mine.data, offset, offset + size):
-            self._weights.move(buffer.key, offset, offset + size, moved=False)
-            return mine.pages.freeze(mine.host, offset, size)
+        with storage.forms.as_they_came(storage.data, offset, offset + size):
+            self._weights.move(storage, offset, offset + size, moved=False)
+            return storage.pages.freeze(storage.host, offset, size)
 
     def take(self, buffer: Buffer, offset: int, frozen: Frozen) -> bool:
-        with self._writing(buffer, offset, frozen.size) as mine:
-            if mine.pages is None or mine.host is None or not isinstance(frozen, FrozenPages):
+        with self._writing(buffer, offset, frozen.size) as storage:
+            if storage.pages is None or storage.host is None or not isinstance(frozen, FrozenPages):
                 return False
-            return mine.pages.take(mine.host, offset, frozen)
+            return storage.pages.take(storage.host, offset, frozen)
+
+    def may_be_same(self, buffer: Buffer, other: Buffer) -> None:
+        mine, theirs = self._range(buffer, 0, 0), self._range(other, 0, 0)
+        if may_share(mine, theirs):
+            mine.twin = weakref.ref(theirs)
+
+    def _shares_now(self, buffer: LocalBuffer) -> bool:
+        """Let ``buffer`` have its twin's storage if both hold the same; whether that has spared one. In the worker: no
+        program writes to either meanwhile."""
+        twin, buffer.twin = None if buffer.twin is None else buffer.twin(), None
+        if twin is None or not may_share(buffer, twin):
+            return False
+        with held(buffer, twin):
+            try:
+                if not same(buffer.storage, twin.storage):
+                    return False
+            except torch.OutOfMemoryError:  # to compare them takes more than there is
+                return False
+            with self._lock:
+                if buffer.key not in self._buffers or twin.key not in self._buffers:
+                    return False
+                left = self._left(buffer)
+                buffer.storage = twin.storage
+                buffer.storage.users.add(buffer)
+                self._spared += buffer.size
+        self._freed(left)
+        log.debug("%s: two buffers of %d bytes are the same and have one memory", self.name, buffer.size)
+        return left is not None
+
+    def _owned(self, buffer: LocalBuffer) -> Storage:
+        """The storage of ``buffer``, which is held, and from now on nobody else's."""
+        if not is_shared(buffer):
+            return buffer.storage
+        made = self._storage(buffer.size)
+        copy(buffer.storage, made)
+        with self._lock:
+            left = self._left(buffer)
+            buffer.storage = made
+            if buffer.key in self._buffers:
+                made.users.add(buffer)
+            else:  # freed: only a program has it
+                made.freed = True
+        self._freed(left)
+        return made
 
     def _range(self, buffer: Buffer, offset: int, size: int) -> LocalBuffer:
         mine = self._buffers.get(buffer.key)
@@ -332,13 +399,25 @@ class LocalDevice(ServedDevice):
     @contextmanager
     def _writing(
         self, buffer: Buffer, offset: int, size: int, doing: str = "writing", all_of_it: bool = True
-    ) -> Iterator[LocalBuffer]:
-        """Within the context ``size`` bytes, or some of them, are written: what was made of them is forgotten, and
-        nobody reads them or makes anything of them meanwhile."""
+    ) -> Iterator[Storage]:
+        """Within the context ``size`` bytes, or some of them, are written, to the storage that it gives: what was made
+        of them is forgotten, and nobody reads them or makes anything of them meanwhile."""
         mine = self._range(buffer, offset, size)
-        with translated(self.name, doing), mine.forms.writing(mine.data, offset, offset + size, all_of_it):
-            self._weights.drop(buffer.key, offset, offset + size)
-            yield mine
+        with translated(self.name, doing), held(mine):
+            storage = self._owned(mine)
+            with storage.forms.writing(storage.data, offset, offset + size, all_of_it):
+                self._weights.unmark(mine, offset, offset + size)
+                self._weights.drop(storage.key, offset, offset + size)
+                yield storage
+
+    @contextmanager
+    def _reading(self, buffer: Buffer, offset: int, size: int, doing: str = "reading") -> Iterator[torch.Tensor]:
+        """Within the context those bytes, as they came, stay as they are."""
+        mine = self._range(buffer, offset, size)
+        with translated(self.name, doing), held(mine):
+            storage = mine.storage
+            with storage.forms.reading(storage.data, offset, offset + size) as part:
+                yield part
 
     # graphs
 
@@ -372,7 +451,12 @@ class LocalDevice(ServedDevice):
         compiled = self._programs.get(name, make, len(graph.tensors), deadline, client)
         self._check_room(compiled.peak)
         used = [mine[keys[number]] for number in compiled.buffers]
-        known = (name, tuple(buffer.key for buffer in used))
+        origin = Origin(graph, self.precision, sizes, {key: n for n, key in keys.items()})
+        return LocalProgram(self, used, partial(self._bind, name, compiled, used, origin))
+
+    def _bind(self, name: bytes, compiled: Compiled, used: Sequence[LocalBuffer], origin: Origin) -> Bound | Replay:
+        """The graph of that ``name`` on the storages that its buffers have now."""
+        known = name, tuple((buffer.key, buffer.storage.key) for buffer in used)
         with self._lock:
             bound = self._bound.get(known)
         if bound is None:
@@ -381,10 +465,10 @@ class LocalDevice(ServedDevice):
                 steps = Bound(compiled, used, self._weights, self.torch_device)
             tell_if_long(log, f"{self.name}: a program of {len(steps)} steps has its memory", began)
             self._promise(steps, sum(compiled.scratch.values()))
-            bound = self._repeating(steps, Origin(graph, self.precision, sizes, {key: n for n, key in keys.items()}))
+            bound = self._repeating(steps, origin)
             with self._lock:
                 self._bound[known] = bound
-        return LocalProgram(self, bound)
+        return bound
 
     def warm(self) -> bool:
         """Have ready what the first runs would wait for; whether this device compiles programs, without which there is
@@ -441,14 +525,14 @@ class LocalDevice(ServedDevice):
         if peak > (free := self.memory().free):
             raise OutOfMemory(self.name, peak, "the graph's working memory", free)
 
-    def execute(self, bound: Bound | Replay, watch: Watch | None = None, client: Client = NOBODY) -> None:
-        """Run ``bound`` in the device's worker and wait for it."""
+    def execute(self, program: LocalProgram, watch: Watch | None = None, client: Client = NOBODY) -> None:
+        """Run ``program`` in the device's worker and wait for it."""
         deadline = Deadline(self.compute_limit, self.name)
         with self._lock:
             self._runs.add(deadline)
         if self._stopped:
             deadline.stop(self._stopped)
-        under_way = self._worker.submit(client, partial(self._run, bound, deadline))
+        under_way = self._worker.submit(client, partial(self._run, program, deadline))
         try:
             while watch is not None and not _is_over(under_way):
                 if reason := watch():
@@ -466,31 +550,45 @@ class LocalDevice(ServedDevice):
             with self._lock:
                 self._runs.discard(deadline)
 
-    def _run(self, bound: Bound | Replay, deadline: Deadline) -> None:
+    def _run(self, program: LocalProgram, deadline: Deadline) -> None:
         deadline.start()
-        self._check_room(bound.compiled.peak)
-        new = isinstance(bound, Replay) and bound.is_new
+        self._check_room(program.peak)
         exact = self.precision.narrow is None
-        with (
-            running(deadline),
-            torch.inference_mode(),
-            # torch's own default lets convolutions in float32 round to TF32
-            torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=False),
-            translated(self.name, "computing"),
-            in_use(bound.buffers),
-        ):
-            bound.run(deadline)
+        with running(deadline), translated(self.name, "computing"):
+            bound = self._settled(program)
+            new = isinstance(bound, Replay) and bound.is_new
+            with (
+                torch.inference_mode(),
+                # torch's own default lets convolutions in float32 round to TF32
+                torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=False),
+                in_use(bound.storages),
+            ):
+                bound.run(deadline)
             if self.torch_device.type == "cuda":
                 self._queued()
-                large = bound.compiled.peak >= MEASURED
-                if (
-                    new and large and log.isEnabledFor(logging.DEBUG)
-                ):  # it ran step by step, which takes the most memory
+                large = program.peak >= MEASURED
+                if new and large and log.isEnabledFor(logging.DEBUG):  # step by step, which takes the most memory
                     log.debug("%s: after a first run: %s", self.name, self._holdings())
+
+    def _settled(self, program: LocalProgram) -> Bound | Replay:
+        """``program`` as it is bound to the storages that its buffers have for this run: those that it writes to are
+        their own."""
+        given_up = [self._shares_now(buffer) for buffer in program.buffers if buffer.twin is not None]
+        for buffer in program.written:
+            if is_shared(buffer):
+                with held(buffer):
+                    self._owned(buffer)
+        storages = program.bound.storages
+        if any(buffer.storage is not storage for buffer, storage in zip(program.buffers, storages, strict=True)):
+            program.bound = program.bind()
+        if any(given_up):
+            del storages  # the last that has them
+            self.trim()
+        return program.bound
 
     def _holdings(self) -> Holdings:
         with self._lock:
-            buffers = sum(buffer.size for buffer in self._buffers.values())
+            buffers = sum(len(storage.data) for storage in {each.storage for each in self._buffers.values()})
         return holdings(self.torch_device, buffers, self._weights.used)
 
     def _queued(self) -> None:
@@ -521,9 +619,10 @@ class LocalDevice(ServedDevice):
     def close(self) -> None:
         self._worker.close()
         with self._lock:
-            for buffer in list(self._buffers.values()):
-                self.free(buffer)
-            self._programs.clear()
+            left = list(self._buffers.values())
+        for buffer in left:
+            self.free(buffer)
+        self._programs.clear()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ many bytes as what came, so these can be changed where they lie, if they can be 
 bfloat16 loses, four bits a number are kept beside. Who reads the bytes gets them as they came; who writes to some of
 them finds the others as they came. A program that wants them otherwise has them changed back, and then they stay so.
 
-All of that happens behind one lock for each buffer, in which whatever is done to its bytes is also queued: on a GPU,
+All of that happens behind one lock for each storage, in which whatever is done to its bytes is also queued: on a GPU,
 which does it later, the order is that of its one stream, and so that of the lock. Nobody waits for the GPU.
 """
 
@@ -29,7 +29,7 @@ from .dtypes import DTYPES, shape_of
 from .intervals import Intervals
 
 if TYPE_CHECKING:
-    from .memory import LocalBuffer
+    from .memory import Storage
     from .weights import CachedWeight, Source
 
 ALIGNMENT = 64
@@ -151,7 +151,7 @@ class Laid:
 
 
 class Forms:
-    """Which weights of one buffer lie in it in another form than they came in. For any thread; the buffer's ``data``
+    """Which weights of one storage lie in it in another form than they came in. For any thread; the storage's ``data``
     is given along."""
 
     def __init__(self) -> None:
@@ -161,11 +161,12 @@ class Forms:
         self._laid: list[Laid] = []
         self._stay: set[Source] = set()
         self._runs = self._waiting = 0
+        self._freed = False
         self._lock = Condition()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """A run uses the buffer."""
+        """A run uses the storage."""
         with self._lock:
             self._lock.wait_for(lambda: not self._waiting)
             self._runs += 1
@@ -182,11 +183,11 @@ class Forms:
             laid = self._at(source)
             return None if laid is None else laid.kept
 
-    def may_lie(self, buffer: LocalBuffer, source: Source) -> bool:
-        """Whether nobody has wanted ``source``, which is in ``buffer``, otherwise or has the same memory."""
+    def may_lie(self, storage: Storage, source: Source) -> bool:
+        """Whether nobody has wanted ``source``, which is in ``storage``, otherwise or has the same pages."""
         if source in self._stay or len(self._stay) >= MOST:
             return False
-        if buffer.may_change(source.start, source.end):
+        if storage.may_change(source.start, source.end):
             return True
         self._stay.add(source)
         return False
@@ -202,7 +203,7 @@ class Forms:
 
     def lay(
         self,
-        buffer: LocalBuffer,
+        storage: Storage,
         source: Source,
         keep: Callable[[Tensor], CachedWeight],
         give_back: Callable[[], None],
@@ -211,8 +212,10 @@ class Forms:
         where that can't be."""
         with self._lock:
             made = None
-            if self.may_lie(buffer, source) and not self._overlapping(source.start, source.end):
-                made = changed(buffer.data[source.start : source.end], source)
+            if self._freed:
+                return None
+            if self.may_lie(storage, source) and not self._overlapping(source.start, source.end):
+                made = changed(storage.data[source.start : source.end], source)
             if made is None:
                 self._stay.add(source)
                 return None
@@ -254,7 +257,7 @@ class Forms:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else reads the buffer or writes to it."""
+        """Nobody else reads the bytes or writes to them."""
         with self._lock:
             yield
 
@@ -286,8 +289,10 @@ class Forms:
             self._change_back(data, wrong)
 
     def free(self) -> None:
-        """The buffer is freed; programs that have it may run on."""
+        """Nobody has the storage any more; programs that use it may run on. No more is changed: nobody would give back
+        what that takes."""
         with self._lock:
+            self._freed = True
             for each in self._laid:
                 each.give_back()
                 each.give_back = _nothing
@@ -321,21 +326,11 @@ class Forms:
 
 
 @contextmanager
-def in_use(buffers: Collection[LocalBuffer]) -> Iterator[None]:
-    """A run uses ``buffers``."""
+def in_use(storages: Collection[Storage]) -> Iterator[None]:
+    """A run uses ``storages``."""
     with ExitStack() as stack:
-        for buffer in buffers:
-            stack.enter_context(buffer.forms.in_use())
-        yield
-
-
-@contextmanager
-def held(*buffers: LocalBuffer) -> Iterator[None]:
-    """Nobody else reads ``buffers`` or writes to them. They are taken in one order, so that two threads that copy to
-    and fro don't wait for each other."""
-    with ExitStack() as stack:
-        for buffer in sorted(buffers, key=lambda each: each.key):
-            stack.enter_context(buffer.forms.held())
+        for storage in storages:
+            stack.enter_context(storage.forms.in_use())
         yield
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
+import weakref
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from sdrpc.errors import GraphError
 
 from .dtypes import DTYPES, shape_of
 from .forms import Forms
+from .marks import Marks
 from .pages import Pages, pages
 from .values import Place
 
@@ -23,33 +27,48 @@ buffers come from the heap."""
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class LocalBuffer:
-    """Bytes on a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it,
-    ``pages`` where others can have parts of it as well. ``forms`` knows what lies in it otherwise than it came."""
+@dataclass(eq=False)
+class Storage:
+    """Bytes of a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it,
+    ``pages`` where others can have parts of it as well. ``forms`` knows what lies in it otherwise than it came.
+    ``users`` are the buffers that have these bytes (:mod:`sdrpc.engine.sharing`); it is ``freed`` when there are none
+    any more, and then lives as long as programs that use it."""
 
-    key: int
-    size: int
     data: Tensor
-    host: memoryview | None
+    host: memoryview | None = None
     pages: Pages | None = None
     forms: Forms = field(default_factory=Forms)
+    users: set[LocalBuffer] = field(default_factory=set)
+    freed: bool = False
+    key: int = field(default_factory=partial(next, itertools.count(1)))
 
     def may_change(self, start: int, end: int) -> bool:
-        """Whether bytes ``[start, end)`` may be changed where they lie: nobody else has them."""
+        """Whether bytes ``[start, end)`` may be changed where they lie: nobody else has these pages."""
         return self.pages is None or not self.pages.is_private(start, end)
 
 
-def host_buffer(key: int, size: int) -> LocalBuffer:
+@dataclass(eq=False)
+class LocalBuffer:
+    """A client's range of bytes, which are in ``storage`` at the time. ``marks`` tell what was written to it. ``twin``:
+    another buffer that may hold the same bytes."""
+
+    key: int
+    size: int
+    storage: Storage
+    marks: Marks = field(default_factory=Marks)
+    twin: weakref.ref[LocalBuffer] | None = None
+
+
+def host_storage(size: int) -> Storage:
     """Zeroed memory of the CPU that nobody used before; a large one costs nothing until it is touched."""
     if size < MAPPED:
-        return LocalBuffer(key, size, *_from_heap(size))
+        return Storage(*_from_heap(size))
     shared = pages(size) if size >= HUGE else None
     mapped = mmap.mmap(-1, size) if shared is None else shared.map()
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
         mapped.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(mapped, dtype=torch.uint8, count=size)
-    return LocalBuffer(key, size, data, memoryview(mapped)[:size], shared)
+    return Storage(data, memoryview(mapped)[:size], shared)
 
 
 def _from_heap(size: int) -> tuple[Tensor, memoryview]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, cast
 
 import torch
@@ -46,6 +46,16 @@ class Compiled:
     fusions: Report
     peak: int
 
+    @cached_property
+    def stores(self) -> Sequence[tuple[int, int, int]]:
+        """What a run writes to: memory, and bytes from … to."""
+        return sorted({(p.memory, p.offset, p.end) for v in self.roots for p in [v.store or v.place] if p is not None})
+
+    @property
+    def written(self) -> Sequence[int]:
+        """Which of its ``buffers`` a run writes to, by position."""
+        return sorted({memory for memory, _, _ in self.stores if memory >= 0})
+
 
 def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]) -> Compiled:
     """Trace ``graph``, which has been validated, fuse it and give its values dtypes. ``numbers`` count its buffers by
@@ -84,9 +94,11 @@ class Bound:
         self, compiled: Compiled, buffers: Sequence[LocalBuffer], weights: Weights, device: torch.device
     ) -> None:
         self.buffers = tuple(buffers)
+        self.storages = tuple(buffer.storage for buffer in buffers)
+        """Where their bytes are: views, and what is recorded, hold these addresses."""
         self.compiled = compiled
         self._weights, self.device = weights, device
-        memory: dict[int, Tensor] = {i: buffer.data for i, buffer in enumerate(buffers)}
+        memory: dict[int, Tensor] = {i: storage.data for i, storage in enumerate(self.storages)}
         for number, size in compiled.scratch.items():
             memory[number] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._memory = memory
@@ -98,7 +110,6 @@ class Bound:
         self.program: list[Step] = []
         self._touched, self._alone = touched(ordered(compiled.roots))
         self._build()
-        self._stores = sorted({(p.memory, p.offset, p.end) for v in compiled.roots for p in [v.store or v.place] if p})
 
     def _build(self) -> None:
         values = ordered(self.compiled.roots)
@@ -135,7 +146,7 @@ class Bound:
         if place.memory < 0:
             return partial(convert, type=value.type, ne=value.ne, format=wanted)
         buffer = self.buffers[place.memory]
-        source = Source(buffer.key, place.offset, place.end, place.type, place.ne, place.nb, wanted)
+        source = Source(buffer.storage.key, place.offset, place.end, place.type, place.ne, place.nb, wanted)
         opportunistic, can_lie = value.op is EngineOp.OPPORTUNISTIC_WEIGHT, value in self._alone and fits(source)
         made = self.weights[register] = Weight(self._weights, source, opportunistic, buffer, can_lie)
         return made
@@ -144,18 +155,18 @@ class Bound:
         """Another run begins. Whether converted weights that the last one used are gone: their bytes were written, or
         somebody wanted them as they came."""
         self._weights.begin()
-        for memory, start, end in self._stores:
+        for memory, start, end in self.compiled.stores:
             if memory >= 0:
-                self._weights.unmark(self.buffers[memory].key, start, end)
-        versions = [buffer.forms.version for buffer in self.buffers]
+                self._weights.unmark(self.buffers[memory], start, end)
+        versions = [storage.forms.version for storage in self.storages]
         if (self._weights.dropped, versions) == (self._dropped, self._versions):
             return False
         lying = {each.source for each in self.weights.values() if each.lies}
-        for number, buffer in enumerate(self.buffers):
+        for number, storage in enumerate(self.storages):
             if number in self._touched:
-                buffer.forms.suit(buffer.data, lying, self._touched[number])
+                storage.forms.suit(storage.data, lying, self._touched[number])
         self._dropped = self._weights.dropped
-        self._versions = [buffer.forms.version for buffer in self.buffers]
+        self._versions = [storage.forms.version for storage in self.storages]
         changed = [each for each in self.weights.values() if each.has_changed()]
         return bool(changed)
 
@@ -186,9 +197,9 @@ class Bound:
 
     def stored(self) -> None:
         """Forget what was converted from bytes that the program has written."""
-        for memory, start, end in self._stores:
+        for memory, start, end in self.compiled.stores:
             if memory >= 0:
-                self._weights.drop(self.buffers[memory].key, start, end)
+                self._weights.drop(self.storages[memory].key, start, end)
 
     def _steps_in_order(self, deadline: Deadline | None) -> None:
         registers = list(self.fixed)

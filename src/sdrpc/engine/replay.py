@@ -22,7 +22,7 @@ import torch
 
 from .compilation import CompiledProgram, Faster
 from .deadline import Deadline
-from .memory import LocalBuffer
+from .memory import Storage
 from .program import Bound, Compiled
 from .slow import tell_if_long
 
@@ -96,8 +96,8 @@ class Replay:
         return self.bound.compiled
 
     @property
-    def buffers(self) -> Sequence[LocalBuffer]:
-        return self.bound.buffers
+    def storages(self) -> Sequence[Storage]:
+        return self.bound.storages
 
     def __str__(self) -> str:
         how = "as it is" if self._body is self.bound else "compiled"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from sdrpc.ggml.types import Type
 from . import forms
 from .blocks import dequantize
 from .blocks.eight_bits import pack, packed_bytes
-from .memory import LocalBuffer
+from .marks import Marks
+from .memory import LocalBuffer, Storage
 
 LAID = 1 << 12
 """Bytes that a weight is counted that takes no memory of its own, so that nobody has millions of them."""
@@ -61,10 +61,10 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 
 class Source(NamedTuple):
-    """What a weight is made of: bytes ``[start, end)`` of a buffer, read as a tensor of that type and shape, in a
-    format."""
+    """What a weight is made of: bytes ``[start, end)`` of a storage (by its key), read as a tensor of that type and
+    shape, in a format."""
 
-    buffer: int
+    storage: int
     start: int
     end: int
     type: Type
@@ -94,60 +94,9 @@ class CachedWeight:
     lies_there: bool = False
 
 
-class Marks:
-    """The marks of one buffer: disjoint ranges that nobody has written to since."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._marks: list[Mark] = []
-
-    def __len__(self) -> int:
-        return len(self._marks)
-
-    def add(self, start: int, end: int) -> Mark:
-        self.write(start, end)
-        mark = Mark(start, end)
-        i = bisect_left(self._starts, start)
-        self._starts.insert(i, start)
-        self._marks.insert(i, mark)
-        return mark
-
-    def write(self, start: int, end: int | None) -> None:
-        """Bytes ``[start, end)`` are written, by default all from ``start`` on."""
-        touched = self._touched(start, end)
-        for mark in self._marks[touched]:
-            mark.written = True
-        del self._starts[touched], self._marks[touched]
-
-    def move(self, start: int, end: int, moved: bool) -> None:
-        for mark in self._marks[self._touched(start, end)]:
-            mark.moved, mark.name = moved, None
-
-    def _touched(self, start: int, end: int | None) -> slice:
-        first = max(bisect_right(self._starts, start) - 1, 0)
-        if first < len(self._marks) and self._marks[first].end <= start:
-            first += 1
-        return slice(first, len(self._starts) if end is None else bisect_left(self._starts, end))
-
-    def content(self, start: int, end: int) -> Hashable | None:
-        """What bytes ``[start, end)`` are: where they begin in which named bytes, one behind the other."""
-        i = bisect_right(self._starts, start) - 1
-        if i < 0:
-            return None
-        within, at, names = start - self._starts[i], self._starts[i], []
-        for mark in self._marks[i:]:
-            if mark.start != at or mark.name is None:
-                return None
-            names.append(mark.name)
-            at = mark.end
-            if at >= end:
-                return within, tuple(names)
-        return None
-
-
 class Weights:
-    """Converted weights by place and format. One lives until its bytes are written or its buffer is freed. Where bytes
-    are known to be the same, in whatever buffers (:meth:`mark`), one conversion does for all.
+    """Converted weights by place and format. One lives until its bytes are written or their storage is freed. Where
+    bytes are known to be the same, in whatever buffers (:meth:`mark`), one conversion does for all.
 
     Once ``budget`` bytes are full, further weights are converted at each use: none is thrown out for others of the same
     program, which uses all of them in turn and would find none of them again. But one that no program used for
@@ -162,41 +111,40 @@ class Weights:
         """Counts weights whose bytes were written: as long as it stays, every tensor handed out is still right."""
         self._kept: dict[int, dict[Source, CachedWeight]] = {}
         self._contents: dict[Hashable, list[CachedWeight]] = {}
-        self._marks: dict[int, Marks] = {}
         self._lock = Lock()
 
     def begin(self) -> None:
         """Another run of some program."""
         self.runs += 1
 
-    def find(self, source: Source) -> CachedWeight | None:
-        """The weight that was made of ``source``, if it is kept."""
+    def find(self, source: Source, marks: Marks) -> CachedWeight | None:
+        """The weight that was made of ``source``, if it is kept; ``marks`` are those of the buffer that it is in."""
         with self._lock:
-            return self._kept.get(source.buffer, {}).get(source) or self._found_elsewhere(source)
+            return self._kept.get(source.storage, {}).get(source) or self._found_elsewhere(source, marks)
 
-    def mark(self, buffer: int, start: int, end: int) -> Mark:
+    def mark(self, buffer: LocalBuffer, start: int, end: int) -> Mark:
         """Note it when bytes ``[start, end)``, which were just written, are written again."""
         with self._lock:
-            return self._marks.setdefault(buffer, Marks()).add(start, end)
+            return buffer.marks.add(start, end)
 
-    def identify(self, buffer: int, mark: Mark, name: Hashable) -> None:
+    def identify(self, buffer: LocalBuffer, mark: Mark, name: Hashable) -> None:
         """The bytes at ``mark`` are those of that ``name``, unless they were written meanwhile. What is kept of them
         will do for others, too."""
         with self._lock:
             if mark.written or mark.moved:
                 return
             mark.name = name
-            for source, kept in self._kept.get(buffer, {}).items():
+            for source, kept in self._kept.get(buffer.storage.key, {}).items():
                 if kept.content is None and source.start < mark.end and mark.start < source.end:
-                    content = self._content(source)
+                    content = _content(source, buffer.marks)
                     if content is not None and content not in self._contents:
                         kept.content = content
                         self._contents[content] = [kept]
 
-    def unmark(self, buffer: int, start: int = 0, end: int | None = None) -> None:
+    def unmark(self, buffer: LocalBuffer, start: int = 0, end: int | None = None) -> None:
         """Bytes ``[start, end)`` of ``buffer`` are about to be written, by default all of it."""
         with self._lock:
-            self._unmark(buffer, start, end)
+            buffer.marks.write(start, end)
 
     def has_room(self, size: int, claimed: bool = True) -> bool:
         """Whether ``size`` more bytes may be kept; if they are ``claimed``, weights that were not used for long
@@ -206,7 +154,7 @@ class Weights:
                 self._make_room(size, self.runs - self.patience)
             return self.used + size <= self.budget
 
-    def lay(self, source: Source, buffer: LocalBuffer) -> CachedWeight | None:
+    def lay(self, source: Source, storage: Storage) -> CachedWeight | None:
         """Have the weight of ``source`` in the place of what it is made of, if that can be, and if there is room for
         what it takes to change it back."""
         size = forms.rest_bytes(source) + LAID
@@ -220,62 +168,60 @@ class Weights:
                 self.used -= size
 
         def keep(tensor: Tensor) -> CachedWeight:
-            self.move(source.buffer, source.start, source.end, moved=True)
+            self.move(storage, source.start, source.end, moved=True)
             return CachedWeight(tensor, size, self.runs, lies_there=True)
 
         made = None
         try:
-            made = buffer.forms.lay(buffer, source, keep, give_back)
+            made = storage.forms.lay(storage, source, keep, give_back)
         finally:
             if made is None:
                 give_back()
         return made
 
-    def move(self, buffer: int, start: int, end: int, moved: bool) -> None:
-        """Bytes ``[start, end)`` of ``buffer`` are ``moved`` around: who reads them in this moment must not give them a
-        name. Or they are as they came, and stay so while they are read."""
+    def move(self, storage: Storage, start: int, end: int, moved: bool) -> None:
+        """Bytes ``[start, end)`` of ``storage`` are ``moved`` around: who reads them in this moment must not give them
+        a name. Or they are as they came, and stay so while they are read."""
         with self._lock:
-            if buffer in self._marks:
-                self._marks[buffer].move(start, end, moved)
+            for buffer in tuple(storage.users):
+                buffer.marks.move(start, end, moved)
 
-    def keep(self, source: Source, tensor: Tensor) -> CachedWeight:
-        """``tensor`` was made of ``source``, and there is room for it."""
+    def keep(self, source: Source, tensor: Tensor, storage: Storage, marks: Marks) -> CachedWeight | None:
+        """``tensor`` was made of ``source``, which is in ``storage``, and there is room for it. None where nobody would
+        ever give it back, since that was freed."""
         with self._lock:
-            if elsewhere := self._found_elsewhere(source):  # known to be the same only since it was made
+            if storage.freed:
+                return None
+            if elsewhere := self._found_elsewhere(source, marks):  # known to be the same only since it was made
                 return elsewhere
-            kept = CachedWeight(tensor, tensor.nbytes, self.runs, self._content(source))
+            kept = CachedWeight(tensor, tensor.nbytes, self.runs, _content(source, marks))
             self._add(source, kept)
             self.used += kept.size
         return kept
 
-    def drop(self, buffer: int, start: int = 0, end: int | None = None) -> None:
-        """Bytes ``[start, end)`` of ``buffer`` are written, by default all of it: forget what was made of them."""
+    def drop(self, storage: int, start: int = 0, end: int | None = None) -> None:
+        """Bytes ``[start, end)`` of ``storage`` are written: forget what was made of them."""
         with self._lock:
-            self._unmark(buffer, start, end)
-            mine = self._kept.get(buffer, {})
-            stale = [source for source in mine if source.end > start and (end is None or source.start < end)]
-            for source in stale:
-                self._forget(source).written = True
-            self.dropped += len(stale)
-            if not mine:
-                self._kept.pop(buffer, None)
+            self._drop(storage, start, end)
 
-    def _unmark(self, buffer: int, start: int, end: int | None) -> None:
-        marks = self._marks.get(buffer)
-        if marks is not None:
-            marks.write(start, end)
-            if not marks:
-                del self._marks[buffer]
+    def free(self, storage: Storage) -> None:
+        """No buffer has ``storage`` any more: what was made of it is forgotten, and nothing more is kept of it."""
+        with self._lock:
+            storage.freed = True
+            self._drop(storage.key, 0, None)
 
-    def _content(self, source: Source) -> Hashable | None:
-        """What ``source`` is, wherever it is; None where nobody knows."""
-        marks = self._marks.get(source.buffer)
-        content = marks and marks.content(source.start, source.end)
-        return content and (content, source._replace(buffer=0, start=0, end=0))
+    def _drop(self, storage: int, start: int, end: int | None) -> None:
+        mine = self._kept.get(storage, {})
+        stale = [source for source in mine if source.end > start and (end is None or source.start < end)]
+        for source in stale:
+            self._forget(source).written = True
+        self.dropped += len(stale)
+        if not mine:
+            self._kept.pop(storage, None)
 
-    def _found_elsewhere(self, source: Source) -> CachedWeight | None:
+    def _found_elsewhere(self, source: Source, marks: Marks) -> CachedWeight | None:
         """A weight of the same content, now also kept for ``source``."""
-        content = self._content(source)
+        content = _content(source, marks)
         others = self._contents.get(content, ()) if content is not None else ()
         if not others:
             return None
@@ -284,7 +230,7 @@ class Weights:
         return kept
 
     def _add(self, source: Source, kept: CachedWeight) -> None:
-        self._kept.setdefault(source.buffer, {})[source] = kept
+        self._kept.setdefault(source.storage, {})[source] = kept
         if kept.content is not None:
             self._contents.setdefault(kept.content, []).append(kept)
 
@@ -308,7 +254,7 @@ class Weights:
         )
 
     def _forget(self, source: Source) -> CachedWeight:
-        kept = self._kept[source.buffer].pop(source)
+        kept = self._kept[source.storage].pop(source)
         kept.tensor = None
         if kept.content is not None:
             others = self._contents[kept.content]
@@ -318,6 +264,12 @@ class Weights:
             del self._contents[kept.content]
         self.used -= kept.size
         return kept
+
+
+def _content(source: Source, marks: Marks) -> Hashable | None:
+    """What ``source`` is, wherever it is; None where nobody knows."""
+    content = marks.content(source.start, source.end)
+    return content and (content, source._replace(storage=0, start=0, end=0))
 
 
 class Weight:
@@ -335,7 +287,8 @@ class Weight:
     ) -> None:
         self.may_keep = True
         self.source, self.can_lie = source, can_lie
-        self._weights, self._buffer, self._opportunistic = weights, buffer, opportunistic
+        self._weights, self._opportunistic = weights, opportunistic
+        self._storage, self._marks = buffer.storage, buffer.marks
         self._waits = opportunistic
         self._kept: CachedWeight | None = None
         self._is_input = False
@@ -371,7 +324,7 @@ class Weight:
     def alone(self, raw: Tensor) -> Tensor:
         """What a run gets of ``raw`` while nothing is kept."""
         if self._opportunistic:
-            return self._buffer.forms.typed(self._buffer.data, self.source, raw) if self.can_lie else raw
+            return self._storage.forms.typed(self._storage.data, self.source, raw) if self.can_lie else raw
         return self._converted(raw, self.source.format._replace(channels_last=False))  # not worth it for a single use
 
     def whole(self, raw: Tensor) -> Tensor:
@@ -390,10 +343,10 @@ class Weight:
         return True
 
     def _found(self) -> CachedWeight | None:
-        return self._lies_there() or self._weights.find(self.source)
+        return self._lies_there() or self._weights.find(self.source, self._marks)
 
     def _lies_there(self) -> CachedWeight | None:
-        return self._buffer.forms.find(self.source) if self.lies else None
+        return self._storage.forms.find(self.source) if self.lies else None
 
     def _made(self, raw: Tensor) -> CachedWeight | None:
         """What can be kept of it from now on."""
@@ -402,12 +355,12 @@ class Weight:
         if self._waits:
             self._waits = False
             return None
-        may_lie = self.can_lie and self._buffer.forms.may_lie(self._buffer, self.source)
-        if may_lie and (laid := self._weights.lay(self.source, self._buffer)) is not None:
+        may_lie = self.can_lie and self._storage.forms.may_lie(self._storage, self.source)
+        if may_lie and (laid := self._weights.lay(self.source, self._storage)) is not None:
             return laid
         if not self._weights.has_room(self.source.nbytes, claimed=not self._opportunistic):
             return None
-        return self._weights.keep(self.source, self.whole(raw))
+        return self._weights.keep(self.source, self.whole(raw), self._storage, self._marks)
 
     def _converted(self, raw: Tensor, format: WeightFormat) -> Tensor:
         return convert(raw, self.source.type, self.source.ne, format)

@@ -187,9 +187,13 @@ class Live:
             return True
         source.device.copy(source.buffer, source.offset, target.buffer, target.offset, target.size)
         if known:
-            return self._digest(target.read, target.size) == held.digest
-        self._look_at(owner, held, wanted, target.read)
-        return bool(wanted.met_by(held))
+            same = self._digest(target.read, target.size) == held.digest
+        else:
+            self._look_at(owner, held, wanted, target.read)
+            same = bool(wanted.met_by(held))
+        if same and source.offset == target.offset:
+            target.device.may_be_same(target.buffer, source.buffer)
+        return same
 
     def _freeze(self, held: Held, hold: Hold) -> None:
         """Have ``held`` stay what it is, where that can be."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import LocalBuffer
+from ..memory import LocalBuffer, Storage
 from ..program import Bound, compile_graph
 from ..weights import Weights
 from .job import Job, read
@@ -48,7 +48,7 @@ def compile_to(job: Job, result: Path) -> None:
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # without one nothing can be saved
     with torch.no_grad(), fake:
         buffers = [
-            LocalBuffer(key, sizes[key], torch.empty(sizes[key], dtype=torch.uint8, device=job.device), None)
+            LocalBuffer(key, sizes[key], Storage(torch.empty(sizes[key], dtype=torch.uint8, device=job.device)))
             for key in (keys[number] for number in compiled.buffers)
         ]
         bound = Bound(compiled, buffers, Weights(0), job.device)
