@@ -145,7 +145,7 @@ def test_weights_that_are_kept_converted_are_made_anew(device: CountingDevice) -
     real, device._weights.drop = device._weights.drop, lambda *place: dropped.append(place)  # type: ignore[method-assign]
     device.write_rows(buffer, Rows(8, 4, 8, 16), b"\2" * 32)
     device._weights.drop = real  # type: ignore[method-assign]
-    assert dropped == [(buffer.key, 8, 8 + 7 * 16 + 4)]
+    assert dropped == [(buffer.storage.key, 8, 8 + 7 * 16 + 4)]
     device.free(buffer)
 
 
