@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrpc.client import RemoteDevice, Timeouts, connect
-from sdrpc.client.liveness import hung_up
 from sdrpc.errors import ConnectionFailed, ConnectionLost, RemoteProtocolError, SdrpcError
 from sdrpc.ggml.build import leaf, node
 from sdrpc.ggml.tensor import OUTPUT, Graph
 from sdrpc.ggml.types import F32
+from sdrpc.sockets import hung_up
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command

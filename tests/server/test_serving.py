@@ -357,6 +357,18 @@ def test_a_client_whose_machine_is_gone_is_noticed_by_the_system(device: Countin
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="Linux tells how often it has probed")
+def test_a_client_that_does_not_read_for_a_while_is_not_gone(device: CountingDevice) -> None:
+    """Its machine acknowledges what is sent to find out whether there is room again."""
+    size = 16 << 20
+    with Server([device], limits=Limits(dead_seconds=1, stall_seconds=600)) as server, RawClient(server.port) as client:
+        client.post(messages.GetTensor(client.record(client.buffer(size), (size // 4,)), 0, size))
+        (connected,) = server._clients.values()
+        sock = connected.stream._socket
+        assert eventually(lambda: sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[4] >= 3, 60)  # tcpi_backoff
+        assert client.receive(8 + size) == REPLY_HEADER.pack(size) + bytes(size)
+
+
 def test_who_came_and_what_it_took_is_logged(device: CountingDevice, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "sdrpc")
     with Server([device]) as server:

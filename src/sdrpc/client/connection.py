@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..ggml import dialect as dialects
 from ..ggml.dialect import Dialect
+from ..sockets import GONE, hung_up, is_gone, prepare
 from ..wire import framing, hello, messages
 from ..wire.hello import NATIVE, Capability, HelloReply
 from ..wire.messages import COMMANDS, Command
@@ -37,7 +38,6 @@ from ..wire.records import Record
 from ..wire.refusals import from_text
 from .endpoint import Endpoint
 from .keychain import Credential, Keychain
-from .liveness import hung_up, is_gone, keep_asking
 from .refused import Refused
 from .secure import secured, show_key
 
@@ -68,7 +68,6 @@ class Timeouts:
     dead: int = 10
 
 
-GONE = "its machine does not answer any more"
 LOOK_SECONDS = 1.0
 """How often somebody who waits is told so."""
 HANGS_UP = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -405,8 +404,7 @@ def _connect(endpoint: Endpoint, timeouts: Timeouts) -> socket.socket:
         sock = socket.create_connection((endpoint.host, endpoint.port), timeouts.connect)
     except (OSError, UnicodeError) as error:
         raise ConnectionFailed(str(endpoint), f"nobody answers ({_reason(error)}){_hint(endpoint, error)}") from error
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    keep_asking(sock, timeouts.dead)
+    prepare(sock, timeouts.dead)
     return sock
 
 

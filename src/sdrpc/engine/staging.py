@@ -76,8 +76,8 @@ class Staging:
     @contextmanager
     def filled(self, size: int, fill: Callable[[memoryview], None]) -> Iterator[Tensor | None]:
         """``size`` bytes of pinned memory in which ``fill`` has put something, to be copied from within the context.
-        None where that does not pay, or all such memory is in use: then nothing was done."""
-        slot = self._take_large() if PIECE < size <= LARGE_PIECE else None
+        None for more than there is in a piece, or where all such memory is in use: then nothing was done."""
+        slot = self._take_large() if size <= LARGE_PIECE else None
         if slot is None:
             yield None
             return

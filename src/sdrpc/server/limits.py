@@ -40,7 +40,7 @@ class Limits:
     """The same for clients that did ask for something, but have no buffers. Those with buffers never have to go."""
     dead_seconds: int = 10
     """A client whose machine is gone without a word is noticed after so long, whether we wait for it (TCP keepalive) or
-    it has to acknowledge what we sent (TCP_USER_TIMEOUT). One of ours comes again when it is back."""
+    it has to acknowledge what we sent (:mod:`sdrpc.sockets`). One of ours comes again when it is back."""
     refusal_seconds: float = 60.0
     """From HELLO's answer to hanging up, for a client that did not like it: a big process takes its time to abort. One
     that is silent for longer tells nothing about versions by leaving."""

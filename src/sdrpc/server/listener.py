@@ -33,7 +33,7 @@ from .version_memory import normal
 
 log = logging.getLogger(__name__)
 
-_REVOKE_SECONDS = 1.0  # how often it is looked whether keys of clients were revoked
+_REVOKE_SECONDS = 1.0  # how often it is looked whether keys of clients were revoked, and machines are there
 _JOIN_SECONDS = 1.0  # how long threads may take to end; a kernel that runs then dies with the process
 _DOORKEEPERS = 16  # threads that tell clients that all places are taken; when they are busy, clients are not told
 _QUIET_SECONDS = 1.0  # between two requests of a client that is at work lies less
@@ -209,7 +209,8 @@ class Server:
         return len(quiet) < len(clients)
 
     def _expel(self) -> None:
-        """End the connections of clients whose key was revoked since the last time."""
+        """End the connections of clients whose key was revoked since the last time, and of those whose machine is
+        gone."""
         now = time.monotonic()
         if now - self._looked < _REVOKE_SECONDS:
             return
@@ -217,6 +218,7 @@ class Server:
         with self._lock:
             clients = list(self._clients.values())
         for stream, session in clients:
+            stream.look()
             visitor = session.visitor
             if visitor is not None and visitor.key is not None and self.door.revoked(visitor.key):
                 stream.abort(Refusal("key", f"its key {visitor} was revoked"))

@@ -20,13 +20,13 @@ import numpy as np
 
 from ..device import Bytes
 from ..errors import ConnectionLost, OverQuota, RemoteProtocolError, SdrpcError
+from ..sockets import GONE, hung_up, is_gone, prepare
 from ..wire.framing import BEAT
 from ..wire.refusals import Refusal
 from .limits import Limits
 from .quotas import Payloads
 
 _AHEAD = 1 << 16
-_SOCKET_BUFFER = 4 << 20  # the kernel's own limits cap it
 _COUNTED = 1 << 20  # of a payload: what is below this is not counted, and more is counted in such pieces
 _SENT = 1 << 20  # at a time: TLS sends all of it within one time limit
 _BEAT_SECONDS = 2.0  # from one to the next: several fit into the time after which a client wonders
@@ -56,7 +56,7 @@ class Stream:
         self.received = self.sent = 0
         self.began = time.monotonic()
         self.idle_since: float | None = self.began
-        self.beats = self.halved = self._sending = False
+        self.beats = self.halved = self._sending = self._gone = False
         self._told = self.began
         self._socket, self._limits, self._payloads = connection, limits, payloads
         self._stall = limits.stall_seconds
@@ -66,10 +66,7 @@ class Stream:
         self._staging = memoryview(bytearray())
         self._records: ssl.SSLSocket | None = None
         self._patient: float | None = connection.gettimeout()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
-        _notice_death(connection, limits.dead_seconds)
+        prepare(connection, limits.dead_seconds)
 
     def peek(self) -> int | None:
         """The first byte that comes, which stays there; None when the client leaves without a word."""
@@ -111,6 +108,8 @@ class Stream:
         self.idle_since = time.monotonic()
         self._start, self._end = 0, self._receive(self._ahead, None)
         self.idle_since = None
+        if self._gone:
+            raise ConnectionLost(self.peer, self.doing, GONE)
         return self._end > 0
 
     @property
@@ -216,13 +215,16 @@ class Stream:
             pass
 
     def hung_up(self) -> bool:
-        """Whether the client is gone, seen without waiting, whatever it sent before."""
-        if sys.platform == "win32":
-            return False  # it does not tell; what is computed for a client that is gone ends by itself
-        poll = select.poll()
-        # Linux tells an end that is behind unread bytes apart
-        poll.register(self._socket, select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0))
-        return bool(poll.poll(0))
+        """Whether the client is gone, seen without waiting, whatever it sent before. Where the system does not tell,
+        what is computed for it ends by itself."""
+        return hung_up(self._socket)
+
+    def look(self) -> None:
+        """End the connection if the client's machine acknowledges nothing any more. To be called now and then, by any
+        thread: who waits for the client is not told by the system, for many minutes."""
+        if is_gone(self._socket, self._limits.dead_seconds):
+            self._gone = True
+            self.cut()
 
     def abort(self, why: Refusal) -> None:
         """Let whatever another thread is doing with this socket end; it can still tell the client ``why``."""
@@ -320,11 +322,11 @@ class Stream:
             raise self._fault(error) from None
 
     def _fault(self, error: OSError) -> SdrpcError:
-        """What ``error`` of the socket means while something is received."""
-        if not isinstance(error, TimeoutError):
+        """What ``error`` of the socket means."""
+        if not isinstance(error, TimeoutError) and not self._gone:
             return ConnectionLost(self.peer, self.doing, error.strerror or str(error))
         if error.errno:  # the system's, not ours
-            return ConnectionLost(self.peer, self.doing, "its machine does not answer any more")
+            return ConnectionLost(self.peer, self.doing, GONE)
         return RemoteProtocolError(f"nothing more came in time while {self.doing}")
 
     def _send(self, rest: memoryview) -> None:
@@ -341,10 +343,10 @@ class Stream:
         except TimeoutError as error:
             self.halved = True
             if error.errno:
-                raise ConnectionLost(self.peer, self.doing, "its machine does not answer any more") from None
+                raise ConnectionLost(self.peer, self.doing, GONE) from None
             raise RemoteProtocolError("the client does not read its replies") from None
         except OSError as error:
-            raise ConnectionLost(self.peer, self.doing, error.strerror or str(error)) from None
+            raise self._fault(error) from None
         finally:
             self._sending = False
 
@@ -364,14 +366,3 @@ class Stream:
 def _shut(connection: socket.socket, how: int) -> None:
     """Shut a connection, whatever another thread does with it: TLS's own way would make that one read plain bytes."""
     socket.socket.shutdown(connection, how)
-
-
-def _notice_death(connection: socket.socket, seconds: int) -> None:
-    """Let the system find out within ``seconds`` that the client's machine is gone."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    keepalive = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 6, "TCP_KEEPCNT": 3}
-    for option, value in keepalive.items():
-        if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # keepalive does not count while something waits to be acknowledged
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
