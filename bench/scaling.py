@@ -32,7 +32,7 @@ from .sampling import Sampled, sample
 from .setup import Setup
 
 PICTURES, PROMPTS, LAYERS = PARTS = ("pictures", "prompts", "layers")
-DEVICES = (1, 2, 4)
+DEVICES = (2, 4)
 ROUND_TRIP = 0.2
 OF_EACH = 4
 """Pictures of each device, behind a first one that uploads."""
@@ -44,11 +44,17 @@ def run(setup: Setup) -> Iterator[Row]:
     most, parts = DEVICES[-1] if setup.on_cpu else torch.cuda.device_count(), setup.families.parts
     threads_take_turns()  # as the commands do
     with opened(setup, most) as devices:
+        alone = 0.0
         if PICTURES in parts:
-            yield from _pictures(setup, devices)
+            alone, of_one = _side_by_side(setup, devices[:1])
+            yield Row("pictures a second, 1 device", alone, "1/s", None, "", None, f"{_note(setup)}; {of_one}")
+            yield from _pictures(setup, devices, alone)
         if most > 1 and {PROMPTS, LAYERS} & set(parts):
             with in_pairs(setup, devices) as pairs:
                 yield from _in_pairs(setup, Chain((devices[0],)), pairs)
+    if most > 1 and PICTURES in parts and not setup.on_cpu:
+        with opened(setup, most, together=True) as devices:
+            yield from _pictures(setup, devices, alone, " of one server")
 
 
 def _in_pairs(setup: Setup, one: Chain, pairs: Mapping[str, Chain]) -> Iterator[Row]:
@@ -61,15 +67,13 @@ def _in_pairs(setup: Setup, one: Chain, pairs: Mapping[str, Chain]) -> Iterator[
             yield Row(f"step, layers on two devices of {where}", cut, "ms", alone, "one device", None, _note(setup))
 
 
-def _pictures(setup: Setup, devices: list[Device]) -> Iterator[Row]:
-    alone = 0.0
+def _pictures(setup: Setup, devices: list[Device], alone: float, where: str = "") -> Iterator[Row]:
+    """Of several devices, over what one of them draws in a second."""
     for count in DEVICES:
-        if count > len(devices):
-            return
-        rate, parts = _side_by_side(setup, devices[:count])
-        alone = alone or rate
-        what, mark = f"pictures a second, {count} device{'s' * (count > 1)}", Mark(0.95, at_least=True)
-        yield Row(what, rate, "1/s", count * alone, f"{count} × one", mark, f"{_note(setup)}; {parts}")
+        if count <= len(devices):
+            rate, parts = _side_by_side(setup, devices[:count])
+            what, mark = f"pictures a second, {count} devices{where}", Mark(0.95, at_least=True)
+            yield Row(what, rate, "1/s", count * alone, f"{count} × one", mark, f"{_note(setup)}; {parts}")
 
 
 def _side_by_side(setup: Setup, devices: list[Device]) -> tuple[float, str]:
