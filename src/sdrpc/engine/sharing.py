@@ -44,7 +44,7 @@ def may_share(one: LocalBuffer, other: LocalBuffer) -> bool:
 
 def is_shared(buffer: LocalBuffer) -> bool:
     """Whether others have its storage, too."""
-    return any(user is not buffer for user in buffer.storage.users)
+    return not buffer.storage.users <= {buffer}
 
 
 def same(one: Storage, other: Storage) -> bool:
