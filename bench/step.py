@@ -42,7 +42,7 @@ MILESTONES = {
 }
 """Words of the server's lines that say how far it is, and who says it."""
 TOLD_STEPS = 3
-REFUSED = "is not compiled", "it is not used", "does not run"
+REFUSED = "is not compiled", "it is not used", "does not run", "is not compared"
 """What a server says of a program that it goes on to run as it is."""
 
 SAME_WORK = 0.15

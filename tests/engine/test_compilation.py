@@ -344,6 +344,23 @@ def test_bytes_of_another_result_are_not_compared(caplog: pytest.LogCaptureFixtu
     device.close()
 
 
+def test_where_there_is_no_memory_to_compare_results(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(stores: Sequence[Tensor]) -> list[Tensor]:
+        for store in stores:
+            store.zero_()
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("sdrpc.engine.compilation.faster._left", full)
+    program = Program(Told(right))
+    for _ in range(REPEATS + 4):
+        program()  # right each time
+    assert not program.runs_compiled
+    assert ["not compared: no memory" in record.getMessage() for record in caplog.records] == [True]
+    program.device.close()
+
+
 def test_exact_stays_what_it_is() -> None:
     compiler = Told(right)
     program = Program(compiler, EXACT)

@@ -79,8 +79,10 @@ class CompiledProgram:
         """Of all ``results``, from what the program has just left in the buffers, which stays there. Of some that is
         only a part, since a native client places others over what it needs no more."""
         there = [store.clone() for store in self._stores]
-        left = _left(self._stores)
-        self._write(there)
+        try:
+            left = _left(self._stores)
+        finally:
+            self._write(there)
         return [
             Distance(node, _apart(result[own], was[own]), int(own.sum()))
             for node, result, was, own in zip(self._nodes, results, there, left, strict=True)
@@ -175,7 +177,12 @@ class Faster:
             return False
         took = time.monotonic() - began
         run()
-        distances = compiled.distances(results)
+        try:
+            distances = compiled.distances(results)
+        except Exception as error:  # there may be no memory to compare them
+            self._over = True
+            log.warning("a compiled program of %d steps is not compared: %s", len(self._bound), _line(error))
+            return False
         farther = sum(each.apart > self._limit for each in distances)
         last = max(distances, key=lambda each: each.apart)
         where = f"{last.node} is {last.apart:.2e} from what it was, over {last.elements:,} elements"
