@@ -27,7 +27,7 @@ from tests.support.client import RawClient
 from .operations import recorded_on
 from .rows import Mark, Row
 from .setup import Setup
-from .step import NotCompiled, until_compiled
+from .step import NotCompiled, said, until_compiled
 
 PART = "unet"
 PROTOCOL = "5.0.1"
@@ -74,7 +74,7 @@ def run(setup: Setup) -> Iterator[Row]:
                 yield Row(f"{what}, compiled, steps", 0.0, "steps/s", mark=STEPS_PER_SECOND, note=str(reason))
             else:
                 compiled, spent = _rate(evaluate, *rounds), _spent(client, commands, rounds[1])
-                yield _steps(f"{what}, compiled", compiled, STEPS_PER_SECOND, spent)
+                yield _steps(f"{what}, compiled", compiled, STEPS_PER_SECOND, spent, said(server, "runs compiled"))
         (device,) = connect([f"127.0.0.1:{server.port}"])  # last: its program is compiled, too, beside what is measured
         stack.callback(device.close)
         ours = _rate(recorded_on(device, PART).run, *rounds)
@@ -85,9 +85,10 @@ def run(setup: Setup) -> Iterator[Row]:
         )
 
 
-def _steps(what: str, seconds: float, mark: Mark | None, spent: Mapping[str, float]) -> Row:
+def _steps(what: str, seconds: float, mark: Mark | None, spent: Mapping[str, float], more: str = "") -> Row:
     parts = ", ".join(f"{name} {part * 1e3:.2f}" for name, part in spent.items())
     note = f"two evaluations of {seconds * 1e3:.2f} ms; ms of one, sent and answered: {parts}"
+    note = f"{note}; {more}" if more else note
     return Row(f"{what}, steps", 1 / (A_STEP * seconds), "steps/s", mark=mark, note=note)
 
 

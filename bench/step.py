@@ -130,14 +130,18 @@ def until_compiled(server: Spoken, draw: Callable[[], object], seconds: float = 
     """Let ``draw`` go on until the server's program runs compiled; how many seconds that took. Raises
     :class:`NotCompiled`, also where it takes longer than ``seconds``."""
     start = time.perf_counter()
-    while "runs compiled" not in (said := server.output):
-        refused = next((line for line in said.splitlines() if any(words in line for words in REFUSED)), "")
-        if refused:
+    while not said(server, "runs compiled"):
+        if refused := said(server, *REFUSED):
             raise NotCompiled(f"not compiled: {refused}")
         if time.perf_counter() > start + seconds:
-            raise NotCompiled(f"not compiled after {seconds:.0f} s; the server said:\n{said}")
+            raise NotCompiled(f"not compiled after {seconds:.0f} s; the server said:\n{server.output}")
         draw()
     return time.perf_counter() - start
+
+
+def said(server: Spoken, *words: str) -> str:
+    """The first line of the server's in which there is one of ``words``; empty when it has said none."""
+    return next((line for line in server.output.splitlines() if any(each in line for each in words)), "")
 
 
 def _dtype(variant: Variant) -> torch.dtype:
