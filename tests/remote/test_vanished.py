@@ -28,21 +28,23 @@ def possible() -> bool:
 @pytest.mark.skipif(not possible(), reason="needs unshare, ip, and user namespaces")
 @pytest.mark.parametrize("doing", ["compute", "upload"])
 def test_a_network_that_vanishes(doing: str) -> None:
-    """Found out by TCP, after ten seconds: nothing else would end it within 30, at either end."""
+    """Found out by TCP, after ten seconds, at both ends: what is said is said of nothing else."""
     command = [*NAMESPACE, sys.executable, "-m", "tests.support.island", doing]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     assert "its machine does not answer any more while" in told["said"], told
     found = {"compute": "its client is gone", "upload": "its machine does not answer any more"}[doing]
     assert found in told["log"], told
-    assert max(told["client"], told["server"]) < 30
 
 
 def test_silence_of_a_server_that_says_when_it_is_at_work() -> None:
     """One that computes for long is not silent; one that stands still is, and who waits hears of it."""
     with Restartable("--precision", "exact", "-d", "CPU") as server, ExitStack() as stack:
-        (device,) = connect([f"127.0.0.1:{server.port}"], Timeouts(silent=12.0))
-        stack.callback(device.close)
+        patient, impatient = (
+            connect([f"127.0.0.1:{server.port}"], Timeouts(silent=silent))[0] for silent in (240.0, 8.0)
+        )
+        stack.callback(patient.close)
+        stack.callback(impatient.close)
         silence: list[float] = []
 
         def heard(seconds: float) -> None:
@@ -50,14 +52,14 @@ def test_silence_of_a_server_that_says_when_it_is_at_work() -> None:
             if seconds > 3:
                 server.go_on()
 
-        with device.watched(heard):
-            computing = products(device, 1024, 60)
+        with patient.watched(heard):
+            computing = products(patient, 1024, 60)
             server.stop()
             computing()
             assert max(silence) > 3, "it slept, then went on"
-        with device.watched(silence.append):
+        with impatient.watched(silence.append):
             silence.clear()
             server.stop()
             with pytest.raises(ConnectionLost, match="no answer in time while"):
-                device.memory()
-            assert max(silence) > 10
+                impatient.memory()
+            assert max(silence) > 6

@@ -1,7 +1,7 @@
 """``python -m tests.support.island upload|compute``: a client and its server in a network that vanishes.
 
-To be run in a network namespace (``unshare -rn``). Prints, as JSON, what the client was told and after how many
-seconds, and the same of the server."""
+To be run in a network namespace (``unshare -rn``). Prints, as JSON, what the client was told, and what the server
+logged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 from sdrpc.client import RemoteDevice, connect
@@ -27,13 +26,10 @@ def main(doing: str) -> None:
         begun = threading.Event()
         worker = threading.Thread(target=lambda: result.update(work(device, doing, begun)))
         worker.start()
-        assert begun.wait(120)
+        assert begun.wait(240)
         subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
-        vanished = time.monotonic()
         worker.join()
-        result["client"] = time.monotonic() - vanished
-        eventually(lambda: server.output.count("sdrpc.server.handler") > 1, 60)
-        result["server"] = time.monotonic() - vanished
+        eventually(lambda: server.output.count("sdrpc.server.handler") > 1)
         result["log"] = server.lines[-1]
         print(json.dumps(result))
 
