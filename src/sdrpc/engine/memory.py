@@ -38,7 +38,7 @@ class Storage:
     host: memoryview | None = None
     pages: Pages | None = None
     forms: Forms = field(default_factory=Forms)
-    users: set[LocalBuffer] = field(default_factory=set)
+    users: set[LocalBuffer] = field(default_factory=set, repr=False)
     freed: bool = False
     key: int = field(default_factory=partial(next, itertools.count(1)))
 
