@@ -18,6 +18,7 @@ from sdrpc.client.carriers import MOST
 from sdrpc.content import PIECE, pieces
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
+from sdrpc.sockets import prepare
 from tests.support.process import ServerProcess
 
 from .rows import Mark, Row
@@ -91,12 +92,20 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def _connected(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    """The two ends of a connection that is prepared as ours are."""
+    sender = socket.create_connection(listener.getsockname())
+    receiver, _ = listener.accept()
+    for end in (sender, receiver):
+        prepare(end, 10)
+    return sender, receiver
+
+
 def through_socket(path: Path, size: int) -> float:
     """Seconds for as many bytes of the mapped file through a socket into memory that was never touched."""
     target = memoryview(mmap.mmap(-1, size))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        sender = socket.create_connection(listener.getsockname())
-        receiver, _ = listener.accept()
+        sender, receiver = _connected(listener)
 
     def receive() -> None:
         rest = target
@@ -134,8 +143,7 @@ def through_sockets(path: Path, size: int, count: int, fresh: bool) -> float:
         threads = []
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         for mine in range(count):
-            sender = stack.enter_context(socket.create_connection(listener.getsockname()))
-            receiver = stack.enter_context(listener.accept()[0])
+            sender, receiver = map(stack.enter_context, _connected(listener))
             threads += [
                 threading.Thread(target=send, args=(sender, mine)),
                 threading.Thread(target=receive, args=(receiver, mine)),

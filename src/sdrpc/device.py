@@ -57,6 +57,15 @@ class Buffer(Protocol):
     def size(self) -> int: ...
 
 
+class Span(NamedTuple):
+    """``size`` bytes of a device's buffer from ``offset`` on."""
+
+    device: Device
+    buffer: Buffer
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Target:
     """Which graphs a device takes: what lowering has to know about it.
@@ -132,6 +141,10 @@ class Later(ABC):
     @abstractmethod
     def wait(self) -> Bytes:
         """The bytes, once they are there. Those of one device are waited for in the order of the questions."""
+
+    def ready(self) -> bool:
+        """Whether they are there; also where only :meth:`wait` tells."""
+        return True
 
     def shows_at(self) -> int | None:
         """A file descriptor that can be read from when they come; None where that does not tell: then :meth:`wait`
@@ -239,17 +252,9 @@ class Device(ABC):
         """Ask for ``size`` bytes as they are after all that the device was told to do so far."""
         return There(bytes(self.read(buffer, offset, size)))
 
-    def copy_to(
-        self,
-        buffer: Buffer,  # noqa: ARG002
-        offset: int,  # noqa: ARG002
-        size: int,  # noqa: ARG002
-        other: Device,  # noqa: ARG002
-        target: Buffer,  # noqa: ARG002
-        at: int,  # noqa: ARG002
-    ) -> bool:
-        """Copy ``size`` bytes to the ``target`` of another device, from its byte ``at`` on, when both have done what
-        they were told so far; this program waits for nothing and has no part in it. Whether that can be."""
+    def copy_to(self, source: Span, target: Span) -> bool:  # noqa: ARG002
+        """Copy ``source``, which is here, to as many bytes of another device, when both have done what they were told
+        so far; this program waits for nothing and has no part in it. Whether that can be."""
         return False
 
     @abstractmethod
@@ -296,16 +301,6 @@ class Client:
 
 NOBODY = Client()
 """Nobody else's concern."""
-
-
-class Soon(Protocol):
-    """Bytes that a device gives when it has done what it was told before."""
-
-    def ready(self) -> bool:
-        """Whether they are there."""
-
-    def wait(self) -> Bytes:
-        """The bytes, once they are there."""
 
 
 class ServedProgram(Program):
@@ -382,7 +377,7 @@ class ServedDevice(Device):
         fill(memory)
         self.write(buffer, offset, memory)
 
-    def read_soon(self, buffer: Buffer, offset: int, size: int) -> Soon | None:  # noqa: ARG002
+    def read_soon(self, buffer: Buffer, offset: int, size: int) -> Later | None:  # noqa: ARG002
         """As :meth:`read`, without waiting; None where :meth:`read` does not wait either, or for many bytes."""
         return None
 

@@ -11,7 +11,7 @@ import pytest
 
 from sdrpc import client
 from sdrpc.client import RemoteDevice, Timeouts, connect, remote
-from sdrpc.device import Memory
+from sdrpc.device import Memory, Span
 from sdrpc.errors import (
     ComputeError,
     ConnectionFailed,
@@ -209,7 +209,7 @@ def test_each_two_devices_are_asked_whether_they_copy() -> None:
         a, b, c = ((device, device.allocate(64)) for device in devices)
         for _ in range(2):
             for (one, source), (other, target), copied in ((a, b, True), (b, c, False), (b, a, True)):
-                assert one.copy_to(source, 0, 64, other, target, 0) == copied
+                assert one.copy_to(Span(one, source, 0, 64), Span(other, target, 0, 64)) == copied
         assert not any(devices[0].read(a[1], 0, 64))
         for device in devices:
             device.close()

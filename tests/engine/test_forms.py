@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdrpc.device import Buffer, Rows
+from sdrpc.device import Buffer, Rows, Span
 from sdrpc.engine.dtypes import DTYPES
 from sdrpc.engine.forms import changed, changed_back, fits, rest_bytes
 from sdrpc.engine.memory import LocalBuffer
@@ -144,7 +144,10 @@ def test_what_is_copied_to_another_device_is_as_it_came() -> None:
             each.run("other kernel")
         assert (one.lying, other.lying) == (2, 2)
         start = KERNEL + 1000
-        assert one.device.copy_to(one.weights, start, MATRIX - start, other.device, other.weights, start)
+        size = MATRIX - start
+        assert one.device.copy_to(
+            Span(one.device, one.weights, start, size), Span(other.device, other.weights, start, size)
+        )
         assert (one.lying, other.lying) == (2, 1)
         assert other.bytes_() == before[:MATRIX] + b"\1" * (SIZE - MATRIX)
 
@@ -281,7 +284,9 @@ def test_nobody_can_read_between_what_a_write_makes_of_bytes_and_the_write(how: 
                     device.copy(weights, KERNEL, weights, MATRIX, size)
                 case "from another device":
                     other.device.write(other.rest, 0, new)
-                    assert other.device.copy_to(other.rest, 0, size, device, weights, MATRIX)
+                    assert other.device.copy_to(
+                        Span(other.device, other.rest, 0, size), Span(device, weights, MATRIX, size)
+                    )
         assert asked.answers == ([] if NAME == "CPU" and how in ("write", "receive") else [False]), "not while it waits"
         assert bytes(device.read(weights, MATRIX, size)) == expected
         assert one.lying == 0

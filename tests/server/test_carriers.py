@@ -15,12 +15,13 @@ from sdrpc.content import PIECE
 from sdrpc.device import Content
 from sdrpc.errors import ConnectionLost, DeviceError, RemoteProtocolError, SdrpcError
 from sdrpc.ggml.weight import Whole
-from sdrpc.server import Door, Keys, Limits, Policy, Server
+from sdrpc.server import Door, Keys, Limits, Policy, Server, listener
 from sdrpc.server.carriers import Carriers, Expected
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.server.stream import Stream
 from sdrpc.wire import messages as m
 from sdrpc.wire.carrying import MOST_BYTES, Range, pack
+from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, Scene, eventually
 from tests.support.client import RawClient
@@ -132,6 +133,41 @@ def test_nobody_waits_for_a_carrier_that_has_left() -> None:
         with pytest.raises(RemoteProtocolError, match="nobody waits"):
             carriers.join(stream)
         stream.close()
+
+
+def test_a_carrier_that_is_done_first_is_not_idle(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that stops lets its client finish: it would end with one of its carriers."""
+    looks = 0
+
+    def at_work() -> bool:
+        nonlocal looks
+        looks += 1
+        return Server._at_work(scene.server)
+
+    monkeypatch.setattr(listener, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(scene.server, "_at_work", at_work)
+    client, (first, second) = joined(scene)
+    place = client.buffer(len(DATA))
+    client.post(m.SetRanges(place[0], 2, pack([Range(0, len(DATA))])))
+    client.post(m.GetTensor(client.record(place, (len(DATA),), type="I8"), 0, len(DATA)))
+    first.send(DATA[:PIECE], DATA[2 * PIECE :])
+    assert eventually(lambda: any(is_done_with(stream, 2 * PIECE) for stream in streams(scene)))
+    scene.server.stop(grace=600)
+    assert eventually(lambda: looks > 2)
+    monkeypatch.setattr(listener, "_QUIET_SECONDS", 1e9)  # the client has nothing to do for a moment
+    second.send(DATA[PIECE : 2 * PIECE])
+    assert client.receive(8 + len(DATA)) == REPLY_HEADER.pack(len(DATA)) + DATA
+    monkeypatch.setattr(listener, "_QUIET_SECONDS", 0.0)
+    assert eventually(lambda: not scene.server.clients), "when it has nothing to do any more, all of them are told"
+
+
+def streams(scene: Scene) -> list[Stream]:
+    return [client.stream for client in list(scene.server._clients.values())]
+
+
+def is_done_with(stream: Stream, size: int) -> bool:
+    """Whether a carrier has received so many bytes and waits for more to do."""
+    return stream.received > size and stream.doing == "waiting for data to carry"
 
 
 def test_a_client_without_the_capability_has_no_such_commands(scene: Scene) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..device import Buffer, Bytes, Content, Device, Later, Memory, Program, Silence, Target, Traffic, Turns
+from ..device import Buffer, Bytes, Content, Device, Later, Memory, Program, Silence, Span, Target, Traffic, Turns
 from ..errors import (
     ConnectionFailed,
     DeviceLost,
@@ -454,16 +454,17 @@ class RemoteDevice(Device):
             self._server, self._server.ask_later(self.name, messages.GetTensor(record, 0, size), doing, size)
         )
 
-    def copy_to(self, buffer: Buffer, offset: int, size: int, other: Device, target: Buffer, at: int) -> bool:
+    def copy_to(self, source: Span, target: Span) -> bool:
         """Where both are of one server it may do that. It is asked once whether it does, later ones are only sent."""
-        server = self._server
+        server, (_, buffer, offset, size) = self._server, source
+        other, there, at, _ = target
         if not isinstance(other, RemoteDevice) or other._server is not server:
             return False
         between = self.index, other.index
         if server.copies.get(between) is False:
             return False
-        source = self._bytes_at(self._range(buffer, offset, size), offset, size)
-        message = messages.CopyTensor(source, self._bytes_at(other._range(target, at, size), at, size))
+        read = self._bytes_at(self._range(buffer, offset, size), offset, size)
+        message = messages.CopyTensor(read, self._bytes_at(other._range(there, at, size), at, size))
         doing = f"copying {size:,} bytes to {other.name}"
         if between in server.copies:
             server.ask_later(self.name, message, doing)

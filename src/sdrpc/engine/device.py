@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one than Python's before 3.11
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from weakref import WeakValueDictionary
@@ -24,7 +23,6 @@ from sdrpc.device import (
     Buffer,
     Bytes,
     Client,
-    Device,
     Frozen,
     Later,
     Mark,
@@ -32,6 +30,7 @@ from sdrpc.device import (
     Rows,
     ServedDevice,
     ServedProgram,
+    Span,
     Target,
     Watch,
 )
@@ -253,20 +252,22 @@ class LocalDevice(ServedDevice):
 
     def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
         soon = self.read_soon(buffer, offset, size)
-        return super().read_later(buffer, offset, size) if soon is None else _Soon(soon)
+        return super().read_later(buffer, offset, size) if soon is None else soon
 
-    def copy_to(self, buffer: Buffer, offset: int, size: int, other: Device, target: Buffer, at: int) -> bool:
+    def copy_to(self, source: Span, target: Span) -> bool:
         """Between two of one kind. GPUs queue it, each behind what it has to do."""
+        _, buffer, offset, size = source
+        other, there, at, _ = target
         if not isinstance(other, LocalDevice) or other.torch_device.type != self.torch_device.type:
             return False
         doing = f"copying to {other.name}"
         with (
             translated(self.name, doing),
-            held(self._range(buffer, offset, size), other._range(target, at, size)),
+            held(self._range(buffer, offset, size), other._range(there, at, size)),
             self._reading(buffer, offset, size, doing) as part,
-            other._writing(target, at, size, doing) as there,
+            other._writing(there, at, size, doing) as storage,
         ):
-            there.data[at : at + size].copy_(part, non_blocking=True)
+            storage.data[at : at + size].copy_(part, non_blocking=True)
         return True
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
@@ -623,16 +624,6 @@ class LocalDevice(ServedDevice):
         for buffer in left:
             self.free(buffer)
         self._programs.clear()
-
-
-@dataclass(frozen=True)
-class _Soon(Later):
-    """Bytes on their way from a GPU."""
-
-    reading: Reading
-
-    def wait(self) -> Bytes:
-        return self.reading.wait()
 
 
 def _is_over(work: Future[None]) -> bool:

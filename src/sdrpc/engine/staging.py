@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Condition
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sdrpc.device import Later
 
 PIECE = 1 << 20
 PIECES = 16
@@ -28,8 +31,9 @@ class Slot(NamedTuple):
     free: torch.cuda.Event
 
 
-class Reading(NamedTuple):
-    """Bytes on their way from the device, as :class:`sdrpc.device.Soon`."""
+@dataclass(frozen=True, eq=False)
+class Reading(Later):
+    """Bytes on their way from the device."""
 
     memory: Tensor
     done: torch.cuda.Event

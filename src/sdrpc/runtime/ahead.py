@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import Buffer, Bytes, Device, Later, Program, Turns
+from ..device import Buffer, Bytes, Device, Later, Program, Span, Turns
 from ..errors import DeviceLost
 from ..ggml import build
 from ..ggml.memory_planner import aligned
@@ -315,7 +315,8 @@ class Ahead:
         there, size = array.ahead, 4 * array.size
         place, source = self._slot(size), there._place(array)
         copy = self._array(self._stored(array.shape, place))
-        return copy if there.device.copy_to(*source, size, self.device, *place) else None
+        done = there.device.copy_to(Span(there.device, *source, size), Span(self.device, *place, size))
+        return copy if done else None
 
     @property
     def awaited(self) -> Later | None:

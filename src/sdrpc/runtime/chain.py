@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..device import Device, Later, Target
+from ..device import Device, Later, Span, Target
 from ..errors import UsageError
 from .cutting import Part
 from .run import Executable, Place
@@ -138,7 +138,8 @@ def _cross(values: Sequence[tuple[_Crossing, Sequence[Place]]], device: Device) 
     """Bring each value to its places on another ``device``."""
     asked: deque[tuple[Later, list[Place]]] = deque()
     for (source, (buffer, offset), nbytes), there in values:
-        if all(source.copy_to(buffer, offset, nbytes, device, *at) for at in there):
+        span = Span(source, buffer, offset, nbytes)
+        if all(source.copy_to(span, Span(device, *at, nbytes)) for at in there):
             continue
         for start in range(0, nbytes, PIECE):
             awaited = source.read_later(buffer, offset + start, min(PIECE, nbytes - start))

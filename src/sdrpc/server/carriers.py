@@ -8,7 +8,6 @@ alone, and ends with it.
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from queue import SimpleQueue
@@ -64,10 +63,9 @@ class Carrier:
                 asked[1].set_exception(ConnectionLost(self.stream.peer, "carrying data"))
 
     def _next(self) -> tuple[Job, Future[None]] | None:
-        self.stream.doing, self.stream.idle_since = "waiting for data to carry", time.monotonic()
-        asked = self._jobs.get()
-        self.stream.idle_since = None
-        return asked
+        """What is to be done next. It is no idle client that waits here: it goes when its own does."""
+        self.stream.doing = "waiting for data to carry"
+        return self._jobs.get()
 
     def end(self) -> None:
         """Let its thread end, whatever it waits for."""

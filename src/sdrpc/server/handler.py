@@ -13,7 +13,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..content import PIECE, pieces
-from ..device import Bytes, Soon
+from ..device import Bytes, Later
 from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
 from ..wire.carrying import Piece, dealt
@@ -223,7 +223,7 @@ class Answers:
         self._waiting.append(self._read(soon))
         return True
 
-    def _read(self, soon: Soon) -> Coming:
+    def _read(self, soon: Later) -> Coming:
         """What a device reads when it has done what is before that."""
 
         def answer() -> list[Bytes]:
@@ -287,7 +287,7 @@ class Answers:
         self._stream.write(answer if isinstance(answer, list) else answer.answer())
 
 
-def _come(stream: Stream, soon: Soon) -> Bytes:
+def _come(stream: Stream, soon: Later) -> Bytes:
     """What a device reads when it has done what is before that. The client hears that somebody is at work."""
     while not soon.ready():
         stream.beat()

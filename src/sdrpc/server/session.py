@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..content import SMALLEST, fnv1a, pieces
-from ..device import NOBODY, Buffer, Bytes, Client, Memory, Rows, ServedDevice, ServedProgram, Soon, Watch
+from ..device import NOBODY, Buffer, Bytes, Client, Later, Memory, Rows, ServedDevice, ServedProgram, Span, Watch
 from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..ggml import validate
 from ..ggml.dialect import Dialect
@@ -191,16 +191,18 @@ class Session:
         return self.cache.writer(place.size, self._missed.pop(key, None))
 
     def close(self) -> None:
-        """Free everything."""
-        wait(self._looking)  # nobody writes to the client's memory any more
-        self._ready.clear()
-        self._forget(lambda _: True)
-        self._give_up_latest()
-        for handle in [region.handle for region in self._space]:
-            self._free(handle)
+        """Free everything, once nobody writes to it any more."""
         self._end_carriers()
-        if self.visitor is not None:
-            self._accounts.leave(self._account)
+        wait(self._looking)
+        try:
+            self._ready.clear()
+            self._forget(lambda _: True)
+            self._give_up_latest()
+            for handle in [region.handle for region in self._space]:
+                self._free(handle)
+        finally:
+            if self.visitor is not None:
+                self._accounts.leave(self._account)
         if self.most_held >= self.limits.trimmed_bytes:
             for device in self.devices:
                 device.trim()
@@ -468,7 +470,7 @@ class Session:
     def _spot(self, place: Place) -> Spot:
         return Spot(self.devices[place.region.device], place.region.buffer, place.offset, place.size)
 
-    def read_soon(self, asked: messages.GetTensor) -> Soon | None:
+    def read_soon(self, asked: messages.GetTensor) -> Later | None:
         """As GET_TENSOR, from a device that has other work before it; None where there is nothing to wait for."""
         region, offset, size = self.source(asked)
         return self.devices[region.device].read_soon(region.buffer, offset, size)
@@ -497,8 +499,7 @@ class Session:
         if reader is writer:
             reader.copy(source.region.buffer, source.offset, target.region.buffer, target.offset, source.size)
             return
-        there = target.region.buffer, target.offset
-        if reader.copy_to(source.region.buffer, source.offset, source.size, writer, *there):
+        if reader.copy_to(Span(*self._spot(source)), Span(*self._spot(target))):
             return
         for at, size in pieces(source.size):
             data = reader.read(source.region.buffer, source.offset + at, size)
