@@ -180,6 +180,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 426538051
         ("a.tar", b"a.safetensors".ljust(257, b"\0") + b"ustar", r"an archive \(tar\)"),
         ("a.safetensors.crdownload", b"anything", "a download that has not ended, as its name says; rename it"),
         ("a.safetensors.part", b"", "a download that has not ended"),
+        ("a.safetensors.download", b"anything", "a download that has not ended"),
+        ("saved.safetensors", b"<!-- saved from url=(0020)https://x -->", "a web page, not a model"),
+        ("preview.safetensors", b"\x89PNG\r\n\x1a\n", r"is a picture \(PNG\), not a model"),
+        ("big.gguf", b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "GGUF for big-endian machines"),
         ("zeros.ckpt", bytes(4096), "zeros: the download is not finished"),
         ("terminal.gguf", b"\x1b[2J\x00", r"begins with '\\x1b\[2J"),
         ("a.txt", b"hello, this is text", "neither"),
@@ -204,6 +208,26 @@ def test_pointer_files_and_others_that_are_no_model(
     with pytest.raises(CheckpointError, match=reason) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tiny.ckpt", r"No such file or directory; did you mean \S*/tiny\.safetensors\?"),
+        ("Tiny.safetensors ", r"did you mean \S*/tiny\.safetensors\?"),
+        ("other.gguf", "No such file or directory$"),
+        ("gone.safetensors", r"is a link to blobs/0123, which is not there"),
+        ("https://example.org/tiny.safetensors", "is an address, not a file: models are not fetched"),
+        ("stabilityai/sdxl-turbo", "models are not fetched from a hub"),
+    ],
+)
+def test_what_is_not_there(name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is nearly right, a link to a file that was moved, an address, a name at a hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.safetensors").touch()
+    (tmp_path / "gone.safetensors").symlink_to("blobs/0123")
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(name if "/" in name else tmp_path / name)
 
 
 @pytest.mark.parametrize("made", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])

@@ -263,13 +263,27 @@ def test_other_sizes(maker: ModuleType, tmp_path: Path) -> None:
     [
         ("model.diffusion_model.nerf_blocks.0.param_generator.weight", "Chroma Radiance"),
         ("caption_projection.0.linear.weight", "HiDream"),
-        ("lora_unet_down_blocks_0.lora_up.weight", "LoRA"),
+        ("lora_unet_down_blocks_0.lora_up.weight", "a LoRA, .* by <lora:NAME:1> in a prompt"),
+        ("control_model.input_hint_block.0.weight", "a ControlNet, .* by control_net"),
+        ("emb_params", "a learnt word .* by its name in a prompt"),
+        ("model.1.sub.0.RDB1.conv1.0.weight", "a network that enlarges pictures, .* by upscale_model"),
+        ("ip_adapter.1.to_k_ip.weight", "an IP-Adapter"),
     ],
 )
 def test_other_families_are_refused_by_name(name: str, family: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", {name: torch.zeros(1)})
     with pytest.raises(CheckpointError, match=family):
         open_model(ModelFiles(path))
+
+
+def test_files_that_the_model_has_no_use_for_are_named(
+    tiny: Path, tiny_weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path / "t5.safetensors", only(tiny_weights, TEXT))
+    open_model(ModelFiles(tiny, clip_l=path, t5xxl=path))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: Stable Diffusion 1.x has no use for it (t5xxl)"
+    ]
 
 
 def test_models_of_other_inputs_are_refused_by_name(tiny_weights: Weights, tmp_path: Path) -> None:

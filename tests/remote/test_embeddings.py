@@ -118,3 +118,6 @@ def test_refusals(model: Model, checkpoints: Checkpoints, tmp_path: Path) -> Non
     save_file({"emb_params": torch.full((1, width), float("nan"))}, tmp_path / "nan.safetensors")
     with pytest.raises(CheckpointError, match="NaN"):
         Embeddings(model, tmp_path).of("a nan cat")
+    save_file({f"layers.{i}.bias": vectors(width, 1) for i in range(40)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is no word: it has 40 tensors, as models have"):
+        Embeddings(model, tmp_path).of("a model cat")

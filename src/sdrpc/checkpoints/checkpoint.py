@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..ggml.weight import Weight
 from . import directory, gguf_file, gguf_header, pickled, quantized, safetensors_file
+from .absent import absent
 from .mapped import mapped, no_model
 from .quantized import Stored
 
@@ -81,6 +82,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return _component(path, path.parent, directory.indexed(path), path)
         files = directory.shards(path)
         return _joined(path, files) if files == [path] else _component(path, path.parent, files)
+    except FileNotFoundError as error:
+        missing = Path(error.filename or path)
+        raise CheckpointError(missing, absent(missing)) from error
     except OSError as error:
         raise CheckpointError(error.filename or path, error.strerror or str(error)) from error
 

@@ -121,7 +121,9 @@ def parse(data: memoryview) -> Header:
         raise ValueError("not a GGUF file")
     version = cursor.number("I")
     if version not in (2, 3):
-        raise ValueError(f"GGUF version {version} (2 and 3 are known)")
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
+        what = "GGUF for big-endian machines" if swapped else f"GGUF version {version}"
+        raise ValueError(f"{what} (versions 2 and 3 for little-endian ones are known)")
     tensor_count = cursor.count("Q", 8 + 4 + 8 + 4 + 8, "tensors")
     entry_count = cursor.count("Q", 8 + 4 + 1, "metadata entries")
     metadata: dict[str, str] = {}

@@ -26,7 +26,7 @@ SHOWN = 24
 SHOWN_TEXT = 160
 """The same of a file that is text: what a server said in the place of the file, perhaps."""
 
-UNFINISHED = (".crdownload", ".part", ".partial", ".opdownload", ".incomplete", ".aria2")
+UNFINISHED = (".crdownload", ".part", ".partial", ".opdownload", ".download", ".incomplete", ".aria2")
 """What browsers and other programs call a file while they download it. It may have its size already."""
 
 PACKED = {
@@ -34,6 +34,13 @@ PACKED = {
     b"7z\xbc\xaf\x27\x1c": "7-Zip", b"Rar!\x1a\x07": "RAR",
 }  # fmt: skip
 """What the files of programs that pack others begin with."""
+
+OTHERS = {
+    b"\x89PNG": "a picture (PNG)", b"\xff\xd8\xff": "a picture (JPEG)", b"GIF8": "a picture (GIF)",
+    b"RIFF": "a picture or a sound (RIFF)", b"%PDF": "a document (PDF)", b"MZ": "a program (EXE)",
+    b"\x7fELF": "a program (ELF)", b"\x89HDF\r\n\x1a\n": "in Keras' form (HDF5); convert it to safetensors",
+}  # fmt: skip
+"""What other files begin with that are taken for models, such as the preview beside one."""
 
 _TAR = slice(257, 262), b"ustar"
 
@@ -112,7 +119,7 @@ def no_model(data: memoryview) -> str:
         size = re.search(rb"\nsize (\d{1,15})\s", head)
         amount = f" of {int(size[1]) / 1e9:,.1f} GB" if size else ""
         return f"is a Git LFS pointer to a file{amount}, not that file; fetch it with: git lfs pull"
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
+    if text.startswith((b"<!doctype", b"<!--", b"<html", b"<head", b"<body")):
         return f"is a web page, not a model: the download gave {_shown(head)}; download it again, logged in if need be"
     if text.startswith(b"<?xml"):
         return f"is XML text, such as a server's refusal, not a model: {_shown(head, SHOWN_TEXT)}"
@@ -125,6 +132,9 @@ def no_model(data: memoryview) -> str:
     packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
     if packed or head[_TAR[0]] == _TAR[1]:
         return f"is an archive ({packed or 'tar'}), not a model: unpack it first"
+    other = next((what for magic, what in OTHERS.items() if head.startswith(magic)), "")
+    if other:
+        return f"is {other}, not a model"
     shown = SHOWN_TEXT if text.isascii() and text.decode("ascii").replace("\n", "").isprintable() else SHOWN
     return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head, shown)}"
 

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -62,6 +63,17 @@ class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no clic
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(choice) for choice in self.choices if choice.startswith(incomplete)]
+
+
+class File(click.Path):  # type: ignore[type-arg] # as above
+    """The name of a file or folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            raise InvalidValue(
+                str(param and param.name), value, "a name is needed; is a variable of the shell not set?"
+            )
+        return super().convert(value, param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg] # as above
@@ -206,7 +218,8 @@ class Command(click.Command):
     def _naming(self, path: object, ctx: click.Context) -> str:
         """The option that named a file."""
         files = (str(option.name) for option in self.options if isinstance(option.type, click.Path))
-        return next((self.fields[name] for name in files if str(ctx.params[name]) == str(path)), "")
+        named = {Path(given): self.fields[name] for name in files if isinstance(given := ctx.params[name], str)}
+        return named.get(Path(str(path)), "")
 
     def _refuse_words(self, words: Sequence[str]) -> None:
         """Raises :class:`UsageError` where there are ``words`` that belong to no option."""

@@ -20,7 +20,7 @@ from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
-from .command import SHELLS, Numbers, OneOf, Option, Sides
+from .command import SHELLS, File, Numbers, OneOf, Option, Sides
 from .metadata import FORMATS as METADATA_FORMATS
 from .output import DEFAULT_OUTPUT
 
@@ -33,7 +33,7 @@ HERE = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 MODEL, PICTURE, INPUT, SAMPLING = "Model", "Picture", "Pictures as input", "Sampling"
 DEVICES, OUTPUT, ABOUT = "Devices", "Output", "About"
 
-FILE = click.Path()
+FILE = File()
 
 OPTIONS = (
     Option(MODEL, "-m", "--model", type=FILE, metavar="PATH", shown="demo, which ships with sdrpc",

@@ -24,6 +24,9 @@ SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt", ".gguf")
 MAX_VECTORS = 1000
 """Of one word; most have one to sixteen, and a chunk of a prompt has room for 75."""
 
+MAX_TENSORS = 16
+"""Of a file with one word: one for each text encoder, and what its training noted."""
+
 _ASKED = re.compile(rf"{BEGINNING}(?P<word>[\w.-]+)", re.IGNORECASE)
 
 
@@ -94,6 +97,8 @@ class Embeddings:
 
     def _vectors(self, file: Checkpoint, encoder: str) -> F32:
         """A word's vectors for a text encoder (vectors, width): the tensor with the encoder's name, or of its width."""
+        if len(file.tensors) > MAX_TENSORS:
+            raise CheckpointError(file.path, f"is no word: it has {len(file.tensors)} tensors, as models have")
         width = int(self._model[encoder].config["hidden_size"])
         tensors = [file.tensors[encoder]] if encoder in file.tensors else list(file.tensors.values())
         fitting = [tensor for tensor in tensors if _is_word(tensor) and tensor.shape[-1] == width]

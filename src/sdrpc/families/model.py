@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,10 @@ from .base import Colours, Component, Config, Defaults, Family, Found, Joint, Mo
 from .components.tiny_autoencoder import TAESD
 from .configs import Told, told_by
 from .qwen_image import QWEN_IMAGE
-from .registry import FAMILIES, STRANGERS
+from .registry import FAMILIES, GO_WITH, STRANGERS
 from .weight_types import AS_STORED, WeightTypes, names_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,7 @@ def open_model(files: ModelFiles) -> Model:
     if files.taesd is not None:
         tiny = _retyped(_component(TAESD, family, files, opened), files.types)
         components[TAESD.name] = ModelComponent(tiny, TAESD.configure(tiny, {}))
+    _warn_of_idle_files(files, family, components)
     files.types.warn_of_idle_rules(
         (weight.name, *names_of(weight, name, one.found.component.prefixes))
         for name, one in components.items()
@@ -221,6 +225,14 @@ def open_model(files: ModelFiles) -> Model:
         reason = f"has latent_rgb_factors of {len(own.factors)} channels, but its latents have {model.latent_channels}"
         raise CheckpointError(found["vae"].checkpoint.path, reason)
     return model
+
+
+def _warn_of_idle_files(files: ModelFiles, family: Family, components: Collection[str]) -> None:
+    """Say which files of single components the model has no use for."""
+    used = {component.option for component in (*family.components, TAESD) if component.name in components}
+    for name, path in files.named.items():
+        if name not in used | {"model", "diffusion_model"}:
+            log.warning("%s: %s has no use for it (%s)", path, family.title, name)
 
 
 def _check_zero_cond_t(files: ModelFiles, family: Family) -> None:
@@ -268,7 +280,8 @@ def _not_a_diffusion_model(checkpoint: Checkpoint) -> str:
     known = ", ".join(family.title for family in FAMILIES)
     for pattern, title in STRANGERS:
         if re.search(pattern, "\n".join(names)):
-            return f"this is {title}, which sdrpc does not draw with; it draws with {known}"
+            instead = f"it goes with a model, by {GO_WITH[title]}" if title in GO_WITH else f"it draws with {known}"
+            return f"this is {title}, which sdrpc does not draw with; {instead}"
     seen = seen_in(checkpoint)
     if seen:
         what = " and ".join(f"{component.title} ({component.name})" for component in seen)

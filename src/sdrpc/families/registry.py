@@ -33,5 +33,17 @@ STRANGERS = (
     (r"\bcaption_projection\.0\.linear\.", "HiDream"),
     (r"\bcontrol_model\.|\bcontrolnet_cond_embedding|\bcontrolnet_x_embedder\.|\bpos_embed_input\.", "a ControlNet"),
     (r"\blora_(up|down|A|B)\b|\blora_unet_", "a LoRA"),
+    (r"(?m)^(emb_params|string_to_param.*|clip_[lg])$", "a learnt word (textual inversion)"),
+    (r"\bRDB1\.conv1\.|\brdb1\.conv1\.|\bparams_ema\.", "a network that enlarges pictures"),
+    (r"\bto_k_ip\.|\bip_adapter\.", "an IP-Adapter"),
+    (r"\bmotion_modules\.", "a motion module (AnimateDiff)"),
 )
 """Models that sdrpc does not draw with, by a name that only they have, in the order in which they are told apart."""
+
+GO_WITH = {
+    "a ControlNet": "control_net",
+    "a LoRA": "<lora:NAME:1> in a prompt",
+    "a learnt word (textual inversion)": "its name in a prompt (embd_dir)",
+    "a network that enlarges pictures": "upscale_model",
+}
+"""Those that go with a model, and how they are named there."""
