@@ -110,6 +110,7 @@ BAD_VALUES = [
     (("-p", "x", "--scm-mask", "1,0"), r"--scm-mask 1,0: is of --cache-mode dbcache"),
     (("-p", "x", "--cache-mode", "dbcache", "--cache-option", "Fn=1,Fn=2"), r"--cache-option .*: Fn is given twice"),
     (("-o", ""), r"--output ''"),
+    (("-b", "1000000000"), r"--output .*: 1,000,000,000 files of one command are too many"),
     (("-p", "x", "-m", ""), r"--model '': a name is needed; is a variable of the shell not set\?"),
     (("-o", "picture.gif"), r"--output picture\.gif: pictures are written as \.png"),
     (("--rpc", "http://box:1", "--list-devices"), r"without http://"),

@@ -119,7 +119,7 @@ def parse(data: memoryview) -> Header:
     cursor = _Cursor(data)
     if cursor.take(4) != MAGIC:
         raise ValueError("not a GGUF file")
-    version = cursor.number("I")
+    version = int(cursor.number("I"))
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
         what = "GGUF for big-endian machines" if swapped else f"GGUF version {version}"

@@ -65,7 +65,7 @@ class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no clic
         return [CompletionItem(choice) for choice in self.choices if choice.startswith(incomplete)]
 
 
-class File(click.Path):  # type: ignore[type-arg] # as above
+class File(click.Path):
     """The name of a file or folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

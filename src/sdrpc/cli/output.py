@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 _NUMBER = re.compile(r"%%|%(\d{0,3}d)")
 """printf's %d, %3d, %03d; ``%%`` is a percent sign."""
 
+MAX_FILES = 100_000
+"""That one command writes: their names are known before anything is drawn."""
+
 DEFAULT_OUTPUT = "./output.png"
 DEFAULT_SUFFIX = ".png"
 STANDARD = "-"
@@ -39,11 +42,13 @@ DEFAULT_FILM, DEFAULT_ANIMATION = "./output.mp4", "./output.webp"
 def output_paths(pattern: str, count: int, first: int = 0, suffixes: Collection[str] = MAX_SIDES) -> list[Path]:
     """The files of ``count`` pictures (or films): numbered where ``pattern`` has a %d (``out_%03d.png``), else with
     ``_0``, ``_1`` … before the suffix, one of ``suffixes``, when there are several. Raises :class:`InvalidValue` for a
-    format that can't be written."""
+    format that can't be written, and for more than :data:`MAX_FILES`."""
     if pattern == STANDARD:
         if count > 1 or suffixes is not MAX_SIDES:
             raise InvalidValue("output", pattern, "standard output takes one picture")
         return [Path(STANDARD)]
+    if count > MAX_FILES:
+        raise InvalidValue("output", pattern, f"{count:,} files of one command are too many; at most {MAX_FILES:,}")
     path = Path(pattern)
     if path.suffix and path.suffix.lower() not in suffixes:
         what = "pictures" if suffixes is MAX_SIDES else "films"
