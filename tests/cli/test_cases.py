@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from sdrpc import storage
 from sdrpc.checkpoints.checkpoint import open_checkpoint
 from sdrpc.cli import output, report
-from sdrpc.cli.output import MAX_SIDES, check_sides, check_writable, save
+from sdrpc.cli.output import MAX_SIDES, check_sides, check_writable, output_paths, save
 from sdrpc.client.connection import open_connection
 from sdrpc.client.endpoint import Endpoint
 from sdrpc.diffusion.request import Request
@@ -169,6 +169,12 @@ def test_output_onto_a_link(draw: Sd, tmp_path: Path) -> None:
         assert link.is_symlink()
         assert f"Seed: {seed}," in entries(target)["parameters"]
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["one.png"]
+
+
+def test_output_that_is_thrown_away() -> None:
+    """/dev/null.png was made."""
+    assert output_paths("/dev/null", 1) == [Path("/dev/null")]
+    assert output_paths("/dev/null", 2) == [Path("/dev/null")] * 2
 
 
 def test_output_into_a_pipe(tmp_path: Path) -> None:

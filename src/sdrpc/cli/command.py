@@ -10,6 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no clic
         return [CompletionItem(choice) for choice in self.choices if choice.startswith(incomplete)]
 
 
+MOST_SECONDS = 1e8
+"""Three years: more than sockets and locks can wait is an error of theirs."""
+
+
 class File(click.Path):
     """The name of a file or folder."""
 
@@ -74,6 +79,19 @@ class File(click.Path):
                 str(param and param.name), value, "a name is needed; is a variable of the shell not set?"
             )
         return super().convert(value, param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """How long, at ``least``: a number that clocks can count to."""
+
+    def __init__(self, least: float = 0, least_open: bool = False) -> None:
+        super().__init__(least, MOST_SECONDS, min_open=least_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if isnan(found):
+            raise InvalidValue(str(param and param.name), value, "is no number of seconds")
+        return found
 
 
 class Size(click.ParamType):  # type: ignore[type-arg] # as above

@@ -20,7 +20,7 @@ from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
-from .command import SHELLS, File, Numbers, OneOf, Option, Sides
+from .command import SHELLS, File, Numbers, OneOf, Option, Seconds, Sides
 from .metadata import FORMATS as METADATA_FORMATS
 from .output import DEFAULT_OUTPUT
 
@@ -203,9 +203,9 @@ OPTIONS = (
            help="Key for the servers, or for one of them, as rpc-server printed it there. It is kept: give it once."),
     Option(DEVICES, "--rpc-key-file", multiple=True, type=FILE, metavar="PATH",
            help="The same from a file, one a line, so that no list of processes shows it; also $SDRPC_RPC_KEY."),
-    Option(DEVICES, "--rpc-retry", type=click.FloatRange(min=0), metavar="SECONDS", default=RETRY_SECONDS,
+    Option(DEVICES, "--rpc-retry", type=Seconds(), metavar="SECONDS", default=RETRY_SECONDS,
            help="How long to wait for a server that is lost; then drawing goes on. 0: that is an error at once."),
-    Option(DEVICES, "--rpc-timeout", type=click.FloatRange(min=1), metavar="SECONDS", default=DEFAULT_TIMEOUTS.answer,
+    Option(DEVICES, "--rpc-timeout", type=Seconds(1), metavar="SECONDS", default=DEFAULT_TIMEOUTS.answer,
            help="How long a server of ggml's own, which says nothing while it computes, may be silent."),
     Option(DEVICES, "--list-devices", is_flag=True, help="Print all devices and exit."),
     Option(DEVICES, "--backend", default="", metavar="COMPONENT=DEVICE,...",

@@ -54,8 +54,10 @@ def output_paths(pattern: str, count: int, first: int = 0, suffixes: Collection[
         what = "pictures" if suffixes is MAX_SIDES else "films"
         known = ", ".join(suffixes)
         raise InvalidValue("output", pattern, f"{what} are written as {known}; {path.suffix} is not supported")
-    if not path.name or os.path.isdir(path):
+    if pattern.endswith("/") or not path.name or os.path.isdir(path):
         raise InvalidValue("output", pattern, "names a directory, not a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null, a pipe
+        return [path] * count
     pattern, numbers = pattern if path.suffix else pattern + DEFAULT_SUFFIX, range(first, first + count)
     if numbered(pattern):
         return [Path(_NUMBER.sub(partial(_formatted, number), pattern)) for number in numbers]

@@ -6,7 +6,7 @@ import click
 
 from ..device import PRECISIONS
 from ..server import Limits
-from .command import SHELLS, Networks, OneOf, Option, Size
+from .command import SHELLS, Networks, OneOf, Option, Seconds, Size
 
 AUTO = "auto"
 MIB = 1 << 20
@@ -63,14 +63,14 @@ OPTIONS = (
            help="Graphs of all clients that run or wait for their turn; further ones are refused."),
     Option(CLIENTS, "--max-requests-per-client", type=click.IntRange(min=1), default=Limits.computing_of_client,
            metavar="NUMBER", help="The same of one client."),
-    Option(CLIENTS, "--max-compute", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", shown="no limit",
+    Option(CLIENTS, "--max-compute", type=Seconds(0, True), metavar="SECONDS", shown="no limit",
            help="Computing for all clients within an hour."),
-    Option(CLIENTS, "--max-compute-per-client", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    Option(CLIENTS, "--max-compute-per-client", type=Seconds(0, True), metavar="SECONDS",
            shown="no limit; clients take fair turns", help="The same for one client."),
 
-    Option(CLIENTS, "--compute-limit", type=click.FloatRange(min=1), metavar="SECONDS", default=Limits.compute_seconds,
+    Option(CLIENTS, "--compute-limit", type=Seconds(1), metavar="SECONDS", default=Limits.compute_seconds,
            help="How long one run of a graph may take."),
-    Option(CLIENTS, "--grace", type=click.FloatRange(min=0), metavar="SECONDS", default=GRACE_SECONDS,
+    Option(CLIENTS, "--grace", type=Seconds(), metavar="SECONDS", default=GRACE_SECONDS,
            help="After SIGTERM: time for clients to finish what they are at. New ones are refused, idle ones leave."),
 
     Option(CACHE, "-c", "--cache", is_flag=True,

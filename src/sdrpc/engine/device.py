@@ -34,7 +34,7 @@ from sdrpc.device import (
     Target,
     Watch,
 )
-from sdrpc.errors import DeviceError, OutOfMemory, SdrpcError
+from sdrpc.errors import DeviceError, InvalidValue, OutOfMemory, SdrpcError
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
@@ -62,6 +62,9 @@ from .weights import Weights
 from .worker import Worker
 
 log = logging.getLogger(__name__)
+
+MAX_THREADS = 1024
+"""Of a CPU. With many more the system gives none, and torch ends the process."""
 
 PATIENCE = 8
 """Runs of programs after which converted weights that none of them used make room for others. Programs that take turns
@@ -678,8 +681,10 @@ def devices(
     ``precision``: exact, fast, ggml, or auto: fast where the hardware has narrow arithmetic. ``threads``: of the
     CPU (default: torch's). ``dequant_cache``: bytes per device (default: 448 MiB, or a quarter of an
     accelerator's memory). ``compile``: of programs that repeat in *fast* precision; auto: on GPUs, where there is a
-    compiler; off. Raises :class:`sdrpc.errors.UsageError` for another precision.
+    compiler; off. Raises :class:`sdrpc.errors.UsageError` for another precision, and more than :data:`MAX_THREADS`.
     """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InvalidValue("threads", threads, f"it can be 1 … {MAX_THREADS}")
     compiler = Compiler() if compile == "auto" else None
     return [
         LocalDevice(
