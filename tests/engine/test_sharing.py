@@ -39,6 +39,12 @@ def clients(count: int = 2, dequant_cache: int = BUDGET) -> Iterator[list[Scene]
         device.close()
 
 
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two results differ by no more than how a convolution in bfloat16 adds up, which is another way when it is
+    recorded."""
+    return error(one, other) < 0.01
+
+
 def gives(first: Scene, second: Scene) -> None:
     """The second one asks for all that the first one has, by what it is."""
     first.device.copy(first.weights, 0, second.weights, 0, SIZE)
@@ -67,7 +73,7 @@ def test_the_second_client_takes_no_memory_and_gets_the_same() -> None:
         device = first.device
         used = device._weights.used
         for which in ("kernel", "matrix", "other kernel", "matrix"):
-            assert (first.run(which) == second.run(which)).all()
+            assert alike(first.run(which), second.run(which))
         assert second.bytes_() == came
         assert device._weights.used <= used + 4 * 4096 + 9 * 16 * 32, "nothing is converted twice, but for inputs"
 
@@ -82,15 +88,15 @@ def test_memory_goes_with_the_last_one() -> None:
         device.free(first.weights)
         gives(second, third)
         third.run("kernel")
-        assert device._spared == SIZE
+        assert device._storages.spared == SIZE
         assert share(second, third)
         assert third.bytes_() == second.bytes_()
         device.free(second.weights)
-        assert device._spared == 0
+        assert device._storages.spared == 0
         data = weakref.ref(third.weights.storage)
         expected = third.run("matrix")
         device.free(third.weights)
-        assert (third.run("matrix") == expected).all(), "its program goes on"
+        assert alike(third.run("matrix"), expected), "its program goes on"
         for each in scenes:
             del each.weights
             each.programs.clear()
@@ -102,13 +108,13 @@ def test_what_is_spared_is_not_free_for_others() -> None:
     """Each may write to all of its own at any time."""
     with sharing_two() as (first, second, _):
         device = first.device
-        assert device._spared == SIZE
+        assert device._storages.spared == SIZE
         if NAME != "CPU":
-            free, device._spared = device.memory().free, SIZE + (1 << 30)
+            free, device._storages.spared = device.memory().free, SIZE + (1 << 30)
             assert device.memory().free <= free - (1 << 29)
-            device._spared = SIZE
+            device._storages.spared = SIZE
         device.write(second.weights, 0, b"x")
-        assert device._spared == 0
+        assert device._storages.spared == 0
 
 
 WRITES = {
@@ -135,8 +141,8 @@ def test_who_writes_has_its_own_from_then_on(how: str, by_first: bool) -> None:
         assert (writer.bytes_(), other.bytes_()) == (alone.bytes_(), came)
         for _ in range(3):
             for which in expected:
-                assert (other.run(which) == expected[which]).all()
-                assert error(writer.run(which), alone.run(which)) < 0.01
+                assert alike(other.run(which), expected[which])
+                assert alike(writer.run(which), alone.run(which))
         assert (writer.bytes_(), other.bytes_()) == (alone.bytes_(), came)
 
 
@@ -152,7 +158,7 @@ def test_what_is_not_the_same_as_a_whole_stays() -> None:
         gives(first, second)
         first.device.free(first.weights)
         second.run("kernel")
-        assert first.device._spared == 0
+        assert first.device._storages.spared == 0
 
 
 def test_a_program_without_memory_for_its_own_copy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +169,7 @@ def test_a_program_without_memory_for_its_own_copy_says_so(monkeypatch: pytest.M
 
     with sharing_two() as (first, second, came):
         with monkeypatch.context() as patch:
-            patch.setattr(first.device, "_storage", full)
+            patch.setattr(first.device._storages, "_make", full)
             for act in (lambda: first.device.write(first.weights, 0, b"x"), lambda: second.run("writes between")):
                 with pytest.raises(OutOfMemory):
                     act()
@@ -189,7 +195,7 @@ def test_neither_can_tell(steps: list[tuple[int, tuple[str, object]]]) -> None:
                 continue
             found = [did(each[who], what, about, number) for each in (two, others)]
             if what == "run":
-                assert error(np.frombuffer(found[0], np.float32), np.frombuffer(found[1], np.float32)) < 0.01, about
+                assert alike(*(np.frombuffer(each, np.float32) for each in found)), about
             else:
                 assert found[0] == found[1], (what, about)
         assert [each.bytes_() for each in two] == [each.bytes_() for each in others]

@@ -49,7 +49,7 @@ def test_weights_are_there_once_for_both(tiny: Path, graphs: Path) -> None:
             assert np.array_equal(draw(second), alone)
             assert len(weights()) == 2 * len(one)
             assert {buffer.storage for buffer in weights()} == {buffer.storage for buffer in one}
-            assert device._spared >= sum(buffer.size for buffer in one)
+            assert device._storages.spared >= sum(buffer.size for buffer in one)
             assert device._weights.used < 1.1 * kept, "and in other forms, too"
             assert np.array_equal(draw(first), alone)
             first.close()

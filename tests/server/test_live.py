@@ -232,13 +232,13 @@ def test_what_one_writes_is_its_own(
     first.compute()
     second.compute()
     assert second.read() == data
-    assert devices[1]._spared == (ROOM if device else 0)
+    assert devices[1]._storages.spared == (ROOM if device else 0)
     writer, other = (first, second) if by_first else (second, first)
     write(writer)
     changed = writer.read()
     assert changed != data
     assert other.read() == data
-    assert devices[1]._spared == 0
+    assert devices[1]._storages.spared == 0
     third = scene(device=device)
     assert third.has(data)
     assert third.read() == data

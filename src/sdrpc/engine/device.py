@@ -46,14 +46,14 @@ from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
 from .forms import in_use
 from .holdings import Holdings, holdings
-from .memory import MAPPED, LocalBuffer, Storage, host_storage
+from .memory import MAPPED, LocalBuffer, Storage, new_storage
 from .operations import EngineOp
 from .pages import Frozen as FrozenPages
 from .precision import Precision, choose
 from .program import Bound, Compiled, compile_graph
 from .programs import Programs
 from .replay import Pool, Replay
-from .sharing import copy, held, is_shared, may_share, same
+from .sharing import Storages, held, is_shared, may_share
 from .slow import tell_if_long
 from .staging import Reading, Staging
 from .system import host_memory, return_freed_memory, shared_resident
@@ -127,9 +127,9 @@ class LocalDevice(ServedDevice):
         self.compute_limit = compute_limit
         # recordings use weights without asking for them: there none may leave
         self._weights = Weights(dequant_cache, PATIENCE if torch_device.type != "cuda" else None)
+        self._storages = Storages(partial(new_storage, torch_device), self._weights)
         self._buffers: dict[int, LocalBuffer] = {}
         self._promised = 0  # bytes of buffers and scratch memory that take memory when they are touched
-        self._spared = 0  # bytes that buffers would take if each had a storage of its own
         self._programs = Programs()
         # a bound program holds buffers and scratch memory: it lives as long as somebody has a LocalProgram of it
         self._bound: WeakValueDictionary[Hashable, Bound | Replay] = WeakValueDictionary()
@@ -167,11 +167,11 @@ class LocalDevice(ServedDevice):
         with translated(self.name, "asking for its memory"):
             if kind == "mps":
                 total = torch.mps.recommended_max_memory()
-                return Memory(max(total - torch.mps.driver_allocated_memory() - self._spared, 0), total)
+                return Memory(max(total - torch.mps.driver_allocated_memory() - self._storages.spared, 0), total)
             module = torch.xpu if kind == "xpu" else torch.cuda
             free, total = module.mem_get_info(self.torch_device)
             cached = module.memory_reserved(self.torch_device) - module.memory_allocated(self.torch_device)
-            return Memory(max(free + cached - self._spared, 0), total)
+            return Memory(max(free + cached - self._storages.spared, 0), total)
 
     # bytes
 
@@ -182,17 +182,11 @@ class LocalDevice(ServedDevice):
         if size > (free := self.memory().free):
             raise OutOfMemory(self.name, size, free=free)
         with translated(self.name, "allocating a buffer", size):
-            buffer = LocalBuffer(next(_keys), size, self._storage(size))
+            buffer = self._storages.allocate(next(_keys), size)
         with self._lock:
-            buffer.storage.users.add(buffer)
             self._buffers[buffer.key] = buffer
             self._promised += size if size >= MAPPED else 0
         return buffer
-
-    def _storage(self, size: int) -> Storage:
-        if self.torch_device.type == "cpu":
-            return host_storage(size)
-        return Storage(torch.zeros(size, dtype=torch.uint8, device=self.torch_device))
 
     def free(self, buffer: Buffer) -> None:
         """Give ``buffer`` back. A program that uses it keeps its memory until it is dropped itself."""
@@ -201,25 +195,7 @@ class LocalDevice(ServedDevice):
             if mine is None:
                 return
             self._promised -= mine.size if mine.size >= MAPPED else 0
-            left = self._left(mine)
-        self._freed(left)
-        self._weights.unmark(mine)
-
-    def _left(self, buffer: LocalBuffer) -> Storage | None:
-        """``buffer`` has its storage no longer: that, if nobody has it now. To be called with the lock."""
-        storage = buffer.storage
-        if buffer not in storage.users:  # it was freed, and only a program has it
-            return None
-        storage.users.remove(buffer)
-        if not storage.users:
-            return storage
-        self._spared -= buffer.size
-        return None
-
-    def _freed(self, storage: Storage | None) -> None:
-        if storage is not None:
-            storage.forms.free()
-            self._weights.free(storage)
+        self._storages.free(mine)
 
     def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
         source = memoryview(data).cast("B")
@@ -332,7 +308,9 @@ class LocalDevice(ServedDevice):
         return self._weights.mark(self._range(buffer, offset, size), offset, offset + size)
 
     def identify(self, buffer: Buffer, mark: Mark, name: Hashable) -> None:
-        self._weights.identify(self._range(buffer, mark.start, mark.end - mark.start), mark, name)
+        mine = self._buffers.get(buffer.key)
+        if mine is not None:  # else its client has just freed it
+            self._weights.identify(mine, mark, name)
 
     def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:
         storage = self._range(buffer, offset, size).storage
@@ -353,45 +331,6 @@ class LocalDevice(ServedDevice):
         if may_share(mine, theirs):
             mine.twin = weakref.ref(theirs)
 
-    def _shares_now(self, buffer: LocalBuffer) -> bool:
-        """Let ``buffer`` have its twin's storage if both hold the same; whether that has spared one. In the worker: no
-        program writes to either meanwhile."""
-        twin, buffer.twin = None if buffer.twin is None else buffer.twin(), None
-        if twin is None or not may_share(buffer, twin):
-            return False
-        with held(buffer, twin):
-            try:
-                if not same(buffer.storage, twin.storage):
-                    return False
-            except torch.OutOfMemoryError:  # to compare them takes more than there is
-                return False
-            with self._lock:
-                if buffer.key not in self._buffers or twin.key not in self._buffers:
-                    return False
-                left = self._left(buffer)
-                buffer.storage = twin.storage
-                buffer.storage.users.add(buffer)
-                self._spared += buffer.size
-        self._freed(left)
-        log.debug("%s: two buffers of %d bytes are the same and have one memory", self.name, buffer.size)
-        return left is not None
-
-    def _owned(self, buffer: LocalBuffer) -> Storage:
-        """The storage of ``buffer``, which is held, and from now on nobody else's."""
-        if not is_shared(buffer):
-            return buffer.storage
-        made = self._storage(buffer.size)
-        copy(buffer.storage, made)
-        with self._lock:
-            left = self._left(buffer)
-            buffer.storage = made
-            if buffer.key in self._buffers:
-                made.users.add(buffer)
-            else:  # freed: only a program has it
-                made.freed = True
-        self._freed(left)
-        return made
-
     def _range(self, buffer: Buffer, offset: int, size: int) -> LocalBuffer:
         mine = self._buffers.get(buffer.key)
         if mine is None:
@@ -408,7 +347,7 @@ class LocalDevice(ServedDevice):
         of them is forgotten, and nobody reads them or makes anything of them meanwhile."""
         mine = self._range(buffer, offset, size)
         with translated(self.name, doing), held(mine):
-            storage = self._owned(mine)
+            storage = self._storages.own(mine)
             with storage.forms.writing(storage.data, offset, offset + size, all_of_it):
                 self._weights.unmark(mine, offset, offset + size)
                 self._weights.drop(storage.key, offset, offset + size)
@@ -455,10 +394,14 @@ class LocalDevice(ServedDevice):
         compiled = self._programs.get(name, make, len(graph.tensors), deadline, client)
         self._check_room(compiled.peak)
         used = [mine[keys[number]] for number in compiled.buffers]
-        origin = Origin(graph, self.precision, sizes, {key: n for n, key in keys.items()})
+        origin = None
+        if self._compiler is not None:
+            origin = Origin(graph, self.precision, sizes, {key: n for n, key in keys.items()})
         return LocalProgram(self, used, partial(self._bind, name, compiled, used, origin))
 
-    def _bind(self, name: bytes, compiled: Compiled, used: Sequence[LocalBuffer], origin: Origin) -> Bound | Replay:
+    def _bind(
+        self, name: bytes, compiled: Compiled, used: Sequence[LocalBuffer], origin: Origin | None
+    ) -> Bound | Replay:
         """The graph of that ``name`` on the storages that its buffers have now."""
         known = name, tuple((buffer.key, buffer.storage.key) for buffer in used)
         with self._lock:
@@ -502,10 +445,10 @@ class LocalDevice(ServedDevice):
     def _compiling_threads(self) -> int:
         return self._threads or torch.get_num_threads()
 
-    def _repeating(self, bound: Bound, origin: Origin) -> Bound | Replay:
+    def _repeating(self, bound: Bound, origin: Origin | None) -> Bound | Replay:
         """``bound`` as it is run: recorded or compiled when it repeats, where this device does that."""
         faster = None
-        if self._compiler is not None:
+        if self._compiler is not None and origin is not None:
             faster = Faster(bound, origin, self._compiler, self._compiling_threads)
         return bound if self._pool is None and faster is None else Replay(bound, self._pool, faster)
 
@@ -577,11 +520,11 @@ class LocalDevice(ServedDevice):
     def _settled(self, program: LocalProgram) -> Bound | Replay:
         """``program`` as it is bound to the storages that its buffers have for this run: those that it writes to are
         their own."""
-        given_up = [self._shares_now(buffer) for buffer in program.buffers if buffer.twin is not None]
+        given_up = [self._storages.share(buffer) for buffer in program.buffers if buffer.twin is not None]
         for buffer in program.written:
             if is_shared(buffer):
                 with held(buffer):
-                    self._owned(buffer)
+                    self._storages.own(buffer)
         storages = program.bound.storages
         if any(buffer.storage is not storage for buffer, storage in zip(program.buffers, storages, strict=True)):
             program.bound = program.bind()

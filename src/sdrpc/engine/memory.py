@@ -59,6 +59,13 @@ class LocalBuffer:
     twin: weakref.ref[LocalBuffer] | None = None
 
 
+def new_storage(device: torch.device, size: int) -> Storage:
+    """Zeroed memory of ``device``."""
+    if device.type == "cpu":
+        return host_storage(size)
+    return Storage(torch.zeros(size, dtype=torch.uint8, device=device))
+
+
 def host_storage(size: int) -> Storage:
     """Zeroed memory of the CPU that nobody used before; a large one costs nothing until it is touched."""
     if size < MAPPED:

@@ -9,17 +9,99 @@ own before, as the bytes came, and its programs are bound to that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 
 import torch
 
 from .memory import LocalBuffer, Storage
+from .weights import Weights
+
+log = logging.getLogger(__name__)
 
 LEAST = 1 << 20
 """Bytes below which sharing is not worth binding programs anew."""
 PIECE = 64 << 20
 """Bytes that are compared or copied at a time: as many more may be needed for what does not lie as it came."""
+
+
+class Storages:
+    """Which storages the buffers of a device have. For any thread. ``make`` gives new memory of so many bytes;
+    ``weights`` are what programs have made of storages. ``spared``: bytes that buffers would take beyond what they do
+    if each had a storage of its own."""
+
+    def __init__(self, make: Callable[[int], Storage], weights: Weights) -> None:
+        self.spared = 0
+        self._make, self._weights = make, weights
+        self._lock = Lock()
+
+    def allocate(self, key: int, size: int) -> LocalBuffer:
+        """A new buffer, with a storage of its own."""
+        buffer = LocalBuffer(key, size, self._make(size))
+        buffer.storage.users.add(buffer)
+        return buffer
+
+    def free(self, buffer: LocalBuffer) -> None:
+        """Nobody has ``buffer`` any more, but perhaps programs."""
+        with self._lock:
+            left = self._leave(buffer)
+        self._free(left)
+        self._weights.unmark(buffer)
+
+    def share(self, buffer: LocalBuffer) -> bool:
+        """Let ``buffer`` have its twin's storage, if both hold the same; whether it has given its own back for that.
+        No program writes to either meanwhile."""
+        twin, buffer.twin = None if buffer.twin is None else buffer.twin(), None
+        if twin is None or not may_share(buffer, twin):
+            return False
+        with held(buffer, twin):
+            try:
+                if not _same(buffer.storage, twin.storage):
+                    return False
+            except torch.OutOfMemoryError:  # to compare them takes more than there is
+                return False
+            with self._lock:
+                if buffer not in buffer.storage.users or twin not in twin.storage.users:  # one was just freed
+                    return False
+                left = self._leave(buffer)
+                self._enter(buffer, twin.storage)
+                self.spared += buffer.size
+        self._free(left)
+        log.debug("two buffers of %d bytes hold the same and have one storage", buffer.size)
+        return left is not None
+
+    def own(self, buffer: LocalBuffer) -> Storage:
+        """The storage of ``buffer``, which is held: from now on nobody else's. Raises what it takes to copy it."""
+        if not is_shared(buffer):
+            return buffer.storage
+        made = self._make(buffer.size)
+        _copy(buffer.storage, made)
+        with self._lock:
+            if buffer in buffer.storage.users:
+                left = self._leave(buffer)
+                self._enter(buffer, made)
+            else:  # freed: only a program has it
+                left, buffer.storage, made.freed = None, made, True
+        self._free(left)
+        return made
+
+    def _enter(self, buffer: LocalBuffer, storage: Storage) -> None:
+        buffer.storage = storage
+        storage.users.add(buffer)
+
+    def _leave(self, buffer: LocalBuffer) -> Storage | None:
+        """``buffer`` has its storage no longer: that, if nobody has it now."""
+        users = buffer.storage.users
+        users.remove(buffer)
+        self.spared -= buffer.size if users else 0
+        return None if users else buffer.storage
+
+    def _free(self, storage: Storage | None) -> None:
+        if storage is not None:
+            storage.forms.free()
+            self._weights.free(storage)
 
 
 @contextmanager
@@ -47,7 +129,7 @@ def is_shared(buffer: LocalBuffer) -> bool:
     return not buffer.storage.users <= {buffer}
 
 
-def same(one: Storage, other: Storage) -> bool:
+def _same(one: Storage, other: Storage) -> bool:
     """Whether two storages of one size hold the same, as it came. Both are held."""
     for at, end in _pieces(len(one.data)):
         with one.forms.reading(one.data, at, end) as a, other.forms.reading(other.data, at, end) as b:
@@ -56,7 +138,7 @@ def same(one: Storage, other: Storage) -> bool:
     return True
 
 
-def copy(source: Storage, target: Storage) -> None:
+def _copy(source: Storage, target: Storage) -> None:
     """Let ``target``, of the same size, hold what ``source`` holds, as it came. ``source`` is held."""
     for at, end in _pieces(len(source.data)):
         with source.forms.reading(source.data, at, end) as part:
