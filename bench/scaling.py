@@ -53,7 +53,7 @@ def run(setup: Setup) -> Iterator[Row]:
             with in_pairs(setup, devices) as pairs:
                 yield from _in_pairs(setup, Chain((devices[0],)), pairs)
     if most > 1 and PICTURES in parts and not setup.on_cpu:
-        with opened(setup, most, together=True) as devices:
+        with opened(setup, most, together=True, apart=True) as devices:
             yield from _pictures(setup, devices, alone, " of one server")
 
 
@@ -120,8 +120,8 @@ def in_pairs(setup: Setup, apart: list[Device]) -> Iterator[dict[str, Chain]]:
 
 
 @contextmanager
-def opened(setup: Setup, count: int, together: bool = False) -> Iterator[list[Device]]:
-    """So many devices, each of a server of its own, or all ``together`` of one."""
+def opened(setup: Setup, count: int, together: bool = False, apart: bool = False) -> Iterator[list[Device]]:
+    """So many devices, each of a server of its own, or all ``together`` of one, over one connection or ``apart``."""
     with ExitStack() as stack:
         found: list[Device] = []
         names = ["CPU" if setup.on_cpu else f"CUDA{number}" for number in range(count)]
@@ -131,7 +131,7 @@ def opened(setup: Setup, count: int, together: bool = False) -> Iterator[list[De
             port = stack.enter_context(ServerProcess(*options)).port
             if setup.on_cpu:
                 port = stack.enter_context(SlowLink(port, ROUND_TRIP)).port
-            for device in connect([f"127.0.0.1:{port}"]):
+            for device in connect([f"127.0.0.1:{port}"], apart=apart):
                 stack.callback(device.close)
                 device.name = f"RPC{len(found)}"
                 found.append(device)

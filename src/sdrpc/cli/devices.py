@@ -11,7 +11,7 @@ from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect
 from ..device import Device, Memory
 from ..device_names import AUTO, folded, only_remote
 from ..diffusion import placement
-from ..diffusion.placement import side_by_side
+from ..diffusion.placement import cuts, side_by_side
 from ..errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -81,13 +81,15 @@ def every_device(
     threads: int | None,
     keychain: Keychain | None = None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    apart: bool = False,
 ) -> Iterator[Found]:
     """This machine's devices, then RPC0, RPC1 … of the servers at ``rpc``, whatever is wrong with some of them.
+    ``apart``: as for :func:`sdrpc.client.connect`.
 
     Raises :class:`UsageError` for what is no server's address, or is given twice.
     """
     with (
-        _servers(rpc, timeouts, keychain, lambda _: True) as remote,
+        _servers(rpc, timeouts, keychain, lambda _: True, apart) as remote,
         _opened(_local(precision, threads)) as local,
     ):
         yield remote._replace(devices=[*local, *remote.devices])
@@ -126,8 +128,11 @@ def placed_devices(
     devices when there are any, else this machine's first. This machine's devices, and torch with them, are left alone
     when no component can be there, unless ``everything`` is wanted. A server that does not answer is passed over, and
     the user told so, where all components have other devices; what else is wrong with one is an error."""
-    with _servers(rpc, timeouts, keychain, _is_away) as remote:
-        named = [name for names in wanted.values() for text in names for some in side_by_side(text) for name in some]
+    texts = [text for names in wanted.values() for text in names]
+    places = [side_by_side(text) for text in texts]
+    apart = any(len(lanes) > 1 for lanes in places) and not any(map(cuts, texts))
+    with _servers(rpc, timeouts, keychain, _is_away, apart) as remote:
+        named = [name for lanes in places for some in lanes for name in some]
         nothing_here = not everything and bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)
         with _opened([] if nothing_here else _local(precision, threads)) as local:
             there = remote._replace(devices=[*local, *remote.devices])
@@ -176,8 +181,10 @@ def _servers(
     timeouts: Timeouts,
     keychain: Keychain | None,
     borne: Callable[[SdrpcError], bool],
+    apart: bool = False,
 ) -> Iterator[Found]:
-    """RPC0, RPC1 … of the servers at ``rpc``; one that raises what can be ``borne`` stands for its devices."""
+    """RPC0, RPC1 … of the servers at ``rpc``; one that raises what can be ``borne`` stands for its devices.
+    ``apart``: as for :func:`sdrpc.client.connect`."""
     rpc, keychain = located(rpc, keychain or Keychain())
     endpoints = [parse_endpoint(text) for text in rpc]
     for position, endpoint in enumerate(endpoints):
@@ -189,7 +196,7 @@ def _servers(
         for endpoint in endpoints:
             number = len(remote) + len(absent)
             try:
-                found = _connected(str(endpoint), timeouts, keychain)
+                found = _connected(str(endpoint), timeouts, keychain, apart)
             except SdrpcError as error:
                 if not borne(error):
                     raise
@@ -211,11 +218,11 @@ def _is_away(error: SdrpcError) -> bool:
     return isinstance(error, ConnectionFailed | ConnectionLost | OverQuota | ServerStopping) and not somebody
 
 
-def _connected(rpc: str, timeouts: Timeouts, keychain: Keychain) -> list[RemoteDevice]:
+def _connected(rpc: str, timeouts: Timeouts, keychain: Keychain, apart: bool) -> list[RemoteDevice]:
     """The devices of the server at ``rpc``. Somebody at a terminal is asked for a key that is missing."""
     while True:
         try:
-            return connect([rpc], timeouts, keychain=keychain)
+            return connect([rpc], timeouts, keychain=keychain, apart=apart)
         except KeyNeeded as error:
             key = report.ask_key(error.endpoint)
             if key is None:

@@ -7,6 +7,7 @@ at the next answer, as :class:`ComputeError` when a graph was under way, and end
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from ..errors import (
     DeviceLost,
     LocalProtocolError,
     OutOfMemory,
+    OverQuota,
     RemoteProtocolError,
     SdrpcError,
     UnsupportedOperation,
@@ -49,6 +51,8 @@ from .keychain import Keychain
 from .names import Names
 from .refused import Refused
 from .upload import BY_DIGEST, NATIVE_THRESHOLD, PART, Run, Scheme, by_hash, send_all, upload
+
+log = logging.getLogger(__name__)
 
 MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""
@@ -598,12 +602,15 @@ def connect(
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     name_length: int | None = None,
     keychain: Keychain | None = None,
+    apart: bool = False,
 ) -> list[RemoteDevice]:
     """All devices of the servers at ``endpoints`` (``host:port``), named RPC0, RPC1, … in the order given.
 
     ``name_length``: GGML_MAX_NAME of native servers, where it is none of the usual. ``keychain``: keys for servers that
-    need one (default: those that were kept). One server that can't be used is an
-    error that names it; nothing stays open then. Raises :class:`UsageError`, :class:`ConnectionFailed`,
+    need one (default: those that were kept). ``apart``: each device of an sdrpc server has a connection of its own, as
+    far as the server lets us. Threads that each have a device then never wait for one another, as on one connection,
+    whose answers come one after the other; but devices that have one copy among themselves. One server that can't be
+    used is an error that names it; nothing stays open then. Raises :class:`UsageError`, :class:`ConnectionFailed`,
     :class:`ConnectionLost`, :class:`VersionMismatch`, :class:`RemoteProtocolError`.
     """
     parsed = [parse_endpoint(text) for text in endpoints]
@@ -619,8 +626,18 @@ def connect(
             reconnect = partial(open_connection, endpoint, timeouts, name_length, keychain)
             connection, devices_there = reconnect()
             connections.append(connection)
-            server = Server(connection, reconnect, another=partial(greet, endpoint, timeouts, keychain or Keychain()))
+            another = partial(greet, endpoint, timeouts, keychain or Keychain())
+            server = Server(connection, reconnect, another=another)
             for i in range(devices_there):
+                if i and apart and server.ours:
+                    try:
+                        connection, _ = reconnect()
+                    except OverQuota as error:
+                        log.info("devices of %s share a connection, and wait for each other: %s", endpoint, error)
+                        apart = False
+                    else:
+                        connections.append(connection)
+                        server = Server(connection, reconnect, another=another)
                 devices.append(RemoteDevice(f"RPC{len(devices)}", server, i))
     except BaseException:
         for connection in connections:

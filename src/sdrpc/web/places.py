@@ -194,9 +194,14 @@ class Places:
         return self._known[1]
 
     def traffic(self) -> list[Traffic]:
-        """What goes between this process and its servers."""
-        with_servers = (device.traffic for device in self._devices.values())
-        return list({traffic.server: traffic for traffic in with_servers if traffic}.values())
+        """What goes between this process and its servers, over all connections that it has to each."""
+        connections = {id(device.traffic): device.traffic for device in self._devices.values()}
+        total: dict[str, Traffic] = {}
+        for traffic in filter(None, connections.values()):
+            so_far = total.setdefault(traffic.server, Traffic(traffic.server))
+            so_far.sent += traffic.sent
+            so_far.received += traffic.received
+        return list(total.values())
 
     def _remembered(self) -> list[tuple[Shown, Memory | None]]:
         """Devices and their memory. One who asks waits for the devices, others get what was known before."""
