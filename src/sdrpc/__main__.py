@@ -3,7 +3,11 @@
 import os
 import sys
 
-if sys.path[0] in ("", os.getcwd()):  # a user's random.py is not the library's
+try:
+    here = os.getcwd()
+except FileNotFoundError:  # it was deleted
+    here = ""
+if sys.path[0] in ("", here):  # a user's random.py is not the library's
     del sys.path[0]
 
 from .cli.entry import sdrpc

@@ -171,6 +171,23 @@ def test_output_onto_a_link(draw: Sd, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["one.png"]
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "error: this machine has no memory left for that\n"),
+        (ImportError("libx.so: failed to map", name="torch"), "error: torch can't be loaded: libx.so: failed to map\n"),
+    ],
+)
+def test_full_disk_words_of_a_machine_without_memory(
+    error: Exception, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    assert report.guarded(fail) == report.FAILURE
+    assert capfd.readouterr().err == says
+
+
 def test_output_that_is_thrown_away() -> None:
     """/dev/null.png was made."""
     assert output_paths("/dev/null", 1) == [Path("/dev/null")]

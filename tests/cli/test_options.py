@@ -110,6 +110,8 @@ BAD_VALUES = [
     (("-p", "x", "--scm-mask", "1,0"), r"--scm-mask 1,0: is of --cache-mode dbcache"),
     (("-p", "x", "--cache-mode", "dbcache", "--cache-option", "Fn=1,Fn=2"), r"--cache-option .*: Fn is given twice"),
     (("-o", ""), r"--output ''"),
+    (("-steps", "5"), r"-steps: long options begin with two hyphens: --steps"),
+    (("\u2014cfg_scale=5",), r"\u2014cfg_scale: long options begin with two hyphens: --cfg-scale"),
     (("-o", "nodir/"), r"--output nodir/: names a directory"),
     (("--rpc-timeout", "nan"), r"--rpc-timeout nan: is no number of seconds"),
     (("--rpc-retry", "1e12"), r"--rpc-retry.* 1000000000000\.0 is not in the range"),

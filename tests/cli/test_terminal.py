@@ -423,6 +423,22 @@ def test_a_users_module_does_not_shadow_one_of_pythons(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_folder_that_was_deleted(tmp_path: Path) -> None:
+    """A terminal stays in it."""
+    script = (
+        "import os, runpy, sys; os.rmdir(os.getcwd()); sys.argv[1:] = ['sd-cli', '--version']; "
+        "runpy.run_module('sdrpc', run_name='__main__')"
+    )
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=folder, env=env
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("sd-cli ")
+
+
 def test_logging_of_another_thread_leaves_the_terminal_in_order(capfd: pytest.CaptureFixture[str]) -> None:
     from sdrpc.cli import report
 

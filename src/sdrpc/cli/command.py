@@ -277,6 +277,9 @@ class Command(click.Command):
             if argument == "--":
                 return [*result, argument, *rest]
             name, equals, value = argument.partition("=")
+            meant = spellings.get(_folded("--" + name.lstrip(_DASHES)))
+            if meant is not None and _written_wrong(name):
+                raise UsageError(f"{name}: long options begin with two hyphens: {meant}")
             name = spellings.get(_folded(name), name)
             if name in self.refused:
                 raise UsageError(f"{name}: {self.refused[name]}")
@@ -305,6 +308,15 @@ class Command(click.Command):
             raise InvalidValue("completion", shell, f"there are {', '.join(SHELLS)}")
         name = str(self.name)
         return kind(self, {}, name, f"_{name}_COMPLETE".replace("-", "_").upper()).source()
+
+
+_DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+"""Hyphens, and what programs for texts make of them."""
+
+
+def _written_wrong(option: str) -> bool:
+    """Whether a long option begins with one hyphen or another dash: -steps, —steps."""
+    return option[:1] in _DASHES and not option.startswith("--") and len(option.lstrip(_DASHES)) > 1
 
 
 def _is_short(option: str) -> bool:

@@ -109,8 +109,8 @@ def table(rows: Table) -> None:
 
 
 def guarded(command: Callable[[], int | None], options: Mapping[str, str] | None = None) -> int:
-    """Run ``command``; its exit status, 0 where it gives none. Errors that sdrpc raises on purpose become one line on
-    standard error, in which ``options`` (field → option) stand for fields."""
+    """Run ``command``; its exit status, 0 where it gives none. Errors that sdrpc raises on purpose, and what
+    the system refuses, become one line on standard error, in which ``options`` (field → option) stand for fields."""
     try:
         ended = command() or 0
     except SdrpcError as error:
@@ -122,6 +122,12 @@ def guarded(command: Callable[[], int | None], options: Mapping[str, str] | None
         ended = interrupts.INTERRUPTED
     except OSError as error:  # a disk that filled up meanwhile, say
         complain(reason(error))
+        ended = FAILURE
+    except MemoryError as error:
+        complain(f"this machine has no memory left for that {f'({error})' if str(error) else ''}".rstrip())
+        ended = FAILURE
+    except ImportError as error:  # a library that is damaged, or that there is no memory for
+        complain(f"{error.name or 'a library'} can't be loaded: {error}")
         ended = FAILURE
     finally:
         status.clear()
