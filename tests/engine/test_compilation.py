@@ -278,6 +278,23 @@ def test_what_is_of_no_use_is_said_once(
     program.device.close()
 
 
+@pytest.mark.parametrize(
+    ("factor", "follows", "takes_over"), [(1.05, False, True), (1.05, True, False), (1.005, True, True)]
+)
+def test_results_are_compared_in_the_roundings_of_what_they_are_computed_in(
+    factor: float, follows: bool, takes_over: bool
+) -> None:
+    def answer(job: Job) -> Callable[..., Sequence[Tensor]]:
+        return lambda *inputs: [right(job)(*inputs)[0] * factor]
+
+    program = Program(Told(answer), Precision("fast", torch.bfloat16, follows=follows))
+    for _ in range(REPEATS + 1):
+        program()
+    program.program.run()
+    assert program.runs_compiled is takes_over
+    program.device.close()
+
+
 def covered(key: int) -> Graph:
     """silu(x) to OUT, and silu(w · x) over its second half: as native clients place what they need no more."""
     weight, x = b.leaf(F16, N, N, buffer=key, offset=WEIGHT), b.leaf(F32, N, 4, buffer=key, offset=INPUT)

@@ -37,14 +37,15 @@ WEIGHTS = (EngineOp.WEIGHT, EngineOp.OPPORTUNISTIC_WEIGHT)
 @dataclass(frozen=True)
 class Compiled:
     """What a graph computes, whatever buffers it will run on: the values that are stored (``roots``) in order, the
-    numbers of the buffers that places count, sizes of scratch memories, how often each fusion fired, and the bytes that
-    a run takes at most besides its buffers."""
+    numbers of the buffers that places count, sizes of scratch memories, how often each fusion fired, the bytes that a
+    run takes at most besides its buffers, and the dtype of its products, None where they are exact."""
 
     roots: tuple[Value, ...]
     buffers: tuple[int, ...]
     scratch: Mapping[int, int]
     fusions: Report
     peak: int
+    narrow: torch.dtype | None
 
     @cached_property
     def stores(self) -> Sequence[tuple[int, int, int]]:
@@ -65,9 +66,11 @@ def compile_graph(graph: Graph, precision: Precision, numbers: Mapping[int, int]
         _supported(value)
     roots, report = fuse(rounded(traced.roots) if precision.rounds else traced.roots)
     buffers = tuple(numbers[key] for key in traced.buffers)
-    roots = assign(roots, precision.suited(roots))
+    suited = precision.suited(roots)
+    roots = assign(roots, suited)
     check_work(roots)
-    return Compiled(roots, buffers, traced.scratch, report, peak_bytes(roots) + sum(traced.scratch.values()))
+    peak = peak_bytes(roots) + sum(traced.scratch.values())
+    return Compiled(roots, buffers, traced.scratch, report, peak, suited.narrow)
 
 
 def _supported(value: Value) -> None:

@@ -31,7 +31,7 @@ TIMES = 3
 ROUNDINGS = 16
 """How far (relative, L2) a compiled program's results may be from those that it replaces, in the narrow dtype's
 roundings. It rounds less often, since it keeps in float32 what lies between operations that it fuses: 1 to 4 of them
-in SD 1.5 and SDXL."""
+in SD 1.5 and SDXL, as many as the program itself is from float32."""
 
 EIGHT_BITS = 0.125
 """How much farther they may be apart where activations become 8-bit floats: what is rounded otherwise before goes to
@@ -117,7 +117,7 @@ class Faster:
 
     def __init__(self, bound: Bound, origin: Origin, compiler: Compiler, threads: int) -> None:
         self._bound, self._origin, self._compiler, self._threads = bound, origin, compiler, threads
-        self._limit = ROUNDINGS * torch.finfo(origin.precision.narrow or torch.float32).eps
+        self._limit = ROUNDINGS * torch.finfo(bound.compiled.narrow or torch.float32).eps
         if any(value.op is EngineOp.PRODUCT_8BIT for value in ordered(bound.compiled.roots)):
             self._limit += EIGHT_BITS
         self._runs = self._times = 0
