@@ -348,19 +348,17 @@ class LocalDevice(ServedDevice):
         mine = self._range(buffer, offset, size)
         with translated(self.name, doing), held(mine):
             storage = self._storages.own(mine)
-            with storage.forms.writing(storage.data, offset, offset + size, all_of_it):
-                self._weights.unmark(mine, offset, offset + size)
-                self._weights.drop(storage.key, offset, offset + size)
-                yield storage
+            storage.forms.give_way(storage.data, offset, offset + size, all_of_it)
+            self._weights.unmark(mine, offset, offset + size)
+            self._weights.drop(storage.key, offset, offset + size)
+            yield storage
 
     @contextmanager
     def _reading(self, buffer: Buffer, offset: int, size: int, doing: str = "reading") -> Iterator[torch.Tensor]:
         """Within the context those bytes, as they came, stay as they are."""
         mine = self._range(buffer, offset, size)
         with translated(self.name, doing), held(mine):
-            storage = mine.storage
-            with storage.forms.reading(storage.data, offset, offset + size) as part:
-                yield part
+            yield mine.storage.forms.read(mine.storage.data, offset, offset + size)
 
     # graphs
 

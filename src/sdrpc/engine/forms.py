@@ -162,24 +162,25 @@ class Forms:
         self._stay: set[Source] = set()
         self._runs = self._waiting = 0
         self._freed = False
-        self._lock = Condition()
+        self.lock = Condition()
+        """Whoever has it is the only one to read the bytes or to write to them."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """A run uses the storage."""
-        with self._lock:
-            self._lock.wait_for(lambda: not self._waiting)
+        with self.lock:
+            self.lock.wait_for(lambda: not self._waiting)
             self._runs += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 self._runs -= 1
-                self._lock.notify_all()
+                self.lock.notify_all()
 
     def find(self, source: Source) -> CachedWeight | None:
         """The weight that is made of ``source``, if it lies there."""
-        with self._lock:
+        with self.lock:
             laid = self._at(source)
             return None if laid is None else laid.kept
 
@@ -194,7 +195,7 @@ class Forms:
 
     def typed(self, data: Tensor, source: Source, raw: Tensor) -> Tensor:
         """``raw``, the typed view of ``source``; a copy as it came if it lies there otherwise."""
-        with self._lock:
+        with self.lock:
             laid = self._at(source)
             if laid is None:
                 return raw
@@ -210,7 +211,7 @@ class Forms:
     ) -> CachedWeight | None:
         """Change what ``source`` is made of where it lies; ``keep`` makes of the weight what programs have of it. None
         where that can't be."""
-        with self._lock:
+        with self.lock:
             made = None
             if self._freed:
                 return None
@@ -225,62 +226,51 @@ class Forms:
             self.version += 1
             return self._laid[i].kept
 
-    @contextmanager
-    def reading(self, data: Tensor, start: int, end: int) -> Iterator[Tensor]:
-        """Bytes ``[start, end)`` as they came: the buffer's own where they lie so, else a copy. Nothing is changed
-        meanwhile."""
-        with self._lock:
-            laid = self._overlapping(start, end)
-            if not laid:
-                yield data[start:end]
-                return
-            result = data[start:end].clone()
-            for each in laid:
-                source = each.source
-                first, last = max(start, source.start), min(end, source.end)
-                bytes_ = changed_back(data[source.start : source.end], source, each.rest)
-                result[first - start : last - start] = bytes_[first - source.start : last - source.start]
-            yield result
+    def read(self, data: Tensor, start: int, end: int) -> Tensor:
+        """Bytes ``[start, end)`` as they came: the buffer's own where they lie so, else a copy. To be called with the
+        lock, which is kept until they are used."""
+        laid = self._overlapping(start, end)
+        if not laid:
+            return data[start:end]
+        result = data[start:end].clone()
+        for each in laid:
+            source = each.source
+            first, last = max(start, source.start), min(end, source.end)
+            bytes_ = changed_back(data[source.start : source.end], source, each.rest)
+            result[first - start : last - start] = bytes_[first - source.start : last - source.start]
+        return result
 
-    @contextmanager
-    def writing(self, data: Tensor, start: int, end: int, all_of_it: bool = True) -> Iterator[None]:
-        """Bytes ``[start, end)``, or with ``all_of_it`` false some of them, are written within the context, which may
-        mean queued. Nobody reads or changes them meanwhile: what else is queued comes before or behind."""
-        with self._lock:
-            for each in self._overlapping(start, end):
-                covered = all_of_it and start <= each.source.start and each.source.end <= end
-                self._remove(data, each, back=not covered)
-                each.kept.written = True
-            if all_of_it and self._stay:
-                self._stay = {each for each in self._stay if each.start < start or end < each.end}
-            yield
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody else reads the bytes or writes to them."""
-        with self._lock:
-            yield
+    def give_way(self, data: Tensor, start: int, end: int, all_of_it: bool = True) -> None:
+        """Bytes ``[start, end)``, or with ``all_of_it`` false some of them, are about to be written, or queued to be.
+        To be called with the lock, which is kept until that is done: nobody sees what is there meanwhile, and what else
+        is queued comes before or behind."""
+        for each in self._overlapping(start, end):
+            covered = all_of_it and start <= each.source.start and each.source.end <= end
+            self._remove(data, each, back=not covered)
+            each.kept.written = True
+        if all_of_it and self._stay:
+            self._stay = {each for each in self._stay if each.start < start or end < each.end}
 
     @contextmanager
     def as_they_came(self, data: Tensor, start: int, end: int) -> Iterator[None]:
         """Within the context bytes ``[start, end)`` lie as they came. It begins when nobody computes with them if they
         lie otherwise; then all of the buffer is changed back, since who wants some of a model wants the rest, too, and
         would wait for a run each time."""
-        with self._lock:
+        with self.lock:
             self._waiting += 1
             try:
-                self._lock.wait_for(lambda: not (self._runs and self._overlapping(start, end)))
+                self.lock.wait_for(lambda: not (self._runs and self._overlapping(start, end)))
                 if self._overlapping(start, end):
                     self._change_back(data, list(self._laid))
                 yield
             finally:
                 self._waiting -= 1
-                self._lock.notify_all()
+                self.lock.notify_all()
 
     def suit(self, data: Tensor, sources: Collection[Source], touched: Intervals) -> None:
         """A program is about to run that uses ``sources`` where they lie, and of the rest what is ``touched`` as it
         came."""
-        with self._lock:
+        with self.lock:
             wrong = [
                 each
                 for each in self._laid
@@ -291,7 +281,7 @@ class Forms:
     def free(self) -> None:
         """Nobody has the storage any more; programs that use it may run on. No more is changed: nobody would give back
         what that takes."""
-        with self._lock:
+        with self.lock:
             self._freed = True
             for each in self._laid:
                 each.give_back()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from operator import attrgetter
 from threading import Lock
 
 import torch
@@ -21,6 +22,7 @@ from .weights import Weights
 
 log = logging.getLogger(__name__)
 
+_key = attrgetter("key")
 LEAST = 1 << 20
 """Bytes below which sharing is not worth binding programs anew."""
 PIECE = 64 << 20
@@ -109,13 +111,17 @@ def held(*buffers: LocalBuffer) -> Iterator[None]:
     """Nobody else reads ``buffers`` or writes to them, nor gives them another storage. Storages are taken in one order,
     so that two threads that copy to and fro don't wait for each other."""
     while True:
-        storages = {buffer.storage for buffer in buffers}
-        with ExitStack() as stack:
-            for storage in sorted(storages, key=lambda each: each.key):
-                stack.enter_context(storage.forms.held())
-            if storages == {buffer.storage for buffer in buffers}:
+        storages = [buffer.storage for buffer in buffers]
+        locks = [storage.forms.lock for storage in sorted(storages, key=_key)]
+        for lock in locks:
+            lock.acquire()
+        try:
+            if storages == [buffer.storage for buffer in buffers]:
                 yield
                 return
+        finally:
+            for lock in locks:
+                lock.release()
 
 
 def may_share(one: LocalBuffer, other: LocalBuffer) -> bool:
@@ -132,17 +138,15 @@ def is_shared(buffer: LocalBuffer) -> bool:
 def _same(one: Storage, other: Storage) -> bool:
     """Whether two storages of one size hold the same, as it came. Both are held."""
     for at, end in _pieces(len(one.data)):
-        with one.forms.reading(one.data, at, end) as a, other.forms.reading(other.data, at, end) as b:
-            if not torch.equal(a, b):
-                return False
+        if not torch.equal(one.forms.read(one.data, at, end), other.forms.read(other.data, at, end)):
+            return False
     return True
 
 
 def _copy(source: Storage, target: Storage) -> None:
     """Let ``target``, of the same size, hold what ``source`` holds, as it came. ``source`` is held."""
     for at, end in _pieces(len(source.data)):
-        with source.forms.reading(source.data, at, end) as part:
-            target.data[at:end].copy_(part)
+        target.data[at:end].copy_(source.forms.read(source.data, at, end))
 
 
 def _pieces(size: int) -> Iterator[tuple[int, int]]:
