@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one than Python's before 3.11
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import RLock
 from weakref import WeakValueDictionary
@@ -40,6 +40,7 @@ from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 
 from .compilation import Compiler, Faster, Origin, missing
+from .convolutions import try_out
 from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
 from .discovery import CPU_CACHE, default_cache, found
@@ -422,22 +423,42 @@ class LocalDevice(ServedDevice):
         both would take far longer."""
         if self._compiler is None:
             return False
-        self._worker.submit(NOBODY, self._warm_libraries)
+        computed = self._compiler.convolutions(self.torch_device, self._compiling_threads)
+        works: list[Callable[[], None]] = [self._use_libraries]
+        works += [partial(try_out, each, self.torch_device) for each in reversed(computed)]
+        for work in works:  # one by one, so that a client who comes meanwhile has its turn
+            self._worker.submit(NOBODY, partial(self._first_use, work))
+        self._worker.submit(NOBODY, partial(self._warmed, len(computed), time.monotonic()))
         self._compiler.warm(self.torch_device, self._compiling_threads)
         return True
 
-    def _warm_libraries(self) -> None:
-        """Use what products, convolutions and attention come from: the first use loads hundreds of megabytes."""
-        began = time.monotonic()
+    def _use_libraries(self) -> None:
+        """What products, attention and convolutions come from: the first use loads hundreds of megabytes."""
+        x = torch.ones(1, 8, 16, 16, dtype=self.precision.narrow, device=self.torch_device)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        torch.nn.functional.conv2d(x, x[..., :3, :3].expand(8, -1, -1, -1))
+        (x @ x).sum().item()
+
+    def _first_use(self, work: Callable[[], None]) -> None:
         try:
-            with torch.inference_mode(), translated(self.name, "loading torch's libraries"):
-                x = torch.ones(1, 8, 16, 16, dtype=self.precision.narrow, device=self.torch_device)
-                torch.nn.functional.conv2d(x, x[..., :3, :3].expand(8, -1, -1, -1))
-                torch.nn.functional.scaled_dot_product_attention(x, x, x)
-                (x @ x).sum().item()
-        except SdrpcError as error:  # nobody has asked for anything yet
+            with torch.inference_mode(), self._libraries(), translated(self.name, "loading torch's libraries"):
+                work()
+        except SdrpcError as error:  # nobody has asked for it yet
             log.warning("%s", error)
-        tell_if_long(log, f"{self.name}: torch's libraries are there", began)
+
+    def _warmed(self, convolutions: int, began: float) -> None:
+        what = f"{self.name}: torch's libraries are there, and the fastest of {convolutions} convolutions,"
+        tell_if_long(log, what, began)
+        if self._pool is not None and not self._buffers:
+            self._pool.give_back()
+
+    def _libraries(self) -> AbstractContextManager[None]:
+        """How torch's libraries compute. Its own default lets convolutions in float32 round to TF32."""
+        exact = self.precision.narrow is None
+        flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+            enabled=True, benchmark=not exact, allow_tf32=False
+        )
+        return flags
 
     @property
     def _compiling_threads(self) -> int:
@@ -498,14 +519,12 @@ class LocalDevice(ServedDevice):
     def _run(self, program: LocalProgram, deadline: Deadline) -> None:
         deadline.start()
         self._check_room(program.peak)
-        exact = self.precision.narrow is None
         with running(deadline), translated(self.name, "computing"):
             bound = self._settled(program)
             new = isinstance(bound, Replay) and bound.is_new
             with (
                 torch.inference_mode(),
-                # torch's own default lets convolutions in float32 round to TF32
-                torch.backends.cudnn.flags(enabled=True, benchmark=not exact, allow_tf32=False),
+                self._libraries(),
                 in_use(bound.storages),
             ):
                 bound.run(deadline)

@@ -29,6 +29,8 @@ from torch import Tensor
 from sdrpc.errors import ComputeError
 from sdrpc.storage import cache_folder, entries, mark_used, read_own, shrink, write_whole
 
+from ..convolutions import Convolution, decode, noted
+from ..convolutions import encode as encode_all
 from .job import MADE_FOR_BYTES, Job, encode, made_for
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ SUFFIX = ".compiled"
 TUNED = ".tuned"
 """Folders beside programs, in which Triton's kernels remember which of their forms is fastest: all are tried when one
 first runs, in seconds for a program. They know the folder by the path that it had when they were compiled."""
+CONVOLUTIONS, MOST_TOLD = ".convolutions", 1 << 20
+"""A file of what cuDNN tries when a server starts, for each device, and the bytes that it may have."""
 MAGIC = b"sdrpc compiled 2\n"
 DIGEST_BYTES = 32
 BUDGET = 2 << 30
@@ -152,6 +156,33 @@ class Compiler:
             self._begin()
         return future
 
+    def convolutions(self, device: torch.device, threads: int) -> list[Convolution]:
+        """Those that were computed where the programs for ``device`` were compiled or used, the last ones last."""
+        return self._convolutions(self._told_in(made_for(device, threads)))
+
+    def _told_in(self, where: bytes) -> Path:
+        return self.folder / (where.hex() + CONVOLUTIONS)
+
+    def _convolutions(self, path: Path) -> list[Convolution]:
+        data = read_own(path, MOST_TOLD)
+        try:
+            return [] if data is None else decode(data)
+        except ValueError as error:
+            log.warning("%s: %s", path, error)
+            return []
+
+    def _remember_convolutions(self, where: bytes) -> None:
+        """Keep those that were computed so far, for the next start."""
+        path, computed = self._told_in(where), noted()
+        before = self._convolutions(path) if computed else []
+        if set(computed) <= set(before):
+            return
+        try:
+            write_whole(path, encode_all([*(each for each in before if each not in computed), *computed]))
+            shrink(self.folder, CONVOLUTIONS, MOST_TOLD)
+        except OSError as error:
+            log.warning("%s: convolutions are not kept: %s", path, error.strerror)
+
     def close(self) -> None:
         """End what is being compiled."""
         with self._changed:
@@ -222,6 +253,7 @@ class Compiler:
 
     def _found(self, job: Job) -> Function | None:
         """The program, loaded, or from the disk."""
+        self._remember_convolutions(job.made_for)
         key = job.key
         if key in self._loaded:
             self._loaded.move_to_end(key)

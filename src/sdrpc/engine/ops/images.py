@@ -28,6 +28,7 @@ from sdrpc.ggml.params import (
 from sdrpc.ggml.rules.images import ALIGN_CORNERS, ANTIALIAS, BICUBIC, BILINEAR, MAX_POOL, MEAN_POOL, NEAREST
 
 from ..arithmetic import quotient
+from ..convolutions import conv_2d
 from ..dtypes import shape_of
 from ..values import Value
 from .base import Autocast, Kernel, kernel, operand
@@ -136,7 +137,7 @@ def _conv_2d(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None = 
     # an image whose channels lie together makes torch rearrange the kernel too, which is larger, in every run
     if x.is_cpu or not together:
         x = x.contiguous()
-    y = F.conv2d(x, kernel, bias, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
+    y = conv_2d(x, kernel, bias, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0))
     return y.contiguous() if x.is_cpu else y  # norms on a CPU want a channel's places side by side
 
 
