@@ -124,6 +124,21 @@ def test_a_key_lets_another_machine_in_and_sigterm_ends_it(tmp_path: Path) -> No
         assert key.code not in server.output, "it is shown once, and then on terminals only"
 
 
+def test_a_terminal_that_is_closed_is_as_sigterm() -> None:
+    """Clients were cut off in the middle of what they were told."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs this may have it ignored
+    try:
+        server = ServerProcess("--device", "CPU")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with server, RawClient(server.port) as client:
+        Adder(client)()
+        server.process.send_signal(signal.SIGHUP)
+        assert client.ended() == ""
+        assert server.wait() == 0
+        assert "Traceback" not in server.output
+
+
 @pytest.mark.parametrize("option", [("--plain",), ("--allow-from", "10.0.0.0/8,fd00::/8")], ids=["plain", "allow"])
 def test_letting_others_in_without_a_key_is_warned_of_once(option: tuple[str, ...]) -> None:
     with ServerProcess("--host", "0.0.0.0", "--device", "CPU", *option) as server:

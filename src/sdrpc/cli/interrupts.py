@@ -30,6 +30,12 @@ def soon() -> None:
     _listen(_first)
 
 
+def hang_up() -> tuple[signal.Signals, ...]:
+    """The signal of a terminal that is closed, where there is one and nobody wants it ignored, as nohup does."""
+    number: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+    return () if number is None or signal.getsignal(number) == signal.SIG_IGN else (number,)
+
+
 def _listen(handler: signal._HANDLER) -> None:
     if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _leave, _first):
         signal.signal(signal.SIGINT, handler)  # else whoever started us wants Ctrl-C ignored

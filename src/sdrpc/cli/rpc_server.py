@@ -23,7 +23,7 @@ from ..server.announcing import announced
 from ..server.key_ring import KeyRing
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
-from . import keys, report
+from . import interrupts, keys, report
 from .command import Command
 from .entry import importing, ready
 from .server_options import AUTO, OPTIONS
@@ -237,14 +237,14 @@ def announce_keys(server: Server) -> None:
 
 
 def serve(server: Server, grace: float) -> None:
-    """Until Ctrl-C, or SIGTERM and what clients are at then, for ``grace`` seconds; a second one ends the process at
-    once."""
+    """Until Ctrl-C, or SIGTERM or a terminal that is closed and what clients are at then, for ``grace`` seconds; a
+    second one ends the process at once."""
 
     def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        server.stop(grace if number == signal.SIGTERM else 0)
+        server.stop(0 if number == signal.SIGINT else grace)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *interrupts.hang_up()):
         signal.signal(number, stop)
     server.serve()
 

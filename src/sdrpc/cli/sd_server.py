@@ -18,7 +18,7 @@ from ..diffusion import placement
 from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, UsageError
 from ..storage import read_own, state_folder, write_whole
-from . import discovery, fitting, report
+from . import discovery, fitting, interrupts, report
 from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
 from .command import Command
@@ -154,7 +154,7 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         try:
             _announce(chosen, listening, model, seats, data, bool(keys))
             logged = chosen["verbose"] or chosen["log_format"] == "json"
-            serve(app, listening, CONNECTIONS, logged, board.close)
+            serve(app, listening, CONNECTIONS, logged, board.close, interrupts.hang_up())
         finally:
             studio.stop()
             store.close()

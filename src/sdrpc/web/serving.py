@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 import uvicorn
@@ -28,15 +28,28 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(app: FastAPI, listening: socket.socket, connections: int, verbose: bool, ending: Callable[[], None]) -> None:
+def serve(
+    app: FastAPI,
+    listening: socket.socket,
+    connections: int,
+    verbose: bool,
+    ending: Callable[[], None],
+    hangs_up: Iterable[int] = (),
+) -> None:
     """Answer on ``listening``, up to ``connections`` at one time: further ones are told 503. ``ending`` is called when
-    it ends, while answers are still under way."""
+    it ends, while answers are still under way. ``hangs_up``: further signals that end it."""
     config = uvicorn.Config(
         app, log_config=None, access_log=verbose, limit_concurrency=connections, server_header=False, lifespan="off",
         timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
+    server = _Server(config, ending)
+
+    def hung_up(_: int, frame: FrameType | None) -> None:
+        server.handle_exit(signal.SIGTERM, frame)
+
     before = {number: signal.signal(number, _over) for number in (signal.SIGINT, signal.SIGTERM)}
-    _Server(config, ending).run(sockets=[listening])
+    before |= {number: signal.signal(number, hung_up) for number in hangs_up}
+    server.run(sockets=[listening])
     for number, handler in before.items():
         signal.signal(number, handler)
 
