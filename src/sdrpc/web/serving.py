@@ -34,7 +34,7 @@ def serve(
     connections: int,
     verbose: bool,
     ending: Callable[[], None],
-    hangs_up: Iterable[int] = (),
+    hangs_up: Iterable[signal.Signals] = (),
 ) -> None:
     """Answer on ``listening``, up to ``connections`` at one time: further ones are told 503. ``ending`` is called when
     it ends, while answers are still under way. ``hangs_up``: further signals that end it."""
