@@ -103,12 +103,19 @@ def test_a_server_that_has_no_place_for_another_connection(caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize(
-    ("names", "apart"), [("RPC0|RPC1", True), ("RPC0&RPC1", False), ("RPC0", False), ("auto", False)]
+    ("names", "several", "apart"),
+    [
+        ("RPC0|RPC1", True, True),
+        ("RPC0|RPC1", False, False),
+        ("RPC0&RPC1", True, False),
+        ("RPC0", True, False),
+        ("auto", True, False),
+    ],
 )
-def test_devices_that_draw_beside_each_other_are_apart(names: str, apart: bool) -> None:
-    """Those that compute one after the other copy among themselves."""
+def test_devices_that_draw_beside_each_other_are_apart(names: str, several: bool, apart: bool) -> None:
+    """Those that compute one after the other, or one picture together, copy among themselves."""
     with (
         served(Slow("one"), Slow("two")) as endpoint,
-        placed_devices({"diffusion": (names,)}, [endpoint], "exact", 1) as (_, (one, two)),
+        placed_devices({"diffusion": (names,)}, [endpoint], "exact", 1, several=several) as (_, (one, two)),
     ):
         assert (one.turns is not two.turns) == apart

@@ -11,7 +11,7 @@ from ..client import DEFAULT_TIMEOUTS, Keychain, RemoteDevice, Timeouts, connect
 from ..device import Device, Memory
 from ..device_names import AUTO, folded, only_remote
 from ..diffusion import placement
-from ..diffusion.placement import cuts, side_by_side
+from ..diffusion.placement import side_by_side
 from ..errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -123,14 +123,17 @@ def placed_devices(
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     keychain: Keychain | None = None,
     everything: bool = False,
+    several: bool = False,
 ) -> Iterator[Placing]:
-    """Where components may be, as :func:`sdrpc.diffusion.placement.wanted` says. ``auto`` is all of the servers'
-    devices when there are any, else this machine's first. This machine's devices, and torch with them, are left alone
-    when no component can be there, unless ``everything`` is wanted. A server that does not answer is passed over, and
-    the user told so, where all components have other devices; what else is wrong with one is an error."""
-    texts = [text for names in wanted.values() for text in names]
-    places = [side_by_side(text) for text in texts]
-    apart = any(len(lanes) > 1 for lanes in places) and not any(map(cuts, texts))
+    """Where components may be, for one picture or ``several``, as :func:`sdrpc.diffusion.placement.wanted` says.
+    ``auto`` is all of the servers' devices when there are any, else this machine's first. This machine's devices, and
+    torch with them, are left alone when no component can be there, unless ``everything`` is wanted. A server that does
+    not answer is passed over, and the user told so, where all components have other devices; what else is wrong with
+    one is an error."""
+    places = [side_by_side(text) for names in wanted.values() for text in names]
+    cut = any(len(some) > 1 for lanes in places for some in lanes)
+    # two devices with one picture copy to each other, and so do those that compute one after the other
+    apart = several and any(len(lanes) > 1 for lanes in places) and not cut
     with _servers(rpc, timeouts, keychain, _is_away, apart) as remote:
         named = [name for lanes in places for some in lanes for name in some]
         nothing_here = not everything and bool(rpc) and all(only_remote(name) or folded(name) == AUTO for name in named)

@@ -160,8 +160,9 @@ def _draw(chosen: Chosen) -> int:
         return parameters_of(settings, drawn, files, chosen["eta"], chosen["sampler_rng"])
 
     with placed_devices(
-        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen), fits
-    ) as (places, devices):
+        wanted, servers(chosen), chosen["precision"], threads(chosen), timeouts(chosen), keychain(chosen), fits,
+        settings.batch_count > 1,
+    ) as (places, devices):  # fmt: skip
         limits = limits_of(chosen["max_vram"], devices)
         if fits:
             fixed = [name for name, names in wanted.items() if not fitting.is_asked_for([names])]

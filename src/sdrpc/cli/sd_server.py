@@ -9,7 +9,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -188,7 +187,7 @@ def _seats(chosen: Chosen, model: Model) -> Iterator[tuple[Sequence[Seat], Seque
         with cluster_seats(chosen, partial(placed_far, where), where.said) as theirs:
             yield theirs, ()
         return
-    rpc, apart = servers(chosen), not fits and not where.cuts
+    rpc, apart = servers(chosen), not fits and not where.said  # a seat for each
     with every_device(rpc, chosen["precision"], threads(chosen), keychain(chosen), timeouts(chosen), apart) as found:
         for what, why in found.told().items():
             report.warn(f"{what}: {why}")
@@ -206,11 +205,6 @@ class Where(NamedTuple):
     @property
     def said(self) -> bool:
         return bool(self.backend or self.main or any(self.by_option.values()))
-
-    @property
-    def cuts(self) -> bool:
-        """Whether devices compute one after the other."""
-        return any(map(placement.cuts, chain(*self.backend.values(), [self.main], self.by_option.values())))
 
 
 def placed(where: Where, found: Found, default: Sequence[Device], model: Model) -> dict[str, list[Lanes]]:

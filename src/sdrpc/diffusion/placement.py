@@ -149,11 +149,6 @@ def side_by_side(text: str, item: str = "", field: str = "backend") -> tuple[Nam
     return found
 
 
-def cuts(text: str) -> bool:
-    """Whether ``text`` has devices compute one after the other (RPC0&RPC1)."""
-    return "&" in text
-
-
 def meant(text: str, there: Mapping[str, T], field: str = "backend") -> tuple[tuple[T, ...], ...]:
     """The devices that ``RPC0&RPC1|RPC2`` means, as :func:`side_by_side` takes it apart, of those that are ``there`` by
     name. Raises :class:`InvalidValue` for ``field`` where one does not exist, or stands there twice."""
