@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from sdrpc.engine.memory import HUGE, host_storage
 from sdrpc.engine.precision import Precision
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
-from sdrpc.server import Door, Keys, Limits, Server
+from sdrpc.server import Door, Keys, Limits, Server, live
 from sdrpc.server.key_ring import KeyRing
+from sdrpc.server.session import Session
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually
@@ -131,6 +134,62 @@ def shared_memory() -> int:
 
 both = pytest.mark.parametrize("ours", [True, False], ids=["sdrpc", "native"])
 each_device = pytest.mark.parametrize("device", [0, 1], ids=["pages", "whole"])
+
+
+def asked(place: Place, *questions: tuple[int, bytes]) -> list[bool]:
+    """What the client hears to questions for several places at once: offset in its buffer, and what shall be there."""
+    client = place.client
+    for at, data in questions:
+        client.post(
+            messages.SetTensorDigest(client.record(place.buffer, (len(data),), at=at, type="I8"), 0, digest(data))
+        )
+    return [client.receive(9)[8] == 1 for _ in questions]
+
+
+@each_device
+def test_several_are_looked_for_at_the_same_time(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, device: int
+) -> None:
+    first = scene(device=device).send(noise(1))
+    second = scene(device=device)
+    together = threading.Barrier(2)
+    find = live.Live.find
+
+    def meeting(*arguments: Any) -> bool:
+        together.wait(60)
+        return find(*arguments)
+
+    monkeypatch.setattr(live.Live, "find", meeting)
+    assert asked(second, (AT, noise(1)), (AT + SIZE, noise(2, 5000))) == [True, False]
+    assert second.read() == first.read()
+
+
+def test_what_is_looked_for_at_one_place_is_looked_for_in_turn(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could be noted that a place holds what another question has just replaced."""
+    scene().send(noise(1))
+    second = scene()
+    waits = threading.Event()
+    order: list[str] = []
+    find, looked = live.Live.find, Session._looked
+
+    def slowly(*arguments: Any) -> bool:
+        order.append("began")
+        assert waits.wait(60), "the second one is not begun before"
+        found = find(*arguments)
+        order.append("ended")
+        return found
+
+    def waiting(session: Session) -> None:
+        waits.set()
+        looked(session)
+
+    monkeypatch.setattr(live.Live, "find", slowly)
+    monkeypatch.setattr(Session, "_looked", waiting)
+    assert asked(second, (AT, noise(1)), (AT + SIZE - 1, noise(2, 5000))) == [True, False]
+    assert order == ["began", "ended"] * 2
+    assert second.read()[: SIZE - 1] == noise(1)[: SIZE - 1]
 
 
 @both

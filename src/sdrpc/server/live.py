@@ -102,8 +102,8 @@ class Live:
         self._owners: dict[str, Owned] = {}
         self._ranges = 0
         self._over: deque[Callable[[], None]] = deque()
-        self.questions = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-questions")
-        """For what clients ask for; it waits for pieces."""
+        self.questions = ThreadPoolExecutor(max(2, _THREADS), thread_name_prefix="sdrpc-questions")
+        """For what clients ask for; it waits for pieces, devices and disks."""
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-live")
 
     def has_any(self, owner: str) -> bool:

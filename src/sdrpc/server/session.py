@@ -51,6 +51,13 @@ class Place(NamedTuple):
     size: int
 
 
+class Looking(NamedTuple):
+    """A question that is worked on: whether the server has what belongs to ``place``."""
+
+    place: Place
+    answer: Future[messages.SetTensorHashReply]
+
+
 class Read(NamedTuple):
     """A graph on device number ``device``, as it is read in ``versions``, and the buffers that it uses by handle."""
 
@@ -131,7 +138,7 @@ class Session:
         self._shares: dict[int, int] = {}
         self._packed = PackedGraphs(limits.graph_bytes, self._hold, self._give_up)
         self._missed: dict[tuple[int, int, int], int | None] = {}
-        self._looking: list[Future[messages.SetTensorHashReply]] = []
+        self._looking: list[Looking] = []
 
     @property
     def dialect(self) -> Dialect:
@@ -193,7 +200,7 @@ class Session:
     def close(self) -> None:
         """Free everything, once nobody writes to it any more."""
         self._end_carriers()
-        wait(self._looking)
+        self._looked()
         try:
             self._ready.clear()
             self._forget(lambda _: True)
@@ -426,9 +433,16 @@ class Session:
         """The answer to a SET_TENSOR_DIGEST, while it is looked for. Nothing but further such questions may be dealt
         with before all of them are answered."""
         place = self._rest(asked.tensor, asked.offset)
-        self._looking = [each for each in self._looking if not each.done()]
-        self._looking.append(self._live.questions.submit(self._restored, place, asked.digest, None))
-        return self._looking[-1]
+        self._looking = [each for each in self._looking if not each.answer.done()]
+        if any(_overlap(place, each.place) for each in self._looking):  # what was found is there until it is noted
+            self._looked()
+        answer = self._live.questions.submit(self._restored, place, asked.digest, None)
+        self._looking.append(Looking(place, answer))
+        return answer
+
+    def _looked(self) -> None:
+        """Wait until nothing is looked for any more."""
+        wait([each.answer for each in self._looking])
 
     def _rest(self, tensor: Record, offset: int) -> Place:
         """``tensor`` from ``offset`` on. Who asks for bytes by their name does not say how many: these, or it is told
@@ -664,6 +678,11 @@ class Session:
 def _give_up(account: Account, buffers: Buffers, size: int) -> None:
     account.give_up(size)
     buffers.give_up(size)
+
+
+def _overlap(one: Place, other: Place) -> bool:
+    apart = one.offset + one.size <= other.offset or other.offset + other.size <= one.offset
+    return one.region is other.region and not apart
 
 
 def _named(tensor: Record) -> str:
