@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import BinaryIO
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,7 @@ WAITING = 64
 """Pieces that are held in memory until they are hashed and written: so far a disk may lag behind an upload. One that is
 slower slows it down."""
 _THREADS = min(8, os.cpu_count() or 1)
+_SEEKING = threading.Lock()
 
 Receive = Callable[[int, int, Callable[[memoryview], None]], None]
 """(offset, size, fill): have ``fill`` put a piece of at most :data:`sdrpc.content.PIECE` bytes where it belongs."""
@@ -110,7 +113,6 @@ class ClientCache:
         file = cache.open(digest, size) if cache.owned(digest, self.owner) else None
         if file is None:
             return False
-        turn = threading.Lock()
 
         def read(piece: tuple[int, int]) -> bytes:
             at, length = piece
@@ -118,9 +120,7 @@ class ClientCache:
 
             def fill(target: memoryview) -> None:
                 nonlocal digest
-                with turn:
-                    file.seek(at)
-                    _read_all(file, target)
+                _read_all(file, at, target)
                 digest = hashed(target)
 
             receive(at, length, fill)
@@ -148,11 +148,15 @@ class ClientCache:
         service = self.service
         if not SMALLEST <= size <= service.cache.budget or (name is not None and fnv1a() is None):
             return None
-        try:
-            return CacheWriter(service, self.owner, size, name)
-        except OSError as error:
-            service.cache.complain(error)
-            return None
+        return CacheWriter(service, self.owner, size, name)
+
+
+class Came(NamedTuple):
+    """A piece at ``at`` of a tensor, and its digest once it is written."""
+
+    at: int
+    data: np.ndarray
+    stored: Future[bytes]
 
 
 class CacheWriter:
@@ -160,16 +164,24 @@ class CacheWriter:
 
     def __init__(self, service: CacheService, owner: str, size: int, name: int | None) -> None:
         self._service, self._owner, self._size, self._name = service, owner, size, name
-        self._file, self._path = service.cache.create()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._waiting: deque[Came] = deque()
+        self._at_work = False
+        self._file: BinaryIO | None = None
+        self._path: Path | None = None
         self._digests: dict[int, Future[bytes]] = {}
         self._state = FNV_START
 
     def feed(self, at: int, piece: memoryview) -> None:
         """The :data:`PIECE` bytes from ``at`` on (or the rest), which are copied: the caller may change them. In any
         order, from any thread, where the client has no name for them."""
-        data = self._service.room.copy(piece)
-        stored = self._digests[at] = self._service.pool.submit(self._store, at, data)
+        data, stored = self._service.room.copy(piece), Future[bytes]()
+        self._digests[at] = stored
+        with self._lock:
+            self._waiting.append(Came(at, data, stored))
+            begins, self._at_work = not self._at_work, True
+        if begins:
+            self._service.pool.submit(self._store)
         if self._name is None:
             stored.add_done_callback(lambda _: self._service.room.give_back(data))
         else:
@@ -179,11 +191,23 @@ class CacheWriter:
         """Keep it, if it is ``complete``."""
         self._service.line.submit(self._finish, complete)
 
-    def _store(self, at: int, data: np.ndarray) -> bytes:
-        with self._turn:
-            self._file.seek(at)
-            _write_all(self._file, data.data)
-        return hashed(data.data)
+    def _store(self) -> None:
+        """Write and hash what came, one piece after the other: a system lets only one thread write to a file, and
+        others are better off with another tensor."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._at_work = False
+                    return
+                at, data, stored = self._waiting.popleft()
+            try:
+                if self._file is None:
+                    self._file, self._path = self._service.cache.create()
+                self._file.seek(at)
+                _write_all(self._file, data.data)
+                stored.set_result(hashed(data.data))
+            except Exception as error:  # for who keeps the whole
+                stored.set_exception(error)
 
     def _hash(self, data: np.ndarray, stored: Future[bytes]) -> None:
         """The client's name for it, which is hashed from end to end."""
@@ -194,11 +218,13 @@ class CacheWriter:
 
     def _finish(self, complete: bool) -> None:
         cache = self._service.cache
+        wait(self._digests.values())
         try:
-            with self._file:
-                digest = joined(self._digests[at].result() for at in sorted(self._digests))
-            whole = len(self._digests) == -(-self._size // PIECE)
-            if complete and whole and self._name in (None, self._state):
+            digest = joined(self._digests[at].result() for at in sorted(self._digests))
+            whole = complete and len(self._digests) == -(-self._size // PIECE)
+            if self._file is not None:
+                self._file.close()
+            if whole and self._path is not None and self._name in (None, self._state):
                 cache.commit(self._path, digest, self._size)
                 cache.add_owner(digest, self._owner)
                 if self._name is not None:
@@ -206,15 +232,24 @@ class CacheWriter:
         except OSError as error:
             cache.complain(error)
         finally:
-            remove(self._path)
+            if self._file is not None:
+                self._file.close()
+            if self._path is not None:
+                remove(self._path)
 
 
-def _read_all(file: BinaryIO, target: memoryview) -> None:
+def _read_all(file: BinaryIO, at: int, target: memoryview) -> None:
+    """Fill ``target`` with what is in the file from ``at`` on, whoever else reads it."""
     while target:
-        got = file.readinto(target)  # type: ignore[attr-defined]
+        if hasattr(os, "preadv"):
+            got = os.preadv(file.fileno(), [target], at)
+        else:  # Windows
+            with _SEEKING:
+                file.seek(at)
+                got = file.readinto(target)  # type: ignore[attr-defined]
         if not got:
             raise OSError("the file ends too early")
-        target = target[got:]
+        target, at = target[got:], at + got
 
 
 def _write_all(file: BinaryIO, rest: memoryview) -> None:

@@ -443,6 +443,7 @@ class Session:
     def _looked(self) -> None:
         """Wait until nothing is looked for any more."""
         wait([each.answer for each in self._looking])
+        self._looking.clear()
 
     def _rest(self, tensor: Record, offset: int) -> Place:
         """``tensor`` from ``offset`` on. Who asks for bytes by their name does not say how many: these, or it is told
