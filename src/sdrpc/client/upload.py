@@ -18,15 +18,19 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from ..content import FNV_START, SMALLEST, digest, fnv1a
 from ..device import Content
 from ..ggml.weight import Origin
+from ..wire.carrying import MOST_RANGES
 from ..wire.messages import SetTensorDigest, SetTensorHash
 from ..wire.records import Record
 from .names import Names
 
 PART = 32 << 20
 """Bytes that have a name of their own: native servers hold what they receive at once in memory twice."""
-GROUP_PARTS, GROUP_BYTES = 64, 32 << 20
+GROUP_PARTS, GROUP_BYTES = 64, 64 << 20
 """What is asked for together, and sent together, at most. While one group is sent, the answers for the next one are on
 their way and the names of the one behind that are computed: the bytes of all of them may be in memory."""
+LOAD_BYTES = 128 << 20
+"""What is sent together at most to a server that is asked for nothing: between two loads it has to see what the next
+one is."""
 NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
@@ -209,7 +213,7 @@ def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[in
             whole = memoryview(piece).cast("B")
             for start in range(0, len(whole), PART):
                 part = whole[start : start + PART]
-                if runs and (size + len(part) > GROUP_BYTES or len(runs) == GROUP_PARTS):
+                if runs and (size + len(part) > LOAD_BYTES or len(runs) == MOST_RANGES):
                     flush()
                 runs.append(Run(at, [part]))
                 size += len(part)
