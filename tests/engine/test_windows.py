@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.dtypes import shape_of
 from sdrpc.engine.operations import EngineOp
-from sdrpc.engine.ops import KERNELS
+from sdrpc.engine.ops import KERNELS, images
 from sdrpc.engine.values import Value
 from sdrpc.errors import GraphError
 from sdrpc.ggml.build import leaf, node
@@ -61,6 +62,22 @@ def test_as_the_reference_has_it(exact: LocalDevice, call: tuple[str, Any], ne: 
     except GraphError:
         assume(False)
     check(exact, leaves, [made], runs=1)
+
+
+CONVOLUTIONS = st.sampled_from(["IM2COL", "CONV_2D", "CONV_2D_DW", "CONV_3D"])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(call=CONVOLUTIONS.flatmap(lambda op: st.tuples(st.just(op), parameters(op))))
+def test_what_would_be_padded_much_is_picked(exact: LocalDevice, call: tuple[str, Any]) -> None:
+    op, params = call
+    leaves = Leaves(1)
+    try:
+        made = node(op, *(leaves.normal(*shape) for shape in SHAPES[op]), params=params)
+    except GraphError:
+        assume(False)
+    with patch.object(images, "PADDED", 0):
+        check(exact, leaves, [made], runs=1)
 
 
 @settings(max_examples=400, deadline=None)

@@ -34,7 +34,8 @@ from ..values import Value
 from .base import Autocast, Kernel, kernel, operand
 
 PADDED = 16
-"""An image that padding makes so many times larger is not padded: what its windows see is picked out of it."""
+"""An image that padding makes so many times larger is not padded: what its windows see is picked out of it. Nor does a
+convolution of torch's get such a padding: one of 2³¹ − 1 in float16 ends the process on a CPU (torch 2.11)."""
 CUBIC = -0.75
 """The parameter of bicubic interpolation."""
 MUCH = 8
@@ -46,13 +47,18 @@ then (1280 channels of 4×4 in bfloat16: 13 ms instead of 2). One of a single ta
 def _patches(x: Tensor, k: tuple[int, int], s: tuple[int, int], p: tuple[int, int], d: tuple[int, int]) -> Tensor:
     """What a window of ``k`` taps sees of ``x`` [n, c, h, w] with zeros around it: [n, down, across, taps, c]. Height
     comes first in windows, strides, paddings and dilations."""
-    if (2 * p[0] + x.shape[2]) * (2 * p[1] + x.shape[3]) > PADDED * x.shape[2] * x.shape[3]:
+    if _much_padded(x.shape[2:], p):
         outputs = [(x.shape[2 + i] + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in (0, 1)]
         return _picked(x, k, s, p, d, outputs)
     x = F.pad(x, (p[1], p[1], p[0], p[0])).permute(0, 2, 3, 1).contiguous()  # channels move together, the fastest way
     for axis in (0, 1):
         x = x.unfold(1 + axis, d[axis] * (k[axis] - 1) + 1, s[axis])[..., :: d[axis]]
     return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
+
+
+def _much_padded(sizes: Sequence[int], paddings: Sequence[int]) -> bool:
+    """Whether an image of these ``sizes`` is :data:`PADDED` times as large with so much around it."""
+    return math.prod(n + 2 * p for n, p in zip(sizes, paddings, strict=True)) > PADDED * math.prod(sizes)
 
 
 def _picked(
@@ -132,7 +138,7 @@ def _conv_2d(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tensor | None = 
         v = replace(v, params=p)
     together = kernel.is_contiguous(memory_format=torch.channels_last)
     few_places = v.ne[0] * v.ne[1] * v.ne[3] * (1 if together else MUCH) <= v.ne[2]
-    if x.is_cpu and (few_places or _has_one_tap(v, kernel)):
+    if _much_padded(x.shape[2:], (p.p1, p.p0)) or (x.is_cpu and (few_places or _has_one_tap(v, kernel))):
         return _conv_2d_as_product(v, kernel, x, bias)
     # an image whose channels lie together makes torch rearrange the kernel too, which is larger, in every run
     if x.is_cpu or not together:
@@ -155,7 +161,7 @@ def _conv_2d_as_product(v: Value[Conv2D], kernel: Tensor, x: Tensor, bias: Tenso
     window = taps, (p.s1, p.s0), (p.p1, p.p0), (p.d1, p.d0)
     if _has_one_tap(v, kernel):
         matrix, columns = kernel.flatten(1), x.transpose(0, 1).flatten(1)
-    elif kernel.is_contiguous(memory_format=torch.channels_last):
+    elif kernel.is_contiguous(memory_format=torch.channels_last) or _much_padded(x.shape[2:], window[2]):
         matrix = kernel.permute(0, 2, 3, 1).flatten(1)
         columns = _patches(x, *window).reshape(-1, matrix.shape[1]).mT
     else:
@@ -173,8 +179,11 @@ def _conv_2d_dw(v: Value[Conv2D], kernel: Tensor, x: Tensor) -> Tensor:
     found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1)))
     if found is None:
         return x.new_zeros(shape_of(v.ne))
-    kernel, x, paddings = found
-    return F.conv2d(x, kernel, None, (p.s1, p.s0), paddings[::-1], (p.d1, p.d0), groups=x.shape[1])
+    kernel, x, (across, down) = found
+    if _much_padded(x.shape[2:], (down, across)):
+        seen = _patches(x, (kernel.shape[2], kernel.shape[3]), (p.s1, p.s0), (down, across), (p.d1, p.d0))
+        return (seen * kernel.flatten(1).mT).sum(3).permute(0, 3, 1, 2)
+    return F.conv2d(x, kernel, None, (p.s1, p.s0), (down, across), (p.d1, p.d0), groups=x.shape[1])
 
 
 def _conv_transpose_2d(v: Value[ConvTranspose2D], kernel: Tensor, x: Tensor) -> Tensor:
@@ -221,23 +230,29 @@ def taps_at(have: int, n: int, k: int, window: tuple[int, int, int], device: tor
 
 def _im2col_3d(v: Value[Window3D], _kernel: Tensor, x: Tensor) -> Tensor:
     """[n · channels, d, h, w] → [n · deep, down, across, channels · kd · kh · kw]."""
-    p = v.params
-    k0, k1, k2 = operand(v, 0).ne[:3]
-    batch, (_, deep, high, wide) = x.shape[0] // p.channels, x.shape
-    x = x[: batch * p.channels]
-    w = taps_at(wide, v.ne[1], k0, (p.s0, p.p0, p.d0), x.device)
-    h = taps_at(high, v.ne[2], k1, (p.s1, p.p1, p.d1), x.device)
-    d = taps_at(deep, v.ne[3] // batch, k2, (p.s2, p.p2, p.d2), x.device)
+    batch = x.shape[0] // v.params.channels
+    places = v.ne[3] // batch, v.ne[2], v.ne[1]
+    return _seen_3d(x[: batch * v.params.channels], v.params, operand(v, 0).ne[2::-1], places).reshape(shape_of(v.ne))
+
+
+def _seen_3d(x: Tensor, p: Window3D, k: Sequence[int], places: Sequence[int]) -> Tensor:
+    """What windows of ``k`` taps at so many ``places`` see of ``x`` [n · channels, d, h, w] with zeros around it: [n,
+    deep, down, across, channels · taps]. The image is not padded."""
+    steps = (p.s2, p.p2, p.d2), (p.s1, p.p1, p.d1), (p.s0, p.p0, p.d0)
+    d, h, w = map(taps_at, x.shape[1:], places, k, steps, (x.device,) * 3)
     # picked at once: nothing between is larger than the result
     padded = F.pad(x, (0, 1) * 3)
     picked = padded[:, d[:, None, None, :, None, None], h[:, None, None, :, None], w[:, None, None, :]]
-    columns = picked.reshape(batch, p.channels, *picked.shape[1:]).permute(0, 2, 3, 4, 1, 5, 6, 7)
-    return columns.reshape(shape_of(v.ne))
+    return picked.reshape(-1, p.channels, *picked.shape[1:]).permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
 
 def _conv_3d(v: Value[Window3D], kernel: Tensor, x: Tensor) -> Tensor:
     """Kernel [outputs · channels, kd, kh, kw] and image [n · channels, d, h, w] → [n · outputs, deep, down, across]."""
     p = v.params
+    if _much_padded(x.shape[1:], (p.p2, p.p1, p.p0)):
+        seen = _seen_3d(x, p, kernel.shape[1:], v.ne[2::-1])
+        y = F.linear(seen, kernel.reshape(p.outputs, -1)).permute(0, 4, 1, 2, 3)
+        return y.reshape(shape_of(v.ne))
     found = _within_image(kernel, x, ((p.p0, p.d0), (p.p1, p.d1), (p.p2, p.d2)))
     if found is None:
         return x.new_zeros(shape_of(v.ne))
