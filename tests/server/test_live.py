@@ -392,7 +392,9 @@ def test_memory_to_share_leaves_descriptors_for_clients(monkeypatch: pytest.Monk
     assert host_storage(HUGE).pages is not None
 
 
-def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice]) -> None:
+@each_device
+def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice], device: int) -> None:
+    """Nor is a buffer ever compared with a stranger's."""
     ring = KeyRing(tmp_path / "keys.json")
     laptop, guest = ring.add("laptop").key, ring.add("guest").key
     door = Door(keys=Keys(ring, tmp_path / "server.pem"))
@@ -402,8 +404,9 @@ def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice]) 
     def sends(key: Key | None) -> bool:
         """Whether a client with ``key`` has to send the data. It stays."""
         given = [(None, key)] if key else []
-        remote, other = connect([server.endpoint], keychain=Keychain(given, tmp_path / f"{id(key)}.json"))
-        there.extend([remote, other])
+        remotes = connect([server.endpoint], keychain=Keychain(given, tmp_path / f"{id(key)}.json"))
+        there.extend(remotes)
+        remote = remotes[device]
         remote._server.names = Names(tmp_path / f"names {id(key)}")
         buffer = remote.allocate(SIZE)
         remote.upload(buffer, [Content(0, SIZE, Whole(lambda: data))], lambda _: None)
@@ -413,6 +416,11 @@ def test_nobody_else_s_are_found(tmp_path: Path, devices: list[CountingDevice]) 
     with Server(devices, door=door) as server:
         assert [sends(key) for key in (laptop, laptop, guest, guest, laptop)] == [True, False, True, False, False]
         assert [sends(None), sends(None)] == [True, False]
+        if device:
+            one, two, other, others, three, nobody, nobody_s = devices[1]._buffers.values()
+            assert [each.twin for each in (one, other, nobody)] == [None] * 3
+            assert [each.twin and each.twin() for each in (others, nobody_s)] == [other, nobody]
+            assert {each.twin and each.twin() for each in (two, three)} <= {one, two}
         for remote in there:
             remote.close()
 
