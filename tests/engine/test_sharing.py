@@ -78,6 +78,22 @@ def test_the_second_client_takes_no_memory_and_gets_the_same() -> None:
         assert device._weights.used <= used + 4 * 4096 + 9 * 16 * 32, "nothing is converted twice, but for inputs"
 
 
+def test_the_second_one_s_own_memory_is_given_back_before_it_runs() -> None:
+    """Also what its program was bound to before; nothing waits for the cycle collector."""
+    with clients() as (first, second):
+        first.run("kernel")
+        gives(first, second)
+        second.program("kernel")
+        own = weakref.ref(second.weights.storage)
+        gc.disable()
+        try:
+            second.run("kernel")
+            assert share(first, second)
+            assert own() is None
+        finally:
+            gc.enable()
+
+
 def test_memory_goes_with_the_last_one() -> None:
     with clients(3) as scenes:
         first, second, third = scenes
