@@ -196,6 +196,7 @@ def test_large_uploads_come_over_several_connections(
     """Many small tensors, some of several pieces, and one that is made in pieces of its own, through carriers: all of
     it arrives, and what the server keeps of it is right."""
     monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(upload, "LOAD_BYTES", 8 << 20)
     monkeypatch.setattr(upload, "GROUP_BYTES", 8 << 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     sizes = (*[10_000] * 10, 9 << 20, 1, PIECE + 1, 1023, 5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,10 @@ their way and the names of the one behind that are computed: the bytes of all of
 LOAD_BYTES = 128 << 20
 """What is sent together at most to a server that is asked for nothing: between two loads it has to see what the next
 one is."""
+FIRST_BYTES = 16 << 20
+"""What is sent together at first, and later if that takes its time: what is sent is told between two."""
+QUICK, SLOW = 0.1, 1.0
+"""Seconds for what was sent together: in less, the next is twice as much; in more, half."""
 NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
@@ -127,11 +132,27 @@ class _Part:
             self.views = None
 
 
+class _Pace:
+    """How many bytes are sent together: up to ``most``, as few as take a moment."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self.room = most, min(FIRST_BYTES, most)
+        self._since = time.monotonic()
+
+    def sent(self) -> None:
+        """What was sent together is."""
+        before, self._since = self._since, time.monotonic()
+        if self._since - before < QUICK:
+            self.room = min(2 * self.room, self._most)
+        elif self._since - before > SLOW:
+            self.room = max(self.room // 2, min(FIRST_BYTES, self._most))
+
+
 def upload(
     scheme: Scheme, contents: Sequence[Content], sender: Sender, names: Names, progress: Callable[[int], None]
 ) -> None:
     """Bring ``contents`` to the server, sending as little as can be."""
-    done = 0
+    done, pace = 0, _Pace(GROUP_BYTES)
     behind: deque[tuple[_Part, Future[bytes]]] = deque()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-names")
 
@@ -164,6 +185,7 @@ def upload(
         for part in parts:
             part.forget()
             done += part.size
+        pace.sent()
         progress(done)
 
     def finish(left: int) -> None:
@@ -173,7 +195,7 @@ def upload(
                 names.put(part.origin, name.result())
 
     try:
-        begun = _one_ahead(map(begin, _groups(_parts(scheme, contents))))
+        begun = _one_ahead(map(begin, _groups(_parts(scheme, contents), pace)))
         for group, asked, answers in _one_ahead(map(ask, begun)):
             had = {part for part, answer in zip(asked, answers(), strict=True) if answer}
             for some in [group] if sender.together else [[part] for part in group]:
@@ -193,12 +215,13 @@ def upload(
 
 def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[int], None]) -> None:
     """Bring ``contents`` to a server that has nothing of them."""
-    done = size = 0
+    done, size, pace = 0, 0, _Pace(LOAD_BYTES)
     runs: list[Run] = []
 
     def sent(count: int) -> None:
         nonlocal done
         done += count
+        pace.sent()
         progress(done)
 
     def flush() -> None:
@@ -213,7 +236,7 @@ def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[in
             whole = memoryview(piece).cast("B")
             for start in range(0, len(whole), PART):
                 part = whole[start : start + PART]
-                if runs and (size + len(part) > LOAD_BYTES or len(runs) == MOST_RANGES):
+                if runs and (size + len(part) > pace.room or len(runs) == MOST_RANGES):
                     flush()
                 runs.append(Run(at, [part]))
                 size += len(part)
@@ -230,11 +253,11 @@ def _parts(scheme: Scheme, contents: Iterable[Content]) -> Iterator[_Part]:
             yield _Part(content, start, size, origin)
 
 
-def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+def _groups(parts: Iterable[_Part], pace: _Pace) -> Iterator[list[_Part]]:
     group: list[_Part] = []
     size = 0
     for part in parts:
-        if group and (len(group) == GROUP_PARTS or size + part.size > GROUP_BYTES):
+        if group and (len(group) == GROUP_PARTS or size + part.size > pace.room):
             yield group
             group, size = [], 0
         group.append(part)
