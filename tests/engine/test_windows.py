@@ -6,6 +6,7 @@ import math
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from sdrpc.engine.values import Value
 from sdrpc.errors import GraphError
 from sdrpc.ggml.build import leaf, node
 from sdrpc.ggml.ops import OPS
+from sdrpc.ggml.params import Conv2D
 from sdrpc.ggml.tensor import dims
 from sdrpc.ggml.types import F32
 from tests.engine.compare import Leaves, check
@@ -98,3 +100,19 @@ def test_strange_parameters(call: tuple[str, Any], ne: tuple[int, ...], data: st
         Value(op, made.type, made.ne, src, params), *(torch.ones(shape_of(v.ne)) for v in src)
     )
     assert result.shape == shape_of(made.ne)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_nine_windows_the_one_in_the_middle_sees_the_image(dtype: torch.dtype) -> None:
+    """With as much padding around it as can be said."""
+    far = 2**31 - 1
+    made = node("CONV_2D", leaf(F32, 3, 3, 2, 8), leaf(F32, 5, 5, 2), params=Conv2D(far, far, far, far, 1, 1))
+    src = tuple(Value(EngineOp.LEAF, F32, operand.ne) for operand in made.src if operand is not None)
+    rng = torch.Generator().manual_seed(1)
+    kernel, x = (torch.randint(-2, 3, shape_of(value.ne), generator=rng).to(dtype) for value in src)
+    value = Value("CONV_2D", F32, made.ne, src, made.params)
+    wanted = torch.zeros(1, 8, 3, 3)
+    wanted[:, :, 1, 1] = (kernel.float() * x[:, :, :3, :3].float()).sum((1, 2, 3))
+    for form in (torch.contiguous_format, torch.channels_last):
+        found = KERNELS["CONV_2D"].function(value, kernel.contiguous(memory_format=form), x)
+        torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0)
