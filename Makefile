@@ -62,7 +62,7 @@ families: setup
 	$(BIN)/python -m tests.interop.families_table
 
 fuzz: setup
-	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(SEED:%=--seed %)
+	$(BIN)/python -m tests.fuzz --processes 2 --minutes $(or $(MINUTES),5) $(SEED:%=--seed %)
 
 # Every fault at every phase of a picture, with a key and without: ten minutes, most of them waiting.
 faults: setup
