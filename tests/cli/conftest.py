@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from sdrpc.cli import report, sd_cli
 from tests.support.process import ServerProcess
 
-TOOLS = Path(__file__).parent.parent.parent / "tools"
-
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD 1.x checkpoint with random weights, F32."""
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    tool = [sys.executable, TOOLS / "make_checkpoint.py", "--size", "tiny", "--type", "f32", path]
-    subprocess.run([str(word) for word in tool], check=True)
+    maker.write_safetensors(path, maker.tensors("tiny", torch.float32))
     return path
 
 

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from tests.support.upscaler import esrgan, save
 from tests.web.process import WebServer
 
-TOOLS = Path(__file__).parent.parent.parent / "tools"
-
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(maker: ModuleType, tiny_weights: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny SD 1.x model, a file that is none, and one of a component."""
     folder = tmp_path_factory.mktemp("models")
-    tool = [
-        sys.executable,
-        TOOLS / "make_checkpoint.py",
-        "--size",
-        "tiny",
-        "--type",
-        "f16",
-        folder / "tiny.safetensors",
-    ]
-    subprocess.run([str(word) for word in tool], check=True)
+    maker.write_safetensors(folder / "tiny.safetensors", tiny_weights)
     (folder / "broken.safetensors").write_bytes(b"<!doctype html>")
     return folder
 
