@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -75,11 +75,17 @@ class NoiseScale:
 
     def timestep(self, sigma: Real) -> f32:
         """The (fractional) timestep of a positive level, interpolated in the logarithm and kept within 0 … 999."""
-        log_sigma = _log(sigma)
-        low = min(max(int(np.count_nonzero(log_sigma - self.log_sigmas >= 0)) - 1, 0), TIMESTEPS - 2)
-        below, above = self.log_sigmas[low], self.log_sigmas[low + 1]
-        w = np.clip((below - log_sigma) / (below - above), f32(0), f32(1))
-        return f32((f32(1) - w) * f32(low) + w * f32(low + 1))
+        return _timestep(self, float(f32(sigma)))
+
+
+@lru_cache(maxsize=1024)
+def _timestep(scale: NoiseScale, sigma: float) -> f32:
+    """As :meth:`NoiseScale.timestep`: pictures have the same levels again and again."""
+    log_sigma = _log(sigma)
+    low = min(max(int(np.count_nonzero(log_sigma - scale.log_sigmas >= 0)) - 1, 0), TIMESTEPS - 2)
+    below, above = scale.log_sigmas[low], scale.log_sigmas[low + 1]
+    w = np.clip((below - log_sigma) / (below - above), f32(0), f32(1))
+    return f32((f32(1) - w) * f32(low) + w * f32(low + 1))
 
 
 class Prediction(ABC):

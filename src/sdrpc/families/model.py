@@ -111,7 +111,12 @@ class ModelComponent:
 
     def module(self, **options: Any) -> ModuleSpec:
         """Its module; ``options`` are added to its configuration."""
-        return ModuleSpec(self.found.component, {**self.config, **options})
+        return ModuleSpec(self.found.component, {**self.config, **options}) if options else self._plain
+
+    @cached_property
+    def _plain(self) -> ModuleSpec:
+        """Without options. Each step asks for it, and for its digest."""
+        return ModuleSpec(self.found.component, self.config)
 
 
 @dataclass(frozen=True)
