@@ -22,7 +22,7 @@ from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import CheckpointError
 from sdrpc.ggml.dialect import dialects
-from sdrpc.ggml.weight import Origin, Pieces, Whole
+from sdrpc.ggml.weight import Origin, Pieces, View, Whole
 from sdrpc.server import Cache, CacheService, Limits, Server
 from sdrpc.wire import messages as m
 from sdrpc.wire.messages import Command
@@ -209,6 +209,34 @@ def test_large_uploads_come_over_several_connections(
         if cached:
             again = scene.run(Model(sizes=sizes))
             assert again.bytes["carried"] == 1 + 1023 + 5
+
+
+def test_who_cancels_an_upload_keeps_the_connection(cpu: LocalDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on its way is sent before: the server was told of it."""
+    monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(upload, "LOAD_BYTES", 1 << 20)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    size = 1 << 20
+    data = np.random.default_rng(0).bytes(8 * size)
+
+    def cancel(done: int) -> None:
+        raise Cancelled(done)
+
+    with Server([cpu]) as server:
+        (device,) = connect([server.endpoint])
+        buffer = device.allocate(len(data))
+        contents = [Content(at, size, View(memoryview(data)[at : at + size])) for at in range(0, len(data), size)]
+        with pytest.raises(Cancelled):
+            device.upload(buffer, contents, cancel)
+        assert bytes(device.read(buffer, 0, size)) == data[:size]
+        device.upload(buffer, contents, lambda _: None)
+        assert bytes(device.read(buffer, 0, len(data))) == data
+        assert device.life == 0
+        device.close()
+
+
+class Cancelled(Exception):
+    pass
 
 
 def test_an_upload_goes_over_one_connection_where_there_is_no_place_for_more(

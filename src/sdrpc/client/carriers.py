@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 MOST = 4
 LEAST_BYTES = 64 << 20
 """Of an upload: below, opening connections takes longer than they spare."""
-
-
 AHEAD = 1
 """Loads that are on their way when the next one is given to the carriers: none of them has nothing to do then."""
 
@@ -43,6 +41,7 @@ class Carriers:
         self._connections = connections
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="sdrpc-carrier") for _ in connections]
         self._under_way: deque[Load] = deque()
+        self._sent: deque[Callable[[], None]] = deque()
         self._silences: dict[Connection, float] = {}
         for connection in connections:
             connection.watch = partial(self._silences.__setitem__, connection)
@@ -55,8 +54,8 @@ class Carriers:
         return bool(self._under_way)
 
     def send(self, data: Sequence[Sequence[memoryview]], sent: Callable[[], None], watch: Silence) -> None:
-        """Send ranges' bytes, given as views one behind the other; ``sent`` is called when they are, now or in a later
-        call. ``watch``: as :meth:`sdrpc.device.Device.watched`, while no carrier gets on. Raises
+        """Send ranges' bytes, given as views one behind the other; ``sent`` is for :meth:`tell` when they are, mostly
+        after this returns. ``watch``: as :meth:`sdrpc.device.Device.watched`, while no carrier gets on. Raises
         :class:`ConnectionLost`, also for what was given before."""
         hands = dealt([_size(each) for each in data], len(self))
         work = []
@@ -75,8 +74,7 @@ class Carriers:
                 for each in state.done:
                     each.result()
                 if not state.not_done:
-                    self._under_way.popleft()
-                    load.sent()
+                    self._sent.append(self._under_way.popleft().sent)
                     continue
                 at_work = [self._silences.get(connection) for connection in self._at_work()]
                 silent = [seconds for seconds in at_work if seconds is not None]
@@ -86,6 +84,11 @@ class Carriers:
         except BaseException:
             self.close()
             raise
+
+    def tell(self) -> None:
+        """Tell those whose data was sent."""
+        while self._sent:
+            self._sent.popleft()()
 
     def _at_work(self) -> list[Connection]:
         """Those of which something is awaited."""

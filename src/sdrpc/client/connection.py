@@ -149,8 +149,8 @@ class Connection:
         sent: Callable[[], None],
         doing: str,
     ) -> None:
-        """Send ``message``, and its data over ``carriers``; ``sent`` is called when it is, mostly after this returns.
-        What the server says to either it says here."""
+        """Send ``message``, and its data over ``carriers``, which :meth:`~Carriers.tell` that it is ``sent``. What the
+        server says to either it says here."""
         request = framing.encode_request(message, self.dialect, self.name_length)
         size = sum(len(view) for views in data for view in views)
 

@@ -205,7 +205,7 @@ class Server:
         except Exception:
             if made is not None:  # the server waits for the rest of what it was told of
                 with suppress(SdrpcError):
-                    self.finish_over(device, made)
+                    self._finish_over(device, made)
             raise
         finally:
             if made is not None:
@@ -226,9 +226,14 @@ class Server:
     ) -> None:
         """Send a message for ``device`` and its data over ``carriers``; ``sent`` is called when that is done."""
         self._answer(device, doing, lambda doing: self.connection.send_over(carriers, message, data, sent, doing))
+        carriers.tell()
 
     def finish_over(self, device: str, carriers: Carriers) -> None:
         """Wait until all that ``carriers`` have for ``device`` is sent."""
+        self._finish_over(device, carriers)
+        carriers.tell()
+
+    def _finish_over(self, device: str, carriers: Carriers) -> None:
         self._answer(device, "writing", lambda doing: self.connection.finish_over(carriers, doing))
 
     def _answer(self, device: str, doing: str, exchange: Callable[[str], Any]) -> Any:
