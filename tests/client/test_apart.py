@@ -42,8 +42,8 @@ def served(*devices: LocalDevice, limits: Limits | None = None) -> Iterator[str]
 
 
 @contextmanager
-def connected(endpoint: str, apart: bool = True) -> Iterator[list[RemoteDevice]]:
-    devices = connect([endpoint], apart=apart)
+def connected(*endpoints: str) -> Iterator[list[RemoteDevice]]:
+    devices = connect(endpoints, apart=True)
     try:
         yield devices
     finally:
@@ -100,6 +100,16 @@ def test_a_server_that_has_no_place_for_another_connection(caplog: pytest.LogCap
         assert one.turns is two.turns
         assert written(two) is not written(one)
         assert "share a connection" in caplog.text
+
+
+def test_a_server_without_a_place_says_nothing_of_the_next_one() -> None:
+    with (
+        served(Slow("one"), Slow("two"), limits=Limits(connections=1)) as full,
+        served(Slow("three"), Slow("four")) as roomy,
+        connected(full, roomy) as (one, two, three, four),
+    ):
+        assert one.turns is two.turns
+        assert three.turns is not four.turns
 
 
 @pytest.mark.parametrize(

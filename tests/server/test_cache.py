@@ -7,8 +7,11 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +120,7 @@ class Scene:
             place.read()  # answered in order: all before has been received
         self.cache_service.flush()
 
-    def files(self, suffix: str = ".tensor") -> list[Path]:
+    def files(self, suffix: str = ".blake3") -> list[Path]:
         return sorted(self.folder.glob(f"*{suffix}"))
 
 
@@ -200,7 +203,7 @@ def test_what_is_kept_belongs_to_a_key_and_not_to_an_address(tmp_path: Path) -> 
         assert [sends(None), sends(None)] == [True, False]
     cache_service.close()
     device.close()
-    assert len(list((tmp_path / "weights").glob("*.tensor"))) == 1
+    assert len(list((tmp_path / "weights").glob("*.blake3"))) == 1
     assert len(list((tmp_path / "weights").glob("*.owner"))) == 3
 
 
@@ -215,6 +218,58 @@ def test_owners_go_with_their_tensors(tmp_path: Path) -> None:
     cache.shrink()
     assert [cache.owned(digest(noise(number)), "somebody") for number in (1, 2)] == [True, False]
     assert not cache.owned(digest(noise(1)), "somebody else")
+
+
+def test_what_was_kept_under_other_digests_is_thrown_out(scene: Scene) -> None:
+    """A native client's name for it must not seem to stand for two contents when it comes again."""
+    data, other = noise(1), sha256(noise(1)).hexdigest()
+    owner = scene.cache_service.client_cache("127.0.0.1").owner
+    scene.stop()
+    (scene.folder / f"{other}.tensor").write_bytes(data)
+    (scene.folder / f"{other}-{owner}.owner").write_bytes(b"")
+    (scene.folder / f"{fnv(data):016x}-{SIZE:x}-{owner}.name").write_text(other)
+    scene.start()
+    assert scene.place(False).puts(data)
+    scene.flushed()
+    assert not scene.place(False).puts(data)
+    assert {path.suffix for path in scene.folder.iterdir()} == {".blake3", ".fnv1a", ".owner"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not show which files are open")
+def test_small_tensors_that_wait_for_their_names_have_no_file_open(tmp_path: Path) -> None:
+    def is_open(path: Path) -> bool:
+        return any(path.samefile(each) for each in Path("/proc/self/fd").iterdir() if each.exists())
+
+    service = CacheService(Cache(tmp_path, BUDGET))
+    may = threading.Event()
+    try:
+        service.line.submit(may.wait)
+        for seed in range(100):
+            writer = service.client_cache("somebody").writer(1024, None)
+            assert writer is not None
+            writer.feed(0, memoryview(noise(seed, 1024)))
+            writer.finish(True)
+            wait(writer._digests.values())
+        parts = list(tmp_path.glob("*.part"))
+        assert len(parts) == 100
+        assert not any(map(is_open, parts[::10]))
+    finally:
+        may.set()
+        service.flush()
+        service.close()
+    assert len(list(tmp_path.glob("*.blake3"))) == 100
+
+
+def test_a_machine_without_memory_leaves_the_room_that_there_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise MemoryError
+
+    room = client_cache.Room(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(client_cache.np, "empty", none_left)
+        with pytest.raises(MemoryError):
+            room.copy(memoryview(b"abc"))
+    assert room._left.acquire(blocking=False)
 
 
 def test_names_that_can_be_aimed_at_are_the_sender_s_own(scene: Scene) -> None:
@@ -238,7 +293,7 @@ def test_a_hash_that_is_not_the_data_s_is_no_name_of_it(scene: Scene, lie: int) 
     liar.send(noise(1))
     scene.flushed()
     assert not scene.place(False).asks(lie)
-    assert scene.files() == scene.files(".name") == []
+    assert scene.files() == scene.files(".fnv1a") == []
 
 
 def test_a_digest_that_is_not_the_data_s_is_no_name_of_it(scene: Scene) -> None:
@@ -439,7 +494,7 @@ def test_t46_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert not scene.place(True, size).puts(noise(29, size))
     assert scene.place(True, size).puts(noise(1, size))
     scene.flushed()
-    assert len(scene.files(".name")) <= len(scene.files())
+    assert len(scene.files(".fnv1a")) <= len(scene.files())
     assert scene.place(True, 10 * size + 1).puts(noise(1, 10 * size + 1))  # larger than all of it
     scene.flushed()
     assert not scene.place(True, size).puts(noise(0, size))

@@ -396,7 +396,7 @@ def test_14_a_folder_called_like_a_tensor_costs_no_file_descriptor(tmp_path: Pat
 
     data = os.urandom(5000)
     folder = tmp_path / "weights"
-    (folder / f"{digest(data).hex()}.tensor").mkdir(parents=True)
+    (folder / f"{digest(data).hex()}.blake3").mkdir(parents=True)
     folder.chmod(0o700)
     from sdrpc.server import Cache
 

@@ -613,10 +613,10 @@ def connect(
 
     ``name_length``: GGML_MAX_NAME of native servers, where it is none of the usual. ``keychain``: keys for servers that
     need one (default: those that were kept). ``apart``: each device of an sdrpc server has a connection of its own, as
-    far as the server lets us. Threads that each have a device then never wait for one another, as on one connection,
-    whose answers come one after the other; but devices that have one copy among themselves. One server that can't be
-    used is an error that names it; nothing stays open then. Raises :class:`UsageError`, :class:`ConnectionFailed`,
-    :class:`ConnectionLost`, :class:`VersionMismatch`, :class:`RemoteProtocolError`.
+    far as the server lets us. For threads that each have a device: on one connection, answers come one after the other,
+    and each thread waits for the others'. But only devices on one connection copy to each other at the server. One
+    server that can't be used is an error that names it; nothing stays open then. Raises :class:`UsageError`,
+    :class:`ConnectionFailed`, :class:`ConnectionLost`, :class:`VersionMismatch`, :class:`RemoteProtocolError`.
     """
     parsed = [parse_endpoint(text) for text in endpoints]
     for position, endpoint in enumerate(parsed):
@@ -633,13 +633,14 @@ def connect(
             connections.append(connection)
             another = partial(greet, endpoint, timeouts, keychain or Keychain())
             server = Server(connection, reconnect, another=another)
+            own = apart and server.ours
             for i in range(devices_there):
-                if i and apart and server.ours:
+                if i and own:
                     try:
                         connection, _ = reconnect()
                     except OverQuota as error:
                         log.info("devices of %s share a connection, and wait for each other: %s", endpoint, error)
-                        apart = False
+                        own = False
                     else:
                         connections.append(connection)
                         server = Server(connection, reconnect, another=another)

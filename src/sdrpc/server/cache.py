@@ -1,10 +1,10 @@
 """Tensors on disk, so that a client that comes again need not send them again.
 
-A folder that is this user's alone. ``<digest>.tensor`` holds a tensor's bytes and nothing else, under the digest that
+A folder that is this user's alone. ``<digest>.blake3`` holds a tensor's bytes and nothing else, under the digest that
 our own clients ask for (:mod:`sdrpc.content`); they are on disk once, and whoever has sent them finds them again: an
 empty file ``<digest>-<owner>.owner`` says so. Others have to send them, too, so nobody learns by asking what a
 neighbour draws with, nor gets it by knowing its digest. Native clients ask by FNV-1a 64, which anybody can aim at:
-those names are ``<hash>-<size>-<owner>.name``, each a file with the digest that it stands for. A name that has stood
+those names are ``<hash>-<size>-<owner>.fnv1a``, each a file with the digest that it stands for. A name that has stood
 for two contents stands for none.
 
 An owner is a key, wherever its client comes from, or the address of clients without one.
@@ -36,7 +36,10 @@ LEAST = 1 << 16
 STALE_SECONDS = 3600.0
 """After that long nobody is still writing a file: who began it has died."""
 
-_TENSOR, _NAME, _OWNER = ".tensor", ".name", ".owner"
+_TENSOR, _NAME, _OWNER = ".blake3", ".fnv1a", ".owner"
+_FORMER = (".tensor", ".name")
+"""Tensors under their SHA-256, and names for those: nobody asks for them any more, and a name that stood for one would
+seem to stand for two contents when its tensor comes again."""
 
 
 class Cache:
@@ -130,6 +133,8 @@ class Cache:
         for entry in storage.entries(self.folder, storage.PART):
             if entry.used < (time.time() - STALE_SECONDS) * 1e9:
                 storage.remove(entry.path)
+        for entry in storage.entries(self.folder, _FORMER):
+            storage.remove(entry.path)
         kept = {entry.path.stem for entry in tensors}
         for entry in storage.entries(self.folder, _NAME):
             digest = _read_name(entry.path)

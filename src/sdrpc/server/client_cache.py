@@ -44,9 +44,13 @@ class Room:
     def copy(self, piece: memoryview) -> np.ndarray:
         """A copy of ``piece``, once there is room for it; other threads run meanwhile."""
         self._left.acquire()
-        with self._lock:
-            self._used += 1
-            memory = self._free.pop() if self._free else np.empty(PIECE, np.uint8)
+        try:
+            with self._lock:
+                memory = self._free.pop() if self._free else np.empty(PIECE, np.uint8)
+                self._used += 1
+        except BaseException:  # there is no memory: one client's trouble, and no room less for all others
+            self._left.release()
+            raise
         data = memory[: len(piece)]
         np.copyto(data, np.frombuffer(piece, np.uint8))
         return data
@@ -169,6 +173,7 @@ class CacheWriter:
         self._at_work = False
         self._file: BinaryIO | None = None
         self._path: Path | None = None
+        self._left = size
         self._digests: dict[int, Future[bytes]] = {}
         self._state = FNV_START
 
@@ -193,7 +198,8 @@ class CacheWriter:
 
     def _store(self) -> None:
         """Write and hash what came, one piece after the other: a system lets only one thread write to a file, and
-        others are better off with another tensor."""
+        others are better off with another tensor. The file is closed with its last piece: many small tensors may wait
+        for what happens in order, and descriptors are few."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -205,26 +211,28 @@ class CacheWriter:
                     self._file, self._path = self._service.cache.create()
                 self._file.seek(at)
                 _write_all(self._file, data.data)
+                self._left -= len(data)
+                if not self._left:
+                    self._file.close()
                 stored.set_result(hashed(data.data))
             except Exception as error:  # for who keeps the whole
                 stored.set_exception(error)
 
     def _hash(self, data: np.ndarray, stored: Future[bytes]) -> None:
         """The client's name for it, which is hashed from end to end."""
-        if fnv := fnv1a():
-            self._state = fnv(data.data, self._state)
-        wait([stored])
-        self._service.room.give_back(data)
+        try:
+            if fnv := fnv1a():
+                self._state = fnv(data.data, self._state)
+            wait([stored])
+        finally:
+            self._service.room.give_back(data)
 
     def _finish(self, complete: bool) -> None:
         cache = self._service.cache
         wait(self._digests.values())
         try:
             digest = joined(self._digests[at].result() for at in sorted(self._digests))
-            whole = complete and len(self._digests) == -(-self._size // PIECE)
-            if self._file is not None:
-                self._file.close()
-            if whole and self._path is not None and self._name in (None, self._state):
+            if complete and not self._left and self._path is not None and self._name in (None, self._state):
                 cache.commit(self._path, digest, self._size)
                 cache.add_owner(digest, self._owner)
                 if self._name is not None:

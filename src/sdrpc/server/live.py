@@ -162,7 +162,11 @@ class Live:
     def _give_up(self) -> None:
         """Count what was frozen and is gone no longer."""
         while self._over:
-            self._over.popleft()()
+            try:
+                give_up = self._over.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            give_up()
 
     def _likely(self, owner: str, wanted: Wanted, target: Spot) -> Iterator[Held]:
         """What may be ``wanted``: what is known to be, then what nobody has looked at, that at the same place first."""

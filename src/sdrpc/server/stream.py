@@ -323,11 +323,12 @@ class Stream:
 
     def _fault(self, error: OSError) -> SdrpcError:
         """What ``error`` of the socket means."""
-        if not isinstance(error, TimeoutError) and not self._gone:
-            return ConnectionLost(self.peer, self.doing, error.strerror or str(error))
-        if error.errno:  # the system's, not ours
+        timed_out = isinstance(error, TimeoutError)
+        if self._gone or (timed_out and error.errno):  # the system's, not ours
             return ConnectionLost(self.peer, self.doing, GONE)
-        return RemoteProtocolError(f"nothing more came in time while {self.doing}")
+        if timed_out:
+            return RemoteProtocolError(f"nothing more came in time while {self.doing}")
+        return ConnectionLost(self.peer, self.doing, error.strerror or str(error))
 
     def _send(self, rest: memoryview) -> None:
         rest = rest[self._sent_at_once(rest) :]
