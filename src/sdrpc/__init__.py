@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,11 @@ def devices(
     """
     from .client import Keychain, connect, given_keys
     from .engine import devices as local_devices
+    from .errors import UsageError
 
+    endpoints = [rpc] if isinstance(rpc, str) else list(rpc or ()) if isinstance(rpc, Iterable) else [rpc]
+    if not all(isinstance(each, str) for each in endpoints):
+        raise UsageError(f"rpc takes 'host:port', or several such texts, not {rpc!r}")
     keychain = Keychain(given_keys([rpc_key] if isinstance(rpc_key, str) else rpc_key))
-    remote = connect([rpc] if isinstance(rpc, str) else rpc, keychain=keychain) if rpc else []
+    remote = connect(endpoints, keychain=keychain) if rpc else []
     return Devices({device.name: device for device in [*local_devices(precision, threads), *remote]})

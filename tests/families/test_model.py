@@ -276,6 +276,13 @@ def test_other_families_are_refused_by_name(name: str, family: str, tmp_path: Pa
         open_model(ModelFiles(path))
 
 
+def test_parts_that_were_not_needed_are_not_unused(tiny_weights: Weights, tmp_path: Path) -> None:
+    """Such as what decodes sound, in a picture of LTX-2."""
+    path = saved(tmp_path / "a.safetensors", tiny_weights | {"stray": torch.zeros(1)})
+    model = open_model(ModelFiles(path))
+    assert model.unused(model["diffusion"].found.tensors.values()) == {path: ["stray"]}
+
+
 def test_files_that_the_model_has_no_use_for_are_named(
     tiny: Path, tiny_weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -656,6 +657,18 @@ def test_integers_that_mean_another_thing_as_tensors() -> None:
 
 
 @pytest.mark.parametrize(
+    "make",
+    [lambda x: (x * i for i in range(2)), lambda x: deque([x * 2]), lambda x: {"a": x * 2}.values()],
+    ids=["generator", "deque", "view"],
+)
+@torch.no_grad()
+def test_results_that_nothing_can_fill_are_refused(make: Callable[[Tensor], Any]) -> None:
+    """They held tensors without numbers, the same ones in each call."""
+    with pytest.raises(CaptureError, match=r"Calling\.forward returns an object of .*: return tensors in tuples"):
+        sdrpc.offload(Calling(make), ReferenceDevice())(torch.ones(2))
+
+
+@pytest.mark.parametrize(
     ("function", "x"),
     [
         (lambda x: x * 2, torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag),
@@ -677,11 +690,11 @@ def test_dtypes_and_views(function: Callable[[Tensor], Tensor], x: Tensor) -> No
 
 
 class Calling(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.function(x)
 
 
@@ -690,6 +703,8 @@ def test_what_a_device_has_no_numbers_for_is_refused() -> None:
     linear, doubled = nn.Linear(4, 4), Calling(lambda x: x + 1)
     with pytest.raises(UsageError, match="an offloaded Linear needs numbers: an input is on the meta device"):
         sdrpc.offload(linear, ReferenceDevice())(torch.ones(1, 4, device="meta"))
+    with pytest.raises(UsageError, match="an offloaded Linear takes dense tensors"):
+        sdrpc.offload(linear, ReferenceDevice())(torch.eye(4).to_sparse())
     with pytest.raises(UsageError, match="has integers that float32, in which devices compute, can't hold"):
         sdrpc.offload(doubled, ReferenceDevice())(torch.tensor([2**24 + 1]))
     linear.factor = nn.Parameter(torch.ones(4, dtype=torch.complex64))  # type: ignore[assignment]
@@ -898,6 +913,9 @@ def test_devices_str(server: ServerProcess) -> None:
     assert set(devices) >= {"CPU", "RPC0"}
     assert repr(devices["RPC0"]).startswith(f"<RemoteDevice RPC0: {endpoint}")
     assert repr(devices["CPU"]).startswith("<LocalDevice CPU: ")
+    for wrong in (("127.0.0.1", server.port), [None], server.port):
+        with pytest.raises(UsageError, match="rpc takes 'host:port', or several such texts, not"):
+            sdrpc.devices(rpc=wrong)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"no device RPC7: there are CPU, RPC0"):
         devices["RPC7"]
     for device in devices.values():

@@ -172,12 +172,15 @@ class Model:
         return self.frames if video else 0
 
     def unused(self, taken: Iterable[Weight]) -> dict[Path, list[str]]:
-        """Per file, the names of tensors that belong to no component, when ``taken`` are the weights in use."""
-        ours = {weight.name for weight in taken}
+        """Per file, the names of tensors that belong to no component, when ``taken`` are the weights in use. Of a
+        component that was not needed, such as what decodes sound, nobody knows."""
+        used = {weight.name for weight in taken}
+        ours = set(used)
         for component in self.components.values():
-            kind = component.found.component
-            idle = (*kind.idle, *kind.sometimes)
-            ours.update(weight.name for name, weight in component.found.tensors.items() if name.startswith(idle))
+            kind, tensors = component.found.component, component.found.tensors
+            needed = any(weight.name in used for weight in tensors.values())
+            idle = (*kind.idle, *kind.sometimes) if needed else ("",)
+            ours.update(weight.name for name, weight in tensors.items() if name.startswith(idle))
         found = {file.path: sorted({*file.tensors, *file.skipped} - ours) for file in self.checkpoints}
         return {path: unused for path, unused in found.items() if unused}
 

@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -38,7 +38,7 @@ from .capture import capture, is_capturing, tensors_of
 from .effects import counted, kept
 from .lower import lower
 from .state import ModuleState
-from .structure import Description, Parts, build, from_json, take_apart, to_json
+from .structure import Description, Parts, build, from_json, objects, take_apart, to_json
 from .tracer import DataDependent
 
 log = logging.getLogger(__name__)
@@ -299,6 +299,10 @@ class _Remote:
             raise UsageError(f"an offloaded {self.original.__name__} {what}")
         if any(tensor.is_meta for tensor in arguments.tensors):
             raise UsageError(f"an offloaded {self.original.__name__} needs numbers: an input is on the meta device")
+        if not all(map(_is_dense, arguments.tensors)):
+            raise UsageError(
+                f"an offloaded {self.original.__name__} takes dense tensors: call to_dense() or dequantize()"
+            )
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors):
             raise UsageError(f"an offloaded {self.original.__name__} has no gradients: call it under torch.no_grad()")
         with self._lock:
@@ -392,6 +396,12 @@ class _Remote:
                 raise CaptureError(
                     f"{self.original.__name__}.{request.method} changes its arguments, such as a cache of earlier "
                     "calls: a device can't do that for you; call it without (use_cache=False)"
+                )
+            strange = next(filter(_is_beyond, objects(result.description)), None)
+            if strange is not None:
+                raise CaptureError(
+                    f"{self.original.__name__}.{request.method} returns an object of {type(strange).__name__}, which "
+                    "can't be filled with numbers: return tensors in tuples, lists, dicts or objects of a class"
                 )
             results.append(result.description)
             return result.tensors
@@ -560,6 +570,15 @@ def _with_numbers_as_tensors(
         if isinstance(value, int | float) and not isinstance(value, bool) and takes_tensor and not integer:
             inputs.arguments[name] = torch.tensor(value)
     return inputs.args, inputs.kwargs
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _is_beyond(it: Any) -> bool:
+    """Whether there may be tensors in an object that is used as it is: a generator, a deque, a coroutine."""
+    return isinstance(it, Iterable | Coroutine) and not isinstance(it, np.ndarray | type | nn.Module)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -64,6 +64,15 @@ def take_apart(value: Any) -> Parts:
     return Parts(description, tuple(walk.tensors))
 
 
+def objects(description: Any) -> Iterator[Any]:
+    """The objects in a description that are used as they are."""
+    if isinstance(description, Same):
+        yield description.it
+    elif isinstance(description, tuple):
+        for part in description:
+            yield from objects(part)
+
+
 class Walk:
     """Describes values. ``tensors`` are those that were met, ``containers`` the objects that may change in place."""
 
