@@ -135,6 +135,7 @@ def test_diffusers_directory(maker: ModuleType, tiny_weights: dict[str, Any], tm
     maker.write_diffusers(tmp_path / "model", tiny_weights)
     checkpoint = open_checkpoint(tmp_path / "model")
     assert checkpoint.configs.keys() == {"", "unet", "vae", "text_encoder"}
+    assert open_checkpoint(tmp_path / "model" / "model_index.json").configs == checkpoint.configs
     assert {name.split(".")[0] for name in checkpoint.tensors} == {"unet", "vae", "text_encoder"}
     assert all(weight.name == name for name, weight in checkpoint.tensors.items())
 

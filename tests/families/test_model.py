@@ -69,7 +69,8 @@ def test_a_whole_model(tiny: Path) -> None:
     ]
     taken = [weight for component in model.components.values() for weight in component.found.tensors.values()]
     assert model.unused(taken) == {}
-    everything = model.unused([])[tiny]
+    assert model.unused([]) == {}, "nothing was drawn"
+    everything = model.unused(next(iter(part.found.tensors.values())) for part in model.components.values())[tiny]
     assert f"{UNET}out.0.bias" in everything
     assert not any(name.startswith(f"{VAE}encoder") for name in everything), "it belongs to the VAE"
 
@@ -199,6 +200,9 @@ def test_metadata_says_what_shapes_cannot(tiny_weights: Weights, tmp_path: Path)
         ({"unet": 3}, "not understood"),
         ([1], "not understood"),
         ({"scaling_factor": 10**400}, "not understood"),
+        ({"scaling_factor": 0}, "not understood: scaling_factor is 0"),
+        ({"scaling_factor": float("nan")}, "not understood: scaling_factor is nan"),
+        ({"shift_factor": float("-inf")}, "not understood: shift_factor is -inf"),
         ({"latent_rgb_factors": 1}, "not understood"),
         ({"latent_rgb_factors": [[0, 0]] * 4}, "finite numbers, for each channel"),
         ({"latent_rgb_factors": [[0, 0, "nan"]] * 4}, "finite numbers, for each channel"),

@@ -69,12 +69,14 @@ class Checkpoint:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at ``path``, mapped: a file, an index of shards or any of them, a component's directory, or a
-    pipeline's.
+    pipeline's, also by its model_index.json.
 
     Raises :class:`CheckpointError` when there is none, when its form is not supported, and when it is damaged.
     """
     path = Path(path)
     try:
+        if path.name == directory.INDEX and path.is_file():
+            path = path.parent
         if path.is_dir():
             is_pipeline = (path / directory.INDEX).is_file()
             return _pipeline(path) if is_pipeline else _component(path, path, directory.weight_files(path))

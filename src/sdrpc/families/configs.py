@@ -65,8 +65,8 @@ def told_by(checkpoint: Checkpoint) -> Told:
         content = json.loads(text)
         told = Told(
             content.get("prediction"),
-            _number(content.get("scaling_factor")),
-            _number(content.get("shift_factor")),
+            _factor("scaling_factor", content),
+            _factor("shift_factor", content),
             dict(content.get("scheduler", {})),
             {name: dict(value) for name, value in content.items() if isinstance(value, dict)},
             _colours(content.get("latent_rgb_factors"), content.get("latent_rgb_factors_bias", (0, 0, 0))),
@@ -87,8 +87,15 @@ def told_by(checkpoint: Checkpoint) -> Told:
 _COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _factor(name: str, content: Mapping[str, Any]) -> float | None:
+    """A finite number; what latents are divided by is above 0."""
+    value = content.get(name)
+    if value is None:
+        return None
+    number = float(value)
+    if not math.isfinite(number) or (name == "scaling_factor" and number <= 0):
+        raise ValueError(f"{name} is {value!r}")
+    return number
 
 
 def _colours(factors: Any, bias: Any) -> Colours | None:
@@ -109,8 +116,8 @@ def _directory(checkpoint: Checkpoint) -> Told:
 
     def factor(name: str) -> float | None:
         try:
-            return _number(vae.get(name))
-        except (TypeError, ValueError) as error:
+            return _factor(name, vae)
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(checkpoint.path, f"{name} of the VAE can't be {vae[name]!r}") from error
 
     prediction = _SCHEDULERS[kind] if kind is not None else None
