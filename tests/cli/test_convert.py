@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdrpc.checkpoints.checkpoint import open_checkpoint
-from tests.cli.conftest import TOOLS, Outcome
+from tests.cli.conftest import Outcome
 from tests.cli.test_sd_cli import PSNR_EXACT, SMALL, Servers, psnr, rpc
 
 Sd = Callable[..., Outcome]
@@ -85,6 +85,6 @@ def test_a_rule_that_matches_nothing_is_told(sd: Sd, checkpoint: Path, tmp_path:
 
 def test_the_tool_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    command = [sys.executable, TOOLS / "make_gguf.py", checkpoint, path, "--type", "q4_0"]
+    command = [sys.executable, Path(__file__).parents[2] / "tools" / "make_gguf.py", checkpoint, path, "--type", "q4_0"]
     subprocess.run([str(word) for word in command], check=True)
     assert "Q4_0" in {weight.type.name for weight in open_checkpoint(path).tensors.values()}
