@@ -719,6 +719,7 @@ def test_results_of_what_is_trained_need_gradients() -> None:
     offloaded = sdrpc.offload(module, ReferenceDevice())
     result = offloaded(x)
     same(result, module(x))
+    result += 1  # it can be written to
     with pytest.raises(UsageError, match="an offloaded Linear has no gradients: train the original"):
         result.sum().backward()
     assert not offloaded.requires_grad_(False)(x).requires_grad

@@ -502,13 +502,15 @@ class _Remote:
 
 
 class _NoGradients(torch.autograd.Function):
-    """Results that seem to depend on a parameter, as those of a module do; who asks for gradients is told."""
+    """Results that seem to depend on a parameter, as those of a module do; who asks for gradients is told.
+
+    They come in a list: what is passed as a tensor comes out as a view, which nobody may write to."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, _: torch.Tensor, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, name: str, _: torch.Tensor, results: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         ctx.name = name
         ctx.mark_non_differentiable(*(r for r in results if not (r.is_floating_point() or r.is_complex())))
-        return results
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -522,7 +524,7 @@ def _without_gradients(name: str, module: nn.Module, results: list[torch.Tensor]
     parameter = next(trained, None) if torch.is_grad_enabled() and results else None
     if parameter is None:
         return results
-    given: tuple[torch.Tensor, ...] = _NoGradients.apply(name, parameter, *results)  # type: ignore[no-untyped-call]
+    given: tuple[torch.Tensor, ...] = _NoGradients.apply(name, parameter, results)  # type: ignore[no-untyped-call]
     return given
 
 
