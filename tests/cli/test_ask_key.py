@@ -44,7 +44,7 @@ def server(ring: KeyRing, tmp_path: Path) -> Iterator[Server]:
 
 
 def opened(server: Server, path: Path) -> None:
-    for device in devices._connected(server.endpoint, devices.DEFAULT_TIMEOUTS, Keychain(path=path)):
+    for device in devices._connected(server.endpoint, devices.DEFAULT_TIMEOUTS, Keychain(path=path), apart=False):
         device.close()
 
 
