@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -160,6 +161,21 @@ def test_who_writes_has_its_own_from_then_on(how: str, by_first: bool) -> None:
                 assert alike(other.run(which), expected[which])
                 assert alike(writer.run(which), alone.run(which))
         assert (writer.bytes_(), other.bytes_()) == (alone.bytes_(), came)
+
+
+def test_a_copy_of_its_own_is_nobodys_to_read_before_it_is_written() -> None:
+    """Else another client could get half of what is written, and the rest later."""
+    with sharing_two() as (first, _, _), ThreadPoolExecutor(1) as others:
+
+        def may_read() -> bool:
+            lock = first.weights.storage.forms.lock
+            if free := lock.acquire(blocking=False):
+                lock.release()
+            return free
+
+        with first.device._writing(first.weights, 0, 8):
+            assert not others.submit(may_read).result()
+        assert others.submit(may_read).result()
 
 
 def test_what_is_not_the_same_as_a_whole_stays() -> None:

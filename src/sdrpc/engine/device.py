@@ -347,8 +347,7 @@ class LocalDevice(ServedDevice):
         """Within the context ``size`` bytes, or some of them, are written, to the storage that it gives: what was made
         of them is forgotten, and nobody reads them or makes anything of them meanwhile."""
         mine = self._range(buffer, offset, size)
-        with translated(self.name, doing), held(mine):
-            storage = self._storages.own(mine)
+        with translated(self.name, doing), held(mine), self._storages.own(mine) as storage:
             storage.forms.give_way(storage.data, offset, offset + size, all_of_it)
             self._weights.unmark(mine, offset, offset + size)
             self._weights.drop(storage.key, offset, offset + size)
@@ -540,8 +539,8 @@ class LocalDevice(ServedDevice):
         given_up = [self._storages.share(buffer) for buffer in program.buffers if buffer.twin is not None]
         for buffer in program.written:
             if is_shared(buffer):
-                with held(buffer):
-                    self._storages.own(buffer)
+                with held(buffer), self._storages.own(buffer):
+                    pass
         storages = program.bound.storages
         if any(buffer.storage is not storage for buffer, storage in zip(program.buffers, storages, strict=True)):
             program.bound = program.bind()

@@ -74,20 +74,24 @@ class Storages:
         log.debug("two buffers of %d bytes hold the same and have one storage", buffer.size)
         return left is not None
 
-    def own(self, buffer: LocalBuffer) -> Storage:
-        """The storage of ``buffer``, which is held: from now on nobody else's. Raises what it takes to copy it."""
+    @contextmanager
+    def own(self, buffer: LocalBuffer) -> Iterator[Storage]:
+        """Within the context the storage of ``buffer``, which is held, and so is that; it is nobody else's from now on.
+        Raises what it takes to copy it."""
         if not is_shared(buffer):
-            return buffer.storage
+            yield buffer.storage
+            return
         made = self._make(buffer.size)
-        _copy(buffer.storage, made)
-        with self._lock:
-            if buffer in buffer.storage.users:
-                left = self._leave(buffer)
-                self._enter(buffer, made)
-            else:  # freed: only a program has it
-                left, buffer.storage, made.freed = None, made, True
-        self._free(left)
-        return made
+        with made.forms.lock:  # before anybody can have it. It is the last one made, so the order stays
+            _copy(buffer.storage, made)
+            with self._lock:
+                if buffer in buffer.storage.users:
+                    left = self._leave(buffer)
+                    self._enter(buffer, made)
+                else:  # freed: only a program has it
+                    left, buffer.storage, made.freed = None, made, True
+            self._free(left)
+            yield made
 
     def _enter(self, buffer: LocalBuffer, storage: Storage) -> None:
         buffer.storage = storage
