@@ -123,6 +123,18 @@ def test_bytes_outside_of_a_buffer(exact: LocalDevice, offset: int, size: int) -
     exact.free(buffer)
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_what_nobody_has_any_more_is_given_back_by_every_accelerator(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(getattr(torch, kind), "empty_cache", lambda: given.append(kind))
+    device = LocalDevice(kind, torch.device(kind, 0), EXACT)
+    device.trim()
+    device.close()
+    assert given == [kind]
+
+
 def test_an_empty_buffer(exact: LocalDevice) -> None:
     buffer = exact.allocate(0)
     exact.write(buffer, 0, b"")

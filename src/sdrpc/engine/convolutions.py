@@ -42,12 +42,13 @@ _lock = Lock()
 
 
 def conv_2d(image: Tensor, kernel: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """torch's convolution, which is remembered where a GPU computes it."""
+    """torch's convolution, which is remembered where a GPU has computed it."""
+    result = F.conv2d(image, kernel, bias, stride, padding, dilation)
     if image.is_cuda:
         together = kernel.is_contiguous(memory_format=torch.channels_last)
         shapes = tuple(image.shape), tuple(kernel.shape)
         _note(Convolution(*shapes, stride, padding, dilation, str(kernel.dtype), together))
-    return F.conv2d(image, kernel, bias, stride, padding, dilation)
+    return result
 
 
 def _note(convolution: Convolution) -> None:

@@ -563,10 +563,12 @@ class LocalDevice(ServedDevice):
             self._under_way.popleft().synchronize()
 
     def trim(self) -> None:
-        if self.torch_device.type == "cpu":
-            return_freed_memory()
         if self._pool is not None:
             self._pool.give_back()
+        elif self.torch_device.type == "cpu":
+            return_freed_memory()
+        else:
+            (torch.mps if self.torch_device.type == "mps" else torch.xpu).empty_cache()
 
     def stop(self, seconds: float) -> bool:
         """End what is computed, for good; whether that was possible within ``seconds``."""

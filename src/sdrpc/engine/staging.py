@@ -112,8 +112,9 @@ class Staging:
         """The slot that was used longest ago."""
         with self._changed:
             if self._made < PIECES:
-                self._made += 1
-                return _slot(PIECE)
+                made = _slot(PIECE)
+                self._made += 1  # not of one that the system refuses: who comes next would wait for it
+                return made
             self._changed.wait_for(lambda: self._slots)
             return self._slots.popleft()
 
@@ -129,8 +130,9 @@ class Staging:
                 return self._large.popleft()
             if self._large_made == LARGE_PIECES:
                 return None
+            made = _slot(LARGE_PIECE)
             self._large_made += 1
-        return _slot(LARGE_PIECE)
+            return made
 
 
 def _slot(size: int) -> Slot:
