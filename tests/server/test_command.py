@@ -20,6 +20,9 @@ from sdrpc.ggml.dialect import Version, dialects
 from sdrpc.key import Key
 from sdrpc.server import Cache
 from sdrpc.server.key_ring import KeyRing
+from sdrpc.wire import messages
+from sdrpc.wire.framing import drive, encode_request, read_reply
+from sdrpc.wire.messages import Command
 from tests.server.conftest import eventually
 from tests.support.client import Adder, RawClient, busy
 from tests.support.process import ServerProcess
@@ -125,15 +128,25 @@ def test_a_key_lets_another_machine_in_and_sigterm_ends_it(tmp_path: Path) -> No
 
 
 def test_a_terminal_that_is_closed_is_as_sigterm() -> None:
-    """Clients were cut off in the middle of what they were told."""
+    """Clients were cut off in the middle of what they told. A shell passes the signal on, and the system sends it once
+    more when the shell has ended."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs this may have it ignored
     try:
         server = ServerProcess("--device", "CPU")
     finally:
         signal.signal(signal.SIGHUP, before)
-    with server, RawClient(server.port) as client:
-        Adder(client)()
+    with server, RawClient(server.port) as idle, RawClient(server.port) as client:
+        Adder(idle)()
+        tensor, data = client.record(client.buffer(4000), (1000,)), bytes(range(250)) * 16
+        message = b"".join(encode_request(messages.SetTensor(tensor, 0, 0, data), client.dialect, 64))
+        question = b"".join(encode_request(messages.GetAlignment(0), client.dialect, 64))
+        client.send(question + message[:-1000])
+        drive(read_reply(Command.GET_ALIGNMENT, client.dialect), client.receive)  # it has come, and most of the other
         server.process.send_signal(signal.SIGHUP)
+        assert idle.ended() == ""
+        server.process.send_signal(signal.SIGHUP)
+        client.send(message[-1000:])
+        assert client.get(tensor, 4000) == data
         assert client.ended() == ""
         assert server.wait() == 0
         assert "Traceback" not in server.output

@@ -238,13 +238,15 @@ def announce_keys(server: Server) -> None:
 
 def serve(server: Server, grace: float) -> None:
     """Until Ctrl-C, or SIGTERM or a terminal that is closed and what clients are at then, for ``grace`` seconds; a
-    second one ends the process at once."""
+    second Ctrl-C or SIGTERM ends the process at once."""
+    hang_up = interrupts.hang_up()
 
     def stop(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        # a terminal is closed once, and told of twice: by the shell, and by the system when the shell has ended
+        signal.signal(number, signal.SIG_IGN if number in hang_up else signal.SIG_DFL)
         server.stop(0 if number == signal.SIGINT else grace)
 
-    for number in (signal.SIGINT, signal.SIGTERM, *interrupts.hang_up()):
+    for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
         signal.signal(number, stop)
     server.serve()
 
