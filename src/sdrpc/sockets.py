@@ -16,6 +16,7 @@ import select
 import socket
 import struct
 import sys
+from contextlib import suppress
 
 _INFO = struct.Struct("<2x2B52xI")
 """Of Linux's struct tcp_info: tcpi_retransmits and tcpi_probes, which count what was sent in vain one after the other,
@@ -30,22 +31,20 @@ the system gives by itself, megabytes, both spend a fifth more."""
 def prepare(connection: socket.socket, seconds: int) -> None:
     """Let the system send at once what it is given, and find out within ``seconds`` that the other machine is gone
     while it has nothing to say. How much may be on its way is the system's to find out, where that takes time."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if _is_near(connection):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BYTES)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    keepalive = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 6, "TCP_KEEPCNT": 3}
-    for option, value in keepalive.items():
-        if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
+    with suppress(OSError):  # a connection that has ended takes no options (macOS): who reads from it learns that
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if _is_near(connection):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BYTES)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keepalive = {"TCP_KEEPIDLE": seconds // 2, "TCP_KEEPINTVL": seconds // 6, "TCP_KEEPCNT": 3}
+        for option, value in keepalive.items():
+            if hasattr(socket, option):  # macOS and Windows name them otherwise; their defaults hold there
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, value))
 
 
 def _is_near(connection: socket.socket) -> bool:
     """Whether it goes to this machine."""
-    try:
-        host = str(connection.getpeername()[0])
-    except OSError:  # it has ended
-        return False
+    host = str(connection.getpeername()[0])
     return host == "::1" or host.removeprefix("::ffff:").startswith("127.")
 
 

@@ -24,8 +24,9 @@ from sdrpc.engine.device import LocalDevice
 from sdrpc.errors import DeviceError
 from sdrpc.ggml import params, validate
 from sdrpc.ggml.dialect import Dialect, dialects
-from sdrpc.server import Limits, Server
+from sdrpc.server import Limits, Server, stream
 from sdrpc.server.handler import AT_ONCE
+from sdrpc.sockets import prepare
 from sdrpc.wire import graphs, messages
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import NATIVE, Capability
@@ -355,6 +356,25 @@ def test_a_client_whose_machine_is_gone_is_noticed_by_the_system(device: Countin
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 21
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 7
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["between-messages", "in-a-message"])
+def test_what_is_said_of_a_client_whose_machine_is_gone(
+    device: CountingDevice, begun: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Server([device]) as server, RawClient(server.port) as client:
+        tensor = client.record(client.buffer(4000), (1000,))
+        if begun:
+            client.begin_set(tensor, 4000)
+        monkeypatch.setattr(stream, "is_gone", lambda *_: True)
+        assert eventually(lambda: any("its machine does not answer any more while" in line for line in caplog.messages))
+
+
+def test_options_of_a_connection_that_has_ended() -> None:
+    """Systems refuse them."""
+    one, other = socket.socketpair()  # of no network, which refuses them, too
+    with one, other:
+        prepare(one, 10)
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="Linux tells how often it has probed")

@@ -109,7 +109,7 @@ class Stream:
         self._start, self._end = 0, self._receive(self._ahead, None)
         self.idle_since = None
         if self._gone:
-            raise ConnectionLost(self.peer, self.doing, GONE)
+            raise self._ended()
         return self._end > 0
 
     @property
@@ -243,7 +243,7 @@ class Stream:
     def _received(self, target: memoryview) -> int:
         count = self._receive(target, self._stall)
         if not count:
-            raise ConnectionLost(self.peer, self.doing)
+            raise self._ended()
         return count
 
     def _received_whole(self, target: memoryview) -> int:
@@ -265,7 +265,7 @@ class Stream:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(_TIME.size))
         self.received += count
         if not count:
-            raise ConnectionLost(self.peer, self.doing)
+            raise self._ended()
         return count
 
     def _received_records(self, target: memoryview) -> int:
@@ -284,7 +284,7 @@ class Stream:
                 filled += count
         self.received += filled
         if not filled:
-            raise ConnectionLost(self.peer, self.doing)
+            raise self._ended()
         return filled
 
     def _receive(self, target: memoryview, seconds: float | None) -> int:
@@ -320,6 +320,10 @@ class Stream:
             yield
         except OSError as error:
             raise self._fault(error) from None
+
+    def _ended(self) -> ConnectionLost:
+        """What it means that nothing more comes."""
+        return ConnectionLost(self.peer, self.doing, GONE) if self._gone else ConnectionLost(self.peer, self.doing)
 
     def _fault(self, error: OSError) -> SdrpcError:
         """What ``error`` of the socket means."""
