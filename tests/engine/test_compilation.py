@@ -501,6 +501,19 @@ def test_what_loads_programs_is_there_before_clients_are(tmp_path: Path, monkeyp
         compiler.close()
 
 
+def test_a_server_starts_with_a_torch_that_has_its_loader_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiling, "LOADER", ("torch._inductor.moved",))
+    monkeypatch.setattr(compiling, "prepare", compiling.prepare.__wrapped__)
+    (tmp_path / ("some" + compiling.SUFFIX)).write_bytes(b"damaged")
+    compiler = Compiler(tmp_path)
+    loading = compiler.warm(CPU, 1)
+    assert isinstance(loading.exception(SECONDS), ModuleNotFoundError)
+    assert "No module named 'torch._inductor.moved'" in caplog.text
+    compiler.close()
+
+
 def test_a_device_that_compiles_nothing_has_nothing_to_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     compiler = Compiler(tmp_path)
     asked: list[tuple[torch.device, int]] = []

@@ -231,8 +231,8 @@ class Ahead:
         """``array`` on the device."""
         with self.turns:
             self._check()
+            place = self._slot(array.nbytes)  # first: what is drawn now has this size
             self._give_back()
-            place = self._slot(array.nbytes)
             self._write(place, array)
         return self._array(self._stored(array.shape, place))
 

@@ -149,7 +149,10 @@ class Compiler:
         wait for that; how many, later. What loads them is there at once, if any are kept."""
         with suppress(OSError):  # which is told when they are loaded
             if any(True for _ in entries(self.folder, SUFFIX)):
-                prepare()
+                try:
+                    prepare()
+                except (ImportError, LookupError, AttributeError) as error:  # another torch may have it elsewhere
+                    log.warning("what loads compiled programs is not there before they are asked for: %s", error)
         future: Future[int] = Future()
         with self._changed:
             self._warming.append((future, made_for(device, threads)))
