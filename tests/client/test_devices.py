@@ -199,6 +199,17 @@ def test_what_is_read_later_and_what_is_written_before_may_be_large() -> None:
         assert bytes(device.read(buffer, size - 1, 1)) == b"\1"
 
 
+def test_what_a_lost_connection_was_asked_never_comes() -> None:
+    """Whoever has the device again meanwhile: what waits for it must not take memory that nothing came to for it."""
+    with connected(Scripted()) as device:
+        later = device.read_later(device.allocate(64), 0, 64)
+        device._server.connection.close()
+        device.reopen()
+        for _ in range(2):
+            with pytest.raises(ConnectionLost, match="the connection was lost meanwhile"):
+                later.wait()
+
+
 def test_each_two_devices_are_asked_whether_they_copy() -> None:
     def among_gpus(message: CopyTensor) -> CopyTensorReply:
         return CopyTensorReply(int(message.dst.buffer < 3))

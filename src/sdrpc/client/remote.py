@@ -22,6 +22,7 @@ import numpy as np
 from ..device import Buffer, Bytes, Content, Device, Later, Memory, Program, Silence, Span, Target, Traffic, Turns
 from ..errors import (
     ConnectionFailed,
+    ConnectionLost,
     DeviceLost,
     LocalProtocolError,
     OutOfMemory,
@@ -157,9 +158,12 @@ class Server:
         return asked
 
     def answers_up_to(self, question: _Question) -> None:
-        """Receive the answers that did not come yet, until that to ``question`` is there."""
+        """Receive the answers that did not come yet, until that to ``question`` is there. Raises
+        :class:`ConnectionLost` where it never comes: it was asked over a connection that was lost."""
         while question in self.questions:
             self._next_answer()
+        if question.answer is None:
+            raise ConnectionLost(str(self.connection.endpoint), question.doing, "the connection was lost meanwhile")
 
     def _next_answer(self) -> None:
         asked = self.questions.popleft()

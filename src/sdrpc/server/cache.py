@@ -43,7 +43,8 @@ seem to stand for two contents when its tensor comes again."""
 
 
 class Cache:
-    """The tensors in ``folder``, ``budget`` bytes of them at most. Methods that change something are for one thread.
+    """The tensors in ``folder``, ``budget`` bytes of them at most. One thread at a time may :meth:`commit`,
+    :meth:`add_owner`, :meth:`add_alias` and :meth:`shrink`; the rest is for any.
 
     Raises :class:`UsageError` for a folder that others can write to, or that can't be made.
     """
