@@ -323,7 +323,8 @@ def test_markup_in_paths(draw: Sd, checkpoint: Path, tmp_path: Path, folder: str
     assert "\x1b" not in outcome.err
     assert outcome.out == f"{tmp_path}/{folder}/x.png\n"
     failed = draw("-m", tmp_path / folder / "absent.safetensors")
-    assert failed.error == f"error: --model {tmp_path}/{shown}/absent.safetensors: No such file or directory"
+    there = f"; did you mean {tmp_path}/{shown}/m.safetensors?"
+    assert failed.error == f"error: --model {tmp_path}/{shown}/absent.safetensors: No such file or directory{there}"
 
 
 def test_verbose_says_more(draw: Sd, servers: Servers, tmp_path: Path) -> None:
