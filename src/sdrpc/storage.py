@@ -225,12 +225,17 @@ def entries(folder: Path, suffix: str | tuple[str, ...]) -> Iterator[Entry]:
                     yield Entry(Path(entry.path), facts.st_mtime_ns, facts.st_size)
 
 
-def shrink(folder: Path, suffix: str | tuple[str, ...], budget: int, files: int = 1 << 16) -> list[Entry]:
+def shrink(
+    folder: Path, suffix: str | tuple[str, ...], budget: int, files: int = 1 << 16, spare: int = 0
+) -> list[Entry]:
     """Throw out what was used longest ago, so that at most ``files`` files of ``suffix`` with ``budget`` bytes in all
-    stay; those. Raises :class:`OSError`."""
+    stay; those. If any has to go, there is room for ``spare`` bytes then. Raises :class:`OSError`."""
     kept: list[Entry] = []
     total = 0
-    for entry in sorted(entries(folder, suffix), key=lambda each: each.used, reverse=True):
+    found = sorted(entries(folder, suffix), key=lambda each: each.used, reverse=True)
+    if len(found) > files or sum(entry.size for entry in found) > budget:
+        budget -= spare
+    for entry in found:
         if total + entry.size > budget or len(kept) == files:
             remove(entry.path)
         else:

@@ -25,7 +25,7 @@ from sdrpc.errors import UsageError
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
 from sdrpc.server import Cache, CacheService, Door, Keys, Server, client_cache, live
-from sdrpc.server.cache import STALE_SECONDS
+from sdrpc.server.cache import LEAST, STALE_SECONDS
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
@@ -499,6 +499,26 @@ def test_t46_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     scene.flushed()
     assert not scene.place(True, size).puts(noise(0, size))
     scene.stop()
+
+
+def test_a_full_folder_is_looked_through_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of files each look takes as long as writing a hundred."""
+    cache = Cache(tmp_path, 256 * LEAST)
+    looks: list[int] = []
+    shrink = cache.shrink
+
+    def look() -> None:
+        looks.append(number)
+        shrink()
+
+    monkeypatch.setattr(cache, "shrink", look)
+    for number in range(256 + 64):
+        file, part = cache.create()
+        with file:
+            file.write(bytes(LEAST))
+        cache.commit(part, digest(b"%d" % number), LEAST)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 256 * LEAST
+    assert 2 <= sum(look >= 256 for look in looks) <= 6
 
 
 def test_t46_two_servers_share_a_folder(scene: Scene) -> None:

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 FILES = 1 << 16
 """Tensors in the folder at most: looking through them must not take long."""
+STEPS = 16
+"""What part of the budget comes between two looks through the folder, which take a second where there are many files: a
+full one gets so much room at a time."""
 LEAST = 1 << 16
 """Bytes that a file counts for at least when it is decided whether it is time to look."""
 STALE_SECONDS = 3600.0
@@ -130,7 +133,7 @@ class Cache:
     def shrink(self) -> None:
         """Throw out what was used longest ago beyond the budget, and what is of no use any more. Raises
         :class:`OSError`."""
-        tensors = storage.shrink(self.folder, _TENSOR, self.budget, FILES)
+        tensors = storage.shrink(self.folder, _TENSOR, self.budget, FILES, self.budget // STEPS)
         for entry in storage.entries(self.folder, storage.PART):
             if entry.used < (time.time() - STALE_SECONDS) * 1e9:
                 storage.remove(entry.path)
@@ -146,7 +149,7 @@ class Cache:
                 storage.remove(entry.path)
         total = sum(entry.size for entry in tensors)
         # When to look again: soon enough to see what other servers wrote.
-        self._room = min(self.budget - total, self.budget // 16)
+        self._room = min(self.budget - total, self.budget // STEPS)
 
     def _path(self, digest: bytes) -> Path:
         return self.folder / (digest.hex() + _TENSOR)
