@@ -48,7 +48,8 @@ def serve(
         server.handle_exit(signal.SIGTERM, frame)
 
     before = {number: signal.signal(number, _over) for number in (signal.SIGINT, signal.SIGTERM)}
-    before |= {number: signal.signal(number, hung_up) for number in hangs_up}
+    for number in hangs_up:
+        signal.signal(number, hung_up)  # for good: it comes once more when the shell has ended, and we put away
     server.run(sockets=[listening])
     for number, handler in before.items():
         signal.signal(number, handler)
