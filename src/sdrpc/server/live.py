@@ -33,6 +33,9 @@ WORTH_ASKING = 1 << 20
 MOST = 1 << 30
 """Bytes that are hashed for one question, at most: what else there is must be sent, or asked for again."""
 _THREADS = min(8, os.cpu_count() or 1)
+_QUESTIONS = max(2, _THREADS)
+KEPT_THREADS = _QUESTIONS + _THREADS
+"""Threads that a server has for all of its clients, at most; they begin when they are first needed, and stay."""
 
 Read = Callable[[int, int], Sequence[Bytes]]
 """(at, size) → bytes, in parts."""
@@ -102,7 +105,7 @@ class Live:
         self._owners: dict[str, Owned] = {}
         self._ranges = 0
         self._over: deque[Callable[[], None]] = deque()
-        self.questions = ThreadPoolExecutor(max(2, _THREADS), thread_name_prefix="sdrpc-questions")
+        self.questions = ThreadPoolExecutor(_QUESTIONS, thread_name_prefix="sdrpc-questions")
         """For what clients ask for; it waits for pieces, devices and disks."""
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-live")
 
