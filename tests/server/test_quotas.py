@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from sdrpc.client import Keychain, RemoteDevice, connect
-from sdrpc.engine.turns import Path as ClientPath
-from sdrpc.engine.turns import Turns
 from sdrpc.engine.worker import Task
 from sdrpc.errors import OutOfMemory, OverQuota
 from sdrpc.ggml.dialect import dialects
@@ -20,6 +18,8 @@ from sdrpc.server import Door, Keys, Limits, Policy, Server
 from sdrpc.server.key_ring import KeyRing, NamedKey
 from sdrpc.server.quotas import REMEMBERED, Accounts, Spent
 from sdrpc.server.visitor import Visitor
+from sdrpc.turns import Path as ClientPath
+from sdrpc.turns import Turns
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually

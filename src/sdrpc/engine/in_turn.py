@@ -1,5 +1,5 @@
 """Work of clients in threads of their own, of which one is at work at a time: clients take turns
-(:mod:`sdrpc.engine.turns`)."""
+(:mod:`sdrpc.turns`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from threading import Condition
 
 from sdrpc.device import Client
+from sdrpc.turns import Turns
 
 from .deadline import WATCH_SECONDS, Deadline
-from .turns import Turns
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""The thread that computes for a device. Its clients take turns (:mod:`sdrpc.engine.turns`)."""
+"""The thread that computes for a device. Its clients take turns (:mod:`sdrpc.turns`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from sdrpc.turns import Turns
+
 from ..device import Client
-from .turns import Turns
 
 T = TypeVar("T")
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from ..content import FNV_START, PIECE, fnv1a, hashed, joined, pieces
 from ..device import Buffer, Bytes, Frozen, Mark, ServedDevice
 from ..errors import DeviceError
+from .questions import Questions
 
 RANGES, RANGES_OF_OWNER = 1 << 16, 1 << 14
 """Ranges that are remembered at one time, of all clients and of those of one owner: a large model has two thousand."""
@@ -105,7 +106,7 @@ class Live:
         self._owners: dict[str, Owned] = {}
         self._ranges = 0
         self._over: deque[Callable[[], None]] = deque()
-        self.questions = ThreadPoolExecutor(_QUESTIONS, thread_name_prefix="sdrpc-questions")
+        self.questions = Questions(_QUESTIONS)
         """For what clients ask for; it waits for pieces, devices and disks."""
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-live")
 

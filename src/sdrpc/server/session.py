@@ -436,7 +436,7 @@ class Session:
         self._looking = [each for each in self._looking if not each.answer.done()]
         if any(_overlap(place, each.place) for each in self._looking):  # what was found is there until it is noted
             self._looked()
-        answer = self._live.questions.submit(self._restored, place, asked.digest, None)
+        answer = self._live.questions.ask(self._client.path, partial(self._restored, place, asked.digest, None))
         self._looking.append(Looking(place, answer))
         return answer
 

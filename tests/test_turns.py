@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping
 
 import pytest
 
-from sdrpc.engine.turns import REMEMBERED, Turns
+from sdrpc.turns import REMEMBERED, Turns
 
 Client = tuple[Hashable, Hashable]
 

@@ -1,4 +1,4 @@
-"""Whose turn it is: who had least of the device so far goes first. No threads here.
+"""Whose turn it is, of a device or of a server's threads: who had least so far goes first. No threads here.
 
 Clients stand in a tree: owners, and below each of them its connections. A turn goes to the owner that will have had the
 fewest seconds after it, if it takes as long as its last one, then to whichever of its connections will have had fewest:
@@ -50,7 +50,7 @@ class Turns(Generic[T]):
         return lane.tasks.popleft()
 
     def spent(self, client: Path, seconds: float) -> None:
-        """A task of ``client`` that was taken is over; it had the device for so long."""
+        """A task of ``client`` that was taken is over; it took so long."""
         lane = self._root
         lane.end(seconds)
         for name in client:
