@@ -8,6 +8,7 @@ processor's instructions for that: less than a network or a disk gives.)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -18,6 +19,8 @@ from .device import Bytes
 
 PIECE = 4 << 20
 DIGEST_BYTES = 32
+THREADS = min(8, os.cpu_count() or 1)
+"""That hash at one time, at either end: a few are faster than a network or a disk."""
 SMALLEST = 1024
 """Bytes below which asking for them, and keeping them, costs more than it spares."""
 FNV_START = 0xCBF29CE484222325

@@ -6,7 +6,6 @@ which leave the GIL to the one that sends, and are remembered where bytes come f
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from ..content import FNV_START, SMALLEST, digest, fnv1a
+from ..content import FNV_START, SMALLEST, THREADS, digest, fnv1a
 from ..device import Content
 from ..ggml.weight import Origin
 from ..wire.carrying import MOST_RANGES
@@ -40,7 +39,6 @@ NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
 """Parts that are sent and whose names are not known yet. Their bytes may be in memory too."""
-_THREADS = min(8, os.cpu_count() or 1)
 
 T = TypeVar("T")
 
@@ -154,7 +152,7 @@ def upload(
     """Bring ``contents`` to the server, sending as little as can be."""
     done, pace = 0, _Pace(GROUP_BYTES)
     behind: deque[tuple[_Part, Future[bytes]]] = deque()
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-names")
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-names")
 
     def named(part: _Part) -> bytes:
         return scheme.name(part.data())

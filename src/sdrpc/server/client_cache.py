@@ -17,14 +17,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..content import FNV_START, PIECE, SMALLEST, fnv1a, hashed, joined, pieces
+from ..content import FNV_START, PIECE, SMALLEST, THREADS, fnv1a, hashed, joined, pieces
 from ..storage import remove
 from .cache import Cache
 
 WAITING = 64
 """Pieces that are held in memory until they are hashed and written: so far a disk may lag behind an upload. One that is
 slower slows it down."""
-_THREADS = min(8, os.cpu_count() or 1)
 _SEEKING = threading.Lock()
 
 Receive = Callable[[int, int, Callable[[memoryview], None]], None]
@@ -71,7 +70,7 @@ class CacheService:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-cache")
+        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-cache")
         """For pieces; what runs there waits for nothing but the disk."""
         self.line = ThreadPoolExecutor(1, thread_name_prefix="sdrpc-cache-line")
         """For what must happen in order: names, which are hashed from end to end, and changes of the folder."""

@@ -12,7 +12,6 @@ learns from it what others draw with.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -22,7 +21,7 @@ from functools import partial
 from threading import Lock
 from typing import NamedTuple
 
-from ..content import FNV_START, PIECE, fnv1a, hashed, joined, pieces
+from ..content import FNV_START, PIECE, THREADS, fnv1a, hashed, joined, pieces
 from ..device import Buffer, Bytes, Frozen, Mark, ServedDevice
 from ..errors import DeviceError
 from .questions import Questions
@@ -33,9 +32,8 @@ WORTH_ASKING = 1 << 20
 """Bytes that an owner's clients must have, before it pays for another one to hash what it could send."""
 MOST = 1 << 30
 """Bytes that are hashed for one question, at most: what else there is must be sent, or asked for again."""
-_THREADS = min(8, os.cpu_count() or 1)
-_QUESTIONS = max(2, _THREADS)
-KEPT_THREADS = _QUESTIONS + _THREADS
+_QUESTIONS = max(2, THREADS)
+KEPT_THREADS = _QUESTIONS + THREADS
 """Threads that a server has for all of its clients, at most; they begin when they are first needed, and stay."""
 
 Read = Callable[[int, int], Sequence[Bytes]]
@@ -108,7 +106,7 @@ class Live:
         self._over: deque[Callable[[], None]] = deque()
         self.questions = Questions(_QUESTIONS)
         """For what clients ask for; it waits for pieces, devices and disks."""
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sdrpc-live")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-live")
 
     def has_any(self, owner: str) -> bool:
         """Whether there is much that a client of ``owner`` might ask for."""
