@@ -10,7 +10,7 @@ import pytest
 from sdrpc.client import connect
 from sdrpc.errors import ConnectionLost
 from sdrpc.runtime.chain import Lanes
-from sdrpc.web.studio import OwnSeat
+from sdrpc.web.seats import OwnSeat
 from tests.server.conftest import eventually
 from tests.support.process import ServerProcess
 from tests.support.trouble import Restartable

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..cluster.lease import Lease, Offer
     from ..cluster.painter import Place
     from ..device import Device
-    from ..web.studio import Seat
+    from ..web.seats import Seat
 
 
 class Reaching(NamedTuple):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..families.model import Model
     from ..runtime.chain import Lanes
     from ..web.places import Shown
-    from ..web.studio import Fit, Seat
+    from ..web.seats import Fit, Seat
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
     from ..web.places import Places
     from ..web.shelf import Shelf
     from ..web.store import JobStore
-    from ..web.studio import Adapters, Studio
+    from ..web.studio import Studio
+    from ..web.warm import Adapters
 
     named = files_of(chosen)
     first = named.model or named.diffusion_model or next(iter(named.named.values()))
@@ -242,7 +243,7 @@ def _remote(devices: Sequence[Device]) -> list[Device]:
 def own_seats(where: Where, model: Model, found: Found, fit: Fit) -> list[Seat]:
     """Seats at devices that this process has. Where the user placed components: one seat, there. Else each remote
     device is a seat with the whole model on it, and without servers this machine's first device."""
-    from ..web.studio import OwnSeat
+    from ..web.seats import OwnSeat
 
     theirs = _remote(found.devices)
     if found.absent and not theirs:
@@ -290,7 +291,7 @@ def planned(
 def fitted_seat(where: Where, model: Model, found: Found, fit: Fit) -> Seat:
     """One seat at all devices that this process has. A plan says what of a model is on which; it is made when the model
     is first asked for, while its weights are nowhere."""
-    from ..web.studio import OwnSeat
+    from ..web.seats import OwnSeat
 
     default = _remote(found.devices) or found.devices[:1]
     plans: dict[int, tuple[Model, fitting.Placed]] = {}

@@ -27,7 +27,7 @@ from ..errors import ConnectionLost, DeviceError, UsageError
 from ..families.model import Model
 from ..runtime.chain import devices_of
 from ..web.jobs import Kind
-from ..web.studio import Opening, Seat
+from ..web.seats import Opening, Seat
 from .lease import Lease, leases
 from .painter import About, Described, Failure, Painter, Place, Told, Work, path_of, raised
 

@@ -1,60 +1,47 @@
-"""Who draws: seats, each with devices of its own, take jobs from the queue and keep the model of the last one warm."""
+"""The studio: what is asked for becomes tasks, and its seats draw the jobs of the queue."""
 
 from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
-from itertools import chain
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock, Thread
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 
 from PIL import Image
 
-from ..device import Device
 from ..device_names import AUTO
 from ..diffusion.drawable import settings_of
-from ..diffusion.events import Cancel, Event, OnEvent
+from ..diffusion.events import Cancel, Event
 from ..diffusion.films import check_format, has_sound
 from ..diffusion.films import encode as encode_film
 from ..diffusion.hires import PIXEL_FILTERS, UPSCALERS
-from ..diffusion.image_files import read_mask, read_picture
+from ..diffusion.image_files import read_picture
 from ..diffusion.loras import find, names
 from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
 from ..diffusion.pictures import Picture, Pixels, Video
 from ..diffusion.placement import UPSCALER
 from ..diffusion.request import Request, Settings
-from ..diffusion.session import Session
 from ..diffusion.upscaling import Upscalers
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
-from ..families.model import Model, ModelFiles
-from ..runtime.chain import Lanes, devices_of
+from ..families.model import Model
 from .board import Board
 from .enlarging import Larger, enlarged
 from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task, marked
 from .metrics import Metrics
-from .places import Chosen, Places, Shown
+from .places import Chosen, Places
+from .seats import Drawing, OwnSeat, Placed, Seat
 from .shelf import Shelf
 from .store import JobStore
+from .tasks import MAX_PIXELS, PICTURES, check_size, fields_of, request_of
+from .warm import Adapters, Warm
 
 log = logging.getLogger(__name__)
-
-Placed = Mapping[str, Sequence[Lanes]]
-"""Where each component may be, in order of preference."""
-
-Place = Callable[[Model], Placed]
-"""A model → where its components may be. Raises :class:`InvalidValue`."""
-
-Fit = Callable[[Model, Placed, Collection[str]], Placed]
-"""A model, where its components are, and those that stay there → where a plan has the others, made while the model's
-weights are nowhere. Raises :class:`DoesNotFit`."""
 
 Made = tuple[int, bytes]
 """A seed, and the file of what was drawn with it."""
@@ -67,12 +54,6 @@ PRUNE_SECONDS = 60.0
 PREVIEW_SIDE = 160
 """Pixels: as large as a page or a phone shows it beside a job."""
 
-MAX_PIXELS = 1 << 24
-"""Of one picture: 4096 × 4096. Who draws larger ones uses sd-cli."""
-
-MAX_FILM_PIXELS = 1 << 28
-"""Of all frames of a film: 129 of 1920 × 1080."""
-
 TRIES = 3
 """How often a job may lose its servers for good: it could be what ends them."""
 
@@ -80,109 +61,13 @@ PAUSE_SECONDS = 10.0
 """How long a seat that lost its servers takes no job."""
 
 
-class Opening(NamedTuple):
-    """A model that is to be drawn with. ``options``: those of :class:`Session`, by name. ``placed``: where its
-    components go, of a seat at devices of this process."""
-
-    model: Model
-    files: ModelFiles
-    options: Mapping[str, Any]
-    placed: Placed | None = None
-
-
-class Drawing(Protocol):
-    """What a seat draws with: a :class:`Session`, or what stands for one in another process."""
-
-    @property
-    def model(self) -> Model: ...
-
-    def settings(self, request: Request, video: bool = False) -> Settings: ...
-
-    def draw(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Picture]: ...
-
-    def draw_video(self, settings: Settings, on_event: OnEvent, cancel: Cancel) -> Iterator[Video]: ...
-
-    def close(self) -> None: ...
-
-
-class Seat(ABC):
-    """Where one picture is drawn at a time. ``kinds``: of jobs that can be made there."""
-
-    name: str
-    kinds: frozenset[Kind] = frozenset({Kind.PICTURES})
-    lost: Sequence[Device] = ()
-    """Devices of this process that it waits for."""
-
-    def ready(self) -> bool:
-        """Whether it can take a job now. May wait to find out."""
-        return True
-
-    def lose(self, devices: Sequence[Shown]) -> None:
-        """One of these ``devices``, which it drew on, was lost: it is ready when they are there again."""
-
-    @abstractmethod
-    def open(self, opening: Opening) -> Drawing:
-        """Something to draw with. Raises :class:`InvalidValue` where the devices that were asked for are not there."""
-
-    @abstractmethod
-    def devices(self, model: Model) -> Sequence[Shown]:
-        """Those that ``model`` uses here."""
-
-
-@dataclass
-class OwnSeat(Seat):
-    """A name, and where models go there: on devices of this process. ``upscaler``: where networks run that enlarge
-    pictures; ``fit``: where components go that somebody leaves to a plan."""
-
-    name: str
-    place: Place
-    upscaler: Callable[[], Device]
-    fit: Fit
-    kinds: frozenset[Kind] = frozenset(Kind)
-    lost: Sequence[Device] = ()
-
-    def ready(self) -> bool:
-        self.lost = [device for device in self.lost if not _is_there(device)]
-        return not self.lost
-
-    def lose(self, devices: Sequence[Shown]) -> None:
-        self.lost = [device for device in devices if isinstance(device, Device)]
-
-    def open(self, opening: Opening) -> Session:
-        placed = opening.placed or self.place(opening.model)
-        return Session(opening.model, placed, upscaler=self.upscaler(), **opening.options)
-
-    def devices(self, model: Model) -> Sequence[Device]:
-        return devices_of(chain.from_iterable(self.place(model).values()))
-
-
-def _is_there(device: Device) -> bool:
-    """Whether a device that may have been lost can be had."""
-    try:
-        with device.turns:
-            device.reopen()
-    except SdrpcError:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Where LoRAs are found by name, and how they are applied (of :data:`sdrpc.diffusion.request.APPLY_MODES`);
-    ``words``: where learnt words are."""
-
-    folder: Path
-    mode: str
-    words: Path | None = None
-
-
 class Studio:
     """``seats`` that draw the jobs of ``store``; start and stop it once. A model that somebody placed (``places``) is
     drawn by the first of them, since others would want the same devices.
 
     ``idle_seconds``: after so long without a job a seat frees its devices' memory; 0: never. ``retry``: how long a job
-    waits for a server that is lost before it is put back into the queue. What is being drawn when
-    it is stopped is put back into the queue.
+    waits for a server that is lost before it is put back into the queue. So is what is being drawn when the studio is
+    stopped.
     """
 
     def __init__(
@@ -240,20 +125,12 @@ class Studio:
         film = kind is Kind.FILM
         self._check_kind(kind)
         settings = settings_of(opened, self._with_network(request), film)
-        _check_size(settings)
+        check_size(settings)
         if film:
             check_format(FILM_FORMATS[output_format])
         for lora in settings.loras:
             find(self.adapters.folder, lora.name)
-        fields = {
-            entry: value
-            for entry, value in vars(request).items()
-            if entry not in PICTURES and value is not None and value != getattr(_NOTHING, entry)
-        }
-        fields |= {"prompt": request.prompt, "seed": settings.seed}
-        if film:
-            fields |= {"video_frames": settings.video_frames, "fps": settings.fps}
-        return Task(name, fields, output_format, quality, metadata, kind=kind)
+        return Task(name, fields_of(request, settings, kind), output_format, quality, metadata, kind=kind)
 
     def loras(self) -> dict[str, Path]:
         """Name → file of the LoRAs directly in the folder, and of those that ship with sdrpc where their model is
@@ -329,7 +206,7 @@ class Studio:
 
     def _work(self, seat: Seat) -> None:
         place = partial(self._placement, seat)
-        warm = _Warm(seat, self.shelf, self.places.chosen, place, self._retry, self.adapters, self._memory)
+        warm = Warm(seat, self.shelf, self.places.chosen, place, self._retry, self.adapters, self._memory)
         pruned, first = 0.0, seat is self._first
 
         def mine(job: Job) -> bool:
@@ -361,7 +238,7 @@ class Studio:
                 self.places.present(device.name)
         return ready
 
-    def _run(self, seat: Seat, job: Job, warm: _Warm) -> None:
+    def _run(self, seat: Seat, job: Job, warm: Warm) -> None:
         """Draw ``job``; whatever happens, it is over, or in the queue again, and the seat can go on."""
         with self._lock:
             self._running[job.id] = job
@@ -414,7 +291,7 @@ class Studio:
         else:
             self.store.finish(job, State.CANCELLED)
 
-    def _make(self, seat: Seat, job: Job, warm: _Warm) -> None:
+    def _make(self, seat: Seat, job: Job, warm: Warm) -> None:
         """Draw ``job`` to its end."""
 
         def cancel() -> bool:
@@ -426,7 +303,7 @@ class Studio:
             self.board.ring(job.id)
         self.store.finish(job, State.DONE)
 
-    def _pictures(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:
+    def _pictures(self, seat: Seat, job: Job, warm: Warm, cancel: Cancel) -> Iterator[Made]:
         session, task = self._session(job, warm), job.task
         colours = session.model.colours
         settings = session.settings(replace(self._request(job), preview="proj" if colours else "none"))
@@ -435,7 +312,7 @@ class Studio:
             told = self._told(task, settings, picture)
             yield picture.seed, encode(picture.image, FORMATS[task.output_format], told, quality)
 
-    def _film(self, seat: Seat, job: Job, warm: _Warm, cancel: Cancel) -> Iterator[Made]:
+    def _film(self, seat: Seat, job: Job, warm: Warm, cancel: Cancel) -> Iterator[Made]:
         session, task = self._session(job, warm), job.task
         settings = session.settings(self._request(job), video=True)
         for film in session.draw_video(settings, lambda event: self._tell(seat, job, event), cancel):
@@ -446,12 +323,12 @@ class Studio:
             encode_film(film, suffix, file, self._told(task, settings, film))
             yield film.seed, file.getvalue()
 
-    def _session(self, job: Job, warm: _Warm) -> Drawing:
+    def _session(self, job: Job, warm: Warm) -> Drawing:
         session = warm.session(job.task.model)
         self.places.begin(job.id, warm.devices)
         return session
 
-    def _larger(self, seat: Seat, job: Job, _: _Warm, cancel: Cancel) -> Iterator[Made]:
+    def _larger(self, seat: Seat, job: Job, _: Warm, cancel: Cancel) -> Iterator[Made]:
         wanted = Larger(**job.task.request)
         found = self.upscalers.find(wanted.upscaler, PIXEL_FILTERS, "upscaler")
         image = read_picture("image", self.store.inputs(job, "image")[0])
@@ -485,67 +362,7 @@ class Studio:
 
     def _request(self, job: Job) -> Request:
         pictures = {field: self.store.inputs(job, field) for field in PICTURES}
-        read = {field: _READ[field](field, data[0]) for field, data in pictures.items() if data}
-        references = tuple(read_picture("ref_images", data) for data in pictures["ref_images"])
-        asked = {name: _tuples(value) for name, value in job.task.request.items()}
-        return self._with_network(Request(**{**asked, **read, "ref_images": references}))
-
-
-class _Warm:
-    """The session of a seat, with the model of its last job. ``chosen``: a model's name → what somebody put where;
-    ``place``: a model and its name → where its components are to be, asked while its weights are nowhere."""
-
-    def __init__(
-        self,
-        seat: Seat,
-        shelf: Shelf,
-        chosen: Callable[[str], Chosen],
-        place: Callable[[str, Model], Placed | None],
-        retry: float,
-        adapters: Adapters,
-        memory: Mapping[str, Any],
-    ) -> None:
-        self._seat, self._shelf, self._chosen, self._place = seat, shelf, chosen, place
-        self._retry, self._adapters, self._memory = retry, adapters, memory
-        self._session: Drawing | None = None
-        self._wanted: Chosen = {}
-        self._used = 0.0
-        self.model: str | None = None
-        self.devices: Sequence[Shown] = ()
-        """Those that its components are on."""
-
-    @property
-    def idle_seconds(self) -> float:
-        """Since the last job was over; 0 where there is nothing to put aside."""
-        return time.monotonic() - self._used if self._session else 0.0
-
-    def session(self, name: str) -> Drawing:
-        """A session with the model called ``name``, where it is to be now. Raises what :meth:`Shelf.open` and
-        :meth:`Seat.open` raise."""
-        _, model = self._shelf.open(name)
-        wanted = self._chosen(name)
-        if self._session is None or (self.model, self._wanted) != (name, wanted):
-            self.close()
-            placed = self._place(name, model)
-            adapters = self._adapters
-            options = {
-                "retry": self._retry, "lora_dir": adapters.folder, "lora_apply_mode": adapters.mode,
-                "embd_dir": adapters.words, **self._memory,
-            }  # fmt: skip
-            self._session = self._seat.open(Opening(model, self._shelf.find(name)[1], options, placed))
-            self.model, self._wanted = name, wanted
-            self.devices = self._seat.devices(model) if placed is None else devices_of(chain(*placed.values()))
-        return self._session
-
-    def rest(self) -> None:
-        """A job is over: it is idle from now on."""
-        self._used = time.monotonic()
-
-    def close(self) -> None:
-        session, self._session, self.model = self._session, None, None
-        if session:
-            with suppress(SdrpcError):  # a device that is gone has freed it
-                session.close()
+        return self._with_network(request_of(job.task.request, pictures))
 
 
 def small(pixels: Pixels) -> bytes:
@@ -558,37 +375,10 @@ def small(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def _check_size(settings: Settings) -> None:
-    """Raises :class:`InvalidValue` for more than this server draws."""
-    width, height = settings.final_size
-    for field, value, pixels, most in (
-        ("width", width, width * height, MAX_PIXELS),
-        ("video_frames", settings.video_frames, width * height * settings.video_frames, MAX_FILM_PIXELS),
-    ):
-        if pixels > most:
-            what = "a picture" if field == "width" else "a film"
-            raise InvalidValue(field, value, f"{what} can have {most >> 20} mebipixels, and {pixels >> 20} are wanted")
-
-
 def _for_a_plan(chosen: Chosen) -> set[str]:
     """The components that somebody left to a plan."""
     return {part for part, names in chosen.items() if names == (AUTO,)}
 
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists where a request has tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-_NOTHING = Request("")
-
-_READ: dict[str, Callable[[str, bytes], Pixels]] = {
-    "init_image": read_picture, "end_image": read_picture, "control_image": read_picture, "mask": read_mask,
-    "ref_images": read_picture,
-}  # fmt: skip
-
-PICTURES = tuple(_READ)
-"""Fields of a request that are pictures."""
 
 _MAKERS = {Kind.PICTURES: Studio._pictures, Kind.FILM: Studio._film, Kind.LARGER: Studio._larger}
 """Kind of a job → what makes it: seeds and files."""
