@@ -14,7 +14,8 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrpc.client import RemoteDevice, connect, names, remote, upload
+from sdrpc.client import RemoteDevice, connect, names, upload
+from sdrpc.client import server as servers
 from sdrpc.client.names import Names
 from sdrpc.content import FNV_START, PIECE, digest, fnv1a
 from sdrpc.device import Content
@@ -195,7 +196,7 @@ def test_large_uploads_come_over_several_connections(
 ) -> None:
     """Many small tensors, some of several pieces, and one that is made in pieces of its own, through carriers: all of
     it arrives, and what the server keeps of it is right."""
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1 << 20)
     monkeypatch.setattr(upload, "LOAD_BYTES", 8 << 20)
     monkeypatch.setattr(upload, "GROUP_BYTES", 8 << 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
@@ -213,7 +214,7 @@ def test_large_uploads_come_over_several_connections(
 
 def test_who_cancels_an_upload_keeps_the_connection(cpu: LocalDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on its way is sent before: the server was told of it."""
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1 << 20)
     monkeypatch.setattr(upload, "LOAD_BYTES", 1 << 20)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     size = 1 << 20
@@ -242,7 +243,7 @@ class Cancelled(Exception):
 def test_an_upload_goes_over_one_connection_where_there_is_no_place_for_more(
     cpu: LocalDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1 << 20)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     caplog.set_level("INFO", "sdrpc.client")
     with Server([cpu], limits=Limits(connections=3)) as server:
@@ -355,4 +356,3 @@ def test_without_numba_native_servers_get_everything(monkeypatch: pytest.MonkeyP
             Model(sizes=(33 << 20,)).uploaded(device)
             device.close()
         assert asked(server, Command.SET_TENSOR_HASH) == []
-    assert remote.PART == upload.PART

@@ -10,7 +10,8 @@ from threading import Event
 import numpy as np
 import pytest
 
-from sdrpc.client import Keychain, connect, remote
+from sdrpc.client import Keychain, connect
+from sdrpc.client import server as servers
 from sdrpc.content import PIECE
 from sdrpc.device import Content
 from sdrpc.errors import ConnectionLost, DeviceError, RemoteProtocolError, SdrpcError
@@ -222,13 +223,13 @@ def test_a_carrier_that_ended_before_is_noticed(scene: Scene) -> None:
 def test_carriers_have_their_client_s_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encrypted upload over several connections, each of which shows the key. With another key, or none, nobody can
     be a carrier of this client, not even by its token."""
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1)
     ring = KeyRing(tmp_path / "keys.json")
     laptop = ring.add("laptop").key
     door = Door(Policy(), Keys(ring, tmp_path / "server.pem"))
     tokens: list[bytes] = []
-    opened = remote.opened
-    monkeypatch.setattr(remote, "opened", lambda reply, another: tokens.append(reply.token) or opened(reply, another))
+    opened = servers.opened
+    monkeypatch.setattr(servers, "opened", lambda reply, another: tokens.append(reply.token) or opened(reply, another))
     with Server([CountingDevice()], door=door) as server:
         (device,) = connect([server.endpoint], keychain=Keychain([(None, laptop)], tmp_path / "known.json"))
         buffer = device.allocate(len(DATA))
@@ -250,7 +251,7 @@ def test_carriers_have_their_client_s_key(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_goes_wrong_with_a_carrier_s_data_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is in the middle of sending then, and learns the reason from its first connection."""
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1)
     device = NullDevice()
 
     def receive(*_: object) -> None:
@@ -269,7 +270,7 @@ def test_what_goes_wrong_with_a_carrier_s_data_is_told(monkeypatch: pytest.Monke
 
 def test_carriers_are_as_patient_as_their_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server takes nothing for longer than connecting may last, as one that sleeps: who watches is told."""
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1)
     device, told, size = NullDevice(), Event(), 64 << 20
     receive = device.receive
     monkeypatch.setattr(device, "receive", lambda *arguments: told.wait(60) and receive(*arguments))
@@ -287,7 +288,7 @@ def test_carriers_that_are_called_otherwise_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each piece goes to the carrier of a number: over others it would get to another place."""
-    monkeypatch.setattr(remote, "LEAST_BYTES", 1)
+    monkeypatch.setattr(servers, "LEAST_BYTES", 1)
     caplog.set_level("INFO", "sdrpc.client")
     join = Carriers.join
     monkeypatch.setattr(Carriers, "join", lambda self, stream: (1, join(self, stream)[1]))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from threading import Event
 
-from sdrpc.client.remote import connect
+from sdrpc.client import connect
 from tests.support.process import ServerProcess
 from tests.support.trouble import Passage, Trouble
 from tests.web.process import DRAW_SECONDS, WebServer

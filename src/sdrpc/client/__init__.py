@@ -1,9 +1,11 @@
 """Devices of other machines: connections to rpc-servers."""
 
 from .connection import DEFAULT_TIMEOUTS, Timeouts, open_connection
+from .devices import connect
 from .endpoint import DEFAULT_PORT, Endpoint, parse_endpoint
 from .keychain import Keychain, given_keys
-from .remote import RemoteBuffer, RemoteDevice, RemoteProgram, connect
+from .remote import RemoteDevice, RemoteProgram
+from .server import RemoteBuffer
 
 __all__ = [
     "DEFAULT_PORT",
