@@ -140,9 +140,9 @@ def test_the_same_graph_by_many_numbers_is_compiled_and_held_once() -> None:
     for uid in range(1, 300):
         client.compute(1, uid)
     assert len(client.device.programs) == 1
-    held = client.session._packed.held
+    held = client.session._graphs._packed.held
     client.compute(1, 300)
-    assert client.session._packed.held == held
+    assert client.session._graphs._packed.held == held
     client.again(17)
     assert len(client.ran) == 301
 
@@ -176,7 +176,7 @@ def test_what_graphs_take_is_bounded_and_the_oldest_lose() -> None:
     client = Client(limits=Limits(graph_bytes=20 * size, graphs=4))
     for number in range(MOST):
         client.compute(number, 1 + number)
-        assert client.session._packed.held <= 20 * size
+        assert client.session._graphs._packed.held <= 20 * size
     client.again(MOST)
     client.again(MOST - 10)
     with pytest.raises(RemoteProtocolError, match=r"the graph is forgotten, .* fill the 0\.0 MiB for graphs"):
@@ -188,7 +188,7 @@ def test_what_graphs_take_is_counted_for_the_client_and_for_all() -> None:
     buffers = Buffers(limits)
     client = Client(limits=limits, buffers=buffers)
     client.compute(1, 1)
-    held = client.session._packed.held
+    held = client.session._graphs._packed.held
     assert 0 < held < 1024
     assert buffers.held == (1 << 20) + held
     assert client.session.most_held >= (1 << 20) + held
@@ -217,7 +217,7 @@ def test_before_8_0_the_last_graph_runs_again(version: str) -> None:
         client.compute(number, 0)
     client.again(0)
     assert sorted(client.ran) == [1, 1, 2, 2, 2]
-    assert client.session._packed.held == 0
+    assert client.session._graphs._packed.held == 0
 
 
 def test_a_flood_of_numbers(caplog: pytest.LogCaptureFixture, device: CountingDevice) -> None:

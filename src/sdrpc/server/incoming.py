@@ -7,7 +7,8 @@ from threading import Lock
 from types import TracebackType
 
 from .client_cache import CacheWriter
-from .session import Place, Session
+from .places import Place
+from .session import Session
 
 
 class Incoming:

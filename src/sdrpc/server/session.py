@@ -8,47 +8,27 @@ which gives back all that the client had.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from hashlib import blake2b
-from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..content import SMALLEST, fnv1a, pieces
-from ..device import NOBODY, Buffer, Bytes, Client, Later, Memory, Rows, ServedDevice, ServedProgram, Span, Watch
-from ..errors import GraphError, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
-from ..ggml import validate
+from ..device import NOBODY, Buffer, Client, Later, Memory, Rows, ServedDevice, Span, Watch
+from ..errors import OutOfMemory, OverQuota, RemoteProtocolError, Stopped
 from ..ggml.dialect import Dialect
-from ..ggml.tensor import Graph, contiguous_strides, extent
-from ..ggml.types import Type
-from ..wire import carrying, graphs, messages
-from ..wire.kept_graphs import KeptGraphs
-from ..wire.records import Record, record_bytes
+from ..wire import messages
+from ..wire.records import Record
 from .addresses import AddressSpace, Region
 from .carriers import TOKEN_BYTES, Carriers, Expected
 from .client_cache import CacheService, CacheWriter, ClientCache
+from .client_graphs import ClientGraphs, Ready
 from .limits import Limits
 from .live import Held, Live, Spot, Wanted
-from .packed_graphs import PackedGraphs
+from .places import Place, device_at, named, nbytes_of, range_places, rows_place, tensor_place
 from .quotas import Account, Accounts, Buffers
 from .version_memory import Versions
 from .visitor import Visitor
-
-_LARGEST = 1 << 62  # of tensors, in bytes; beyond, sums of sizes may not fit the protocol's own u64
-_STRIDE_BITS = 32
-
-
-class Place(NamedTuple):
-    """``size`` bytes of a client's buffer."""
-
-    region: Region
-    offset: int
-    size: int
 
 
 class Looking(NamedTuple):
@@ -56,48 +36,6 @@ class Looking(NamedTuple):
 
     place: Place
     answer: Future[messages.SetTensorHashReply]
-
-
-class Read(NamedTuple):
-    """A graph on device number ``device``, as it is read in ``versions``, and the buffers that it uses by handle."""
-
-    device: int
-    graph: Graph
-    used: dict[int, Region]
-    versions: Versions
-
-
-class Ready(NamedTuple):
-    """A compiled graph, the buffers without which it means nothing, in which versions it means this, and how many
-    tensors it has."""
-
-    device: int
-    program: ServedProgram
-    handles: frozenset[int]
-    versions: Versions
-    tensors: int
-
-
-class Kept(NamedTuple):
-    """A graph that a client may ask for again: the digest of its bytes, the buffers without which it means nothing, and
-    the graph itself where its bytes are not kept."""
-
-    digest: bytes
-    handles: frozenset[int]
-    ready: Ready | None
-
-
-class Latest(NamedTuple):
-    """The graph that came last, as it came (``body``: without its uid), and the digest of that."""
-
-    device: int
-    body: Bytes
-    digest: bytes
-
-    def is_of(self, parts: graphs.Parts) -> bool:
-        # words, of which all parts of a graph are whole numbers, take a third of the time
-        same = self.device == parts.device and len(self.body) == len(parts.body)
-        return same and np.array_equal(np.frombuffer(self.body, "<u4"), np.frombuffer(parts.body, "<u4"))
 
 
 class Session:
@@ -128,28 +66,31 @@ class Session:
         self._buffers, self._accounts = buffers or Buffers(limits), accounts or Accounts(limits)
         self._account = Account("", limits)
         self._client = NOBODY
-        self.versions: Versions = ()
-        """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
         self._watch = watch
         self._space = AddressSpace()
-        self._ready: OrderedDict[bytes, Ready] = OrderedDict()
-        self._kept: KeptGraphs[Kept] = KeptGraphs()
-        self._latest: Latest | None = None
+        self._graphs = ClientGraphs(devices, self._space, limits, watch, self._hold, self._give_up)
         self._shares: dict[int, int] = {}
-        self._packed = PackedGraphs(limits.graph_bytes, self._hold, self._give_up)
         self._missed: dict[tuple[int, int, int], int | None] = {}
         self._looking: list[Looking] = []
 
     @property
+    def versions(self) -> Versions:
+        """What the client may speak, the likeliest first: set after HELLO, before any request. Graphs tell more."""
+        return self._graphs.versions
+
+    @versions.setter
+    def versions(self, versions: Versions) -> None:
+        self._graphs.versions = versions
+
+    @property
     def dialect(self) -> Dialect:
         """What the client speaks, as far as that shows."""
-        return self.versions[0]
+        return self._graphs.dialect
 
     @property
     def framing(self) -> Dialect:
-        """What messages are read as. Versions that a client may confuse us with differ in the numbers of operations;
-        the newest has all types, and allows what an older one leaves zero."""
-        return max(self.versions, key=lambda dialect: dialect.triple)
+        """What messages are read as."""
+        return self._graphs.framing
 
     def admit(self, visitor: Visitor) -> None:
         """From now on the client is ``visitor``. Raises :class:`OverQuota` where there are too many of it."""
@@ -158,7 +99,7 @@ class Session:
             most = self.limits.connections_of_address
             raise OverQuota(f"{most} clients like this one ({visitor}) are connected already")
         self.visitor, self._account = visitor, account
-        self._client = Client((account.name, id(self)), partial(self._accounts.charge, account))
+        self._client = self._graphs.client = Client((account.name, id(self)), partial(self._accounts.charge, account))
         if self._cache_service is not None:
             self.cache = self._cache_service.client_cache(visitor.owner)
 
@@ -202,9 +143,7 @@ class Session:
         self._end_carriers()
         self._looked()
         try:
-            self._ready.clear()
-            self._forget(lambda _: True)
-            self._give_up_latest()
+            self._graphs.close()
             for handle in [region.handle for region in self._space]:
                 self._free(handle)
         finally:
@@ -246,9 +185,7 @@ class Session:
     # --- devices
 
     def _device(self, number: int) -> ServedDevice:
-        if number >= len(self.devices):
-            raise RemoteProtocolError(f"device {number} does not exist; there are {len(self.devices)}")
-        return self.devices[number]
+        return device_at(self.devices, number)
 
     def _device_count(self, _: messages.DeviceCount) -> messages.DeviceCountReply:
         return messages.DeviceCountReply(len(self.devices))
@@ -283,8 +220,7 @@ class Session:
 
     def _holds(self, working: int = 0) -> None:
         """Note what the client has now."""
-        latest = 0 if self._latest is None else len(self._latest.body)
-        self.most_held = max(self.most_held, self._space.held + self._packed.held + latest + working)
+        self.most_held = max(self.most_held, self._space.held + self._graphs.held + working)
 
     def _hold(self, size: int) -> bool:
         """Count ``size`` bytes of graphs that are kept for the client, if they may be had."""
@@ -342,9 +278,7 @@ class Session:
     def _free(self, handle: int) -> None:
         region = self._space.remove(handle)
         self._missed = {place: name for place, name in self._missed.items() if place[0] != handle}
-        self._forget(lambda kept: handle in kept.handles)
-        for digest in [digest for digest, ready in self._ready.items() if handle in ready.handles]:
-            del self._ready[digest]
+        self._graphs.freed(handle)
         self._live.forget(region.buffer)
         self.devices[region.device].free(region.buffer)
         self._buffers.give_back(region.size)
@@ -357,61 +291,18 @@ class Session:
     # --- tensors
 
     def _place(self, tensor: Record, offset: int, size: int) -> Place:
-        """``size`` bytes from ``offset`` in ``tensor``, which must be inside it, and it inside its buffer."""
-        nbytes = self._nbytes(tensor)
-        if offset + size > nbytes:
-            raise RemoteProtocolError(f"{size} bytes at {offset} are not inside {_named(tensor)} of {nbytes} bytes")
-        if not tensor.buffer:
-            raise RemoteProtocolError(f"{_named(tensor)} is in no buffer")
-        region = self._space[tensor.buffer]
-        return Place(region, region.offset(tensor.data, nbytes) + offset, size)
-
-    def ranges(self, asked: messages.SetRanges) -> list[Place]:
-        """Where the data of a SET_RANGES belongs. Raises :class:`RemoteProtocolError` for ranges that overlap: a few
-        bytes would be as many pieces as a client likes, and two carriers would write to one place."""
-        region = self._space[asked.remote_ptr]
-        ranges = carrying.unpack(asked.ranges)
-        for offset, size in ranges:
-            if offset + size > region.size:
-                raise RemoteProtocolError(
-                    f"SET_RANGES: {size} bytes at {offset} are not inside buffer {region.handle} of {region.size}"
-                )
-        for one, other in pairwise(sorted(ranges)):
-            if one.offset + one.size > other.offset:
-                raise RemoteProtocolError(f"SET_RANGES: ranges of buffer {region.handle} overlap")
-        return [Place(region, *each) for each in ranges]
-
-    def rows(self, asked: messages.SetTensor2d | messages.GetTensor2d) -> tuple[Region, Rows]:
-        """Where the rows of a 2D message are in a buffer. Raises :class:`RemoteProtocolError` for rows that overlap: no
-        client has a use for them, and a few bytes of memory would be as many as it likes on the wire."""
-        tensor, offset, size, count, stride = asked[:5]
-        if not size or not count:
-            raise RemoteProtocolError(f"{count} rows of {size} bytes of {_named(tensor)}")
-        if count > 1 and stride < size:
-            raise RemoteProtocolError(f"rows of {size} bytes, {stride} apart, of {_named(tensor)} overlap")
-        rows = Rows(offset, size, count, stride)
-        region, start, extent = self._place(tensor, offset, rows.extent)
-        one = stride == size or count == 1
-        return region, Rows(start, extent, 1, extent) if one else rows._replace(offset=start)
-
-    def _type(self, tensor: Record) -> Type:
-        try:
-            return self.framing.types[tensor.type]
-        except KeyError:
-            raise RemoteProtocolError(
-                f"{_named(tensor)}: type {tensor.type} does not exist in protocol {self.framing.version}"
-            ) from None
+        return tensor_place(self._space, self.framing, tensor, offset, size)
 
     def _nbytes(self, tensor: Record) -> int:
-        """Bytes from the first to behind the last element of a tensor whose numbers make sense."""
-        kind = self._type(tensor)
-        if tensor.ne[0] % kind.block:
-            raise RemoteProtocolError(f"{_named(tensor)}: {list(tensor.ne)} is no shape for {kind}")
-        if prod(tensor.ne) * kind.size > _LARGEST:
-            raise RemoteProtocolError(f"{_named(tensor)}: {list(tensor.ne)} elements are too many")
-        dense = contiguous_strides(kind, tensor.ne)
-        cut = all(d % (1 << _STRIDE_BITS) == n for d, n in zip(dense, tensor.nb, strict=True))
-        return extent(kind, tensor.ne, dense if cut else tensor.nb)
+        return nbytes_of(self.framing, tensor)
+
+    def ranges(self, asked: messages.SetRanges) -> list[Place]:
+        """Where the data of a SET_RANGES belongs."""
+        return range_places(self._space, asked)
+
+    def rows(self, asked: messages.SetTensor2d | messages.GetTensor2d) -> tuple[Region, Rows]:
+        """Where the rows of a 2D message are in a buffer."""
+        return rows_place(self._space, self.framing, asked)
 
     def _init_tensor(self, asked: messages.InitTensor) -> None:
         self._place(asked.tensor, 0, 0)
@@ -434,7 +325,7 @@ class Session:
         with before all of them are answered."""
         place = self._rest(asked.tensor, asked.offset)
         self._looking = [each for each in self._looking if not each.answer.done()]
-        if any(_overlap(place, each.place) for each in self._looking):  # what was found is there until it is noted
+        if any(place.overlaps(each.place) for each in self._looking):  # what was found is there until it is noted
             self._looked()
         answer = self._live.questions.ask(self._client.path, partial(self._restored, place, asked.digest, None))
         self._looking.append(Looking(place, answer))
@@ -499,9 +390,7 @@ class Session:
     def _copy_tensor(self, asked: messages.CopyTensor) -> messages.CopyTensorReply:
         src, dst = asked
         if (src.type, src.ne, src.nb) != (dst.type, dst.ne, dst.nb):
-            raise RemoteProtocolError(
-                f"{_named(src)} and {_named(dst)} are not alike: one can't be copied to the other"
-            )
+            raise RemoteProtocolError(f"{named(src)} and {named(dst)} are not alike: one can't be copied to the other")
         size = self._nbytes(src)
         source, target = self._place(src, 0, size), self._place(dst, 0, size)
         if source.region is target.region and abs(source.offset - target.offset) < size:
@@ -536,65 +425,11 @@ class Session:
     # --- graphs
 
     def _graph_compute(self, asked: messages.GraphCompute) -> None:
-        parts = graphs.split(asked.payload, self.framing)
-        digest = self._digest(parts)
-        ready = self._get_ready(digest, asked.payload)
-        if not self.framing.has_graph_uids:
-            self._kept.put(parts.device, 0, Kept(digest, ready.handles, ready))
-        elif parts.uid:
-            self._packed.put(digest, asked.payload)
-            if self._kept.put(parts.device, parts.uid, Kept(digest, ready.handles, None)):
-                self._forget(lambda _: False)
-        self._run(ready)
-
-    def _digest(self, parts: graphs.Parts) -> bytes:
-        """What a graph is known by. A client that has no number for it sends the same one at each step: it is compared
-        with the last one, which takes a tenth of the time."""
-        if self._latest is not None and self._latest.is_of(parts):
-            return self._latest.digest
-        digest = blake2b(parts.body, digest_size=32, salt=parts.device.to_bytes(4, "little")).digest()
-        self._give_up_latest()
-        if not self.framing.has_graph_uids and self._hold(len(parts.body)):
-            self._latest = Latest(parts.device, parts.body, digest)
-        return digest
-
-    def _give_up_latest(self) -> None:
-        if self._latest is not None:
-            self._give_up(len(self._latest.body))
-            self._latest = None
+        self._run(self._graphs.sent(asked.payload))
 
     def _graph_recompute(self, asked: messages.GraphRecompute) -> None:
         self._device(asked.device)
-        kept = self._kept.get(asked.device, asked.uid)
-        if kept is None:
-            which = f"graph {asked.uid}" if self.framing.has_graph_uids else "graph"
-            raise RemoteProtocolError(
-                f"GRAPH_RECOMPUTE: device {asked.device} has no {which}, or not its buffers any more"
-            )
-        self._run(kept.ready or self._get_ready(kept.digest))
-
-    def _get_ready(self, digest: bytes, payload: Bytes | None = None) -> Ready:
-        """The graph with this ``digest``, compiled if it is not ready: from ``payload``, or from what was kept."""
-        ready = self._ready.get(digest)
-        if ready is None:
-            if payload is None and (payload := self._packed.get(digest)) is None:
-                raise RemoteProtocolError(
-                    "GRAPH_RECOMPUTE: the graph is forgotten, since this client's later ones fill the "
-                    f"{self.limits.graph_bytes / 2**20:,.1f} MiB for graphs, or all clients together have no more room"
-                )
-            ready = self._ready[digest] = self._compile(payload, digest)
-        self._ready.move_to_end(digest)
-        while len(self._ready) > 1 and (
-            len(self._ready) > self.limits.graphs
-            or sum(each.tensors for each in self._ready.values()) > self.limits.ready_tensors
-        ):
-            self._ready.popitem(last=False)
-        return ready
-
-    def _forget(self, lost: Callable[[Kept], bool]) -> None:
-        """Graphs for which ``lost`` is true are not kept any more, nor the bytes of those that none is."""
-        self._kept.drop(lost)
-        self._packed.retain(kept.digest for kept in self._kept)
+        self._run(self._graphs.again(asked.device, asked.uid))
 
     def _run(self, ready: Ready) -> None:
         """Run a graph, for a client that is still there: the requests of one that is gone may lie in the socket."""
@@ -615,79 +450,10 @@ class Session:
         with self._accounts.computing(self._account):
             ready.program.run(self._watch, self._client)
 
-    def _compile(self, payload: Bytes, digest: bytes) -> Ready:
-        """The graph in ``payload``, which has this ``digest``, as the likeliest version has it in which it makes sense;
-        those in which it does not are none of this client's. When it makes sense in none, raises what is wrong with it
-        in the likeliest: the first that has all its numbers, if one has."""
-        parts = graphs.split(payload, self.framing)
-        meanings = graphs.meanings(parts, self.versions)
-        reads: list[Read] = []
-        faults: list[tuple[Versions, SdrpcError]] = []
-        for versions in meanings:
-            try:
-                read = self._read(parts, versions)
-                if len(meanings) > 1:  # else compiling checks it
-                    self._check(read)
-                reads.append(read)
-            except (RemoteProtocolError, GraphError) as fault:
-                faults.append((versions, fault))
-        if not reads:
-            versions, why = min(faults, key=lambda item: isinstance(item[1], RemoteProtocolError))
-            self._narrow(versions)
-            raise why
-        possible = {version.version for read in reads for version in read.versions}
-        self._narrow([version for version in self.versions if version.version in possible])
-        read = reads[0]
-        regions = sorted(read.used.values(), key=lambda region: region.handle)
-        buffers = {region.buffer.key: region.buffer for region in regions}
-        # the graph's bytes mean the same wherever a client has buffers of the same sizes at the same addresses
-        name = blake2b(digest, digest_size=32)
-        name.update(repr((read.versions[0].version, [region[:4] for region in regions])).encode())
-        program = self.devices[read.device].compile(read.graph, buffers, name.digest(), self._watch, self._client)
-        return Ready(read.device, program, frozenset(read.used), read.versions, len(read.graph.tensors))
-
-    def _check(self, read: Read) -> None:
-        sizes = {region.buffer.key: region.buffer.size for region in read.used.values()}
-        validate.check(read.graph, sizes, max_bytes=self.devices[read.device].memory().free)
-
-    def _narrow(self, versions: Sequence[Dialect]) -> None:
-        """Only ``versions`` are left. What was computed as if the client spoke another one is not kept for it."""
-        self.versions = tuple(versions)
-        self._forget(lambda kept: kept.ready is not None and self.dialect not in kept.ready.versions)
-        for digest in [digest for digest, ready in self._ready.items() if self.dialect not in ready.versions]:
-            del self._ready[digest]
-
-    def _read(self, parts: graphs.Parts, versions: Versions) -> Read:
-        self._device(parts.device)
-        count = len(parts.tensors) // record_bytes(parts.name_length) if parts.name_length else 0
-        if count > self.limits.tensors or len(parts.node_ids) > self.limits.tensors:
-            raise RemoteProtocolError(f"GRAPH_COMPUTE: {count} tensors; {self.limits.tensors} are allowed")
-        used: dict[int, Region] = {}
-
-        def resolve(handle: int, address: int) -> tuple[int, int]:
-            region = used[handle] = self._space[handle]
-            if region.device != parts.device:
-                raise RemoteProtocolError(
-                    f"GRAPH_COMPUTE: buffer {handle} is on device {region.device}, the graph on {parts.device}"
-                )
-            return region.buffer.key, region.offset(address, 0)
-
-        graph = graphs.decode_graph(parts, versions[0], resolve).graph
-        return Read(parts.device, graph, used, versions)
-
 
 def _give_up(account: Account, buffers: Buffers, size: int) -> None:
     account.give_up(size)
     buffers.give_up(size)
-
-
-def _overlap(one: Place, other: Place) -> bool:
-    apart = one.offset + one.size <= other.offset or other.offset + other.size <= one.offset
-    return one.region is other.region and not apart
-
-
-def _named(tensor: Record) -> str:
-    return f"tensor {tensor.name.decode('utf-8', 'replace')!r}"
 
 
 _COMMANDS: dict[type, Callable[[Session, Any], Any]] = {
