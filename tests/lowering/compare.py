@@ -11,7 +11,7 @@ from torch import nn
 from sdrpc.device import Device, Target
 from sdrpc.lowering.capture import Captured, capture
 from sdrpc.lowering.lower import lower
-from sdrpc.lowering.offload import weights_of
+from sdrpc.lowering.weights import weights_of
 from sdrpc.runtime.run import Executable
 from sdrpc.targets import PORTABLE, SDRPC
 from tests.lowering.devices import ReferenceDevice

@@ -28,7 +28,7 @@ import sdrpc
 from sdrpc.client import RemoteDevice
 from sdrpc.device import Device
 from sdrpc.errors import CaptureError, ConnectionLost, LocalProtocolError, UsageError
-from sdrpc.lowering import offload as offload_module
+from sdrpc.lowering import remote_module
 from tests.lowering import models
 from tests.lowering.compare import TOLERANCE, error
 from tests.lowering.devices import ReferenceDevice
@@ -62,13 +62,13 @@ def captures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[type]:
     """The classes of the modules that were captured, with nothing to be found on disk before."""
     monkeypatch.setenv("SDRPC_CACHE", str(tmp_path))
     seen: list[type] = []
-    real = offload_module.capture
+    real = remote_module.capture
 
     def counted(module: nn.Module, *args: Any) -> Any:
         seen.append(type(module))
         return real(module, *args)
 
-    monkeypatch.setattr(offload_module, "capture", counted)
+    monkeypatch.setattr(remote_module, "capture", counted)
     return seen
 
 

@@ -17,7 +17,7 @@ from sdrpc.ggml.types import F16, F32
 from sdrpc.ggml.weight import View, Weight
 from sdrpc.lowering.capture import capture
 from sdrpc.lowering.lower import lower
-from sdrpc.lowering.offload import weights_of
+from sdrpc.lowering.weights import weights_of
 from sdrpc.runtime.adapters import STRENGTHS, Adapters, adapted, adapters
 from sdrpc.runtime.lowered import Lowered, from_bytes, to_bytes
 from sdrpc.runtime.run import Executable, WeightStore

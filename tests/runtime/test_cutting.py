@@ -17,7 +17,7 @@ from sdrpc.ggml.tensor import Graph
 from sdrpc.ggml.types import F32
 from sdrpc.lowering.capture import capture
 from sdrpc.lowering.lower import lower
-from sdrpc.lowering.offload import weights_of
+from sdrpc.lowering.weights import weights_of
 from sdrpc.runtime.chain import Chained
 from sdrpc.runtime.cutting import Profile, parts, positions, profile, whole
 from sdrpc.runtime.lowered import Lowered

@@ -15,7 +15,7 @@ from sdrpc.ggml.types import TYPES, Type
 from sdrpc.ggml.weight import View, Weight, Whole
 from sdrpc.lowering.capture import capture, without_weights
 from sdrpc.lowering.lower import lower
-from sdrpc.lowering.offload import weights_of
+from sdrpc.lowering.weights import weights_of
 from sdrpc.runtime.lowered import Lowered
 from sdrpc.runtime.run import Executable, WeightStore
 from sdrpc.targets import PORTABLE, SDRPC

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from .state import STRUCTURE, Reads, released
+
+WEIGHT_HOOKS = {
+    "group_offloading": "diffusers' enable_group_offload",
+    "layerwise_casting": "diffusers' enable_layerwise_casting",
+}
+"""Hooks of diffusers that change weights around each call → what sets them."""
 
 
 def kept(module: nn.Module) -> dict[int, str]:
@@ -75,3 +82,19 @@ def _inside(value: Any) -> Any:
         return value.func, value.args, value.keywords
     opaque = isinstance(value, nn.Module | type | types.ModuleType) or not hasattr(value, "__dict__")
     return () if opaque else list(vars(value).values())
+
+
+def check_hooks(module: nn.Module) -> None:
+    """Refuse what of diffusers keeps weights in another form or place between calls than in them, or results."""
+    hooks = [getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in module.modules()]
+    for name, hook in (item for part in hooks for item in part.items()):
+        if name in WEIGHT_HOOKS:
+            raise UsageError(
+                f"{WEIGHT_HOOKS[name]} and sdrpc.offload exclude each other: the device has the weights as they "
+                "are, and this machine needs no room for them; load the model anew and leave it out"
+            )
+        if getattr(hook, "_is_stateful", False):
+            raise UsageError(
+                f"diffusers' {name} and sdrpc.offload exclude each other: it takes from one call what the next one "
+                "leaves out, and here each call is computed whole; call disable_cache()"
+            )
