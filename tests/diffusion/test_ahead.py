@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sdrpc.diffusion.denoising import Guess, kept_outside
 from sdrpc.diffusion.rng import make_rng
-from sdrpc.diffusion.samplers import SAMPLERS, Guess, kept_outside, sample
+from sdrpc.diffusion.samplers import SAMPLERS, sample
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.errors import DeviceLost

@@ -10,11 +10,11 @@ import pytest
 from sdrpc.diffusion.caching import find_options
 from sdrpc.diffusion.dbcache import DBCache
 from sdrpc.diffusion.dbcache import Options as Blocks
+from sdrpc.diffusion.denoising import Guess, denoiser
 from sdrpc.diffusion.easycache import EasyCache, Options
 from sdrpc.diffusion.guidance import Guide, LeftOut, Told
 from sdrpc.diffusion.predictions import F32, Eps, Flow, prediction
 from sdrpc.diffusion.request import Request
-from sdrpc.diffusion.samplers import Guess, denoiser
 from sdrpc.errors import InvalidValue
 from sdrpc.families.base import Defaults
 

@@ -14,12 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdrpc.diffusion.denoising import Guess, kept_outside
 from sdrpc.diffusion.image_files import MAX_PIXELS, read_mask, read_picture
 from sdrpc.diffusion.inputs import latent_mask, reference_size, steps_left_out
 from sdrpc.diffusion.pictures import fitted, from_pixels, to_pixels
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.rng import make_rng
-from sdrpc.diffusion.samplers import Guess, kept_outside, sample
+from sdrpc.diffusion.samplers import sample
 from sdrpc.errors import InvalidValue
 from sdrpc.families.base import Defaults
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sdrpc.device import Device, Later, There, first_of
+from sdrpc.diffusion.denoising import Guess
 from sdrpc.diffusion.rng import make_rng
-from sdrpc.diffusion.samplers import SAMPLERS, Guess, sample
+from sdrpc.diffusion.samplers import SAMPLERS, sample
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.runtime.mirrors import Mirrored, Mirrors

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from sdrpc.diffusion.brownian import BrownianTree
+from sdrpc.diffusion.denoising import Guess, denoiser
 from sdrpc.diffusion.predictions import F32, PREDICTIONS, f32, prediction
 from sdrpc.diffusion.rng import make_rng
-from sdrpc.diffusion.samplers import SAMPLERS, Guess, denoiser, find_sampler, sample
+from sdrpc.diffusion.samplers import SAMPLERS, find_sampler, sample
 from sdrpc.diffusion.schedules import make_sigmas
 from sdrpc.errors import InvalidValue
 from tests.diffusion.test_predictions import named

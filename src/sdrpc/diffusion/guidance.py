@@ -15,9 +15,9 @@ from ..families.base import F32, Conditions
 from ..runtime.ahead import DeviceArray, Elsewhere
 from ..runtime.mirrors import Mirrored
 from .dbcache import DBCache
+from .denoising import Guess
 from .easycache import EasyCache
 from .pictures import f32, finite
-from .samplers import Guess
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import InvalidValue
 from ..families.base import Colours
+from .denoising import Denoise, Guess
 from .pictures import F32, Pixels, f32, to_pixels
-from .samplers import Denoise, Guess
 
 MODES = ("none", "proj", "tae", "vae")
 """Of sd-cli's --preview."""

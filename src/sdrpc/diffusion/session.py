@@ -34,6 +34,7 @@ from . import dbcache, easycache
 from .autoencoder import TINY, VAE, Autoencoder
 from .dbcache import DBCache, told_of
 from .demands import AUTOENCODERS, DRAWING
+from .denoising import denoiser, kept_outside
 from .device_model import DeviceModel
 from .drawable import inpaints, latents_shape, predicts_with, settings_of, with_sound
 from .easycache import EasyCache
@@ -63,7 +64,7 @@ from .predictions import Prediction
 from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
 from .rng import Rng, make_rng
-from .samplers import denoiser, kept_outside, sample
+from .samplers import sample
 from .schedules import make_sigmas
 from .stage_timer import StageTimer
 from .upscaling import Upscaler
