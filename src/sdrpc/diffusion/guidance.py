@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from ..families.base import F32, Conditions
-from ..runtime.ahead import DeviceArray, Elsewhere
+from ..runtime.ahead import DeviceArray
+from ..runtime.elsewhere import Elsewhere
 from ..runtime.mirrors import Mirrored
 from .dbcache import DBCache
 from .denoising import Guess

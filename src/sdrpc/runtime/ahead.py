@@ -14,28 +14,21 @@ from __future__ import annotations
 
 import time
 import weakref
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..device import Buffer, Bytes, Device, Later, Program, Span, Turns
 from ..errors import DeviceLost
-from ..ggml import build
 from ..ggml.memory_planner import aligned
-from ..ggml.params import Unary
-from ..ggml.tensor import OUTPUT, Graph, Tensor
-from ..ggml.types import F32
 from .chain import Turn
+from .deferred import GraphWriter, Line, Node, graph_of, ranked
+from .elsewhere import NUMPY, Array, Elsewhere
 from .run import Executable, Place, compiled
-
-Array = NDArray[np.float32]
 
 PROGRAMS = 64
 """Small graphs that are kept: a sampler repeats a few."""
@@ -45,94 +38,6 @@ PACE = 0.05
 """Seconds between two looks at how far the device is: so often it has nothing queued while it answers."""
 LOOKS = 2
 """How many of them may be unanswered."""
-
-
-@dataclass(eq=False)
-class Node:
-    """An array on the device: at a place, or an operation on operands, which are nodes, numbers or numpy's arrays."""
-
-    shape: tuple[int, ...]
-    place: Place | None = None
-    op: str = ""
-    operands: tuple[Any, ...] = ()
-    handle: Callable[[], DeviceArray | None] = lambda: None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody can still ask for its numbers."""
-        return self.handle() is not None
-
-
-class Elsewhere(ABC):
-    """A float32 array that is not here. It has numpy's arithmetic; ``np.asarray`` reads it."""
-
-    __array_ufunc__ = None  # so that numpy's numbers and arrays leave their operators to this class
-    dtype = np.dtype(np.float32)
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def read(self) -> Array:
-        """Its numbers."""
-
-    @abstractmethod
-    def rows(self, rows: Any) -> Any:
-        """Consecutive rows of the first dimension; None where that is no array there."""
-
-    @abstractmethod
-    def apply(self, op: str, *others: Any) -> Any:
-        """An operation with this as the first operand."""
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return self.read().astype(dtype or np.float32, copy=False)
-
-    def __getitem__(self, rows: Any) -> Any:
-        """Rows of the first dimension, as an array on the device; anything else as numpy has it."""
-        found = self.rows(rows)
-        return np.asarray(self)[rows] if found is None else found
-
-    def __add__(self, other: Any) -> Any:
-        return self.apply("ADD", other)
-
-    def __radd__(self, other: Any) -> Any:
-        return self.apply("ADD", other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self.apply("MUL", other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return self.apply("MUL", other)
-
-    def __sub__(self, other: Any) -> Any:
-        return self.apply("SUB", other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return -self + other
-
-    def __truediv__(self, other: Any) -> Any:
-        return self.apply("DIV", other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return other / np.asarray(self)
-
-    def __neg__(self) -> Any:
-        return self.apply("NEG")
-
-    def __abs__(self) -> Any:
-        return self.apply("ABS")
-
-    def mean(self) -> Any:
-        """Of all its numbers, an array of no dimensions; added up in the device's order, not numpy's."""
-        return self.apply("MEAN")
 
 
 class DeviceArray(Elsewhere):
@@ -154,13 +59,6 @@ class DeviceArray(Elsewhere):
 
     def apply(self, op: str, *others: Any) -> Any:
         return self.ahead.apply(op, self, *others)
-
-
-NUMPY: dict[str, Callable[..., Any]] = {
-    "ADD": np.add, "SUB": np.subtract, "MUL": np.multiply, "DIV": np.divide, "NEG": np.negative, "ABS": np.abs,
-    "MEAN": np.mean,
-}  # fmt: skip
-"""The operations, as numpy has them."""
 
 
 class _Told(NamedTuple):
@@ -196,7 +94,7 @@ class Ahead:
         self._held: deque[_Told] = deque()
         self._pending: list[weakref.ref[Node]] = []
         self._results: list[weakref.ref[Node]] = []
-        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        self._programs: OrderedDict[tuple[Line, ...], Program] = OrderedDict()
         self._free: dict[int, list[Place]] = {}
         self._sizes, self._sizes_before = set[int](), set[int]()
         """Of the arrays since the last beginning, and of those between the last two."""
@@ -450,7 +348,7 @@ class Ahead:
         if not (alive or wanted or saved):
             return
         self._check()
-        graph = _Writer(self)
+        graph = GraphWriter(self._numbers, self._step, self._slot)
         moved = [(node, self._slot(4 * prod(node.shape))) for node in saved]
         for node, place in moved:
             graph.copy(node, place)
@@ -462,10 +360,27 @@ class Ahead:
                 stored.append((node, place))
         for node, place in wanted:
             graph.copy(node, place)
-        graph.run()
+        self._start(graph)
         for node, place in (*moved, *stored):
             node.op, node.operands = "", ()
             self._stored(node.shape, place, node)
+
+    def _start(self, graph: GraphWriter) -> None:
+        """Tell the device to compute ``graph``, with what of this process it needs."""
+        for place, array in graph.arrays:
+            self._write(place, array)
+        if graph.numbers:
+            self._write((self._numbers, 0), graph.table)
+        lines = graph.lines
+        program = self._programs.get(lines)
+        if program is None:
+            program = self._programs[lines] = compiled(self.device, graph_of(lines), graph.buffers, self._scratch)
+        self._programs.move_to_end(lines)
+        while len(self._programs) > PROGRAMS:
+            self._programs.popitem(last=False)
+        self._tell(program.run)
+        for place, array in graph.arrays:
+            self._free.setdefault(array.nbytes, []).append(place)
 
     def _stored(self, shape: tuple[int, ...], place: Place, node: Node | None = None) -> Node:
         """A node at ``place``, which is free again when nobody has the node any more."""
@@ -516,125 +431,3 @@ class Ahead:
         for buffer in self._buffers:
             self.device.free(buffer)
         self._buffers.clear()
-
-
-class Line(NamedTuple):
-    """A tensor of a small graph: a leaf (``op`` empty) or an operation on the tensors of earlier lines, by number."""
-
-    op: str
-    shape: tuple[int, ...]
-    operands: tuple[int, ...]
-    place: tuple[int, int] | None
-    """The key of a buffer and an offset."""
-
-
-class _Writer:
-    """A graph that is being made of nodes. Its lines say all that decides it but numbers and arrays."""
-
-    def __init__(self, ahead: Ahead) -> None:
-        self._ahead = ahead
-        self._lines: list[Line] = []
-        self._line_of: dict[Node, int] = {}
-        self._numbers: list[float] = []
-        self._arrays: list[tuple[Place, Array]] = []
-        self._buffers: dict[int, Buffer] = {}
-        self._places: dict[Node, Place] = {}
-
-    def store(self, node: Node, place: Place) -> None:
-        """Compute ``node`` and write it to ``place``."""
-        if node in self._line_of:  # it was an operand before, and is written nowhere
-            self.copy(node, place)
-        else:
-            self._places[node] = place
-            self._line(node)
-
-    def copy(self, node: Node, place: Place) -> None:
-        """Write ``node`` to ``place``, beside where it is or belongs."""
-        self._add("CONT", node.shape, (self._line(node),), place)
-
-    def run(self) -> None:
-        ahead, device = self._ahead, self._ahead.device
-        for place, array in self._arrays:
-            ahead._write(place, array)
-        if self._numbers:
-            table = np.zeros((len(self._numbers), ahead._step // 4), np.float32)
-            table[:, 0] = self._numbers
-            ahead._write((ahead._numbers, 0), table)
-        key = tuple(self._lines)
-        program = ahead._programs.get(key)
-        if program is None:
-            program = ahead._programs[key] = compiled(device, _graph(key), self._buffers, ahead._scratch)
-        ahead._programs.move_to_end(key)
-        while len(ahead._programs) > PROGRAMS:
-            ahead._programs.popitem(last=False)
-        ahead._tell(program.run)
-        for place, array in self._arrays:
-            ahead._free.setdefault(array.nbytes, []).append(place)
-
-    def _line(self, node: Node) -> int:
-        waiting = [node]
-        while waiting:
-            now = waiting[-1]
-            below = [each for each in now.operands if isinstance(each, Node) and each not in self._line_of]
-            if now in self._line_of:
-                waiting.pop()
-            elif now.place is not None:
-                self._line_of[now] = self._add("", now.shape, (), now.place)
-                waiting.pop()
-            elif below:
-                waiting += below
-            else:
-                operands = tuple(self._operand(each) for each in now.operands)
-                self._line_of[now] = self._add(now.op, now.shape, operands, self._places.get(now))
-                waiting.pop()
-        return self._line_of[node]
-
-    def _operand(self, operand: Any) -> int:
-        if isinstance(operand, Node):
-            return self._line_of[operand]
-        if isinstance(operand, np.ndarray):
-            place = self._ahead._slot(operand.nbytes)
-            self._arrays.append((place, operand))
-            return self._add("", operand.shape, (), place)
-        at = len(self._numbers) * self._ahead._step
-        self._numbers.append(float(operand))
-        return self._add("", (1,), (), (self._ahead._numbers, at))
-
-    def _add(self, op: str, shape: tuple[int, ...], operands: tuple[int, ...], place: Place | None) -> int:
-        at = None
-        if place is not None:
-            buffer, offset = place
-            self._buffers[buffer.key] = buffer
-            at = buffer.key, offset
-        self._lines.append(Line(op, shape, operands, at))
-        return len(self._lines) - 1
-
-
-def ranked(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` with at most four dimensions, as ggml has them: films have one more, and the first ones become one."""
-    return shape if len(shape) <= 4 else (prod(shape[:-3]), *shape[-3:])
-
-
-def _graph(lines: Sequence[Line]) -> Graph:
-    tensors: list[Tensor] = []
-    nodes: list[Tensor] = []
-    for op, shape, operands, place in lines:
-        sources = [tensors[number] for number in operands]
-        if not op:
-            assert place is not None  # noqa: S101
-            tensors.append(build.leaf(F32, *reversed(ranked(shape)), buffer=place[0], offset=place[1]))
-            continue
-        if op == "CONT":
-            tensor = build.cont(sources[0], *sources[0].ne)
-        elif op in ("NEG", "ABS"):
-            tensor = build.node("UNARY", *sources, params=Unary(op))
-        elif op == "MEAN":
-            nodes.append(build.reshape(sources[0], sources[0].elements))
-            tensor = build.node("MEAN", nodes[-1])
-        else:
-            tensor = build.node(op, *sources)
-        if place is not None:
-            tensor = replace(tensor, buffer=place[0], offset=place[1], flags=OUTPUT)
-        tensors.append(tensor)
-        nodes.append(tensor)
-    return Graph(tuple(nodes))

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..device import Device, first_of
-from .ahead import Ahead, Array, DeviceArray, Elsewhere
+from .ahead import Ahead, DeviceArray
 from .chain import Turn
+from .elsewhere import Array, Elsewhere
 
 
 class Mirrored(Elsewhere):
