@@ -855,11 +855,11 @@ def test_nothing_of_a_module_is_computed_here(monkeypatch: pytest.MonkeyPatch) -
 SECOND = """
 import sys, torch, sdrpc
 from pathlib import Path
-from sdrpc.lowering import capture, offload
+from sdrpc.lowering import capture, remote_module
 from tests.lowering import models
 from tests.lowering.devices import ReferenceDevice
 def refused(*_): raise AssertionError("captured again")
-offload.capture = refused
+remote_module.capture = refused
 unet = models.unet((8, 16))
 inputs = torch.load(sys.argv[1])
 def told():

@@ -200,7 +200,7 @@ def test_what_was_read_otherwise_is_not_run_again() -> None:
     assert client.versions == ["4.0.2"]
     assert len(client.device.graphs) == 2, "what means the same in the right patch stays"
     client.session.versions = (wrong, right)
-    client.session._narrow([wrong])
+    client.session._graphs._narrow([wrong])
     client.compute(ambiguous)
     assert len(client.device.graphs) == 2
     with pytest.raises(GraphError):
