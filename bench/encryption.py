@@ -128,7 +128,7 @@ def _steps(
     request = setup.request()
     sessions = [stack.enter_context(_session(setup, device)) for device in devices]
     settings = sessions[0].settings(request)
-    conditions, steps = sessions[0].conditions(settings), settings.steps
+    conditions, steps = sessions[0].conditioning.conditions(settings), settings.steps
     drawn: list[list[Sampled]] = [[], []]
 
     def draw(side: int) -> None:

@@ -228,7 +228,7 @@ def _step(case: Case) -> Iterator[Row]:
         server = stack.enter_context(case.setup.server(case.variant))
         session = case.connected(stack, server.port)
         settings = session.settings(case.request, case.film)
-        conditions = session.conditions(settings)
+        conditions = session.conditioning.conditions(settings)
         drawn = drawing(session.model, settings, list(conditions.by_name.values()))
         before = session.timer.seconds.get("upload", 0.0)
         draw(session, settings)  # uploads, and finds memory
@@ -320,7 +320,7 @@ def _kernels(case: Case) -> Iterator[Row]:
         heard = stack.enter_context(hearing())
         session = stack.enter_context(Session.open(case.files, device, case.cache))
         settings = session.settings(case.request, case.film)
-        conditions = session.conditions(settings)
+        conditions = session.conditioning.conditions(settings)
         drawn = drawing(session.model, settings, list(conditions.by_name.values()))
         draw(session, settings)
         theirs = InProcess(session.model, case.setup.torch_device, _dtype(case))

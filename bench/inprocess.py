@@ -52,7 +52,7 @@ PATCH = 2
 class Drawing(NamedTuple):
     """One picture or film that both sides draw. ``noise`` (1, c, h, w) or (1, c, frames, h, w) is standard normal,
     ``sigmas`` the levels of noise of the steps and the last one, 0, of what the model ``predicts``; ``conditions`` as
-    :meth:`sdrpc.diffusion.session.Session.conditions` has them."""
+    :meth:`sdrpc.diffusion.conditioning.Conditioning.conditions` has them."""
 
     settings: Settings
     predicts: Prediction
@@ -62,7 +62,7 @@ class Drawing(NamedTuple):
 
 
 def drawing(model: Model, settings: Settings, conditions: Sequence[Conditions]) -> Drawing:
-    """What :meth:`Session.sample` draws with these arguments."""
+    """What :meth:`Sampling.sample` draws with these arguments."""
     shape = latents_shape(model, settings)
     predicts = predicts_with(model, settings, settings.prediction or "eps")
     sigmas = make_sigmas(settings.scheduler, settings.steps, predicts, tokens=shape[-2] * shape[-1])

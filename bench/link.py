@@ -23,7 +23,7 @@ def run(setup: Setup) -> Iterator[Row]:
         sessions = [stack.enter_context(setup.session(setup.variant, port)) for port in (server.port, far.port)]
         for sampler in SAMPLERS:
             request = replace(setup.request(), sampling_method=sampler)
-            told = [session.conditions(session.settings(request)) for session in sessions]
+            told = [session.conditioning.conditions(session.settings(request)) for session in sessions]
             for _ in range(2):  # uploads, and meets each graph
                 for session, conditions in zip(sessions, told, strict=True):
                     sample(session, request, conditions)

@@ -48,7 +48,7 @@ def sample(
     """The first picture of ``request`` up to its latents, without the VAE. ``noted`` is called when a step is done."""
     settings = session.settings(request, video=request.video_frames is not None)
     start = time.perf_counter()
-    latents = session.sample(settings, request.seed, conditions, lambda done, _: noted(done))
+    latents = session.sampling.sample(settings, request.seed, conditions, lambda done, _: noted(done))
     return Sampled(latents, (time.perf_counter() - start) / settings.steps)
 
 

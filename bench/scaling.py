@@ -100,11 +100,12 @@ def _sampled(setup: Setup, place: Placed, guided: bool = True) -> Sampled:
     with _session(setup, place) as session:
         request = setup.request() if guided else replace(setup.request(), cfg_scale=1.0)
         settings = session.settings(request)
-        told, lanes = session.conditions(settings), range(len(place.chains) if isinstance(place, Lanes) else 1)
+        told = session.conditioning.conditions(settings)
+        lanes = range(len(place.chains) if isinstance(place, Lanes) else 1)
         sample(session, request, told)
         for _ in range(2):
             began = time.perf_counter()
-            latents = session.sample(settings, request.seed, told, lanes=lanes)
+            latents = session.sampling.sample(settings, request.seed, told, lanes=lanes)
         return Sampled(latents, (time.perf_counter() - began) / settings.steps)
 
 

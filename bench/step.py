@@ -59,7 +59,7 @@ def _variant(setup: Setup, variant: Variant) -> Iterator[Row]:
     request = setup.request()
     with setup.server(variant) as server, setup.session(variant, server.port) as session:
         settings = session.settings(request)
-        conditions = session.conditions(settings)
+        conditions = session.conditioning.conditions(settings)
         text = np.concatenate([each["context"] for each in conditions.by_name.values()])
         sample(session, request, conditions)  # uploads, and finds memory
         theirs = InProcess(session.model, setup.torch_device, _dtype(variant))

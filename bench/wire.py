@@ -20,7 +20,7 @@ def run(setup: Setup) -> Iterator[Row]:
         setup.session(setup.variant, proxy.port) as session,
     ):
         request = setup.request(steps=STEPS)
-        conditions = session.conditions(session.settings(request))
+        conditions = session.conditioning.conditions(session.settings(request))
         noted = sample(session, request, conditions, lambda _: counts.append((proxy.sent, proxy.received)))
     # the first step uploads and sends the graph; what each later one costs is the difference of two runs' bytes
     (sent_before, received_before), (sent_after, received_after) = counts[1], counts[-1]

@@ -112,7 +112,9 @@ def test_a_tiny_autoencoder_decodes_as_in_diffusers(
     files = ModelFiles(tiny, taesd=saved(tiny_autoencoder, tmp_path / "tae.safetensors", original))
     with Session.open(files, device, cache) as session:
         settings = session.settings(SMALL)
-        latents = session.sample(replace(settings, prediction="eps"), 42, session.conditions(settings))
+        latents = session.sampling.sample(
+            replace(settings, prediction="eps"), 42, session.conditioning.conditions(settings)
+        )
         with torch.no_grad():
             wanted = to_pixels(tiny_autoencoder.decode(torch.from_numpy(latents)).sample[0].numpy())
         previews, picture = shown(session, replace(SMALL, preview="tae"))

@@ -20,6 +20,7 @@ from sdrpc.client import connect
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.request import Request
+from sdrpc.diffusion.sampling import Sampling
 from sdrpc.diffusion.session import Session
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
@@ -84,9 +85,9 @@ def test_a_film_stays_there_too(
     case = Case("wan", "safetensors")
     wanted = replace(pictures.request(case), steps=STEPS, sampling_method="euler")
     stayed: list[bool] = []
-    predict = Session.predict
+    predict = Sampling.predict
 
-    def watched(self: Session, latents: Any, *others: Any, **named: Any) -> Any:
+    def watched(self: Sampling, latents: Any, *others: Any, **named: Any) -> Any:
         predicted = predict(self, latents, *others, **named)
         stayed.append(isinstance(latents, DeviceArray) and isinstance(predicted, DeviceArray))
         return predicted
@@ -96,7 +97,7 @@ def test_a_film_stays_there_too(
             (film,) = session.generate_video(wanted)
             return np.stack(list(film.frames))
 
-    monkeypatch.setattr(Session, "predict", watched)
+    monkeypatch.setattr(Sampling, "predict", watched)
     (device,) = connect([f"127.0.0.1:{server.port}"])
     found = drawn(device)
     device.close()

@@ -14,7 +14,8 @@ from ..families.components.autoencoder import ENCODES
 from ..families.components.film import FRAMES
 from ..families.model import Model
 from .device_model import DeviceModel
-from .pictures import f32, finite
+from .pictures import Pixels, f32, finite, to_pixels
+from .request import Settings
 from .rng import Rng
 from .tiles import Cell, Tiling, tiled
 
@@ -84,6 +85,10 @@ class Autoencoder:
         theirs = latents if tiny else self._unscaled(latents)
         picture = self._in_tiles_or_whole(theirs, name, Cell(1, self._model.pixels), run, tiling, always)
         return finite(picture, "the VAE's picture")
+
+    def shown(self, latents: F32, settings: Settings, tiny: bool = False, lane: int = 0) -> Pixels:
+        """The picture of latents as pixels, in tiles where ``settings`` say so."""
+        return to_pixels(self.decode(latents, settings.tiling, settings.vae_tiling, tiny, lane)[0])
 
     def frames(self, latents: F32) -> Iterator[F32]:
         """Latents of a film (1, c, frames, h, w) → its frames, those of a latent one together (1 or 4, 3, height,

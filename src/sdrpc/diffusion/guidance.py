@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Ask(Protocol):
-    """The diffusion model as :meth:`sdrpc.diffusion.session.Session.predict`."""
+    """The diffusion model as :meth:`sdrpc.diffusion.sampling.Sampling.predict`."""
 
     def __call__(self, latents: F32, timestep: F32, conditions: Conditions, *, lane: int = 0, **options: Any) -> F32:
         """Latents (1, c, h, w), a timestep (1,) and the conditions of b prompts → the prediction (b, c, h, w), by the

@@ -32,10 +32,12 @@ NOTHING = Begin()
 
 
 class Control(NamedTuple):
-    """What a ControlNet is told besides the diffusion model's inputs, by name, and which of those it ``reads``."""
+    """What a ControlNet is told besides the diffusion model's inputs, by name, and which of those it ``reads``;
+    ``options``: what the diffusion model's configuration gets for what it gives."""
 
     told: Mapping[str, NDArray[Any]]
     reads: Collection[str]
+    options: Mapping[str, Any]
 
 
 def control_of(settings: Settings, controls: Controls, config: Config, encode: Callable[[F32], F32]) -> Control | None:
@@ -50,7 +52,7 @@ def control_of(settings: Settings, controls: Controls, config: Config, encode: C
         picture = np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(f32) / f32(255)
     told = {"strength": np.array([settings.control_strength], f32), "picture": picture}
     kind = {} if settings.control_mode is None else {"mode": np.array([settings.control_mode], np.int32)}
-    return Control(told | kind, controls.reads(config))
+    return Control(told | kind, controls.reads(config), controls.options(config))
 
 
 class Beside(NamedTuple):

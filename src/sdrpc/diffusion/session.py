@@ -4,81 +4,50 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event as ThreadEvent
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..device import Device
-from ..errors import ComputeError, DeviceLost, InvalidValue, Stopped, UsageError
-from ..families.base import AROUND, CONTROL, F32, REFERENCE, Conditions, Controls, Prompt
+from ..errors import ComputeError, InvalidValue, Stopped
+from ..families.base import F32
 from ..families.components.sound import AUDIO_VAE, VOCODER
 from ..families.components.sound import rate as sound_rate
-from ..families.lora import Lora
 from ..families.model import Model, ModelFiles, open_model
-from ..runtime.ahead import Ahead, DeviceArray
 from ..runtime.cache import Cache
 from ..runtime.chain import Placed, choices, devices_of
 from ..runtime.lost import RETRY_SECONDS
-from ..runtime.mirrors import Mirrors
-from . import dbcache, easycache
+from . import dbcache
 from .autoencoder import TINY, VAE, Autoencoder
-from .dbcache import DBCache, told_of
+from .conditioning import Conditioning
 from .demands import AUTOENCODERS, DRAWING
-from .denoising import denoiser, kept_outside
 from .device_model import DeviceModel
-from .drawable import inpaints, latents_shape, predicts_with, settings_of, with_sound
-from .easycache import EasyCache
+from .drawable import latents_shape, settings_of
 from .embeddings import Embeddings
-from .encoders import FilmEncoder, TextEncoders
 from .events import Cancel, Event, OnEvent
-from .guidance import Guide, Told
-from .halves import HIGH_NOISE, Half, halves
+from .guidance import Told
+from .halves import HIGH_NOISE
 from .hires import LATENT_FILTERS, PIXELS, Hires, enlarged_latents, enlarged_pixels
-from .inputs import (
-    NOTHING,
-    NOTHING_BESIDE,
-    Begin,
-    Beside,
-    Control,
-    control_of,
-    hidden,
-    latent_mask,
-    reference_size,
-    same_pixels,
-    steps_left_out,
-)
+from .inputs import Begin, Beside
 from .loras import Loras
-from .pictures import Picture, Pixels, Sound, Video, f32, finite, fitted, from_pixels, to_pixels
+from .pictures import Picture, Pixels, Sound, Video, finite, fitted, from_pixels, to_pixels
 from .placement import UPSCALER, WAITING, assigned
-from .predictions import Prediction
-from .previews import Watched, projected
 from .request import APPLY_MODES, Applied, Request, Settings
-from .rng import Rng, make_rng
-from .samplers import sample
-from .schedules import make_sigmas
+from .rng import make_rng
+from .sampling import OnStep, Sampling
 from .stage_timer import StageTimer
 from .upscaling import Upscaler
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-OnStep = Callable[..., None]
-"""Called with the steps that are done and how many there are, and with a preview, pixels, where one is wanted."""
-
-PROMPTS = 16
-"""Texts whose conditions a session remembers: the next picture of the same text, with another seed, needs no text
-encoder, whose weights may have left their device meanwhile."""
 
 
 class Session:
@@ -138,15 +107,13 @@ class Session:
                 raise InvalidValue("params_backend", f"{component}={where}", f"there are {', '.join(WAITING)}")
         self._devices = DeviceModel(model, self.placement, cache or Cache(), self.timer, retry, max_vram, waits)
         self._vae = Autoencoder(model, self._devices)
-        self._encoded: OrderedDict[tuple[Prompt, object, object], Conditions] = OrderedDict()
         self._loras = Loras(model, Path(lora_dir))
-        self._embeddings = Embeddings(model, None if embd_dir is None else Path(embd_dir))
-        self._control: Control | None = None
+        embeddings = Embeddings(model, None if embd_dir is None else Path(embd_dir))
+        self.conditioning = Conditioning(model, self._devices, self._vae, embeddings)
+        self.sampling = Sampling(model, self._devices, self._vae, self.timer)
         self._enlarges_on, self._retry = upscaler, retry
         self._upscaler: Upscaler | None = None
         self._merge = lora_apply_mode == "immediately"
-        self._text_loras: tuple[Lora | float, ...] = ()
-        """The LoRAs that text encoders work with, each followed by its strength."""
 
     @classmethod
     def open(
@@ -192,7 +159,7 @@ class Session:
 
         def decoded(latents: F32, lane: int) -> Pixels:
             with self.timer("decode"), self._devices.telling.stage("decode", "vae"):
-                return self._shown(self._silent(latents, settings), settings, self._decoder(settings) == TINY, lane)
+                return self._vae.shown(self._silent(latents, settings), settings, self._decoder(settings) == TINY, lane)
 
         with self._with_network(settings.hires):
             for picture, seed in self._drawn(settings, on_event, cancel, decoded):
@@ -239,19 +206,19 @@ class Session:
     ) -> Iterator[tuple[T, int]]:
         """Several pictures are drawn at the same time where the diffusion model is there as often."""
         if settings.prediction is not None:
-            self._prediction(settings)
+            self.sampling.prediction(settings)
         self._devices.check_fits()
         self._check_whole(settings)
         telling = self._devices.telling
         telling.listener, telling.cancel = on_event, cancel
         self._adapt(settings.loras)
         with self.timer("encode"):
-            self._control = self._control_of(settings)
-            begin, beside = self._encoded_pictures(settings)
+            self.sampling.control = self.conditioning.control(settings)
+            begin, beside = self.conditioning.pictures(settings)
             with telling.stage("encode"):
-                told = self.conditions(settings, beside)
+                told = self.conditioning.conditions(settings, beside)
         self._devices.leave_devices(*(name for name in self.model.components if name not in DRAWING))
-        settings = replace(settings, prediction=self._prediction(settings).name)
+        settings = replace(settings, prediction=self.sampling.prediction(settings).name)
         pictures = self._side_by_side(settings)
         if len(pictures) == 1:
             yield from self._one_by_one(settings, told, begin, beside, pictures[0], finished)
@@ -333,7 +300,7 @@ class Session:
             self._devices.telling.on_event(replace(event, preview=preview))
 
         with self.timer("sample"):
-            latents = self.sample(settings, seed, told, on_step, begin, lanes)
+            latents = self.sampling.sample(settings, seed, told, on_step, begin, lanes)
         if settings.hires is not None:
             latents = self._second_pass(settings, settings.hires, seed, latents, beside, on_step, lanes)
         return latents
@@ -396,7 +363,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything that the session has on the devices. The devices stay open."""
-        self._encoded.clear()
+        self.conditioning.forget()
         self._devices.close()
 
     def __enter__(self) -> Session:
@@ -409,257 +376,9 @@ class Session:
         """Draw with these LoRAs from now on."""
         opened = [(self._loras.opened(applied), applied.strength) for applied in loras if applied.strength]
         self._devices.adapt(opened, self._merge)
-        self._text_loras = tuple(
+        self.conditioning.loras = tuple(
             part for lora, strength in opened if lora.components.keys() - {"diffusion"} for part in (lora, strength)
         )
-
-    # --- the model as functions
-
-    def predict(
-        self,
-        latents: F32,
-        timestep: F32,
-        conditions: Conditions,
-        component: str = "diffusion",
-        *,
-        lane: int = 0,
-        blocks: DBCache | None = None,
-        **options: Any,
-    ) -> F32:
-        """What the diffusion model predicts (b, c, h, w), from latents (1, c, h, w), a timestep (1,) and the conditions
-        of b prompts. ``options`` are added to its configuration. ``component``: another one than the diffusion model
-        itself, where there is one for high noise; ``lane``: which of several that are side by side; ``blocks``: what
-        may leave out some of its own."""
-        inputs: dict[str, F32] = {"latents": latents, "timestep": timestep, **conditions}
-        if self._control is not None:
-            inputs |= self._given(self._control, inputs)
-            options |= self._controls.options(self.model["control"].config)
-        ahead = latents.ahead if isinstance(latents, DeviceArray) else None
-        if blocks is None:
-            (predicted,) = self._run(component, lane, ahead, options, inputs)
-            return predicted
-        on = self._devices.ahead(component, lane, waited_for=True) if blocks.kept and ahead is None else ahead
-        predicted = blocks.predict(
-            lambda more, given: self._run(component, lane, on, {**options, **more}, given), inputs
-        )
-        return predicted if ahead is not None else np.asarray(predicted)
-
-    def _run(
-        self, component: str, lane: int, ahead: Ahead | None, options: Mapping[str, Any], inputs: Mapping[str, F32]
-    ) -> Sequence[F32]:
-        """What a component gives, here or ``ahead`` on its device, which has an array's arithmetic."""
-        if ahead is None:
-            return self._devices.run(component, options, inputs, lane=lane)
-        return cast(list[F32], self._devices.run_ahead(component, options, inputs, ahead, lane))
-
-    def _given(self, control: Control, inputs: Mapping[str, F32]) -> dict[str, F32]:
-        """What a ControlNet adds to the diffusion model that has these inputs."""
-        read = {name: array for name, array in inputs.items() if name in control.reads}
-        latents = inputs["latents"]
-        if isinstance(latents, DeviceArray):
-            there = self._devices.run_ahead("control", {}, {**control.told, **read}, latents.ahead)
-            latents.ahead.keep()
-            return {f"{CONTROL}{n}": cast(F32, each) for n, each in enumerate(there)}
-        given = self._devices.run("control", {}, {**control.told, **read})
-        return {f"{CONTROL}{n}": finite(each, "the ControlNet's output") for n, each in enumerate(given)}
-
-    @property
-    def _controls(self) -> Controls:
-        found = self.model.family.controls
-        if found is None:
-            raise UsageError(f"{self.model.family.title} has no ControlNets in sdrpc")
-        return found
-
-    def _control_of(self, settings: Settings) -> Control | None:
-        """What a request shows its ControlNet, if there is one."""
-        if settings.control_image is None:
-            return None
-
-        def encode(picture: F32) -> F32:
-            return self._vae.encode(picture, None, settings.tiling, settings.vae_tiling)
-
-        return control_of(settings, self._controls, self.model["control"].config, encode)
-
-    def conditions(self, settings: Settings, beside: Beside = NOTHING_BESIDE) -> Told:
-        """What the diffusion model is told about the prompts of a request, and ``beside`` them about its pictures."""
-
-        def encoded(text: str, negative: bool) -> Conditions:
-            prompt = Prompt(text, settings.width, settings.height, settings.clip_skip, settings.guidance, negative)
-            prompt = prompt._replace(learned=self._embeddings.of(text), frames=settings.video_frames, fps=settings.fps)
-            known = prompt, shown, self._text_loras
-            if known not in self._encoded:
-                encode = TextEncoders(self._devices, tuple(self._seen(settings.ref_images)))
-                self._encoded[known] = self.model.family.conditions(encode, prompt)
-            self._encoded.move_to_end(known)
-            while len(self._encoded) > PROMPTS:
-                self._encoded.popitem(last=False)
-            return self._encoded[known]
-
-        shown = tuple(same_pixels(picture) for picture in settings.ref_images)
-        positive: Conditions = {**encoded(settings.text, False), **beside.shown}
-        apart = settings.img_cfg_scale != settings.cfg_scale
-        if settings.cfg_scale == settings.of(HIGH_NOISE).cfg_scale == 1 and not apart:
-            return Told(positive)
-        negative = encoded(settings.negative_prompt, True)
-        told = Told(positive, {**negative, **beside.hidden}, {**negative, **beside.shown} if apart else None)
-        return Told(positive, told.shown) if apart and settings.img_cfg_scale == 1 else told
-
-    def _seen(self, pictures: Sequence[Pixels]) -> Iterator[F32]:
-        """What text encoders see of reference pictures, if they see any."""
-        references = self.model.family.references
-        if references is not None and references.seen is not None:
-            for picture in pictures:
-                yield from_pixels(fitted(picture, *references.seen(picture.shape[1], picture.shape[0])))
-
-    def _prediction(self, settings: Settings) -> Prediction:
-        """What the model predicts; a family whose files don't tell asks the model itself."""
-        name, family = settings.prediction, self.model.family
-        if name is None:
-            if family.probe is None:
-                raise UsageError(f"nothing tells what this {family.title} predicts: name it (prediction)", "prediction")
-            with self.timer("sample"):
-                name = family.probe(self.predict, self.model["diffusion"].config)
-        return predicts_with(self.model, settings, name)
-
-    def sample(
-        self,
-        settings: Settings,
-        seed: int,
-        told: Told,
-        on_step: OnStep = lambda *_: None,
-        begin: Begin = NOTHING,
-        lanes: Sequence[int] = (0,),
-    ) -> F32:
-        """Latents without noise, of the noise of ``seed`` and what it is added to: (1, c, h, w), of models that draw
-        films (1, c, frames, h, w), with those of sound as further frames behind them. ``on_step`` is told the steps
-        that are done, how many there are, and a preview where one is wanted. ``lanes``: of the diffusion model, those
-        that may be used.
-
-        Where the diffusion model's device queues its work, latents stay there, and the steps are told ahead; what they
-        come to is the same. On several lanes that is so where no other picture is drawn meanwhile
-        (:mod:`sdrpc.runtime.mirrors`). If such a device is lost, the picture begins anew, with numbers here. So it does
-        where what is between blocks stays on a device (:mod:`sdrpc.diffusion.dbcache`).
-        """
-        reached = -1
-
-        def once(done: int, total: int, *preview: Pixels | None) -> None:
-            nonlocal reached
-            if done > reached:
-                reached = done
-                on_step(done, total, *preview)
-
-        beside = () if self._control is None else ("control",)
-        everywhere = len(lanes) == self._devices.lanes("diffusion")
-        lanes = lanes[: max(settings.predictions, settings.of(HIGH_NOISE).predictions)]
-        ahead: Ahead | Mirrors | None = None
-        if self._may_be_ahead(settings) and len(lanes) == 1:
-            ahead = self._devices.ahead("diffusion", lanes[0], *beside)
-        elif self._may_be_ahead(settings) and everywhere and not isinstance(settings.cache, dbcache.Options):
-            ahead = self._devices.mirrors("diffusion", lanes, *beside)
-        if ahead is not None or isinstance(settings.cache, dbcache.Options):
-            try:
-                return self._sample(settings, seed, told, once, begin, lanes, ahead)
-            except DeviceLost as lost:
-                log.info("the picture begins anew: %s", lost)
-        return self._sample(settings, seed, told, once, begin, lanes, None, kept=False)
-
-    def _may_be_ahead(self, settings: Settings) -> bool:
-        """Whether drawing asks for no numbers between its steps."""
-        family = self.model.family
-        looks = isinstance(settings.cache, easycache.Options), settings.previews, family.tempered
-        # two models that draw one film's halves may be on different devices
-        return not (any(looks) or HIGH_NOISE in self.model.components)
-
-    def _sample(
-        self,
-        settings: Settings,
-        seed: int,
-        told: Told,
-        on_step: OnStep,
-        begin: Begin,
-        lanes: Sequence[int],
-        ahead: Ahead | Mirrors | None,
-        kept: bool = True,
-    ) -> F32:
-        model, predicts = self.model, self._prediction(settings)
-        shape = latents_shape(model, settings)
-        if settings.sigmas:
-            sigmas = np.array(settings.sigmas, f32)
-        else:
-            sigmas = make_sigmas(
-                settings.scheduler, settings.all_steps, predicts, tokens=shape[-2] * shape[-1],
-                frames=int(np.prod(shape[2:-2])), aligned=model.family.aligned,
-            )  # fmt: skip
-        if begin.latents is not None:
-            sigmas = sigmas[steps_left_out(settings.strength, len(sigmas) - 1) :]
-        rng = make_rng(settings.rng, seed) if begin.rng is None else deepcopy(begin.rng)  # it may begin anew
-        drawn = with_sound(model, settings, shape)
-        start = predicts.start(rng.normal(int(np.prod(drawn))).reshape(drawn), sigmas[0], begin.latents)
-        if ahead is not None:
-            ahead.begin()
-            start = cast(F32, ahead.put(start))  # it has an array's arithmetic
-        # a generator of its own begins with the seed as well; else the sampler goes on where the first noise ended
-        noise = rng if settings.sampler_rng == settings.rng else make_rng(settings.sampler_rng, seed)
-        latents, done = start, 0
-        for half in self._halves(settings, predicts, sigmas):
-            telling = _Steps(on_step, done, len(sigmas) - 1, ahead)
-            latents = self._sample_half(half, settings, predicts, told, latents, begin, noise, lanes, telling, kept)
-            done += len(half.sigmas) - 1
-        if ahead is not None:
-            latents = finite(np.asarray(latents), "the latents")
-            ahead.tell()
-        return latents
-
-    def _halves(self, settings: Settings, predicts: Prediction, sigmas: F32) -> list[Half]:
-        """What of a schedule which model draws."""
-        if HIGH_NOISE not in self.model.components:
-            return [Half("diffusion", sigmas)]
-        steps = None if settings.high_noise is None else settings.high_noise.steps
-        return halves(sigmas, steps, settings.moe_boundary, predicts)
-
-    def _sample_half(
-        self,
-        half: Half,
-        settings: Settings,
-        predicts: Prediction,
-        told: Told,
-        x: F32,
-        begin: Begin,
-        noise: Rng,
-        lanes: Sequence[int],
-        steps: _Steps,
-        kept: bool,
-    ) -> F32:
-        """Latents at the last level of what one model draws, from ``x`` at its first one. ``kept``: on its device, what
-        is between blocks."""
-        how, chosen = settings.of(half.component), settings.cache
-        count = self.model[half.component].blocks
-        cache = EasyCache(chosen, predicts) if isinstance(chosen, easycache.Options) else None
-        blocks = partial(DBCache, chosen, count, kept) if isinstance(chosen, dbcache.Options) else None
-        guide = Guide(
-            partial(self.predict, component=half.component), told.followed(how.cfg_scale, how.img_cfg_scale),
-            half.sigmas, cfg_scale=how.cfg_scale, img_cfg_scale=how.img_cfg_scale, left_out=settings.left_out,
-            cache=cache, blocks=blocks, tempered=self.model.family.tempered, lanes=lanes,
-        )  # fmt: skip
-        denoise = denoiser(guide, predicts, settings.timestep_shift)
-        if begin.latents is not None and begin.anew is not None:
-            denoise = kept_outside(denoise, begin.latents, begin.anew)
-        watched = None
-        if settings.previews is not None:
-            denoise = watched = Watched(denoise, settings.previews, lambda x: self._preview(x, settings))
-
-        def step_done(done: int, total: int) -> None:
-            guide.step_done(done)
-            steps.tell(done, () if watched is None else (watched.of_step(done, total),))
-
-        latents = sample(
-            how.sampling_method, denoise, x, half.sigmas, noise, flow=predicts.flow, eta=how.eta, on_step=step_done
-        )
-        if cache is not None:
-            log.info("easycache: %d of %d steps were not computed", cache.reused, len(half.sigmas) - 1)
-        if isinstance(chosen, dbcache.Options):
-            log.info("dbcache: %s", told_of(guide.caches, chosen, count))
-        return latents
 
     def _second_pass(
         self,
@@ -682,15 +401,15 @@ class Session:
             if hires.upscaler in LATENT_FILTERS:
                 larger = enlarged_latents(latents, hires.upscaler, hires.height // side, hires.width // side)
             else:
-                picture = self._enlarged(self._shown(latents, first, False), hires)
+                picture = self._enlarged(self._vae.shown(latents, first), hires)
                 larger = self._vae.encode(from_pixels(picture), rng, first.tiling, first.vae_tiling)
-            told = self.conditions(second, beside)
-        before, self._control = self._control, self._control_of(second)
+            told = self.conditioning.conditions(second, beside)
+        before, self.sampling.control = self.sampling.control, self.conditioning.control(second)
         try:
             with self.timer("sample"):
-                return self.sample(second, seed, told, on_step, Begin(larger, rng=rng), lanes)
+                return self.sampling.sample(second, seed, told, on_step, Begin(larger, rng=rng), lanes)
         finally:
-            self._control = before
+            self.sampling.control = before
 
     @contextmanager
     def _with_network(self, hires: Hires | None) -> Iterator[None]:
@@ -720,59 +439,3 @@ class Session:
         finally:
             self._upscaler.close()  # the second pass needs more room than the first
         return enlarged_pixels(larger, PIXELS, hires.height, hires.width)
-
-    def _shown(self, latents: F32, settings: Settings, tiny: bool, lane: int = 0) -> Pixels:
-        return to_pixels(self._vae.decode(latents, settings.tiling, settings.vae_tiling, tiny, lane)[0])
-
-    def _preview(self, latents: F32, settings: Settings) -> Pixels:
-        """What latents look like, as the settings' previews say."""
-        mode, colours = settings.previews and settings.previews.mode, self.model.colours
-        if mode == "proj" and colours is not None:
-            return projected(latents, colours)
-        return self._shown(latents, settings, tiny=mode == "tae")
-
-    def _encoded_pictures(self, settings: Settings) -> tuple[Begin, Beside]:
-        """What a request's pictures mean to the diffusion model: to begin with, and as conditions."""
-        family, in_tiles = self.model.family, (settings.tiling, settings.vae_tiling)
-        rng = make_rng(settings.rng, settings.seed)  # the first picture's, as in stable-diffusion.cpp
-        begin, configs = Begin(), self.model.configs
-        if family.begun is not None and family.begun.takes(configs, settings.video_frames):
-            if settings.init_image is None:
-                return begin, NOTHING_BESIDE
-            first, end = settings.init_image, settings.end_image
-            encode = FilmEncoder(self._vae, self._devices, [first] if end is None else [first, end])
-            last = None if end is None else from_pixels(end)
-            told = family.begun.conditions(encode, configs, from_pixels(first), last, settings.video_frames)
-            return begin, Beside(told, told)
-        if settings.init_image is not None:
-            latents = self._vae.encode(from_pixels(settings.init_image), rng, *in_tiles)
-            begin = Begin(latents, latent_mask(settings.mask, self.model.pixels))
-        references, multiple = {}, 1 if family.references is None else family.references.multiple
-        for number, picture in enumerate(settings.ref_images):
-            size = reference_size(picture, settings, multiple)
-            references[f"{REFERENCE}{number}"] = self._vae.encode(from_pixels(fitted(picture, *size)), None, *in_tiles)
-        if family.inpainting is None or not inpaints(self.model):
-            return begin, Beside(references, references)
-        mask, picture_around = hidden(settings)
-        side = self.model.pixels
-        nothing = np.zeros((1, self.model.latent_channels, settings.height // side, settings.width // side), f32)
-        latents = nothing if picture_around is None else self._vae.encode(picture_around, rng, *in_tiles)
-        shown, unseen = (family.inpainting.around(mask, each) for each in (latents, nothing))
-        return begin, Beside({AROUND: shown, **references}, {AROUND: unseen, **references})
-
-
-class _Steps(NamedTuple):
-    """Whom to tell of steps: ``before`` them are those of another model, ``total`` are all. ``ahead``: of a device that
-    is still to do them."""
-
-    on_step: OnStep
-    before: int
-    total: int
-    ahead: Ahead | Mirrors | None
-
-    def tell(self, done: int, preview: tuple[Pixels | None, ...]) -> None:
-        told = partial(self.on_step, self.before + done, self.total, *preview)
-        if self.ahead is None:
-            told()
-        else:
-            self.ahead.then(told)
