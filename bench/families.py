@@ -20,7 +20,7 @@ from sdrpc.diffusion.guidance import Told
 from sdrpc.diffusion.pictures import Pixels
 from sdrpc.diffusion.request import Request
 from sdrpc.diffusion.session import Session
-from sdrpc.engine.device import devices
+from sdrpc.engine.discovery import devices
 from sdrpc.families import flux2, wan, zimage
 from sdrpc.families.base import Config
 from sdrpc.families.components.unet import pooled_width

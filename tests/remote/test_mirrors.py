@@ -29,8 +29,8 @@ from tests.support.process import ServerProcess
 from tests.support.trouble import Passage, Trouble
 
 QUEUES = (
-    "from sdrpc.engine import device; find = device.found; "
-    "device.found = lambda: [cpu._replace(name=f'CPU{i}') for i, cpu in enumerate(find()[-1:] * 2)]; "
+    "from sdrpc.engine import device, discovery; find = discovery.found; "
+    "discovery.found = lambda: [cpu._replace(name=f'CPU{i}') for i, cpu in enumerate(find()[-1:] * 2)]; "
     "device.LocalDevice.queues = property(lambda _: True, lambda *_: None); "
     "from sdrpc.cli.rpc_server import main; main()"
 )

@@ -19,7 +19,7 @@ from sdrpc.client.remote import RemoteDevice
 from sdrpc.device import Device
 from sdrpc.diffusion.events import Event
 from sdrpc.diffusion.session import Session
-from sdrpc.engine.device import devices as local_devices
+from sdrpc.engine.discovery import devices as local_devices
 from sdrpc.errors import Cancelled, DoesNotFit
 from sdrpc.families.model import open_model
 from sdrpc.runtime.cache import Cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdrpc.device import Device
-from sdrpc.engine.device import devices
+from sdrpc.engine.discovery import devices
 from sdrpc.runtime import speed
 from sdrpc.runtime.speed import KEPT_SECONDS, Speed, speed_of
 

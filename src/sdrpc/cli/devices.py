@@ -234,7 +234,7 @@ def _connected(rpc: str, timeouts: Timeouts, keychain: Keychain, apart: bool) ->
 
 
 def _local(precision: str, threads: int | None) -> list[Device]:
-    from ..engine.device import devices
+    from ..engine.discovery import devices
     from ..engine.system import keep_freed_memory
 
     keep_freed_memory()

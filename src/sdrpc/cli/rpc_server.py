@@ -72,7 +72,7 @@ def rpc_server(**chosen: Any) -> int:
     kept = Cache(cache_folder("weights"), chosen["cache_size"]) if chosen["cache"] else None
 
     with importing():
-        from ..engine.device import devices  # torch takes a while: not before the options are known to be good
+        from ..engine.discovery import devices  # torch takes a while: not before the options are known to be good
         from ..engine.system import keep_freed_memory
 
         keep_freed_memory()

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .device import LocalDevice as LocalDevice
     from .device import LocalProgram as LocalProgram
-    from .device import devices as devices
+    from .discovery import devices as devices
 
 __all__ = ["LocalDevice", "LocalProgram", "devices"]
 
+_MODULES = {"LocalDevice": "device", "LocalProgram": "device", "devices": "discovery"}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.device"), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

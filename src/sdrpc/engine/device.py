@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 import traceback
-import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # another one than Python's before 3.11
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
-from threading import RLock
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,51 +18,38 @@ import torch
 from sdrpc.device import (
     NOBODY,
     Buffer,
-    Bytes,
     Client,
-    Frozen,
-    Later,
-    Mark,
-    Memory,
-    Rows,
-    ServedDevice,
     ServedProgram,
-    Span,
     Target,
     Watch,
 )
-from sdrpc.errors import DeviceError, InvalidValue, OutOfMemory, SdrpcError
+from sdrpc.errors import OutOfMemory, SdrpcError
 from sdrpc.ggml import validate
 from sdrpc.ggml.tensor import Graph
 from sdrpc.targets import SDRPC
 
-from .compilation import Compiler, Faster, Origin, missing
+from .compilation import Compiler, Faster, Origin
 from .convolutions import try_out
 from .deadline import WATCH_SECONDS, Deadline, running
 from .digest import content
-from .discovery import CPU_CACHE, default_cache, found
 from .errors import translated
 from .forms import in_use
 from .holdings import Holdings, holdings
-from .memory import MAPPED, LocalBuffer, Storage, new_storage
+from .local_memory import LocalMemory
+from .memory import LocalBuffer
 from .operations import EngineOp
-from .pages import Frozen as FrozenPages
-from .precision import Precision, choose
+from .precision import Precision
 from .program import Bound, Compiled, compile_graph
 from .programs import Programs
 from .replay import Pool, Replay
-from .sharing import Storages, held, is_shared, may_share
+from .sharing import held, is_shared
 from .slow import tell_if_long
-from .staging import Reading, Staging
-from .system import host_memory, return_freed_memory, shared_resident
+from .system import return_freed_memory
 from .values import ordered
-from .weights import Weights
+from .weights import CPU_CACHE, Weights
 from .worker import Worker
 
 log = logging.getLogger(__name__)
-
-MAX_THREADS = 1024
-"""Of a CPU. With many more the system gives none, and torch ends the process."""
 
 PATIENCE = 8
 """Runs of programs after which converted weights that none of them used make room for others. Programs that take turns
@@ -75,13 +59,8 @@ COMPILE_SECONDS = 120.0
 AHEAD = 4
 """Runs that a GPU may have before it: with none it waits for us between two of them, and of many nobody could be
 stopped."""
-SOON = 64 << 20
-"""Bytes that are read without waiting, at most: they take memory of the host's that is pinned."""
 MEASURED = 1 << 26
 """Runs that take less working memory than this start without a look at what the machine has left, or had."""
-
-_keys = itertools.count(1)
-"""Buffers' keys are unique in the process, so that a graph can't name another device's memory by mistake."""
 
 
 class LocalProgram(ServedProgram):
@@ -104,7 +83,7 @@ class LocalProgram(ServedProgram):
         return self.compiled.fusions
 
 
-class LocalDevice(ServedDevice):
+class LocalDevice(LocalMemory):
     """A device of torch. Safe to share between threads: one worker computes for all of them, in turn.
 
     ``compute_limit``: seconds that one run may take (None: no limit). ``dequant_cache``: bytes of weights that are kept
@@ -123,244 +102,25 @@ class LocalDevice(ServedDevice):
         dequant_cache: int = CPU_CACHE,
         compiler: Compiler | None = None,
     ) -> None:
-        self.name, self.torch_device, self.precision = name, torch_device, precision
-        self.description = description or name
-        self.compute_limit = compute_limit
         # recordings use weights without asking for them: there none may leave
-        self._weights = Weights(dequant_cache, PATIENCE if torch_device.type != "cuda" else None)
-        self._storages = Storages(partial(new_storage, torch_device), self._weights)
-        self._buffers: dict[int, LocalBuffer] = {}
-        self._promised = 0  # bytes of buffers and scratch memory that take memory when they are touched
+        patience = PATIENCE if torch_device.type != "cuda" else None
+        super().__init__(name, torch_device, Weights(dequant_cache, patience))
+        self.description, self.precision, self.compute_limit = description or name, precision, compute_limit
         self._programs = Programs()
         # a bound program holds buffers and scratch memory: it lives as long as somebody has a LocalProgram of it
         self._bound: WeakValueDictionary[Hashable, Bound | Replay] = WeakValueDictionary()
         self._runs: set[Deadline] = set()
         self._stopped = ""
-        self._staging = Staging(torch_device) if torch_device.type == "cuda" else None
         self.queues = torch_device.type == "cuda"
         self._under_way: deque[torch.cuda.Event] = deque()
         self._pool = Pool(torch_device) if torch_device.type == "cuda" else None
         self._compiler = compiler if precision.narrow is not None else None
         self._threads = threads
-        self._lock = RLock()
         self._worker = Worker(f"sdrpc-{name}", partial(_start, torch_device, threads))
-
-    # what it is
 
     @property
     def target(self) -> Target:
         return SDRPC
-
-    @property
-    def alignment(self) -> int:
-        return 64
-
-    def memory(self) -> Memory:
-        """Free and total bytes; what is promised to buffers but was never touched does not count as free, nor what
-        those that share would take, each for itself."""
-        kind = self.torch_device.type
-        if kind == "cpu":
-            free, total = host_memory()
-            touched = shared_resident()
-            if touched is None:
-                return Memory(max(min(free, total - self._promised), 0), total)
-            return Memory(max(free - max(self._promised - touched, 0), 0), total)
-        with translated(self.name, "asking for its memory"):
-            if kind == "mps":
-                total = torch.mps.recommended_max_memory()
-                return Memory(max(total - torch.mps.driver_allocated_memory() - self._storages.spared, 0), total)
-            module = torch.xpu if kind == "xpu" else torch.cuda
-            free, total = module.mem_get_info(self.torch_device)
-            cached = module.memory_reserved(self.torch_device) - module.memory_allocated(self.torch_device)
-            return Memory(max(free + cached - self._storages.spared, 0), total)
-
-    # bytes
-
-    def allocate(self, size: int) -> LocalBuffer:
-        """A new buffer, zeroed: what it holds was never anybody else's."""
-        if size < 0:
-            raise DeviceError(f"{self.name}: a buffer of {size} bytes")
-        if size > (free := self.memory().free):
-            raise OutOfMemory(self.name, size, free=free)
-        with translated(self.name, "allocating a buffer", size):
-            buffer = self._storages.allocate(next(_keys), size)
-        with self._lock:
-            self._buffers[buffer.key] = buffer
-            self._promised += size if size >= MAPPED else 0
-        return buffer
-
-    def free(self, buffer: Buffer) -> None:
-        """Give ``buffer`` back. A program that uses it keeps its memory until it is dropped itself."""
-        with self._lock:
-            mine = self._buffers.pop(buffer.key, None)
-            if mine is None:
-                return
-            self._promised -= mine.size if mine.size >= MAPPED else 0
-        self._storages.free(mine)
-
-    def write(self, buffer: Buffer, offset: int, data: Bytes) -> None:
-        source = memoryview(data).cast("B")
-        with self._writing(buffer, offset, len(source)) as storage:
-            if storage.host is not None:
-                storage.host[offset : offset + len(source)] = source
-            elif len(source):
-                part = storage.data[offset : offset + len(source)]
-                if self._staging is None:
-                    part.copy_(_as_tensor(source))
-                else:
-                    self._staging.write(part, source)
-
-    def read(self, buffer: Buffer, offset: int, size: int) -> Bytes:
-        """``size`` bytes; on the CPU a view of the memory itself, which later computing changes."""
-        mine = self._range(buffer, offset, size)
-        if not size:
-            return b""
-        with self._reading(mine, offset, size) as part:
-            if mine.storage.host is not None:
-                return part.numpy().data.toreadonly()
-            if self._staging is None:
-                return memoryview(part.cpu().numpy().tobytes())
-            soon = self._staging.read_soon(part)
-        return soon.wait()
-
-    def read_soon(self, buffer: Buffer, offset: int, size: int) -> Reading | None:
-        self._range(buffer, offset, size)
-        if self._staging is None or not 0 < size <= SOON:
-            return None
-        with self._reading(buffer, offset, size) as part:
-            return self._staging.read_soon(part)
-
-    def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
-        soon = self.read_soon(buffer, offset, size)
-        return super().read_later(buffer, offset, size) if soon is None else soon
-
-    def copy_to(self, source: Span, target: Span) -> bool:
-        """Between two of one kind. GPUs queue it, each behind what it has to do."""
-        _, buffer, offset, size = source
-        other, there, at, _ = target
-        if not isinstance(other, LocalDevice) or other.torch_device.type != self.torch_device.type:
-            return False
-        doing = f"copying to {other.name}"
-        with (
-            translated(self.name, doing),
-            held(self._range(buffer, offset, size), other._range(there, at, size)),
-            self._reading(buffer, offset, size, doing) as part,
-            other._writing(there, at, size, doing) as storage,
-        ):
-            storage.data[at : at + size].copy_(part, non_blocking=True)
-        return True
-
-    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``. Until
-        all of it was written, what is there is nobody's to read or to compute with."""
-        if self._range(buffer, offset, size).storage.host is None:
-            return None
-        with self._writing(buffer, offset, size) as storage:
-            assert storage.host is not None  # noqa: S101
-            return storage.host[offset : offset + size]
-
-    def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        if self._staging is not None:
-            self._range(buffer, offset, size)
-            with translated(self.name, "writing"), self._staging.filled(size, fill) as memory:
-                if memory is not None:
-                    with self._writing(buffer, offset, size) as storage:
-                        storage.data[offset : offset + size].copy_(memory, non_blocking=True)
-                    return
-        super().receive(buffer, offset, size, fill)
-
-    def clear(self, buffer: Buffer, value: int = 0) -> None:
-        self.fill(buffer, 0, buffer.size, value)
-
-    def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
-        """Set ``size`` bytes from ``offset`` on to ``value``."""
-        with self._writing(buffer, offset, size, "filling") as storage:
-            storage.data[offset : offset + size].fill_(value)
-
-    def write_rows(self, buffer: Buffer, rows: Rows, data: Bytes) -> None:
-        """Write ``data`` to ``rows``, one row behind the other."""
-        dense = rows.size == rows.stride
-        with self._writing(buffer, rows.offset, rows.extent, "writing rows", all_of_it=dense) as storage:
-            _row_view(storage.data[rows.offset : rows.offset + rows.extent], rows).copy_(
-                _as_tensor(memoryview(data)).view(rows.copies, rows.size)
-            )
-
-    def read_rows(self, buffer: Buffer, rows: Rows) -> Bytes:
-        """The bytes of ``rows``, one row behind the other."""
-        with self._reading(buffer, rows.offset, rows.extent, "reading rows") as part:
-            return _row_view(part, rows).contiguous().cpu().numpy().data.cast("B")
-
-    def copy(self, source: Buffer, source_offset: int, target: Buffer, target_offset: int, size: int) -> None:
-        """Copy ``size`` bytes, also within one buffer."""
-        one, other = self._range(source, source_offset, size), self._range(target, target_offset, size)
-        overlaps = one is other and abs(source_offset - target_offset) < size
-        with (
-            translated(self.name, "copying"),
-            held(one, other),
-            self._reading(source, source_offset, size, "copying") as part,
-        ):
-            data = part.clone() if overlaps else part
-            with self._writing(target, target_offset, size, "copying") as storage:
-                storage.data[target_offset : target_offset + size].copy_(data)
-
-    # what several buffers have together
-
-    def mark(self, buffer: Buffer, offset: int, size: int) -> Mark:
-        return self._weights.mark(self._range(buffer, offset, size), offset, offset + size)
-
-    def identify(self, buffer: Buffer, mark: Mark, name: Hashable) -> None:
-        mine = self._buffers.get(buffer.key)
-        if mine is not None:  # else its client has just freed it
-            self._weights.identify(mine, mark, name)
-
-    def freeze(self, buffer: Buffer, offset: int, size: int) -> Frozen | None:
-        storage = self._range(buffer, offset, size).storage
-        if storage.pages is None or storage.host is None:
-            return None
-        with storage.forms.as_they_came(storage.data, offset, offset + size):
-            self._weights.move(storage, offset, offset + size, moved=False)
-            return storage.pages.freeze(storage.host, offset, size)
-
-    def take(self, buffer: Buffer, offset: int, frozen: Frozen) -> bool:
-        with self._writing(buffer, offset, frozen.size) as storage:
-            if storage.pages is None or storage.host is None or not isinstance(frozen, FrozenPages):
-                return False
-            return storage.pages.take(storage.host, offset, frozen)
-
-    def may_be_same(self, buffer: Buffer, other: Buffer) -> None:
-        mine, theirs = self._range(buffer, 0, 0), self._range(other, 0, 0)
-        if may_share(mine, theirs):
-            mine.twin = weakref.ref(theirs)
-
-    def _range(self, buffer: Buffer, offset: int, size: int) -> LocalBuffer:
-        mine = self._buffers.get(buffer.key)
-        if mine is None:
-            raise DeviceError(f"{self.name}: a buffer that it does not have")
-        if offset < 0 or size < 0 or offset + size > mine.size:
-            raise DeviceError(f"{self.name}: bytes {offset} … {offset + size} of a buffer of {mine.size}")
-        return mine
-
-    @contextmanager
-    def _writing(
-        self, buffer: Buffer, offset: int, size: int, doing: str = "writing", all_of_it: bool = True
-    ) -> Iterator[Storage]:
-        """Within the context ``size`` bytes, or some of them, are written, to the storage that it gives: what was made
-        of them is forgotten, and nobody reads them or makes anything of them meanwhile."""
-        mine = self._range(buffer, offset, size)
-        with translated(self.name, doing), held(mine), self._storages.own(mine) as storage:
-            storage.forms.give_way(storage.data, offset, offset + size, all_of_it)
-            self._weights.unmark(mine, offset, offset + size)
-            self._weights.drop(storage.key, offset, offset + size)
-            yield storage
-
-    @contextmanager
-    def _reading(self, buffer: Buffer, offset: int, size: int, doing: str = "reading") -> Iterator[torch.Tensor]:
-        """Within the context those bytes, as they came, stay as they are."""
-        mine = self._range(buffer, offset, size)
-        with translated(self.name, doing), held(mine):
-            yield mine.storage.forms.read(mine.storage.data, offset, offset + size)
-
-    # graphs
 
     def compile(
         self,
@@ -469,17 +229,6 @@ class LocalDevice(ServedDevice):
         if self._compiler is not None and origin is not None:
             faster = Faster(bound, origin, self._compiler, self._compiling_threads)
         return bound if self._pool is None and faster is None else Replay(bound, self._pool, faster)
-
-    def _promise(self, bound: Bound, scratch: int) -> None:
-        """Count the scratch memory of ``bound`` for as long as it lives."""
-        if scratch:
-            with self._lock:
-                self._promised += scratch
-            weakref.finalize(bound, self._take_back, scratch)
-
-    def _take_back(self, size: int) -> None:
-        with self._lock:
-            self._promised -= size
 
     def _check_room(self, peak: int) -> None:
         """Raise :class:`OutOfMemory` where a run needs more memory than there is. (An accelerator says so itself, and
@@ -599,16 +348,6 @@ def _is_over(work: Future[None]) -> bool:
     return True
 
 
-def _as_tensor(data: memoryview) -> torch.Tensor:
-    """``data``, which is not written to, as bytes of torch's."""
-    return torch.frombuffer(data if not data.readonly else bytearray(data), dtype=torch.uint8)
-
-
-def _row_view(part: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """``rows`` of the bytes from their first on."""
-    return part.as_strided((rows.copies, rows.size), (rows.stride, 1), part.storage_offset())
-
-
 def _forget_frames(error: BaseException) -> None:
     """Drop the local variables of all frames that ``error`` and its causes passed: the operands of a failed run."""
     seen: set[int] = set()
@@ -627,46 +366,3 @@ def _start(device: torch.device, threads: int | None) -> None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def devices(
-    precision: str = "auto",
-    threads: int | None = None,
-    *,
-    compute_limit: float | None = None,
-    dequant_cache: int | None = None,
-    compile: str = "auto",
-) -> list[LocalDevice]:
-    """Every accelerator that torch finds, then the CPU.
-
-    ``precision``: exact, fast, ggml, or auto: fast where the hardware has narrow arithmetic. ``threads``: of the
-    CPU (default: torch's). ``dequant_cache``: bytes per device (default: 448 MiB, or a quarter of an
-    accelerator's memory). ``compile``: of programs that repeat in *fast* precision; auto: on GPUs, where there is a
-    compiler; off. Raises :class:`sdrpc.errors.UsageError` for another precision, and more than :data:`MAX_THREADS`.
-    """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InvalidValue("threads", threads, f"it can be 1 … {MAX_THREADS}")
-    compiler = Compiler() if compile == "auto" else None
-    return [
-        LocalDevice(
-            name,
-            device,
-            choose(precision, device),
-            description=description,
-            threads=threads if device.type == "cpu" else None,
-            compute_limit=compute_limit,
-            dequant_cache=default_cache(device) if dequant_cache is None else dequant_cache,
-            compiler=compiler if _compiles(device, precision) else None,
-        )
-        for name, device, description in found()
-    ]
-
-
-def _compiles(device: torch.device, precision: str) -> bool:
-    """Whether programs are compiled on ``device`` unless somebody says otherwise; what is missing for that is logged.
-    A CPU gains little by it (bench/README.md)."""
-    if device.type != "cuda" or choose(precision, device).narrow is None:
-        return False
-    if lacking := missing(device):
-        log.warning("%s: programs are not compiled, which would make them faster: %s", device, lacking)
-    return not lacking
