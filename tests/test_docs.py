@@ -46,6 +46,13 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(other.read_text()), target
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=named)
+def test_the_code_that_they_name_is_there(path: Path) -> None:
+    """Files, written as the repository or the package has them."""
+    for name in re.findall(r"`([\w-]+(?:/[\w-]+)+\.py)\b", path.read_text()):
+        assert any((ROOT / base / name).exists() for base in ("", "src/sdrpc")), name
+
+
 def typed(text: str) -> Iterator[tuple[str, list[str]]]:
     """Our programs with their arguments, in blocks of sh and in sentences, whatever goes before them."""
     for command in commands(re.sub(r"^> .*$", "", text, flags=re.MULTILINE)):

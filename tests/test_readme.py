@@ -1,4 +1,4 @@
-"""What the README names exists: options, make targets, files. `make newcomer` runs its commands."""
+"""What the README and the page of options name exists: options, make targets, files. `make newcomer` runs commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ OF_OTHERS = {"-L", "--address", "--resources"}
 
 
 def test_its_options_are_options() -> None:
-    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    text = README + (ROOT / "docs" / "options.md").read_text()
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     named = {
         word.split("=")[0] for span in spans for word in span.split() if re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", word)
     }
