@@ -19,6 +19,7 @@ PAGES = {
     "README.md": "readme.md",
     "CHANGELOG.md": "changelog.md",
     "bench/README.md": "figures.md",
+    "bench/operations.md": "figures-operations.md",
     "src/sdrpc/models/README.md": "demo-model.md",
     "integrations/comfyui/README.md": "comfyui.md",
 }

@@ -85,7 +85,7 @@ def devices(
 
 def _compiles(device: torch.device, precision: str) -> bool:
     """Whether programs are compiled on ``device`` unless somebody says otherwise; what is missing for that is logged.
-    A CPU gains little by it (bench/README.md)."""
+    A CPU gains little by it."""
     if device.type != "cuda" or choose(precision, device).narrow is None:
         return False
     if lacking := missing(device):
