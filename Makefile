@@ -4,6 +4,9 @@ BIN := .venv/bin
 # Outside the clone, so that a fresh clone need not build again what did not change.
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sdrpc-dev
 export SDRPC_DEV_CACHE := $(CACHE)
+# A suite starts hundreds of processes that import torch: they find it compiled, also where the environment says that no
+# bytecode is to be written.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup test steady lint docs ray fuzz faults interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
 

@@ -205,7 +205,7 @@ class RemoteModule:
     def _key(self, request: Call, known: Sequence[str]) -> str | None:
         """The name under which other processes find a graph; None where they might mean another one by it."""
         signature = to_json(request.signature)
-        state = None if self._state is None else self._state.data
+        state = None if self._state is None else self._state.digest
         if state is None or signature is None:
             return None
         return cache_key(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import json
 import operator
 import types
 from collections.abc import Iterator, Sequence
@@ -159,13 +160,18 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self.description: Description = ()
+        self._digested: tuple[Description, str | None] = (), None
         self._weights: list[torch.Tensor] = []
         self._refresh(module)
 
     @property
-    def data(self) -> Any:
-        """``description`` as JSON; None where it depends on code whose version is not known."""
-        return to_json(self.description)
+    def digest(self) -> str | None:
+        """Of ``description``, the same in each process; None where it depends on code whose version is not known."""
+        if self._digested[0] is not self.description:
+            data = to_json(self.description)
+            found = None if data is None else blake2b(json.dumps(data).encode(), digest_size=20).hexdigest()
+            self._digested = self.description, found
+        return self._digested[1]
 
     def look(self, module: nn.Module) -> tuple[bool, bool]:
         """Whether anything that decides the graph, and whether weights' numbers changed since the last look."""

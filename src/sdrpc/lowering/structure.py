@@ -275,7 +275,7 @@ def _found_by_name(value: Any) -> bool:
 def to_json(description: Description) -> Any:
     """A description as JSON's types; None where it names something that another process may not find."""
     try:
-        return _encoded(description)
+        return _encoded(description, {})
     except LookupError:
         return None
 
@@ -288,9 +288,20 @@ def from_json(data: Any) -> Description:
     return found
 
 
-def _encoded(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_encoded(part) for part in value]
+_PLAIN = (str, int, float)
+
+
+def _encoded(value: Any, before: dict[int, Any]) -> Any:
+    """``before``: what came of parts by their ids, since a module's parts share most of what they are made of."""
+    if isinstance(value, _PLAIN):
+        return value
+    if id(value) not in before:
+        before[id(value)] = [_encoded(part, before) for part in value] if isinstance(value, tuple) else _named(value)
+    return before[id(value)]
+
+
+def _named(value: Any) -> Any:
+    """Anything but a tuple, a number or a text."""
     if isinstance(value, type) or callable(value):
         if not from_packages(value):
             raise LookupError(repr(value))

@@ -5,6 +5,7 @@ A file per module, named by a digest of everything that decides the graph. Damag
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def key(target: Target, **facts: Any) -> str:
     return blake2b(text.encode(), digest_size=20).hexdigest()
 
 
+@functools.cache
 def _version(package: str) -> str:
     try:
         return version(package)
