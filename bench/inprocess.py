@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from sdrpc.families.model import Model
 from sdrpc.ggml.weight import Weight
 from sdrpc.lowering.capture import without_weights
 
+from .recorded import now, recorded
 from .sampling import DTYPES, Sampled
 
 log = Console(stderr=True, highlight=False)
@@ -44,7 +44,6 @@ STORED = {
 """torch's types of numbers that are stored plainly."""
 
 LAYOUT_STEPS = 4
-WARMING = 3
 PATCH = 2
 """Latents on a side of which FLUX.1 makes one token."""
 
@@ -157,12 +156,12 @@ class InProcess:
         loop = self._loop(self, drawn)
         scheduler, latents = loop.scheduler, loop.latents
         model = self._recorded(loop) if graph else loop.model
-        start = self._now()
+        start = now(self.device)
         for timestep in scheduler.timesteps:
             predicted = loop.leave(model(*loop.enter(latents, timestep)))
             latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         result = loop.result(latents).float().cpu().numpy()
-        return Sampled(result, (self._now() - start) / len(scheduler.timesteps))
+        return Sampled(result, (now(self.device) - start) / len(scheduler.timesteps))
 
     def close(self) -> None:
         """Give the memory back."""
@@ -175,31 +174,10 @@ class InProcess:
     def tensor(self, array: F32) -> Tensor:
         return torch.from_numpy(array).to(self.device, self.dtype)
 
-    def _recorded(self, loop: Loop) -> Callable[[Tensor, Tensor], Tensor]:
+    def _recorded(self, loop: Loop) -> Callable[..., Tensor]:
         given = tuple(each.clone() for each in loop.enter(loop.latents, loop.scheduler.timesteps[0]))
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):  # kernels are chosen and memory is found before anything is recorded
-            for _ in range(WARMING):
-                loop.model(*given)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graphs.clear()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = loop.model(*given)
-        self._graphs.append(graph)
-
-        def replay(*changed: Tensor) -> Tensor:
-            for mine, new in zip(given, changed, strict=True):
-                mine.copy_(new)
-            graph.replay()
-            return result
-
-        return replay
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self._graphs = [torch.cuda.CUDAGraph()]
+        return recorded(loop.model, given, self._graphs[0])
 
 
 def _built(model: Model, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Callable[..., Any]]:

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from contextlib import suppress
 from queue import SimpleQueue
-from types import TracebackType
+
+from tests.support.proxy import Proxy
 
 CHUNK = 1 << 20
 
 
-class SlowLink:
+class SlowLink(Proxy):
     """A link with a round trip of ``seconds`` before the server on ``port`` of this machine: what comes goes on half of
     that later, in either direction. It has any bandwidth."""
 
     def __init__(self, port: int, seconds: float) -> None:
-        self._to, self._delay = port, seconds / 2
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(port)
+        self._delay = seconds / 2
 
-    def __enter__(self) -> SlowLink:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._to))
-                for source, target in ((client, server), (server, client)):
-                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    on_the_way: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
-                    threading.Thread(target=self._receive, args=(source, on_the_way), daemon=True).start()
-                    threading.Thread(target=self._deliver, args=(on_the_way, target), daemon=True).start()
+    def joined(self, client: socket.socket, server: socket.socket) -> None:
+        for source, target in ((client, server), (server, client)):
+            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            on_the_way: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
+            self.run(self._receive, source, on_the_way)
+            self.run(self._deliver, on_the_way, target)
 
     def _receive(self, source: socket.socket, on_the_way: SimpleQueue[tuple[float, bytes]]) -> None:
         data = b""
@@ -54,30 +42,17 @@ class SlowLink:
             target.shutdown(socket.SHUT_WR)
 
 
-class CountingProxy:
-    """Stands on a free port before the server on ``port`` of this machine. ``sent`` and ``received`` are bytes that
-    clients sent and got; a byte is counted before it goes on, so that nobody who has it finds it uncounted."""
+class CountingProxy(Proxy):
+    """``sent`` and ``received`` are bytes that clients sent and got; a byte is counted before it goes on, so that
+    nobody who has it finds it uncounted."""
 
     def __init__(self, port: int) -> None:
-        self._to = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        super().__init__(port)
         self.sent = self.received = 0
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> CountingProxy:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._to))
-                for way in ((client, server, "sent"), (server, client, "received")):
-                    threading.Thread(target=self._pump, args=way, daemon=True).start()
+    def joined(self, client: socket.socket, server: socket.socket) -> None:
+        self.run(self._pump, client, server, "sent")
+        self.run(self._pump, server, client, "received")
 
     def _pump(self, source: socket.socket, target: socket.socket, count: str) -> None:
         source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -19,6 +19,8 @@ from sdrpc.diffusion.rng import make_rng
 from sdrpc.diffusion.session import Session
 from sdrpc.families.model import Model
 
+from .recorded import now, recorded
+
 F32 = NDArray[np.float32]
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -96,42 +98,19 @@ class InProcess:
         noise = make_rng(request.rng, request.seed).normal(prod(shape)).reshape(shape)
         latents = torch.from_numpy(noise).to(self.device, self.dtype) * scheduler.init_noise_sigma
         text = torch.from_numpy(context).to(self.device, self.dtype)
-        predict = self._recorded(latents, scheduler.timesteps[0], text) if graph else self._predict
-        start = self._now()
+        predict: Callable[..., torch.Tensor] = self._predict
+        if graph:
+            given = torch.cat([latents] * 2), scheduler.timesteps[0].clone(), text
+            predict = recorded(self._predict, given, torch.cuda.CUDAGraph())
+        start = now(self.device)
         for timestep in scheduler.timesteps:
             pair = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
             negative, positive = predict(pair, timestep, text).chunk(2)
             predicted = negative + request.cfg_scale * (positive - negative)
             latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         result = latents.float().cpu().numpy()
-        return Sampled(result, (self._now() - start) / request.steps)
+        return Sampled(result, (now(self.device) - start) / request.steps)
 
     def _predict(self, pair: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         predicted: torch.Tensor = self.unet(pair, timestep, text, return_dict=False)[0]
         return predicted
-
-    def _recorded(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
-    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        pair, at = torch.cat([latents] * 2), timestep.clone()
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):  # kernels are chosen and memory is found before anything is recorded
-            for _ in range(3):
-                self._predict(pair, at, text)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self._predict(pair, at, text)
-
-        def replay(new_pair: torch.Tensor, new_timestep: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            pair.copy_(new_pair)
-            at.copy_(new_timestep)
-            graph.replay()
-            return result
-
-        return replay
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()

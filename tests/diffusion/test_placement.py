@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sdrpc.device_names import resolve
@@ -22,15 +24,9 @@ SD1 = ("clip_l", "diffusion", "vae")
 FLUX = ("clip_l", "t5xxl", "diffusion", "vae")
 
 
-def place(
-    backend: str,
-    main: str,
-    options: dict[str, str],
-    devices: tuple[str, ...],
-    default: str,
-    model: tuple[str, ...] = SD1,
-) -> dict[str, str]:
-    return {part: names[0] for part, names in places(backend, main, options, devices, default, model).items()}
+def place(*asked: Any) -> dict[str, str]:
+    """The first of :func:`places`."""
+    return {part: names[0] for part, names in places(*asked).items()}
 
 
 def places(

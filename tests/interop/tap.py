@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
 from collections import Counter
-from types import TracebackType
+
+from tests.support.proxy import Proxy, cut
 
 HEADER = struct.Struct("<BQ")
 COMMANDS = dict(enumerate((
@@ -20,39 +20,25 @@ CARRY = 242
 """Behind it there are no commands any more."""
 
 
-class Tap:
-    """Listens on :attr:`endpoint` and passes everything on to ``target`` (host:port) and back, as if its clients were
-    on the machine ``source``."""
+class Tap(Proxy):
+    """Passes everything on, and counts."""
 
     def __init__(self, target: str, source: str = "127.0.0.1") -> None:
-        self._source = (source, 0)
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        super().__init__(target, source)
         self.commands: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         """Of payloads."""
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
-        self._open: list[socket.socket] = [self._listening]
+        self._open: list[socket.socket] = []
 
-    def __enter__(self) -> Tap:
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
+    def joined(self, client: socket.socket, server: socket.socket) -> None:
+        self._open += [client, server]
+        self.run(self._requests, client, server)
+        self.run(self._replies, server, client)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def end(self) -> None:
+        cut(*self._open)
         for connection in self._open:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed: the end
-            while True:
-                client, _ = self._listening.accept()
-                server = socket.create_connection(self._target, source_address=self._source)
-                self._open += [client, server]
-                threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._replies, args=(server, client), daemon=True).start()
 
     def _requests(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError), client.makefile("rb") as stream:

@@ -14,7 +14,6 @@ from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sdrpc.client import Keychain, connect
@@ -32,21 +31,10 @@ from sdrpc.wire.hello import Capability
 from sdrpc.wire.records import Record
 from tests.server.conftest import CountingDevice, eventually
 from tests.support.client import RawClient
+from tests.support.content import SIZE, fnv, noise
 
 OURS = Capability.ERRORS | Capability.CACHE
 BUDGET = 64 << 20
-SIZE = 5 * 1000 * 1000
-"""Two pieces, the second one odd."""
-
-
-def noise(seed: int, size: int = SIZE) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
-
-
-def fnv(data: bytes) -> int:
-    compiled = fnv1a()
-    assert compiled is not None
-    return compiled(data, FNV_START)
 
 
 class Place:

@@ -16,7 +16,7 @@ import torch
 
 from sdrpc.client import Keychain, connect
 from sdrpc.client.names import Names
-from sdrpc.content import FNV_START, digest, fnv1a
+from sdrpc.content import digest
 from sdrpc.device import Buffer, Content, Mark
 from sdrpc.engine import pages
 from sdrpc.engine.device import LocalDevice
@@ -32,12 +32,12 @@ from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually
 from tests.support.accelerator import Untouchable
 from tests.support.client import RawClient
+from tests.support.content import SIZE, fnv, noise
 
 OURS = Capability.ERRORS | Capability.CACHE
-SIZE = 5 * 1000 * 1000
-"""Two pieces, the second one odd, with odd bytes before and behind whole pages."""
 AT = 12_352
-"""Where it is in its buffer: three pages and 64 bytes, as tensors lie at multiples of 64."""
+"""Where :data:`SIZE` bytes are in their buffer: three pages and 64 bytes, as tensors lie at multiples of 64. So there
+are odd bytes before and behind whole pages."""
 ROOM = AT + SIZE + 500_000
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -46,16 +46,6 @@ shares_memory = pytest.mark.skipif(
     or (HUGE_PAGES.exists() and not {"[never]", "[deny]"} & set(HUGE_PAGES.read_text().split())),
     reason="buffers share memory on Linux only; in huge pages the two edges are larger than what is shared here",
 )
-
-
-def noise(seed: int, size: int = SIZE) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
-
-
-def fnv(data: bytes) -> int:
-    compiled = fnv1a()
-    assert compiled is not None
-    return compiled(data, FNV_START)
 
 
 class Accelerator(Untouchable, CountingDevice):

@@ -10,12 +10,13 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from tests.interop.tap import COMMANDS, HEADER
 from tests.support.process import ServerProcess, lasting_port
+from tests.support.proxy import Proxy
+from tests.support.proxy import cut as cut_off
 
 PIECE = 1 << 16
 
@@ -61,41 +62,23 @@ class Restartable:
         threading.Timer(seconds, self.go_on).start()
 
 
-class Trouble:
+class Trouble(Proxy):
     """Passes on what clients send to the server on ``port`` of this machine, and back. ``requests`` are the names of
     the commands that came. When half of the one with number ``at`` (counted from 0) has come, ``happens`` is called
     with the :class:`Passage` that it came through; the rest follows if that is still open."""
 
     def __init__(self, port: int, at: int | None = None, happens: Callable[[Passage], None] = lambda _: None) -> None:
-        self.port, self.at, self.happens = port, at, happens
+        super().__init__(port)
+        self.at, self.happens = at, happens
         self.requests: list[str] = []
-        self.connections = 0
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self._open: list[Passage] = []
 
-    def __enter__(self) -> Trouble:
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
+    def joined(self, client: socket.socket, server: socket.socket) -> None:
+        self._open.append(Passage(self, client, server))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
+    def end(self) -> None:
         for passage in self._open:
             passage.end()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed: the end
-            while True:
-                client, _ = self._listening.accept()
-                self.connections += 1
-                try:
-                    server = socket.create_connection(("127.0.0.1", self.port))
-                except OSError:
-                    client.close()
-                    continue
-                self._open.append(Passage(self, client, server))
 
     def comes(self, command: int) -> bool:
         """Note a request; whether something happens in its middle."""
@@ -112,14 +95,10 @@ class Passage:
         """Nothing goes through any more, and nobody is told."""
         self.spoils_request = self.spoils_answer = self.halves_answer = False
         """One bit of what comes next is another one; half of it comes, and nothing more."""
-        self._threads = [threading.Thread(target=way, daemon=True) for way in (self._requests, self._answers)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [trouble.run(way) for way in (self._requests, self._answers)]
 
     def cut(self) -> None:
-        for end in (self.client, self.server):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        cut_off(self.client, self.server)
 
     def end(self) -> None:
         self.cut()
@@ -179,34 +158,29 @@ Fault = Callable[["Line", bytes], bytes]
 """What becomes of bytes that come through a line."""
 
 
-class Wire:
+class Wire(Proxy):
     """Passes bytes on, whatever they mean, to the server on ``port`` of this machine and back, until something happens
-    to them (:meth:`disturb`). ``connections`` came; ``happened``: it did."""
+    to them (:meth:`disturb`). ``happened``: it did."""
 
     def __init__(self, port: int) -> None:
-        self.port = port
-        self.connections = 0
+        super().__init__(port)
         self.happened = False
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"127.0.0.1:{self._listening.getsockname()[1]}"
         self._lines: list[Line] = []
-        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._fault: Fault | None = None
         self._up, self._left = True, 0
 
-    def __enter__(self) -> Wire:
-        self._run(self._accept)
-        return self
+    def joined(self, client: socket.socket, server: socket.socket) -> None:
+        line = Line(client, server)
+        self._lines.append(line)
+        for up in (True, False):
+            self.run(self._pass, line, up)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
+    def end(self) -> None:
         for line in self._lines:
             line.cut()
         for thread in list(self._threads):
             thread.join(60)
-        self._listening.close()
         for line in self._lines:
             line.close()
 
@@ -215,24 +189,6 @@ class Wire:
         way, counted over all connections."""
         with self._lock:
             self._fault, self._up, self._left = fault, up, after
-
-    def _run(self, target: Callable[[], None]) -> None:
-        self._threads.append(threading.Thread(target=target, daemon=True))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed: the end
-            while True:
-                client, _ = self._listening.accept()
-                self.connections += 1
-                try:
-                    server = socket.create_connection(("127.0.0.1", self.port))
-                except OSError:
-                    client.close()
-                    continue
-                self._lines.append(Line(client, server))
-                for up in (True, False):
-                    self._run(partial(self._pass, self._lines[-1], up))
 
     def _pass(self, line: Line, up: bool) -> None:
         source, target = (line.client, line.server) if up else (line.server, line.client)
@@ -268,9 +224,7 @@ class Line:
         self.silent = False
 
     def cut(self) -> None:
-        for end in (self.client, self.server):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        cut_off(self.client, self.server)
 
     def close(self) -> None:
         self.client.close()

@@ -37,9 +37,9 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture
-def page(browser: Any, server: WebServer) -> Iterator[Any]:
-    """The page, ready to draw with the tiny model. An error of its scripts fails the test."""
+@contextmanager
+def opened_page(browser: Any, server: WebServer, **fields: str) -> Iterator[Any]:
+    """The page, ready to draw with the tiny model and these fields. An error of its scripts fails the test."""
     errors: list[str] = []
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     opened = context.new_page()
@@ -48,11 +48,17 @@ def page(browser: Any, server: WebServer) -> Iterator[Any]:
     opened.goto(server.url)
     opened.select_option("#model", "tiny")
     opened.fill("#prompt", "a cat")
-    for name, value in (("width", "64"), ("height", "64"), ("steps", "2"), ("seed", "11")):
+    for name, value in {"width": "64", "height": "64", **fields}.items():
         opened.fill(f"[name={name}]", value)
     yield opened
     context.close()
     assert not errors
+
+
+@pytest.fixture
+def page(browser: Any, server: WebServer) -> Iterator[Any]:
+    with opened_page(browser, server, steps="2", seed="11") as opened:
+        yield opened
 
 
 def test_a_picture_and_what_goes_on_with_it(page: Any, server: WebServer) -> None:
@@ -293,19 +299,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[WebS
 
 @pytest.fixture
 def studio(browser: Any, two: WebServer) -> Iterator[Any]:
-    errors: list[str] = []
-    context = browser.new_context(viewport={"width": 1100, "height": 800})
-    opened = context.new_page()
-    opened.set_default_timeout(MILLISECONDS)
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.goto(two.url)
-    opened.select_option("#model", "tiny")
-    opened.fill("#prompt", "a cat")
-    for name, value in (("width", "64"), ("height", "64"), ("steps", "1"), ("seed", "1")):
-        opened.fill(f"[name={name}]", value)
-    yield opened
-    context.close()
-    assert not errors
+    with opened_page(browser, two, steps="1", seed="1") as opened:
+        yield opened
 
 
 def test_parts_are_put_on_devices_by_select_and_by_drag(studio: Any, two: WebServer) -> None:

@@ -364,7 +364,7 @@ T5_LENGTH, CHROMA_T5_LENGTH = 256, 512
 def _flux(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     """The scheduler would shift the sigmas, but not with a shift of 1, and appends the last one, 0, itself."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    noise = _noise(drawing)
     packed = _call(
         pipeline,
         drawing,
@@ -408,7 +408,7 @@ def _stable_diffusion_3(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return _call(
         pipeline,
         drawing,
-        torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        _noise(drawing),
         **skipping,
         prompt_embeds=text,
         pooled_prompt_embeds=vector,
@@ -423,7 +423,7 @@ def _stable_diffusion_3(pipeline: Any, drawing: Drawing) -> torch.Tensor:
 
 def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    noise = _noise(drawing)
 
     def encoded(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """As the pipeline's encode_prompt, but T5 reads padding as well, and the mask masks."""
@@ -451,19 +451,29 @@ def _chroma(pipeline: Any, drawing: Drawing) -> torch.Tensor:
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
-def _z_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+def _flow(pipeline: Any, drawing: Drawing, latents: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
+    """What a flow model's pipeline draws along the given sigmas, which a shift of 1 leaves as they are. ``latents``:
+    the noise as the pipeline takes it, if not as it is."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     return pipeline(
         prompt=drawing.prompt,
-        negative_prompt=drawing.negative,
-        guidance_scale=drawing.cfg - 1,
         height=drawing.height,
         width=drawing.width,
-        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        latents=_noise(drawing) if latents is None else latents,
         sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
         num_inference_steps=len(drawing.sigmas) - 1,
         output_type="latent",
+        **arguments,
     ).images
+
+
+def _noise(drawing: Drawing) -> torch.Tensor:
+    """At the first level."""
+    return torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+
+
+def _z_image(pipeline: Any, drawing: Drawing) -> torch.Tensor:
+    return _flow(pipeline, drawing, negative_prompt=drawing.negative, guidance_scale=drawing.cfg - 1)
 
 
 def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
@@ -481,7 +491,7 @@ def _wan(pipeline: Any, drawing: Drawing) -> torch.Tensor:
         height=drawing.height,
         width=drawing.width,
         num_frames=4 * (drawing.noise.shape[1] - 1) + 1,
-        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
+        latents=_noise(drawing),
         num_inference_steps=len(given),
         output_type="latent",
         **({} if drawing.image is None else {"image": drawing.image, "last_image": drawing.last}),
@@ -499,7 +509,7 @@ def _ltx(pipeline: Any, drawing: Drawing) -> torch.Tensor:
 
     scheduler.set_timesteps = as_given
     pipeline.scheduler = scheduler
-    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    noise = _noise(drawing)
     begun = {"latents": pipeline._pack_latents(noise)} if drawing.image is None else {"image": drawing.image}
     with drawn_noise(pipeline, torch.zeros_like(noise[:, :, :1]), noise):
         packed = pipeline(
@@ -520,7 +530,7 @@ def _ltx2(pipeline: Any, drawing: Drawing) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline gives the VAE's own latents, and those of the audio VAE. With a picture it wants to draw the noise
     of pictures itself."""
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
+    noise = _noise(drawing)
     _, _, frames, height, width = noise.shape
     frames -= -(-drawing.sound // (height * width))
     tokens = noise.flatten(2).transpose(1, 2)
@@ -575,85 +585,32 @@ def _flux2_dev(pipeline: Any, drawing: Drawing) -> torch.Tensor:
 
 
 def _flux2(pipeline: Any, drawing: Drawing, **guidance: Any) -> torch.Tensor:
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    return pipeline(
-        prompt=drawing.prompt,
-        image=list(drawing.shown) or None,
-        height=drawing.height,
-        width=drawing.width,
-        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
-        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
-        num_inference_steps=len(drawing.sigmas) - 1,
-        output_type="latent",
-        **guidance,
-    ).images
+    return _flow(pipeline, drawing, image=list(drawing.shown) or None, **guidance)
 
 
 def _qwen_image(pipeline: Any, drawing: Drawing, **pictures: Any) -> torch.Tensor:
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
-    packed = pipeline(
-        prompt=drawing.prompt,
-        negative_prompt=drawing.negative,
-        true_cfg_scale=drawing.cfg,
-        height=drawing.height,
-        width=drawing.width,
-        latents=pipeline._pack_latents(noise, *noise.shape),
-        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
-        num_inference_steps=len(drawing.sigmas) - 1,
-        output_type="latent",
-        **pictures,
-    ).images
+    noise = _noise(drawing)
+    latents = pipeline._pack_latents(noise, *noise.shape)
+    guidance = {"negative_prompt": drawing.negative, "true_cfg_scale": drawing.cfg}
+    packed = _flow(pipeline, drawing, latents, **guidance, **pictures)
     return pipeline._unpack_latents(packed, drawing.height, drawing.width, pipeline.vae_scale_factor)
 
 
 def _krea2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    noise = torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0])
-    packed = pipeline(
-        prompt=drawing.prompt,
-        negative_prompt=drawing.negative,
-        guidance_scale=drawing.cfg - 1,
-        height=drawing.height,
-        width=drawing.width,
-        latents=pipeline._pack_latents(noise, *noise.shape),
-        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
-        num_inference_steps=len(drawing.sigmas) - 1,
-        output_type="latent",
-    ).images
+    noise = _noise(drawing)
+    latents = pipeline._pack_latents(noise, *noise.shape)
+    packed = _flow(pipeline, drawing, latents, negative_prompt=drawing.negative, guidance_scale=drawing.cfg - 1)
     return pipeline._unpack_latents(packed, drawing.height, drawing.width)
 
 
 def _lumina2(pipeline: Any, drawing: Drawing) -> torch.Tensor:
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    return pipeline(
-        prompt=drawing.prompt,
-        negative_prompt=drawing.negative,
-        guidance_scale=drawing.cfg,
-        cfg_normalization=False,
-        height=drawing.height,
-        width=drawing.width,
-        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
-        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
-        num_inference_steps=len(drawing.sigmas) - 1,
-        output_type="latent",
-    ).images
+    guidance = {"negative_prompt": drawing.negative, "guidance_scale": drawing.cfg, "cfg_normalization": False}
+    return _flow(pipeline, drawing, **guidance)
 
 
 def _sana(pipeline: Any, drawing: Drawing) -> torch.Tensor:
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    return pipeline(
-        prompt=drawing.prompt,
-        negative_prompt=drawing.negative,
-        guidance_scale=drawing.cfg,
-        height=drawing.height,
-        width=drawing.width,
-        latents=torch.from_numpy(drawing.noise)[None] * float(drawing.sigmas[0]),
-        sigmas=[float(sigma) for sigma in drawing.sigmas[:-1]],
-        num_inference_steps=len(drawing.sigmas) - 1,
-        use_resolution_binning=False,
-        output_type="latent",
-    ).images
+    guidance = {"negative_prompt": drawing.negative, "guidance_scale": drawing.cfg}
+    return _flow(pipeline, drawing, **guidance, use_resolution_binning=False)
 
 
 def _pixart(pipeline: Any, drawing: Drawing) -> torch.Tensor:
