@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import os
+import secrets
 import signal
+import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdrpc.diffusion.upscaling import Upscalers
 from sdrpc.errors import UsageError
+from sdrpc.web.api.described import PIXEL
+from sdrpc.web.board import Board
 from sdrpc.web.jobs import Job, State, Task, chosen, in_turn
-from sdrpc.web.store import JobStore, QueueFull
+from sdrpc.web.metrics import Metrics
+from sdrpc.web.places import Places
+from sdrpc.web.store import JobStore, NotKept, QueueFull, on_disk
+from sdrpc.web.studio import Adapters, OwnSeat, Studio
+from tests.server.conftest import eventually
 from tests.web.load import crowd, overheads, wrong
 from tests.web.process import LONG, SMALL, WebServer
 
@@ -105,6 +120,87 @@ def test_the_oldest_pictures_go_when_there_are_too_many(store: JobStore) -> None
         store.finish(taken, State.DONE)
     store.prune()
     assert [each.seeds for each in store.jobs()] == [(2,), (1,)]
+
+
+@contextmanager
+def full(store: JobStore) -> Iterator[None]:
+    """Within the context its table takes nothing more."""
+    table = store._table
+    (pages,) = table.execute("PRAGMA page_count").fetchone()
+    for name in ("a" * 20000, "b" * 40, "c"):  # what is left of the last pages
+        with suppress(sqlite3.Error):
+            table.execute(f"PRAGMA max_page_count={pages}")
+            while True:
+                table.execute("INSERT INTO jobs (id, user, task, state, created) VALUES (?, ?, '', 'x', 0)", (
+                    f"{name}{secrets.token_hex(4)}", name
+                ))  # fmt: skip
+    yield
+    table.execute("DELETE FROM jobs WHERE state='x'")
+    table.execute("PRAGMA max_page_count=1000000")
+
+
+def test_a_full_disk_takes_no_job(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks is told so, nothing of it stays, and nothing is lost; when there is room again, all goes on."""
+    first = store.submit("anna", TASK, {})
+    with full(store):
+        with pytest.raises(NotKept, match=r"disk refuses \(database or disk is full\)"):
+            store.submit("anna", TASK, {"init_image": [b"begin"]})
+        assert list(store._pictures.iterdir()) == []
+        assert store.waiting() == [first]
+    monkeypatch.setattr("sdrpc.web.store.write_whole", broken)
+    with pytest.raises(NotKept, match="No space left"):
+        store.submit("anna", TASK, {"init_image": [b"begin"]})
+    monkeypatch.undo()
+    store.max_pending = 2
+    store.submit("anna", TASK, {"init_image": [b"begin"]})
+    assert store.pending() == 2
+
+
+def broken(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def not_kept(*_: object) -> None:
+    with on_disk():
+        broken()
+
+
+def test_a_seat_outlives_a_full_disk(store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended with the first job that could not be written down, and all behind it waited for ever."""
+    monkeypatch.setattr("sdrpc.web.studio.PAUSE_SECONDS", 0.01)
+    unused: Any = None
+    places = Places([], tmp_path / "placement.json")
+    studio = Studio(
+        store, unused, [OwnSeat("CPU", unused, unused, unused)], places, Board(), Metrics(store, places), 0, 0,
+        Adapters(tmp_path, "auto"), Upscalers(None),
+    )  # fmt: skip
+    pixel = {"image": [base64.b64decode(PIXEL)]}
+
+    def enlarged() -> Job:
+        return store.submit("anna", studio.enlarged("Lanczos", 2, 2), pixel)
+
+    def is_drawn(job: Job) -> bool:
+        now = store.get(job.id)
+        return now is not None and now.state.over
+
+    waits = enlarged()
+    with full(store):
+        studio.start()
+        time.sleep(0.1)
+    try:
+        assert eventually(lambda: is_drawn(waits))
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "finish", not_kept)
+            under_way = enlarged()
+            assert eventually(lambda: store.jobs((State.RUNNING,)))
+        assert eventually(lambda: is_drawn(under_way))
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "take", broken)  # a fault of ours
+            time.sleep(0.05)
+        behind = enlarged()
+        assert eventually(lambda: is_drawn(behind))
+    finally:
+        studio.stop()
 
 
 def test_one_folder_has_one_server(store: JobStore, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..diffusion import placement
 from ..errors import DeviceLost, InvalidValue, SdrpcError
 from ..runtime.chain import Chain, Lanes
 from ..storage import read_own, write_whole
+from .store import on_disk
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +89,17 @@ class Places:
 
     def choose(self, model: str, components: Sequence[str], wanted: Mapping[str, Sequence[str]]) -> None:
         """Put what is ``wanted`` of a model's ``components`` on devices, from its next job on; nothing: as the command
-        line says. Raises :class:`InvalidValue` for a component or device that is not there, and for one without."""
+        line says. Raises :class:`InvalidValue` for a component or device that is not there, and for one without, and
+        :class:`NotKept`."""
         named = {part: self._canonical(part, names) for part, names in wanted.items()}
         assigned = placement.assigned(components, named, "components", ())
         placed = {part: names for part, names in assigned.items() if names}
         with self._lock:
-            self._chosen = {name: there for name, there in self._chosen.items() if name != model}
-            if placed:
-                self._chosen[model] = placed
-            write_whole(self._path, json.dumps(self._chosen).encode())
+            others = {name: there for name, there in self._chosen.items() if name != model}
+            chosen = {**others, model: placed} if placed else others
+            with on_disk():
+                write_whole(self._path, json.dumps(chosen).encode())
+            self._chosen = chosen
 
     def lanes(self, chosen: Chosen) -> dict[str, list[Lanes]]:
         """What is chosen as places; what is left to a plan is not among them."""

@@ -11,8 +11,8 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +40,20 @@ class QueueFull(SdrpcError):
     """There are as many jobs in the queue as it takes."""
 
 
+class NotKept(SdrpcError):
+    """The disk does not keep what it is given, or has not what it was given: it is full, read-only, or gone."""
+
+
+@contextmanager
+def on_disk() -> Iterator[None]:
+    """Something is written to the disk or read from it. Raises :class:`NotKept`."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NotKept(f"this server's disk refuses ({reason}); try again later") from error
+
+
 class JobStore:
     """Jobs and pictures below ``folder``, which one process has at a time. For any thread.
 
@@ -49,6 +63,7 @@ class JobStore:
 
     def __init__(self, folder: Path, max_pending: int, keep_seconds: float, keep_bytes: int) -> None:
         self._pictures = folder / "pictures"
+        self.folder = folder
         make_own(folder)
         make_own(self._pictures)
         self.max_pending, self.keep_seconds, self.keep_bytes = max_pending, keep_seconds, keep_bytes
@@ -80,39 +95,55 @@ class JobStore:
             self._table.close()
             self._changed.notify_all()
 
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Within the context the table is this thread's. Raises :class:`NotKept`."""
+        with self._changed, on_disk():
+            yield
+
     # --- the queue
 
     def submit(self, user: str, task: Task, inputs: Mapping[str, Sequence[bytes]]) -> Job:
         """A new job at the end of its user's, with the files of pictures that it begins with, by the request's fields.
-        Raises :class:`QueueFull`."""
+        Raises :class:`QueueFull` and :class:`NotKept`."""
         task = replace(task, inputs={field: len(files) for field, files in inputs.items() if files})
-        with self._changed:
+        with self._using():
             pending = len(self._waiting()) + self._arriving
             if pending >= self.max_pending:
                 raise QueueFull(f"{pending} jobs are waiting, more are not taken; try again later")
             self._arriving += 1
-        try:  # files are written while others use the table
-            job = Job(f"job_{secrets.token_hex(10)}", user, task, State.QUEUED, time.time())
-            for field, files in inputs.items():
-                for index, data in enumerate(files):
-                    write_whole(self._input(job, field, index), data)
+        job = Job(f"job_{secrets.token_hex(10)}", user, task, State.QUEUED, time.time())
+        try:
+            self._write_inputs(job, inputs)
+            with self._using():
+                row = (job.id, user, json.dumps(asdict(task)), job.state, job.created)
+                waiting = self._waiting()
+                self._table.execute("INSERT INTO jobs (id, user, task, state, created) VALUES (?, ?, ?, ?, ?)", row)
+                waiting[job.id] = job
+                self._moved()
+        except NotKept:  # nobody would delete them
+            for path in self._files(job):
+                remove(path)
+            raise
+        return job
+
+    def _write_inputs(self, job: Job, inputs: Mapping[str, Sequence[bytes]]) -> None:
+        """The files of a job that arrives, while others use the table."""
+        try:
+            with on_disk():
+                for field, files in inputs.items():
+                    for index, data in enumerate(files):
+                        write_whole(self._input(job, field, index), data)
         finally:
             with self._changed:
                 self._arriving -= 1
-        with self._changed:
-            row = (job.id, user, json.dumps(asdict(task)), job.state, job.created)
-            waiting = self._waiting()
-            self._table.execute("INSERT INTO jobs (id, user, task, state, created) VALUES (?, ?, ?, ?, ?)", row)
-            waiting[job.id] = job
-            self._moved()
-            return job
 
     def take(
         self, seat: str, loaded: str | None, seconds: float, mine: Callable[[Job], bool] = lambda _: True
     ) -> Job | None:
         """The job that ``seat``, which has the model ``loaded``, draws next, of those that are for it (``mine``); None
         when there was none for so many ``seconds``."""
-        with self._changed:
+        with self._using():
             order = list(filter(mine, self._in_turn()))
             if not order:
                 self._changed.wait(seconds)
@@ -129,28 +160,33 @@ class JobStore:
             )
             del self._waiting()[job.id]
             self._moved()
-            return self._job(job.id)
+            return replace(job, state=State.RUNNING, started=now)
 
     def add_picture(self, job: Job, seed: int, data: bytes) -> None:
-        """The next picture of ``job``, in its format."""
+        """The next picture of ``job``, in its format. Raises :class:`NotKept`."""
         now = self.get(job.id)
         if now is None:
             return
-        seeds = (*now.seeds, seed)
-        write_whole(self._path(job, len(now.seeds)), data)  # by its seat alone, while others use the table
-        with self._changed:
-            self._table.execute("UPDATE jobs SET seeds=? WHERE id=?", (json.dumps(seeds), job.id))
+        seeds, path = (*now.seeds, seed), self._path(job, len(now.seeds))
+        with on_disk():
+            write_whole(path, data)  # by its seat alone, while others use the table
+        try:
+            with self._using():
+                self._table.execute("UPDATE jobs SET seeds=? WHERE id=?", (json.dumps(seeds), job.id))
+        except NotKept:
+            remove(path)
+            raise
 
     def finish(self, job: Job, state: State, error: str | None = None) -> None:
         """``job`` is over, as ``state``."""
-        with self._changed:
+        with self._using():
             row = (state, time.time(), error, job.id)
             self._table.execute("UPDATE jobs SET state=?, finished=?, error=? WHERE id=?", row)
 
     def put_back(self, job: Job, tries: int = 1 << 30) -> bool:
         """``job`` was not drawn to its end: it is in the queue again, in its old place, without pictures. Not where
         it was begun as often as ``tries``; whether it is."""
-        with self._changed:
+        with self._using():
             now = self._job(job.id)
             for index in range(len(now.seeds) if now else 0):
                 remove(self._path(job, index))
@@ -163,7 +199,7 @@ class JobStore:
 
     def cancel(self, id: str) -> bool:
         """Take a queued job out of the queue; whether it was in it."""
-        with self._changed:
+        with self._using():
             row = (State.CANCELLED, time.time(), id, State.QUEUED)
             done = self._table.execute("UPDATE jobs SET state=?, finished=? WHERE id=? AND state=?", row).rowcount > 0
             self._waiting().pop(id, None)
@@ -173,35 +209,35 @@ class JobStore:
     # --- what is known
 
     def get(self, id: str) -> Job | None:
-        with self._changed:
+        with self._using():
             return self._job(id)
 
     def place(self, job: Job) -> int:
         """Where ``job`` is in the line, from 1; 0 where it is not waiting."""
-        with self._changed:
+        with self._using():
             return next((place for place, other in enumerate(self._in_turn(), 1) if other.id == job.id), 0)
 
     def jobs(self, states: Iterable[State] = tuple(State), most: int = 1000) -> list[Job]:
         """The newest jobs in any of ``states``, newest first."""
         names = list(states)
-        with self._changed:
+        with self._using():
             marks = ",".join("?" * len(names))
             query = f"SELECT {COLUMNS} FROM jobs WHERE state IN ({marks}) ORDER BY number DESC LIMIT ?"  # noqa: S608
             return [_job(row) for row in self._table.execute(query, (*names, most))]
 
     def pending(self) -> int:
         """How many jobs wait."""
-        with self._changed:
+        with self._using():
             return len(self._waiting())
 
     def waiting(self) -> list[Job]:
         """The queue, in the order in which it is drawn."""
-        with self._changed:
+        with self._using():
             return list(self._in_turn())
 
     def last_over(self) -> float:
         """When a job was last over, in seconds since the epoch; 0 where none was."""
-        with self._changed:
+        with self._using():
             (when,) = self._table.execute("SELECT max(finished) FROM jobs").fetchone()
             return float(when or 0.0)
 
@@ -214,12 +250,21 @@ class JobStore:
         return None
 
     def inputs(self, job: Job, field: str) -> list[bytes]:
-        """The files of the pictures that ``job`` has for ``field``."""
-        return [self._input(job, field, index).read_bytes() for index in range(job.task.inputs.get(field, 0))]
+        """The files of the pictures that ``job`` has for ``field``. Raises :class:`NotKept`."""
+        with on_disk():
+            return [self._input(job, field, index).read_bytes() for index in range(job.task.inputs.get(field, 0))]
+
+    def input(self, job: Job, field: str, index: int) -> bytes | None:
+        """One of them; None where it is not there."""
+        if not 0 <= index < job.task.inputs.get(field, 0):
+            return None
+        with suppress(OSError):
+            return self._input(job, field, index).read_bytes()
+        return None
 
     def forget(self, id: str) -> bool:
         """Delete a job that is over, with its pictures; whether it was there."""
-        with self._changed:
+        with self._using():
             job = self._job(id)
             if job is None or not job.state.over:
                 return False
@@ -229,7 +274,7 @@ class JobStore:
     def prune(self) -> None:
         """Delete what is over and older, or more, than is kept."""
         oldest = time.time() - self.keep_seconds
-        with self._changed:
+        with self._using():
             total, gone = 0, list[Job]()
             for job in self.jobs((State.DONE, State.FAILED, State.CANCELLED), most=1 << 30):
                 total += sum(map(_size, self._files(job)))

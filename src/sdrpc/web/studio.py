@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock, Thread
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from PIL import Image
 
@@ -37,11 +37,13 @@ from .metrics import Metrics
 from .places import Chosen, Places
 from .seats import Drawing, OwnSeat, Placed, Seat
 from .shelf import Shelf
-from .store import JobStore
+from .store import JobStore, NotKept
 from .tasks import MAX_PIXELS, PICTURES, check_size, fields_of, request_of
 from .warm import Adapters, Warm
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Made = tuple[int, bytes]
 """A seed, and the file of what was drawn with it."""
@@ -212,20 +214,49 @@ class Studio:
         def mine(job: Job) -> bool:
             return job.task.kind in seat.kinds and (first or not self.places.chosen(job.task.model))
 
-        while not self._stopping.is_set():
+        def look() -> None:
+            """One look at the queue."""
+            nonlocal pruned
             if not self._is_ready(seat):
                 self._stopping.wait(LOOK_SECONDS)
-                continue
+                return
             job = self.store.take(seat.name, warm.model, LOOK_SECONDS, mine)
-            if first and time.monotonic() - pruned > PRUNE_SECONDS:
-                pruned = time.monotonic()
-                self.store.prune()
             if job is not None:
                 self._run(seat, job, warm)
             elif self._idle_seconds and warm.idle_seconds > self._idle_seconds:
                 log.info("%s: %s leaves its devices, nobody asked for it for a while", seat.name, warm.model)
                 warm.close()
+            if first and time.monotonic() - pruned > PRUNE_SECONDS:
+                pruned = time.monotonic()
+                self.store.prune()
+
+        while not self._stopping.is_set():
+            try:
+                look()
+            except NotKept as error:
+                self._pause(seat, error)
+            except Exception:  # a fault of ours must neither end the seat nor lose the queue behind it
+                log.exception("%s: no job is taken for a while", seat.name)
+                self._stopping.wait(PAUSE_SECONDS)
         warm.close()
+
+    def _pause(self, seat: Seat, error: NotKept) -> None:
+        """The disk refuses: nothing can be drawn for a while."""
+        log.warning(
+            "%s: nothing is drawn for now, since %s does not keep the queue: %s", seat.name, self.store.folder, error
+        )
+        self._stopping.wait(PAUSE_SECONDS)
+
+    def _noted(self, seat: Seat, note: Callable[[], T]) -> T:
+        """Have what became of a job written down, when the disk takes it. Raises :class:`NotKept` where it has not by
+        the end of the server: when that is started again, the job is in the queue as any that was being drawn."""
+        while True:
+            try:
+                return note()
+            except NotKept as error:
+                if self._stopping.is_set():
+                    raise
+                self._pause(seat, error)
 
     def _is_ready(self, seat: Seat) -> bool:
         """Whether a seat can take a job; what it finds out about devices is known to everybody."""
@@ -249,21 +280,21 @@ class Studio:
         try:
             self._make(seat, job, warm)
         except Cancelled:
-            self._ended(job)
+            self._noted(seat, lambda: self._ended(job))
         except (DeviceLost, ConnectionFailed) as error:
             log.warning("%s: %s: %s", seat.name, job.id, error)
             warm.close()
             seat.lose(warm.devices)
-            if not self.store.put_back(job, TRIES):
-                self.store.finish(job, State.FAILED, marked(error))
+            if not self._noted(seat, lambda: self.store.put_back(job, TRIES)):
+                self._failed(seat, job, marked(error))
             self._stopping.wait(PAUSE_SECONDS)  # another seat may have its servers
         except SdrpcError as error:
             log.warning("%s: %s", job.id, error)
-            self.store.finish(job, State.FAILED, marked(error))
+            self._failed(seat, job, marked(error))
         except Exception as error:  # a fault of ours must neither end the seat nor lose the queue behind it
             log.exception("%s failed", job.id)
-            self.store.finish(job, State.FAILED, f"{type(error).__name__}: {error}")
             warm.close()
+            self._failed(seat, job, f"{type(error).__name__}: {error}")
         finally:
             warm.rest()
             self.places.end(job.id)
@@ -272,6 +303,9 @@ class Studio:
                 self._cancelled.discard(job.id)
             self.board.clear(job.id)
             self._note(seat, job)
+
+    def _failed(self, seat: Seat, job: Job, why: str) -> None:
+        self._noted(seat, lambda: self.store.finish(job, State.FAILED, why))
 
     def _note(self, seat: Seat, job: Job) -> None:
         """A line of the log about a job that a seat is done with."""
@@ -301,7 +335,7 @@ class Studio:
             self.store.add_picture(job, seed, data)
             self.metrics.drawn(seat.name, job.task.model)
             self.board.ring(job.id)
-        self.store.finish(job, State.DONE)
+        self._noted(seat, lambda: self.store.finish(job, State.DONE))
 
     def _pictures(self, seat: Seat, job: Job, warm: Warm, cancel: Cancel) -> Iterator[Made]:
         session, task = self._session(job, warm), job.task

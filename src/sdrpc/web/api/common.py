@@ -19,7 +19,7 @@ from ..board import Progress
 from ..context import Context
 from ..gate import error_body
 from ..jobs import Job, Kind, State, Task, told
-from ..store import QueueFull
+from ..store import NotKept, QueueFull
 from .described import MAX_PICTURES, MAX_STEPS
 
 LOOK_SECONDS = 5.0
@@ -77,7 +77,8 @@ async def submit(
     """Put a request of the fields ``asked`` into the queue, None meaning the model's default, with the files of the
     ``pictures`` that it begins with.
 
-    Raises :class:`InvalidValue` for what can't be drawn, :class:`CheckpointError` and :class:`QueueFull`.
+    Raises :class:`InvalidValue` for what can't be drawn, :class:`CheckpointError`, :class:`QueueFull` and
+    :class:`NotKept`.
     """
     given = {name: files for name, files in (pictures or {}).items() if files}
 
@@ -98,7 +99,7 @@ async def submit(
 
 
 def submit_task(here: Context, who: str, task: Task, pictures: Mapping[str, Sequence[bytes]]) -> Job:
-    """Put a task into the queue, with the files of its pictures. Raises :class:`QueueFull`."""
+    """Put a task into the queue, with the files of its pictures. Raises :class:`QueueFull` and :class:`NotKept`."""
     job = here.store.submit(who, task, pictures)
     here.board.ring(job.id)
     return job
@@ -172,6 +173,7 @@ STATUS: dict[type[Exception], int] = {
     UsageError: 400,
     NoPicture: 500,
     Ending: 503,
+    NotKept: 503,
 }
 """Error → status of the answer."""
 

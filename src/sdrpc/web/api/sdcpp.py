@@ -318,11 +318,10 @@ def image(id: Id, index: Index, here: Here) -> Response:
 )
 def input_image(id: Id, field: str, index: Index, here: Here) -> Response:
     """The file of a picture that a job began with."""
-    known = found(here, id)
-    found_files = here.store.inputs(known, field)
-    if index >= len(found_files):
+    data = here.store.input(found(here, id), field, index)
+    if data is None:
         raise HTTPException(404, f"job {id} has no {field} {index}")
-    return Response(found_files[index], media_type="application/octet-stream")
+    return Response(data, media_type="application/octet-stream")
 
 
 @router.get(
