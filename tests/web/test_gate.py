@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import Message
 
 from sdrpc.cli import sd_server
 from sdrpc.errors import UsageError
-from sdrpc.web.gate import TRIES, given_key, own_names
+from sdrpc.web.gate import TRIES, Bodies, Body, Refused, given_key, own_names
+from sdrpc.web.serving import _Server
 from tests.web.process import DRAW_SECONDS, SMALL, WebServer
 
 KEYS = "# who draws\nanna: s3cret-one\ns3cret-two\n"
@@ -74,7 +83,7 @@ def test_names_of_this_server(server: WebServer, name: str) -> None:
     assert server.ask("/health", headers={"Host": f"{name}:{server.port}"}).status == 200
 
 
-@pytest.mark.parametrize("name", ["evil.example", "localhost.evil.example", ""])
+@pytest.mark.parametrize("name", ["evil.example", "localhost.evil.example", "", "[", "[::1", "]", "[v1.x]"])
 def test_a_foreign_name_is_refused(server: WebServer, name: str) -> None:
     """T64: a page of evil.example whose name was bound to 127.0.0.1 gets nothing."""
     answer = server.ask("/sdcpp/v1/jobs", headers={"Host": name})
@@ -82,7 +91,7 @@ def test_a_foreign_name_is_refused(server: WebServer, name: str) -> None:
     assert b"job" not in answer.body
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", "http://[::1"])
 def test_foreign_pages_change_nothing(server: WebServer, origin: str) -> None:
     """T64: a form of another page, which browsers send without asking."""
     answer = server.ask("/sdcpp/v1/img_gen", SMALL, headers={"Origin": origin, "Content-Type": "text/plain"})
@@ -114,6 +123,74 @@ def test_a_body_that_is_too_large(server: WebServer) -> None:
     assert status in (400, 413)
     connection.close()
     assert server.ask("/health").status == 200
+
+
+def test_a_head_without_end(server: WebServer) -> None:
+    """A parser that keeps what came of it took all memory."""
+    for begins in (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Much: ", b"GET /", b"GET /health HTTP/1.1\r\nHost: "):
+        with socket.create_connection(("127.0.0.1", server.port), DRAW_SECONDS) as connection:
+            connection.sendall(begins)
+            with suppress(ConnectionError):
+                for _ in range(64):
+                    connection.sendall(b"a" * (1 << 16))
+                while answer := connection.recv(1 << 16):
+                    assert b" 400 " in answer
+    assert server.ask("/health").status == 200
+
+
+def test_who_asks_for_nothing_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 connections that said nothing, or half of something, locked out everybody."""
+    serving = uvicorn_server()
+
+    def connection(cycle: object) -> Any:
+        return SimpleNamespace(cycle=cycle, transport=SimpleNamespace(close=lambda: closed.append(cycle)))
+
+    closed = list[object]()
+    answered, under_way = SimpleNamespace(response_complete=True), SimpleNamespace(response_complete=False)
+    there = [type("Connection", (), vars(connection(each)))() for each in (None, answered, under_way)]
+    serving.server_state.connections = set(there)
+    for _ in range(2):
+        serving._look()
+        assert not closed
+    monkeypatch.setattr("sdrpc.web.serving.HEAD_SECONDS", -1.0)
+    serving._look()
+    assert set(map(id, closed)) == {id(None), id(answered)}
+
+
+def uvicorn_server() -> Any:
+    return _Server(uvicorn.Config(FastAPI()), lambda: None)
+
+
+def body_of(messages: list[bytes | None], most: int = 100, bodies: Bodies | None = None) -> Body:
+    """A body that comes in these parts; None: nothing more comes."""
+
+    async def receive() -> Message:
+        part = messages.pop(0)
+        if part is None:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": part, "more_body": bool(messages)}
+
+    return Body(receive, 0, most, bodies or Bodies())
+
+
+def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdrpc.web.gate.STALL_SECONDS", 0.05)
+
+    async def read(body: Body, times: int) -> None:
+        for _ in range(times):
+            await body.receive()
+
+    with pytest.raises(Refused) as refused:
+        asyncio.run(read(body_of([b"half", None, b""]), 2))
+    assert refused.value.status_code == 408
+    whole = body_of([b"half", b"whole"])
+    asyncio.run(read(whole, 2))
+    assert whole.size == 9
+    monkeypatch.setattr("sdrpc.web.gate.MAX_BODIES", 12)
+    bodies = Bodies(held=4)
+    with pytest.raises(Refused) as refused:
+        asyncio.run(read(body_of([b"half", b"whole"], bodies=bodies), 2))
+    assert (refused.value.status_code, bodies.held) == (503, 13)
 
 
 def test_nothing_is_open_by_mistake(tmp_path: Path) -> None:

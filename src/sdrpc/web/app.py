@@ -19,7 +19,7 @@ from .api import a1111, native, openai, sdcpp
 from .api.common import Ending, NoPicture, failed
 from .api.described import describe, first_fault, refusals
 from .context import Context
-from .gate import Gate, Refused, Rules, error_body
+from .gate import Gate, Rules, error_body
 from .metrics import Counted
 
 _APIS = (openai, a1111, sdcpp)
@@ -162,10 +162,6 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
     return failed(error, next((called for prefix, called in _CALLED.items() if path.startswith(prefix)), {}))
 
 
-async def _refused(_: Request, error: Refused) -> JSONResponse:
-    return JSONResponse(error_body(str(error), error.status), error.status)
-
-
 _HANDLERS: dict[type[Exception], Any] = {
     SdrpcError: _failed,
     NoPicture: _failed,
@@ -173,6 +169,5 @@ _HANDLERS: dict[type[Exception], Any] = {
     NotReady: _not_ready,
     RequestValidationError: _invalid,
     HTTPException: _http,
-    Refused: _refused,
 }
 """Error → what answers for it."""

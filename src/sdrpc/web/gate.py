@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -12,20 +13,30 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN = ("/", "/health", "/ready", "/page/")
 """Paths that need no key: the page, which asks for one, and what a monitor calls."""
+
+MOST_DIGITS = 18
+"""Of a size; Python refuses to read thousands."""
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 TRIES, TRY_SECONDS = 20, 60.0
 """Wrong keys from one address within so many seconds; then even a right one is refused."""
 
 MAX_ADDRESSES = 4096
+
+MAX_BODIES = 1 << 30
+"""Bytes of all bodies whose requests are not answered yet: each is held several times while it is read."""
+
+STALL_SECONDS, SLOWEST = 30.0, 128 << 10
+"""A body comes with so many bytes a second, beyond some seconds: half of one must not hold a place for ever."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,8 @@ class Rules:
     max_body: int = 64 << 20
 
 
-class Refused(Exception):
-    """A request is answered with ``status`` and the reason."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+class Refused(HTTPException):  # which passes through whatever reads a body
+    """A request is answered with a status and the reason (``detail``)."""
 
 
 class Gate:
@@ -54,6 +61,7 @@ class Gate:
         self._app, self._rules = app, rules
         self._wrong: dict[str, deque[float]] = {}
         self._names = {"localhost", *rules.hosts, *own_names()}
+        self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,22 +72,25 @@ class Gate:
         try:
             self._check_host(headers, scope["method"])
             user = self._user(headers, scope["path"], address)
-            received = self._bounded(receive, headers)
+            body = Body(receive, self._announced(headers), self._rules.max_body, self._bodies)
         except Refused as refused:
             await answer(send, refused)
             return
         scope.setdefault("state", {})["user"] = user
-        await self._app(scope, received, send)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self._bodies.held -= body.size
 
     def _check_host(self, headers: Headers, method: str) -> None:
         """The name that a browser believes to talk to, and the page that made it do so: a foreign page whose name was
         bound to our address (DNS rebinding), or one that posts a form here, is refused."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _host(f"//{host}").name
         if not (name in self._names or is_address(name)):
             raise Refused(421, f"this server is not called {name!r}; if it is, start it with --allow-host {name}")
         origin = headers.get("origin")
-        if method not in SAFE and origin is not None and urlsplit(origin).netloc != host:
+        if method not in SAFE and origin is not None and _host(origin).and_port != host:
             raise Refused(403, f"pages of {origin} may not ask for anything here")
 
     def _user(self, headers: Headers, path: str, address: str) -> str:
@@ -103,21 +114,63 @@ class Gate:
                 del self._wrong[next(iter(self._wrong))]
         raise Refused(401, "a key is needed (Authorization: Bearer …)")
 
-    def _bounded(self, receive: Receive, headers: Headers) -> Receive:
-        most, got = self._rules.max_body, 0
-        said = headers.get("content-length", "0")
-        if not said.isdecimal() or int(said) > most:
+    def _announced(self, headers: Headers) -> int:
+        """The bytes of a request's body, as far as it says that."""
+        said, most = headers.get("content-length", "0"), self._rules.max_body
+        if not said.isdecimal() or len(said) > MOST_DIGITS or int(said) > most:
             raise Refused(413, f"a request may hold {most >> 20} MiB")
+        return int(said)
 
-        async def bounded() -> Message:
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > most:
-                raise Refused(413, f"a request may hold {most >> 20} MiB")
-            return message
 
-        return bounded
+@dataclass
+class Bodies:
+    """Bytes that are ``held`` of the bodies of all requests."""
+
+    held: int = 0
+
+
+class Body:
+    """The body of a request, of ``announced`` bytes or unknown size, as it comes: at most ``most`` bytes, and of all
+    together (``bodies``) at most :data:`MAX_BODIES`. ``size``: what has come."""
+
+    def __init__(self, receive: Receive, announced: int, most: int, bodies: Bodies) -> None:
+        self.size = 0
+        self._receive, self._announced, self._most, self._bodies = receive, announced, most, bodies
+        self._began = time.monotonic()
+        self._whole = False
+
+    async def receive(self) -> Message:
+        message = await (self._receive() if self._whole else self._in_time())
+        size = len(message.get("body", b""))
+        self.size += size
+        self._bodies.held += size
+        self._whole = not message.get("more_body", False)
+        if self.size > self._most:
+            raise Refused(413, f"a request may hold {self._most >> 20} MiB")
+        if self._bodies.held > MAX_BODIES:
+            raise Refused(503, "too many large requests are under way; try again later", {"Retry-After": "5"})
+        return message
+
+    async def _in_time(self) -> Message:
+        until = self._began + STALL_SECONDS + max(self._announced, self.size) / SLOWEST
+        try:
+            return await asyncio.wait_for(self._receive(), min(STALL_SECONDS, until - time.monotonic()))
+        except (asyncio.TimeoutError, TimeoutError):
+            raise Refused(408, "the rest of the request did not come in time", {"Connection": "close"}) from None
+
+
+class Host(NamedTuple):
+    name: str
+    and_port: str
+
+
+def _host(url: str) -> Host:
+    """Whom an address at the network names; nobody where it is none (``//[``)."""
+    try:
+        parts = urlsplit(url)
+        return Host(parts.hostname or "", parts.netloc)
+    except ValueError:
+        return Host("", "")
 
 
 def given_key(authorization: str) -> str | None:
@@ -155,11 +208,11 @@ def error_body(reason: str, status: int) -> dict[str, Any]:
 
 
 async def answer(send: Send, refused: Refused) -> None:
-    body = json.dumps(error_body(str(refused), refused.status)).encode()
+    body = json.dumps(error_body(refused.detail, refused.status_code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refused.status == 401:
+    if refused.status_code == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if refused.status == 429:
+    if refused.status_code == 429:
         headers.append((b"retry-after", b"60"))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": refused.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": body})
