@@ -47,6 +47,11 @@ def read_mask(field: str, source: Path | bytes) -> Pixels:
     return opened(field, source, lambda image: np.array(_flattened(ImageOps.exif_transpose(image)).convert("L")))
 
 
+def pixels_of(field: str, source: Path | bytes) -> int:
+    """How many pixels the file of a picture says to have. As :func:`read_picture`."""
+    return opened(field, source, lambda image: image.width * image.height)
+
+
 def opened(field: str, source: Path | bytes, use: Callable[[Image.Image], T]) -> T:
     """What ``use`` makes of a picture file whose header was read. Raises :class:`InvalidValue` as
     :func:`read_picture`."""

@@ -36,9 +36,9 @@ class _Protocol(_Usual):
 
     def data_received(self, data: bytes) -> None:
         before = self.cycle
+        of_a_body = before is not None and before.more_body
         super().data_received(data)
-        goes_on = self.cycle is before and not (before is not None and before.more_body)
-        self._head = self._head + len(data) if goes_on else 0
+        self._head = 0 if of_a_body or self.cycle is not before else self._head + len(data)
         if self._head > MAX_HEAD:
             self.transport.close()
 

@@ -27,7 +27,7 @@ from ...errors import InvalidValue
 from ..context import Context
 from ..jobs import Job
 from . import native
-from .common import as_base64, context, from_base64, over, pictures_of, submit, submit_task, user
+from .common import apart, as_base64, context, from_base64, over, pictures_of, submit, submit_task, user
 from .described import MAX_PICTURES, MAX_SEED, MAX_SIDE, MAX_STEPS, Base64, Body, Whole, refusals
 from .masks import prepared, stretched
 from .native import LoraEntry, Share, Side, within
@@ -227,18 +227,24 @@ async def img2img(asked: FromPicture, here: Here, who: User) -> Drawn:
     """Draw from a picture."""
     if not asked.init_images:
         raise InvalidValue("init_images", [], "a picture is needed")
-    begin = from_base64("init_images", asked.init_images[0])
-    if asked.resize_mode == 0:
-        begin = stretched(begin, asked.width, asked.height)
-    elif asked.resize_mode != 1:
+    if asked.resize_mode not in (0, 1):
         raise InvalidValue("resize_mode", asked.resize_mode, "there are 0 (just resize) and 1 (crop and resize)")
-    pictures = {"init_image": [begin]}
+    if asked.mask and asked.inpaint_full_res:
+        raise InvalidValue("inpaint_full_res", True, "the whole picture is drawn; send false")
+    return await _drawn(here, who, asked, await apart(lambda: _begun(asked)))
+
+
+def _begun(asked: FromPicture) -> dict[str, list[bytes]]:
+    """The files of the pictures that it begins with, as ours are."""
+
+    def sized(data: bytes) -> bytes:
+        return data if asked.resize_mode else stretched(data, asked.width, asked.height)
+
+    pictures = {"init_image": [sized(from_base64("init_images", asked.init_images[0]))]}
     if asked.mask:
-        if asked.inpaint_full_res:
-            raise InvalidValue("inpaint_full_res", True, "the whole picture is drawn; send false")
         mask = prepared(from_base64("mask", asked.mask), bool(asked.inpainting_mask_invert), asked.mask_blur)
-        pictures["mask"] = [stretched(mask, asked.width, asked.height) if asked.resize_mode == 0 else mask]
-    return await _drawn(here, who, asked, pictures)
+        pictures["mask"] = [sized(mask)]
+    return pictures
 
 
 async def _drawn(here: Context, who: str, asked: Asked, pictures: dict[str, list[bytes]]) -> Drawn:
@@ -515,11 +521,15 @@ class PngInfoShown(TypedDict):
 
 
 @router.post("/png-info", responses=refusals())
-def png_info(asked: PngInfo) -> PngInfoShown:
+async def png_info(asked: PngInfo) -> PngInfoShown:
     """The parameters that a picture's file carries."""
-    data = from_base64("image", asked.image)
-    read_picture("image", data)  # refuses what is no picture, or too large
-    text = parameters_in(data)
+
+    def read() -> str:
+        data = from_base64("image", asked.image)
+        read_picture("image", data)  # refuses what is no picture, or too large
+        return parameters_in(data)
+
+    text = await apart(read)
     return {"info": text, "items": {KEYWORD: text} if text else {}, "parameters": {}}
 
 
@@ -559,7 +569,7 @@ async def extra_single_image(asked: Enlarge, here: Here, who: User) -> Enlarged:
         if getattr(asked, field):
             raise InvalidValue(field, getattr(asked, field), "this server does not have it; send 0")
     data = from_base64("image", asked.image)
-    height, width = read_picture("image", data).shape[:2]
+    height, width = (await apart(lambda: read_picture("image", data))).shape[:2]
     if asked.upscaler_1 == NO_UPSCALER:
         return {"html_info": "", "image": as_base64(data)}
     factors = asked.upscaling_resize_w / width, asked.upscaling_resize_h / height

@@ -6,13 +6,14 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from ...diffusion.image_files import read_mask, read_picture
+from ...diffusion.image_files import pixels_of, read_mask, read_picture
 from ...diffusion.request import Request
 from ...errors import CheckpointError, InvalidValue, SdrpcError, UsageError
 from ..board import Progress
@@ -21,6 +22,16 @@ from ..gate import error_body
 from ..jobs import Job, Kind, State, Task, told
 from ..store import NotKept, QueueFull
 from .described import MAX_PICTURES, MAX_STEPS
+
+T = TypeVar("T")
+
+MAX_PIXELS = 1 << 27
+"""Of all pictures that a request begins with: twice what one may have. A file of a few bytes can have as many as one
+may, and each is 3 bytes in memory."""
+
+_READING = CapacityLimiter(2)
+"""Requests whose pictures are read at one time: each takes seconds and up to a gigabyte. Others wait without a thread,
+which are for who wants less."""
 
 LOOK_SECONDS = 5.0
 """How often somebody who waits looks at the job, should a bell have been missed."""
@@ -63,6 +74,11 @@ class Ending(Exception):
         super().__init__("the server is ending; the job stays in its queue and is drawn when it is there again")
 
 
+async def apart(work: Callable[[], T]) -> T:
+    """What ``work`` gives, which reads pictures: beside all other requests, and few at one time."""
+    return await to_thread.run_sync(work, limiter=_READING)
+
+
 async def submit(
     here: Context,
     who: str,
@@ -83,6 +99,7 @@ async def submit(
     given = {name: files for name, files in (pictures or {}).items() if files}
 
     def enter() -> Job:
+        check_pictures(given)
         read = {name: [_READ[name](name, data) for data in files] for name, files in given.items()}
         decoded = {name: tuple(values) if name == "ref_images" else values[0] for name, values in read.items()}
         request = Request(**{**{name: value for name, value in asked.items() if value is not None}, **decoded})
@@ -95,7 +112,20 @@ async def submit(
 
     # Without files to read this takes less than a thread: fifty requests of one moment would be forty threads that want
     # the interpreter, and each would wait for all of them.
-    return await run_in_threadpool(enter) if given or here.shelf.known(model) is None else enter()
+    if given:
+        return await apart(enter)
+    return await run_in_threadpool(enter) if here.shelf.known(model) is None else enter()
+
+
+def check_pictures(given: Mapping[str, Sequence[bytes]]) -> None:
+    """Raises :class:`InvalidValue` for more of them than a request may have, before any is decoded."""
+    files = [(name, data) for name, each in given.items() for data in each]
+    if len(files) > MAX_PICTURES:
+        raise InvalidValue(files[0][0], len(files), f"a request can have {MAX_PICTURES} pictures")
+    pixels = sum(pixels_of(name, data) for name, data in files)
+    if pixels > MAX_PIXELS:
+        most = f"all of a request can have {MAX_PIXELS >> 20} mebipixels"
+        raise InvalidValue(files[0][0], len(files), f"the pictures have {pixels >> 20} mebipixels; {most}")
 
 
 def submit_task(here: Context, who: str, task: Task, pictures: Mapping[str, Sequence[bytes]]) -> Job:

@@ -20,7 +20,7 @@ from ...errors import InvalidValue
 from ..context import Context
 from ..jobs import Job
 from . import native
-from .common import as_base64, context, naming, over, pictures_of, server_sent, submit, user, watched, why_not
+from .common import apart, as_base64, context, naming, over, pictures_of, server_sent, submit, user, watched, why_not
 from .described import (
     FILE,
     MAX_PICTURES,
@@ -207,7 +207,8 @@ async def edits(request: Request, here: Here, who: User) -> Images | EventStream
     pictures = {"ref_images": files["image"]} if whole else {"init_image": files["image"][:1]}
     if not whole and len(files["image"]) > 1:
         raise InvalidValue("image", len(files["image"]), "this model begins with one picture")
-    return await _answered(here, who, asked, {**pictures, "mask": _opaque_where_kept(files["mask"])}, "image_edit")
+    masks = await apart(lambda: _opaque_where_kept(files["mask"])) if files["mask"] else []
+    return await _answered(here, who, asked, {**pictures, "mask": masks}, "image_edit")
 
 
 def _opaque_where_kept(masks: list[bytes]) -> list[bytes]:
