@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sdrpc.web.api.described import PIXEL
 from tests.web.process import SMALL, WebServer
 
 NAMES = ("../tiny", "/etc/passwd", "tiny\0", "..\\tiny", "a/../../tiny")
@@ -72,6 +73,21 @@ def test_a_bomb_is_refused_before_it_is_decoded(server: WebServer, path: str) ->
     """T59: 65,000 × 65,000 pixels in a few bytes, and what is cut off."""
     for data, says in ((png(BOMB_SIDE, BOMB_SIDE), "pixels"), (png(64, 64)[:60], "picture")):
         answer = server.ask(path, PICTURES[path](base64.b64encode(data).decode()))
+        assert (answer.status, says in answer.error) == (400, True), answer.body
+
+
+MANY: dict[str, Any] = {
+    "/sdcpp/v1/img_gen": lambda pictures: SMALL | {"ref_images": pictures},
+    "/sdapi/v1/txt2img": lambda pictures: A1111 | {"extra_images": pictures},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", MANY)
+def test_many_pictures_have_a_limit_together(server: WebServer, path: str) -> None:
+    """Each may have 64 mebipixels, in a file of nearly nothing: a request of 60 MB took 44 GB."""
+    large = base64.b64encode(png(8192, 8192)).decode()
+    for pictures, says in (([large] * 3, "the pictures have 192 mebipixels"), ([PIXEL] * 17, "can have 16 pictures")):
+        answer = server.ask(path, MANY[path](pictures))
         assert (answer.status, says in answer.error) == (400, True), answer.body
 
 
