@@ -366,6 +366,13 @@ class Frozen(Protocol):
 class ServedDevice(Device):
     """A device as a server needs it: for several clients, from several threads at once."""
 
+    def begin_serving(self) -> None:
+        """Clients will come: have what must be there before many of them are."""
+
+    def serve_here(self) -> None:
+        """The calling thread serves a client from now on: what it does with the device itself must take no further
+        threads, for there are many like it."""
+
     @abstractmethod
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
         """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`receive`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 import weakref
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,70 @@ def test_errors_reach_who_waits() -> None:
         worker.submit(A, lambda: 1 // 0).result()
     assert worker.submit(A, lambda: 1).result() == 1
     worker.close()
+
+
+def test_a_thread_that_could_not_begin_begins_with_the_next_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was never tried again, and all clients waited for ever."""
+    worker = Worker("test", lambda: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_room)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            worker.submit(A, lambda: 1)
+        device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+        with pytest.raises(ComputeError, match="CPU: beginning: can't start new thread"):
+            device.begin_serving()
+    assert worker.submit(A, lambda: 1).result(240.0) == 1
+    worker.close()
+    device.close()
+
+
+def no_room(_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_what_goes_wrong_around_tasks_ends_no_thread() -> None:
+    tries = iter([OSError("no such device"), None])
+
+    def prepare() -> None:
+        if error := next(tries):
+            raise error
+
+    def spent(_: float) -> None:
+        raise MemoryError
+
+    worker = Worker("test", prepare)
+    with pytest.raises(OSError, match="no such device"):
+        worker.submit(A, lambda: 1).result(240.0)
+    assert worker.submit(Client(("b", ""), spent), lambda: 2).result(240.0) == 2
+    assert worker.submit(A, lambda: 3).result(240.0) == 3
+    worker.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenMP is not found")
+def test_threads_of_clients_have_none_of_their_own() -> None:
+    """Each had as many as there are cores, and where the system gives no more of them, OpenMP ends the process."""
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    buffer = device.allocate(4 << 20)
+    usual, of_process = torch.get_num_threads(), Path("/proc/self/task")
+    torch.set_num_threads(4)
+    counts: list[int] = []
+
+    def client() -> None:
+        device.serve_here()
+        before = len(list(of_process.iterdir()))
+        device.fill(buffer, 0, 4 << 20, 7)
+        device.copy(buffer, 0, buffer, 2 << 20, 2 << 20)
+        counts.append(len(list(of_process.iterdir())) - before)
+
+    try:
+        thread = threading.Thread(target=client)
+        thread.start()
+        thread.join()
+        assert (counts, torch.get_num_threads()) == ([0], 4)
+        assert bytes(device.read(buffer, (4 << 20) - 1, 1)) == b"\7"
+    finally:
+        torch.set_num_threads(usual)
+        device.close()
 
 
 def test_a_failed_run_leaves_nothing_behind_without_the_cycle_collector() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from struct import pack
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import sdrpc.device
 from sdrpc.server import Limits, Server
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
 from sdrpc.wire.records import Record
-from tests.server.conftest import CountingDevice, Scene
+from tests.server.conftest import CountingDevice, Scene, eventually
 from tests.support.client import Adder, RawClient
 
 SIZE = 4096
@@ -146,6 +148,30 @@ def test_t16_a_limit_for_all_buffers_of_a_client_together(device: CountingDevice
             client.ask(messages.FreeBuffer(first.remote_ptr))
             assert client.ask(messages.AllocBuffer(0, 600)).remote_size == 600
         scene.goes_on()
+
+
+def test_what_can_not_be_given_back_keeps_nothing_else(
+    device: CountingDevice, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in one thing that a client had left its place taken, and all else that it had."""
+    with Server([device]) as server, Scene(server, caplog) as scene:
+        client = scene.client()
+        for _ in range(3):
+            client.buffer(4096)
+        free, failed = device.free, list[int]()
+
+        def fails_once(buffer: sdrpc.device.Buffer) -> None:
+            free(buffer)
+            if not failed:
+                failed.append(buffer.key)
+                raise MemoryError
+
+        monkeypatch.setattr(device, "free", fails_once)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        client.close()
+        assert eventually(lambda: server.clients == 1 and failed)
+        scene.goes_on()
+        assert server._buffers.count == 1
 
 
 def test_t16_a_hundred_thousand_buffers(scene: Scene) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 
@@ -26,6 +26,22 @@ def test_nobody_waits_for_all_that_another_asks() -> None:
     for answer in (under_way, *of_many, of_one):
         answer.result(300)
     assert answered.index("one") == 0, "the other one has had the thread already"
+
+
+def test_where_the_system_gives_no_thread_those_that_are_there_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question stayed in the line then, and the one behind it was never answered."""
+    questions = Questions(4)
+
+    def no_room(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Thread, "start", no_room)
+        asked = [questions.ask(("one", 0), partial(int, number)) for number in range(9)]
+    assert [answer.result(300) for answer in asked] == list(range(9))
+    monkeypatch.setattr(Thread, "start", no_room)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Questions(1)
 
 
 def test_what_a_look_raises_is_the_answer_and_ends_no_thread() -> None:

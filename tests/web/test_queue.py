@@ -28,8 +28,10 @@ from sdrpc.web.board import Board
 from sdrpc.web.jobs import Job, State, Task, chosen, in_turn
 from sdrpc.web.metrics import Metrics
 from sdrpc.web.places import Places
+from sdrpc.web.seats import OwnSeat
 from sdrpc.web.store import JobStore, NotKept, QueueFull, on_disk
-from sdrpc.web.studio import Adapters, OwnSeat, Studio
+from sdrpc.web.studio import Studio
+from sdrpc.web.warm import Adapters
 from tests.server.conftest import eventually
 from tests.web.load import crowd, overheads, wrong
 from tests.web.process import LONG, SMALL, WebServer

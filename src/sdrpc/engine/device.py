@@ -44,7 +44,7 @@ from .programs import Programs
 from .replay import Pool, Replay
 from .sharing import held, is_shared
 from .slow import tell_if_long
-from .system import return_freed_memory
+from .system import compute_alone, return_freed_memory
 from .values import ordered
 from .weights import CPU_CACHE, Weights
 from .worker import Worker
@@ -121,6 +121,17 @@ class LocalDevice(LocalMemory):
     @property
     def target(self) -> Target:
         return SDRPC
+
+    def begin_serving(self) -> None:
+        """Where the system has no room for another thread, which OpenMP needs for the first run, it ends the process:
+        so they begin now, and stay."""
+        if self.torch_device.type == "cpu":
+            with translated(self.name, "beginning"):
+                self._worker.submit(NOBODY, _use_threads)
+
+    def serve_here(self) -> None:
+        if self.torch_device.type == "cpu":
+            compute_alone()
 
     def compile(
         self,
@@ -246,7 +257,13 @@ class LocalDevice(LocalMemory):
             self._runs.add(deadline)
         if self._stopped:
             deadline.stop(self._stopped)
-        under_way = self._worker.submit(client, partial(self._run, program, deadline))
+        try:
+            with translated(self.name, "computing"):
+                under_way = self._worker.submit(client, partial(self._run, program, deadline))
+        except SdrpcError:  # the system has no room for the worker's thread, or the device is closed
+            with self._lock:
+                self._runs.discard(deadline)
+            raise
         try:
             while watch is not None and not _is_over(under_way):
                 if reason := watch():
@@ -366,3 +383,7 @@ def _start(device: torch.device, threads: int | None) -> None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def _use_threads() -> None:
+    torch.zeros(1 << 20).add_(1)  # enough numbers for all threads to have a part

@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -149,6 +149,28 @@ def processor_features() -> frozenset[str]:
             if line.startswith(("flags", "Features")):
                 return frozenset(line.split(":", 1)[1].split())
     return frozenset()
+
+
+@cache
+def _openmp() -> Callable[[int], object]:
+    """OpenMP's omp_set_num_threads, which is for the calling thread."""
+    try:
+        found: Callable[[int], object] = ctypes.CDLL(None).omp_set_num_threads
+    except (AttributeError, OSError, TypeError):
+        return lambda _: None
+    return found
+
+
+def compute_alone() -> None:
+    """Have torch's kernels for the CPU use no other thread than this one for what this one computes.
+
+    OpenMP has as many more for each thread that begins something. Those of many clients would be thousands, and where
+    the system has no room for another one, it ends the process. Does nothing where OpenMP's library can't be found.
+    """
+    import torch
+
+    torch.get_num_threads()  # which sets the usual number where nobody has yet
+    _openmp()(1)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

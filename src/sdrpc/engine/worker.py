@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 from sdrpc.turns import Turns
 
 from ..device import Client
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -67,15 +70,15 @@ class Worker:
         weakref.finalize(self, self._queue.close)
 
     def submit(self, client: Client, task: Callable[[], T]) -> Future[T]:
-        """Queue ``task`` among those of ``client``. Raises :class:`RuntimeError` when the worker is closed."""
-        future: Future[T] = Future()
-        self._queue.put(Task(client, future, task))
+        """Queue ``task`` among those of ``client``. Raises :class:`RuntimeError` when the worker is closed, or the
+        system has no room for its thread; whoever comes next tries that again."""
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_work, args=(self._queue, self._prepare), name=self._name, daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=_work, args=(self._queue, self._prepare), name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+        future: Future[T] = Future()
+        self._queue.put(Task(client, future, task))
         return future
 
     def close(self, seconds: float | None = None) -> bool:
@@ -88,13 +91,23 @@ class Worker:
 
 
 def _work(queue: _Queue, prepare: Callable[[], None]) -> None:
-    prepare()
+    prepared = False
+
+    def run(function: Callable[[], Any]) -> Any:
+        nonlocal prepared
+        if not prepared:  # what goes wrong with that is for who waits, not the end of this thread
+            prepare()
+            prepared = True
+        return function()
+
     while (task := queue.take()) is not None:
         client, future, function = task
         began = time.perf_counter()
-        settle = _run(future, function)
-        # before whoever waits for the result can come again
-        queue.spent(client, time.perf_counter() - began)
+        settle = _run(future, partial(run, function))
+        try:  # before whoever waits for the result can come again
+            queue.spent(client, time.perf_counter() - began)
+        except Exception:  # a fault with one client must not end what computes for all
+            log.exception("what was computed for a client is not counted")
         settle()
         del task, future, function, settle  # or they would hold their memory until the next one comes
 

@@ -15,6 +15,7 @@
     packed_graphs   graphs as they were sent, which a client may ask for again
     cache           tensors on disk: a folder, its files and its budget
     client_cache    the cache at work for a client: bytes hashed, kept, and found again
+    threads         that work for all clients
     limits, quotas  what a client may take, and all of them together
 
 Torch is not imported before a device is made.

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from ..content import FNV_START, PIECE, SMALLEST, THREADS, fnv1a, hashed, joined, pieces
 from ..storage import remove
 from .cache import Cache
+from .threads import Threads
 
 WAITING = 64
 """Pieces that are held in memory until they are hashed and written: so far a disk may lag behind an upload. One that is
@@ -70,9 +71,9 @@ class CacheService:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-cache")
+        self.pool = Threads(THREADS, "sdrpc-cache")
         """For pieces; what runs there waits for nothing but the disk."""
-        self.line = ThreadPoolExecutor(1, thread_name_prefix="sdrpc-cache-line")
+        self.line = Threads(1, "sdrpc-cache-line")
         """For what must happen in order: names, which are hashed from end to end, and changes of the folder."""
         self.room = Room(WAITING)
         self.line.submit(self._tidy)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -109,6 +110,8 @@ class Server:
     def serve(self) -> None:
         """Accept clients until :meth:`stop`; then end every connection and return."""
         try:
+            for device in self.devices:
+                device.begin_serving()
             with selectors.DefaultSelector() as selector:
                 selector.register(self._listening, selectors.EVENT_READ)
                 selector.register(self._wakened, selectors.EVENT_READ)
@@ -158,10 +161,11 @@ class Server:
             full = self._full(normal(address[0]))
             if full:
                 log.warning("%s: refused, %s", peer, full)
+            stream = Stream(connection, peer, normal(address[0]), self.limits, self._payloads)
             if full and not self._doorkeepers.acquire(blocking=False):
                 connection.close()
                 return
-            self._start(Stream(connection, peer, normal(address[0]), self.limits, self._payloads), full)
+            self._start(stream, full)
         except (OSError, RuntimeError, MemoryError) as error:  # it is gone already; or the system has no room left
             log.warning("%s: refused: %s", peer, error or type(error).__name__)
             connection.close()
@@ -225,26 +229,25 @@ class Server:
 
     def _start(self, stream: Stream, full: str) -> None:
         """Give a client its thread; when all is ``full``, only to tell it so."""
-        session = Session(
-            self.devices,
-            self.limits,
-            lambda: _why_stop(stream),
-            self.cache_service,
-            self._buffers,
-            self._accounts,
-            self._live,
-            self._expected,
-        )
-        client = Client(stream, session)
-        thread = threading.Thread(
-            target=self._talk, args=(client, full), name=f"sdrpc client {stream.peer}", daemon=True
-        )
-        if not full:
-            with self._lock:
-                self._clients[thread] = client
+        thread = threading.Thread(name=f"sdrpc client {stream.peer}", daemon=True)
         try:
+            session = Session(
+                self.devices,
+                self.limits,
+                lambda: _why_stop(stream),
+                self.cache_service,
+                self._buffers,
+                self._accounts,
+                self._live,
+                self._expected,
+            )
+            client = Client(stream, session)
+            thread.run = partial(self._talk, client, full)  # type: ignore[method-assign]
+            if not full:
+                with self._lock:
+                    self._clients[thread] = client
             thread.start()
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             self._left(thread, full)
             raise
 
@@ -257,13 +260,14 @@ class Server:
 
     def _talk(self, client: Client, full: str) -> None:
         stream, session = client
-        try:
+        with contextlib.ExitStack() as end:  # what goes wrong with one of them keeps none of the others from being done
+            end.callback(stream.close)
+            end.callback(self._left, threading.current_thread(), full)
+            end.callback(stream.done)
+            end.callback(session.close)
+            for device in self.devices:
+                device.serve_here()
             converse(stream, session, self.protocol, self.door, full)
-        finally:
-            session.close()
-            stream.done()
-            self._left(threading.current_thread(), full)
-            stream.close()
 
     def _end(self) -> None:
         self._listening.close()

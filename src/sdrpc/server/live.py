@@ -15,7 +15,6 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -25,6 +24,7 @@ from ..content import FNV_START, PIECE, THREADS, fnv1a, hashed, joined, pieces
 from ..device import Buffer, Bytes, Frozen, Mark, ServedDevice
 from ..errors import DeviceError
 from .questions import Questions
+from .threads import Threads
 
 RANGES, RANGES_OF_OWNER = 1 << 16, 1 << 14
 """Ranges that are remembered at one time, of all clients and of those of one owner: a large model has two thousand."""
@@ -106,7 +106,7 @@ class Live:
         self._over: deque[Callable[[], None]] = deque()
         self.questions = Questions(_QUESTIONS)
         """For what clients ask for; it waits for pieces, devices and disks."""
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-live")
+        self._pool = Threads(THREADS, "sdrpc-live")
 
     def has_any(self, owner: str) -> bool:
         """Whether there is much that a client of ``owner`` might ask for."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from ..turns import Path, Turns
+from .threads import Threads
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ class Questions:
     """So many ``threads`` for the questions of all clients. For any thread."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="sdrpc-questions")
+        self._threads = Threads(threads, "sdrpc-questions")
         self._lock = Lock()
         self._waiting: Turns[_Question] = Turns()
 

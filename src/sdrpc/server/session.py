@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,15 +141,17 @@ class Session:
 
     def close(self) -> None:
         """Free everything, once nobody writes to it any more."""
-        self._end_carriers()
-        self._looked()
-        try:
-            self._graphs.close()
-            for handle in [region.handle for region in self._space]:
-                self._free(handle)
-        finally:
+        with ExitStack() as end:  # in the opposite order; what goes wrong with one keeps none of the others
+            end.callback(self._trim)
             if self.visitor is not None:
-                self._accounts.leave(self._account)
+                end.callback(self._accounts.leave, self._account)
+            for region in self._space:
+                end.callback(self._free, region.handle)
+            end.callback(self._graphs.close)
+            end.callback(self._looked)
+            end.callback(self._end_carriers)
+
+    def _trim(self) -> None:
         if self.most_held >= self.limits.trimmed_bytes:
             for device in self.devices:
                 device.trim()
@@ -260,7 +263,11 @@ class Session:
         finally:
             if not given:
                 self._account.give_back(asked.device, size)
-        region = self._space.add(asked.device, size, given[0])
+        try:
+            region = self._space.add(asked.device, size, given[0])
+        except MemoryError:
+            self._give_back(asked.device, given[0])
+            raise
         self._holds()
         return messages.AllocBufferReply(region.handle, region.size)
 
@@ -277,12 +284,19 @@ class Session:
 
     def _free(self, handle: int) -> None:
         region = self._space.remove(handle)
-        self._missed = {place: name for place, name in self._missed.items() if place[0] != handle}
-        self._graphs.freed(handle)
-        self._live.forget(region.buffer)
-        self.devices[region.device].free(region.buffer)
-        self._buffers.give_back(region.size)
-        self._account.give_back(region.device, region.size)
+        try:
+            self._missed = {place: name for place, name in self._missed.items() if place[0] != handle}
+            self._graphs.freed(handle)
+            self._live.forget(region.buffer)
+        finally:
+            self._give_back(region.device, region.buffer)
+
+    def _give_back(self, device: int, buffer: Buffer) -> None:
+        try:
+            self.devices[device].free(buffer)
+        finally:
+            self._buffers.give_back(buffer.size)
+            self._account.give_back(device, buffer.size)
 
     def _buffer_clear(self, asked: messages.BufferClear) -> None:
         region = self._space[asked.remote_ptr]
@@ -345,6 +359,7 @@ class Session:
     def _restored(self, place: Place, digest: bytes | None, name: int | None) -> messages.SetTensorHashReply:
         """Whether ``place`` now has the bytes of ``digest``. If not, they are expected there next, and are kept then;
         ``name`` is what the client calls them, where it does not know the digest."""
+        self.devices[place.region.device].serve_here()
         if self._in_memory(place, digest, name):
             return messages.SetTensorHashReply(1)
         if self.cache is None:
