@@ -8,6 +8,7 @@ processor's instructions for that: less than a network or a disk gives.)
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from .device import Bytes
+
+log = logging.getLogger(__name__)
 
 PIECE = 4 << 20
 DIGEST_BYTES = 32
@@ -69,7 +72,7 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
 
 @cache
 def fnv1a() -> Fnv | None:
-    """FNV-1a 64 as machine code, which releases the GIL; None where numba is not installed.
+    """FNV-1a 64 as machine code, which releases the GIL; None where numba is not installed, or can't be loaded.
 
     Each byte waits for the one before it, so only native code is fast enough to be worth more than sending the bytes:
     four or five cycles a byte, 600 MB/s at 3 GHz.
@@ -77,6 +80,9 @@ def fnv1a() -> Fnv | None:
     try:
         import numba
     except ImportError:  # also numba's own, when it is too old for this numpy
+        return None
+    except Exception as error:  # its libraries are broken, or do not fit into what memory there is
+        log.warning("numba can't be used, so native clients send again what they have sent before: %s", error)
         return None
     array = numba.types.Array(numba.uint8, 1, "C", readonly=True)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +131,21 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 both = pytest.mark.parametrize("ours", [False, True], ids=["native", "sdrpc"])
+
+
+def test_a_broken_numba_is_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Each client that asked was thrown out for a fault in the server."""
+
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "numba":
+                raise OSError("libllvmlite.so: failed to map segment from shared object")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert fnv1a.__wrapped__() is None
+    assert "failed to map segment" in caplog.text
 
 
 def test_fnv1a_is_the_protocol_s() -> None:
