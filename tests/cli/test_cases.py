@@ -149,6 +149,20 @@ def test_picture_lost_at_the_end_is_kept_elsewhere(draw: Sd, tmp_path: Path, mon
         assert pixels(path).shape == (64, 64, 3)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full")
+def test_picture_lost_at_the_end_is_not_kept_among_devices(
+    draw: Sd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a preview that has no room is no picture: it is said once."""
+    monkeypatch.setattr(output.tempfile, "gettempdir", lambda: str(tmp_path))
+    outcome = draw("-o", "/dev/full", "--steps", "3", "--preview", "proj", "--preview-path", "/dev/full")
+    assert outcome.status == report.FAILURE
+    (kept,) = tmp_path.glob("*.png")
+    assert outcome.out == f"{kept}\n"
+    assert f"warning: /dev/full: No space left on device; the picture is in {kept}\n" in outcome.err
+    assert outcome.err.count("No space left on device; there are no more previews") == 1
+
+
 def test_picture_lost_at_the_end_goes_to_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is gone by then."""
     monkeypatch.setattr(output.tempfile, "gettempdir", lambda: str(tmp_path))

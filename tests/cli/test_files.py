@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -91,32 +91,51 @@ def test_what_can_not_be_read_is_told(sd: Sd, arguments: tuple[str, ...], says: 
 def test_a_prompt_comes_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_bytes("\ufeffa lovely\ncat\r\n".encode())
-    assert read_prompt(str(path)) == "a lovely\ncat"
-    for content, says in ((b"\xff\xfe", "no text in UTF-8"), (bytes(MAX_BYTES + 1), "larger")):
+    assert read_prompt("prompt_file", str(path)) == "a lovely\ncat"
+    path.write_bytes("a größer cat\r\n".encode("utf-16"))  # PowerShell's >
+    assert read_prompt("prompt_file", str(path)) == "a größer cat"
+    for content, says in ((b"\xfe\xffa", "no text in UTF-8"), (b"\xe9", "UTF-8"), (bytes(MAX_BYTES + 1), "larger")):
         path.write_bytes(content)
-        with pytest.raises(InvalidValue, match=says):
-            read_prompt(str(path))
+        with pytest.raises(InvalidValue, match=f"^negative_prompt_file .*{says}"):
+            read_prompt("negative_prompt_file", str(path))
     with pytest.raises(InvalidValue, match="No such file"):
-        read_prompt(str(tmp_path / "none"))
+        read_prompt("prompt_file", str(tmp_path / "none"))
 
 
-def test_there_is_one_prompt(sd: Sd, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["prompt", "negative-prompt"])
+def test_there_is_one_prompt(sd: Sd, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text("a cat")
-    outcome = sd("-p", "a dog", "--prompt-file", path)
+    outcome = sd(f"--{kind}", "a dog", f"--{kind}-file", path)
     assert outcome.status == report.USAGE
-    assert "--prompt-file" in outcome.error
+    assert f"--{kind} and --{kind}-file: " in outcome.error
+
+
+TO_STANDARD = [
+    *(sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()"),
+    *("--prompt-file", "-", "-o", "-", "--steps", "1", "-t", "1", "--cfg-scale", "1"),
+]
 
 
 def test_a_picture_goes_to_standard_output() -> None:
     """Nothing else does; the prompt comes from standard input."""
-    command = [sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()"]
-    options: list[Any] = ["--prompt-file", "-", "-o", "-", "--steps", "1", "-t", "1", "--cfg-scale", "1"]
-    done = subprocess.run([*command, *options], input=b"a red circle\n", capture_output=True, check=False)
+    done = subprocess.run(TO_STANDARD, input=b"a red circle\n", capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     found = read_metadata(done.stdout)
     assert (found.format, found.width, found.height) == ("PNG", 128, 128)
     assert str(found.parameters).startswith("a red circle\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_picture_that_standard_output_does_not_take_is_kept(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        env = os.environ | {"TMPDIR": str(tmp_path)}
+        done = subprocess.run(TO_STANDARD, input=b"x", stdout=full, stderr=subprocess.PIPE, env=env, check=False)
+    assert done.returncode == report.FAILURE
+    (kept,) = tmp_path.glob("sdrpc-*.png")
+    warnings = [line for line in done.stderr.decode().splitlines() if line.startswith("warning: ")]
+    assert warnings == [f"warning: standard output: No space left on device; the picture is in {kept}"]
+    assert read_metadata(kept).width == 128
 
 
 @pytest.mark.parametrize("options", [("-b", "2"), ("-M", "vid_gen")])

@@ -44,6 +44,10 @@ OTHER_FIELDS = ["backend", "output", "mode", "type", "precision", "completion"]
         (["--unknown_one"], ["--unknown_one"]),
         (["-v", "--", "--fa"], ["-v", "--", "--fa"]),
         (["--color", "--mmap", "-v"], ["-v"]),
+        (["--auto-fit", "-v"], ["--auto-fit=on", "-v"]),
+        (["--auto_fit", "off", "-v"], ["--auto-fit=off", "-v"]),
+        (["--auto-fit=on"], ["--auto-fit=on"]),
+        (["-p", "--auto-fit", "on"], ["-p", "--auto-fit", "on"]),
     ],
 )
 def test_other_spellings_mean_the_same_and_values_stay(typed: list[str], meant: list[str]) -> None:
@@ -110,6 +114,12 @@ BAD_VALUES = [
     (("-p", "x", "--scm-mask", "1,0"), r"--scm-mask 1,0: is of --cache-mode dbcache"),
     (("-p", "x", "--cache-mode", "dbcache", "--cache-option", "Fn=1,Fn=2"), r"--cache-option .*: Fn is given twice"),
     (("-o", ""), r"--output ''"),
+    (("--cfg-scale", "7,5"), r"--cfg-scale: '7,5' is not a number; write it as 7\.5"),
+    (("--steps", "7,5"), r"--steps: '7,5' is not a whole number$"),
+    (("--auto-fit=maybe",), r"--auto-fit maybe: is on or off"),
+    (("--preview", "proj", "--preview-path", "a.gif", "-t", "1"), r"--preview-path a\.gif: pictures are written as"),
+    (("--preview", "proj", "--preview-path", "-", "-t", "1"), r"--preview-path -: standard output takes the picture"),
+    (("-o", "a/" * 1500 + "b.png", "-t", "1"), r"--output a/.*: can't write there: "),
     (("-steps", "5"), r"-steps: long options begin with two hyphens: --steps"),
     (("\u2014cfg_scale=5",), r"\u2014cfg_scale: long options begin with two hyphens: --cfg-scale"),
     (("-o", "nodir/"), r"--output nodir/: names a directory"),
@@ -188,6 +198,21 @@ NOT_DRAWING = [
     (("--mode", "upscale"), ("--upscale-model", "x", "--upscale-repeats", "2", "--backend", "CPU"), ""),
     (("--mode", "metadata"), ("-o", "x.png", "--image", "y.png"), "--output has"),
 ]
+
+COUNTING = [
+    (
+        ("--sigmas", "9,1,0", "--steps", "3", "--scheduler", "karras"),
+        "--steps, --scheduler have no effect with --sigmas",
+    ),
+    (("--hires", "--hires-width", "256", "--hires-scale", "2"), "--hires-scale has no effect with --hires-width"),
+    (("--vae-on-cpu", "--vae-backend-device", "RPC0"), "--vae-on-cpu has no effect with --vae-backend-device"),
+    (("--steps", "3", "--scheduler", "karras", "--vae-on-cpu"), ""),
+]
+
+
+@pytest.mark.parametrize(("given", "warning"), COUNTING)
+def test_of_two_options_for_one_thing_it_is_said_which_counts(sd: Sd, given: tuple[str, ...], warning: str) -> None:
+    assert sd("--version", *given).err == (f"warning: {warning}\n" if warning else "")
 
 
 @pytest.mark.parametrize(("what", "given", "idle"), NOT_DRAWING, ids=[" ".join((*w, *g)) for w, g, _ in NOT_DRAWING])

@@ -74,6 +74,16 @@ def test_c1_what_was_drawn_stays_on_the_screen(
         assert "[" in ended.written, "there was no bar at all"
 
 
+@pytest.mark.parametrize(("columns", "env"), [(20, {}), (80, {"COLUMNS": "0"})], ids=["narrow", "no size"])
+def test_c1_nothing_is_cut_off_in_odd_terminals(columns: int, env: dict[str, str]) -> None:
+    """A table wraps where the terminal ends, and an error is said where a program that went before had no terminal."""
+    ended = in_terminal(["sd-cli", "--rpc", "127.0.0.1:1", "--list-devices"], columns, env)
+    assert ended.status == 1
+    assert "…" not in ended.written
+    assert re.search(r"CPU .* [\d,]+ MiB +[\d,]+ MiB", ended.written)
+    assert "127.0.0.1:1: nobody answers" in ended.written
+
+
 def test_c1_names_are_all_of_standard_output(servers: Servers, checkpoint: Path, tmp_path: Path) -> None:
     """Progress in a terminal, the names in a file, and the other way round."""
     listed = tmp_path / "names"

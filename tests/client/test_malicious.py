@@ -293,9 +293,9 @@ def listen(talk: Callable[[socket.socket], None]) -> tuple[socket.socket, str]:
     ("data", "kind", "reason"),
     [
         (b"", ConnectionFailed, "hangs up on HELLO: is it an RPC server"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", RemoteProtocolError, "an answer of .* bytes to HELLO"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", RemoteProtocolError, "it answers 'HTTP/1.1': another program"),
         (b"\x15\x03\x01\x00\x02\x02\x46\x00", RemoteProtocolError, "to HELLO"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", RemoteProtocolError, "to HELLO"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", RemoteProtocolError, "it answers 'SSH-2.0-'"),
         (b"\x1c\0\0\0\0\0\0\0\x07", ConnectionFailed, "hangs up on HELLO"),
     ],
 )

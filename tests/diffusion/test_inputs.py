@@ -187,6 +187,47 @@ def test_huge_pictures_are_refused_by_their_header(monkeypatch: pytest.MonkeyPat
     assert MAX_PIXELS == 8192 * 8192
 
 
+@pytest.mark.parametrize(
+    ("numbers", "says"),
+    [
+        (np.linspace(0, 1, 64, dtype=np.float32), "floating-point numbers"),
+        (np.full(64, np.nan, np.float32), "floating-point numbers"),
+        (np.arange(64, dtype=np.int32) * 70000, "more than 16 bits"),
+        (np.arange(64, dtype=np.int32) - 9, "more than 16 bits"),
+    ],
+    ids=["0 to 1", "NaN", "32 bits", "negative"],
+)
+def test_numbers_of_unknown_brightness_are_refused(numbers: NDArray[Any], says: str) -> None:
+    """They became black or white pictures, without a word."""
+    file = encoded(Image.fromarray(numbers.reshape(8, 8)), "TIFF")
+    for read in (read_picture, read_mask):
+        with pytest.raises(InvalidValue, match=f"its pixels .*{says}.*; save it with"):
+            read("init_image", file)
+
+
+FTYP = b"\0\0\0\x18ftyp%b\0\0\0\0" + bytes(99)
+OTHER_FILES = {
+    b"": "is empty",
+    FTYP % b"heic": "is a HEIC picture",
+    FTYP % b"avif": "is an AVIF picture",
+    FTYP % b"isom": "is a film",
+    b"\xff\x0a" + bytes(99): "is a JPEG XL picture",
+    b"8BPS\0\1": "is a Photoshop picture",
+    b'<svg xmlns="http://www.w3.org/2000/svg"/>': "is a drawing",
+    b"%PDF-1.4": "is a document",
+    b"<!DOCTYPE html><html>": "is a web page, not a picture",
+    b"version https://git-lfs.github.com/spec/v1\n": "is a Git LFS pointer",
+    b'{"error": "not found"}': "is JSON text, not a picture",
+    b"PK\3\4 and so on": "is no picture that sdrpc reads",
+}
+
+
+@pytest.mark.parametrize("data", OTHER_FILES, ids=list(OTHER_FILES.values()))
+def test_other_files_are_told_by_what_they_are(data: bytes) -> None:
+    with pytest.raises(InvalidValue, match=OTHER_FILES[data]):
+        read_picture("init_image", data)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_no_file_breaks_more_than_itself(format: str) -> None:
     whole = encoded(Image.fromarray(grain(24, 24)), format)

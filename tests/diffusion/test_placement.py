@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sdrpc.diffusion.placement import (
     waiting,
     wanted,
 )
+from sdrpc.diffusion.rooms import NO_LIMIT, limited
 from sdrpc.errors import InvalidValue
 
 SD1 = ("clip_l", "diffusion", "vae")
@@ -157,16 +159,29 @@ def test_several_devices_together(text: str, expected: tuple[tuple[str, ...], ..
         ("8", {"": 8 << 30}),
         ("512M", {"": 512 << 20}),
         ("RPC0=6, RPC1=1.5G,2GiB", {"RPC0": 6 << 30, "RPC1": 3 << 29, "": 2 << 30}),
+        ("0", {"": NO_LIMIT}),
+        ("RPC0=0,-0.5", {"RPC0": NO_LIMIT, "": -(1 << 29)}),
     ],
 )
 def test_limits(text: str, expected: dict[str, int]) -> None:
     assert limits(text) == expected
 
 
-@pytest.mark.parametrize("text", ["RPC0=", "much", "0", "RPC0=-1", "1,2", "RPC0=1,RPC0=2", "1e99", "9" * 40])
+@pytest.mark.parametrize("text", ["RPC0=", "much", "--1", "nan", "1,2", "RPC0=1,RPC0=2", "1e99", "9" * 40])
 def test_what_is_no_limit(text: str) -> None:
     with pytest.raises(InvalidValue, match="max_vram"):
         limits(text)
+
+
+def test_what_a_limit_leaves_of_a_device() -> None:
+    device: Any = SimpleNamespace(name="RPC-0")
+    for given, size in (({}, 10), ({"": NO_LIMIT}, 10), ({"": 4}, 4), ({"": 4, "rpc0": -3}, 7), ({"": -99}, 0)):
+        assert limited(device, 10, given) == (size, size < 10)
+
+
+def test_a_copy_for_the_negative_prompt_has_another_name() -> None:
+    with pytest.raises(InvalidValue, match=r"cfg: the negative prompt .* with diffusion=A\|B"):
+        parse("diffusion=RPC0,cfg=RPC1")
 
 
 def test_where_weights_wait() -> None:

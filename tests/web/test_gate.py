@@ -37,6 +37,17 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("--steps", "what each request says"), ("-p", "what each request says"), ("--list-devices", "sd-cli lists them"),
+     ("--diffusion-fa", "stable-diffusion.cpp's"), ("--serve-html-path", "a page of its own")],
+)  # fmt: skip
+def test_options_of_others_are_refused_by_name(option: str, says: str) -> None:
+    with pytest.raises(UsageError, match=f"^{option}: .*{says}"):
+        sd_server.run(["--version", option, "20"])
+    assert sd_server.run(["--version", "--mmap", "--auto-fit", "on"]) == 0
+
+
 def test_keys(locked: WebServer) -> None:
     """T62: without one, or with a wrong one, nothing but the page and health; the log has none of them."""
     for path in ("/v1/models", "/sdapi/v1/options", "/sdcpp/v1/jobs", "/metrics", "/openapi.json"):

@@ -82,6 +82,13 @@ def test_another_protocol_is_not_hello(data: bytes) -> None:
         Stream(data).drive(read_hello())
 
 
+@pytest.mark.parametrize("said", ["HTTP/1.1", "SSH-2.0-", "-ERR unk", "220 mail", "550 no\r\n"])
+def test_another_program_is_told_by_its_words(said: str) -> None:
+    words = said.strip()
+    with pytest.raises(RemoteProtocolError, match=f"answers '{words}': another program listens there"):
+        Stream(said.encode() + b" and so on\r\n").drive(read_hello_reply())
+
+
 @pytest.mark.parametrize("size", [0, 1, 4, 24, 27, 29, 2**31, 2**63, 2**64 - 1])
 def test_reply_sizes(size: int) -> None:
     stream = Stream(pack("<Q", size) + bytes(64))

@@ -44,6 +44,9 @@ OTHERS = {
 
 _TAR = slice(257, 262), b"ustar"
 
+HEAD = 1024
+"""Bytes of a file that tell what it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Section(View):
@@ -113,30 +116,40 @@ def mapped(path: Path) -> Mapped:
 
 def no_model(data: memoryview) -> str:
     """What a file without any known form seems to be, as the reason of an error."""
-    head = bytes(data[:1024])
+    head = bytes(data[:HEAD])
+    if said := mistaken(head, "a model"):
+        return said
+    other = next((what for magic, what in OTHERS.items() if head.startswith(magic)), "")
+    if other:
+        return f"is {other}, not a model"
+    shown = SHOWN_TEXT if head.isascii() and head.decode("ascii").replace("\n", "").isprintable() else SHOWN
+    return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head, shown)}"
+
+
+def mistaken(head: bytes, wanted: str) -> str:
+    """What a file that begins with ``head`` seems to be where it is taken for ``wanted``, and what to do, as the reason
+    of an error; "" where nobody knows."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(b"version https://git-lfs"):
         size = re.search(rb"\nsize (\d{1,15})\s", head)
         amount = f" of {int(size[1]) / 1e9:,.1f} GB" if size else ""
         return f"is a Git LFS pointer to a file{amount}, not that file; fetch it with: git lfs pull"
+    if text.startswith(b"/annex/objects/"):
+        return "is a git-annex pointer to a file, not that file; fetch it with: git annex get"
     if text.startswith((b"<!doctype", b"<!--", b"<html", b"<head", b"<body")):
-        return f"is a web page, not a model: the download gave {_shown(head)}; download it again, logged in if need be"
+        return f"is a web page, not {wanted}: the download gave {_shown(head)}; download it again, logged in if need be"
     if text.startswith(b"<?xml"):
-        return f"is XML text, such as a server's refusal, not a model: {_shown(head, SHOWN_TEXT)}"
+        return f"is XML text, such as a server's refusal, not {wanted}: {_shown(head, SHOWN_TEXT)}"
     if text.startswith((b"{", b"[")):
-        return f"is JSON text, not a model: {_shown(head, SHOWN_TEXT)}"
-    if not any(head):
+        return f"is JSON text, not {wanted}: {_shown(head, SHOWN_TEXT)}"
+    if head and not any(head):
         return "begins with zeros: the download is not finished"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "was written as UTF-16 text, as PowerShell's > does with what is downloaded: use -o or -OutFile"
     packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
     if packed or head[_TAR[0]] == _TAR[1]:
-        return f"is an archive ({packed or 'tar'}), not a model: unpack it first"
-    other = next((what for magic, what in OTHERS.items() if head.startswith(magic)), "")
-    if other:
-        return f"is {other}, not a model"
-    shown = SHOWN_TEXT if text.isascii() and text.decode("ascii").replace("\n", "").isprintable() else SHOWN
-    return f"is neither safetensors nor GGUF nor a torch checkpoint: it begins with {_shown(head, shown)}"
+        return f"is an archive ({packed or 'tar'}), not {wanted}: unpack it first"
+    return ""
 
 
 def _shown(head: bytes, size: int = SHOWN) -> str:

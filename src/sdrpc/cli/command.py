@@ -39,7 +39,7 @@ class Option(click.Option):
 
     @property
     def takes_value(self) -> bool:
-        return not self.is_flag
+        return not self.is_flag and not isinstance(self.type, OnOff)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
         names = ", ".join(sorted(self.opts, key=_is_short, reverse=True))
@@ -64,6 +64,20 @@ class OneOf(click.ParamType):  # type: ignore[type-arg] # what it is of, no clic
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(choice) for choice in self.choices if choice.startswith(incomplete)]
+
+
+class OnOff(click.ParamType):  # type: ignore[type-arg] # as above
+    """A switch that may be followed by ``on`` or ``off``, as in stable-diffusion.cpp."""
+
+    name = "on|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, _ctx: click.Context | None) -> bool:
+        if not isinstance(value, bool) and value not in ("on", "off"):
+            raise InvalidValue(str(param and param.name), value, "is on or off")
+        return value in (True, "on")
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(word) for word in ("on", "off") if word.startswith(incomplete)]
 
 
 MOST_SECONDS = 1e8
@@ -166,14 +180,18 @@ class Sides(click.ParamType):  # type: ignore[type-arg] # as above
         return int(match[1]), int(match[2] or match[1])
 
 
+GIVEN = object()
+"""Stands for any value that an option is given."""
+
+
 class Command(click.Command):
     """A command whose ``options`` are grouped in --help. ``refused``: options that another program has, each with the
     reason why this one does not take it; ``ignored``: those that ask for what is done anyway. ``within``: fields that
     are part of what an option says, each with the option. ``acts_on``: parameters that change what another one asks
     for, or that mean something with one value of it; where only the first is given, a warning says that it has no
-    effect. ``unread``: a parameter and a value of it → those that have no effect then. ``bare``: the command has
-    something to do without arguments; else its --help is printed. ``first``: words that mean other commands where they
-    come first."""
+    effect. ``unread``: a parameter and a value of it, or ``GIVEN`` → those that have no effect then. ``bare``: the
+    command has something to do without arguments; else its --help is printed. ``first``: words that mean other commands
+    where they come first."""
 
     def __init__(
         self,
@@ -225,6 +243,8 @@ class Command(click.Command):
                 ended: int | None = self.invoke(ctx)
         except click.exceptions.Exit as error:
             return error.exit_code
+        except click.BadParameter as error:
+            raise UsageError(self._told(error)) from error
         except click.ClickException as error:
             raise UsageError(error.format_message()) from error
         except CheckpointError as error:
@@ -232,6 +252,14 @@ class Command(click.Command):
                 raise CheckpointError(f"{option} {error.path}", error.reason, error.tensor) from error
             raise
         return ended or 0
+
+    def _told(self, error: click.BadParameter) -> str:
+        """What is wrong with a number, with the option, and how decimals are written."""
+        option = self.fields.get(str(error.param and error.param.name), "")
+        decimal = re.match(r"'(-?\d+),(\d+)'.* float", error.message)
+        hint = f"; write it as {decimal[1]}.{decimal[2]}" if decimal else ""
+        said = re.sub("valid (float|integer)( range)?", lambda match: _NUMBERS[match[1]], error.message.rstrip("."))
+        return f"{option}: {said}{hint}" if option else error.format_message()
 
     def _naming(self, path: object, ctx: click.Context) -> str:
         """The option that named a file."""
@@ -252,9 +280,9 @@ class Command(click.Command):
         given = {name for name in usual if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
         for (name, value), unread in self._unread.items():
             idle = [self.fields[other] for other in usual if other in given & {*unread}]
-            if idle and ctx.params[name] == value:
+            if idle and (name in given if value is GIVEN else ctx.params[name] == value):
                 has = "has" if len(idle) == 1 else "have"
-                what = self.fields[name] if value is True else f"{self.fields[name]} {value}"
+                what = self.fields[name] if value in (True, GIVEN) else f"{self.fields[name]} {value}"
                 warn(f"{', '.join(idle)} {has} no effect with {what}")
                 given -= {*unread}
         for name, other in self._acts_on.items():
@@ -285,8 +313,11 @@ class Command(click.Command):
                 raise UsageError(f"{name}: {self.refused[name]}")
             if name in self.ignored:
                 continue
+            option = ours.get(name)
+            if option is not None and isinstance(option.type, OnOff) and not equals:
+                equals, value = "=", rest.pop(0) if rest and rest[0] in ("on", "off") else "on"
             result.append(name + equals + value)
-            if name in ours and ours[name].takes_value and not equals and rest:
+            if option is not None and option.takes_value and not equals and rest:
                 result.append(rest.pop(0))
         return result
 
@@ -309,6 +340,9 @@ class Command(click.Command):
         name = str(self.name)
         return kind(self, {}, name, f"_{name}_COMPLETE".replace("-", "_").upper()).source()
 
+
+_NUMBERS = {"float": "number", "integer": "whole number"}
+"""What click's names of types mean."""
 
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 """Hyphens, and what programs for texts make of them."""

@@ -20,7 +20,7 @@ from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
-from .command import SHELLS, File, Numbers, OneOf, Option, Seconds, Sides
+from .command import GIVEN, SHELLS, File, Numbers, OneOf, OnOff, Option, Seconds, Sides
 from .metadata import FORMATS as METADATA_FORMATS
 from .output import DEFAULT_OUTPUT
 
@@ -85,7 +85,8 @@ OPTIONS = (
 
     Option(PICTURE, "-p", "--prompt", metavar="TEXT", help="What to draw."),
     Option(PICTURE, "--prompt-file", type=FILE, metavar="PATH", help="File with the prompt; -: standard input."),
-    Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", default="", help="What not to draw."),
+    Option(PICTURE, "-n", "--negative-prompt", metavar="TEXT", help="What not to draw."),
+    Option(PICTURE, "--negative-prompt-file", type=FILE, metavar="PATH", help="File with that; -: standard input."),
     Option(PICTURE, "-W", "--width", type=int, metavar="PIXELS", shown="what the model is made for",
            help="Width; with -i that of its picture."),
     Option(PICTURE, "-H", "--height", type=int, metavar="PIXELS", shown="what the model is made for",
@@ -213,10 +214,11 @@ OPTIONS = (
            help="Where components run: RPC0, or te=RPC1,diffusion=RPC0,vae=CPU; also clip_l, clip_g, t5xxl, llm. "
                 "RPC0,RPC1: the first with room, the next when it is lost; RPC0&RPC1: layers over both; "
                 "RPC0|RPC1: on both, side by side."),
-    Option(DEVICES, "--auto-fit", is_flag=True,
+    Option(DEVICES, "--auto-fit", type=OnOff(), metavar="[on|off]", default=False, shown="off",
            help="Put components where they fit and are fast, by measuring, and print that; also --backend auto."),
     Option(DEVICES, "--max-vram", default="", metavar="GIB|DEVICE=SIZE,...", shown="what is free",
-           help="Weights that a device may have at one time: 8, or RPC0=6,RPC1=512M."),
+           help="Weights that a device may have at one time: 8, or RPC0=6,RPC1=512M; below 0: all but so much of what "
+                "is free."),
     Option(DEVICES, "--params-backend", default="", metavar="COMPONENT=auto|cpu|disk,...", shown="auto",
            help="Where weights are that nobody uses: on their device while there is room (auto), in this machine's "
                 "memory (cpu), in their file (disk). With the latter two they leave it after each use, and where it "
@@ -281,7 +283,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "images as input": (
         "--increase-ref-index", "--ref-image-args",
-        "--disable-auto-resize-ref-image", "--photo-maker", "--pm-id-images-dir",
+        "--disable-auto-resize-ref-image", "--image-preprocess", "--photo-maker", "--pm-id-images-dir",
         "--pm-id-embed-path", "--pm-style-strength", "--photomaker-backend-device",
         "--ip-adapter", "--ip-adapter-strength", "--ip-adapter-image", "--pulid-weights", "--pulid-id-weight",
         "--pulid-id-embedding",
@@ -292,24 +294,25 @@ _LACKING: dict[str, tuple[str, ...]] = {
     ),
     "details drawn again": ("--ad-model", "--ad-prompt", "--ad-negative-prompt", "--extra-ad-args"),
     "video": (
-        "--control-video", "--vace-strength",
+        "--control-video", "--vace-strength", "--ref-video", "--ref-video-audio", "--ref-audio", "--audio",
     ),
     "of Wan 2.2, whose models have no such guidance": (
         "--high-noise-img-cfg-scale", "--high-noise-guidance", "--high-noise-slg-scale", "--high-noise-skip-layers",
         "--high-noise-skip-layer-start", "--high-noise-skip-layer-end",
     ),
     "weights in another type or another place": (
-        "--split-mode",
+        "--split-mode", "--split-ratio",
         "--stream-layers", "--eager-load", "--disable-prefetch", "--disable-segmented-compute", "--convert-name",
         "--imat-in", "--imat-out",
     ),
     "kernels chosen by hand; sdrpc's devices choose their own": (
-        "--fa", "--diffusion-fa", "--diffusion-conv-direct", "--vae-conv-direct",
+        "--fa", "--diffusion-fa", "--sage-attn", "--diffusion-conv-direct", "--vae-conv-direct",
     ),
     "skipping and custom steps": (
         "--cache-preset", "--extra-sample-args",
     ),
     "levels of the log; there is --verbose": ("--log-level",),
+    "how many texts are kept encoded; a session keeps its last ones": ("--conditioning-cache-size",),
 }  # fmt: skip
 """Options of stable-diffusion.cpp's sd-cli that sdrpc refuses, grouped by what they belong to."""
 
@@ -376,8 +379,19 @@ _READ: dict[tuple[str, object], tuple[str, ...]] = {
 }
 """What is read of the other options by what draws nothing."""
 
-UNREAD = {
+_INSTEAD = {
+    "sigmas": ("steps", "scheduler"),
+    "hires_sigmas": ("hires_steps", "hires_denoising_strength"),
+    "hires_width": ("hires_scale",),
+    "hires_height": ("hires_scale",),
+    "clip_backend_device": ("clip_on_cpu",),
+    "vae_backend_device": ("vae_on_cpu",),
+    "control_net_backend_device": ("control_net_cpu",),
+}
+"""Options that say the same as others, and count instead of them."""
+
+UNREAD: dict[tuple[str, object], frozenset[str]] = {
     what: frozenset(str(option.name) for option in OPTIONS if option.group != ABOUT) - {what[0], "mode", *read}
     for what, read in _READ.items()
-}
-"""Options that have no effect there."""
+} | {(name, GIVEN): frozenset(others) for name, others in _INSTEAD.items()}
+"""Options that have no effect with another one, or with a value of it."""

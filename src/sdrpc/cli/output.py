@@ -39,23 +39,25 @@ DEFAULT_FILM, DEFAULT_ANIMATION = "./output.mp4", "./output.webp"
 """Where a film goes with PyAV and without."""
 
 
-def output_paths(pattern: str, count: int, first: int = 0, suffixes: Collection[str] = MAX_SIDES) -> list[Path]:
+def output_paths(
+    pattern: str, count: int, first: int = 0, suffixes: Collection[str] = MAX_SIDES, field: str = "output"
+) -> list[Path]:
     """The files of ``count`` pictures (or films): numbered where ``pattern`` has a %d (``out_%03d.png``), else with
-    ``_0``, ``_1`` … before the suffix, one of ``suffixes``, when there are several. Raises :class:`InvalidValue` for a
-    format that can't be written, and for more than :data:`MAX_FILES`."""
+    ``_0``, ``_1`` … before the suffix, one of ``suffixes``, when there are several. Raises :class:`InvalidValue` for
+    ``field``, for a format that can't be written, and for more than :data:`MAX_FILES`."""
     if pattern == STANDARD:
         if count > 1 or suffixes is not MAX_SIDES:
-            raise InvalidValue("output", pattern, "standard output takes one picture")
+            raise InvalidValue(field, pattern, "standard output takes one picture")
         return [Path(STANDARD)]
     if count > MAX_FILES:
-        raise InvalidValue("output", pattern, f"{count:,} files of one command are too many; at most {MAX_FILES:,}")
+        raise InvalidValue(field, pattern, f"{count:,} files of one command are too many; at most {MAX_FILES:,}")
     path = Path(pattern)
     if path.suffix and path.suffix.lower() not in suffixes:
         what = "pictures" if suffixes is MAX_SIDES else "films"
         known = ", ".join(suffixes)
-        raise InvalidValue("output", pattern, f"{what} are written as {known}; {path.suffix} is not supported")
+        raise InvalidValue(field, pattern, f"{what} are written as {known}; {path.suffix} is not supported")
     if pattern.endswith("/") or not path.name or os.path.isdir(path):
-        raise InvalidValue("output", pattern, "names a directory, not a file")
+        raise InvalidValue(field, pattern, "names a directory, not a file")
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/null, a pipe
         return [path] * count
     pattern, numbers = pattern if path.suffix else pattern + DEFAULT_SUFFIX, range(first, first + count)
@@ -83,8 +85,9 @@ def _formatted(number: int, match: re.Match[str]) -> str:
     return f"{number:{match[1]}}" if match[1] else "%"
 
 
-def check_writable(paths: Sequence[Path]) -> None:
-    """Make the directories; raise :class:`InvalidValue` when something can't be written, before any work is done."""
+def check_writable(paths: Sequence[Path], field: str = "output") -> None:
+    """Make the directories of what the option ``field`` names; raise :class:`InvalidValue` when something can't be
+    written, before any work is done."""
     paths = [path for path in paths if str(path) != STANDARD]
     writable = {directory: _why_not(directory) for directory in {path.parent for path in paths}}
     for path in paths:
@@ -97,11 +100,11 @@ def check_writable(paths: Sequence[Path]) -> None:
             refusal = error.strerror or str(error)
         else:
             if stat.S_ISDIR(mode):
-                raise InvalidValue("output", path, "is a directory")
+                raise InvalidValue(field, path, "is a directory")
             if os.access(path, os.W_OK):  # a file that was mounted into a container is no more than that
                 refusal = ""
         if refusal:
-            raise InvalidValue("output", path, f"can't write there: {refusal}")
+            raise InvalidValue(field, path, f"can't write there: {refusal}")
 
 
 def _why_not(directory: Path) -> str:
@@ -114,6 +117,8 @@ def _why_not(directory: Path) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
+    except RecursionError:
+        return "it is in too many folders, one within the other"
 
 
 def check_sides(path: Path, width: int, height: int) -> None:
@@ -138,13 +143,21 @@ def save(path: Path, data: bytes) -> Saved:
     :class:`OSError` when there is no place at all.
     """
     try:
-        _write(Path(os.path.realpath(path)), data)
+        replace_file(path, data)
         return Saved(path, "")
-    except OSError as error:
-        refusal = error
-    for folder in (path.parent, Path(tempfile.gettempdir())):
+    except OSError as refusal:
+        return keep_elsewhere(path, data, refusal)
+
+
+def keep_elsewhere(path: Path, data: bytes, refusal: OSError) -> Saved:
+    """Keep ``data`` beside ``path``, where it could not be written, or in the system's folder for temporary files;
+    only there if ``path`` is a device, a pipe or standard output. Raises :class:`OSError` as :func:`save`."""
+    special = str(path) == STANDARD or (path.exists() and not path.is_file() and not path.is_dir())
+    for folder in ([] if special else [path.parent]) + [Path(tempfile.gettempdir())]:
         try:
-            return Saved(_written(folder, "sdrpc-", path.suffix, data), refusal.strerror or str(refusal))
+            return Saved(
+                _written(folder, "sdrpc-", path.suffix or DEFAULT_SUFFIX, data), refusal.strerror or str(refusal)
+            )
         except OSError:
             continue
     raise OSError(refusal.errno, refusal.strerror, str(path)) from refusal
@@ -188,8 +201,10 @@ def _move(source: Path, target: Path) -> None:
     os.unlink(source)
 
 
-def _write(target: Path, data: bytes) -> None:
-    """Replace ``target``, or where that can't be (a pipe, a file that was mounted), write into it."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace the file ``path``, or what it points to; where that can't be (a pipe, a file that was mounted), write
+    into it."""
+    target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         target.write_bytes(data)
         return

@@ -34,6 +34,9 @@ FAILURE, USAGE = 1, 2
 PIPE_COLUMNS = 160
 """A table in a file or a pipe is as wide as it needs, up to this."""
 
+LEAST_COLUMNS = 60
+"""A table on a terminal is never narrower."""
+
 log = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """Progress, warnings and errors go here."""
 
@@ -103,9 +106,11 @@ def result(path: Path) -> None:
 
 
 def table(rows: Table) -> None:
-    """A table on standard output."""
+    """A table on standard output. A terminal wraps what is wider than it is: better than half a number."""
     status.clear()
-    Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(rows)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, LEAST_COLUMNS) if sys.stdout.isatty() else PIPE_COLUMNS
+    console.print(rows)
 
 
 def guarded(command: Callable[[], int | None], options: Mapping[str, str] | None = None) -> int:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..diffusion import placement
 from ..diffusion.placement import UPSCALER
-from ..errors import InvalidValue, UsageError
+from ..errors import InvalidValue, SdrpcError, UsageError
 from ..runtime.chain import devices_of
-from . import discovery, fitting, metadata, report
+from . import discovery, fitting, metadata, report, streams
 from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
 from .command import Command
 from .convert import convert
@@ -34,7 +34,9 @@ from .output import (
     check_sides,
     check_writable,
     frames_singly,
+    keep_elsewhere,
     output_paths,
+    replace_file,
     save,
     save_as_made,
 )
@@ -133,7 +135,7 @@ def _draw(chosen: Chosen) -> int:
     given = {entry.name: chosen[entry.name] for entry in fields(Request) if entry.name in chosen}
     if chosen["hires"]:
         given["hires_upscaler"] = _second_upscaler(chosen)
-    request = Request(**given | {"prompt": _prompt(chosen)} | _pictures(chosen))
+    request = Request(**given | _prompts(chosen) | _pictures(chosen))
     files = files_of(chosen)
     timer = StageTimer()
     with timer("load"):
@@ -151,8 +153,8 @@ def _draw(chosen: Chosen) -> int:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
     _note_size(request, settings, film)
     check_sides(paths[0], *settings.final_size)
-    preview_path = None if settings.previews is None else output_paths(chosen["preview_path"], 1)[0]
-    check_writable([*paths, *([preview_path] if preview_path else [])])
+    preview_path = None if settings.previews is None else _preview_path(chosen["preview_path"])
+    check_writable(paths)
 
     def told(drawn: Picture | Video) -> Parameters | None:
         if chosen["disable_image_metadata"]:
@@ -191,19 +193,29 @@ def _draw(chosen: Chosen) -> int:
                 report.warn(f"{' and '.join(idle)}: nothing to do; side by side are {what}")
             # resolved once, so that a random seed and what is written about the picture are one
             drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))
-            elsewhere = _keep_all(drawn if enlarge is None else _enlarged(drawn, enlarge), paths, singly, told)
+            elsewhere = _keep_all(drawn if enlarge is None else all_enlarged(drawn, enlarge), paths, singly, told)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
     report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
     return report.FAILURE if elsewhere else 0
 
 
-def _enlarged(drawn: Iterable[Picture | Video], enlarge: Enlarge) -> Iterator[Picture | Video]:
-    """Pictures enlarged, films as they are."""
+def all_enlarged(drawn: Iterable[Picture | Video], enlarge: Enlarge) -> Iterator[Picture | Video]:
+    """Pictures enlarged, films as they are. A picture that can't be enlarged is not lost: it comes as it was drawn, and
+    what was raised for the first one is raised after the last one."""
     from ..diffusion.pictures import Picture
 
+    refusal: SdrpcError | None = None
     for one in drawn:
-        yield Picture(enlarge(one.image), one.seed) if isinstance(one, Picture) else one
+        if isinstance(one, Picture):
+            try:
+                one = Picture(enlarge(one.image), one.seed)
+            except SdrpcError as error:
+                report.warn("this picture could not be enlarged; it is kept as it was drawn")
+                refusal = refusal or error
+        yield one
+    if refusal is not None:
+        raise refusal
 
 
 def _film_output(output: str) -> str:
@@ -247,18 +259,31 @@ def _keep_all(
     return elsewhere
 
 
+def _preview_path(pattern: str) -> Path:
+    """Where previews go. Raises :class:`InvalidValue` for where they can't."""
+    if pattern == STANDARD:
+        raise InvalidValue("preview_path", pattern, "standard output takes the picture, no previews")
+    (path,) = output_paths(pattern, 1, field="preview_path")
+    check_writable([path], "preview_path")
+    return path
+
+
 def _teller(preview_path: Path | None) -> OnEvent:
-    """What shows a session's events, and keeps the newest preview in a file."""
+    """What shows a session's events, and keeps the newest preview in a file, as long as it can be written."""
     from ..diffusion.metadata import encode
 
     meter = report.meter()
+    refused: list[OSError] = []
 
     def tell(event: Event) -> None:
         meter.tell(event)
-        if preview_path is not None and event.preview is not None:
-            saved = save(preview_path, encode(event.preview, preview_path.suffix, None))
-            if saved.why:
-                report.warn(f"{preview_path}: {saved.why}; the preview is in {saved.path}")
+        if preview_path is not None and event.preview is not None and not refused:
+            data = encode(event.preview, preview_path.suffix or DEFAULT_SUFFIX, None)
+            try:
+                replace_file(preview_path, data)
+            except OSError as error:
+                refused.append(error)
+                report.warn(f"{preview_path}: {error.strerror or error}; there are no more previews")
 
     return tell
 
@@ -270,8 +295,12 @@ def _keep(path: Path, picture: Picture, parameters: Parameters | None) -> bool:
     data = encode(picture.image, path.suffix or DEFAULT_SUFFIX, parameters)
     if str(path) == STANDARD:
         report.status.clear()
-        sys.stdout.buffer.write(data)
-        return False
+        refusal = streams.give(data)
+        if refusal is None:
+            return False
+        saved = keep_elsewhere(path, data, refusal)
+        report.warn(f"standard output: {saved.why}; the picture is in {saved.path}")
+        return True
     saved = save(path, data)
     if saved.why:
         report.warn(f"{path}: {saved.why}; the picture is in {saved.path}")
@@ -331,15 +360,20 @@ def _second_upscaler(chosen: Chosen) -> str | Path:
     return networks.find(chosen["hires_upscaler"], UPSCALERS, "hires_upscaler")
 
 
-def _prompt(chosen: Chosen) -> str:
-    if chosen["prompt_file"] is not None:
-        if chosen["prompt"] is not None:
-            raise UsageError("--prompt and --prompt-file: there is one prompt; name one of them")
-        return read_prompt(chosen["prompt_file"])
-    if chosen["prompt"] is None:
+def _prompts(chosen: Chosen) -> dict[str, str]:
+    """The request's prompts, from the command line or from files. Raises :class:`UsageError` where there are two."""
+    found: dict[str, str] = {}
+    for field, file in (("prompt", "prompt_file"), ("negative_prompt", "negative_prompt_file")):
+        if chosen[file] is None:
+            found[field] = chosen[field] or ""
+        elif chosen[field] is not None:
+            ours, theirs = COMMAND.fields[field], COMMAND.fields[file]
+            raise UsageError(f"{ours} and {theirs}: there is one such prompt; name one of them")
+        else:
+            found[field] = read_prompt(file, chosen[file])
+    if chosen["prompt"] is None and chosen["prompt_file"] is None:
         report.say("no prompt is given with -p: drawing without one")
-        return ""
-    return str(chosen["prompt"])
+    return found
 
 
 def _note_size(request: Request, settings: Settings, film: bool) -> None:

@@ -23,8 +23,9 @@ from .cluster import cluster_seats
 from .command import Command
 from .devices import REMOTE, Found, every_device, limits_of, resolved
 from .entry import ready
+from .options import ALWAYS_SO
 from .upscale import on_one_device
-from .web_options import DAY, OPTIONS
+from .web_options import DAY, OPTIONS, REFUSED
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -72,7 +73,7 @@ def sd_server(**chosen: Any) -> int:
     return 0
 
 
-COMMAND = Command("sd-server", OPTIONS, sd_server, bare=True, help=sd_server.__doc__)
+COMMAND = Command("sd-server", OPTIONS, sd_server, REFUSED, ALWAYS_SO, bare=True, help=sd_server.__doc__)
 
 
 def keys_of(chosen: Chosen) -> dict[str, str]:

@@ -40,17 +40,29 @@ class Steady(io.TextIOWrapper):
 
     def _silence(self, error: OSError) -> None:
         self.failure = self.failure or error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())  # what is still in the buffer must go somewhere
-        os.close(nowhere)
+        _empty(self)
 
 
 def prepare() -> None:
     """Replace standard output and standard error of the process."""
     codecs.register_error(ESCAPED, _escape)
+    if os.environ.get("COLUMNS") == "0":  # of a terminal without a size; rich would print nothing into it
+        del os.environ["COLUMNS"]
     _fill_closed_descriptors()
     sys.stdout = _steady(sys.stdout)
     sys.stderr = _steady(sys.stderr)
+
+
+def give(data: bytes) -> OSError | None:
+    """Write ``data`` to standard output; why it is not there, if so. Then nothing else is written there."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        _empty(sys.stdout)
+        return error
+    return None
 
 
 def failure(stream: TextIO) -> OSError | None:
@@ -58,6 +70,13 @@ def failure(stream: TextIO) -> OSError | None:
     has read what it wanted."""
     error = getattr(stream, "failure", None)
     return error if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) else None
+
+
+def _empty(stream: TextIO) -> None:
+    """Let a stream write nowhere, also what is still in its buffer."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _fill_closed_descriptors() -> None:

@@ -8,6 +8,7 @@ import click
 from .command import SHELLS, OneOf, Option, Size
 from .options import DEVICES, FILE, MODEL
 from .options import OPTIONS as SD_CLI
+from .options import REFUSED as REFUSED_BY_SD_CLI
 
 LISTENING, QUEUE, ABOUT = "Listening", "Queue", "About"
 DAY = 24 * 3600
@@ -50,3 +51,14 @@ OPTIONS = (
            help='Print a script that completes options in a shell: eval "$(sd-server --completion bash)".'),
     Option(ABOUT, "--version", is_flag=True, help="Print the version and exit."),
 )  # fmt: skip
+
+_HERE = frozenset(name for option in OPTIONS for name in option.opts)
+_ASKED_FOR = "sd-server draws what each request says; say it there, or in the form of the page"
+
+REFUSED = {
+    **dict.fromkeys((name for option in SD_CLI for name in option.opts if name not in _HERE), _ASKED_FOR),
+    "--list-devices": "sd-cli lists them; the page shows those of sd-server",
+    "--serve-html-path": "an option of stable-diffusion.cpp's sd-server that sdrpc lacks (it has a page of its own)",
+    **REFUSED_BY_SD_CLI,
+}
+"""Options of either sd-cli, and of stable-diffusion.cpp's sd-server, that this one refuses by name."""

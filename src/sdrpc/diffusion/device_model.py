@@ -24,7 +24,7 @@ from ..runtime.mirrors import Mirrors
 from .device_component import DeviceComponent, Shaped
 from .events import Event, Stage
 from .fitting import nearest
-from .rooms import WORKING_ROOM, beside_work, limit_of
+from .rooms import WORKING_ROOM, beside_work, limited
 from .stage_timer import StageTimer
 from .telling import Telling
 
@@ -289,11 +289,11 @@ class DeviceModel:
 
     def _room(self, device: Device) -> Room:
         """What a device has for a component's weights without all others'."""
-        room, limit = device.memory().free + sum(other.has(device) for other in self._on(device)), self._limit(device)
-        return Room(min(room, limit), limit < room)
+        return limited(device, device.memory().free + self._there(device), self._limits)
 
-    def _limit(self, device: Device) -> int:
-        return limit_of(device, self._limits)
+    def _there(self, device: Device) -> int:
+        """Bytes of weights that are on a device."""
+        return sum(component.has(device) for component in self._on(device))
 
     def _check_room(self, component: DeviceComponent, place: Chain) -> tuple[int, ...]:
         """Bytes that each device of ``place`` has for the component's weights. Raises :class:`DoesNotFit` when they are
@@ -385,8 +385,8 @@ class DeviceModel:
             more = component.needs(device) - component.has(device)
 
             def is_full(device: Device = device, more: int = more) -> bool:
-                there = sum(one.has(device) for one in self._on(device))
-                return device.memory().free < more + WORKING_ROOM or self._limit(device) < there + more
+                room = self._room(device).size
+                return device.memory().free < more + WORKING_ROOM or room < self._there(device) + more
 
             while others and is_full():
                 other = others.pop(0)

@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..checkpoints.mapped import HEAD, mistaken
 from ..errors import InvalidValue
 from .pictures import Pixels
 
@@ -21,9 +22,29 @@ T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Of files that are read, by Pillow's names."""
 
+BRANDS = {
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"), "a HEIC picture (as iPhones take)"
+    ),
+    **dict.fromkeys((b"avif", b"avis"), "an AVIF picture"),
+}
+"""What those files say of themselves that are made as films are."""
+
+OTHERS = {
+    b"\xff\x0a": "a JPEG XL picture", b"\0\0\0\x0cJXL ": "a JPEG XL picture",
+    b"\0\0\0\x0cjP": "a JPEG 2000 picture", b"8BPS": "a Photoshop picture", b"<svg": "a drawing (SVG)",
+    b"%PDF": "a document (PDF)", b"\0\0\1\0": "an icon", b"\x1aE\xdf\xa3": "a film",
+}  # fmt: skip
+"""What other files begin with that people have for pictures."""
+
 MAX_BYTES = 1 << 28
 MAX_PIXELS = 1 << 26
 """Of a file. In memory that is 4 bytes each, and as many again while it is scaled."""
+
+_MOST = f"up to {MAX_PIXELS // 2**20} mebipixels are read"
+
+DEEPEST = (1 << 16) - 1
+"""The largest number of a pixel of 16 bits."""
 
 PAPER = (255, 255, 255)
 """What shows through where a picture is transparent."""
@@ -31,6 +52,10 @@ PAPER = (255, 255, 255)
 _BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, SyntaxError, EOFError, struct.error, zlib.error,
            OverflowError, MemoryError, AttributeError)  # fmt: skip
 """What Pillow raises for files that are no pictures, or are no more than the beginning of one."""
+
+
+class _NotRead(Exception):
+    """A picture that is whole, but of a kind that is not read."""
 
 
 def read_picture(field: str, source: Path | bytes) -> Pixels:
@@ -65,18 +90,33 @@ def opened(field: str, source: Path | bytes, use: Callable[[Image.Image], T]) ->
             warnings.simplefilter("ignore")  # Pillow's limit is another, and it warns of what is cut off
             return _used(field, name, data, use)
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise InvalidValue(field, name, f"is no picture that sdrpc reads ({known})") from error
-    except (Image.DecompressionBombError, *_BROKEN) as error:
+        raise InvalidValue(field, name, _no_picture(data[:HEAD])) from error
+    except _NotRead as error:
+        raise InvalidValue(field, name, str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise InvalidValue(field, name, f"has too many pixels; {_MOST}") from error
+    except _BROKEN as error:
         raise InvalidValue(field, name, f"is a broken picture: {error or type(error).__name__}") from error
+
+
+def _no_picture(head: bytes) -> str:
+    """What a file seems to be that Pillow does not know, as the reason of an error."""
+    known = ", ".join(FORMATS)
+    if not head:
+        return "is empty"
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    kind = BRANDS.get(brand, "a film" if brand else "")
+    kind = kind or next((what for magic, what in OTHERS.items() if head.startswith(magic)), "")
+    if kind:
+        return f"is {kind}, which sdrpc does not read; save it as one of {known}"
+    return mistaken(head, "a picture") or f"is no picture that sdrpc reads ({known})"
 
 
 def _used(field: str, name: object, data: bytes, use: Callable[[Image.Image], T]) -> T:
     with Image.open(BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            most = f"up to {MAX_PIXELS // 2**20} mebipixels are read"
-            raise InvalidValue(field, name, f"is {width}×{height} pixels; {most}")
+            raise InvalidValue(field, name, f"is {width}×{height} pixels; {_MOST}")
         return use(image)
 
 
@@ -89,9 +129,15 @@ def _bytes(field: str, path: Path) -> bytes:
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    """As RGB, on paper. 16 bits a pixel become 8."""
+    """As RGB, on paper. 16 bits a pixel become 8. Raises :class:`_NotRead` for numbers of which nobody says how bright
+    they are."""
+    if image.mode.startswith("F"):
+        raise _NotRead("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > DEEPEST:
+            raise _NotRead("its pixels have more than 16 bits; save it with 8 or 16")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     layered = image.convert("RGBA")

@@ -22,6 +22,7 @@ from typing import TypeVar, cast
 from ..device_names import AUTO, resolve
 from ..device_names import folded as folded_name
 from ..errors import InvalidValue
+from .rooms import NO_LIMIT
 
 T = TypeVar("T")
 
@@ -53,8 +54,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
 module names, but that a text encoder can be placed on its own."""
 
 NOT_HERE_YET = (
-    "photomaker", "pmid", "photo", "detector", "adetailer", "yolo",
+    "photomaker", "photomakerid", "pmid", "photo", "detector", "adetailer", "yolo",
 )  # fmt: skip
+
+NEGATIVE = "cfg"
+"""stable-diffusion.cpp's name for a second copy of the diffusion model, which has the negative prompt."""
 
 _COMPONENTS = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
@@ -124,16 +128,17 @@ def waiting(text: str) -> dict[str, str]:
 
 def limits(text: str) -> dict[str, int]:
     """``8`` or ``RPC0=6,RPC1=512M`` (``--max-vram``) as name of a device → bytes; "" stands for all others. A number
-    alone is one of GiB. Raises :class:`InvalidValue`."""
+    alone is one of GiB; 0 is no limit, and one below 0 says how much of what is free stays so, as for
+    stable-diffusion.cpp. Raises :class:`InvalidValue`."""
     found: dict[str, int] = {}
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, size = item.rpartition("=")
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
-        if match is None or not float(match[1]):
+        match = re.fullmatch(r"(-?\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
+        if match is None:
             raise InvalidValue("max_vram", item, "not a size; write it as 8 (GiB), 6.5G or 512M, also RPC0=6,RPC1=8")
         if name.strip() in found:
             raise InvalidValue("max_vram", text, f"{name.strip() or 'the rest'} is limited twice")
-        found[name.strip()] = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "G"))
+        found[name.strip()] = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "G")) or NO_LIMIT
     return found
 
 
@@ -226,6 +231,8 @@ def _component(module: str, field: str = "backend") -> str:
     folded = folded_name(module)
     if folded in NOT_HERE_YET:
         raise InvalidValue(field, module, f"sdrpc has no {module} yet")
+    if folded == NEGATIVE:
+        raise InvalidValue(field, module, "the negative prompt has a device beside the prompt's with diffusion=A|B")
     if folded not in _COMPONENTS:
         raise InvalidValue(field, module, f"no such component; there are {', '.join(filter(None, ALIASES))} and all")
     return _COMPONENTS[folded]

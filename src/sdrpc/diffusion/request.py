@@ -371,7 +371,8 @@ def _check_pixels(name: str, pixels: Pixels, dimensions: int) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != dimensions or pixels.shape[2:] not in ((), (3,)):
         raise InvalidValue(name, said, f"uint8 pixels ({_SHAPES[dimensions]}) are needed")
     if not 0 < min(pixels.shape[:2]) <= max(pixels.shape[:2]) <= MAX_SIDE:
-        raise InvalidValue(name, said, f"its sides can be 1 … {MAX_SIDE} pixels")
+        height, width = pixels.shape[:2]
+        raise InvalidValue(name, f"{width}×{height}", f"sides of a picture can be 1 … {MAX_SIDE} pixels")
 
 
 def _up(side: int, multiple: int) -> int:

@@ -13,16 +13,23 @@ WORKING_ROOM = 1 << 30
 """Bytes that should stay free beside a component's weights, for what it computes with."""
 
 
-def limit_of(device: Device, limits: Mapping[str, int]) -> int:
-    """Bytes of weights that a device may have at one time, with ``limits`` by name ("": all others)."""
+NO_LIMIT = sys.maxsize
+"""Of the bytes of a device that weights may take."""
+
+
+def limited(device: Device, room: int, limits: Mapping[str, int]) -> Room:
+    """So many bytes of a device's memory, or as many of them as weights may take with ``limits`` by name ("": all
+    others). One below 0 says how much of what is free stays so."""
     named = {folded(name): limit for name, limit in limits.items()}
-    return named.get(folded(device.name), named.get("", sys.maxsize))
+    limit = named.get(folded(device.name), named.get("", NO_LIMIT))
+    if limit < 0:
+        limit = max(room + limit, 0)
+    return Room(min(room, limit), limit < room)
 
 
 def weights_room(device: Device, limits: Mapping[str, int]) -> Room:
     """What of a device's memory weights may take now."""
-    room, limit = beside_work(device.memory().free), limit_of(device, limits)
-    return Room(min(room, limit), limit < room)
+    return limited(device, beside_work(device.memory().free), limits)
 
 
 def beside_work(free: int) -> int:

@@ -109,11 +109,15 @@ def encode_hello_reply(dialect: Dialect, capabilities: Capability) -> bytes:
 
 def read_hello_reply() -> Generator[int, Bytes, HelloReply]:
     """A client's end of :func:`encode_hello_reply`."""
-    (size,) = REPLY_HEADER.unpack((yield REPLY_HEADER.size))
+    header = bytes((yield REPLY_HEADER.size))
+    (size,) = REPLY_HEADER.unpack(header)
     if size == VERSION_ONLY.size:
         major, minor, patch = VERSION_ONLY.unpack((yield size))
         return HelloReply((major, minor, patch), NATIVE)
     if size != VERSION_AND_CAPS.size:
+        text = header.decode("latin-1").rstrip("\r\n")
+        if text.isascii() and text.isprintable():  # as HTTP, SSH and mail begin
+            raise RemoteProtocolError(f"it answers {text!r}: another program listens there; is the port right?")
         raise RemoteProtocolError(f"an answer of {size} bytes to HELLO: no RPC server known here answers so")
     major, minor, patch, _, caps = VERSION_AND_CAPS.unpack((yield size))
     return HelloReply((major, minor, patch), decode_caps(caps))
