@@ -53,6 +53,16 @@ def test_the_code_that_they_name_is_there(path: Path) -> None:
         assert any((ROOT / base / name).exists() for base in ("", "src/sdrpc")), name
 
 
+@pytest.mark.parametrize("package", ["server", "wire"])
+def test_a_package_that_lists_its_modules_lists_all(package: str) -> None:
+    folder = ROOT / "src" / "sdrpc" / package
+    listed = re.findall(
+        r"^ *((?:\w+, )*\w+)  +\S", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "", re.M
+    )
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    assert {name for names in listed for name in names.split(", ")} == modules
+
+
 def typed(text: str) -> Iterator[tuple[str, list[str]]]:
     """Our programs with their arguments, in blocks of sh and in sentences, whatever goes before them."""
     for command in commands(re.sub(r"^> .*$", "", text, flags=re.MULTILINE)):

@@ -12,14 +12,14 @@ import pytest
 from sdrpc.client import Keychain, RemoteDevice, connect
 from sdrpc.engine.worker import Task
 from sdrpc.errors import OutOfMemory, OverQuota
+from sdrpc.fair_queue import FairQueue
+from sdrpc.fair_queue import Path as ClientPath
 from sdrpc.ggml.dialect import dialects
 from sdrpc.key import Key
 from sdrpc.server import Door, Keys, Limits, Policy, Server
 from sdrpc.server.key_ring import KeyRing, NamedKey
 from sdrpc.server.quotas import REMEMBERED, Accounts, Spent
 from sdrpc.server.visitor import Visitor
-from sdrpc.turns import Path as ClientPath
-from sdrpc.turns import Turns
 from sdrpc.wire import messages
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually
@@ -164,8 +164,8 @@ def test_accounts_are_remembered_for_what_was_computed_and_not_for_ever() -> Non
     assert "idle" not in accounts._accounts
 
 
-class Charged(Turns[Task]):
-    """Turns in which a run of the client ``small`` counts as a millisecond and others' as a second, however long they
+class Charged(FairQueue[Task]):
+    """A queue in which a run of the client ``small`` counts as a millisecond and others' as a second, however long they
     take here. ``waited`` has, for each of its runs, how many of others began between its coming and its beginning."""
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ def test_who_computes_little_waits_for_nobody_but_who_computes_already() -> None
     millisecond. By arrival it would be ten."""
     dialect = dialects()["7.0.0"]  # where a graph runs again without a number
     device = CountingDevice()
-    turns = device._worker._queue.waiting = Charged()
+    queue = device._worker._queue.waiting = Charged()
     stop = threading.Event()
 
     def compute(client: RawClient) -> None:
@@ -213,9 +213,9 @@ def test_who_computes_little_waits_for_nobody_but_who_computes_already() -> None
         for thread in threads:
             thread.start()
         try:
-            assert eventually(lambda: turns.others >= 3 * len(crowd))
+            assert eventually(lambda: queue.others >= 3 * len(crowd))
             with RawClient(server.port, dialect) as client:
-                turns.small = client.name
+                queue.small = client.name
                 add = Adder(client)
                 for _ in range(20):
                     add()
@@ -224,4 +224,4 @@ def test_who_computes_little_waits_for_nobody_but_who_computes_already() -> None
             for thread in threads:
                 thread.join()
     device.close()
-    assert turns.waited == [0] * 20, "runs of others that began before it did"
+    assert queue.waited == [0] * 20, "runs of others that began before it did"

@@ -1,5 +1,5 @@
 """Work of clients in threads of their own, of which one is at work at a time: clients take turns
-(:mod:`sdrpc.turns`)."""
+(:mod:`sdrpc.fair_queue`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from threading import Condition
 
 from sdrpc.device import Client
-from sdrpc.turns import Turns
+from sdrpc.fair_queue import FairQueue
 
 from .deadline import WATCH_SECONDS, Deadline
 
@@ -28,7 +28,7 @@ class InTurn:
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._waiting: Turns[_Ticket] = Turns()
+        self._waiting: FairQueue[_Ticket] = FairQueue()
         self._at_work: _Ticket | None = None
 
     @contextmanager

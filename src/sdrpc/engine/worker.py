@@ -1,4 +1,4 @@
-"""The thread that computes for a device. Its clients take turns (:mod:`sdrpc.turns`)."""
+"""The thread that computes for a device. Its clients take turns (:mod:`sdrpc.fair_queue`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from sdrpc.turns import Turns
+from sdrpc.fair_queue import FairQueue
 
 from ..device import Client
 
@@ -31,7 +31,7 @@ class _Queue:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.waiting: Turns[Task] = Turns()
+        self.waiting: FairQueue[Task] = FairQueue()
         self.closed = False
 
     def put(self, task: Task) -> None:

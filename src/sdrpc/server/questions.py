@@ -1,5 +1,5 @@
-"""The threads that look for what clients ask for by its name. Clients take turns (:mod:`sdrpc.turns`): one question may
-take as long as hashing a gigabyte does, and an owner may have thousands under way."""
+"""The threads that look for what clients ask for by its name. Clients take turns (:mod:`sdrpc.fair_queue`): one
+question may take as long as hashing a gigabyte does, and an owner may have thousands under way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
-from ..turns import Path, Turns
+from ..fair_queue import FairQueue, Path
 from .threads import Threads
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Questions:
     def __init__(self, threads: int) -> None:
         self._threads = Threads(threads, "sdrpc-questions")
         self._lock = Lock()
-        self._waiting: Turns[_Question] = Turns()
+        self._waiting: FairQueue[_Question] = FairQueue()
 
     def ask(self, client: Path, look: Callable[[], T]) -> Future[T]:
         """The answer to a question of ``client`` (:class:`sdrpc.device.Client`): what ``look`` gives or raises."""

@@ -22,7 +22,7 @@ REMEMBERED = 256
 """Clients without a task below one node that are remembered, so that they can't begin anew by leaving."""
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
     """Tasks of clients. Not thread-safe."""
 
     def __init__(self) -> None:
