@@ -16,7 +16,8 @@ import torch
 from sdrpc.errors import UnsupportedOperation
 
 from .operations import EngineOp, OpName
-from .ops.images import PADDED
+from .ops import attention, images, products
+from .ops.language import deepseek
 from .values import Value, ordered
 
 FLOAT = 4
@@ -73,11 +74,11 @@ def _window(value: Value) -> int:
     """A padded image, once more with its channels together, and all patches where they are made real."""
     p: Any = value.params
     kernel, x = _source(value, 0), _source(value, 1)
-    padded: int = min((x.ne[0] + 2 * p.p0) * (x.ne[1] + 2 * p.p1), PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
+    padded: int = min((x.ne[0] + 2 * p.p0) * (x.ne[1] + 2 * p.p1), images.PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
     places = prod(value.ne) // max(value.ne[2], 1) if value.op == "CONV_2D" else 0
     patches = places * prod(kernel.ne[:3])
-    # patches are made real where there are few places (images.MUCH); oneDNN unfolds some at a time
-    unfolded = patches if places <= 8 * value.ne[2] else min(patches, UNFOLDED)
+    # patches are made real where there are few places; oneDNN unfolds some at a time
+    unfolded = patches if places <= images.MUCH * value.ne[2] else min(patches, UNFOLDED)
     return FLOAT * (2 * padded + 2 * unfolded + 2 * elements(value) + 2 * elements(kernel))
 
 
@@ -85,7 +86,7 @@ def _im2col(value: Value) -> int:
     p: Any = value.params
     x = _source(value, 1)
     across, down = (p.p0, p.p1) if p.is_2d else (p.p0, 0)
-    padded: int = min((x.ne[0] + 2 * across) * (x.ne[1] + 2 * down), PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
+    padded: int = min((x.ne[0] + 2 * across) * (x.ne[1] + 2 * down), images.PADDED * x.ne[0] * x.ne[1]) * prod(x.ne[2:])
     return FLOAT * (2 * padded + 2 * elements(value) + elements(x))
 
 
@@ -143,7 +144,7 @@ def _mul_mat_id(value: Value) -> int:
     a, ids = _source(value, 0), _source(value, 2)
     k, m, n = a.ne[0], a.ne[1], elements(ids)
     tiled = 2 * n + a.ne[2]  # rows in whole tiles: at most twice as many, and one tile of each matrix
-    tile = max(1, min(n // max(a.ne[2], 1), (1 << 24) // max(k, 1)))  # products.TILE
+    tile = max(1, min(n // max(a.ne[2], 1), products.TILE // max(k, 1)))
     rows = elements(_source(value, 1)) + tile * (k + m)
     return FLOAT * (rows + 2 * tiled * m + n * m + 2 * k * m) + 8 * INDEX * (n + tiled + a.ne[2])
 
@@ -155,9 +156,9 @@ def _attention(value: Value) -> int:
     spread = (k.ne[0] + v.ne[0]) * k.ne[1] * heads * batch if heads != k.ne[2] else elements(k) + elements(v)
     p: Any = value.params
     if p.max_bias == 0 and all(s is None for s in value.src[4:]):
-        spread = min(spread, max(1 << 24, (k.ne[0] + v.ne[0]) * k.ne[1] * batch))  # attention.SPREAD
+        spread = min(spread, max(attention.SPREAD, (k.ne[0] + v.ne[0]) * k.ne[1] * batch))
     every = heads * batch * q.ne[1] * k.ne[1]
-    held = min(every, max(1 << 24, heads * batch * k.ne[1]))  # attention.SCORES
+    held = min(every, max(attention.SCORES, heads * batch * k.ne[1]))
     masks = 0 if len(value.src) < 4 or value.src[3] is None else every
     return FLOAT * (2 * spread + 6 * held + min(masks, 2 * held) + 3 * elements(q) + 3 * elements(value))
 
@@ -166,7 +167,7 @@ def _indexer(value: Value) -> int:
     query, key = _source(value, 0), _source(value, 1)
     size, heads, tokens, batch = query.ne
     keys = elements(key) // max(size * key.ne[3], 1)
-    held = min(heads * tokens * batch * keys, max(1 << 22, tokens * batch * keys))  # deepseek.SCORES
+    held = min(heads * tokens * batch * keys, max(deepseek.SCORES, tokens * batch * keys))
     return FLOAT * (3 * held + 3 * elements(value) + elements(query) + elements(key))
 
 
