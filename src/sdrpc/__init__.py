@@ -48,10 +48,10 @@ def offload(
 ) -> nn.Module:
     """``module`` with its computing done by ``device``: same class, signatures, results and errors.
 
-    ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. A server
-    that is lost is waited for, 60 seconds unless ``retry`` says otherwise. Float32 is multiplied in float32, unless
-    ``float32_matmul_precision`` or torch's setting of that name is "medium".
-    See :func:`sdrpc.lowering.offload.offload`.
+    ``pipe.unet = sdrpc.offload(pipe.unet, sdrpc.devices(rpc=["host:50052"])["RPC0"])``. A server that is lost is waited
+    for, 60 seconds unless ``retry`` says otherwise. Float32 is multiplied in float32, unless
+    ``float32_matmul_precision`` or torch's setting of that name is "medium". See
+    :func:`sdrpc.lowering.offload.offload`.
     """
     from .lowering.offload import offload
     from .runtime.lost import RETRY_SECONDS

@@ -326,8 +326,7 @@ def predicts(family: str) -> Prediction:
 
 def _shift(family: str) -> float:
     """1.15 for Krea 2, 1 for FLUX.1 schnell and Chroma; FLUX.1 dev's for this size, on the line from 0.5 at 256 tokens
-    to 1.15 at 4096;
-    FLUX.2's by its pipeline."""
+    to 1.15 at 4096; FLUX.2's by its pipeline."""
     tokens = (WIDTH // 16) * (HEIGHT // 16)
     if family.startswith("flux2"):
         return float(compute_empirical_mu(tokens, STEPS))

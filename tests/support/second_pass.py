@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from sdrpc.diffusion import session
+from sdrpc.diffusion import conditioning, sampling
 from sdrpc.diffusion.rng import Rng, make_rng
 
 
@@ -23,5 +23,5 @@ def its_noise(count: int) -> Iterator[None]:
         made.append(rng)
         return rng
 
-    with patch.object(session, "make_rng", make):
+    with patch.object(conditioning, "make_rng", make), patch.object(sampling, "make_rng", make):
         yield

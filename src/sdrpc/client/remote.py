@@ -363,9 +363,8 @@ class RemoteProgram(Program):
     def run(self) -> None:
         """Start the computation and return: the protocol has no word for its end. A read waits for it.
 
-        The graph is sent only if the server does not keep it (before protocol 8.0: the last one that the device ran).
-        A failure is raised by whatever is
-        answered next (mostly a read): :class:`ComputeError` with the reason from our own servers,
-        :class:`ConnectionLost` from native ones, which hang up or die.
+        The graph is sent only if the server does not keep it (before protocol 8.0: the last one that the device ran). A
+        failure is raised by whatever is answered next (mostly a read): :class:`ComputeError` with the reason from our
+        own servers, :class:`ConnectionLost` from native ones, which hang up or die.
         """
         self.device.run(self)

@@ -25,10 +25,9 @@ class Event:
     component goes on with this ``device`` instead). ``component``: whose. ``done`` and ``total``: bytes of an upload or
     release, steps of sampling, frames of a film that is decoded, seconds of waiting and how many it may become; else 0
     when it begins and 1 of 1 when it is over. ``sent``: bytes of an upload that the device did not have yet; None where
-    the device is this machine's own.
-    ``picture`` and ``pictures``: which one of how many, counted from 1; 0 where it is for all of them. ``seconds``:
-    since the stage began. ``preview``: what the picture looks like after a step, where that was asked for: pixels
-    (height, width, 3) of any size.
+    the device is this machine's own. ``picture`` and ``pictures``: which one of how many, counted from 1; 0 where it is
+    for all of them. ``seconds``: since the stage began. ``preview``: what the picture looks like after a step, where
+    that was asked for: pixels (height, width, 3) of any size.
     """
 
     stage: Stage

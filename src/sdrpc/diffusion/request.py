@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from .tiles import Tiling
 from .upscaling import MAX_TILE as MAX_UPSCALER_TILE
 from .upscaling import MIN_TILE as MIN_UPSCALER_TILE
 from .upscaling import TILE as UPSCALER_TILE
+
+T = TypeVar("T")
 
 MAX_SIDE = 16384
 MAX_STEPS = 10000
@@ -68,111 +71,127 @@ def summed(loras: Iterable[tuple[str | Path, float]]) -> tuple[Applied, ...]:
 @dataclass(frozen=True)
 class Request:
     """What to draw. The fields have the names of sd-cli's options; None means what the model or the sampler is made
-    for.
-
-    ``seed`` below 0: a random one. ``clip_skip`` below 1: the family's own. ``cfg_scale`` 1: no guidance by a negative
-    prompt; ``guidance``: of models that were distilled with it (FLUX.1 dev). ``eta``: how much new noise a sampler
-    adds; ``sampler_rng``: where that comes from, if not from ``rng`` like the noise that a picture begins as.
-    ``loras``: names (in the session's folder, or a :class:`Path`) with strengths, besides those in the prompt,
-    ``<lora:name:0.8>``.
-
-    ``init_image``: pixels (height, width, 3) to begin with, uint8; they are cut and scaled to the picture's size, which
-    is theirs where none is given. ``strength``: how much of the noise they get, 0 … 1; 1: all. ``mask``: pixels
-    (height, width), uint8: where ``init_image`` is drawn anew (255), stays (0), or something between. ``ref_images``:
-    pictures that the model is shown, where its family knows what to do with them. ``img_cfg_scale``: how strongly an
-    inpainting model follows what is around the mask; None: as ``cfg_scale``, 1: as much as it was trained to.
-
-    ``sigmas``: levels of noise, falling to 0, instead of those of ``scheduler`` and ``steps``. ``timestep_shift``: of
-    NitroFusion's models, 0: none. ``slg_scale``: skip layer guidance, how far away from what the model predicts without
-    ``skip_layers``, between ``skip_layer_start`` and ``skip_layer_end`` of the steps. ``cache_mode``: ``easycache``
-    leaves steps out in which little would change, ``dbcache`` blocks of transformers, as ``cache_option`` says (the
-    fields of :class:`sdrpc.diffusion.easycache.Options` and :class:`sdrpc.diffusion.dbcache.Options`); ``scm_mask``:
-    for dbcache, which steps are computed (1) and which may leave out blocks (0), or always do if ``scm_policy`` is
-    ``static``.
-
-    ``control_image``: pixels (height, width, 3), uint8, that a ControlNet is shown, cut and scaled likewise;
-    ``control_strength``: how much it counts; ``canny``: it is shown the picture's edges; ``control_mode``: which kind
-    of picture it is, for those that are for several (Union).
-
-    ``video_frames`` and ``fps``: of a film, how many pictures it has and how many make a second. ``moe_boundary``: the
-    level of noise, 0 … 1, from which on a model for high noise predicts, if there is one; or ``high_noise_steps`` are
-    its own, before the others. ``high_noise_cfg_scale``, ``high_noise_sampling_method`` and ``high_noise_eta``: of its
-    steps, where they have others than the rest. ``end_image``: what a film
-    ends with that begins with ``init_image``; both are cut and scaled to its size.
-    ``preview``: what events show of a picture while it is drawn, after every ``preview_interval``-th step: ``proj``
-    (colours of latents, no network), ``tae`` (by the tiny autoencoder), ``vae``, ``none``; with ``preview_noisy`` of
-    latents with their noise. A tiny autoencoder decodes pictures as well, unless ``taesd_preview_only``.
-    ``vae_tiling``: let the VAE work in tiles of ``vae_tile_size`` latents (width, height) that share
-    ``vae_tile_overlap`` of a side; where memory would not do for the whole it does so anyway.
-
-    ``hires``: draw in ``width`` and ``height``, enlarge that by ``hires_upscaler`` to ``hires_width`` and
-    ``hires_height`` (or ``hires_scale`` times), and draw on in that size, in ``hires_steps`` (0: as many), from
-    ``hires_denoising_strength`` of the noise. ``hires_upscaler``: a filter's name, or the :class:`Path` of a network
-    (ESRGAN and whatever else spandrel reads), which works in tiles of ``hires_upscale_tile_size`` pixels on a side.
-    ``hires_sigmas``: the levels of noise of then, falling to 0, instead of steps and strength.
-    """
+    for. Pictures are pixels, uint8 (height, width, 3); they are cut and scaled to the size that is drawn."""
 
     prompt: str
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
+    """In pixels; None with ``init_image``: its size."""
     steps: int | None = None
     cfg_scale: float | None = None
+    """How strongly to follow the prompt; 1: no guidance by a negative prompt."""
     guidance: float | None = None
+    """Of models that were distilled with it (FLUX.1 dev)."""
     seed: int = 42
+    """Below 0: a random one."""
     batch_count: int = 1
+    """How many pictures, with seeds counting up."""
     sampling_method: str | None = None
     scheduler: str | None = None
     clip_skip: int = -1
+    """2 leaves out CLIP's last layer; below 1: the family's own."""
     rng: str = "cuda"
+    """Where the noise comes from that a picture begins as."""
     sampler_rng: str | None = None
+    """Where the noise comes from that samplers add; None: as ``rng``."""
     eta: float | None = None
+    """How much new noise a sampler adds."""
     prediction: str | None = None
+    """What the model predicts, where its file does not tell."""
     flow_shift: float | None = None
     loras: Sequence[tuple[str | Path, float]] = ()
+    """Names (in the session's folder, or a :class:`Path`) with strengths, besides those in the prompt,
+    ``<lora:name:0.8>``."""
+
     control_image: Pixels | None = field(default=None, compare=False, repr=False)
+    """What a ControlNet is shown."""
     control_strength: float = 0.9
+    """How much that counts."""
     control_mode: int | None = None
+    """Which kind of picture it is, for ControlNets for several (Union)."""
     canny: bool = False
+    """The ControlNet is shown the picture's edges."""
+
     init_image: Pixels | None = field(default=None, compare=False, repr=False)
+    """The picture to begin with."""
     strength: float = 0.75
+    """How much of the noise it gets, 0 … 1; 1: all."""
     mask: Pixels | None = field(default=None, compare=False, repr=False)
+    """Pixels (height, width): where ``init_image`` is drawn anew (255), stays (0), or something between."""
     ref_images: tuple[Pixels, ...] = field(default=(), compare=False, repr=False)
+    """Pictures that the model is shown, where its family knows what to do with them."""
     img_cfg_scale: float | None = None
+    """How strongly an inpainting model follows what is around the mask; None: as ``cfg_scale``, 1: as much as it was
+    trained to."""
+
     sigmas: tuple[float, ...] = ()
+    """Levels of noise, falling to 0, instead of those of ``scheduler`` and ``steps``."""
     timestep_shift: int = 0
+    """Of NitroFusion's models; 0: none."""
     slg_scale: float = 0.0
+    """Skip layer guidance: how far away from what the model predicts without ``skip_layers``, between
+    ``skip_layer_start`` and ``skip_layer_end`` of the steps."""
     skip_layers: tuple[int, ...] = SKIPPED.layers
     skip_layer_start: float = SKIPPED.start
     skip_layer_end: float = SKIPPED.end
     cache_mode: str = "disabled"
+    """``easycache`` leaves steps out in which little would change, ``dbcache`` blocks of transformers."""
     cache_option: str = ""
+    """How: ``name=number`` with commas in between, the fields of :class:`sdrpc.diffusion.easycache.Options` or
+    :class:`sdrpc.diffusion.dbcache.Options`."""
     scm_mask: str = ""
+    """For dbcache: which steps are computed (1) and which may leave out blocks (0), with commas in between."""
     scm_policy: str = POLICIES[0]
+    """Whether those leave blocks out where little changes (``dynamic``), or always (``static``)."""
+
     video_frames: int | None = None
+    """Of a film, how many pictures it has."""
     fps: int | None = None
+    """How many of them make a second."""
     moe_boundary: float | None = None
+    """The level of noise, 0 … 1, from which on a model for high noise predicts, if there is one."""
     high_noise_steps: int | None = None
+    """Or the steps that are its own, before the others."""
     high_noise_cfg_scale: float | None = None
     high_noise_sampling_method: str | None = None
     high_noise_eta: float | None = None
+    """Of its steps, where they have others than the rest."""
     end_image: Pixels | None = field(default=None, compare=False, repr=False)
+    """What a film ends with that begins with ``init_image``."""
+
     preview: str = "none"
+    """What events show of a picture while it is drawn: ``proj`` (colours of latents, no network), ``tae`` (by the tiny
+    autoencoder), ``vae``, ``none``."""
     preview_interval: int = 1
+    """After every how many steps."""
     preview_noisy: bool = False
+    """Of latents with their noise."""
     taesd_preview_only: bool = False
+    """A tiny autoencoder decodes no pictures, but previews."""
     vae_tiling: bool = False
+    """The VAE works in tiles; where memory would not do for the whole it does so anyway."""
     vae_tile_size: tuple[int, int] = (32, 32)
+    """Latents, width and height."""
     vae_tile_overlap: float = 0.5
+    """Share of a tile's side that is the next one's as well."""
+
     hires: bool = False
+    """Draw in ``width`` and ``height``, enlarge that, and draw on from there."""
     hires_scale: float = 2.0
     hires_width: int | None = None
     hires_height: int | None = None
+    """In pixels; None: ``hires_scale`` times."""
     hires_steps: int = 0
+    """Of the second pass; 0: as many as in the first."""
     hires_denoising_strength: float = 0.7
+    """How much of the noise the enlarged picture gets, 0 … 1."""
     hires_upscaler: str | Path = LATENT
+    """A filter's name, or the :class:`Path` of a network (ESRGAN and whatever else spandrel reads)."""
     hires_sigmas: tuple[float, ...] = ()
+    """Levels of noise of the second pass, falling to 0, instead of its steps and strength."""
     hires_upscale_tile_size: int = UPSCALER_TILE
+    """Pixels on a side of what goes through that network at once."""
 
     def resolved(
         self,
@@ -195,69 +214,96 @@ class Request:
         check("prompt", text)
         check("negative_prompt", self.negative_prompt)
         self._check_pictures()
+        _check_sigmas("sigmas", self.sigmas)
+        self._check_names()
+        width, height = self._size(size, drawn, together > 0)
+        steps = len(self.sigmas) - 1 if self.sigmas else _or(self.steps, defaults.steps)
+        frames = _or(self.video_frames, defaults.frames) if together else 1
+        fps = _or(self.fps, defaults.fps)
+        cfg_scale, guidance = _or(self.cfg_scale, defaults.cfg_scale), _or(self.guidance, defaults.guidance)
+        boundary = _or(self.moe_boundary, defaults.moe_boundary)
+        if not 0 <= boundary <= 1:
+            raise InvalidValue("moe_boundary", boundary, "it can be 0 … 1")
+        _check_counts(
+            width=width, height=height, steps=steps, batch_count=self.batch_count, video_frames=frames, fps=fps
+        )
+        _check_factors(
+            cfg_scale=cfg_scale, guidance=guidance, eta=self.eta, flow_shift=self.flow_shift,
+            img_cfg_scale=self.img_cfg_scale, slg_scale=self.slg_scale, control_strength=self.control_strength,
+            high_noise_cfg_scale=self.high_noise_cfg_scale, high_noise_eta=self.high_noise_eta,
+        )  # fmt: skip
+        seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
+        make_rng(self.rng, seed + self.batch_count - 1)
+        method = self.sampling_method or defaults.sampler
+        sampler = find_sampler(method)
+        eta = _or(self.eta, sampler.eta)
+        width, height = _up(width, multiple), _up(height, multiple)
+
+        def fit(picture: Pixels | None) -> Pixels | None:
+            return None if picture is None else fitted(picture, width, height)
+
+        return Settings(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=width,
+            height=height,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            guidance=guidance,
+            seed=seed,
+            batch_count=self.batch_count,
+            sampling_method=method,
+            scheduler=self.scheduler or defaults.scheduler or sampler.schedule,
+            clip_skip=self.clip_skip,
+            rng=self.rng,
+            sampler_rng=self.sampler_rng or self.rng,
+            eta=eta,
+            prediction=self.prediction or defaults.prediction,
+            flow_shift=_or(self.flow_shift, defaults.flow_shift),
+            text=text,
+            loras=summed([*named, *self.loras]),
+            control_image=self._shown_to_control(width, height),
+            control_strength=self.control_strength,
+            control_mode=self.control_mode,
+            init_image=fit(self.init_image),
+            strength=self.strength,
+            mask=fit(self.mask),
+            ref_images=self.ref_images,
+            img_cfg_scale=_or(self.img_cfg_scale, cfg_scale),
+            sigmas=self.sigmas,
+            timestep_shift=self._timestep_shift(),
+            left_out=self._left_out(),
+            cache=find_options(self.cache_mode, self.cache_option, self.scm_mask, self.scm_policy),
+            video_frames=(frames - 1) // max(together, 1) * together + 1,
+            fps=fps,
+            moe_boundary=boundary,
+            end_image=fit(self.end_image),
+            previews=find_previews(self.preview, self.preview_interval, self.preview_noisy),
+            taesd_preview_only=self.taesd_preview_only,
+            vae_tiling=self.vae_tiling,
+            tiling=self._tiling(),
+            hires=self._hires(width, height, multiple, steps),
+            high_noise=self._high_noise(steps, cfg_scale, method, eta),
+        )
+
+    def _size(self, size: tuple[int, int], drawn: Resize | None, film: bool) -> tuple[int, int]:
+        """Width and height as they are asked for; else of the picture that is begun with, of the last one that is
+        referred to, or ``size``."""
         if self.ref_images and drawn is not None:
             rows, columns = self.ref_images[-1].shape[:2]
             size = drawn(columns, rows)
-        if self.init_image is not None and not together:
+        if self.init_image is not None and not film:
             size = self.init_image.shape[1], self.init_image.shape[0]
-        width = size[0] if self.width is None else self.width
-        height = size[1] if self.height is None else self.height
-        _check_sigmas("sigmas", self.sigmas)
-        steps = defaults.steps if self.steps is None else self.steps
-        if self.sigmas:
-            steps = len(self.sigmas) - 1
-        frames = (defaults.frames if self.video_frames is None else self.video_frames) if together else 1
-        fps = defaults.fps if self.fps is None else self.fps
-        boundary = defaults.moe_boundary if self.moe_boundary is None else self.moe_boundary
-        if not 0 <= boundary <= 1:
-            raise InvalidValue("moe_boundary", boundary, "it can be 0 … 1")
-        for name, value, largest in (
-            ("width", width, MAX_SIDE), ("height", height, MAX_SIDE), ("steps", steps, MAX_STEPS),
-            ("batch_count", self.batch_count, MAX_BATCH), ("video_frames", frames, MAX_FRAMES), ("fps", fps, MAX_FPS),
-        ):  # fmt: skip
-            if not 1 <= value <= largest:
-                raise InvalidValue(name, value, f"it can be 1 … {largest}")
-        cfg_scale = defaults.cfg_scale if self.cfg_scale is None else self.cfg_scale
-        guidance = defaults.guidance if self.guidance is None else self.guidance
-        for name, number in (
-            ("cfg_scale", cfg_scale), ("guidance", guidance), ("eta", self.eta), ("flow_shift", self.flow_shift),
-            ("img_cfg_scale", self.img_cfg_scale), ("slg_scale", self.slg_scale),
-            ("high_noise_cfg_scale", self.high_noise_cfg_scale), ("high_noise_eta", self.high_noise_eta),
-            ("control_strength", self.control_strength),
-        ):  # fmt: skip
-            if number is not None and not abs(number) < MAX_FACTOR:
-                raise InvalidValue(name, number, f"not a number below {MAX_FACTOR:.0e}")
-        seed = self.seed if self.seed >= 0 else secrets.randbelow(1 << 31)
-        make_rng(self.rng, seed + self.batch_count - 1)
-        if self.sampler_rng is not None and self.sampler_rng not in RNGS:
-            raise InvalidValue("sampler_rng", self.sampler_rng, f"does not exist; there are {', '.join(RNGS)}")
-        method = self.sampling_method or defaults.sampler
-        sampler = find_sampler(method)
-        scheduler = self.scheduler or defaults.scheduler or sampler.schedule
-        if self.prediction is not None and self.prediction not in PREDICTIONS:
-            raise InvalidValue("prediction", self.prediction, f"does not exist; there are {', '.join(PREDICTIONS)}")
-        if scheduler not in SCHEDULES and scheduler not in ALIASES:
-            raise InvalidValue("scheduler", scheduler, f"does not exist; there are {', '.join(SCHEDULES)}")
-        width, height = _up(width, multiple), _up(height, multiple)
-        eta = sampler.eta if self.eta is None else self.eta
-        return Settings(
-            self.prompt, self.negative_prompt, width, height, steps, cfg_scale, guidance,
-            seed, self.batch_count, method, scheduler, self.clip_skip, self.rng, self.sampler_rng or self.rng,
-            eta, self.prediction or defaults.prediction,
-            defaults.flow_shift if self.flow_shift is None else self.flow_shift,
-            text, summed([*named, *self.loras]), self._shown_to_control(width, height), self.control_strength,
-            self.control_mode,
-            None if self.init_image is None else fitted(self.init_image, width, height), self.strength,
-            None if self.mask is None else fitted(self.mask, width, height), self.ref_images,
-            cfg_scale if self.img_cfg_scale is None else self.img_cfg_scale, self.sigmas, self._timestep_shift(),
-            self._left_out(),
-            find_options(self.cache_mode, self.cache_option, self.scm_mask, self.scm_policy),
-            (frames - 1) // max(together, 1) * together + 1, fps, boundary,
-            None if self.end_image is None else fitted(self.end_image, width, height),
-            find_previews(self.preview, self.preview_interval, self.preview_noisy), self.taesd_preview_only,
-            self.vae_tiling, self._tiling(), self._hires(width, height, multiple, steps),
-            self._high_noise(steps, cfg_scale, method, eta),
-        )  # fmt: skip
+        return _or(self.width, size[0]), _or(self.height, size[1])
+
+    def _check_names(self) -> None:
+        for entry, name, known, aliases in (
+            ("sampler_rng", self.sampler_rng, RNGS, ()),
+            ("prediction", self.prediction, PREDICTIONS, ()),
+            ("scheduler", self.scheduler or None, SCHEDULES, ALIASES),
+        ):
+            if name is not None and name not in known and name not in aliases:
+                raise InvalidValue(entry, name, f"does not exist; there are {', '.join(known)}")
 
     def _high_noise(self, steps: int, cfg_scale: float, method: str, eta: float) -> HighNoise | None:
         """How the model for high noise draws, if anything is said of it; the rest as the other one."""
@@ -352,6 +398,28 @@ class Request:
             return None
         picture = fitted(self.control_image, width, height)
         return canny(picture) if self.canny else picture
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+_MOST = {
+    "width": MAX_SIDE, "height": MAX_SIDE, "steps": MAX_STEPS, "batch_count": MAX_BATCH, "video_frames": MAX_FRAMES,
+    "fps": MAX_FPS,
+}  # fmt: skip
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not 1 <= value <= _MOST[name]:
+            raise InvalidValue(name, value, f"it can be 1 … {_MOST[name]}")
+
+
+def _check_factors(**factors: float | None) -> None:
+    for name, number in factors.items():
+        if number is not None and not abs(number) < MAX_FACTOR:
+            raise InvalidValue(name, number, f"not a number below {MAX_FACTOR:.0e}")
 
 
 def _check_sigmas(field: str, sigmas: tuple[float, ...]) -> None:

@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from .weights import CachedWeight, Source
 
 ALIGNMENT = 64
-"""Of weights that are computed with where they lie: vector units, and compiled code, want a multiple of it."""
+"""Of buffers, and of weights that are computed with where they lie: vector units, and compiled code, want a multiple of
+it."""
 PIECE = 1 << 18
 """Numbers that are changed at a time: what lies between stays in a processor's cache."""
 MAPPED = 1 << 18
-"""Bytes from which on memory is a mapping of its own: a process may have 65,530."""
+"""Bytes from which on memory is a mapping of its own. A process may have 65,530 (vm.max_map_count), so less comes from
+the heap."""
 LEAST = 1 << 12
 """Bytes below which a weight is not worth the bookkeeping."""
 MOST = 1 << 14

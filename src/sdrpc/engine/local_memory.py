@@ -15,7 +15,8 @@ from sdrpc.device import Buffer, Bytes, Frozen, Later, Mark, Memory, Rows, Serve
 from sdrpc.errors import DeviceError, OutOfMemory
 
 from .errors import translated
-from .memory import MAPPED, LocalBuffer, Storage, new_storage
+from .forms import ALIGNMENT, MAPPED
+from .memory import LocalBuffer, Storage, new_storage
 from .pages import Frozen as FrozenPages
 from .sharing import Storages, held, may_share
 from .staging import Reading, Staging
@@ -44,7 +45,7 @@ class LocalMemory(ServedDevice):
 
     @property
     def alignment(self) -> int:
-        return 64
+        return ALIGNMENT
 
     def memory(self) -> Memory:
         """Free and total bytes; what is promised to buffers but was never touched does not count as free, nor what

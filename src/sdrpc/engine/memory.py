@@ -14,17 +14,13 @@ from torch import Tensor
 from sdrpc.errors import GraphError
 
 from .dtypes import DTYPES, shape_of
-from .forms import Forms
+from .forms import ALIGNMENT, MAPPED, Forms
 from .marks import Marks
 from .pages import Pages, pages
 from .values import Place
 
 HUGE = 1 << 22
 """From this size on memory is asked for in huge pages: touching gigabytes page by page takes seconds."""
-MAPPED = 1 << 18
-"""From this size on a buffer is a mapping of its own. A process may have 65,530 mappings (vm.max_map_count), so smaller
-buffers come from the heap."""
-ALIGNMENT = 64
 
 
 @dataclass(eq=False)

@@ -324,10 +324,9 @@ class Latents:
 @dataclass(frozen=True)
 class Defaults:
     """What a request means where it says nothing. ``size``: pixels on a side, or width and height, where neither file
-    nor shapes tell. ``frames`` and ``fps``: of films. ``moe_boundary``: the level of noise from which on a model of
-    its own predicts, where there is one.
-    ``prediction``: None where only an evaluation tells (:attr:`Family.probe`). ``flow_shift``: None where the
-    prediction has none or it follows from the size."""
+    nor shapes tell. ``frames`` and ``fps``: of films. ``moe_boundary``: the level of noise from which on a model of its
+    own predicts, where there is one. ``prediction``: None where only an evaluation tells (:attr:`Family.probe`).
+    ``flow_shift``: None where the prediction has none or it follows from the size."""
 
     size: int | tuple[int, int]
     sampler: str = "euler_a"

@@ -238,8 +238,7 @@ class Executable:
 
     ``weights`` are uploaded for this graph alone, or come from a store that several graphs share (whose owner closes
     it); those that ``adapters`` has come from there. It takes its memory now, or ``later``, when it first runs. Float
-    outputs are float32, integers int64. Use it as a context
-    manager, or :meth:`close` it.
+    outputs are float32, integers int64. Use it as a context manager, or :meth:`close` it.
     """
 
     def __init__(

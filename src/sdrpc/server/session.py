@@ -43,9 +43,9 @@ class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
     of it. ``live``: what all clients have in memory, to be found by what it is. ``expected``: connections that may come
-    to carry data for others; ``carriers`` are this client's. ``buffers`` and ``accounts`` count what
-    all clients have. ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running
-    graph took. ``visitor`` is who it is, None until it is let in."""
+    to carry data for others; ``carriers`` are this client's. ``buffers`` and ``accounts`` count what all clients have.
+    ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running graph took.
+    ``visitor`` is who it is, None until it is let in."""
 
     def __init__(
         self,

@@ -145,8 +145,8 @@ def hidden_states(
     """A prompt's hidden states (1, tokens, len(states) · hidden_size) in its template, side by side.
 
     ``states``: the results of layers, the first of which is 1; whether a final norm is behind the last layer's is a
-    matter of the model. ``tokenizer``: the family's own,
-    where the file of the model brings none. Raises :class:`InvalidValue` for a prompt that can't be read.
+    matter of the model. ``tokenizer``: the family's own, where the file of the model brings none. Raises
+    :class:`InvalidValue` for a prompt that can't be read.
     """
     used = encode.tokenizer(NAME) or tokenizer()
     tokens = llm_tokens(prompt, template, used)
