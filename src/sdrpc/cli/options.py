@@ -25,10 +25,7 @@ from .metadata import FORMATS as METADATA_FORMATS
 from .output import DEFAULT_OUTPUT
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
-"""The modes of stable-diffusion.cpp's sd-cli."""
-
-HERE = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
-"""Those that sdrpc has."""
+"""What a command does, by stable-diffusion.cpp's names."""
 
 MODEL, PICTURE, INPUT, SAMPLING = "Model", "Picture", "Pictures as input", "Sampling"
 DEVICES, OUTPUT, ABOUT = "Devices", "Output", "About"
@@ -102,11 +99,12 @@ OPTIONS = (
            help="How much noise it gets: 0 leaves it nearly as it is, 1 leaves nothing of it."),
     Option(INPUT, "--mask", type=FILE, metavar="PATH", shown="all of it",
            help="Where it is drawn anew: white; black stays, grey is in between."),
-    Option(PICTURE, "--hires", is_flag=True, help="Draw small, enlarge that, and draw on from there."),
-    Option(PICTURE, "--hires-scale", type=float, metavar="FACTOR", default=2.0, help="How much it is enlarged."),
-    Option(PICTURE, "--hires-width", type=int, metavar="PIXELS", help="Or to which width."),
-    Option(PICTURE, "--hires-height", type=int, metavar="PIXELS", help="Or to which height."),
-    Option(PICTURE, "--hires-steps", type=int, metavar="NUMBER", default=0, help="Steps of then; 0: as many."),
+    Option(PICTURE, "--hires", is_flag=True, help="Draw small, enlarge that, and draw on from there in a second pass."),
+    Option(PICTURE, "--hires-scale", type=float, metavar="FACTOR", default=2.0, help="How much larger that pass is."),
+    Option(PICTURE, "--hires-width", type=int, metavar="PIXELS", help="Its width, instead of a factor."),
+    Option(PICTURE, "--hires-height", type=int, metavar="PIXELS", help="Its height, instead of a factor."),
+    Option(PICTURE, "--hires-steps", type=int, metavar="NUMBER", default=0,
+           help="Steps of the second pass; 0: as many as the first has."),
     Option(PICTURE, "--hires-denoising-strength", type=float, metavar="0..1", default=0.7,
            help="How much noise the enlarged picture gets."),
     Option(PICTURE, "--hires-upscaler", metavar="NAME", default=HIRES[0],
@@ -114,10 +112,11 @@ OPTIONS = (
     Option(PICTURE, "--hires-upscale-tile-size", type=int, metavar="PIXELS", default=128,
            help="Side of what goes through that network at once."),
     Option(PICTURE, "--hires-sigmas", type=Numbers(float), metavar="LEVEL,...", default=(),
-           help="Levels of noise of then instead of steps and strength, falling to 0: 5.2,2.1,0."),
+           help="Levels of noise of the second pass instead of its steps and strength, falling to 0: 5.2,2.1,0."),
     Option(INPUT, "--upscale-model", type=FILE, metavar="PATH",
            help="Network that enlarges pictures, with -M upscale that of -i: ESRGAN and others that spandrel reads."),
-    Option(INPUT, "--upscale-repeats", type=int, metavar="NUMBER", default=1, help="How often."),
+    Option(INPUT, "--upscale-repeats", type=int, metavar="NUMBER", default=1,
+           help="How often the picture goes through it."),
     Option(INPUT, "--upscale-tile-size", type=int, metavar="PIXELS", default=128,
            help="Side of what goes through it at once."),
     Option(INPUT, "-r", "--ref-image", "ref_images", type=FILE, multiple=True, metavar="PATH",
@@ -249,12 +248,12 @@ OPTIONS = (
     Option(OUTPUT, "--preview", type=OneOf(*PREVIEWS), metavar="|".join(PREVIEWS), default="none",
            help="Show a picture while it is drawn: proj costs nothing, tae uses --taesd."),
     Option(OUTPUT, "--preview-path", type=FILE, metavar="PATH", default="./preview.png", help="Where previews go."),
-    Option(OUTPUT, "--preview-interval", type=int, metavar="STEPS", default=1, help="How often."),
+    Option(OUTPUT, "--preview-interval", type=int, metavar="STEPS", default=1, help="After how many steps."),
     Option(OUTPUT, "--preview-noisy", is_flag=True, help="With the noise that is left."),
     Option(OUTPUT, "--output-begin-idx", type=click.IntRange(min=0), metavar="NUMBER", default=0,
            help="Number of the first picture."),
     Option(OUTPUT, "--disable-image-metadata", is_flag=True, help="Don't write the parameters into the picture."),
-    Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(HERE), default="img_gen",
+    Option(OUTPUT, "-M", "--mode", type=OneOf(*MODES), metavar="|".join(MODES), default="img_gen",
            help="Draw pictures or films, enlarge a picture, write the model as .gguf, or tell what a picture says."),
     Option(OUTPUT, "--image", type=FILE, metavar="PATH", help="With metadata: picture to read."),
     Option(OUTPUT, "--metadata-format", type=OneOf(*METADATA_FORMATS), metavar="|".join(METADATA_FORMATS),

@@ -22,7 +22,7 @@ from .command import Command
 from .convert import convert
 from .devices import limits_of, listed, placed_devices
 from .entry import ready
-from .options import ACTS_ON, ALWAYS_SO, HERE, OPTIONS, REFUSED, UNREAD, WITHIN
+from .options import ACTS_ON, ALWAYS_SO, OPTIONS, REFUSED, UNREAD, WITHIN
 from .output import (
     DEFAULT_ANIMATION,
     DEFAULT_FILM,
@@ -81,7 +81,6 @@ def sd_cli(**chosen: Any) -> int:
         return discovery.show()
     if chosen["list_devices"]:
         return _list_devices(chosen)
-    _check_mode(chosen["mode"])
     if chosen["mode"] == "metadata":
         return metadata.show(chosen)
     if chosen["mode"] == "upscale":
@@ -127,15 +126,11 @@ def _draw(chosen: Chosen) -> int:
 
     from ..diffusion.drawable import settings_of
     from ..diffusion.metadata import parameters_of
-    from ..diffusion.request import Request
     from ..diffusion.session import Session
     from ..diffusion.stage_timer import STAGES, StageTimer
     from ..families.model import open_model
 
-    given = {entry.name: chosen[entry.name] for entry in fields(Request) if entry.name in chosen}
-    if chosen["hires"]:
-        given["hires_upscaler"] = _second_upscaler(chosen)
-    request = Request(**given | _prompts(chosen) | _pictures(chosen))
+    request = _request(chosen)
     files = files_of(chosen)
     timer = StageTimer()
     with timer("load"):
@@ -175,15 +170,14 @@ def _draw(chosen: Chosen) -> int:
         _note_placement(opened, places, settings)
         if settings.hires is not None and between and enlarges_on is not None:
             report.say(f"{settings.hires.upscaler} on {enlarges_on.name} enlarges what the second pass begins with")
-        folder, mode, words = chosen["lora_model_dir"], chosen["lora_apply_mode"], chosen["embd_dir"]
         with Session(
             opened,
             places,
             timer=timer,
             retry=chosen["rpc_retry"],
-            lora_dir=folder,
-            lora_apply_mode=mode,
-            embd_dir=words,
+            lora_dir=chosen["lora_model_dir"],
+            lora_apply_mode=chosen["lora_apply_mode"],
+            embd_dir=chosen["embd_dir"],
             max_vram=limits,
             params_backend=waits,
             upscaler=None if enlarges_on is None else devices_of([enlarges_on])[0],
@@ -198,6 +192,16 @@ def _draw(chosen: Chosen) -> int:
     report.unused_tensors(unused, chosen["verbose"])
     report.say(", ".join(f"{stage} {timer.seconds.get(stage, 0):.2f}s" for stage in STAGES))
     return report.FAILURE if elsewhere else 0
+
+
+def _request(chosen: Chosen) -> Request:
+    """What is to be drawn, with its pictures read."""
+    from ..diffusion.request import Request
+
+    given = {entry.name: chosen[entry.name] for entry in fields(Request) if entry.name in chosen}
+    if chosen["hires"]:
+        given["hires_upscaler"] = _second_upscaler(chosen)
+    return Request(**given | _prompts(chosen) | _pictures(chosen))
 
 
 def all_enlarged(drawn: Iterable[Picture | Video], enlarge: Enlarge) -> Iterator[Picture | Video]:
@@ -403,8 +407,3 @@ def _note_placement(model: Model, places: Mapping[str, Sequence[Lanes]], setting
         log.debug("%s: %s in %s", component, mebibytes(found.nbytes()), found.checkpoint.path)
     told = [f"{entry.name} {getattr(settings, entry.name)!r}" for entry in fields(settings) if entry.repr]
     log.debug("settings: %s", ", ".join(told))
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in HERE:
-        raise InvalidValue("mode", mode, f"sdrpc does not have it yet; there are {' and '.join(HERE)}")
