@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sdrpc"
 MAY_IMPORT = {
     "errors": set(),
     "text": set(),
+    "attempts": set(),
     "storage": {"errors"},
     "models": set(),
     "ggml": {"errors"},
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "engine": {"errors", "storage", "ggml", "device", "targets", "fair_queue"},
     "client": {"errors", "key", "text", "storage", "ggml", "device", "content", "sockets", "targets", "wire"},
     "server": {
+        "attempts",
         "errors",
         "key",
         "text",
@@ -54,7 +56,7 @@ MAY_IMPORT = {
         "prompts",
         "runtime",
     },
-    "web": {"errors", "storage", "device", "device_names", "diffusion", "families", "runtime"},
+    "web": {"attempts", "errors", "storage", "device", "device_names", "diffusion", "families", "runtime"},
     "cluster": {"errors", "models", "device", "client", "diffusion", "families", "runtime", "web"},
     "device_names": {"errors"},
     "runtime": {"errors", "storage", "ggml", "device", "checkpoints"},

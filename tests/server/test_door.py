@@ -15,6 +15,7 @@ from struct import pack
 
 import pytest
 
+from sdrpc.attempts import ADDRESSES, Attempts
 from sdrpc.client import Endpoint, Keychain, RemoteDevice, connect
 from sdrpc.client.secure import secured
 from sdrpc.errors import (
@@ -29,7 +30,6 @@ from sdrpc.errors import (
 )
 from sdrpc.key import Key, nonce
 from sdrpc.server import Door, Keys, Limits, Policy, Server
-from sdrpc.server.attempts import ADDRESSES, Attempts
 from sdrpc.server.identity import load_identity
 from sdrpc.server.key_ring import KeyRing, read
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello

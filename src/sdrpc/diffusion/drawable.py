@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,47 +22,112 @@ TOKEN_SIDES = {"flux_flow": 2, "flux2_flow": 1}
 
 def settings_of(model: Model, request: Request, video: bool = False) -> Settings:
     """``request`` with everything filled in, for pictures or for films. Raises :class:`InvalidValue` for what the model
-    can't draw."""
+    can't draw, and :class:`MissingComponent` where it lacks what that takes."""
     family = model.family
-    shown = family.references
-    drawn = None if shown is None else shown.drawn
+    drawn = None if family.references is None else family.references.drawn
     settings = request.resolved(model.defaults, model.size, family.latents.multiple, model.together(video), drawn)
+    for check in _CHECKS:
+        check(Asked(model, request, settings, video))
+    return settings
+
+
+class Asked(NamedTuple):
+    """What is checked: a request, also with everything filled in, of a model, for a film if ``video``."""
+
+    model: Model
+    request: Request
+    settings: Settings
+    video: bool
+
+
+def _check_size(asked: Asked) -> None:
+    family, settings = asked.model.family, asked.settings
     for name, side in (("width", settings.width), ("height", settings.height)):
         if side < family.latents.least:
             reason = f"{family.title} draws at least {family.latents.least} pixels on a side"
             raise InvalidValue(name, side, reason)
-    if settings.prediction is not None:
-        predicts_with(model, settings, settings.prediction)
-    if settings.ref_images and shown is None:
-        reason = f"{family.title} draws without reference pictures"
-        raise InvalidValue("ref_images", len(settings.ref_images), reason)
-    if settings.ref_images and shown is not None and shown.needs and shown.needs not in model.components:
-        needed = family.component(shown.needs)
-        raise MissingComponent(needed.option, f"no {needed.title}, which {family.title} sees pictures with")
-    if settings.control_image is not None and "control" not in model.components:
-        known = "control" in {component.name for component in family.components}
+
+
+def _check_prediction(asked: Asked) -> None:
+    if asked.settings.prediction is not None:
+        predicts_with(asked.model, asked.settings, asked.settings.prediction)
+
+
+def _check_references(asked: Asked) -> None:
+    model, pictures, shown = asked.model, asked.settings.ref_images, asked.model.family.references
+    if not pictures:
+        return
+    if shown is None:
+        raise InvalidValue("ref_images", len(pictures), f"{model.family.title} draws without reference pictures")
+    if shown.needs and shown.needs not in model.components:
+        needed = model.family.component(shown.needs)
+        raise MissingComponent(needed.option, f"no {needed.title}, which {model.family.title} sees pictures with")
+
+
+def _check_control(asked: Asked) -> None:
+    model, settings, controls = asked.model, asked.settings, asked.model.family.controls
+    if settings.control_image is None:
+        return
+    if "control" not in model.components or controls is None:
+        known = "control" in {component.name for component in model.family.components}
         reason = "needs a ControlNet: name its file (control_net)" if known else "has no ControlNets in sdrpc"
         size = "×".join(map(str, settings.control_image.shape[1::-1]))
-        raise InvalidValue("control_image", size, f"{family.title} {reason}", "control_net")
-    _check_control(model, settings)
-    if request.img_cfg_scale is not None and not inpaints(model):
+        raise InvalidValue("control_image", size, f"{model.family.title} {reason}", "control_net")
+    kind, kinds = settings.control_mode, controls.kinds(model["control"].config)
+    if kind is not None and not 0 <= kind < kinds:
+        none = "there is no ControlNet for several kinds of pictures (Union)"
+        raise InvalidValue("control_mode", kind, f"it can be 0 … {kinds - 1}" if kinds else none)
+    if kinds and kind is None:
+        reason = f"the ControlNet is for several kinds of pictures (Union): say which this is, 0 … {kinds - 1}"
+        raise InvalidValue("control_mode", "nothing", reason)
+    if settings.ref_images:
+        reason = "there are none beside a control_image"
+        raise InvalidValue("ref_images", len(settings.ref_images), reason, "control_image")
+
+
+def _check_inpainting(asked: Asked) -> None:
+    if asked.request.img_cfg_scale is not None and not inpaints(asked.model):
         reason = "the model is not shown what is around a mask (an inpainting model would be)"
-        raise InvalidValue("img_cfg_scale", request.img_cfg_scale, reason)
-    if settings.hires is not None and (video or family.latents.films or inpaints(model) or settings.mask is not None):
+        raise InvalidValue("img_cfg_scale", asked.request.img_cfg_scale, reason)
+
+
+def _check_hires(asked: Asked) -> None:
+    films = asked.video or asked.model.family.latents.films
+    if asked.settings.hires is not None and (films or inpaints(asked.model) or asked.settings.mask is not None):
         reason = "it is for pictures without a mask, of models that are for pictures and not for inpainting"
         raise InvalidValue("hires", "on", reason)
-    if HIGH_NOISE not in model.components:
-        reason = "there is no model for high noise: name its file (high_noise_diffusion_model)"
-        for name in ("steps", "cfg_scale", "sampling_method", "eta"):
-            if (said := getattr(request, f"high_noise_{name}")) is not None:
-                raise InvalidValue(f"high_noise_{name}", said, reason, "high_noise_diffusion_model")
-    if settings.left_out is not None:
-        _check_layers(model, settings.left_out.layers)
-    if isinstance(settings.cache, dbcache.Options):
+
+
+def _check_high_noise(asked: Asked) -> None:
+    if HIGH_NOISE in asked.model.components:
+        return
+    reason = "there is no model for high noise: name its file (high_noise_diffusion_model)"
+    for name in ("steps", "cfg_scale", "sampling_method", "eta"):
+        if (said := getattr(asked.request, f"high_noise_{name}")) is not None:
+            raise InvalidValue(f"high_noise_{name}", said, reason, "high_noise_diffusion_model")
+
+
+def _check_layers(asked: Asked) -> None:
+    model, left_out = asked.model, asked.settings.left_out
+    if left_out is None:
+        return
+    if not model.family.skips_layers:
+        raise InvalidValue("slg_scale", "skip layer guidance", f"{model.family.title} has none; leave it 0")
+    layers, last = left_out.layers, model["diffusion"].config["num_layers"] - 1
+    if not 0 <= layers[0] <= layers[-1] <= last:
+        raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {last}")
+
+
+def _check_cache(asked: Asked) -> None:
+    if isinstance(asked.settings.cache, dbcache.Options):
         for name in ("diffusion", HIGH_NOISE):
-            if name in model.components:
-                dbcache.check(settings.cache, family.title, model[name])
-    if video and settings.vae_tiling:
+            if name in asked.model.components:
+                dbcache.check(asked.settings.cache, asked.model.family.title, asked.model[name])
+
+
+def _check_film(asked: Asked) -> None:
+    model, family, settings = asked.model, asked.model.family, asked.settings
+    if asked.video and settings.vae_tiling:
         raise InvalidValue("vae_tiling", "on", "films are decoded frame by frame, not in tiles")
     if family.begun is not None:
         first, last = settings.init_image is not None, settings.end_image is not None
@@ -70,34 +136,25 @@ def settings_of(model: Model, request: Request, video: bool = False) -> Settings
         raise InvalidValue("end_image", "a picture", f"{family.title} draws pictures, no films")
     if family.latents.films and TINY in model.components:
         raise InvalidValue("taesd", model[TINY].found.checkpoint.path, f"there is none for {family.title}")
-    if settings.previews is not None:
-        mode = settings.previews.mode
-        if family.latents.films:
-            raise InvalidValue("preview", mode, f"there are none of {family.title}'s latents, which have frames")
-        if mode == "tae" and TINY not in model.components:
-            raise InvalidValue("preview", mode, "there is no tiny autoencoder: name its file (taesd)", "taesd")
-        if mode == "proj" and model.colours is None:
-            raise InvalidValue("preview", mode, f"nobody has published the colours of {family.title}'s latents")
-    return settings
 
 
-def _check_control(model: Model, settings: Settings) -> None:
-    """Raises :class:`InvalidValue` for what the model's ControlNet can't do with the picture that it is shown."""
-    if settings.control_image is None:
+def _check_previews(asked: Asked) -> None:
+    model, family, previews = asked.model, asked.model.family, asked.settings.previews
+    if previews is None:
         return
-    controls, kind = model.family.controls, settings.control_mode
-    kinds = controls.kinds(model["control"].config) if controls is not None and "control" in model.components else 0
-    if kind is not None and not 0 <= kind < kinds:
-        known = (
-            f"it can be 0 … {kinds - 1}" if kinds else "there is no ControlNet for several kinds of pictures (Union)"
-        )
-        raise InvalidValue("control_mode", kind, known)
-    if kinds and kind is None:
-        reason = f"the ControlNet is for several kinds of pictures (Union): say which this is, 0 … {kinds - 1}"
-        raise InvalidValue("control_mode", "nothing", reason)
-    if settings.ref_images:
-        reason = "there are none beside a control_image"
-        raise InvalidValue("ref_images", len(settings.ref_images), reason, "control_image")
+    if family.latents.films:
+        raise InvalidValue("preview", previews.mode, f"there are none of {family.title}'s latents, which have frames")
+    if previews.mode == "tae" and TINY not in model.components:
+        raise InvalidValue("preview", previews.mode, "there is no tiny autoencoder: name its file (taesd)", "taesd")
+    if previews.mode == "proj" and model.colours is None:
+        raise InvalidValue("preview", previews.mode, f"nobody has published the colours of {family.title}'s latents")
+
+
+_CHECKS: tuple[Callable[[Asked], None], ...] = (
+    _check_size, _check_prediction, _check_references, _check_control, _check_inpainting, _check_hires,
+    _check_high_noise, _check_layers, _check_cache, _check_film, _check_previews,
+)  # fmt: skip
+"""In this order; each raises what is wrong."""
 
 
 def latents_shape(model: Model, settings: Settings) -> tuple[int, ...]:
@@ -137,11 +194,3 @@ def inpaints(model: Model) -> bool:
     """Whether the model was made for inpainting: it is shown what is around a mask."""
     inpainting = model.family.inpainting
     return inpainting is not None and inpainting.takes(model["diffusion"].config)
-
-
-def _check_layers(model: Model, layers: Sequence[int]) -> None:
-    if not model.family.skips_layers:
-        raise InvalidValue("slg_scale", "skip layer guidance", f"{model.family.title} has none; leave it 0")
-    last = model["diffusion"].config["num_layers"] - 1
-    if not 0 <= layers[0] <= layers[-1] <= last:
-        raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {last}")

@@ -7,7 +7,6 @@
     visitor         who a client is
     key_ring        the keys, each with a name, in a file
     identity        the server's certificate
-    attempts        how often an address may fail to get in
     handler         a client's requests in order, and the line that says how it ended
     asked_again     questions that a client asks again with the same bytes
     negotiation     the protocol version that a client is offered: a fixed one, or what its address is known to want

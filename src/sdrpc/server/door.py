@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from ..attempts import Attempts
 from ..errors import ConnectionLost, RemoteProtocolError, SdrpcError, UsageError
 from ..ggml.dialect import newest
 from ..key import Key, nonce, same, transcript
@@ -30,7 +31,6 @@ from ..wire.key_exchange import (
     read_offer,
     read_proof,
 )
-from .attempts import Attempts
 from .identity import Identity, load_identity
 from .key_ring import KeyRing, NamedKey
 from .limits import Limits

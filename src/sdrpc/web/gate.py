@@ -10,7 +10,6 @@ import ipaddress
 import json
 import socket
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..attempts import Attempts
 
 OPEN = ("/", "/health", "/ready", "/page/")
 """Paths that need no key: the page, which asks for one, and what a monitor calls."""
@@ -29,8 +30,6 @@ MOST_DIGITS = 18
 SAFE = ("GET", "HEAD", "OPTIONS")
 TRIES, TRY_SECONDS = 20, 60.0
 """Wrong keys from one address within so many seconds; then even a right one is refused."""
-
-MAX_ADDRESSES = 4096
 
 MAX_BODIES = 1 << 30
 """Bytes of all bodies whose requests are not answered yet: each is held several times while it is read."""
@@ -59,7 +58,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self._app, self._rules = app, rules
-        self._wrong: dict[str, deque[float]] = {}
+        self._wrong = Attempts(TRIES, TRY_SECONDS)
         self._names = {"localhost", *rules.hosts, *own_names()}
         self._bodies = Bodies()
 
@@ -97,21 +96,14 @@ class Gate:
         keys = self._rules.keys
         if not keys or path in OPEN or path.startswith(OPEN[-1]):
             return address
-        now = time.monotonic()
-        wrong = self._wrong.get(address, deque[float]())
-        while wrong and now - wrong[0] > TRY_SECONDS:
-            wrong.popleft()
-        if len(wrong) >= TRIES:
+        if self._wrong.exhausted(address):
             raise Refused(429, "too many wrong keys; wait a minute")
         given = given_key(headers.get("authorization", ""))
         for name, key in keys.items():
             if given is not None and hmac.compare_digest(given.encode(), key.encode()):
                 return name
         if given is not None:
-            wrong.append(now)
-            self._wrong[address] = wrong
-            while len(self._wrong) > MAX_ADDRESSES:
-                del self._wrong[next(iter(self._wrong))]
+            self._wrong.failed(address)
         raise Refused(401, "a key is needed (Authorization: Bearer …)")
 
     def _announced(self, headers: Headers) -> int:
