@@ -170,7 +170,7 @@ class Charged(FairQueue[Task]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.small = ""
+        self.small = "nobody yet"
         self.waited: list[int] = []
         self.others = 0
         self._before = 0
