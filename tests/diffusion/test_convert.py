@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize, quantize
+from gguf.quants import BF16, dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from sdrpc.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from sdrpc.checkpoints.expressions import cast
 from sdrpc.checkpoints.numbers import unpacked
-from sdrpc.diffusion.convert import HOLDS, write_model
+from sdrpc.diffusion.convert import HOLDS, ROW, encoded, write_model
 from sdrpc.errors import CheckpointError, UsageError
 from sdrpc.families.base import find
 from sdrpc.families.configs import METADATA_KEY
@@ -37,8 +37,8 @@ ERROR = {
 
 def numbers(weight: Weight) -> np.ndarray:
     """A tensor's values, F32, [rows, row]."""
-    raw = np.frombuffer(weight.data(), np.uint8).reshape(-1, weight.type.row_bytes(weight.shape[-1]))
-    return dequantize(raw, GGMLQuantizationType[weight.type.name])
+    raw = np.frombuffer(weight.data(), np.uint8)  # in one piece: gguf goes through rows sixteen at a time
+    return dequantize(raw, GGMLQuantizationType[weight.type.name]).reshape(-1, weight.shape[-1])
 
 
 def only_text(weights: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +63,22 @@ def test_tensor_by_tensor(name: str, tiny: Path, tmp_path: Path) -> None:
         block = max(after.type.block, 1)
         largest = np.abs(theirs).reshape(-1, block).max(1).repeat(block).reshape(theirs.shape)
         assert (np.abs(ours - theirs) <= ERROR[name] * largest + 1e-7).all()
-        assert bytes(after.data()) == quantize(theirs, GGMLQuantizationType[name]).tobytes()
+        assert bytes(after.data()) == quantize(theirs.reshape(-1), GGMLQuantizationType[name]).tobytes()
     for tensor in GGUFReader(path).tensors:
         assert bytes(made.tensors[tensor.name].data()) == tensor.data.tobytes()
+
+
+@pytest.mark.parametrize("numbers", [ROW * 64, ROW * 64 + 1])
+def test_many_numbers_are_made_at_once(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gguf has a loop in Python over groups of rows."""
+    groups: list[int] = []
+    made = BF16.quantize_blocks
+    monkeypatch.setattr(BF16, "quantize_blocks", lambda blocks: groups.append(blocks.size) or made(blocks))
+    values = np.linspace(-1, 1, numbers, dtype="<f4")
+    weight = Weight("x", F32, (numbers,), View(memoryview(values.tobytes())))
+    found = b"".join(bytes(piece) for piece in encoded(weight, TYPES["BF16"]))
+    assert found == torch.from_numpy(values).bfloat16().view(torch.uint8).numpy().tobytes()
+    assert min(groups) >= ROW
 
 
 def test_a_model_is_the_same_one(tiny: Path, tmp_path: Path) -> None:

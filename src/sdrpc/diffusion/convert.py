@@ -46,6 +46,10 @@ SAFETENSORS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8",
 HOLDS = {".gguf": OF_GGML, ".safetensors": SAFETENSORS}
 """Suffix → the types that such a file holds."""
 
+ROW = 4096
+"""Numbers of a row, any multiple of a block. gguf goes through 16 rows at a time: if each is one block, that takes a
+hundred times as long."""
+
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
 
@@ -119,7 +123,8 @@ def encoded(weight: Weight, wanted: Type) -> Iterator[memoryview]:
         values = joined(numbers.pieces, 4 * start, 4 * min(start + NUMBERS, total)).view("<f4")
         try:
             with np.errstate(over="raise", invalid="raise"):
-                made = quantize(values.reshape(-1, wanted.block), GGMLQuantizationType[wanted.name])
+                rows = values.reshape(-1, values.size if values.size % ROW else ROW)
+                made = quantize(rows, GGMLQuantizationType[wanted.name])
         except (FloatingPointError, NotImplementedError) as error:
             reason = f"can't be turned from {weight.type} into {wanted}: {error}"
             raise CheckpointError(weight.file, reason, weight.name) from error
