@@ -122,9 +122,12 @@ NODES: dict[str, tuple[Callable[[], Tensor], str]] = {
         "its destination",
     ),
     "set in place elsewhere": (lambda: node("SET", X, ROW, params=p.SetView(24, 96, 96, 0, 1)), "its destination"),
-    "moments whose rows overlap": (
-        lambda: inplace("OPT_STEP_ADAMW", X, X, replace(X, nb=(4, 4, 16, 16)), X, leaf(F32, 7, buffer=1)),
-        "overlap",
+    "moments with holes": (
+        lambda: replace(
+            inplace("OPT_STEP_ADAMW", X, X, X, X, leaf(F32, 7, buffer=1)),
+            src=(X, X, replace(X, nb=(4, 28, 112, 112)), X, leaf(F32, 7, buffer=1)),
+        ),
+        "not contiguous",
     ),
     "rows of other shapes": (
         lambda: replace(node("GET_ROWS", X, leaf(I32, 2, buffer=1)), src=(X, leaf(I32, 2, 2, buffer=1))),

@@ -77,6 +77,8 @@ def _adamw(call: Call[NoParams]) -> Result:
     for each in alike:
         typed(each, _F32)
         need(each.ne == alike[0].ne, "shapes {} and {}", alike[0].ne, each.ne)
+    for moment in alike[2:]:  # ggml goes through them as through the first operand, whatever their strides are
+        need(moment.contiguous, "moments with strides {} are not contiguous", moment.nb)
     typed(params, _F32, "parameters")
     need(prod(params.ne) == 7, "{} parameters: there are seven", params.ne)
     return Result(F32, alike[0].ne)
