@@ -70,19 +70,31 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
         yield offset, min(PIECE, size - offset)
 
 
-@cache
 def fnv1a() -> Fnv | None:
-    """FNV-1a 64 as machine code, which releases the GIL; None where numba is not installed, or can't be loaded.
+    """FNV-1a 64 as machine code, which releases the GIL; None where numba is not installed, or can't be loaded now.
 
     Each byte waits for the one before it, so only native code is fast enough to be worth more than sending the bytes:
     four or five cycles a byte, 600 MB/s at 3 GHz.
     """
     try:
+        return _compiled()
+    except Exception as error:  # its libraries are broken, or there is no memory, or no descriptor, to load them
+        _complain(str(error))
+        return None
+
+
+@cache
+def _complain(reason: str) -> None:
+    """Once for each reason."""
+    log.warning("numba can't be used, so native clients send again what they have sent before: %s", reason)
+
+
+@cache
+def _compiled() -> Fnv | None:
+    """None where numba is not installed."""
+    try:
         import numba
     except ImportError:  # also numba's own, when it is too old for this numpy
-        return None
-    except Exception as error:  # its libraries are broken, or do not fit into what memory there is
-        log.warning("numba can't be used, so native clients send again what they have sent before: %s", error)
         return None
     array = numba.types.Array(numba.uint8, 1, "C", readonly=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdrpc.engine import system
-from sdrpc.engine.system import host_memory, processor
+from sdrpc.engine.system import host_memory, processor, shared_resident
 
 RESIDENT = """
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +48,20 @@ def test_memory_and_processor() -> None:
     free, total = host_memory()
     assert 0 < free <= total
     assert processor()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere no file is read")
+def test_memory_is_known_where_no_file_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When clients had all descriptors that there are, others were thrown out for a fault in the server."""
+
+    def none_is_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    total, shared = host_memory().total, shared_resident()
+    monkeypatch.setattr(os, "open", none_is_left)
+    monkeypatch.setattr(Path, "read_text", none_is_left)
+    assert host_memory().total == total
+    assert (shared_resident() is None) == (shared is None)
 
 
 V1 = {

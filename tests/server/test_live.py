@@ -3,7 +3,10 @@ as if it were alone."""
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -367,6 +370,24 @@ def test_what_is_too_small_to_be_asked_for_is_not_noted(
     assert not noted
     place.send(noise(1))
     assert noted == [SIZE]
+
+
+@shares_memory
+def test_a_descriptor_that_is_not_left_costs_the_sharing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python keeps one of its own for each mapping; whoever asked for memory was thrown out."""
+    mapped, before = mmap.mmap, pages._files.count
+
+    def none_is_left(descriptor: int, size: int) -> mmap.mmap:
+        if descriptor >= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return mapped(descriptor, size)
+
+    monkeypatch.setattr(mmap, "mmap", none_is_left)
+    storage = host_storage(HUGE)
+    assert storage.pages is None
+    assert storage.host is not None
+    assert len(storage.host) == HUGE
+    assert pages._files.count == before
 
 
 @shares_memory

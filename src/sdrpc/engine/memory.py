@@ -67,7 +67,9 @@ def host_storage(size: int) -> Storage:
     if size < MAPPED:
         return Storage(*_from_heap(size))
     shared = pages(size) if size >= HUGE else None
-    mapped = mmap.mmap(-1, size) if shared is None else shared.map()
+    mapped = None if shared is None else shared.map()
+    if mapped is None:
+        shared, mapped = None, mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
         mapped.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(mapped, dtype=torch.uint8, count=size)

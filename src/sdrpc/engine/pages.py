@@ -93,9 +93,13 @@ class Pages:
         self._abandoned = False
         _at_end(self, _close, descriptor)
 
-    def map(self) -> mmap.mmap:
-        """The memory. When it is gone, pages that were not frozen are given back."""
-        memory = mmap.mmap(self._descriptor, self._size)
+    def map(self) -> mmap.mmap | None:
+        """The memory. When it is gone, pages that were not frozen are given back. None where the system refuses: Python
+        keeps a descriptor of its own for it, and there may be no more."""
+        try:
+            memory = mmap.mmap(self._descriptor, self._size)
+        except OSError:
+            return None
         view = ctypes.c_char.from_buffer(memory)
         self._base = ctypes.addressof(view)
         del view

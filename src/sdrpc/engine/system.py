@@ -22,15 +22,32 @@ def host_memory() -> Memory:
     """Free and total bytes of the machine's memory, or of the control group's where that allows less."""
     if sys.platform == "win32":
         return _windows()
-    info = Path("/proc/meminfo")
-    if info.exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-        for limit, used in _limits():
-            total, free = min(total, limit), min(free, max(limit - used, 0))
-        return Memory(free, total)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Memory(total // 2, total)  # no portable way to ask; half is what a desktop has left
+    try:
+        told = _told(Path("/proc/meminfo"))
+    except OSError:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Memory(total // 2, total)  # no portable way to ask; half is what a desktop has left
+    lines = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
+    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    for limit, used in _limits():
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return Memory(free, total)
+
+
+_MOST = 1 << 16
+"""Bytes of a file of the kernel's; they have a few thousand."""
+
+
+def _told(path: Path) -> str:
+    """What one of the kernel's files says now. It is asked again and again, and stays open: when clients have all
+    descriptors that there are, none is left for it. Raises :class:`OSError`."""
+    return os.pread(_opened(path, os.getpid()), _MOST, 0).decode()
+
+
+@cache
+def _opened(path: Path, _process: int) -> int:
+    """A descriptor of ``path`` for this process: what is below /proc/self is another one's after a fork."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class _Files(NamedTuple):
@@ -79,7 +96,7 @@ def _groups() -> tuple[tuple[Path, _Files], ...]:
 
 def _number(path: Path) -> int | None:
     try:
-        text = path.read_text().strip()
+        text = _told(path).strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None
@@ -87,7 +104,7 @@ def _number(path: Path) -> int | None:
 
 def _cached(folder: Path, name: str) -> int:
     try:
-        lines = (folder / "memory.stat").read_text().splitlines()
+        lines = _told(folder / "memory.stat").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(name + " ")), 0)
@@ -97,7 +114,7 @@ def shared_resident() -> int | None:
     """Bytes of this process's shared anonymous memory, which buffers are made of, that were touched; None where the
     system does not say."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = _told(Path("/proc/self/status")).splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem:")), None)

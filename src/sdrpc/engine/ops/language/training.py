@@ -124,8 +124,9 @@ def _pool_2d_back(v: Value[Pool2D], gradient: Tensor, image: Tensor) -> Tensor:
     out0, out1 = max(p.p0 - p.k0 // 2, 0), max(p.p1 - p.k1 // 2, 0)
     padded = F.pad(image, (out0, out0, out1, out1), value=0.0 if p.op else -torch.inf)
     window = (p.k1, p.k0), (p.s1, p.s0), (p.p1 - out1, p.p0 - out0)
-    if p.op:
-        spread = torch.ops.aten.avg_pool2d_backward(gradient.contiguous(), padded, *window, False, True, None)
+    if p.op:  # only its shape counts; but CUDA's kernel takes strides with the channels together for dense ones
+        dense = padded.contiguous()
+        spread = torch.ops.aten.avg_pool2d_backward(gradient.contiguous(), dense, *window, False, True, None)
     else:
         at = F.max_pool2d(padded, *window, return_indices=True)[1]
         spread = torch.zeros_like(padded).flatten(2).scatter_add(2, at.flatten(2), gradient.flatten(2))
