@@ -12,7 +12,7 @@ import selectors
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -28,6 +28,14 @@ Bytes = bytes | bytearray | memoryview
 PRECISIONS = ("auto", "exact", "fast", "ggml")
 """How a device of this process may compute: as float32; in narrow types where that is faster; with ggml's own rounding;
 auto is fast where the hardware is made for it, else exact."""
+
+
+def parts(data: memoryview, sizes: Iterable[int]) -> Iterator[memoryview]:
+    """Views of ``data`` of so many bytes each, one behind the other."""
+    at = 0
+    for size in sizes:
+        yield data[at : at + size]
+        at += size
 
 
 class Memory(NamedTuple):
@@ -363,6 +371,11 @@ class Frozen(Protocol):
         """``size`` of the bytes from ``at`` on, in parts."""
 
 
+Receive = Callable[[Sequence[tuple[int, int]], Callable[[memoryview], None]], None]
+"""Writes to places (offset, size), one after the other, what a function puts into memory that it is given: of the kind
+from which it gets to the device fastest. At most :data:`sdrpc.content.PIECE` bytes in all."""
+
+
 class ServedDevice(Device):
     """A device as a server needs it: for several clients, from several threads at once."""
 
@@ -375,14 +388,21 @@ class ServedDevice(Device):
 
     @abstractmethod
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`receive`."""
+        """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`receiving`."""
 
-    def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        """Write ``size`` bytes, which ``fill`` puts into memory that it is given: of the kind from which they get to
-        the device fastest. At most :data:`sdrpc.content.PIECE`."""
-        memory = memoryview(bytearray(size))
-        fill(memory)
-        self.write(buffer, offset, memory)
+    @contextmanager
+    def receiving(self, buffer: Buffer, places: Sequence[tuple[int, int]]) -> Iterator[Receive]:  # noqa: ARG002
+        """Within the context ``places`` (offset, size) get data by what it gives, which any thread may call for a part
+        of them. Until it ends, what is there is nobody's to read or to compute with."""
+
+        def receive(some: Sequence[tuple[int, int]], fill: Callable[[memoryview], None]) -> None:
+            sizes = [size for _, size in some]
+            memory = memoryview(bytearray(sum(sizes)))
+            fill(memory)
+            for (offset, _), part in zip(some, parts(memory, sizes), strict=True):
+                self.write(buffer, offset, part)
+
+        yield receive
 
     def read_soon(self, buffer: Buffer, offset: int, size: int) -> Later | None:  # noqa: ARG002
         """As :meth:`read`, without waiting; None where :meth:`read` does not wait either, or for many bytes."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from sdrpc.device import Rows
+from sdrpc.device import Buffer, Rows
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.device import LocalProgram
 from sdrpc.engine.precision import Precision
@@ -35,6 +35,12 @@ def numbers(seed: int, size: int) -> bytes:
     """Bytes that are moderate numbers in F16, BF16 and F32, wherever one begins to read."""
     rng = np.random.default_rng(seed)
     return bytes(rng.integers(0x30, 0x40, size, np.uint8) | (rng.integers(0, 2, size, np.uint8) << 7))
+
+
+def receive(device: LocalDevice, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+    """Have ``fill`` put ``size`` bytes into ``buffer``, as data that comes from a client."""
+    with device.receiving(buffer, [(offset, size)]) as received:
+        received([(offset, size)], fill)
 
 
 class Scene:

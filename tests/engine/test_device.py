@@ -19,6 +19,7 @@ from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph, Tensor
 from sdrpc.ggml.types import F16, F32, I32, TYPES
 from tests.engine.compare import at
+from tests.engine.scene import receive
 
 
 def doubled(key: int, n: int = 64, type: object = F32) -> Graph:
@@ -61,23 +62,23 @@ def test_what_is_received_is_there(exact: LocalDevice, size: int) -> None:
     data = [np.random.default_rng(seed).bytes(size) for seed in range(count)]
     buffer = exact.allocate(count * size)
 
-    def receive(number: int) -> None:
+    def come(number: int) -> None:
         def fill(memory: memoryview) -> None:
             assert len(memory) == size
             memory[:] = data[number]
 
-        exact.receive(buffer, number * size, size, fill)
+        receive(exact, buffer, number * size, size, fill)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(receive, range(count)))
+        list(pool.map(come, range(count)))
     assert bytes(exact.read(buffer, 0, count * size)) == b"".join(data)
 
     def broken(_: memoryview) -> None:
         raise ConnectionLost("somebody", "sending")
 
     with pytest.raises(ConnectionLost):
-        exact.receive(buffer, 0, size, broken)
-    exact.receive(buffer, 0, size, lambda memory: memory.__setitem__(slice(None), data[1]))
+        receive(exact, buffer, 0, size, broken)
+    receive(exact, buffer, 0, size, lambda memory: memory.__setitem__(slice(None), data[1]))
     assert bytes(exact.read(buffer, 0, size)) == data[1]
     exact.free(buffer)
 

@@ -18,7 +18,7 @@ from sdrpc.device import Rows
 from sdrpc.engine import sharing
 from sdrpc.errors import OutOfMemory
 from tests.engine.compare import error
-from tests.engine.scene import BUDGET, DEVICE, FAST, KERNEL, MATRIX, NAME, SIZE, Scene, actions, did
+from tests.engine.scene import BUDGET, DEVICE, FAST, KERNEL, MATRIX, NAME, SIZE, Scene, actions, did, receive
 from tests.support.accelerator import Untouchable
 
 
@@ -136,7 +136,7 @@ def test_what_is_spared_is_not_free_for_others() -> None:
 
 WRITES = {
     "write": lambda one: one.device.write(one.weights, MATRIX, bytes(8192)),
-    "receive": lambda one: one.device.receive(one.weights, MATRIX, 100, lambda memory: memory.__setitem__(0, 7)),
+    "receive": lambda one: receive(one.device, one.weights, MATRIX, 8192, lambda memory: _fill(memory, 7)),
     "fill": lambda one: one.device.fill(one.weights, KERNEL, 100, 1),
     "clear": lambda one: one.device.clear(one.weights, 1),
     "rows": lambda one: one.device.write_rows(one.weights, Rows(KERNEL, 16, 10, 48), bytes(160)),
@@ -144,6 +144,10 @@ WRITES = {
     "copy within": lambda one: one.device.copy(one.weights, 0, one.weights, KERNEL, 5000),
     "program": lambda one: one.run("writes between"),
 }
+
+
+def _fill(memory: memoryview, value: int) -> None:
+    memory[:] = bytes([value]) * len(memory)
 
 
 @pytest.mark.parametrize("by_first", [True, False], ids=["first", "second"])
@@ -176,6 +180,19 @@ def test_a_copy_of_its_own_is_nobodys_to_read_before_it_is_written() -> None:
         with first.device._writing(first.weights, 0, 8):
             assert not others.submit(may_read).result()
         assert others.submit(may_read).result()
+
+
+def test_a_buffer_that_data_comes_to_is_not_shared() -> None:
+    """What comes is written without a lock: another client would get it, too."""
+    with clients() as (first, second):
+        gives(first, second)
+        for writer in (first, second):
+            with first.device.receiving(writer.weights, [(MATRIX, 8192)]):
+                second.run("kernel")
+                assert not share(first, second)
+            gives(first, second)
+        second.run("kernel")
+        assert share(first, second)
 
 
 def test_what_is_not_the_same_as_a_whole_stays() -> None:

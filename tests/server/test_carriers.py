@@ -130,7 +130,7 @@ def test_nobody_waits_for_a_carrier_that_has_left() -> None:
         with pytest.raises(ConnectionLost, match="somebody"):
             before.result(0)
         with pytest.raises(ConnectionLost, match="somebody"):
-            carriers.do([lambda _: None])
+            carriers.finish(carriers.begin([lambda _: None]))
         with pytest.raises(RemoteProtocolError, match="nobody waits"):
             carriers.join(stream)
         stream.close()
@@ -254,10 +254,10 @@ def test_what_goes_wrong_with_a_carrier_s_data_is_told(monkeypatch: pytest.Monke
     monkeypatch.setattr(servers, "LEAST_BYTES", 1)
     device = NullDevice()
 
-    def receive(*_: object) -> None:
+    def write(*_: object) -> None:
         raise DeviceError("NULL: the tape is full")
 
-    monkeypatch.setattr(device, "receive", receive)
+    monkeypatch.setattr(device, "write", write)
     size = 64 << 20
     with Server([device]) as server:
         (client,) = connect([server.endpoint])
@@ -272,8 +272,8 @@ def test_carriers_are_as_patient_as_their_client(monkeypatch: pytest.MonkeyPatch
     """The server takes nothing for longer than connecting may last, as one that sleeps: who watches is told."""
     monkeypatch.setattr(servers, "LEAST_BYTES", 1)
     device, told, size = NullDevice(), Event(), 64 << 20
-    receive = device.receive
-    monkeypatch.setattr(device, "receive", lambda *arguments: told.wait(60) and receive(*arguments))
+    write = device.write
+    monkeypatch.setattr(device, "write", lambda *arguments: told.wait(60) and write(*arguments))
     with Server([device]) as server:
         (client,) = connect([server.endpoint])
         with client.watched(lambda _: told.set()):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import RLock
 
 import torch
 
-from sdrpc.device import Buffer, Bytes, Frozen, Later, Mark, Memory, Rows, ServedDevice, Span
+from sdrpc.device import Buffer, Bytes, Frozen, Later, Mark, Memory, Receive, Rows, ServedDevice, Span
 from sdrpc.errors import DeviceError, OutOfMemory
 
 from .errors import translated
@@ -162,15 +162,35 @@ class LocalMemory(ServedDevice):
             assert storage.host is not None  # noqa: S101
             return storage.host[offset : offset + size]
 
-    def receive(self, buffer: Buffer, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        if self._staging is not None:
-            self._range(buffer, offset, size)
-            with translated(self.name, "writing"), self._staging.filled(size, fill) as memory:
-                if memory is not None:
-                    with self._writing(buffer, offset, size) as storage:
-                        storage.data[offset : offset + size].copy_(memory, non_blocking=True)
-                    return
-        super().receive(buffer, offset, size, fill)
+    @contextmanager
+    def receiving(self, buffer: Buffer, places: Sequence[tuple[int, int]]) -> Iterator[Receive]:
+        with super().receiving(buffer, places) as usual:
+            with self._writing_to(buffer, places) as storage:
+                storage.claims += 1
+            try:
+                yield usual if self._staging is None else partial(self._receive, self._staging, storage, usual)
+            finally:
+                with storage.forms.lock:
+                    storage.claims -= 1
+
+    def _receive(
+        self,
+        staging: Staging,
+        storage: Storage,
+        usual: Receive,
+        places: Sequence[tuple[int, int]],
+        fill: Callable[[memoryview], None],
+    ) -> None:
+        """Receive through pinned memory, or else in the ``usual`` way. The storage's lock is not needed, which many
+        threads would wait for."""
+        with translated(self.name, "writing"), staging.filled(sum(size for _, size in places), fill) as memory:
+            if memory is None:
+                usual(places, fill)
+                return
+            at = 0
+            for offset, size in places:
+                storage.data[offset : offset + size].copy_(memory[at : at + size], non_blocking=True)
+                at += size
 
     def clear(self, buffer: Buffer, value: int = 0) -> None:
         self.fill(buffer, 0, buffer.size, value)
@@ -243,17 +263,26 @@ class LocalMemory(ServedDevice):
             raise DeviceError(f"{self.name}: bytes {offset} … {offset + size} of a buffer of {mine.size}")
         return mine
 
-    @contextmanager
     def _writing(
         self, buffer: Buffer, offset: int, size: int, doing: str = "writing", all_of_it: bool = True
-    ) -> Iterator[Storage]:
+    ) -> AbstractContextManager[Storage]:
         """Within the context ``size`` bytes, or some of them, are written, to the storage that it gives: what was made
         of them is forgotten, and nobody reads them or makes anything of them meanwhile."""
-        mine = self._range(buffer, offset, size)
+        return self._writing_to(buffer, [(offset, size)], doing, all_of_it)
+
+    @contextmanager
+    def _writing_to(
+        self, buffer: Buffer, places: Sequence[tuple[int, int]], doing: str = "writing", all_of_it: bool = True
+    ) -> Iterator[Storage]:
+        """The same of several ``places`` (offset, size)."""
+        mine = self._range(buffer, 0, 0)
+        for place in places:
+            self._range(buffer, *place)
         with translated(self.name, doing), held(mine), self._storages.own(mine) as storage:
-            storage.forms.give_way(storage.data, offset, offset + size, all_of_it)
-            self._weights.unmark(mine, offset, offset + size)
-            self._weights.drop(storage.key, offset, offset + size)
+            for offset, size in places:
+                storage.forms.give_way(storage.data, offset, offset + size, all_of_it)
+                self._weights.unmark(mine, offset, offset + size)
+                self._weights.drop(storage.key, offset, offset + size)
             yield storage
 
     @contextmanager

@@ -27,14 +27,16 @@ HUGE = 1 << 22
 class Storage:
     """Bytes of a device: ``data`` is one tensor of uint8. ``host`` is the same memory where the CPU can touch it,
     ``pages`` where others can have parts of it as well. ``forms`` knows what lies in it otherwise than it came.
-    ``users`` are the buffers that have these bytes (:mod:`sdrpc.engine.sharing`); it is ``freed`` when there are none
-    any more, and then lives as long as programs that use it."""
+    ``users`` are the buffers that have these bytes (:mod:`sdrpc.engine.sharing`), one while there are ``claims``: data
+    that comes without the lock of ``forms``. It is ``freed`` when there are no users any more, and then lives as long
+    as programs that use it."""
 
     data: Tensor
     host: memoryview | None = None
     pages: Pages | None = None
     forms: Forms = field(default_factory=Forms)
     users: set[LocalBuffer] = field(default_factory=set, repr=False)
+    claims: int = 0
     freed: bool = False
     key: int = field(default_factory=partial(next, itertools.count(1)))
 

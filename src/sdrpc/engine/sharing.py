@@ -59,6 +59,8 @@ class Storages:
         if twin is None or not may_share(buffer, twin):
             return False
         with held(buffer, twin):
+            if buffer.storage.claims or twin.storage.claims:
+                return False
             try:
                 if not _same(buffer.storage, twin.storage):
                     return False

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Condition
 from typing import NamedTuple
 
@@ -61,6 +62,11 @@ class Staging:
         self._made = self._large_made = 0
         self._changed = Condition()
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """The device's usual stream."""
+        return torch.cuda.default_stream(self._device)
+
     def write(self, target: Tensor, data: memoryview) -> None:
         """Copy ``data`` to ``target`` (uint8, of as many elements), after all that is queued. ``data`` may change when
         this returns."""
@@ -79,18 +85,19 @@ class Staging:
 
     @contextmanager
     def filled(self, size: int, fill: Callable[[memoryview], None]) -> Iterator[Tensor | None]:
-        """``size`` bytes of pinned memory in which ``fill`` has put something, to be copied from within the context.
-        None for more than there is in a piece, or where all such memory is in use: then nothing was done."""
+        """``size`` bytes of pinned memory in which ``fill`` has put something, to be copied from within the context on
+        the device's usual stream. None for more than there is in a piece, or where all such memory is in use: then
+        nothing was done."""
         slot = self._take_large() if size <= LARGE_PIECE else None
         if slot is None:
             yield None
             return
         try:
-            slot.free.synchronize()
+            if not slot.free.query():  # type: ignore[no-untyped-call]
+                slot.free.synchronize()
             fill(slot.memory.numpy().data[:size])
-            with torch.cuda.device(self._device):
-                yield slot.memory[:size]
-                slot.free.record()
+            yield slot.memory[:size]
+            slot.free.record(self._stream)
         finally:
             with self._changed:
                 self._large.append(slot)

@@ -90,14 +90,17 @@ class Carriers:
             self._carriers.append(Carrier(stream))
             return len(self._carriers) - 1, self._carriers[-1]
 
-    def do(self, jobs: Sequence[Job]) -> None:
-        """Have the first carriers do one of ``jobs`` each and wait for all. Raises what goes wrong with one; then the
-        others end, too. Raises :class:`RemoteProtocolError` when there are too few."""
+    def begin(self, jobs: Sequence[Job]) -> list[Future[None]]:
+        """Have the first carriers do one of ``jobs`` each, behind what they do. Raises :class:`RemoteProtocolError`
+        when there are too few."""
         with self._lock:
             carriers = self._carriers[: len(jobs)]
         if len(carriers) < len(jobs):
             raise RemoteProtocolError(f"SET_RANGES: {len(jobs)} carriers where there are {len(carriers)}")
-        under_way = [carrier.ask(job) for carrier, job in zip(carriers, jobs, strict=True)]
+        return [carrier.ask(job) for carrier, job in zip(carriers, jobs, strict=True)]
+
+    def finish(self, under_way: Sequence[Future[None]]) -> None:
+        """Wait for what :meth:`begin` gave. Raises what goes wrong with one; then the others end, too."""
         failed: list[Future[None]] = []
         try:
             failed = [each for each in wait(under_way, return_when=FIRST_EXCEPTION).done if each.exception()]

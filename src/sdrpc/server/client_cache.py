@@ -109,14 +109,16 @@ class ClientCache:
         """The digest of the ``size`` bytes that these clients sent before and call ``name`` (FNV-1a 64)."""
         return self.service.cache.lookup(name, size, self.owner)
 
-    def restore(self, digest: bytes, size: int, receive: Receive) -> bool:
-        """Read the ``size`` bytes of ``digest`` to where ``receive`` has them; False when they are not there, or others
-        have sent them. Then, if a file turned out to be damaged, the target is overwritten nevertheless.
-        """
+    def open(self, digest: bytes, size: int) -> BinaryIO | None:
+        """What may be the ``size`` bytes of ``digest``, for :meth:`restore`; None when they are not there, or others
+        have sent them."""
         cache = self.service.cache
-        file = cache.open(digest, size) if cache.owned(digest, self.owner) else None
-        if file is None:
-            return False
+        return cache.open(digest, size) if cache.owned(digest, self.owner) else None
+
+    def restore(self, file: BinaryIO, digest: bytes, size: int, receive: Receive) -> bool:
+        """Read the ``size`` bytes of ``digest`` from ``file`` to where ``receive`` has them;
+        False when it holds something else, and the target is overwritten nevertheless."""
+        cache = self.service.cache
 
         def read(piece: tuple[int, int]) -> bytes:
             at, length = piece
@@ -131,13 +133,12 @@ class ClientCache:
             return digest
 
         try:
-            with file:
-                if size <= PIECE:  # handing it to another thread would take longer
-                    whole = joined([read((0, size))]) == digest
-                else:
-                    done = [self.service.pool.submit(read, piece) for piece in pieces(size)]
-                    wait(done)  # nobody writes to the target any more when this returns
-                    whole = joined(piece.result() for piece in done) == digest
+            if size <= PIECE:  # handing it to another thread would take longer
+                whole = joined([read((0, size))]) == digest
+            else:
+                done = [self.service.pool.submit(read, piece) for piece in pieces(size)]
+                wait(done)  # nobody writes to the target any more when this returns
+                whole = joined(piece.result() for piece in done) == digest
         except OSError:  # the disk, or a file that became shorter
             whole = False
         if whole:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from ..content import PIECE, pieces
 from ..device import Bytes, Later
 from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError, SdrpcError, Stopped
 from ..text import printable
-from ..wire.carrying import Piece, dealt
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, own_commands, read_hello
 from ..wire.messages import AllocBufferReply, CarryReply, Command, GetTensorReply, SetTensorDigest, response_class
@@ -24,7 +23,8 @@ from ..wire.refusals import Refusal, refusal, to_text
 from .asked_again import AskedAgain
 from .door import Door
 from .fresh_memory import made_ready
-from .incoming import Incoming
+from .incoming import Part, receiving, take
+from .loads import Loads
 from .negotiation import Protocol
 from .session import Session
 from .stream import Stream
@@ -140,36 +140,41 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         log.warning("%s: left right after the greeting, %s", stream.peer, remedy)
         return
     answers, asked = Answers(stream, session), AskedAgain()
-    while answers.catch_up() and stream.wait() and not stream.aborted:
-        question = asked.question(stream.ahead)
-        if question and (known := asked.answer(question, session.versions)):
-            stream.skip(len(question))
-            answers.finish()
-            stream.write([known])
+    with Loads(stream, session) as loads:
+        while answers.catch_up() and loads.catch_up() and stream.wait() and not stream.aborted:
+            question = asked.question(stream.ahead)
+            if question and (known := asked.answer(question, session.versions)):
+                stream.skip(len(question))
+                answers.finish()
+                stream.write([known])
+                session.requests += 1
+                continue
+            stream.doing = "receiving a request"
+            stream.expect(0)
+            request = drive(reader.read(), stream.read)
+            stream.doing = request.command.name
+            if request.command == Command.CARRY:
+                _carry(stream, session, request)
+                break
+            loads.before(request)
+            if not answers.later(request):
+                answers.before(request)
+                if request.command == Command.SET_RANGES:
+                    loads.begin(request.message)
+                elif past := _PAST_THE_SESSION.get(request.command):
+                    past(stream, session, request)
+                else:
+                    answer = _answer(session, request, greeting.agreed)
+                    if question:
+                        asked.keep(question, session.versions, answer)
+                    answers.give(answer)
+            stream.done()
             session.requests += 1
-            continue
-        stream.doing = "receiving a request"
-        stream.expect(0)
-        request = drive(reader.read(), stream.read)
-        stream.doing = request.command.name
-        if request.command == Command.CARRY:
-            _carry(stream, session, request)
-            break
-        if not answers.later(request):
-            answers.before(request)
-            if past := _PAST_THE_SESSION.get(request.command):
-                past(stream, session, request)
-            else:
-                answer = _answer(session, request, greeting.agreed)
-                if question:
-                    asked.keep(question, session.versions, answer)
-                answers.give(answer)
-        stream.done()
-        session.requests += 1
-        if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
-            spoken = session.dialect.version
-            protocol.accepted(stream.address, greeting.hello, spoken)
-        stream.doing = "waiting for a request"
+            if spoken != session.dialect.version:  # at first, and when a graph shows that it is another patch
+                spoken = session.dialect.version
+                protocol.accepted(stream.address, greeting.hello, spoken)
+            stream.doing = "waiting for a request"
+        loads.finish()
     if stream.aborted:
         raise Stopped(stream.aborted.reason, stream.aborted.reason)
     log.info("%s: left after %s", stream.peer, _account(stream, session))
@@ -345,31 +350,11 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
         stream.read_into(piece[len(head) :])
         head = head[:0]
 
-    with Incoming(session, place) as incoming:
+    with receiving(session, [place]) as (incoming,):
         ready = made_ready(incoming.window) if incoming.window is not None and stream.encrypted else nullcontext()
         with ready:
             for offset, size in pieces(place.size):
-                incoming.take(offset, size, read)
-
-
-def _receive_ranges(stream: Stream, session: Session, request: Received) -> None:
-    """The data of a SET_RANGES, by the client's carriers."""
-    places = session.ranges(request.message)
-    sizes = [place.size for place in places]
-    stream.expect(sum(sizes))
-    deadline = stream.deadline
-    with ExitStack() as stack:
-        incoming = [stack.enter_context(Incoming(session, place)) for place in places]
-
-        def receive(hand: Sequence[Piece], carrier: Stream) -> None:
-            carrier.doing, carrier.deadline = Command.SET_RANGES.name, deadline
-            for number, at, size in hand:
-                incoming[number].take(at, size, carrier.read_into)
-            carrier.deadline = None
-
-        if session.carriers is None or not request.message.carriers:
-            raise RemoteProtocolError("SET_RANGES: there are no carriers")
-        session.carriers.do([partial(receive, hand) for hand in dealt(sizes, request.message.carriers)])
+                take([Part(incoming, offset, size)], read)
 
 
 def _receive_rows(stream: Stream, session: Session, request: Received) -> None:
@@ -432,7 +417,6 @@ def _send(stream: Stream, size: int, parts: Iterator[Bytes]) -> None:
 _PAST_THE_SESSION: dict[Command, Callable[[Stream, Session, Received], None]] = {
     Command.SET_TENSOR: _receive_tensor,
     Command.SET_TENSOR_2D: _receive_rows,
-    Command.SET_RANGES: _receive_ranges,
     Command.GET_TENSOR: _send_tensor,
     Command.GET_TENSOR_2D: _send_rows,
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ..content import SMALLEST, fnv1a, pieces
 from ..device import NOBODY, Buffer, Client, Later, Memory, Rows, ServedDevice, Span, Watch
@@ -337,13 +337,17 @@ class Session:
     def restoring(self, asked: messages.SetTensorDigest) -> Future[messages.SetTensorHashReply]:
         """The answer to a SET_TENSOR_DIGEST, while it is looked for. Nothing but further such questions may be dealt
         with before all of them are answered."""
-        place = self._rest(asked.tensor, asked.offset)
+        place = self.called(asked)
         self._looking = [each for each in self._looking if not each.answer.done()]
         if any(place.overlaps(each.place) for each in self._looking):  # what was found is there until it is noted
             self._looked()
         answer = self._live.questions.ask(self._client.path, partial(self._restored, place, asked.digest, None))
         self._looking.append(Looking(place, answer))
         return answer
+
+    def called(self, asked: messages.SetTensorDigest) -> Place:
+        """Where the bytes of a SET_TENSOR_DIGEST belong."""
+        return self._rest(asked.tensor, asked.offset)
 
     def _looked(self) -> None:
         """Wait until nothing is looked for any more."""
@@ -365,21 +369,28 @@ class Session:
         if self.cache is None:
             return messages.SetTensorHashReply(0)
         region, offset, size = place
-        device = self.devices[region.device]
-        window = device.window(region.buffer, offset, size)
-
-        def receive(at: int, length: int, fill: Callable[[memoryview], None]) -> None:
-            if window is None:
-                device.receive(region.buffer, offset + at, length, fill)
-            else:
-                fill(window[at : at + length])
-
-        if digest and self.cache.restore(digest, size, receive):
+        file = self.cache.open(digest, size) if digest else None
+        if digest and file is not None and self._restore(self.cache, file, digest, place):
             self.received(place)
             return messages.SetTensorHashReply(1)
         if len(self._missed) < self.limits.tensors:
             self._missed[region.handle, offset, size] = name
         return messages.SetTensorHashReply(0)
+
+    def _restore(self, cache: ClientCache, file: BinaryIO, digest: bytes, place: Place) -> bool:
+        """Whether the ``file`` of the cache holds the bytes of ``digest``, which ``place`` has then."""
+        region, offset, size = place
+        device = self.devices[region.device]
+        window = device.window(region.buffer, offset, size)
+        with file, device.receiving(region.buffer, [(offset, size)]) as receive:
+
+            def put(at: int, length: int, fill: Callable[[memoryview], None]) -> None:
+                if window is None:
+                    receive([(offset + at, length)], fill)
+                else:
+                    fill(window[at : at + length])
+
+            return cache.restore(file, digest, size, put)
 
     def _in_memory(self, place: Place, digest: bytes | None, name: int | None) -> bool:
         """Whether a client of the same owner has these bytes, so that ``place`` has them now, too."""

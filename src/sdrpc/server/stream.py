@@ -66,6 +66,7 @@ class Stream:
         self._staging = memoryview(bytearray())
         self._records: ssl.SSLSocket | None = None
         self._patient: float | None = connection.gettimeout()
+        self._system_waits = 0
         prepare(connection, limits.dead_seconds)
 
     def peek(self) -> int | None:
@@ -254,15 +255,12 @@ class Stream:
             raise ConnectionLost(self.peer, self.doing)
         with self._errors():
             milliseconds = max(1, int((self._patience(self._stall) or self._stall) * 1e3))  # 0 would be for ever
-            self._wait_at_most(None)
-            patience = _TIME.pack(milliseconds // 1000, milliseconds % 1000 * 1000)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+            self._let_python_wait(None)
+            self._let_system_wait(milliseconds)
             try:
                 count = self._socket.recv_into(target, 0, socket.MSG_WAITALL)
             except BlockingIOError:
                 raise TimeoutError from None
-            finally:  # between messages a client may be silent for as long as it likes
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(_TIME.size))
         self.received += count
         if not count:
             raise self._ended()
@@ -300,9 +298,20 @@ class Stream:
 
     def _wait_at_most(self, seconds: float | None) -> None:
         """Let the socket wait so long for the client. To say it anew takes as long as to send a few bytes."""
+        self._let_system_wait(0)  # what it was told for data: between messages a client may be silent for longer
+        self._let_python_wait(seconds)
+
+    def _let_python_wait(self, seconds: float | None) -> None:
         if seconds != self._patient:
             self._socket.settimeout(seconds)
             self._patient = seconds
+
+    def _let_system_wait(self, milliseconds: int) -> None:
+        """Let the system wait so long for bytes that are wanted whole; 0: for ever."""
+        if milliseconds != self._system_waits:
+            patience = _TIME.pack(milliseconds // 1000, milliseconds % 1000 * 1000)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+            self._system_waits = milliseconds
 
     def _patience(self, seconds: float | None) -> float | None:
         """How long to wait for the client: ``seconds``, and not beyond the deadline."""

@@ -7,7 +7,7 @@ data. The first connection says with SET_RANGES what comes, and is the only one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -60,3 +60,18 @@ def dealt(sizes: Sequence[int], carriers: int) -> list[list[Piece]]:
             hands[least].append(Piece(number, at, length))
             held[least] += length
     return hands
+
+
+def together(hand: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of ``hand``, as many together as are one behind the other and not more than :data:`PIECE`: small
+    tensors cost no more than their bytes."""
+    some: list[Piece] = []
+    size = 0
+    for piece in hand:
+        if some and size + piece.size > PIECE:
+            yield some
+            some, size = [], 0
+        some.append(piece)
+        size += piece.size
+    if some:
+        yield some
