@@ -12,12 +12,14 @@ import pytest
 
 from sdrpc.client import Keychain, connect
 from sdrpc.client import server as servers
-from sdrpc.content import PIECE
+from sdrpc.content import PIECE, digest
 from sdrpc.device import Content
 from sdrpc.errors import ConnectionLost, DeviceError, RemoteProtocolError, SdrpcError
 from sdrpc.ggml.weight import Whole
 from sdrpc.server import Door, Keys, Limits, Policy, Server, listener
+from sdrpc.server.cache import Cache
 from sdrpc.server.carriers import Carriers, Expected
+from sdrpc.server.client_cache import CacheService
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.server.stream import Stream
 from sdrpc.wire import messages as m
@@ -62,6 +64,43 @@ def test_data_comes_over_carriers_and_is_there_for_what_comes_next(scene: Scene)
     first.send(DATA[:PIECE], DATA[2 * PIECE :])
     got = client.get(client.record((handle, base), (len(DATA) + 100,), type="I8"), len(DATA) + 100)
     assert got == bytes(range(64)) + DATA + bytes(range(36))
+
+
+def test_what_is_sent_later_to_the_same_place_stays(scene: Scene) -> None:
+    """Though the carrier that gets it has nothing else to do, while another one still waits for what was to come
+    before."""
+    client, (first, second) = joined(scene)
+    place = client.buffer(2 * PIECE)
+    one, two, three, four = (bytes([value]) * PIECE for value in (1, 2, 3, 4))
+    client.post(m.SetRanges(place[0], 2, pack([Range(0, PIECE), Range(PIECE, PIECE)])))
+    client.post(m.SetRanges(place[0], 2, pack([Range(PIECE, PIECE), Range(0, PIECE)])))
+    second.send(two, three)
+    assert eventually(lambda: any(is_done_with(stream, PIECE) for stream in streams(scene)))
+    first.send(one, four)
+    assert client.get(client.record(place, (2 * PIECE,), type="I8"), 2 * PIECE) == three + four
+
+
+def test_the_server_looks_for_other_bytes_while_data_comes(tmp_path: Path) -> None:
+    """What belongs to the same place waits until all of the data is there."""
+    service = CacheService(Cache(tmp_path, 1 << 20))
+    with Server([CountingDevice()], cache_service=service) as server:
+
+        def connected() -> RawClient:
+            return RawClient(server.port, capabilities=OURS | Capability.CACHE)
+
+        with connected() as client, connected() as carrier:
+            place = client.buffer(4096)
+            carrier.ask(m.Carry(client.ask(m.GetCarriers(1)).token))
+            client.post(m.SetRanges(place[0], 1, pack([Range(0, 2048)])))
+            elsewhere, there = (client.record(place, (2048,), at=at, type="I8") for at in (2048, 0))
+            assert client.ask(m.SetTensorDigest(elsewhere, 0, bytes(32))).result == 0
+            client.post(m.SetTensorDigest(there, 0, digest(DATA[:2048])))
+            client.socket.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                client.socket.recv(1)
+            client.socket.settimeout(60)
+            carrier.send(DATA[:2048])
+            assert client.receive(9) == REPLY_HEADER.pack(1) + b"\0"
 
 
 @pytest.mark.parametrize(
