@@ -26,6 +26,7 @@ class Proxy(ABC):
         self.endpoint = f"127.0.0.1:{self.port}"
         self.connections = 0
         self._threads: list[threading.Thread] = []
+        self._ends: list[socket.socket] = []
 
     def __enter__(self) -> Self:
         self.run(self._accept)
@@ -35,7 +36,11 @@ class Proxy(ABC):
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self.end()
-        self._listening.close()
+        cut(*self._ends)
+        for thread in self._threads:
+            thread.join(60)
+        for end in (self._listening, *self._ends):
+            end.close()
 
     def run(self, target: Callable[..., None], *args: Any) -> threading.Thread:
         """Do something in a thread of its own."""
@@ -53,6 +58,7 @@ class Proxy(ABC):
                 except OSError:
                     client.close()
                     continue
+                self._ends += client, server
                 self.joined(client, server)
 
     @abstractmethod
@@ -60,7 +66,7 @@ class Proxy(ABC):
         """A client came; begin to pass on what it says, and what the server answers."""
 
     def end(self) -> None:
-        """No more clients come: end those that are there."""
+        """No more clients come: do what is to be done before their connections are ended."""
 
 
 def cut(*ends: socket.socket) -> None:
