@@ -740,11 +740,14 @@ def _() -> Family:
         patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=8, in_channels=4,
         text_embed_dim=24, time_embed_dim=16, max_sequence_length=8,
     )  # fmt: skip
-    call = forward(
-        hidden_states=noise(1, 4, 3, 8, 8), encoder_hidden_states=noise(1, 8, 24), timestep=step(1),
-        encoder_attention_mask=mask(8, [5], torch.bool),
-    )  # fmt: skip
-    return made(model, [call])
+
+    def call(b: int, f: int, h: int, w: int) -> Call:
+        return forward(
+            hidden_states=noise(b, 4, f, h, w), encoder_hidden_states=noise(b, 8, 24), timestep=step(b),
+            encoder_attention_mask=mask(8, [5] * b, torch.bool),
+        )  # fmt: skip
+
+    return made(model, [call(1, 3, 8, 8), call(2, 2, 8, 4)])
 
 
 # autoencoders

@@ -27,8 +27,6 @@ TOLERANCE = 1e-5
 REFUSED = {
     # a mixture of experts counts on the CPU how many tokens each expert gets, and loops over them
     "hidream": "numbers of .* decide what is computed",
-    # torch.autocast knows no meta device
-    "mochi": "can't run without numbers: .*autocast",
 }
 """Families that can't be captured, and why."""
 

@@ -91,6 +91,7 @@ def complex_parts(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 X = (2, 3, 4, 5)
+BLIND = torch.tensor([[1.0, -2.0, 0.5], [-math.inf] * 3, [-math.inf, 3.0, -math.inf]])
 MASK = numbers(1, 1, 6, 7) > 0
 
 CASES = [
@@ -190,6 +191,9 @@ CASES = [
     Case("logical_and logical_or", lambda x: (torch.logical_and(x > 0, x < 1), torch.logical_or(x > 1, x < 0)), (X,)),
     Case("__and__ __or__", lambda x: ((x > 0) & (x < 1), (x > 1) | (x < 0)), (X,)),
     Case("bitwise_and bitwise_or", lambda x: aten.bitwise_or(aten.bitwise_and(x > 0, x < 1), x > 1), (X,)),
+    Case("maximum minimum, far apart", lambda x: (torch.maximum(x, x * 1e9), torch.minimum(x, x - 1e9)), (X,)),
+    Case("maximum of a bound", lambda x: torch.maximum(x, torch.tensor(-3.4e38)), (X,)),
+    Case("where beside infinity", lambda x: torch.where(x > 0, x.log(), x), (torch.tensor([0.0, 1.0, 2.0]),)),
     Case("where", lambda x, y: (torch.where(x > 0, x, y), torch.where(x > 0, 1.0, y)), (X, X[1:])),
     Case("masked_fill", lambda x: (x.masked_fill(x > 0, 5.0), F.softmax(x.masked_fill(x > 1, -math.inf), -1)), (X,)),
     # reductions
@@ -201,6 +205,8 @@ CASES = [
     Case("argmax", lambda i: ((i == 1).int().argmax(-1), (i < 9).int().argmax(0)), (integers(4, 7),)),
     Case("softmax", lambda x: (x.softmax(-1), x.softmax(1)), (X,)),
     Case("_softmax", lambda x: aten._softmax(x, -1, False), (X,)),
+    Case("_safe_softmax", lambda x: (aten._safe_softmax(x, -1), aten._safe_softmax(x, -2)), (BLIND,)),
+    Case("_prelu_kernel", F.prelu, (X, X[1:2])),
     # norms
     Case("layer_norm", lambda x, w, b: (F.layer_norm(x, (5,), w, b), F.layer_norm(x, (4, 5))), (X, (5,), (5,))),
     Case("layer_norm", lambda x, w, b: F.layer_norm(x, (4, 5), w, b, 0.1), (X, (4, 5), (4, 5))),
@@ -358,6 +364,9 @@ MORE = [
     Case("an index of truth values", lambda x: x[:, torch.tensor([True, False, True])], (X,)),
     # more of each element
     Case("mish", F.mish, (X,)),
+    Case(
+        "attention of queries that see nothing", F.scaled_dot_product_attention, (*[(1, 2, 3, 8)] * 3, ~BLIND.isinf())
+    ),
     Case("softplus beyond its threshold", lambda x: F.softplus(x * 30, 2), (X,)),
     Case("logical_xor bitwise_xor", lambda x: (torch.logical_xor(x > 0, x < 1), (x > 0) ^ (x > 1)), (X,)),
     Case("any all", lambda x: ((x > 1).any(), (x > 1).any(-1), (x < 1).all(1, keepdim=True), (x < 9).all()), (X,)),

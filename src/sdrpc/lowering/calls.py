@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Any, get_args
 
 import numpy as np
@@ -17,18 +18,25 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 
 from ..errors import UsageError
-from .structure import Parts
+from . import autocast
+from .structure import Description, Parts
 
 
 @dataclass(frozen=True)
 class Call:
     """One call: what decides its graph. ``float32``: whether products of float32 are. ``state`` numbers the module's
-    states."""
+    states, ``given`` is that of functions and modules among the arguments."""
 
     method: str
     arguments: Parts
     float32: bool
     state: int
+    given: Description
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module would compute in this process."""
+        return self.arguments.tensors[0].device if self.arguments.tensors else torch.device("cpu")
 
     @functools.cached_property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -38,11 +46,19 @@ class Call:
     def signature(self) -> tuple[Any, ...]:
         """Without the state."""
         facts = tuple((str(t.dtype), tuple(t.shape)) for t in self.arguments.tensors)
-        return self.method, self.arguments.description, facts, self.float32, str(torch.get_default_dtype())
+        narrow = autocast.dtype(self.device.type)
+        dtypes = str(torch.get_default_dtype()), None if narrow is None else (self.device.type, str(narrow))
+        return self.method, self.arguments.description, facts, self.float32, *dtypes, self.given
 
     def numbers(self, known: Sequence[str]) -> tuple[str, ...]:
         """Digests of the inputs named in ``known``."""
         return tuple(blake2b(array_of(self.inputs[name]).tobytes(), digest_size=16).hexdigest() for name in known)
+
+
+def check_traced(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises :class:`UsageError` where torch.fx follows the call."""
+    if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
+        raise UsageError(f"an offloaded {name} can't be traced or exported: take the original")
 
 
 def check_tensors(name: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -62,6 +78,15 @@ def check_tensors(name: str, tensors: Sequence[torch.Tensor]) -> None:
         raise UsageError(f"{offloaded} has no gradients: call it under torch.no_grad()")
 
 
+def check_surroundings(name: str, kind: str) -> None:
+    """Raises :class:`UsageError` under an autocast of a kind of device whose lists are not known here."""
+    if autocast.dtype(kind) is not None and kind not in autocast.LISTS:
+        raise UsageError(
+            f"an offloaded {name} does not follow torch.autocast of {kind}: convert the module, such as by "
+            f'.to(torch.bfloat16), and call it under torch.autocast("{kind}", enabled=False)'
+        )
+
+
 def _is_dense(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
@@ -75,20 +100,29 @@ def with_numbers_as_tensors(
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Numbers where tensors are welcome (UNet's ``timestep``) become tensors: a graph is not made for each number.
 
-    Not where it is an integer or a tensor, which then mean two things (``logits_to_keep``). Arguments that don't fit
-    are left to the function, which raises its own error.
+    Not where it is an integer or a tensor, which then mean two things (``logits_to_keep``). What is given by name stays
+    so: decorators look for names.
     """
     try:
-        inputs = inspect.signature(function).bind(*args, **kwargs)
+        parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return args, kwargs
-    for name, value in inputs.arguments.items():
-        annotation = inputs.signature.parameters[name].annotation
-        takes_tensor = torch.Tensor in (annotation, *get_args(annotation)) or "Tensor" in str(annotation)
-        integer = _WORD_INT.search(str(annotation)) and "float" not in str(annotation)
-        if isinstance(value, int | float) and not isinstance(value, bool) and takes_tensor and not integer:
-            inputs.arguments[name] = torch.tensor(value)
-    return inputs.args, inputs.kwargs
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_place = zip_longest(args, positional[: len(args)])
+    return (
+        [_as_welcome(value, parameter) for value, parameter in by_place],
+        {name: _as_welcome(value, parameters.get(name)) for name, value in kwargs.items()},
+    )
+
+
+def _as_welcome(value: Any, parameter: inspect.Parameter | None) -> Any:
+    """A number as a tensor, where the parameter takes tensors."""
+    if parameter is None or not isinstance(value, int | float) or isinstance(value, bool):
+        return value
+    annotation = parameter.annotation
+    takes_tensor = torch.Tensor in (annotation, *get_args(annotation)) or "Tensor" in str(annotation)
+    integer = _WORD_INT.search(str(annotation)) and "float" not in str(annotation)
+    return torch.tensor(value) if takes_tensor and not integer else value
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray:

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import CaptureError
+from . import autocast
 from .tracer import FunctionMode, OperationMode, Recorder
 
 Node = fx.Node
@@ -49,21 +50,25 @@ class Captured:
     outputs: tuple[Node, ...]
 
 
-def capture(module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, known: Collection[str] = ()) -> Captured:
+def capture(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, known: Collection[str] = (), kind: str = "cpu"
+) -> Captured:
     """Capture ``call(module, *inputs.values())``, a function from tensors to tensors.
 
     Only shapes and dtypes of the inputs matter, except of those named in ``known``: their numbers become part of the
-    graph. Nothing is computed with weights, and the module stays as it is. Raises the module's own errors for inputs
-    that it refuses, :class:`sdrpc.lowering.tracer.DataDependent` (a :class:`CaptureError`) where numbers of other
-    inputs decide what is computed, and :class:`CaptureError` for what can't be recorded.
+    graph. torch.autocast is followed where it is on for ``kind``, a kind of device. Nothing is computed with weights,
+    and the module stays as it is. Raises the module's own errors for inputs that it refuses,
+    :class:`sdrpc.lowering.tracer.DataDependent` (a :class:`CaptureError`) where numbers of other inputs decide what is
+    computed, and :class:`CaptureError` for what can't be recorded.
     """
-    with _CAPTURING, _capture_is_on(), _one_thread(), torch.inference_mode(False), torch.no_grad():
-        recorder = Recorder()
+    recorder = Recorder(kind)
+    with _CAPTURING, _capture_is_on(recorder), _one_thread(), torch.inference_mode(False), torch.no_grad():
         clone, real = _without_numbers(module)
+        _note_hooks(clone)
         weights = _weight_leaves(recorder, clone, real)
         leaves, examples = _input_leaves(recorder, inputs, known)
         try:
-            with _located(recorder, clone), _exporting(), _eager(), FunctionMode(recorder), OperationMode(recorder):
+            with _located(recorder, clone), _as_written(kind), FunctionMode(recorder), OperationMode(recorder):
                 results = call(clone, *examples)
         except RuntimeError as error:
             if "meta" not in str(error) and "fake impl" not in str(error):  # torch's words
@@ -167,16 +172,26 @@ def _without_numbers(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tens
 
 def is_capturing() -> bool:
     """Whether this thread captures a module."""
-    return getattr(_capturing, "on", False)
+    return _recorder() is not None
+
+
+def of_inputs(tensor: torch.Tensor) -> bool:
+    """Whether the inputs of this thread's capture decide a tensor's numbers."""
+    recorder = _recorder()
+    return recorder is not None and recorder.tracks(tensor) and bool(recorder.inputs_of([tensor]))
+
+
+def _recorder() -> Recorder | None:
+    return getattr(_capturing, "recorder", None)
 
 
 @contextmanager
-def _capture_is_on() -> Iterator[None]:
-    before, _capturing.on = is_capturing(), True
+def _capture_is_on(recorder: Recorder) -> Iterator[None]:
+    before, _capturing.recorder = _recorder(), recorder
     try:
         yield
     finally:
-        _capturing.on = before
+        _capturing.recorder = before
 
 
 def _weight_leaves(recorder: Recorder, clone: nn.Module, real: Mapping[str, torch.Tensor]) -> dict[Node, str]:
@@ -231,12 +246,32 @@ def _left(recorder: Recorder) -> None:
 
 
 @contextmanager
+def _as_written(kind: str) -> Iterator[None]:
+    """Modules find what they would find on a device of ``kind``, and ask for no numbers that they can do without."""
+    with _exporting(), _eager(), _autocast(kind):
+        yield
+
+
+@contextmanager
 def _exporting() -> Iterator[None]:
     """transformers builds masks without looking at numbers inside: it asks ``torch.compiler.is_exporting()``, before
     5.20 its own ``is_tracing``. Neither can be told so in public; where both are missing, such masks have to be
     known."""
     masks = sys.modules.get("transformers.masking_utils")
     with _replaced(torch.compiler, "_is_exporting_flag", True), _replaced(masks, "is_tracing", lambda *_: True):
+        yield
+
+
+@contextmanager
+def _autocast(kind: str) -> Iterator[None]:
+    """Modules switch autocast on and off for ``kind`` where they ask which kind of device a tensor is on."""
+    followed, off = autocast.contexts(kind)
+    generic = sys.modules.get("transformers.utils.generic")  # its maybe_autocast
+    with (
+        _replaced(torch, "autocast", followed),
+        _replaced(torch.amp, "autocast", followed),
+        _replaced(generic, "nullcontext", off),
+    ):
         yield
 
 
@@ -252,6 +287,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def _note_hooks(module: nn.Module) -> None:
+    """transformers puts hooks on a model's parts when hidden states are first asked for, and notes so on the model:
+    not on another one of the same parts, whose hidden states would come twice."""
+    hooks = (hook for part in module.modules() for hook in part._forward_hooks.values())
+    if any(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks):
+        module._output_capturing_hooks_installed = True  # type: ignore[assignment]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a call leaves in its module: a device keeps none of it.
 
-A module is captured in a copy, whose code runs once for many calls. Numbers that it counts stay in that copy, and
-tensors that it keeps, such as maps of attention or features that a hook collects, have no numbers here.
+A module is captured in a copy, whose code runs once for many calls. What it counts stays in that copy, and what it
+makes of its inputs, such as maps of attention or features that a hook collects, has no numbers here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from .capture import of_inputs
 from .state import STRUCTURE, Reads, released
 
 WEIGHT_HOOKS = {
@@ -24,48 +25,81 @@ WEIGHT_HOOKS = {
 """Hooks of diffusers that change weights around each call → what sets them."""
 
 
-def kept(module: nn.Module) -> dict[int, str]:
-    """The tensors without numbers that can be reached from a module's attributes, by id, each with the attribute
-    (``mid_block.features``); not its weights."""
-    found: dict[int, str] = {}
-    seen: set[int] = set()
+def kept(module: nn.Module) -> str | None:
+    """The attribute of a module (``mid_block.features``) from which a tensor can be reached that is made of the inputs
+    of a call, while it is captured; None without one. What weights alone decide, each call makes anew."""
+    seen = {id(part) for part in module.modules()}
     for path, part in module.named_modules():
-        for name, value in vars(part).items():
-            if name not in STRUCTURE:
-                for tensor in _without_numbers(value, seen):
-                    found.setdefault(id(tensor), f"{path}.{name}".lstrip("."))
-    return found
+        for name, value in _attributes(part).items():
+            if any(map(of_inputs, _tensors(value, seen))):
+                return f"{path}.{name}".lstrip(".")
+    return None
 
 
 def counted(before: nn.Module, after: nn.Module) -> str | None:
-    """The attribute of a module, or of an object that is one, whose number a call has changed; None without one."""
-    parts = dict(after.named_modules())
+    """The attribute of a module, or what lies within it, whose number, text or table a call has changed; None without
+    one. What is there only after a call (tables that were made for a size) is none."""
+    parts, seen = dict(after.named_modules()), set[int]()
     for path, part in before.named_modules():
-        for name, (old, new) in _pairs(part, parts.get(path)):
-            pairs = [("", (old, new)), *_pairs(old, new)] if type(old) is type(new) else []
-            for within, (a, b) in pairs:
-                if type(a) is type(b) and type(a) in (int, float) and a != b:
+        if path in parts:
+            for name, (old, new) in _pairs(_attributes(part), _attributes(parts[path])):
+                within = None if name.startswith(_OF_TORCH) else _changed(old, new, seen)
+                if within is not None:
                     return ".".join(filter(None, (path, name, within)))
     return None
 
 
-def _pairs(old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The attributes that both have."""
-    if isinstance(old, type) or not (hasattr(old, "__dict__") and hasattr(new, "__dict__")):
-        return
-    mine, others = vars(old), vars(new)
-    yield from ((name, (value, others[name])) for name, value in mine.items() if name in others)
+_OF_TORCH = "_torchdynamo"
+"""How names begin that torch.compile gives to what it counts for itself."""
 
 
-def _without_numbers(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """The tensors without numbers that can be reached, not through other modules."""
+def _changed(old: Any, new: Any, seen: set[int]) -> str | None:
+    """Where something differs from what it was; "" where it does as a whole."""
+    if type(old) is not type(new) or old is new:
+        return None
+    if isinstance(old, torch.Tensor):
+        known = not (old.is_meta or new.is_meta or of_inputs(new)) and (old.shape, old.dtype) == (new.shape, new.dtype)
+        return "" if known and not torch.equal(old, new) else None
+    if type(old) in (bool, int, float, str):
+        return "" if old != new and old == old else None  # not what is NaN
+    if id(old) in seen:
+        return None
+    seen.add(id(old))
+    if isinstance(old, list | tuple) and len(old) != len(new):
+        return ""
+    found = ((name, _changed(*pair, seen)) for name, pair in _pairs(_named(old), _named(new)))
+    return next((".".join(filter(None, (name, within))) for name, within in found if within is not None), None)
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """What an object is made of that a call may change, by name."""
+    if isinstance(value, dict):
+        return {str(name): part for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return {str(position): part for position, part in enumerate(value)}
+    opaque = isinstance(value, nn.Module | type | types.ModuleType | types.FunctionType | types.MethodType)
+    return {} if opaque or not hasattr(value, "__dict__") else vars(value)
+
+
+def _attributes(part: nn.Module) -> dict[str, Any]:
+    """A module's attributes, and its tensors by their own names."""
+    own = {name: value for name, value in vars(part).items() if name not in STRUCTURE}
+    return {**own, **part._parameters, **part._buffers}
+
+
+def _pairs(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """What both have."""
+    yield from ((name, (value, new[name])) for name, value in old.items() if name in new)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors that can be reached, not through what was ``seen``."""
     if isinstance(value, torch.Tensor):
-        if value.is_meta:
-            yield value
+        yield value
     elif id(value) not in seen and (inside := _inside(value)):
         seen.add(id(value))
         for part in inside:
-            yield from _without_numbers(part, seen)
+            yield from _tensors(part, seen)
 
 
 def _inside(value: Any) -> Any:
@@ -80,7 +114,7 @@ def _inside(value: Any) -> Any:
         return value.__func__, value.__self__
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
-    opaque = isinstance(value, nn.Module | type | types.ModuleType) or not hasattr(value, "__dict__")
+    opaque = isinstance(value, type | types.ModuleType) or not hasattr(value, "__dict__")
     return () if opaque else list(vars(value).values())
 
 

@@ -63,6 +63,7 @@ class ModuleMemory:
 
     def forget(self) -> None:
         """Free everything, in the device's turn; what is lost with the device is no error."""
+        self.weights.clear()
         with suppress(SdrpcError):
             self._free()
 

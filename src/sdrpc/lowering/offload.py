@@ -15,6 +15,7 @@ from ..device import Device
 from ..errors import InvalidValue, UsageError
 from ..runtime.lost import RETRY_SECONDS
 from .remote_module import RemoteModule, sharing
+from .state import original
 
 ENTRY_POINTS = ("forward", "encode", "decode")
 """Methods that run on the device, where the module's class has them: what diffusers' pipelines call."""
@@ -50,36 +51,57 @@ def offload(
     error at once); the weights are uploaded again then, and the call's result is the same.
 
     Calls raise :class:`sdrpc.errors.CaptureError` for what can't be turned into a graph, the module's own errors for
-    inputs that it refuses, and what the device raises. There are no gradients, and :func:`torch.autocast` has no part
-    in it: dtypes of weights and inputs decide.
+    inputs that it refuses, and what the device raises. There are no gradients. :func:`torch.autocast` decides dtypes
+    as it does for the module itself (on a CPU, and on a CUDA device), and with them what the device may narrow.
     """
     if not isinstance(module, nn.Module):
         raise UsageError(f"offload takes a torch module, not an object of {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UsageError("offload takes a module of Python code, not one that torch.jit compiled: take the original")
     if not isinstance(device, Device):
         kind = type(device).__name__
         raise UsageError(f'offload takes a device, such as sdrpc.devices()["CPU"], not an object of {kind}')
-    original = getattr(type(module), "_sdrpc_original", type(module))
     if not retry >= 0:
         raise InvalidValue("retry", retry, "it is a number of seconds")
     if float32_matmul_precision not in (None, *MATMUL_PRECISIONS):
         there_are = ", ".join(MATMUL_PRECISIONS)
         raise InvalidValue("float32_matmul_precision", float32_matmul_precision, f"there are {there_are}")
     again = functools.partial(offload, device=device, retry=retry, float32_matmul_precision=float32_matmul_precision)
-    remote = RemoteModule(original, device, retry, float32_matmul_precision, again)
+    made = original(type(module))
+    remote = RemoteModule(made.__name__, device, retry, float32_matmul_precision, again)
+    result = sharing(_offloaded(made, remote), module)
+    weakref.finalize(result, device.turns.later, remote.memory.forget).atexit = False
+    weakref.finalize(result, _forget, weakref.ref(remote)).atexit = False
+    return result
+
+
+def _forget(remote: weakref.ref[RemoteModule]) -> None:
+    """A module that is gone keeps no weights here: its class, which leads to them, waits for the collector."""
+    it = remote()
+    if it is not None:
+        it.forget()
+
+
+def _offloaded(original: type[nn.Module], remote: RemoteModule) -> type[nn.Module]:
+    """The class of a module that ``remote`` computes, which is otherwise ``original``."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    entries = {name: _Entry(name, remote) for name in ENTRY_POINTS if callable(getattr(original, name, None))}
+    entries = {name: _Entry(name, remote, original) for name in ENTRY_POINTS if callable(getattr(original, name, None))}
     behaviour = {
         "_sdrpc_original": original,
+        "__class__": property(type, lambda self, kind: _change_class(self, kind, remote)),
         "close": lambda _: remote.close(),
-        "__copy__": lambda self: again(remote.plain(self)),
+        "__copy__": lambda self: remote.again(remote.plain(self)),
         "__deepcopy__": lambda self, memo: remote.deep_copy(self, memo),
         "__reduce_ex__": _refuse_to_pickle,
         "__prepare_scriptable__": _refuse_to_script,
     }
-    kind = _passing_for(original)(original.__name__, (original,), {**names, **entries, **behaviour})
-    result = sharing(kind, module)
-    weakref.finalize(result, device.turns.later, remote.memory.forget).atexit = False
-    return result
+    return _passing_for(original)(original.__name__, (original,), {**names, **entries, **behaviour})
+
+
+def _change_class(module: nn.Module, kind: type, remote: RemoteModule) -> None:
+    """What is set as ``module.__class__``, as ToMe and torch's parametrizations do, is computed on the device, too."""
+    offloaded = kind if hasattr(kind, "_sdrpc_original") else _offloaded(kind, remote)
+    vars(object)["__class__"].__set__(module, offloaded)
 
 
 def _passing_for(original: type[nn.Module]) -> type[type]:
@@ -108,9 +130,9 @@ class _Entry:
     """A method that runs on the device. It goes before what was set on the instance under the same name: that is
     what is captured."""
 
-    def __init__(self, name: str, remote: RemoteModule) -> None:
+    def __init__(self, name: str, remote: RemoteModule, original: type[nn.Module]) -> None:
         self.name = name
-        method = getattr(remote.original, name)
+        method = getattr(original, name)
 
         @functools.wraps(method)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

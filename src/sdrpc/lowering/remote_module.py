@@ -21,12 +21,20 @@ from ..device import Device
 from ..errors import CaptureError
 from ..runtime.cache import Cache
 from ..runtime.cache import key as cache_key
-from .calls import Call, array_of, check_tensors, with_numbers_as_tensors, without_gradients
+from .calls import (
+    Call,
+    array_of,
+    check_surroundings,
+    check_tensors,
+    check_traced,
+    with_numbers_as_tensors,
+    without_gradients,
+)
 from .capture import capture, is_capturing
 from .effects import check_hooks, counted, kept
 from .lower import lower
 from .module_memory import Bound, ModuleMemory
-from .state import ModuleState
+from .state import ModuleState, described, original
 from .structure import Description, build, from_json, objects, take_apart, to_json
 from .tracer import DataDependent
 from .weights import weights_of
@@ -41,20 +49,21 @@ REMEMBERED = 64
 
 
 class RemoteModule:
-    """What computes a module of class ``original`` on ``device``. ``again`` offloads another one in the same way."""
+    """What computes a module, whose class is called ``name``, on ``device``. ``again`` offloads another one in the same
+    way."""
 
     def __init__(
         self,
-        original: type[nn.Module],
+        name: str,
         device: Device,
         retry: float,
         float32_matmul_precision: str | None,
         again: Callable[[nn.Module], nn.Module],
     ) -> None:
-        self.original, self._float32_matmul_precision = original, float32_matmul_precision
-        self.device, self._again = device, again
+        self._name, self._float32_matmul_precision = name, float32_matmul_precision
+        self.device, self.again = device, again
         self.cache = Cache()
-        self.memory = ModuleMemory(device, original.__name__, retry)
+        self.memory = ModuleMemory(device, name, retry)
         self._lock = threading.RLock()
         self._graphs: OrderedDict[Any, Bound] = OrderedDict()
         self._needed: dict[Any, tuple[str, ...]] = {}
@@ -71,27 +80,30 @@ class RemoteModule:
 
     def call(self, module: nn.Module, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if getattr(self._tracing, "on", False):  # something set on the instance calls what was there before
-            return getattr(self.original, method)(self._tracing.copy, *args, **kwargs)
+            return getattr(original(type(module)), method)(self._tracing.copy, *args, **kwargs)
         if is_capturing():  # a part of another module
-            return getattr(self.original, method)(module, *args, **kwargs)
+            return getattr(original(type(module)), method)(module, *args, **kwargs)
+        check_traced(self._name, args, kwargs)
         args, kwargs = with_numbers_as_tensors(self._function(module, method), args, kwargs)
         arguments = take_apart((tuple(args), dict(kwargs)))
-        check_tensors(self.original.__name__, arguments.tensors)
+        check_tensors(self._name, arguments.tensors)
         with self._lock:
             self._look(module)
             precision = self._float32_matmul_precision or torch.get_float32_matmul_precision()
-            request = Call(method, arguments, precision != "medium", self._number)
+            strange = list(filter(callable, objects(arguments.description)))
+            given = described(strange, module) if strange else ()
+            request = Call(method, arguments, precision != "medium", self._number, given)
+            check_surroundings(self._name, request.device.type)
             bound = self._bound(module, request)
             arrays = self.memory.run(bound, {name: array_of(tensor) for name, tensor in request.inputs.items()})
-        where = arguments.tensors[0].device if arguments.tensors else torch.device("cpu")
         dtypes = [getattr(torch, output.dtype) for output in bound.lowered.outputs]
-        results = [torch.from_numpy(a).to(where, d) for a, d in zip(arrays, dtypes, strict=True)]
-        return build(bound.result, without_gradients(self.original.__name__, module, results))
+        results = [torch.from_numpy(a).to(request.device, d) for a, d in zip(arrays, dtypes, strict=True)]
+        return build(bound.result, without_gradients(self._name, module, results))
 
     def _function(self, module: nn.Module, method: str) -> Callable[..., Any]:
         """The method as it would run in this process: the instance's own, or the class's."""
         own = vars(module).get(method)
-        function = getattr(self.original, method) if own is None else own
+        function = getattr(original(type(module)), method) if own is None else own
         return types.MethodType(function, module) if own is None else function
 
     # the module's changes
@@ -111,6 +123,7 @@ class RemoteModule:
             self._states[self._state.description] = next(self._counter)
             _forget_oldest(self._states)
         self._number = self._states[self._state.description]
+        self.memory.weights.clear()  # of what the module has no more
         self.memory.weights.update({weight.name: weight for weight in weights_of(module)})
 
     # graphs
@@ -142,7 +155,7 @@ class RemoteModule:
                     raise
                 known += more
         if known:
-            log.info("%s: captured for the numbers of %s", self.original.__name__, ", ".join(known))
+            log.info("%s: captured for the numbers of %s", self._name, ", ".join(known))
         self._keep(request, known, bound)
         return known, bound
 
@@ -151,45 +164,44 @@ class RemoteModule:
 
         def flat(copy: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = build(request.arguments.description, tensors)
-            before = kept(copy)
             with self._traced(copy):
                 result = take_apart(self._function(copy, request.method)(*given[0], **given[1]))
-            for tensor, attribute in kept(copy).items():
-                if tensor not in before:
-                    raise CaptureError(
-                        f"{attribute} keeps a tensor of each call, as hooks that collect features and stores of "
-                        "attention do: a device returns nothing but results; have the module return it"
-                    )
+            attribute = kept(copy)
+            if attribute is not None:
+                raise CaptureError(
+                    f"{attribute} keeps a tensor of each call, as hooks that collect features and stores of "
+                    "attention do: a device returns nothing but results; have the module return it"
+                )
             self._count(counted(plain, copy))
             after = take_apart(given)
             if after.description != request.arguments.description or any(
                 a is not b for a, b in zip(after.tensors, tensors, strict=True)
             ):
                 raise CaptureError(
-                    f"{self.original.__name__}.{request.method} changes its arguments, such as a cache of earlier "
+                    f"{self._name}.{request.method} changes its arguments, such as a cache of earlier "
                     "calls: a device can't do that for you; call it without (use_cache=False)"
                 )
             strange = next(filter(_is_beyond, objects(result.description)), None)
             if strange is not None:
                 raise CaptureError(
-                    f"{self.original.__name__}.{request.method} returns an object of {type(strange).__name__}, which "
+                    f"{self._name}.{request.method} returns an object of {type(strange).__name__}, which "
                     "can't be filled with numbers: return tensors in tuples, lists, dicts or objects of a class"
                 )
             results.append(result.description)
             return result.tensors
 
         self._tracing.plain = plain = self.plain(module)
-        graph = capture(plain, request.inputs, flat, known)
+        graph = capture(plain, request.inputs, flat, known, request.device.type)
         del self._tracing.plain
         types = {name: weight.type for name, weight in self.memory.weights.items()}
         return Bound(lower(graph, self.device.target, types, request.float32), results[0])
 
     def _count(self, attribute: str | None) -> None:
-        """Say, once, that a number does not count calls."""
+        """Say, once, that an attribute does not change with each call."""
         if attribute is not None and attribute not in self._counted:
             self._counted.add(attribute)
             what = "changes when the module is called: on a device it keeps its value, and each call has the same one"
-            log.warning("%s: %s %s", self.original.__name__, attribute, what)
+            log.warning("%s: %s %s", self._name, attribute, what)
 
     @contextmanager
     def _traced(self, module: nn.Module) -> Iterator[None]:
@@ -249,7 +261,7 @@ class RemoteModule:
 
     def plain(self, module: nn.Module) -> nn.Module:
         """``module`` as an object of its own class, sharing everything."""
-        return sharing(self.original, module)
+        return sharing(original(type(module)), module)
 
     def deep_copy(self, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         """A copy with its own memory. While the module is captured, what was set on it finds the copy that is traced
@@ -258,7 +270,7 @@ class RemoteModule:
         if traced is not None:
             return traced
         plain = self.plain(module)
-        made = self.plain(module) if is_capturing() else self._again(module)
+        made = self.plain(module) if is_capturing() else self.again(module)
         memo[id(module)] = made  # which its own attributes may lead to: a method that was set on it, a hook
         made.__dict__ = vars(copy.deepcopy(plain, memo))
         return made
@@ -267,6 +279,12 @@ class RemoteModule:
         """Free everything on the device; the next call uploads again."""
         with self._lock:
             self.memory.close()
+
+    def forget(self) -> None:
+        """Let go of everything here that is of the module, which is gone."""
+        self._state = None
+        self._states.clear()
+        self._graphs.clear()
 
 
 def sharing(kind: type[nn.Module], module: nn.Module) -> nn.Module:

@@ -4,9 +4,10 @@ Modules are changed in many ways between two calls: attention processors and sli
 adapters, hooks, ``half()``, weights merged in place, methods of classes that are replaced. :class:`ModuleState` looks
 at everything that is reachable from the module's attributes, and at what functions that no package released read:
 their closures, and the globals that they name. Looking costs a few milliseconds a call: containers are compared by the
-identity of what they hold, tensors by version, memory and dtype, and by samples of their numbers as well, since
-changes through ``tensor.data`` leave no other trace. What it can't see: numbers changed through ``.data`` in places
-that are not sampled, and objects that keep their state outside Python.
+identity of what they hold, parts by their class, tensors by version, memory and dtype, and by their numbers as well,
+since changes through ``tensor.data`` leave no other trace: all of them in a small module, some of them in a large one.
+What it can't see: single numbers of a large module changed through ``.data``, and objects that keep their state outside
+Python.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import json
 import operator
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain
 from typing import Any
@@ -24,11 +25,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import CaptureError
 from .capture import is_weight, not_saved, tensors_of
 from .structure import PACKAGES, Description, Same, Walk, from_packages, to_json
 
+LOOKED_AT = 1 << 17
+"""Numbers of a module that are looked at before each call, some of each tensor where it has more."""
+
 SAMPLES = 8
-"""Numbers of each weight that are looked at before each call."""
+"""Numbers of each tensor that are looked at, however many there are."""
+
+DIGESTED = 1 << 20
+"""Numbers up to which a tensor of a module that is no part of the one described counts by all of them."""
 
 STRUCTURE = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module that are described by the tensors' and parts' own entries."""
@@ -83,8 +91,12 @@ class _StateWalk(Walk):
     ignored = frozenset({"_use_default_values", "_name_or_path", "_diffusers_version"})
     """What diffusers notes of a configuration's origin: a path, and a list whose order changes from run to run."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.kinds: list[tuple[nn.Module, type]] = []
+        """The parts that were met, and their classes; not the module itself, which nothing here keeps alive."""
+        self._module = id(module)
+        self._own = {id(part) for part in module.modules()}
         self._owners: dict[Any, Description] = {}
         self._functions: list[types.FunctionType] = []
         """Those whose code no package released."""
@@ -103,10 +115,28 @@ class _StateWalk(Walk):
         """The parts of a module, without their tensors."""
         described = []
         for path, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                raise CaptureError(
+                    f"{path or 'the module'} was compiled by torch.jit, and runs outside Python: take the original"
+                )
             attributes = {name: value for name, value in vars(part).items() if name not in STRUCTURE}
-            described.append((path, self.kind(_original(type(part))), self.describe(attributes)))
+            described.append((path, self.kind(original(type(part))), self.describe(attributes)))
             self.containers += [vars(part), part._parameters, part._buffers, part._modules]
+            if id(part) != self._module:
+                self.kinds.append((part, type(part)))
         return tuple(described)
+
+    def _guest(self, module: nn.Module) -> Description:
+        """A module that is no part of the one described, such as a LoRA's whose method was set on one: its parts, and
+        its weights, which are constants of the graph."""
+        weights = tuple((name, self._weight(tensor)) for name, tensor in tensors_of(module).items())
+        return "module", Same(module), self.parts(module), weights
+
+    def _weight(self, tensor: torch.Tensor) -> Description:
+        if tensor.numel() <= DIGESTED:
+            return self.tensor(tensor)
+        super().tensor(tensor)
+        return "some numbers", str(tensor.dtype), tuple(tensor.shape), _version(tensor), _sampled(_samples([tensor]))
 
     def kind(self, kind: type) -> Description:
         """A class, and what was set on it."""
@@ -147,9 +177,11 @@ class _StateWalk(Walk):
         return super()._describe(value)
 
     def _object(self, value: Any) -> Description:
+        if isinstance(value, nn.Module):
+            return ("same", Same(value)) if id(value) in self._own else self._guest(value)
         foreign = self._package not in (None, _package(type(value))) and not isinstance(value, dict)
         description = ("same", Same(value)) if foreign else super()._object(value)
-        return (*description, self.kind(_original(type(value)))) if description[0] == "object" else description
+        return (*description, self.kind(original(type(value)))) if description[0] == "object" else description
 
 
 class ModuleState:
@@ -175,14 +207,18 @@ class ModuleState:
 
     def look(self, module: nn.Module) -> tuple[bool, bool]:
         """Whether anything that decides the graph, and whether weights' numbers changed since the last look."""
-        if not self._changed() and self._numbers == _numbers(self._weights, self._samples):
+        if (
+            type(module) is self._kind
+            and not self._changed()
+            and self._numbers == _numbers(self._weights, self._samples)
+        ):
             return False, False
         before, numbers = self.description, self._numbers
         self._refresh(module)
         return self.description != before, self._numbers != numbers
 
     def _refresh(self, module: nn.Module) -> None:
-        walk, unsaved, tensors = _StateWalk(), not_saved(module), tensors_of(module)
+        walk, unsaved, tensors = _StateWalk(module), not_saved(module), tensors_of(module)
         weights = {name: tensor for name, tensor in tensors.items() if is_weight(name, tensor, unsaved)}
         first = {id(weight): name for name, weight in reversed(weights.items())}
         self.description = (
@@ -193,30 +229,56 @@ class ModuleState:
             walk.names(nn.functional),
             walk.reads(),
         )
-        self._watch(walk, list(weights.values()))
+        self._kind = type(module)
+        self._watch(walk, list(weights.values()), _tables_of_rows(module))
 
-    def _watch(self, walk: Walk, weights: list[torch.Tensor]) -> None:
+    def _watch(self, walk: _StateWalk, weights: list[torch.Tensor], rows: set[int]) -> None:
+        self._kinds = walk.kinds
         self._empty = [container for container in walk.containers if not container]
         self._filled = [(container, tuple(_values(container))) for container in walk.containers if container]
         self._tables = walk.tensors
         self._weights = list({id(weight): weight for weight in weights}.values())
-        self._samples, self._table_samples = _samples(self._weights), _samples(self._tables)
+        self._samples, self._table_samples = _samples(self._weights, rows), _samples(self._tables)
         self._numbers = _numbers(self._weights, self._samples)
         self._table_numbers = _numbers(self._tables, self._table_samples)
 
     def _changed(self) -> bool:
         return (
-            any(map(len, self._empty))
+            any(type(part) is not kind for part, kind in self._kinds)
+            or any(map(len, self._empty))
             or any(len(container) != len(saved) for container, saved in self._filled)
             or not all(all(map(operator.is_, _values(c), saved)) for c, saved in self._filled)
             or self._table_numbers != _numbers(self._tables, self._table_samples)
         )
 
 
-def _original(kind: type) -> type:
-    """A module's class; one that :func:`sdrpc.offload` made stands for the class that it was made of."""
-    original: type = getattr(kind, "_sdrpc_original", kind)
-    return original
+def described(values: Iterable[Any], module: nn.Module) -> Description:
+    """The state of functions and modules that a call of ``module`` is given, and of what they read."""
+    walk = _StateWalk(module)
+    return tuple(map(walk.describe, values)), walk.reads()
+
+
+_OF_THE_CLASS = frozenset({"__dict__", "__weakref__", "__getstate__"})
+"""Names that a class made like another leaves out; the last one is how parametrizations refuse to be pickled, which
+offloaded modules do by themselves."""
+
+
+def original(kind: type) -> type:
+    """A module's class; one that :func:`sdrpc.offload` made stands for the class that it was made of, also where
+    another was derived from it since, as torch's parametrizations do."""
+    if not hasattr(kind, "_sdrpc_original"):
+        return kind
+    if "_sdrpc_original" not in vars(kind):
+        bases = tuple(map(original, kind.__bases__))
+        names = {name: value for name, value in vars(kind).items() if name not in _OF_THE_CLASS}
+        kind._sdrpc_original = type(bases[0])(kind.__name__, bases, names)
+    found: type = vars(kind)["_sdrpc_original"]
+    return found
+
+
+def _tables_of_rows(module: nn.Module) -> set[int]:
+    """The weights, by id, whose rows are changed one by one: those of embeddings, as for a learnt word."""
+    return {id(part._parameters.get("weight")) for part in module.modules() if isinstance(part, nn.Embedding)}
 
 
 def _package(value: Any) -> str:
@@ -230,17 +292,27 @@ def _values(container: Any) -> Iterator[Any]:
 
 def _numbers(tensors: Sequence[torch.Tensor], samples: Sequence[Sequence[torch.Tensor]]) -> tuple[Any, ...]:
     """What changes when the numbers of tensors do."""
-    return (*map(_facts, tensors), *(torch.cat(list(group)).cpu().numpy().tobytes() for group in samples))
+    return (*map(_facts, tensors), *_sampled(samples))
+
+
+def _sampled(samples: Sequence[Sequence[torch.Tensor]]) -> tuple[bytes, ...]:
+    return tuple(torch.cat(list(group)).cpu().numpy().tobytes() for group in samples)
 
 
 def _facts(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
     """The version that in-place operations count, where the numbers are, and what they are."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, 0 if tensor.is_meta else tensor.data_ptr(), tensor.dtype
+    return _version(tensor), 0 if tensor.is_meta else tensor.data_ptr(), tensor.dtype
 
 
-def _samples(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Views of some numbers of each tensor, as bytes; together those that can be joined."""
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _samples(tensors: Sequence[torch.Tensor], rows: Collection[int] = ()) -> list[list[torch.Tensor]]:
+    """Views of numbers of each tensor, as bytes; together those that can be joined. All numbers where they are few,
+    some otherwise; at least one of each row of those whose ids are ``rows``."""
+    few = sum(tensor.numel() for tensor in tensors) <= LOOKED_AT
+    many = max(SAMPLES, LOOKED_AT // max(1, len(tensors)))
     groups: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
     for tensor in tensors:
         as_they_lie = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
@@ -249,6 +321,8 @@ def _samples(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
             while numbers.ndim > 1:  # a view, whatever the strides
                 numbers = numbers.view(-1) if numbers.is_contiguous() else numbers.select(-1, 0)
             numbers = numbers.reshape(-1)
-            picked = numbers[:: max(1, numbers.numel() // SAMPLES)].unsqueeze(-1)
+            row = tensor.shape[-1] - 1 if id(tensor) in rows else numbers.numel()
+            step = 1 if few else max(1, min(row, numbers.numel() // many | 1))  # odd, so that it meets all columns
+            picked = numbers[::step].unsqueeze(-1)
             groups.setdefault((tensor.device, tensor.element_size()), []).append(picked.view(torch.uint8))
     return list(groups.values())

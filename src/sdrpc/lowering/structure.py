@@ -121,6 +121,8 @@ class Walk:
             return ("size", *value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return ("named", kind, *map(self.describe, value))
+        if isinstance(value, tuple) and hasattr(kind, "n_sequence_fields"):  # torch.return_types
+            return ("sequence", kind, *map(self.describe, value))
         if kind is set or kind is frozenset:
             self.containers.append(value)
             return (kind.__name__, *sorted(map(self.describe, value), key=repr))
@@ -233,6 +235,7 @@ _BUILDERS: dict[str, Callable[[Sequence[Any], Sequence[torch.Tensor]], Any]] = {
     "set": lambda rest, tensors: set(_many(rest, tensors)),
     "frozenset": lambda rest, tensors: frozenset(_many(rest, tensors)),
     "named": _build_named,
+    "sequence": lambda rest, tensors: rest[0](_many(rest[1:], tensors)),
     "size": lambda rest, *_: torch.Size(rest),
     "enum": lambda rest, *_: rest[0][rest[1]],
     "name": lambda rest, *_: rest[0],

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..errors import CaptureError
+from . import autocast
 from .memory import Memory, Step, View, read, write
 
 Node = fx.Node
@@ -91,11 +92,14 @@ RETRIED = 1 << 26
 class Recorder:
     """A graph while it is recorded.
 
-    ``known`` are leaves with numbers, ``inputs`` the inputs' leaves by name, ``places`` the parts of the module that
-    are running, the innermost last.
+    ``kind`` is the kind of device that the module would run on. ``known`` are leaves with numbers, ``inputs`` the
+    inputs' leaves by name, ``places`` the parts of the module that are running, the innermost last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "cpu") -> None:
+        self.kind = kind
+        self.narrow: torch.dtype | None = None
+        """What autocast makes of operands now."""
         self.graph = fx.Graph()
         self.known: dict[Node, Tensor] = {}
         self.inputs: dict[Node, str] = {}
@@ -289,8 +293,8 @@ class Recorder:
 
     # what can't be recorded
 
-    def needs_numbers(self, what: str, tensors: Sequence[Tensor]) -> DataDependent:
-        """The error for an operation whose result can't be known without the numbers of ``tensors``."""
+    def inputs_of(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        """The inputs that decide the numbers of ``tensors``."""
         seen: set[Node] = set()
         waiting = [self.node_of(tensor) for tensor in tensors if self.unknown(tensor)]
         while waiting:
@@ -298,7 +302,11 @@ class Recorder:
             if node not in seen:
                 seen.add(node)
                 waiting += node.all_input_nodes
-        names = tuple(name for node, name in self.inputs.items() if node in seen)
+        return tuple(name for node, name in self.inputs.items() if node in seen)
+
+    def needs_numbers(self, what: str, tensors: Sequence[Tensor]) -> DataDependent:
+        """The error for an operation whose result can't be known without the numbers of ``tensors``."""
+        names = self.inputs_of(tensors)
         said = f"the numbers of {', '.join(names)}" if names else "numbers of weights"
         return DataDependent(f"{self.place()}: {what}: {said} decide what is computed", names)
 
@@ -321,9 +329,14 @@ class FunctionMode(TorchFunctionMode):
             raise recorder.needs_numbers(func.__name__, args[:1])
         if func is _DATA and recorder.unknown(args[0]):
             return args[0].detach()
-        make = WHOLE.get(func)
-        if make is None or not any(map(recorder.unknown, tree_iter((args, kwargs)))):
+        make, narrow = WHOLE.get(func), autocast.dtype(recorder.kind)
+        recorder.narrow = narrow
+        if (make is None and narrow is None) or not any(map(recorder.unknown, tree_iter((args, kwargs)))):
             return func(*args, **kwargs)
+        args, kwargs = autocast.cast(recorder.kind, narrow, getattr(func, "__name__", ""), (args, kwargs), Tensor.to)
+        if make is None:
+            with torch.autocast(recorder.kind, enabled=False):  # which would cast known operands alone
+                return func(*args, **kwargs)
         operation, args, kwargs = make(*args, **kwargs)
         recorder.whole = True
         try:
@@ -378,9 +391,13 @@ class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             args = (args[0], self._positions(func, args[1]), *args[2:])
         elif torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             raise recorder.needs_numbers(str(func), tensors)
+        args, kwargs = autocast.cast(recorder.kind, recorder.narrow, name, (args, kwargs), self._to)
         options = {**kwargs, "device": META} if kwargs.get("device") is not None else kwargs
         out = _result_shape(recorder, func, args, options)
         return recorder.record(func, args, kwargs, out)
+
+    def _to(self, tensor: Tensor, dtype: torch.dtype) -> Any:
+        return self.__torch_dispatch__(aten._to_copy.default, (), (tensor,), {"dtype": dtype})
 
     def _compute(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         """Nothing is unknown: the result has numbers."""

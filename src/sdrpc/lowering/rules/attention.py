@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import CaptureError
 from ...ggml.params import FlashAttn, SoftMax
 from ..emitter import Emitter, Shape, Value
-from .base import Out, rule
+from .base import RULES, Out, rule
 
 FAR = 1e9
 """How much a masked attention score is lowered: far enough that its exponential is zero."""
@@ -43,10 +43,19 @@ def attention(
 
     mask = None if attn_mask is None else _mask_of_rank_4(e, attn_mask, batch, rank4, (steps, seen))
     attend = _flash if "FLASH_ATTN_EXT" in e.target.ops else _in_chunks
-    return e.reshape(attend(e, four(query), four(key), four(value), mask, scale), out.shape)
+    result = attend(e, four(query), four(key), four(value), mask, scale)
+    if attn_mask is not None and attn_mask.kind == "b" and attn_mask.array is None:
+        result = e.binary("MUL", result, _seeing(e, attn_mask, batch, rank4))
+    return e.reshape(result, out.shape)
 
 
-def _mask_of_rank_4(e: Emitter, mask: Value, batch: Shape, merged: Shape, size: tuple[int, int]) -> Value:
+def _seeing(e: Emitter, mask: Value, batch: Shape, merged: Shape) -> Value:
+    """1 for each query that sees a key, and 0 for those of padding, whose attention is 0 in torch."""
+    shape = (*mask.shape[:-1], 1)
+    return _mask_of_rank_4(e, RULES["any"](e, Out(shape, "b"), mask, -1, True), batch, merged, shape[-2:])
+
+
+def _mask_of_rank_4(e: Emitter, mask: Value, batch: Shape, merged: Shape, size: Shape) -> Value:
     known = mask.array
     mask = e.expand(mask, (*mask.shape[:-2], *size)) if known is None else _constant_mask(e, known, size)
     if len(mask.shape) > 4 or (len(batch) == 1 and len(mask.shape) == 3):
@@ -54,7 +63,7 @@ def _mask_of_rank_4(e: Emitter, mask: Value, batch: Shape, merged: Shape, size: 
     return e.reshape(mask, (*(1,) * (4 - len(mask.shape)), *mask.shape))
 
 
-def _constant_mask(e: Emitter, mask: np.ndarray, size: tuple[int, int]) -> Value:
+def _constant_mask(e: Emitter, mask: np.ndarray, size: Shape) -> Value:
     """A known mask as numbers to add, no larger than it has to be: equal batches and heads become one."""
     numbers = np.where(mask, np.float32(0), np.float32(-np.inf)) if mask.dtype == bool else mask
     numbers = np.broadcast_to(numbers, (*numbers.shape[:-2], *size) if numbers.ndim >= 2 else size)

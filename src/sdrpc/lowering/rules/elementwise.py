@@ -38,6 +38,13 @@ def leaky_relu(e: Emitter, out: Out, x: Value, negative_slope: float = 0.01) -> 
     return Value(e.node("LEAKY_RELU", e.contiguous(e.f32(x)).tensor, params=LeakyRelu(negative_slope)), x.shape)
 
 
+@rule("_prelu_kernel")
+def prelu(e: Emitter, out: Out, x: Value, slopes: Value) -> Value:
+    """max(x, 0) + slope · min(x, 0)."""
+    above = e.unary("RELU", x)
+    return e.binary("ADD", above, e.binary("MUL", e.binary("SUB", x, above), slopes))
+
+
 @rule("softplus")
 def softplus(e: Emitter, out: Out, x: Value, beta: Number = 1, threshold: Number = 20) -> Value:
     """log(1 + exp(βx)) / β, and x itself beyond the threshold, as torch has it."""
@@ -139,14 +146,3 @@ def power(e: Emitter, out: Out, x: Operand, exponent: Operand) -> Value:
     for _ in range(int(known)):
         result = x if result is None else e.unary("SQR", x) if result is x else e.binary("MUL", result, x)
     return e.f32(result) if result is not None else e.scale(x, 0, 1)
-
-
-@rule("maximum")
-def maximum(e: Emitter, out: Out, a: Value, b: Value) -> Value:
-    """b + max(a - b, 0)."""
-    return e.binary("ADD", b, e.unary("RELU", e.binary("SUB", a, b)))
-
-
-@rule("minimum")
-def minimum(e: Emitter, out: Out, a: Value, b: Value) -> Value:
-    return e.binary("SUB", b, e.unary("RELU", e.binary("SUB", b, a)))

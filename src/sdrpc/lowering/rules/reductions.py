@@ -14,7 +14,7 @@ from ...errors import CaptureError
 from ...ggml.params import SoftMax
 from ..emitter import Emitter, Kind, Value
 from .base import RULES, Number, Out, Rule, dims, positive, rule
-from .truth import boolean, is_positive, negated
+from .truth import LARGEST, boolean, is_positive, negated
 
 LONGEST_RUNNING_SUM = 8192
 """Elements of a dimension that is summed up step by step: that is a product with a matrix of as many rows."""
@@ -91,6 +91,15 @@ def softmax(e: Emitter, out: Out, x: Value, dim: int, *_: Any) -> Value:
     last, dim = len(x.shape) - 1, positive(dim, len(x.shape))
     rows = e.contiguous(e.f32(e.transpose(x, dim, last)))
     return e.transpose(Value(e.node("SOFT_MAX", rows.tensor, params=SoftMax(1.0)), rows.shape), dim, last)
+
+
+@rule("_safe_softmax")
+def safe_softmax(e: Emitter, out: Out, x: Value, dim: int, *_: Any) -> Value:
+    """Zeros where all of a row is minus infinity."""
+    finite = RULES["clamp"](e, Out(x.shape, "f"), x, -LARGEST, LARGEST)
+    there = is_positive(e, e.scale(finite, 1, LARGEST / 2))
+    seen = RULES["any"](e, Out((*x.shape[:dim], 1, *x.shape[dim:][1:]), "b"), there, dim, True)
+    return e.binary("MUL", softmax(e, out, finite, dim), seen)
 
 
 @rule("cumsum")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..emitter import Emitter, Value
-from .base import RULES, Operand, Out, rule, value
+from .base import RULES, Operand, Out, number, rule, value
 
 
 def truth(x: Value) -> Value:
@@ -78,13 +78,39 @@ def where(e: Emitter, out: Out, condition: Value, a: Operand, b: Operand) -> Val
     return e.expand(e.binary("ADD", chosen, other), out.shape)
 
 
+@rule("maximum")
+def maximum(e: Emitter, out: Out, a: Value, b: Value) -> Value:
+    """One of the two, to the last digit: of a bound that is known what lies below it is cut off."""
+    for x, other in ((a, b), (b, a)):
+        known = number(other)
+        if known is not None and x.shape == out.shape:
+            return RULES["clamp"](e, out, x, known, None)  # type: ignore[no-any-return]
+    return where(e, out, RULES["gt"](e, out, a, b), a, b)
+
+
+@rule("minimum")
+def minimum(e: Emitter, out: Out, a: Value, b: Value) -> Value:
+    for x, other in ((a, b), (b, a)):
+        known = number(other)
+        if known is not None and x.shape == out.shape:
+            return RULES["clamp"](e, out, x, None, known)  # type: ignore[no-any-return]
+    return where(e, out, RULES["lt"](e, out, a, b), a, b)
+
+
 @rule("masked_fill")
 def masked_fill(e: Emitter, out: Out, x: Value, mask: Value, number: Operand) -> Value:
     return where(e, out, mask, number, x)
 
 
+LARGEST = float(np.finfo(np.float32).max)
+
+
 def _finite(e: Emitter, operand: Operand) -> Value:
+    """An operand without infinities, of which nothing times zero is zero."""
     given = value(e, operand)
-    if given.array is None or np.isfinite(given.array).all():
+    if given.kind != "f" or (given.array is not None and np.isfinite(given.array).all()):
         return given
-    return e.constant(np.nan_to_num(given.array.astype(np.float32)), "f")
+    if given.array is not None:
+        return e.constant(np.nan_to_num(given.array.astype(np.float32)), "f")
+    bounded: Value = RULES["clamp"](e, Out(given.shape, "f"), given, -LARGEST, LARGEST)
+    return bounded
