@@ -15,6 +15,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdrpc.checkpoints.numbers import in_rows
+
 from . import formats
 from .names import Shape
 
@@ -98,7 +100,8 @@ def encoded(values: Tensor, type: str, name: str) -> Stored:
     elif type in _RANDOM:
         data = _random_blocks(shape, type, float(values.std()), name)
     else:
-        data = quants.quantize(values.contiguous().numpy(), GGMLQuantizationType[type])
+        kind = GGMLQuantizationType[type]
+        data = quants.quantize(in_rows(values.contiguous().numpy(), GGML_QUANT_SIZES[kind][0]), kind)
     return Stored(type, shape, data)
 
 
@@ -115,7 +118,8 @@ def decoded(stored: Stored) -> Tensor:
         return torch.from_numpy(data).reshape(-1).view(INTEGERS[stored.type]).reshape(stored.shape)
     if stored.type in PLAIN:
         return torch.from_numpy(data).reshape(-1).view(PLAIN[stored.type]).reshape(stored.shape).float()
-    rows = quants.dequantize(data, GGMLQuantizationType[stored.type])
+    kind = GGMLQuantizationType[stored.type]
+    rows = quants.dequantize(in_rows(data, GGML_QUANT_SIZES[kind][1]), kind)
     return torch.from_numpy(rows.astype(np.float32, copy=False)).reshape(stored.shape)
 
 
@@ -154,7 +158,7 @@ def _random_blocks(shape: Shape, type: str, spread: float, name: str) -> NDArray
     random = np.random.default_rng(list(sha256(name.encode()).digest()))
     blocks = random.integers(0, 256, (int(np.prod(shape)) // block, size), np.uint8)
     _fill(blocks, fields, 1.0)
-    sample = quants.dequantize(blocks[:4096], GGMLQuantizationType[type])
+    sample = quants.dequantize(in_rows(blocks[:4096], size), GGMLQuantizationType[type])
     _fill(blocks, fields, spread / float(sample.std()))
     return blocks.reshape(*shape[:-1], -1)
 

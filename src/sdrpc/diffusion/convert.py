@@ -23,7 +23,7 @@ from ..checkpoints.checkpoint import WHOLE, Checkpoint
 from ..checkpoints.expressions import NUMBERS, cast, joined
 from ..checkpoints.gguf_header import WHOLE as WHOLE_KEY
 from ..checkpoints.gguf_header import Value
-from ..checkpoints.numbers import unpacked
+from ..checkpoints.numbers import in_rows, unpacked
 from ..errors import CheckpointError, InvalidValue
 from ..families.base import Family, Found, find
 from ..families.components import llm
@@ -45,10 +45,6 @@ SAFETENSORS = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8",
 
 HOLDS = {".gguf": OF_GGML, ".safetensors": SAFETENSORS}
 """Suffix → the types that such a file holds."""
-
-ROW = 4096
-"""Numbers of a row, any multiple of a block. gguf goes through 16 rows at a time: if each is one block, that takes a
-hundred times as long."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all of them."""
@@ -123,8 +119,7 @@ def encoded(weight: Weight, wanted: Type) -> Iterator[memoryview]:
         values = joined(numbers.pieces, 4 * start, 4 * min(start + NUMBERS, total)).view("<f4")
         try:
             with np.errstate(over="raise", invalid="raise"):
-                rows = values.reshape(-1, values.size if values.size % ROW else ROW)
-                made = quantize(rows, GGMLQuantizationType[wanted.name])
+                made = quantize(in_rows(values, wanted.block), GGMLQuantizationType[wanted.name])
         except (FloatingPointError, NotImplementedError) as error:
             reason = f"can't be turned from {weight.type} into {wanted}: {error}"
             raise CheckpointError(weight.file, reason, weight.name) from error
