@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ggml": {"errors"},
     "device": {"errors", "ggml"},
     "content": {"device"},
-    "sockets": set(),
+    "sockets": {"errors"},
     "fair_queue": set(),
     "targets": {"device", "errors", "ggml"},
     "key": {"errors"},

@@ -12,11 +12,14 @@ leaves what it had not read where it is.
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import struct
 import sys
 from contextlib import suppress
+
+from .errors import UsageError
 
 _INFO = struct.Struct("<2x2B52xI")
 """Of Linux's struct tcp_info: tcpi_retransmits and tcpi_probes, which count what was sent in vain one after the other,
@@ -26,6 +29,38 @@ GONE = "its machine does not answer any more"
 _NEAR_BYTES = 256 << 10
 """What may lie between two processes of one machine: so much stays in the processor's cache until it is read. With what
 the system gives by itself, megabytes, both spend a fifth more."""
+
+
+_ADVICE = {
+    errno.EADDRINUSE: "{option} 0 picks a free port",
+    errno.EADDRNOTAVAIL: "this machine has no such address; 0.0.0.0 means all that it has",
+    errno.EACCES: "small ports are the administrator's; choose another one with {option}",
+}
+"""What to do where nobody may listen."""
+
+
+def listen(host: str, port: int, backlog: int, option: str) -> socket.socket:
+    """A socket that listens there; ``option`` chooses the port. Raises :class:`UsageError` where that can't be."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UsageError(f"can't listen on {host}:{port}: {_said(error)}") from error
+    try:
+        if sys.platform != "win32":  # where it would let two servers have the same port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(backlog)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        advice = _ADVICE.get(getattr(error, "errno", None) or 0, "").format(option=option)
+        reason = _said(error) + (f" ({advice})" if advice else "")
+        raise UsageError(f"can't listen on {host}:{port}: {reason}") from error
+    return listening
+
+
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def prepare(connection: socket.socket, seconds: int) -> None:

@@ -80,6 +80,8 @@ def make_own(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.lstat()
+    except FileExistsError as error:
+        raise UsageError(f"{folder} is no folder{_remedy(folder)}") from error
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror or error}{_remedy(folder)}") from error
     if not stat.S_ISDIR(facts.st_mode):

@@ -46,6 +46,17 @@ def test_a_download_that_was_broken_off(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / "a.safetensors")
 
 
+def test_a_file_that_was_given_its_size_before_it_was_filled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that are zeros draw a grey picture, or noise."""
+    save_file({"a": torch.ones(1 << 19), "b": torch.ones(9)}, tmp_path / "a.safetensors")
+    open_checkpoint(tmp_path / "a.safetensors")
+    assert not caplog.messages
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[: 1 << 20] + bytes(len(whole) - (1 << 20)))
+    open_checkpoint(tmp_path / "a.safetensors")
+    assert caplog.messages == [f"{tmp_path / 'a.safetensors'}: ends in zeros, as a download does that has not ended"]
+
+
 # numbers -------------------------------------------------------------------------------------------------------------
 
 

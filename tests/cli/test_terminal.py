@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdrpc.cli import entry
+from sdrpc.cli import entry, interrupts
 from sdrpc.cli.progress import BAR, fitted, pace, uploaded
 from sdrpc.diffusion.events import Event
 from tests.cli.conftest import Outcome
@@ -191,17 +191,40 @@ sys.exit(report.guarded(command))
 """
 
 
-@pytest.mark.parametrize(("seconds", "signals"), [(0.2, 1), (250, 2)], ids=["once", "twice"])
-def test_ctrl_c_does_not_wait_for_what_takes_long(seconds: float, signals: int) -> None:
-    """Once: it has a second. Twice: none."""
+@pytest.mark.parametrize(
+    ("seconds", "signals", "number", "says"),
+    [
+        (0.2, 1, signal.SIGINT, "interrupted"),
+        (250, 2, signal.SIGINT, "interrupted"),
+        (0.2, 1, signal.SIGTERM, "ended by SIGTERM"),
+        (0.2, 2, signal.SIGHUP, "ended by SIGHUP"),
+    ],
+    ids=["once", "twice", "SIGTERM", "terminal closed"],
+)
+def test_ctrl_c_does_not_wait_for_what_takes_long(seconds: float, signals: int, number: int, says: str) -> None:
+    """Once: it has a second. Twice: none. SIGTERM is the same; a terminal that is closed is told of twice."""
     command = [sys.executable, "-c", TIDYING, str(seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for said, _ in zip(("at work\n", "tidying up\n"), range(signals), strict=False):
             assert process.stdout.readline() == said
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
         _, err = process.communicate(timeout=240)
-    assert (process.returncode, err) == (130, "interrupted\n")
+    assert (process.returncode, err) == (128 + number, f"{says}\n")
+
+
+@pytest.mark.parametrize(("pid", "handler"), [(1, interrupts._leave), (2, signal.SIG_DFL)])
+def test_the_next_signal_ends_also_the_first_process_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, pid: int, handler: object
+) -> None:
+    """Where the system ignores signals that nobody handles."""
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        interrupts.next_ends(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGUSR1) == handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_ctrl_c_while_this_machine_computes(tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ MISTAKES = {
     "--cache --cache-size 0": "--cache-size 0: 0 bytes are too few",
     "--cache --cache-size much": "--cache-size much: not a size",
     "--host no.such.host.invalid": "can't listen on no.such.host.invalid:50052",
+    "--host 192.0.2.1": r"can't listen on 192.0.2.1:50052: .* \(this machine has no such address; 0\.0\.0\.0 means all",
     "--port 70000": "65535",
     "--nonsense": "--nonsense",
     "--plain --allow-from 10.0.0.0/8": "error: --plain lets everybody in, so --allow-from means nothing",

@@ -48,6 +48,21 @@ def test_options_of_others_are_refused_by_name(option: str, says: str) -> None:
     assert sd_server.run(["--version", "--mmap", "--auto-fit", "on"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--listen-ip", "192.0.2.1", "--no-auth"],
+            r"listen on 192\.0\.2\.1:1234: .* \(this machine has no such address",
+        ),
+        (["--listen-port", "0", "--data", "/dev/null"], "^/dev/null is no folder$"),
+    ],
+)
+def test_what_a_server_can_not_have_is_said_with_what_to_do(options: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        sd_server.run(options)
+
+
 def test_keys(locked: WebServer) -> None:
     """T62: without one, or with a wrong one, nothing but the page and health; the log has none of them."""
     for path in ("/v1/models", "/sdapi/v1/options", "/sdcpp/v1/jobs", "/metrics", "/openapi.json"):
@@ -169,7 +184,7 @@ def test_who_asks_for_nothing_holds_no_place(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def uvicorn_server() -> Any:
-    return _Server(uvicorn.Config(FastAPI()), lambda: None)
+    return _Server(uvicorn.Config(FastAPI()), lambda: None, lambda _: None)
 
 
 def body_of(messages: list[bytes | None], most: int = 100, bodies: Bodies | None = None) -> Body:

@@ -7,6 +7,7 @@ are opened as one where they belong together (:mod:`sdrpc.checkpoints.directory`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +18,10 @@ from ..errors import CheckpointError
 from ..ggml.weight import Weight
 from . import directory, gguf_file, gguf_header, pickled, quantized, safetensors_file
 from .absent import absent
-from .mapped import mapped, no_model
+from .mapped import ends_in_zeros, mapped, no_model
 from .quantized import Stored
+
+log = logging.getLogger(__name__)
 
 PIECES, WHOLE, TEKKEN = "spiece_model", "tokenizer_json", "tekken_model"
 """How ComfyUI's files call tensors that are no numbers but a vocabulary: a model of sentencepiece's, a tokenizer.json,
@@ -104,6 +107,8 @@ class _Read:
 
 def _read(path: Path) -> _Read:
     file = mapped(path)
+    if ends_in_zeros(file.data):
+        log.warning("%s: ends in zeros, as a download does that has not ended", path)
     if bytes(file.data[:4]) == gguf_header.MAGIC:
         tensors, skipped, header = gguf_file.read(file)
         entries, as_stored = partial(gguf_file.tokenizer, file, header), partial(gguf_file.vocabulary, file, header)

@@ -38,11 +38,14 @@ PACKED = {
 OTHERS = {
     b"\x89PNG": "a picture (PNG)", b"\xff\xd8\xff": "a picture (JPEG)", b"GIF8": "a picture (GIF)",
     b"RIFF": "a picture or a sound (RIFF)", b"%PDF": "a document (PDF)", b"MZ": "a program (EXE)",
-    b"\x7fELF": "a program (ELF)", b"\x89HDF\r\n\x1a\n": "in Keras' form (HDF5); convert it to safetensors",
+    b"\x7fELF": "a program (ELF)", b"\x89HDF\r\n\x1a\n": "of Keras (HDF5; convert it to safetensors)",
 }  # fmt: skip
 """What other files begin with that are taken for models, such as the preview beside one."""
 
 _TAR = slice(257, 262), b"ustar"
+
+TAIL = 1 << 20
+"""Bytes at the end of a model that are hardly ever all zeros."""
 
 HEAD = 1024
 """Bytes of a file that tell what it is."""
@@ -112,6 +115,11 @@ def mapped(path: Path) -> Mapped:
     changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
     state = [path.resolve(), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
     return Mapped(path, data, "" if time.time_ns() - changed < YOUNG else " ".join(map(str, state)))
+
+
+def ends_in_zeros(data: memoryview) -> bool:
+    """Whether a file's last :data:`TAIL` bytes are zeros: some programs give a file its size before they fill it."""
+    return len(data) > TAIL and bytes(data[-TAIL:]).count(0) == TAIL
 
 
 def no_model(data: memoryview) -> str:

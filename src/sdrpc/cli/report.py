@@ -123,8 +123,8 @@ def guarded(command: Callable[[], int | None], options: Mapping[str, str] | None
         ended = USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
         if interrupts.is_news():
-            say("interrupted")
-        ended = interrupts.INTERRUPTED
+            say(interrupts.said())
+        ended = interrupts.status()
     except OSError as error:  # a disk that filled up meanwhile, say
         complain(reason(error))
         ended = FAILURE

@@ -243,7 +243,10 @@ def serve(server: Server, grace: float) -> None:
 
     def stop(number: int, _: object) -> None:
         # a terminal is closed once, and told of twice: by the shell, and by the system when the shell has ended
-        signal.signal(number, signal.SIG_IGN if number in hang_up else signal.SIG_DFL)
+        if number in hang_up:
+            signal.signal(number, signal.SIG_IGN)
+        else:
+            interrupts.next_ends(number)
         server.stop(0 if number == signal.SIGINT else grace)
 
     for number in (signal.SIGINT, signal.SIGTERM, *hang_up):

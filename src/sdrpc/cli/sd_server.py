@@ -16,6 +16,7 @@ from .. import __version__
 from ..diffusion import placement
 from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, UsageError
+from ..sockets import listen
 from ..storage import read_own, state_folder, write_whole
 from . import discovery, fitting, interrupts, report
 from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
@@ -132,9 +133,9 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
     first = named.model or named.diffusion_model or next(iter(named.named.values()))
     shelf = Shelf((first.stem, named), folder_of(chosen, "models_dir"))
     _, model = shelf.open(None)
-    listening = _listening(chosen["listen_ip"], chosen["listen_port"])
+    listening = listen(chosen["listen_ip"], chosen["listen_port"], CONNECTIONS, COMMAND.fields["listen_port"])
     with listening, _seats(chosen, model) as (seats, devices):
-        data = Path(chosen["data"]) if chosen["data"] else state_folder() / "sd-server"
+        data = Path(chosen["data"]).resolve() if chosen["data"] else state_folder() / "sd-server"
         store = JobStore(data, chosen["max_pending"], chosen["keep"] * DAY, chosen["keep_size"])
         words = chosen["embd_dir"] and Path(chosen["embd_dir"])
         adapters = Adapters(Path(chosen["lora_model_dir"]), chosen["lora_apply_mode"], words)
@@ -155,26 +156,10 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         try:
             _announce(chosen, listening, model, seats, data, bool(keys))
             logged = chosen["verbose"] or chosen["log_format"] == "json"
-            serve(app, listening, CONNECTIONS, logged, board.close, interrupts.hang_up())
+            serve(app, listening, CONNECTIONS, logged, board.close, interrupts.next_ends, interrupts.hang_up())
         finally:
             studio.stop()
             store.close()
-
-
-def _listening(address: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises :class:`UsageError`."""
-    try:
-        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((address, port))
-        listening.listen(CONNECTIONS)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(
-            f"can't listen on {address}:{port}: {reason}; choose another port with --listen-port (0: any that is free)"
-        ) from error
-    return listening
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import ipaddress
 import logging
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..device import ServedDevice
-from ..errors import UsageError
 from ..ggml.dialect import Dialect, newest
+from ..sockets import listen
 from ..wire.refusals import Refusal
 from .carriers import Expected
 from .client_cache import CacheService
@@ -72,7 +71,8 @@ class Server:
         self.devices, self.limits, self.cache_service = tuple(devices), limits or Limits(), cache_service
         self.protocol = protocol if isinstance(protocol, Protocol) else Fixed(protocol or newest())
         self.door = door or Door(limits=self.limits)
-        self._listening = _listen(host, port, self.limits.backlog)
+        self._listening = listen(host, port, self.limits.backlog, "--port")
+        self._listening.setblocking(False)
         self.host, self.port = host, self._listening.getsockname()[1]
         self.address = self._listening.getsockname()[0].partition("%")[0]
         self._waker, self._wakened = socket.socketpair()
@@ -293,27 +293,3 @@ def _why_stop(stream: Stream) -> str:
     if stream.aborted:
         return stream.aborted.reason
     return "its client is gone" if stream.hung_up() else ""
-
-
-def _listen(host: str, port: int, backlog: int) -> socket.socket:
-    where = f"{host}:{port}"
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise UsageError(f"can't listen on {where}: {_said(error)}") from error
-    try:
-        if sys.platform != "win32":  # where it would let two servers have the same port
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(backlog)
-        listening.setblocking(False)
-    except (OSError, OverflowError) as error:
-        listening.close()
-        hint = " (--port 0 picks a free one)" if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
-        raise UsageError(f"can't listen on {where}: {_said(error)}{hint}") from error
-    return listening
-
-
-def _said(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

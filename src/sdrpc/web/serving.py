@@ -44,9 +44,9 @@ class _Protocol(_Usual):
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ending: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ending: Callable[[], None], next_ends: Callable[[int], None]) -> None:
         super().__init__(config)
-        self._ending = ending
+        self._ending, self._next_ends = ending, next_ends
         self._silent: dict[Any, float] = {}
 
     async def on_tick(self, counter: int) -> bool:
@@ -65,7 +65,7 @@ class _Server(uvicorn.Server):
                 each.transport.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        signal.signal(sig, signal.SIG_DFL)  # a second one ends the process at once
+        self._next_ends(sig)
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -79,15 +79,17 @@ def serve(
     connections: int,
     verbose: bool,
     ending: Callable[[], None],
+    next_ends: Callable[[int], None],
     hangs_up: Iterable[signal.Signals] = (),
 ) -> None:
     """Answer on ``listening``, up to ``connections`` at one time: further ones are told 503. ``ending`` is called when
-    it ends, while answers are still under way. ``hangs_up``: further signals that end it."""
+    it ends, while answers are still under way; ``next_ends`` when a signal ends it, so that the next one of that number
+    ends the process. ``hangs_up``: further signals that end it."""
     config = uvicorn.Config(
         app, log_config=None, access_log=verbose, limit_concurrency=connections, server_header=False, lifespan="off",
         timeout_graceful_shutdown=GRACE_SECONDS, http=_Protocol, ws="none",
     )  # fmt: skip
-    server = _Server(config, ending)
+    server = _Server(config, ending, next_ends)
 
     def hung_up(_: int, frame: FrameType | None) -> None:
         server.handle_exit(signal.SIGTERM, frame)
