@@ -64,6 +64,15 @@ def test_without_a_home_nothing_is_kept_and_everything_works() -> None:
     assert done.stderr.count("set HOME, or SDRPC_CACHE and SDRPC_STATE") == 1
 
 
+def test_a_tilde_that_no_shell_has_read_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a unit of systemd or a container says it; a folder called ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("SDRPC_CACHE", "SDRPC_STATE"):
+        monkeypatch.setenv(variable, "~/data")
+    assert storage.cache_folder("graphs") == tmp_path / "data" / "graphs"
+    assert storage.state_folder() == tmp_path / "data"
+
+
 def test_cache_folder_deleted_meanwhile_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     storage.write_whole(folder / "x", b"1")

@@ -49,7 +49,7 @@ def state_folder() -> Path:
 def _folder(variable: str, kind: str) -> Path:
     chosen = os.environ.get(variable)
     if chosen:
-        return Path(chosen)
+        return Path(os.path.expanduser(chosen))  # no shell has read it where a unit or a container says it
     import platformdirs
 
     try:

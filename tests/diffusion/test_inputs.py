@@ -243,8 +243,15 @@ def test_no_file_breaks_more_than_itself(format: str) -> None:
 def test_what_is_no_picture_or_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="is no picture that sdrpc reads"):
         read_picture("init_image", b"GGUF and so on")
-    with pytest.raises(InvalidValue, match="No such file"):
+    with pytest.raises(InvalidValue, match=r"No such file or directory$"):
         read_picture("init_image", tmp_path / "missing.png")
+    (tmp_path / "cat.png").touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    for name, says in (("Cat.png", "did you mean .*cat.png"), ("gone.png", "is a link to .*nowhere.png, which is not")):
+        with pytest.raises(InvalidValue, match=says):
+            read_picture("init_image", tmp_path / name)
+    with pytest.raises(InvalidValue, match="is an address, not a file: pictures are not fetched"):
+        read_picture("init_image", Path("https://example.org/cat.png"))
     with pytest.raises(InvalidValue, match="directory"):
         read_mask("mask", tmp_path)
     with pytest.raises(InvalidValue, match="broken"):

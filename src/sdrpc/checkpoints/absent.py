@@ -13,15 +13,18 @@ LOOKED_AT = 2000
 _ADDRESS = re.compile("[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
-def absent(path: Path) -> str:
+MODELS = "models"
+
+
+def absent(path: Path, kind: str = MODELS) -> str:
     """The reason that an error gives for ``path``, where nothing is: an address, a link to nothing, or a name that is
-    nearly one of those there."""
+    nearly one of those there. ``kind``: what was looked for."""
     if _ADDRESS.match(str(path)):
-        return "is an address, not a file: models are not fetched; download it, and give the file's name"
+        return f"is an address, not a file: {kind} are not fetched; download it, and give the file's name"
     if path.is_symlink():
         return f"is a link to {os.readlink(path)}, which is not there"
     reason = "No such file or directory"
-    if len(path.parts) == 2 and not path.parent.exists():  # such as stabilityai/sdxl-turbo
+    if kind == MODELS and len(path.parts) == 2 and not path.parent.exists():  # such as stabilityai/sdxl-turbo
         return f"{reason} (models are not fetched from a hub: download it, and give its folder or file)"
     names = _names(path.parent)
     stem = Path(path.name.strip()).stem.lower()

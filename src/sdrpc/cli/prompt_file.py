@@ -25,6 +25,10 @@ def read_prompt(field: str, name: str) -> str:
         else:
             with Path(name).open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        from ..checkpoints.absent import absent
+
+        raise InvalidValue(field, name, absent(Path(name), "prompts")) from error
     except OSError as error:
         raise InvalidValue(field, name, f"can't be read: {error.strerror or error}") from error
     if len(data) > MAX_BYTES:

@@ -112,7 +112,8 @@ def _check_layers(asked: Asked) -> None:
     if left_out is None:
         return
     if not model.family.skips_layers:
-        raise InvalidValue("slg_scale", "skip layer guidance", f"{model.family.title} has none; leave it 0")
+        said = f"{model.family.title} has no skip layer guidance; leave it 0"
+        raise InvalidValue("slg_scale", f"{left_out.scale:g}", said)
     layers, last = left_out.layers, model["diffusion"].config["num_layers"] - 1
     if not 0 <= layers[0] <= layers[-1] <= last:
         raise InvalidValue("skip_layers", ",".join(map(str, layers)), f"they are 0 … {last}")

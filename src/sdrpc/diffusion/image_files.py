@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..checkpoints.absent import absent
 from ..checkpoints.mapped import HEAD, mistaken
 from ..errors import InvalidValue
 from .pictures import Pixels
@@ -83,6 +84,8 @@ def opened(field: str, source: Path | bytes, use: Callable[[Image.Image], T]) ->
     name = source if isinstance(source, Path) else f"{len(source)} bytes"
     try:
         data = source if isinstance(source, bytes) else _bytes(field, source)
+    except FileNotFoundError as error:
+        raise InvalidValue(field, name, absent(Path(error.filename), "pictures")) from error
     except OSError as error:
         raise InvalidValue(field, name, f"can't be read: {error.strerror or error}") from error
     try:
