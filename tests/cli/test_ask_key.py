@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
-from sdrpc.cli import devices, report
+from sdrpc.cli import devices, interrupts, report
 from sdrpc.client import Keychain
 from sdrpc.errors import KeyNeeded
 from sdrpc.key import Key
@@ -73,6 +74,21 @@ def test_who_gives_no_key_gets_the_error(
     Person(monkeypatch, *answers)
     with pytest.raises(KeyNeeded):
         opened(server, tmp_path / "servers.json")
+
+
+def test_who_interrupts_the_question_sees_no_traceback(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With Ctrl-C or Ctrl-D, as click has it."""
+    Person(monkeypatch)
+    monkeypatch.setattr(interrupts, "_news", threading.Lock())
+
+    def interrupted(*_text: object, **_how: object) -> str:
+        raise click.Abort
+
+    monkeypatch.setattr(click, "prompt", interrupted)
+    assert report.guarded(lambda: opened(server, tmp_path / "servers.json")) == 130
+    assert capfd.readouterr().err.splitlines()[1:] == ["interrupted"]
 
 
 def test_scripts_are_not_asked(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

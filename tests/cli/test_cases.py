@@ -117,6 +117,17 @@ def test_picture_lost_at_the_end_is_refused_before_it_is_drawn(draw: Sd, tmp_pat
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
+def test_a_file_that_is_protected_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that takes new files, a new one took its place."""
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"dear")
+    kept.chmod(0o444)
+    access = os.access  # of an administrator all is writable
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != kept and access(path, mode))
+    with pytest.raises(InvalidValue, match=r"kept\.png: can't write there: it is read-only"):
+        check_writable([kept])
+
+
 def test_picture_lost_at_the_end_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is mounted can't be replaced, but it can be written."""
     target = tmp_path / "out.png"

@@ -214,6 +214,7 @@ MISTAKES = {
     "--host 192.0.2.1": r"can't listen on 192.0.2.1:50052: .* \(this machine has no such address; 0\.0\.0\.0 means all",
     "--port 70000": "65535",
     "--nonsense": "--nonsense",
+    "-m 8000": "error: -m: .*--max-memory 8G",
     "--plain --allow-from 10.0.0.0/8": "error: --plain lets everybody in, so --allow-from means nothing",
     "--plain --require-key": "error: --plain lets everybody in, so --require-key means nothing",
     "--allow-from here": "--allow-from here: not a network",

@@ -101,8 +101,8 @@ def check_writable(paths: Sequence[Path], field: str = "output") -> None:
         else:
             if stat.S_ISDIR(mode):
                 raise InvalidValue(field, path, "is a directory")
-            if os.access(path, os.W_OK):  # a file that was mounted into a container is no more than that
-                refusal = ""
+            # a file that was mounted into a container is no more than that; one that is protected stays as it is
+            refusal = "" if os.access(path, os.W_OK) else refusal or "it is read-only"
         if refusal:
             raise InvalidValue(field, path, f"can't write there: {refusal}")
 

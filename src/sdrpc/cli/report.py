@@ -121,7 +121,7 @@ def guarded(command: Callable[[], int | None], options: Mapping[str, str] | None
     except SdrpcError as error:
         complain(said(error, options or {}))
         ended = USAGE if isinstance(error, UsageError) else FAILURE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):  # the latter at a question, also where its answer is Ctrl-D
         if interrupts.is_news():
             say(interrupts.said())
         ended = interrupts.status()

@@ -26,7 +26,7 @@ from ..storage import cache_folder
 from . import interrupts, keys, report
 from .command import Command
 from .entry import importing, ready
-from .server_options import AUTO, OPTIONS
+from .server_options import AUTO, OPTIONS, REFUSED
 
 if TYPE_CHECKING:
     from ..device import ServedDevice
@@ -108,6 +108,7 @@ COMMAND = Command(
     "rpc-server",
     OPTIONS,
     rpc_server,
+    REFUSED,
     acts_on={"cache_size": "cache"},
     bare=True,
     first=(KEYS,),

@@ -84,3 +84,9 @@ OPTIONS = (
            help='Print a script that completes options in a shell: eval "$(rpc-server --completion bash)".'),
     Option(ABOUT, "--version", is_flag=True, help="Print versions and exit."),
 )  # fmt: skip
+
+REFUSED = dict.fromkeys(
+    ("-m", "--mem"),
+    "how much memory clients are told of, in older servers of ggml's: --max-memory 8G bounds what they get",
+)
+"""Options of ggml's rpc-server that this one refuses."""
