@@ -195,6 +195,12 @@ def upscale(mode: int) -> Case:
     return lambda leaves: [b.node("UPSCALE", leaves.normal(5, 4, 3, 2), params=Upscale(mode), ne=(11, 7, 3, 2))]
 
 
+def clamped_far(leaves: Leaves) -> list[Tensor]:
+    """Between limits that a narrow dtype does not hold."""
+    product = b.mul_mat(leaves.normal(33, 9), leaves.normal(33, 5))
+    return [product, b.node("CLAMP", product, params=Clamp(-3.4e38, 3.4028234e38))]
+
+
 CASES: dict[str, Case] = {
     **{f"{op} alike": two(op, (7, 5, 3, 2), (7, 5, 3, 2)) for op in ("ADD", "SUB", "MUL", "DIV")},
     **{f"{op} row": two(op, (7, 5, 3, 2), (7,)) for op in ("ADD", "MUL", "DIV")},
@@ -206,6 +212,7 @@ CASES: dict[str, Case] = {
     "SCALE": one("SCALE", 7, 5, params=Scale(0.3, 0.0)),
     "SCALE bias": one("SCALE", 7, 5, params=Scale(-0.3, 0.7)),
     "CLAMP": one("CLAMP", 7, 5, params=Clamp(-0.5, 0.25)),
+    "CLAMP far": clamped_far,
     "LEAKY_RELU": one("LEAKY_RELU", 7, 5, params=LeakyRelu(0.1)),
     "ARGMAX": one("ARGMAX", 13, 5),
     "ARGSORT up": one("ARGSORT", 13, 5, params=ArgSort(0)),

@@ -96,10 +96,18 @@ def _scale(v: Value[Scale], x: Tensor) -> Tensor:
 
 
 def _clamp(v: Value[Clamp], x: Tensor) -> Tensor:
-    p = v.params
-    if p.min > p.max:  # everything becomes the lower bound, as in ggml
-        return torch.full_like(x, p.min)
-    return x.clamp(p.min, p.max)
+    low, high = (_held(limit, x.dtype) for limit in v.params)
+    if v.params.min > v.params.max:  # everything becomes the lower bound, as in ggml
+        return torch.full_like(x, low)
+    return x.clamp(low, high)
+
+
+def _held(limit: float, dtype: torch.dtype) -> float:
+    """A limit as a dtype has it: the last number before infinity for those that lie farther."""
+    if not dtype.is_floating_point or math.isinf(limit):
+        return limit
+    last = torch.finfo(dtype).max
+    return min(max(limit, -last), last)
 
 
 def _leaky_relu(v: Value[LeakyRelu], x: Tensor) -> Tensor:
