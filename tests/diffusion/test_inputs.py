@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from contextlib import suppress
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdrpc.diffusion.denoising import Guess, kept_outside
-from sdrpc.diffusion.image_files import MAX_PIXELS, read_mask, read_picture
+from sdrpc.diffusion.image_files import MAX_PIXELS, READERS, read_mask, read_picture, read_pictures
 from sdrpc.diffusion.inputs import latent_mask, reference_size, steps_left_out
 from sdrpc.diffusion.pictures import fitted, from_pixels, to_pixels
 from sdrpc.diffusion.request import Request
@@ -139,6 +140,19 @@ def test_a_file_gives_its_pixels(format: str, tmp_path: Path) -> None:
     path.write_bytes(encoded(Image.fromarray(image), format, **({"lossless": True} if format == "WEBP" else {})))
     np.testing.assert_array_equal(read_picture("init_image", path), image)
     assert read_mask("mask", path).shape == (9, 7)
+
+
+def test_each_field_of_a_request_that_is_a_picture_can_be_read_from_a_file() -> None:
+    assert {field.name for field in fields(Request) if "Pixels" in str(field.type)} == set(READERS)
+
+
+def test_of_files_a_request_takes_one_for_each_field_and_all_references() -> None:
+    files = [encoded(Image.fromarray(grain(2, width))) for width in (3, 4)]
+    read = read_pictures({"init_image": files, "mask": files[1:], "end_image": [], "ref_images": files})
+    assert {field: np.shape(picture) for field, picture in read.items() if field != "ref_images"} == {
+        "init_image": (2, 3, 3), "mask": (2, 4),
+    }  # fmt: skip
+    assert [picture.shape for picture in read["ref_images"]] == [(2, 3, 3), (2, 4, 3)]
 
 
 def test_a_photograph_stands_upright() -> None:

@@ -47,7 +47,7 @@ from .upscale import enlarging, on_one_device, upscaled
 if TYPE_CHECKING:
     from ..diffusion.events import Event, OnEvent
     from ..diffusion.metadata import Parameters
-    from ..diffusion.pictures import Picture, Pixels, Sound, Video
+    from ..diffusion.pictures import Picture, Sound, Video
     from ..diffusion.request import Request, Settings
     from ..families.model import Model
     from ..runtime.chain import Lanes
@@ -341,18 +341,13 @@ def _keep_sound(path: Path, sound: Sound | None) -> bool:
 
 def _pictures(chosen: Chosen) -> dict[str, Any]:
     """The request's pictures, read from the files that were named."""
-    from ..diffusion.image_files import read_mask, read_picture
+    from ..diffusion.image_files import READERS, read_pictures
 
-    def read(field: str, reader: Callable[[str, Path], Pixels]) -> Pixels | None:
-        return None if chosen[field] is None else reader(field, Path(chosen[field]))
+    def files(field: str) -> list[Path]:
+        named = chosen[field]
+        return [] if named is None else list(map(Path, named if field == "ref_images" else [named]))
 
-    return {
-        "init_image": read("init_image", read_picture),
-        "control_image": read("control_image", read_picture),
-        "end_image": read("end_image", read_picture),
-        "mask": read("mask", read_mask),
-        "ref_images": tuple(read_picture("ref_images", Path(path)) for path in chosen["ref_images"]),
-    }
+    return read_pictures({field: files(field) for field in READERS})
 
 
 def _second_upscaler(chosen: Chosen) -> str | Path:

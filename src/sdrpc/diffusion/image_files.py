@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -71,6 +71,20 @@ def read_picture(field: str, source: Path | bytes) -> Pixels:
 def read_mask(field: str, source: Path | bytes) -> Pixels:
     """The mask in a file: (height, width), how light its pixels are. As :func:`read_picture`."""
     return opened(field, source, lambda image: np.array(_flattened(ImageOps.exif_transpose(image)).convert("L")))
+
+
+READERS: Mapping[str, Callable[[str, Path | bytes], Pixels]] = {
+    "init_image": read_picture, "end_image": read_picture, "control_image": read_picture, "mask": read_mask,
+    "ref_images": read_picture,
+}  # fmt: skip
+"""The fields of a request that are pictures, with what reads their files."""
+
+
+def read_pictures(files: Mapping[str, Sequence[Path | bytes]]) -> dict[str, Any]:
+    """The fields of a request whose pictures are in ``files``: ``ref_images`` takes all that it has, each other field
+    one. Raises :class:`InvalidValue` as :func:`read_picture`."""
+    read = {field: tuple(READERS[field](field, file) for file in each) for field, each in files.items() if each}
+    return {field: pictures if field == "ref_images" else pictures[0] for field, pictures in read.items()}
 
 
 def pixels_of(field: str, source: Path | bytes) -> int:

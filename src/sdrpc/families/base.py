@@ -37,6 +37,7 @@ Config = Mapping[str, Any]
 """Arguments of a component's module class: values of JSON."""
 
 Backwards = Callable[[Iterable[str]], dict[str, tuple[str, ...]]]
+"""From the names of a module's parameters to those that a file has, each with the parameters that are made of it."""
 
 # Components ----------------------------------------------------------------------------------------------------------
 
@@ -47,8 +48,7 @@ class Naming:
 
     ``anchor``: a name (without prefix) that only this naming has. ``convert``: from the file's tensors, without their
     prefix, to those of the module, by the names of its parameters; tensors it does not understand are left out.
-    ``backwards``: the other way round, from the names of a module's parameters to those that such a file has, each with
-    the parameters that are made of it; None: that of ``convert`` if it has one (:class:`sdrpc.families.keys.Table`).
+    ``backwards``: the other way round; None: that of ``convert`` if it has one (:class:`sdrpc.families.keys.Table`).
     """
 
     anchor: str

@@ -21,7 +21,7 @@ from ..diffusion.events import Cancel, Event
 from ..diffusion.films import check_format, has_sound
 from ..diffusion.films import encode as encode_film
 from ..diffusion.hires import PIXEL_FILTERS, UPSCALERS
-from ..diffusion.image_files import read_picture
+from ..diffusion.image_files import READERS, read_picture
 from ..diffusion.loras import find, names
 from ..diffusion.metadata import QUALITY, Parameters, encode, parameters_of
 from ..diffusion.pictures import Picture, Pixels, Video
@@ -38,7 +38,7 @@ from .places import Chosen, Places
 from .seats import Drawing, OwnSeat, Placed, Seat
 from .shelf import Shelf
 from .store import JobStore, NotKept
-from .tasks import MAX_PIXELS, PICTURES, check_size, fields_of, request_of
+from .tasks import MAX_PIXELS, check_size, fields_of, request_of
 from .warm import Adapters, Warm
 
 log = logging.getLogger(__name__)
@@ -395,7 +395,7 @@ class Studio:
         self.metrics.told(seat.name, event)
 
     def _request(self, job: Job) -> Request:
-        pictures = {field: self.store.inputs(job, field) for field in PICTURES}
+        pictures = {field: self.store.inputs(job, field) for field in READERS}
         return self._with_network(request_of(job.task.request, pictures))
 
 

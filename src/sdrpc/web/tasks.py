@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..diffusion.image_files import read_mask, read_picture
-from ..diffusion.pictures import Pixels
+from ..diffusion.image_files import READERS, read_pictures
 from ..diffusion.request import Request, Settings
 from ..errors import InvalidValue
 from .jobs import Kind
@@ -18,14 +17,6 @@ MAX_FILM_PIXELS = 1 << 28
 """Of all frames of a film: 129 of 1920 × 1080."""
 
 _NOTHING = Request("")
-
-_READ: dict[str, Callable[[str, bytes], Pixels]] = {
-    "init_image": read_picture, "end_image": read_picture, "control_image": read_picture, "mask": read_mask,
-    "ref_images": read_picture,
-}  # fmt: skip
-
-PICTURES = tuple(_READ)
-"""Fields of a request that are pictures."""
 
 
 def check_size(settings: Settings) -> None:
@@ -46,7 +37,7 @@ def fields_of(request: Request, settings: Settings, kind: Kind) -> dict[str, Any
     fields = {
         entry: value
         for entry, value in vars(request).items()
-        if entry not in PICTURES and value is not None and value != getattr(_NOTHING, entry)
+        if entry not in READERS and value is not None and value != getattr(_NOTHING, entry)
     }
     fields |= {"prompt": request.prompt, "seed": settings.seed}
     if kind is Kind.FILM:
@@ -56,10 +47,8 @@ def fields_of(request: Request, settings: Settings, kind: Kind) -> dict[str, Any
 
 def request_of(fields: Mapping[str, Any], pictures: Mapping[str, Sequence[bytes]]) -> Request:
     """The request that a task keeps as ``fields``, with the files of its ``pictures``, by field."""
-    read = {field: _READ[field](field, data[0]) for field, data in pictures.items() if data}
-    references = tuple(read_picture("ref_images", data) for data in pictures["ref_images"])
     asked = {name: _tuples(value) for name, value in fields.items()}
-    return Request(**{**asked, **read, "ref_images": references})
+    return Request(**asked | read_pictures(pictures))
 
 
 def _tuples(value: Any) -> Any:

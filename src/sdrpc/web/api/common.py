@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from ...diffusion.image_files import pixels_of, read_mask, read_picture
+from ...diffusion.image_files import pixels_of, read_pictures
 from ...diffusion.request import Request
 from ...errors import CheckpointError, InvalidValue, SdrpcError, UsageError
 from ..board import Progress
@@ -100,9 +100,8 @@ async def submit(
 
     def enter() -> Job:
         check_pictures(given)
-        read = {name: [_READ[name](name, data) for data in files] for name, files in given.items()}
-        decoded = {name: tuple(values) if name == "ref_images" else values[0] for name, values in read.items()}
-        request = Request(**{**{name: value for name, value in asked.items() if value is not None}, **decoded})
+        named = {name: value for name, value in asked.items() if value is not None}
+        request = Request(**named | read_pictures(given))
         if not 1 <= request.batch_count <= MAX_PICTURES:
             raise InvalidValue("batch_count", request.batch_count, f"it can be 1 … {MAX_PICTURES}")
         if not 1 <= (request.steps or 1) <= MAX_STEPS:
@@ -133,12 +132,6 @@ def submit_task(here: Context, who: str, task: Task, pictures: Mapping[str, Sequ
     job = here.store.submit(who, task, pictures)
     here.board.ring(job.id)
     return job
-
-
-_READ = {
-    "init_image": read_picture, "mask": read_mask, "ref_images": read_picture, "control_image": read_picture,
-    "end_image": read_picture,
-}  # fmt: skip
 
 
 def from_base64(name: str, text: str) -> bytes:
