@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdrpc.diffusion.metadata import Parameters, encode
 from sdrpc.models import LORAS
 from tests.support.references.draw import psnr
 from tests.support.upscaler import esrgan, in_process
@@ -34,6 +36,14 @@ def test_txt2img(client: Any) -> None:
     assert "Sampler: dpm++2m karras" in result.info["infotexts"][0]
     assert result.parameters["steps"] == 1
     assert "Seed: 1," in client.png_info(result.image).info
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_file_that_is_no_png_says_how_it_was_drawn_too(server: WebServer, suffix: str) -> None:
+    said = Parameters("a cat", "", 64, 64, 1, 4.0, 1, "euler", "discrete", "cuda", "0.1.0")
+    picture = encode(np.zeros((64, 64, 3), np.uint8), suffix, said)
+    answer = server.ask("/sdapi/v1/png-info", {"image": base64.b64encode(picture).decode()})
+    assert answer.json()["info"] == said.text()
 
 
 def test_img2img(client: Any) -> None:

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from sdrpc.diffusion.request import Request
 from sdrpc.errors import DoesNotFit, InvalidValue, Room
-from sdrpc.web.api import a1111, native, openai
+from sdrpc.web.api import native, openai
+from sdrpc.web.api.a1111 import drawing, extras
 from sdrpc.web.api.common import naming
 from sdrpc.web.jobs import marked, told
 from tests.web.process import SMALL, WebServer
@@ -20,9 +21,9 @@ FORM = {"image", "mask"}
 
 TABLES: Mapping[str, tuple[Mapping[str, str], tuple[type[BaseModel], ...], set[str]]] = {
     "native": (native.CALLED, (native.ImageRequest, native.VideoRequest), set()),
-    "a1111": (a1111.CALLED, (a1111.FromText, a1111.FromPicture), {"override_settings.sd_model_checkpoint"}),
+    "a1111": (drawing.CALLED, (drawing.FromText, drawing.FromPicture), {"override_settings.sd_model_checkpoint"}),
     "openai": (openai.CALLED, (openai.Edit,), FORM),
-    "enlarging": (a1111.CALLED_BY_ENLARGE, (a1111.Enlarge,), set()),
+    "enlarging": (extras.CALLED, (extras.Enlarge,), set()),
 }
 
 

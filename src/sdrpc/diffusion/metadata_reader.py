@@ -43,8 +43,8 @@ class Metadata:
 
 
 def read_metadata(source: Path | bytes) -> Metadata:
-    """The metadata of a picture, of which nothing is decoded. Raises :class:`InvalidValue` (``image``) for what is no
-    picture."""
+    """The metadata of a picture; a PNG is decoded for it, since text may stand behind its pixels. Raises
+    :class:`InvalidValue` (``image``) for what is no picture, as :func:`sdrpc.diffusion.image_files.read_picture`."""
     return opened("image", source, _read)
 
 

@@ -151,7 +151,7 @@ def _methods(request: Request) -> set[str]:
 
 
 _CALLED = {
-    f"{a1111.router.prefix}/extra-single-image": a1111.CALLED_BY_ENLARGE, a1111.router.prefix: a1111.CALLED,
+    f"{a1111.router.prefix}/extra-single-image": a1111.extras.CALLED, a1111.router.prefix: a1111.drawing.CALLED,
     openai.router.prefix: openai.CALLED, sdcpp.router.prefix: native.CALLED,
 }  # fmt: skip
 """Where a path begins → what requests there call our fields."""

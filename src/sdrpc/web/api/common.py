@@ -6,9 +6,10 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
+from fastapi import Depends
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
@@ -40,14 +41,20 @@ PLACE_SECONDS = 1.0
 """How often somebody in the line is told of another place."""
 
 
-async def context(request: HttpRequest) -> Context:  # what is not async goes through another thread
+async def _context(request: HttpRequest) -> Context:  # what is not async goes through another thread
     found: Context = request.app.state.context
     return found
 
 
-async def user(request: HttpRequest) -> str:
-    """Whose turn a request takes: its key's name, else its address."""
+async def _user(request: HttpRequest) -> str:
     return str(request.state.user)
+
+
+Here = Annotated[Context, Depends(_context)]
+"""What the server is made of, for a function that answers requests."""
+
+User = Annotated[str, Depends(_user)]
+"""Whose turn a request takes: its key's name, else its address."""
 
 
 class NoPicture(Exception):

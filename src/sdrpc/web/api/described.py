@@ -32,6 +32,10 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Nothing(TypedDict):
+    """It was done."""
+
+
 def _whole(value: Any) -> Any:
     """What JSON calls an integer: 20.0 as well."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

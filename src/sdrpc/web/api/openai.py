@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 from typing_extensions import NotRequired, TypedDict
@@ -20,7 +20,7 @@ from ...errors import InvalidValue
 from ..context import Context
 from ..jobs import Job
 from . import native
-from .common import apart, as_base64, context, naming, over, pictures_of, server_sent, submit, user, watched, why_not
+from .common import Here, User, apart, as_base64, naming, over, pictures_of, server_sent, submit, watched, why_not
 from .described import (
     FILE,
     MAX_PICTURES,
@@ -38,8 +38,6 @@ from .masks import from_alpha
 from .native import Share, Side, within
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
-Here = Annotated[Context, Depends(context)]
-User = Annotated[str, Depends(user)]
 
 MAX_PARTIAL = 3
 SIZE = r"^(auto|[0-9]{1,4}x[0-9]{1,4})$"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Response
+from fastapi import APIRouter, HTTPException, Path, Query, Response
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
@@ -20,13 +20,11 @@ from ...diffusion.schedules import SCHEDULES
 from ..context import Context
 from ..jobs import FILM_FORMATS, FORMATS, MEDIA_TYPES, Job, Kind, State
 from ..places import Said
-from .common import LOOK_SECONDS, as_base64, context, naming, pictures_of, server_sent, submit, user, watched, why_not
+from .common import LOOK_SECONDS, Here, User, as_base64, naming, pictures_of, server_sent, submit, watched, why_not
 from .described import MAX_PICTURES, MAX_SIDE, Body, EventStream, events, files, leads_to, refusals
 from .native import CALLED, ImageRequest, VideoRequest, check, fields_of, kind_of, pictures_in
 
 router = APIRouter(prefix="/sdcpp/v1", tags=["sdcpp"])
-Here = Annotated[Context, Depends(context)]
-User = Annotated[str, Depends(user)]
 Id = Annotated[str, Path(min_length=1, max_length=64)]
 Index = Annotated[int, Path(ge=0, lt=1 << 16)]
 
