@@ -7,7 +7,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from sdrpc.device import Memory
-from sdrpc.web.places import Places
+from sdrpc.web.devices import Devices
 from tests.interop.tap import HEADER, Tap
 from tests.support.null import NullDevice
 from tests.support.process import ServerProcess
@@ -66,12 +66,12 @@ class Busy(NullDevice):
         return super().memory()
 
 
-def test_a_monitor_does_not_wait_for_a_device_that_is_drawn_on(tmp_path: Path) -> None:
+def test_a_monitor_does_not_wait_for_a_device_that_is_drawn_on() -> None:
     """A thread of its own waits for the device; when that had its turn, its answer is there."""
     device = Busy()
-    places = Places([device], tmp_path / "places.json")
+    devices = Devices([device])
     with device.turns:
-        assert [places.known(0.01) for _ in range(3)] == [[], [], []]
+        assert [devices.known(0.01) for _ in range(3)] == [[], [], []]
         assert device.asked == 0
-    places.said()  # after the thread that waits
-    assert [(there.name, memory) for there, memory in places.known(0.0)] == [(device.name, device.memory())]
+    devices.said()  # after the thread that waits
+    assert [(there.name, memory) for there, memory in devices.known(0.0)] == [(device.name, device.memory())]

@@ -100,7 +100,7 @@ def test_refusals(client: openai.OpenAI, changes: dict[str, object], says: str) 
 
 
 def test_pictures_that_are_none(client: openai.OpenAI) -> None:  # type: ignore[name-defined]
-    with pytest.raises(openai.BadRequestError, match="image '7 bytes': is no picture"):
+    with pytest.raises(openai.BadRequestError, match="image '7 bytes': is a web page, not a picture"):
         client.images.edit(**SMALL, image=("a.png", b"<html/>"))
 
 

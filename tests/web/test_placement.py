@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdrpc.device import Memory
-from sdrpc.web.places import Places
+from sdrpc.web.devices import Devices
 from tests.support.null import NullDevice
 from tests.support.process import ServerProcess
 from tests.web.process import SMALL, WebServer
@@ -98,11 +98,10 @@ class Shared(NullDevice):
         return super().memory()
 
 
-def test_a_device_that_is_drawn_on_is_asked_between_two_turns(tmp_path: Path) -> None:
+def test_a_device_that_is_drawn_on_is_asked_between_two_turns() -> None:
     """Its connection is the one that pictures are drawn over."""
     device = Shared()
-    places = Places([device], tmp_path / "places.json")
-    assert [said["total"] for said in places.said()] == [device.total]
+    assert [said["total"] for said in Devices([device]).said()] == [device.total]
     assert device.asked == [True]
 
 

@@ -25,9 +25,10 @@ from sdrpc.diffusion.upscaling import Upscalers
 from sdrpc.errors import UsageError
 from sdrpc.web.api.described import PIXEL
 from sdrpc.web.board import Board
+from sdrpc.web.devices import Devices
 from sdrpc.web.jobs import Job, State, Task, chosen, in_turn
 from sdrpc.web.metrics import Metrics
-from sdrpc.web.places import Places
+from sdrpc.web.placements import Placements
 from sdrpc.web.seats import OwnSeat
 from sdrpc.web.store import JobStore, NotKept, QueueFull, on_disk
 from sdrpc.web.studio import Studio
@@ -171,10 +172,10 @@ def test_a_seat_outlives_a_full_disk(store: JobStore, tmp_path: Path, monkeypatc
     """It ended with the first job that could not be written down, and all behind it waited for ever."""
     monkeypatch.setattr("sdrpc.web.studio.PAUSE_SECONDS", 0.01)
     unused: Any = None
-    places = Places([], tmp_path / "placement.json")
+    devices, placements = Devices([]), Placements([], tmp_path / "placement.json")
     studio = Studio(
-        store, unused, [OwnSeat("CPU", unused, unused, unused)], places, Board(), Metrics(store, places), 0, 0,
-        Adapters(tmp_path, "auto"), Upscalers(None),
+        store, unused, [OwnSeat("CPU", unused, unused, unused)], devices, placements, Board(),
+        Metrics(store, devices), 0, 0, Adapters(tmp_path, "auto"), Upscalers(None),
     )  # fmt: skip
     pixel = {"image": [base64.b64decode(PIXEL)]}
 

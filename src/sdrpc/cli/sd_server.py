@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..device import Device
     from ..families.model import Model
     from ..runtime.chain import Lanes
-    from ..web.places import Shown
+    from ..web.devices import Shown
     from ..web.seats import Fit, Seat
 
 log = logging.getLogger(__name__)
@@ -121,9 +121,10 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
     from ..diffusion.upscaling import Upscalers
     from ..web.board import Board
     from ..web.context import Context
+    from ..web.devices import Devices
     from ..web.gate import Rules
     from ..web.metrics import Metrics
-    from ..web.places import Places
+    from ..web.placements import Placements
     from ..web.shelf import Shelf
     from ..web.store import JobStore
     from ..web.studio import Studio
@@ -143,15 +144,16 @@ def _serve(chosen: Chosen, keys: dict[str, str]) -> None:
         memory = {"max_vram": placement.limits(chosen["max_vram"]), "params_backend": waiting(chosen)}
 
         def elsewhere() -> Sequence[Shown]:
-            return [] if devices else list(dict.fromkeys(there for seat in seats for there in seat.devices(model)))
+            return [] if devices else list(dict.fromkeys(device for seat in seats for device in seat.devices(model)))
 
-        places = Places(devices, data / "placement.json", elsewhere)
-        board, metrics = Board(), Metrics(store, places)
+        there, placements = Devices(devices, elsewhere), Placements(devices, data / "placement.json")
+        board, metrics = Board(), Metrics(store, there)
         idle, retry = chosen["idle_unload"], chosen["rpc_retry"]
-        studio = Studio(store, shelf, seats, places, board, metrics, idle, retry, adapters, upscalers, memory)
-        app = create_app(
-            Context(store, studio, board, shelf, metrics, places), Rules(keys, frozenset(chosen["allow_host"]))
+        studio = Studio(
+            store, shelf, seats, there, placements, board, metrics, idle, retry, adapters, upscalers, memory
         )
+        context = Context(store, studio, board, shelf, metrics, there, placements)
+        app = create_app(context, Rules(keys, frozenset(chosen["allow_host"])))
         studio.start()
         try:
             _announce(chosen, listening, model, seats, data, bool(keys))

@@ -8,8 +8,9 @@ from threading import Lock
 from typing import Any
 
 from .board import Board
+from .devices import Devices
 from .metrics import Metrics
-from .places import Places
+from .placements import Placements
 from .shelf import Shelf
 from .store import JobStore
 from .studio import Studio
@@ -19,10 +20,17 @@ class Context:
     """The parts of one server."""
 
     def __init__(
-        self, store: JobStore, studio: Studio, board: Board, shelf: Shelf, metrics: Metrics, devices: Places
+        self,
+        store: JobStore,
+        studio: Studio,
+        board: Board,
+        shelf: Shelf,
+        metrics: Metrics,
+        devices: Devices,
+        placements: Placements,
     ) -> None:
         self.store, self.studio, self.board, self.shelf, self.metrics = store, studio, board, shelf, metrics
-        self.devices = devices
+        self.devices, self.placements = devices, placements
         self._lock = Lock()
         self._chosen = shelf.default
 

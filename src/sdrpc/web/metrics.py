@@ -13,8 +13,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..diffusion.events import Event
+from .devices import Devices
 from .jobs import Job, State
-from .places import Places
 from .store import JobStore
 
 STEP_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -30,9 +30,9 @@ def _count(store: JobStore, state: State) -> float:
 
 
 class Metrics:
-    """Counters of one server, and what is known of its ``places`` when somebody asks."""
+    """Counters of one server, and what is known of its ``devices`` when somebody asks."""
 
-    def __init__(self, store: JobStore, places: Places) -> None:
+    def __init__(self, store: JobStore, devices: Devices) -> None:
         self.registry = CollectorRegistry()
         named: Any = {"registry": self.registry}
         self._pictures = Counter("sdrpc_pictures", "Pictures drawn", ["seat", "model"], **named)
@@ -43,7 +43,7 @@ class Metrics:
             "sdrpc_job_wait_seconds", "Seconds from a job's arrival until it is drawn", buckets=WAIT_SECONDS, **named
         )
         self._requests = Counter("sdrpc_http_requests", "Requests answered", ["route", "status"], **named)
-        self.registry.register(_Devices(places))
+        self.registry.register(_Devices(devices))
         ProcessCollector(registry=self.registry)
         for state in (State.QUEUED, State.RUNNING):
             gauge = Gauge(f"sdrpc_jobs_{state.value}", f"Jobs that are {state.value}", **named)
@@ -80,19 +80,19 @@ class _Devices(Collector):
     """Each device's memory, and what went to each server and came from it. Those of a cluster's actors are not known to
     this process."""
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
 
     def collect(self) -> Iterator[Metric]:
         free = GaugeMetricFamily("sdrpc_device_memory_free_bytes", "Free memory of a device", labels=["device"])
         total = GaugeMetricFamily("sdrpc_device_memory_total_bytes", "Memory of a device", labels=["device"])
-        for device, memory in self._places.known(ASK_SECONDS):
+        for device, memory in self._devices.known(ASK_SECONDS):
             if memory is not None:
                 free.add_metric([device.name], memory.free)
                 total.add_metric([device.name], memory.total)
         sent = CounterMetricFamily("sdrpc_wire_sent_bytes", "Bytes sent to a server", labels=["server"])
         received = CounterMetricFamily("sdrpc_wire_received_bytes", "Bytes that came from a server", labels=["server"])
-        for traffic in self._places.traffic():
+        for traffic in self._devices.traffic():
             sent.add_metric([traffic.server], traffic.sent)
             received.add_metric([traffic.server], traffic.received)
         yield from (free, total, sent, received)

@@ -16,8 +16,8 @@ from ..diffusion.session import Session
 from ..errors import SdrpcError
 from ..families.model import Model, ModelFiles
 from ..runtime.chain import Lanes, devices_of
+from .devices import Shown
 from .jobs import Kind
-from .places import Shown
 
 Placed = Mapping[str, Sequence[Lanes]]
 """Where each component may be, in order of preference."""

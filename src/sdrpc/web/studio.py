@@ -31,10 +31,11 @@ from ..diffusion.upscaling import Upscalers
 from ..errors import Cancelled, ConnectionFailed, DeviceLost, InvalidValue, SdrpcError
 from ..families.model import Model
 from .board import Board
+from .devices import Devices
 from .enlarging import Larger, enlarged
 from .jobs import FILM_FORMATS, FORMATS, Job, Kind, State, Task, marked
 from .metrics import Metrics
-from .places import Chosen, Places
+from .placements import Chosen, Placements
 from .seats import Drawing, OwnSeat, Placed, Seat
 from .shelf import Shelf
 from .store import JobStore, NotKept
@@ -64,8 +65,8 @@ PAUSE_SECONDS = 10.0
 
 
 class Studio:
-    """``seats`` that draw the jobs of ``store``; start and stop it once. A model that somebody placed (``places``) is
-    drawn by the first of them, since others would want the same devices.
+    """``seats`` that draw the jobs of ``store``; start and stop it once. A model that somebody placed is drawn by the
+    first of them, since others would want the same devices.
 
     ``idle_seconds``: after so long without a job a seat frees its devices' memory; 0: never. ``retry``: how long a job
     waits for a server that is lost before it is put back into the queue. So is what is being drawn when the studio is
@@ -77,7 +78,8 @@ class Studio:
         store: JobStore,
         shelf: Shelf,
         seats: Sequence[Seat],
-        places: Places,
+        devices: Devices,
+        placements: Placements,
         board: Board,
         metrics: Metrics,
         idle_seconds: float,
@@ -87,7 +89,8 @@ class Studio:
         memory: Mapping[str, Any] | None = None,
     ) -> None:
         self._memory = memory or {}
-        self.store, self.shelf, self.places, self.board, self.metrics = store, shelf, places, board, metrics
+        self.store, self.shelf, self.board, self.metrics = store, shelf, board, metrics
+        self.devices, self.placements = devices, placements
         self.seats = {seat.name: seat for seat in seats}
         self._first = next(iter(self.seats.values()))
         self._idle_seconds, self._retry = idle_seconds, retry
@@ -166,7 +169,7 @@ class Studio:
         if not isinstance(self._first, OwnSeat):
             names = [device.name for device in self._first.devices(opened)]
             return dict.fromkeys(opened.components, names)
-        chosen = self.places.chosen(name)
+        chosen = self.placements.chosen(name)
         known, planned = self._plans.get(name, ({}, {}))
         found = planned if chosen == known and planned else self._by_hand(self._first, chosen, opened)
         left = {part: [AUTO] for part in _for_a_plan(chosen) if found is not planned}
@@ -177,7 +180,7 @@ class Studio:
         leaves that to a plan, it is made here."""
         if not isinstance(seat, OwnSeat):
             return None
-        chosen = self.places.chosen(name)
+        chosen = self.placements.chosen(name)
         found = self._by_hand(seat, chosen, model)
         if _for_a_plan(chosen):
             found = seat.fit(model, found, found.keys() - _for_a_plan(chosen))
@@ -187,7 +190,7 @@ class Studio:
     def _by_hand(self, seat: OwnSeat, chosen: Chosen, model: Model) -> Placed:
         """Where the seat has a model's components, or somebody put them."""
         by_hand = {part: names for part, names in chosen.items() if part in model.components}
-        return {**seat.place(model), **self.places.lanes(by_hand)}
+        return {**seat.place(model), **self.placements.lanes(by_hand)}
 
     def cancel(self, id: str) -> bool:
         """End a job, waiting or being drawn; whether there was anything to end."""
@@ -208,11 +211,11 @@ class Studio:
 
     def _work(self, seat: Seat) -> None:
         place = partial(self._placement, seat)
-        warm = Warm(seat, self.shelf, self.places.chosen, place, self._retry, self.adapters, self._memory)
+        warm = Warm(seat, self.shelf, self.placements.chosen, place, self._retry, self.adapters, self._memory)
         pruned, first = 0.0, seat is self._first
 
         def mine(job: Job) -> bool:
-            return job.task.kind in seat.kinds and (first or not self.places.chosen(job.task.model))
+            return job.task.kind in seat.kinds and (first or not self.placements.chosen(job.task.model))
 
         def look() -> None:
             """One look at the queue."""
@@ -264,9 +267,9 @@ class Studio:
         ready = seat.ready()
         for device in doubted:
             if device in seat.lost:
-                self.places.absent(device.name, f"seat {seat.name} takes no job until it is")
+                self.devices.absent(device.name, f"seat {seat.name} takes no job until it is")
             else:
-                self.places.present(device.name)
+                self.devices.present(device.name)
         return ready
 
     def _run(self, seat: Seat, job: Job, warm: Warm) -> None:
@@ -297,7 +300,7 @@ class Studio:
             self._failed(seat, job, f"{type(error).__name__}: {error}")
         finally:
             warm.rest()
-            self.places.end(job.id)
+            self.devices.end(job.id)
             with self._lock:
                 del self._running[job.id]
                 self._cancelled.discard(job.id)
@@ -359,7 +362,7 @@ class Studio:
 
     def _session(self, job: Job, warm: Warm) -> Drawing:
         session = warm.session(job.task.model)
-        self.places.begin(job.id, warm.devices)
+        self.devices.begin(job.id, warm.devices)
         return session
 
     def _larger(self, seat: Seat, job: Job, _: Warm, cancel: Cancel) -> Iterator[Made]:
@@ -373,7 +376,7 @@ class Studio:
         network = None
         if isinstance(found, Path):
             device = cast(OwnSeat, seat).upscaler()  # no others take such jobs
-            self.places.begin(job.id, [device])
+            self.devices.begin(job.id, [device])
             network = found, device, self._retry
         yield 0, encode(enlarged(image, wanted, network, on_tile, cancel), FORMATS[job.task.output_format], None)
 
@@ -388,9 +391,9 @@ class Studio:
         if event.preview is not None:
             shown |= {"preview": small(event.preview), "previews": self.board.get(job.id).previews + 1}
         if event.stage == "waiting":
-            self.places.absent(event.device, event.reason)
+            self.devices.absent(event.device, event.reason)
         elif event.stage == "reconnected":
-            self.places.present(event.device, anew=True)
+            self.devices.present(event.device, anew=True)
         self.board.show(job.id, **shown)
         self.metrics.told(seat.name, event)
 

@@ -13,7 +13,8 @@ from typing import Any
 from ..errors import SdrpcError
 from ..families.model import Model
 from ..runtime.chain import devices_of
-from .places import Chosen, Shown
+from .devices import Shown
+from .placements import Chosen
 from .seats import Drawing, Opening, Placed, Seat
 from .shelf import Shelf
 

@@ -18,8 +18,8 @@ from ...diffusion.hires import UPSCALERS
 from ...diffusion.samplers import SAMPLERS
 from ...diffusion.schedules import SCHEDULES
 from ..context import Context
+from ..devices import Said
 from ..jobs import FILM_FORMATS, FORMATS, MEDIA_TYPES, Job, Kind, State
-from ..places import Said
 from .common import LOOK_SECONDS, Here, User, as_base64, naming, pictures_of, server_sent, submit, watched, why_not
 from .described import MAX_PICTURES, MAX_SIDE, Body, EventStream, events, files, leads_to, refusals
 from .native import CALLED, ImageRequest, VideoRequest, check, fields_of, kind_of, pictures_in
@@ -408,7 +408,7 @@ class Placing(Body):
 def placement(here: Here, model: str | None = None) -> Placement:
     """Where the components of a model are."""
     name, _ = here.shelf.find(model)
-    chosen = {part: list(names) for part, names in here.devices.chosen(name).items()}
+    chosen = {part: list(names) for part, names in here.placements.chosen(name).items()}
     return {"model": name, "components": here.studio.placed(name), "chosen": chosen}
 
 
@@ -416,7 +416,7 @@ def placement(here: Here, model: str | None = None) -> Placement:
 def place(asked: Placing, here: Here) -> Placement:
     """Put components of a model on other devices, from its next picture on."""
     name, opened = here.shelf.open(asked.model)
-    here.devices.choose(name, list(opened.components), asked.components)
+    here.placements.choose(name, list(opened.components), asked.components)
     here.board.ring()
     return placement(here, name)
 
