@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sdrpc.cli import rpc_server
-from sdrpc.cli.command import Size
 from sdrpc.cli.rpc_server import COMMAND, choose
+from sdrpc.cli.values import Size
 from sdrpc.client import Keychain, connect
 from sdrpc.errors import KeyNeeded, UsageError
 from sdrpc.ggml.dialect import Version, dialects

@@ -20,9 +20,10 @@ from ..diffusion.rng import RNGS
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedules import ALIASES, SCHEDULES
 from ..runtime.lost import RETRY_SECONDS
-from .command import GIVEN, SHELLS, File, Numbers, OneOf, OnOff, Option, Seconds, Sides
+from .command import GIVEN, SHELLS, Option
 from .metadata import FORMATS as METADATA_FORMATS
 from .output import DEFAULT_OUTPUT
+from .values import File, Numbers, OneOf, OnOff, Seconds, Sides
 
 MODES = ("img_gen", "vid_gen", "upscale", "convert", "metadata")
 """What a command does, by stable-diffusion.cpp's names."""

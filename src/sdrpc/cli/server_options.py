@@ -6,7 +6,8 @@ import click
 
 from ..device import PRECISIONS
 from ..server import Limits
-from .command import SHELLS, Networks, OneOf, Option, Seconds, Size
+from .command import SHELLS, Option
+from .values import Networks, OneOf, Seconds, Size
 
 AUTO = "auto"
 MIB = 1 << 20

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import click
 
-from .command import SHELLS, OneOf, Option, Size
+from .command import SHELLS, Option
 from .options import DEVICES, FILE, MODEL
 from .options import OPTIONS as SD_CLI
 from .options import REFUSED as REFUSED_BY_SD_CLI
+from .values import OneOf, Size
 
 LISTENING, QUEUE, ABOUT = "Listening", "Queue", "About"
 DAY = 24 * 3600
