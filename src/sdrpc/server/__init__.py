@@ -17,6 +17,7 @@
     client_graphs   the graphs of one client: what they mean, which are ready to run
     packed_graphs   graphs as they were sent, which a client may ask for again
     incoming        where the data of a tensor goes while it comes
+    loads           what carriers receive, while the next message is read
     carriers        further connections of a client that carry data
     fresh_memory    memory that nobody touched before, made ready beside a receiver
     cache           tensors on disk: a folder, its files and its budget
