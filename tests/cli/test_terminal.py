@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import resource
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from sdrpc.cli import entry, interrupts
-from sdrpc.cli.progress import BAR, fitted, pace, uploaded
+from sdrpc.cli.progress import BAR, Meter, StatusLine, fitted, pace, uploaded
 from sdrpc.diffusion.events import Event
 from tests.cli.conftest import Outcome
 from tests.cli.terminal import in_terminal
@@ -143,6 +145,26 @@ def test_progress_counts_the_steps_alone(capfd: pytest.CaptureFixture[str]) -> N
 )
 def test_c8_what_an_upload_has_cost(sent: int | None, says: str) -> None:
     assert uploaded(Event("upload", "vae", 100 << 20, 100 << 20, sent, seconds=2.0)) == says
+
+
+def test_c1_the_pace_is_that_of_the_steps() -> None:
+    """What was prepared meanwhile is more than what was sent: programs were made, devices asked what they have."""
+    said: list[str] = []
+    spent = [7.0]
+    meter = Meter(StatusLine(Console(file=io.StringIO())), said.append, lambda: spent[0])
+    meter.tell(Event("sample", "diffusion", 0, 4, None, 1, 1))
+    meter.tell(Event("upload", "diffusion", 5, 5, 5, seconds=1.0))
+    spent[0] += 3
+    meter.tell(Event("reconnected", "diffusion", 1, 1, seconds=2.0, device="RPC0"))
+    meter.tell(Event("sample", "diffusion", 4, 4, None, 1, 1, 9.0))
+    assert said[-1] == "picture 1 of 1: 4 steps in 4.0 s, 1.00 it/s"
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_a_picture_is_not_for_a_terminal(name: str) -> None:
+    ended = in_terminal(["sd-cli", "-p", "x", "-o", name])
+    assert ended.status == 2
+    assert "a picture is not for a terminal" in " ".join(ended.lines)
 
 
 def test_c8_nothing_is_sent_to_a_server_that_has_it(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -67,6 +68,20 @@ def output_paths(
         return [Path(pattern)]
     path = Path(pattern)
     return [path.with_name(f"{path.stem}_{number}{path.suffix}") for number in numbers]
+
+
+def is_terminal(name: str) -> bool:
+    """Whether what is written to ``name`` comes out at a terminal: as standard output, as /dev/stdout or /dev/tty."""
+    if name == STANDARD:
+        return sys.stdout.isatty()
+    try:
+        if not stat.S_ISCHR(os.stat(name).st_mode):
+            return False
+        handle = os.open(name, os.O_WRONLY | getattr(os, "O_NOCTTY", 0))
+    except OSError:
+        return False
+    with os.fdopen(handle, "wb") as file:
+        return file.isatty()
 
 
 def frames_singly(pattern: str) -> bool:

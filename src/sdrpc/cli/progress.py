@@ -77,10 +77,13 @@ def fitted(label: str, fraction: float | None, amount: str, width: int) -> str:
 class Meter:
     """A session's events for people: what goes on in the status line, what is over in a line that stays (``say``)."""
 
-    def __init__(self, status: StatusLine, say: Say) -> None:
-        self._status, self._say = status, say
-        self._elsewhere = 0.0
-        """Seconds of the picture that is being sampled which went into captures, uploads and waiting."""
+    def __init__(self, status: StatusLine, say: Say, preparing: Callable[[], float] = lambda: 0.0) -> None:
+        """``preparing``: seconds so far that went into what captures and uploads are a part of, as far as it is
+        known."""
+        self._status, self._say, self._preparing = status, say, preparing
+        self._waited, self._prepared, self._before = 0.0, 0.0, 0.0
+        """Seconds of the picture that is being sampled which went into waiting, and into captures and uploads; and what
+        ``preparing`` was before it."""
         self._waited_for = ("", "")
         """Device and component that the last line was about, until it is there again."""
 
@@ -98,14 +101,14 @@ class Meter:
 
     def _capture(self, event: Event) -> None:
         if event.over:
-            self._elsewhere += event.seconds
+            self._prepared += event.seconds
             self._say(f"{event.component}: captured its graph, once, in {event.seconds:.1f} s")
         else:
             self._status.show(f"{event.component}: capturing its graph, once")
 
     def _upload(self, event: Event) -> None:
         if event.over:
-            self._elsewhere += event.seconds
+            self._prepared += event.seconds
             where = f", on {event.device}" if event.device else ""
             self._say(f"{event.component}: {uploaded(event)}{where}")
         else:
@@ -127,8 +130,9 @@ class Meter:
 
     def _sample(self, event: Event) -> None:
         if not event.done:
-            self._elsewhere = 0.0
-        seconds = event.seconds - self._elsewhere
+            self._waited, self._prepared, self._before = 0.0, 0.0, self._preparing()
+        prepared = max(self._prepared, self._preparing() - self._before)
+        seconds = max(event.seconds - self._waited - prepared, 0.0)
         label = f"picture {event.picture} of {event.pictures}"
         if event.over:
             self._say(f"{label}: {event.total} steps in {seconds:.1f} s{pace(event.total, seconds)}")
@@ -145,12 +149,12 @@ class Meter:
 
     def _reconnected(self, event: Event) -> None:
         self._waited_for = ("", "")
-        self._elsewhere += event.seconds
+        self._waited += event.seconds
         self._say(f"{event.component}: {event.device} is there again after {event.seconds:.1f} s, going on")
 
     def _moved(self, event: Event) -> None:
         self._waited_for = ("", "")
-        self._elsewhere += event.seconds
+        self._waited += event.seconds
         self._say(f"{event.component}: goes on with {event.device}, after {event.seconds:.1f} s")
 
     def _decode(self, event: Event) -> None:

@@ -92,9 +92,9 @@ def ask_key(server: str) -> Key | None:
     return None
 
 
-def meter() -> Meter:
-    """What shows a session's events."""
-    return Meter(status, say)
+def meter(preparing: Callable[[], float] = lambda: 0.0) -> Meter:
+    """What shows a session's events; ``preparing`` as it takes it."""
+    return Meter(status, say, preparing)
 
 
 def result(path: Path) -> None:

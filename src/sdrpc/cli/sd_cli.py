@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from .output import (
     check_sides,
     check_writable,
     frames_singly,
+    is_terminal,
     keep_elsewhere,
     output_paths,
     replace_file,
@@ -120,7 +122,7 @@ def _draw(chosen: Chosen) -> int:
     singly = film and frames_singly(output)
     first, suffixes = chosen["output_begin_idx"], FILM_SIDES if film and not singly else MAX_SIDES
     paths = output_paths(output, chosen["batch_count"], first, suffixes)
-    if output == STANDARD and sys.stdout.isatty():
+    if is_terminal(output):
         raise InvalidValue("output", output, "a picture is not for a terminal: send it to a file or a program")
     named, waits = placement.parse(chosen["backend"]), waiting(chosen)
 
@@ -186,7 +188,9 @@ def _draw(chosen: Chosen) -> int:
                 what = "pictures (-b) and, of one picture, the prompt and the negative one (--cfg-scale other than 1)"
                 report.warn(f"{' and '.join(idle)}: nothing to do; side by side are {what}")
             # resolved once, so that a random seed and what is written about the picture are one
-            drawn = (session.draw_video if film else session.draw)(settings, _teller(preview_path))
+            drawn = (session.draw_video if film else session.draw)(
+                settings, _teller(preview_path, partial(timer.spent, "capture", "upload"))
+            )
             elsewhere = _keep_all(drawn if enlarge is None else all_enlarged(drawn, enlarge), paths, singly, told)
             unused = session.unused()
     report.unused_tensors(unused, chosen["verbose"])
@@ -272,11 +276,11 @@ def _preview_path(pattern: str) -> Path:
     return path
 
 
-def _teller(preview_path: Path | None) -> OnEvent:
+def _teller(preview_path: Path | None, preparing: Callable[[], float]) -> OnEvent:
     """What shows a session's events, and keeps the newest preview in a file, as long as it can be written."""
     from ..diffusion.metadata import encode
 
-    meter = report.meter()
+    meter = report.meter(preparing)
     refused: list[OSError] = []
 
     def tell(event: Event) -> None:

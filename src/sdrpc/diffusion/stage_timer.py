@@ -34,6 +34,10 @@ class StageTimer:
             self._charge()
             self._running.pop()
 
+    def spent(self, *stages: str) -> float:
+        """Seconds of stages that are over."""
+        return sum(self.seconds.get(stage, 0.0) for stage in stages)
+
     def _charge(self) -> None:
         """Give the time since the last change to the stage that ran."""
         now = time.perf_counter()
