@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,10 @@ from ..client import Keychain, Timeouts, given_keys
 from ..diffusion import placement
 from ..errors import InvalidValue
 from . import report
+from .command import Chosen
 
 if TYPE_CHECKING:
     from ..families.model import ModelFiles
-
-Chosen = Mapping[str, Any]
-"""The options' values, by the options' names in Python."""
 
 
 def files_of(chosen: Chosen) -> ModelFiles:

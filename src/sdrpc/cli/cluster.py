@@ -11,7 +11,8 @@ from ..client import Endpoint, Keychain, RemoteDevice, Timeouts, given_keys
 from ..client.discovery import AUTO
 from ..errors import ConnectionFailed, InvalidValue, UsageError
 from ..key import Key
-from .chosen import Chosen, servers, threads, timeouts
+from .chosen import servers, threads, timeouts
+from .command import Chosen
 from .devices import every_device
 
 if TYPE_CHECKING:

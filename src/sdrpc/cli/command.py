@@ -20,6 +20,9 @@ from ..errors import CheckpointError, InvalidValue, UsageError
 from .report import USAGE, warn
 from .values import OnOff
 
+Chosen = Mapping[str, Any]
+"""The options' values, by the options' names in Python."""
+
 SHELLS = ("bash", "zsh", "fish")
 HELP_COLUMNS = 100
 """Width of --help on a terminal that is as wide."""

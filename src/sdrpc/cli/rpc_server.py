@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ..server.key_ring import KeyRing
 from ..server.negotiation import Fixed, Learning, Protocol, default_path
 from ..storage import cache_folder
 from . import interrupts, keys, report
-from .command import Command
+from .command import Chosen, Command
 from .entry import importing, ready
 from .server_options import AUTO, OPTIONS, REFUSED
 
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 1.0
 """How long each device may take to end what it computes when the server stops."""
-
-Chosen = Mapping[str, Any]
-"""The options' values, by the options' names in Python."""
 
 
 def main() -> None:

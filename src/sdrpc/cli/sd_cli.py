@@ -18,8 +18,8 @@ from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, SdrpcError, UsageError
 from ..runtime.chain import devices_of
 from . import discovery, fitting, metadata, report, streams
-from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
-from .command import Command
+from .chosen import by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
+from .command import Chosen, Command
 from .convert import convert
 from .devices import limits_of, listed, placed_devices
 from .entry import ready

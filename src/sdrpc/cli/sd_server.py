@@ -19,9 +19,9 @@ from ..errors import InvalidValue, UsageError
 from ..sockets import listen
 from ..storage import read_own, state_folder, write_whole
 from . import discovery, fitting, interrupts, report
-from .chosen import Chosen, by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
+from .chosen import by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
-from .command import Command
+from .command import Chosen, Command
 from .devices import REMOTE, Found, every_device, limits_of, resolved
 from .entry import ready
 from .options import ALWAYS_SO
