@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -380,3 +384,74 @@ def test_weights_that_are_set_anew_by_each_call() -> None:
         offloaded = sdrpc.offload(module, device)
         change(offloaded[0])
         same(offloaded(x), module(x))
+
+
+@dataclass(slots=True)
+class SlottedPlan:
+    factor: float
+
+
+class Longer(list[float]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("notes", "read", "change"),
+    [
+        (deque([2.0]), lambda it: it[0], lambda it: it.appendleft(5.0)),
+        (Longer([2.0]), lambda it: it[0], lambda it: it.insert(0, 5.0)),
+        (np.ones(2, np.float32), torch.from_numpy, lambda it: it.fill(5)),
+        (SimpleNamespace(factor=2.0), lambda it: it.factor, lambda it: setattr(it, "factor", 5.0)),
+        (SlottedPlan(2.0), lambda it: it.factor, lambda it: setattr(it, "factor", 5.0)),
+    ],
+    ids=["deque", "subclass of list", "array", "namespace", "slots"],
+)
+@torch.no_grad()
+def test_whatever_holds_numbers_counts_by_what_it_holds(
+    notes: Any, read: Callable[[Any], Any], change: Callable[[Any], Any]
+) -> None:
+    module, x = Calling(lambda x: x * read(module.notes)), torch.ones(2)
+    module.notes = notes
+    offloaded = sdrpc.offload(module, ReferenceDevice())
+    given = sdrpc.offload(Calling(lambda x, notes: x * read(notes)), ReferenceDevice())
+    for _ in range(2):
+        same(offloaded(x), module(x))
+        same(given(x, notes), module(x))
+        change(notes)
+
+
+def _scaled(x: Tensor, by: tuple[float, ...] = (2.0,), *, kind: type = Plan) -> Tensor:
+    return x * by[0] * kind.strength * _scaled.factor * settings.scale * elsewhere.strength  # type: ignore[attr-defined, no-any-return]
+
+
+def _doubled(x: Tensor, by: tuple[float, ...] = (2.0,), *, kind: type = Plan) -> Tensor:
+    return x * 2 * by[0]
+
+
+settings, elsewhere = ModuleType("settings"), type("Options", (), {"__module__": "others"})()
+
+
+@torch.no_grad()
+def test_whatever_functions_mean_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their defaults, attributes and code, classes, modules of Python's and what they name of others' objects."""
+    monkeypatch.setattr(_scaled, "factor", 2.0, raising=False)
+    monkeypatch.setattr(settings, "scale", 2.0, raising=False)
+    monkeypatch.setattr(elsewhere, "strength", 2.0, raising=False)
+    module, x, before = Calling(_scaled), torch.ones(2), None
+    offloaded = sdrpc.offload(module, ReferenceDevice())
+    for owner, name, value in (
+        (_scaled, "factor", 3.0),
+        (settings, "scale", 3.0),
+        (elsewhere, "strength", 3.0),
+        (Plan, "strength", 3.0),
+        (_scaled, "__defaults__", ((3.0,),)),
+        (_scaled, "__kwdefaults__", {"kind": Reading}),
+        (_scaled, "__code__", _doubled.__code__),
+    ):
+        if name == "__kwdefaults__":
+            monkeypatch.setattr(Reading, "strength", 7.0, raising=False)
+        monkeypatch.setattr(owner, name, value)
+        wanted = module(x)
+        assert before is None or not torch.equal(before, wanted), name
+        before = wanted
+        same(offloaded(x), wanted)

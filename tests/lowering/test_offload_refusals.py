@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -261,3 +263,32 @@ def test_compiled_code_and_traces_are_refused_by_name() -> None:
         sdrpc.offload(nn.Sequential(scripted), ReferenceDevice())(x)
     with pytest.raises(UsageError, match="an offloaded Linear can't be traced or exported"):
         torch.fx.symbolic_trace(sdrpc.offload(nn.Linear(3, 3), ReferenceDevice()))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*quantized:UserWarning")
+@torch.no_grad()
+def test_buffers_that_devices_do_not_have_are_refused() -> None:
+    """A quantized one ended the process."""
+    for buffer in (torch.eye(2).to_sparse(), torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)):
+        module = Calling(lambda x: x * 2)
+        module.register_buffer("table", buffer)
+        with pytest.raises(CaptureError, match="table is sparse or quantized"):
+            sdrpc.offload(module, ReferenceDevice())(torch.ones(2))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+@torch.no_grad()
+def test_random_numbers_of_others_are_said(draw: Callable[[], float], caplog: pytest.LogCaptureFixture) -> None:
+    offloaded = sdrpc.offload(Calling(lambda x: x * draw()), ReferenceDevice())
+    for _ in range(2):
+        offloaded(torch.ones(2))
+    assert [r.getMessage() for r in caplog.records if "draws random numbers of Python's or numpy's" in r.getMessage()]
+
+
+@torch.no_grad()
+def test_modules_and_functions_as_results_are_refused() -> None:
+    """They were those of the copy that was captured, without numbers."""
+    linear = nn.Linear(2, 2)
+    for make in (lambda x: (x * 2, linear), lambda x: lambda: x * 2):
+        with pytest.raises(CaptureError, match="returns an object of"):
+            sdrpc.offload(Calling(make), ReferenceDevice())(torch.ones(2))

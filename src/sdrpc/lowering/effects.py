@@ -7,10 +7,12 @@ makes of its inputs, such as maps of attention or features that a hook collects,
 from __future__ import annotations
 
 import functools
+import random
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,6 +51,12 @@ def counted(before: nn.Module, after: nn.Module) -> str | None:
     return None
 
 
+def random_state() -> Any:
+    """Where Python's and numpy's random numbers are."""
+    numpys: Any = np.random.get_state()
+    return random.getstate(), numpys[1].tobytes(), *numpys[2:]
+
+
 _OF_TORCH = "_torchdynamo"
 """How names begin that torch.compile gives to what it counts for itself."""
 
@@ -78,7 +86,8 @@ def _named(value: Any) -> dict[str, Any]:
     if isinstance(value, list | tuple):
         return {str(position): part for position, part in enumerate(value)}
     opaque = isinstance(value, nn.Module | type | types.ModuleType | types.FunctionType | types.MethodType)
-    return {} if opaque or not hasattr(value, "__dict__") else vars(value)
+    of_torch = type(value).__module__.partition(".")[0] == "torch"  # such as the graph of a torch.fx module
+    return {} if opaque or of_torch or not hasattr(value, "__dict__") else vars(value)
 
 
 def _attributes(part: nn.Module) -> dict[str, Any]:

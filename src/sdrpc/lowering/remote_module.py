@@ -31,7 +31,7 @@ from .calls import (
     without_gradients,
 )
 from .capture import capture, is_capturing
-from .effects import check_hooks, counted, kept
+from .effects import check_hooks, counted, kept, random_state
 from .lower import lower
 from .module_memory import Bound, ModuleMemory
 from .state import ModuleState, described, original
@@ -74,7 +74,7 @@ class RemoteModule:
         self._number = 0
         """Of the module's state now, in ``_states``."""
         self._tracing = threading.local()
-        self._counted: set[str] = set()
+        self._said: set[str] = set()
 
     # calls
 
@@ -90,7 +90,7 @@ class RemoteModule:
         with self._lock:
             self._look(module)
             precision = self._float32_matmul_precision or torch.get_float32_matmul_precision()
-            strange = list(filter(callable, objects(arguments.description)))
+            strange = [it for it in objects(arguments.description) if not isinstance(it, np.ndarray)]
             given = described(strange, module) if strange else ()
             request = Call(method, arguments, precision != "medium", self._number, given)
             check_surroundings(self._name, request.device.type)
@@ -172,7 +172,12 @@ class RemoteModule:
                     f"{attribute} keeps a tensor of each call, as hooks that collect features and stores of "
                     "attention do: a device returns nothing but results; have the module return it"
                 )
-            self._count(counted(plain, copy))
+            changed = counted(plain, copy)
+            if changed is not None:
+                self._say(
+                    f"{changed} changes when the module is called: on a device it keeps its value, and each call has "
+                    "the same one"
+                )
             after = take_apart(given)
             if after.description != request.arguments.description or any(
                 a is not b for a, b in zip(after.tensors, tensors, strict=True)
@@ -190,18 +195,20 @@ class RemoteModule:
             results.append(result.description)
             return result.tensors
 
-        self._tracing.plain = plain = self.plain(module)
+        self._tracing.plain, before = self.plain(module), random_state()
+        plain = self._tracing.plain
         graph = capture(plain, request.inputs, flat, known, request.device.type)
         del self._tracing.plain
+        if random_state() != before:
+            self._say("draws random numbers of Python's or numpy's: each call has the same ones; pass them as an input")
         types = {name: weight.type for name, weight in self.memory.weights.items()}
         return Bound(lower(graph, self.device.target, types, request.float32), results[0])
 
-    def _count(self, attribute: str | None) -> None:
-        """Say, once, that an attribute does not change with each call."""
-        if attribute is not None and attribute not in self._counted:
-            self._counted.add(attribute)
-            what = "changes when the module is called: on a device it keeps its value, and each call has the same one"
-            log.warning("%s: %s %s", self._name, attribute, what)
+    def _say(self, what: str) -> None:
+        """Say once what a device does not do."""
+        if what not in self._said:
+            self._said.add(what)
+            log.warning("%s: %s", self._name, what)
 
     @contextmanager
     def _traced(self, module: nn.Module) -> Iterator[None]:
@@ -300,5 +307,7 @@ def _forget_oldest(remembered: dict[Any, Any]) -> None:
 
 
 def _is_beyond(it: Any) -> bool:
-    """Whether there may be tensors in an object that is used as it is: a generator, a deque, a coroutine."""
-    return isinstance(it, Iterable | Coroutine) and not isinstance(it, np.ndarray | type | nn.Module)
+    """Whether there may be tensors in an object that is used as it is: a generator, a deque, a coroutine, a module, a
+    function."""
+    inside = isinstance(it, Iterable | Coroutine | nn.Module | types.FunctionType)
+    return inside and not isinstance(it, np.ndarray | type)

@@ -17,17 +17,20 @@ import functools
 import json
 import operator
 import types
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..errors import CaptureError
 from .capture import is_weight, not_saved, tensors_of
-from .structure import PACKAGES, Description, Same, Walk, from_packages, to_json
+from .structure import PACKAGES, Description, Same, Walk, attributes, from_packages, to_json
 
 LOOKED_AT = 1 << 17
 """Numbers of a module that are looked at before each call, some of each tensor where it has more."""
@@ -58,31 +61,53 @@ def released(function: types.FunctionType) -> bool:
 
 
 class Reads:
-    """What a function reads that is not passed to it: its closure, and the globals that it names."""
+    """What a function reads that is not passed to it: its closure, the globals that it names, its defaults and
+    attributes; and its code."""
 
     def __init__(self, function: types.FunctionType) -> None:
-        self._cells = function.__closure__ or ()
-        self._globals = function.__globals__
-        self._names = tuple(name for name in _globals_of(function.__code__) if name in self._globals)
+        self._function = function
+        self._names = tuple(name for name in _names_in(function.__code__)[0] if name in function.__globals__)
 
     def __len__(self) -> int:
-        return len(self._cells) + len(self._names)
+        return len(tuple(iter(self)))
 
     def __iter__(self) -> Iterator[Any]:
-        for cell in self._cells:
+        it = self._function
+        yield from (it.__code__, it.__defaults__, it.__kwdefaults__, it.__dict__)
+        for cell in it.__closure__ or ():
             try:
                 yield cell.cell_contents
             except ValueError:  # it is empty
                 yield None
-        yield from map(self._globals.get, self._names)
+        yield from map(it.__globals__.get, self._names)
+
+
+class Mentioned:
+    """The attributes of an object, or of one of Python's modules, that have one of ``names``, as they are now."""
+
+    def __init__(self, owner: Any, names: Sequence[str]) -> None:
+        self._owner, self._names = owner, names
+
+    def __len__(self) -> int:
+        return len(tuple(iter(self)))
+
+    def __iter__(self) -> Iterator[Any]:
+        own = vars(self._owner)
+        return (own[name] for name in self._names if name in own)
 
 
 @functools.lru_cache(1024)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    """The globals that a function and those within it name."""
-    named = {line.argval for line in dis.get_instructions(code) if line.opname == "LOAD_GLOBAL"}
-    within = (_globals_of(part) for part in code.co_consts if isinstance(part, types.CodeType))
-    return tuple(sorted(named.union(*within)))
+def _names_in(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The globals, and the attributes, that a function and those within it name."""
+    lines = list(dis.get_instructions(code))
+    read = {line.argval for line in lines if line.opname == "LOAD_GLOBAL"}
+    mentioned = {line.argval for line in lines if line.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            globals_within, attributes_within = _names_in(part)
+            read.update(globals_within)
+            mentioned.update(attributes_within)
+    return tuple(sorted(read)), tuple(sorted(mentioned))
 
 
 class _StateWalk(Walk):
@@ -104,6 +129,8 @@ class _StateWalk(Walk):
         """Of the function whose reads are described; None among a module's attributes."""
 
     def tensor(self, value: torch.Tensor) -> Description:
+        if value.layout is not torch.strided or value.is_quantized:
+            raise CaptureError(f"a tensor of {value.dtype} that is sparse or quantized: keep it as a dense one")
         super().tensor(value)
         about = "numbers", str(value.dtype), tuple(value.shape)
         if value.is_meta:
@@ -155,17 +182,30 @@ class _StateWalk(Walk):
         return self._owners[owner]
 
     def reads(self) -> Description:
-        """What the functions that were met read, and those that are met there. Of objects only those of the package
-        that a function is from count by their attributes: a script's own, but not its pipeline."""
-        found = []
+        """What the functions that were met read, and those that are met there. Objects of the package that a function
+        is from count by all their attributes, a script's own; others, such as its pipeline, and Python's modules by
+        those that the function names."""
+        found: list[Description] = []
         for function in self._functions:  # which grows meanwhile
-            reads = Reads(function)
-            if len(reads):
-                self.containers.append(reads)
-                self._package = _package(function)
-                found.append(tuple(map(self.describe, reads)))
+            reads, (_, names) = Reads(function), _names_in(function.__code__)
+            self.containers.append(reads)
+            self._package, met = _package(function), set[int]()
+            found.append(tuple((self.describe(value), self._mentioned(value, names, met)) for value in reads))
         self._package = None
         return tuple(found)
+
+    def _mentioned(self, owner: Any, names: Sequence[str], met: set[int]) -> Description:
+        """What an object that does not count as a whole has under ``names``, and what lies there."""
+        known = isinstance(owner, nn.Module | torch.Tensor | type | types.FunctionType | dict)
+        if known or id(owner) in met or not hasattr(owner, "__dict__") or not self._foreign(owner):
+            return ()
+        met.add(id(owner))
+        mentioned = Mentioned(owner, names)
+        self.containers.append(mentioned)
+        return tuple((self.describe(value), self._mentioned(value, names, met)) for value in mentioned)
+
+    def _foreign(self, value: Any) -> bool:
+        return isinstance(value, types.ModuleType) or self._package not in (None, _package(type(value)))
 
     def _describe(self, value: Any) -> Description:
         if isinstance(value, types.MethodType):
@@ -174,13 +214,23 @@ class _StateWalk(Walk):
             if self._package in (None, _package(value)):
                 self._functions.append(value)
             return "same", Same(value)
+        if isinstance(value, type) and not from_packages(value) and self._package in (None, _package(value)):
+            return "class", *self.kind(value)
+        if isinstance(value, np.ndarray) and value.flags.writeable:
+            with suppress(TypeError, ValueError):  # of what torch has no dtype or strides
+                super().tensor(torch.from_numpy(value))
+        if isinstance(value, list | set | deque) and type(value) not in (list, set):
+            self.containers.append(value)
+            return "items", type(value), tuple(map(self.describe, value)), self.describe(attributes(value) or {})
+        if isinstance(value, types.SimpleNamespace):
+            return "attributes", type(value), self.describe(vars(value))
         return super()._describe(value)
 
     def _object(self, value: Any) -> Description:
         if isinstance(value, nn.Module):
             return ("same", Same(value)) if id(value) in self._own else self._guest(value)
-        foreign = self._package not in (None, _package(type(value))) and not isinstance(value, dict)
-        description = ("same", Same(value)) if foreign else super()._object(value)
+        whole = isinstance(value, dict) or not self._foreign(value)
+        description = super()._object(value) if whole else ("same", Same(value))
         return (*description, self.kind(original(type(value)))) if description[0] == "object" else description
 
 
@@ -219,6 +269,9 @@ class ModuleState:
 
     def _refresh(self, module: nn.Module) -> None:
         walk, unsaved, tensors = _StateWalk(module), not_saved(module), tensors_of(module)
+        strange = next((name for name, t in tensors.items() if t.layout is not torch.strided or t.is_quantized), None)
+        if strange is not None:
+            raise CaptureError(f"{strange} is sparse or quantized: devices have dense tensors; call to_dense()")
         weights = {name: tensor for name, tensor in tensors.items() if is_weight(name, tensor, unsaved)}
         first = {id(weight): name for name, weight in reversed(weights.items())}
         self.description = (

@@ -353,7 +353,8 @@ def _with_numbers(index: Any) -> Any:
     """An index whose lists are tensors: torch would make these where the indexed tensor is, without numbers."""
     if isinstance(index, tuple):
         return tuple(map(_with_numbers, index))
-    return torch.tensor(index, device=CPU) if isinstance(index, list) and all(map(_is_whole, index)) else index
+    listed = isinstance(index, list | range) and all(map(_is_whole, index))
+    return torch.tensor(list(index), dtype=None if index else torch.int64, device=CPU) if listed else index
 
 
 def _is_whole(entry: Any) -> bool:
