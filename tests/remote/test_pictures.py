@@ -1,4 +1,4 @@
-"""sd-cli draws what prompts say: the shipped model through real processes, each of its parts on another device."""
+"""sd-cli draws what prompts say: the shipped model, each of its parts on another device, two of them real servers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from sdrpc import models
 from sdrpc.checkpoints.checkpoint import open_checkpoint
+from sdrpc.cli import report, sd_cli
 from sdrpc.diffusion.convert import write_model
 from sdrpc.families.weight_types import weight_types
 from tests.support.process import ServerProcess
@@ -67,12 +68,14 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
         yield Servers(request.param, ",".join(f"127.0.0.1:{server.port}" for server in started))
 
 
-def draw(servers: Servers, path: Path, *options: str) -> str:
-    """sd-cli as a process; what it wrote to standard error."""
-    command = [*SD_CLI, "--rpc", servers.rpc, "--precision", servers.precision, "--threads", "1", *options]
-    ended = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stderr
+def words(servers: Servers, path: Path, *options: str) -> list[str]:
+    """What sd-cli is told."""
+    return ["--rpc", servers.rpc, "--precision", servers.precision, "--threads", "1", *options, "-o", str(path)]
+
+
+def draw(servers: Servers, path: Path, *options: str) -> None:
+    """sd-cli in this process, which has torch already."""
+    assert report.guarded(lambda: sd_cli.run(words(servers, path, *options)), sd_cli.COMMAND.fields) == 0
 
 
 def seen(path: Path) -> Sight:
@@ -91,9 +94,9 @@ def test_the_lora_that_ships_draws_outlines(servers: Servers, tmp_path: Path) ->
     """The same prompt gives the same shape, hollow with the LoRA and filled without."""
     prompt = "a large blue square on a yellow background"
     says = Expectation("yellow", (Stated("square", "blue", "large"),))
-    for words, hollow in ((f"{prompt} <lora:outline:1>", True), (prompt, False)):
+    for asked, hollow in ((f"{prompt} <lora:outline:1>", True), (prompt, False)):
         path = tmp_path / "picture.png"
-        draw(servers, path, "-m", "demo", "--backend", PLACEMENTS[0], "-p", words, *SAMPLING)
+        draw(servers, path, "-m", "demo", "--backend", PLACEMENTS[0], "-p", asked, *SAMPLING)
         with Image.open(path) as image:
             found = outlines(np.asarray(image))
         assert found.hollow == hollow
@@ -147,8 +150,10 @@ def test_its_gguf_does_so_too(servers: Servers, tmp_path: Path) -> None:
 
 def test_it_is_used_where_none_is_named_and_in_its_size(servers: Servers, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    said = draw(servers, path, "-p", "a red circle", "--steps", "1", "-W", "128")
-    assert [line for line in said.splitlines() if "no model is named" in line and "demo" in line]
+    command = [*SD_CLI, *words(servers, path, "-p", "a red circle", "--steps", "1", "-W", "128")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert [line for line in ended.stderr.splitlines() if "no model is named" in line and "demo" in line]
     with Image.open(path) as image:
         assert image.size == (128, 128)
         assert "Size: 128x128, Model: demo.safetensors" in image.info["parameters"]
