@@ -111,31 +111,32 @@ def test_there_is_one_prompt(sd: Sd, tmp_path: Path, kind: str) -> None:
     assert f"--{kind} and --{kind}-file: " in outcome.error
 
 
-TO_STANDARD = [
-    *(sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()"),
-    *("--prompt-file", "-", "-o", "-", "--steps", "1", "-t", "1", "--cfg-scale", "1"),
-]
+@pytest.fixture
+def to_standard(checkpoint: Path) -> list[str]:
+    """sd-cli as a process that draws, as small as other tests do, what standard input says to standard output."""
+    small = ("-W", "64", "-H", "64", "--steps", "1", "-t", "1", "-m", str(checkpoint))
+    return [sys.executable, "-c", "from sdrpc.cli.sd_cli import main; main()", "--prompt-file", "-", "-o", "-", *small]
 
 
-def test_a_picture_goes_to_standard_output() -> None:
+def test_a_picture_goes_to_standard_output(to_standard: list[str]) -> None:
     """Nothing else does; the prompt comes from standard input."""
-    done = subprocess.run(TO_STANDARD, input=b"a red circle\n", capture_output=True, check=False)
+    done = subprocess.run(to_standard, input=b"a red circle\n", capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     found = read_metadata(done.stdout)
-    assert (found.format, found.width, found.height) == ("PNG", 128, 128)
+    assert (found.format, found.width, found.height) == ("PNG", 64, 64)
     assert str(found.parameters).startswith("a red circle\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
-def test_a_picture_that_standard_output_does_not_take_is_kept(tmp_path: Path) -> None:
+def test_a_picture_that_standard_output_does_not_take_is_kept(to_standard: list[str], tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full:
         env = os.environ | {"TMPDIR": str(tmp_path)}
-        done = subprocess.run(TO_STANDARD, input=b"x", stdout=full, stderr=subprocess.PIPE, env=env, check=False)
+        done = subprocess.run(to_standard, input=b"x", stdout=full, stderr=subprocess.PIPE, env=env, check=False)
     assert done.returncode == report.FAILURE
     (kept,) = tmp_path.glob("sdrpc-*.png")
     warnings = [line for line in done.stderr.decode().splitlines() if line.startswith("warning: ")]
     assert warnings == [f"warning: standard output: No space left on device; the picture is in {kept}"]
-    assert read_metadata(kept).width == 128
+    assert read_metadata(kept).width == 64
 
 
 @pytest.mark.parametrize("options", [("-b", "2"), ("-M", "vid_gen")])
