@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
@@ -175,21 +175,29 @@ def check_axes(found: Found, config: Config, key: str, head: int, count: int = 3
         raise found.error(f"{key} {config[key]} is no division of heads of {head}")
 
 
-def _sensible(key: str, value: object) -> bool:
+def _is_size(value: Any) -> bool:
+    """Of one side, or of height and width."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
+
+
+_SENSIBLE: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("act_fn", "hidden_act", "decoder_conv_act_fn"), lambda value: value in _ACTIVATIONS),
+    **dict.fromkeys(
+        _AXES, lambda value: isinstance(value, list) and all(type(n) is int and n > 0 and not n % 2 for n in value)
+    ),
+    "rope_theta": lambda value: isinstance(value, float) and 1 < value < 1e12,
+    "flip_sin_to_cos": lambda value: isinstance(value, bool),
+    "sample_size": _is_size,
+    "interpolation_scale": lambda value: isinstance(value, int | float) and 0 < value <= MAX_SCALE,
+}
+"""Arguments → whether a value is of their kind, where that is not a number or several."""
+
+
+def _sensible(key: str, value: Any) -> bool:
     """Whether a value is of its argument's kind; numbers that divide channels are checked against them later."""
-    if key in ("act_fn", "hidden_act", "decoder_conv_act_fn"):
-        return value in _ACTIVATIONS
+    if key in _SENSIBLE:
+        return _SENSIBLE[key](value)
     if key.endswith(("eps", "epsilon")):
         return isinstance(value, float) and 0 < value < 1
-    if key == "rope_theta":
-        return isinstance(value, float) and 1 < value < 1e12
-    if key == "flip_sin_to_cos":
-        return isinstance(value, bool)
-    if key == "sample_size":
-        sides = value if isinstance(value, list) and len(value) == 2 else [value]
-        return all(type(side) is int and 1 <= side <= MAX_SAMPLE_SIZE for side in sides)
-    if key == "interpolation_scale":
-        return isinstance(value, int | float) and 0 < value <= MAX_SCALE
-    if key in _AXES:
-        return isinstance(value, list) and all(type(n) is int and n > 0 and not n % 2 for n in value)
     return isinstance(value, int | list)
