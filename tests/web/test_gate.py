@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +58,7 @@ def test_options_of_others_are_refused_by_name(option: str, says: str) -> None:
             r"listen on 192\.0\.2\.1:1234: .* \(this machine has no such address",
         ),
         (["--listen-port", "0", "--data", "/dev/null"], "^/dev/null is no folder$"),
+        (["--keep", "nan"], "^keep nan: is no number of days$"),
     ],
 )
 def test_what_a_server_can_not_have_is_said_with_what_to_do(options: list[str], says: str) -> None:
@@ -236,3 +239,32 @@ def test_nothing_is_open_by_mistake(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# nothing\n")
     with pytest.raises(UsageError, match="holds no key"):
         sd_server.keys_of(chosen(api_key_file=str(tmp_path / "empty")))
+
+
+def test_keys_of_a_container_are_links_to_files_of_the_administrator(tmp_path: Path) -> None:
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "..data" / "keys").write_text("anna: s3cret\n")
+    (tmp_path / "keys").symlink_to(tmp_path / "..data" / "keys")
+    assert sd_server.read_keys(tmp_path / "keys") == {"anna": "s3cret"}
+    facts: Any = SimpleNamespace(st_mode=stat.S_IFREG | 0o444, st_uid=0, st_size=9)
+    assert sd_server.distrusted(facts) == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners and modes of files")
+def test_keys_that_others_wrote_let_nobody_in(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("anna: s3cret\n")
+    keys.chmod(0o666)
+    with pytest.raises(UsageError, match="everybody can write to it, and let themselves in"):
+        sd_server.read_keys(keys)
+    theirs: Any = SimpleNamespace(st_mode=stat.S_IFREG | 0o600, st_uid=os.getuid() + 1, st_size=9)
+    assert sd_server.distrusted(theirs) == "is somebody else's file"
+    keys.chmod(0o600)
+    keys.write_bytes(b"\xff\xfe")
+    for path, says in (
+        (keys, "is no text"),
+        (tmp_path, "is no file with keys"),
+        (keys / "x", "can't be used: Not a dir"),
+    ):
+        with pytest.raises(UsageError, match=f"api_key_file .*{says}"):
+            sd_server.read_keys(path)

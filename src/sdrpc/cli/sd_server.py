@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
+import stat
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from ..diffusion import placement
 from ..diffusion.placement import UPSCALER
 from ..errors import InvalidValue, UsageError
 from ..sockets import listen
-from ..storage import read_own, state_folder, write_whole
+from ..storage import state_folder, write_whole
 from . import discovery, fitting, interrupts, report
 from .chosen import by_option, files_of, folder_of, keychain, servers, threads, timeouts, waiting
 from .cluster import cluster_seats
@@ -96,20 +98,37 @@ def keys_of(chosen: Chosen) -> dict[str, str]:
 
 def read_keys(path: Path) -> dict[str, str]:
     """The keys in a file, or a new one in a new file. Raises :class:`InvalidValue`."""
-    if not path.exists():
-        write_whole(path, f"home: {secrets.token_urlsafe(KEY_BYTES)}\n".encode())
-        report.say(f"a key was made; it is in {path}")
-    text = read_own(path, MAX_KEYS_FILE)
-    if text is None:
-        raise InvalidValue("api_key_file", path, "is no file of yours with keys")
+    try:
+        if not path.exists():
+            write_whole(path, f"home: {secrets.token_urlsafe(KEY_BYTES)}\n".encode())
+            report.say(f"a key was made; it is in {path}")
+        if refusal := distrusted(path.stat()):
+            raise InvalidValue("api_key_file", path, refusal)
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise InvalidValue("api_key_file", path, f"can't be used: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidValue("api_key_file", path, "is no text") from error
     keys: dict[str, str] = {}
-    for line in text.decode("utf-8", "replace").splitlines():
+    for line in text.splitlines():
         name, colon, key = (part.strip() for part in line.rpartition(":"))
         if key and not line.startswith("#"):
             keys[name if colon else f"key {len(keys) + 1}"] = key
     if not keys:
         raise InvalidValue("api_key_file", path, "holds no key")
     return keys
+
+
+def distrusted(facts: os.stat_result) -> str:
+    """Why no keys are read from such a file; "" if they are. It may be the administrator's, as a container's secrets
+    are, which are links, too."""
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_KEYS_FILE:
+        return "is no file with keys"
+    if not hasattr(os, "getuid"):
+        return ""
+    if facts.st_uid not in (0, os.getuid()):
+        return "is somebody else's file"
+    return "everybody can write to it, and let themselves in: chmod o-w" if facts.st_mode & stat.S_IWOTH else ""
 
 
 def _serve(chosen: Chosen, keys: dict[str, str]) -> None:

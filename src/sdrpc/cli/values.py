@@ -58,15 +58,16 @@ class File(click.Path):
 
 
 class Seconds(click.FloatRange):
-    """How long, at ``least``: a number that clocks can count to."""
+    """How long, at ``least``: a number that clocks can count to. ``unit``: of which it is a number."""
 
-    def __init__(self, least: float = 0, least_open: bool = False) -> None:
+    def __init__(self, least: float = 0, least_open: bool = False, unit: str = "seconds") -> None:
         super().__init__(least, MOST_SECONDS, min_open=least_open)
+        self.unit = unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         found = super().convert(value, param, ctx)
         if isnan(found):
-            raise _wrong(param, value, "is no number of seconds")
+            raise _wrong(param, value, f"is no number of {self.unit}")
         return found
 
 

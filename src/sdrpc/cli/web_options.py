@@ -9,7 +9,7 @@ from .command import SHELLS, Option
 from .options import DEVICES, FILE, MODEL
 from .options import OPTIONS as SD_CLI
 from .options import REFUSED as REFUSED_BY_SD_CLI
-from .values import OneOf, Size
+from .values import OneOf, Seconds, Size
 
 LISTENING, QUEUE, ABOUT = "Listening", "Queue", "About"
 DAY = 24 * 3600
@@ -38,7 +38,7 @@ OPTIONS = (
            help="Folder of the queue and of the pictures."),
     Option(QUEUE, "--max-pending", type=click.IntRange(1, 100_000), default=64, metavar="NUMBER",
            help="Jobs that may wait; further ones are told to come later."),
-    Option(QUEUE, "--keep", type=click.FloatRange(min=0), default=7.0, metavar="DAYS",
+    Option(QUEUE, "--keep", type=Seconds(unit="days"), default=7.0, metavar="DAYS",
            help="How long finished jobs and their pictures stay."),
     Option(QUEUE, "--keep-size", type=Size(), default="2G", metavar="SIZE",
            help="How much of them stays; the oldest go first."),
