@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,3 +201,22 @@ def test_weights_go_with_the_module() -> None:
         assert device.memory_of == {}
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+def test_other_models_that_a_hook_leads_to_are_not_copied() -> None:
+    """As of enable_model_cpu_offload: each capture copied the weights of all models before."""
+    other, seen, x = nn.Linear(4, 4), set[int](), torch.ones(1, 4)
+
+    class Leading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = [SimpleNamespace(model=other)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(self.before[0].model.weight.data_ptr())
+            result: Tensor = self.before[0].model(x)
+            return result
+
+    same(sdrpc.offload(Leading(), ReferenceDevice())(x), other(x))
+    assert seen == {other.weight.data_ptr()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -51,19 +51,25 @@ class Captured:
 
 
 def capture(
-    module: nn.Module, inputs: Mapping[str, torch.Tensor], call: Call, known: Collection[str] = (), kind: str = "cpu"
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    call: Call,
+    known: Collection[str] = (),
+    kind: str = "cpu",
+    guests: Iterable[nn.Module] = (),
 ) -> Captured:
     """Capture ``call(module, *inputs.values())``, a function from tensors to tensors.
 
     Only shapes and dtypes of the inputs matter, except of those named in ``known``: their numbers become part of the
     graph. torch.autocast is followed where it is on for ``kind``, a kind of device. Nothing is computed with weights,
-    and the module stays as it is. Raises the module's own errors for inputs that it refuses,
-    :class:`sdrpc.lowering.tracer.DataDependent` (a :class:`CaptureError`) where numbers of other inputs decide what is
-    computed, and :class:`CaptureError` for what can't be recorded.
+    and the module stays as it is; ``guests`` are modules that it leads to and that are no parts, such as of a hook.
+    Raises the module's own errors for inputs that it refuses, :class:`sdrpc.lowering.tracer.DataDependent` (a
+    :class:`CaptureError`) where numbers of other inputs decide what is computed, and :class:`CaptureError` for what
+    can't be recorded.
     """
     recorder = Recorder(kind)
     with _CAPTURING, _capture_is_on(recorder), _one_thread(), torch.inference_mode(False), torch.no_grad():
-        clone, real = _without_numbers(module)
+        clone, real = _without_numbers(module, guests)
         _note_hooks(clone)
         weights = _weight_leaves(recorder, clone, real)
         leaves, examples = _input_leaves(recorder, inputs, known)
@@ -144,10 +150,11 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
 
 
-def _without_numbers(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _without_numbers(module: nn.Module, guests: Iterable[nn.Module] = ()) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A copy of ``module`` whose weights are on the meta device, and the original weights by name.
 
-    Other tensors are copied: what the module's code does to them while it is traced must not reach the original.
+    Other tensors are copied: what the module's code does to them while it is traced must not reach the original. Not
+    the weights of ``guests``, which may be gigabytes: other models of a pipeline, that a hook leads to.
     """
     unsaved = not_saved(module)
     memo: dict[int, Any] = {}
@@ -163,6 +170,8 @@ def _without_numbers(module: nn.Module) -> tuple[nn.Module, dict[str, torch.Tens
             raise CaptureError(f"{name} has no numbers: build the module under sdrpc.lowering.without_weights()")
         else:
             memo.setdefault(id(tensor), tensor.detach().clone())
+    for weight in chain.from_iterable(guest.parameters() for guest in guests):
+        memo.setdefault(id(weight), weight)
     for part in module.modules():
         for value in vars(part).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # copy.deepcopy refuses these

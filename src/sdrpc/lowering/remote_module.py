@@ -197,7 +197,8 @@ class RemoteModule:
 
         self._tracing.plain, before = self.plain(module), random_state()
         plain = self._tracing.plain
-        graph = capture(plain, request.inputs, flat, known, request.device.type)
+        guests = () if self._state is None else self._state.guests
+        graph = capture(plain, request.inputs, flat, known, request.device.type, guests)
         del self._tracing.plain
         if random_state() != before:
             self._say("draws random numbers of Python's or numpy's: each call has the same ones; pass them as an input")

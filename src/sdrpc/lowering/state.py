@@ -118,6 +118,8 @@ class _StateWalk(Walk):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.guests: list[nn.Module] = []
+        """The modules that were met and are no parts."""
         self.kinds: list[tuple[nn.Module, type]] = []
         """The parts that were met, and their classes; not the module itself, which nothing here keeps alive."""
         self._module = id(module)
@@ -156,6 +158,7 @@ class _StateWalk(Walk):
     def _guest(self, module: nn.Module) -> Description:
         """A module that is no part of the one described, such as a LoRA's whose method was set on one: its parts, and
         its weights, which are constants of the graph."""
+        self.guests.append(module)
         weights = tuple((name, self._weight(tensor)) for name, tensor in tensors_of(module).items())
         return "module", Same(module), self.parts(module), weights
 
@@ -237,11 +240,12 @@ class _StateWalk(Walk):
 class ModuleState:
     """The state of ``module`` as of the last :meth:`look`.
 
-    ``description`` decides the graph.
+    ``description`` decides the graph. ``guests`` are modules that can be reached and are no parts.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.description: Description = ()
+        self.guests: list[nn.Module] = []
         self._digested: tuple[Description, str | None] = (), None
         self._weights: list[torch.Tensor] = []
         self._refresh(module)
@@ -286,7 +290,7 @@ class ModuleState:
         self._watch(walk, list(weights.values()), _tables_of_rows(module))
 
     def _watch(self, walk: _StateWalk, weights: list[torch.Tensor], rows: set[int]) -> None:
-        self._kinds = walk.kinds
+        self.guests, self._kinds = walk.guests, walk.kinds
         self._empty = [container for container in walk.containers if not container]
         self._filled = [(container, tuple(_values(container))) for container in walk.containers if container]
         self._tables = walk.tensors
