@@ -128,7 +128,7 @@ def test_what_there_is(server: WebServer) -> None:
         ({"lora": [{"path": "none", "multiplier": "x"}]}, 400, "lora.0.multiplier"),
         ({"seed": 1 << 80}, 400, "seed"),
         ({"init_image": "!"}, 400, "init_image !: is no picture in base64"),
-        ({"init_image": "AAAA"}, 400, "init_image '3 bytes': is no picture"),
+        ({"init_image": "aaaa"}, 400, "init_image '3 bytes': is no picture"),
         ({"sample_params": {"sample_method": "x"}}, 400, "sample_params.sample_method x: does not exist"),
         ({"sample_params": {"flow_shift": float("nan")}}, 400, "sample_params.flow_shift: is no finite number"),
         ({"prompt": "<lora:x:1>"}, 400, "lora x: no such LoRA"),
