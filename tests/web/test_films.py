@@ -67,7 +67,7 @@ def test_what_a_server_of_films_can_do(cinema: WebServer) -> None:
         ({"vace_strength": 0.5}, "vace_strength 0.5: this server does not have it"),
         ({"high_noise_sample_params": {"scheduler": "karras"}}, "high_noise_sample_params scheduler: this server does"),
         ({"high_noise_sample_params": {"sample_steps": 3}}, "high_noise"),
-        ({"init_image": "AAAA"}, "init_image '3 bytes': is no picture"),
+        ({"init_image": "aaaa"}, "init_image '3 bytes': is no picture"),
         ({"vae_tiling_params": {"enabled": True}}, "vae_tiling_params.enabled on: films are decoded frame by frame"),
     ],
 )
