@@ -76,6 +76,27 @@ def test_a_bomb_is_refused_before_it_is_decoded(server: WebServer, path: str) ->
         assert (answer.status, says in answer.error) == (400, True), answer.body
 
 
+LONG: dict[str, tuple[str, Any, str]] = {
+    "a prompt": ("/sdcpp/v1/img_gen", SMALL | {"prompt": "(" * (1 << 20)}, "is longer than 32768 characters"),
+    "a prompt of OpenAI's": ("/v1/images/generations", OPENAI | {"negative_prompt": "[" * (1 << 20)}, "is longer than"),
+    "arguments without end": (
+        "/v1/images/generations", OPENAI | {"prompt": "<sd_cpp_extra_args>" * (1 << 16)}, "is longer than",
+    ),
+    "LoRAs": ("/sdcpp/v1/img_gen", SMALL | {"lora": [{"path": "a"}] * (1 << 16)}, "can have 256 KiB"),
+    "a sampler": (
+        "/sdapi/v1/txt2img", A1111 | {"sampler_name": "euler" + " karras" * (1 << 12)}, "does not exist",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_texts_have_a_limit(server: WebServer, what: str) -> None:
+    """A prompt of a million parentheses took 41 seconds, in which nobody else was answered, and each text stayed."""
+    path, body, says = LONG[what]
+    answer = server.ask(path, body)
+    assert (answer.status, says in answer.error) == (400, True), answer.body[:1000]
+
+
 MANY: dict[str, Any] = {
     "/sdcpp/v1/img_gen": lambda pictures: SMALL | {"ref_images": pictures},
     "/sdapi/v1/txt2img": lambda pictures: A1111 | {"extra_images": pictures},

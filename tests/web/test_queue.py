@@ -114,6 +114,16 @@ def test_pictures_and_inputs_are_kept_until_they_are_old(store: JobStore) -> Non
     assert list(store._pictures.iterdir()) == []
 
 
+def test_the_oldest_jobs_go_when_there_are_too_many(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were cancelled have no pictures that count."""
+    monkeypatch.setattr("sdrpc.web.store.KEPT", 2)
+    made = [store.submit("anna", TASK, {}) for _ in range(4)]
+    for each in made[:3]:
+        store.cancel(each.id)
+    store.prune()
+    assert [each.id for each in store.jobs()] == [each.id for each in reversed(made[1:])]
+
+
 def test_the_oldest_pictures_go_when_there_are_too_many(store: JobStore) -> None:
     for seed in range(3):
         store.submit("anna", TASK, {})

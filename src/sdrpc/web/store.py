@@ -36,6 +36,10 @@ SAME_MODEL = 8
 """Jobs of the model that is loaded may go before others this many times in a row."""
 
 
+KEPT = 10_000
+"""Jobs that are over, at most: those that were cancelled have no pictures, and would be as many as somebody likes."""
+
+
 class QueueFull(SdrpcError):
     """There are as many jobs in the queue as it takes."""
 
@@ -276,9 +280,9 @@ class JobStore:
         oldest = time.time() - self.keep_seconds
         with self._using():
             total, gone = 0, list[Job]()
-            for job in self.jobs((State.DONE, State.FAILED, State.CANCELLED), most=1 << 30):
+            for number, job in enumerate(self.jobs((State.DONE, State.FAILED, State.CANCELLED), most=1 << 30)):
                 total += sum(map(_size, self._files(job)))
-                if (job.finished or job.created) < oldest or total > self.keep_bytes:
+                if number >= KEPT or (job.finished or job.created) < oldest or total > self.keep_bytes:
                     gone.append(job)
             self._delete(gone)
 
@@ -319,7 +323,7 @@ class JobStore:
         return [self._path(job, index) for index in range(len(job.seeds))] + inputs
 
 
-@lru_cache(4096)
+@lru_cache(1024)
 def _task(written: str) -> Task:
     """A task as it was written. Nobody changes one, so a job that is looked at often is read once."""
     fields = json.loads(written)

@@ -26,6 +26,9 @@ from .described import MAX_PICTURES, MAX_STEPS
 
 T = TypeVar("T")
 
+MAX_TEXT, MAX_ASKED = 1 << 15, 1 << 18
+"""Characters of a prompt, and of all that a request says beside its pictures."""
+
 MAX_PIXELS = 1 << 27
 """Of all pictures that a request begins with: twice what one may have. A file of a few bytes can have as many as one
 may, and each is 3 bytes in memory."""
@@ -103,6 +106,7 @@ async def submit(
     Raises :class:`InvalidValue` for what can't be drawn, :class:`CheckpointError`, :class:`QueueFull` and
     :class:`NotKept`.
     """
+    check_texts(asked)
     given = {name: files for name, files in (pictures or {}).items() if files}
 
     def enter() -> Job:
@@ -121,6 +125,19 @@ async def submit(
     if given:
         return await apart(enter)
     return await run_in_threadpool(enter) if here.shelf.known(model) is None else enter()
+
+
+def check_texts(asked: Mapping[str, Any]) -> None:
+    """Raises :class:`InvalidValue` for texts and lists that nobody writes: a prompt is taken apart in the square of its
+    length, and a job is kept for days."""
+    for name in ("prompt", "negative_prompt"):
+        if len(asked.get(name) or "") > MAX_TEXT:
+            raise InvalidValue(name, f"{asked[name][:24]}…", f"is longer than {MAX_TEXT} characters")
+    if len(json.dumps(asked, default=str)) > MAX_ASKED:
+        name = max(asked, key=lambda name: len(str(asked[name])))
+        raise InvalidValue(
+            name, f"{str(asked[name])[:24]}…", f"a request can have {MAX_ASKED >> 10} KiB beside pictures"
+        )
 
 
 def check_pictures(given: Mapping[str, Sequence[bytes]]) -> None:

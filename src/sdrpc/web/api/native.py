@@ -7,7 +7,6 @@ unless it has the value that means nothing.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -309,24 +308,25 @@ def kind_of(asked: Asked) -> Kind:
 def within(prompt: str) -> tuple[str, str | None, dict[str, Any]]:
     """A prompt of another API without the JSON of this one that it may carry between ``<sd_cpp_extra_args>`` tags; the
     model and the fields that this names. Raises :class:`InvalidValue`."""
-    found = EXTRA_ARGUMENTS.search(prompt)
-    if not found:
+    before, begins, rest = prompt.partition(BEGIN)
+    carried, ends, behind = rest.partition(END)
+    if not begins or not ends:
         return prompt, None, {}
     try:
-        asked = ImageRequest.model_validate(json.loads(found[1]))
+        asked = ImageRequest.model_validate(json.loads(carried))
     except ValidationError as error:
-        raise InvalidValue("sd_cpp_extra_args", found[1], fault_of(error)) from error
+        raise InvalidValue("sd_cpp_extra_args", carried, fault_of(error)) from error
     except (ValueError, RecursionError) as error:
-        raise InvalidValue("sd_cpp_extra_args", found[1], f"is no JSON: {error}") from error
+        raise InvalidValue("sd_cpp_extra_args", carried, f"is no JSON: {error}") from error
     check(asked)
     usual = fields_of(ImageRequest())
     said = {name: value for name, value in fields_of(asked).items() if value != usual.get(name)}
     said |= {name: getattr(asked, name) for name in _PLAIN & asked.model_fields_set}
     said.pop("prompt", None)
-    return EXTRA_ARGUMENTS.sub("", prompt).strip(), asked.model, said
+    return (before + behind).strip(), asked.model, said
 
 
-EXTRA_ARGUMENTS = re.compile(r"<sd_cpp_extra_args>(.*?)</sd_cpp_extra_args>", re.DOTALL)
+BEGIN, END = "<sd_cpp_extra_args>", "</sd_cpp_extra_args>"
 
 _PLAIN = {"negative_prompt", "clip_skip", "width", "height", "strength", "seed", "batch_count", "control_strength"}
 """Fields that have the same name in both, and mean something also where they say what is usual."""

@@ -26,14 +26,15 @@ def sampler(name: str | None) -> tuple[str | None, str | None]:
     """Sampler and schedule of A1111's ``DPM++ 2M Karras``, or of our own names. Raises :class:`InvalidValue`."""
     if not name or name.lower() == "automatic":
         return None, None
-    folded = name.lower().strip()
+    folded, implied = name.lower().strip(), None
     for ending in ("karras", "exponential"):
         if folded.endswith(f" {ending}"):
-            return sampler(folded.removesuffix(f" {ending}"))[0], ending
+            folded, implied = folded.removesuffix(f" {ending}"), ending
+            break
     ours = folded if folded in SAMPLERS else NAMES.get(folded)
     if ours is None:
         raise InvalidValue("sampler_name", name, f"does not exist; there are {', '.join(SAMPLERS)}")
-    return ours, None
+    return ours, implied
 
 
 def schedule(name: str | None) -> str | None:
