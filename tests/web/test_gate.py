@@ -7,6 +7,7 @@ import http.client
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -220,6 +221,19 @@ def test_half_a_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refused) as refused:
         asyncio.run(read(body_of([b"half", b"whole"], bodies=bodies), 2))
     assert (refused.value.status_code, bodies.held) == (503, 13)
+
+
+def test_who_leaves_in_the_middle_of_a_request_is_no_fault(server: WebServer) -> None:
+    """A file that stopped coming was a traceback in the log."""
+    head = b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+    form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\nhalf'
+    for kind, begins in ((b"multipart/form-data; boundary=b", form), (b"application/json", b'{"prompt": "a c')):
+        with socket.create_connection(("127.0.0.1", server.port), DRAW_SECONDS) as connection:
+            connection.sendall(head + b"Content-Type: " + kind + b"\r\n\r\n" + begins)
+            time.sleep(0.2)
+    assert server.ask("/health").status == 200
+    time.sleep(0.2)
+    assert "Traceback" not in "".join(server.lines)
 
 
 def test_nothing_is_open_by_mistake(tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ class Body:
 
     async def receive(self) -> Message:
         message = await (self._receive() if self._whole else self._in_time())
+        if message["type"] == "http.disconnect" and self._is_half:
+            raise Refused(400, "the rest of the request did not come")  # nobody hears it: it is no fault of ours
         size = len(message.get("body", b""))
         self.size += size
         self._bodies.held += size
@@ -142,6 +144,10 @@ class Body:
         if self._bodies.held > MAX_BODIES:
             raise Refused(503, "too many large requests are under way; try again later", {"Retry-After": "5"})
         return message
+
+    @property
+    def _is_half(self) -> bool:
+        return not self._whole and max(self._announced, self.size) > 0
 
     async def _in_time(self) -> Message:
         until = self._began + STALL_SECONDS + max(self._announced, self.size) / SLOWEST
