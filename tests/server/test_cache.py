@@ -134,6 +134,22 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 both = pytest.mark.parametrize("ours", [False, True], ids=["native", "sdrpc"])
 
 
+def test_what_does_not_fit_into_memory_is_not_kept_and_comes_all_the_same(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy for the disk took a client's upload with it."""
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    data = noise(1)
+    place = scene.place(True)
+    monkeypatch.setattr(client_cache.Room, "copy", no_memory)
+    assert place.puts(data)
+    scene.flushed()
+    assert scene.files() == []
+
+
 def test_a_numba_that_can_not_be_loaded_is_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

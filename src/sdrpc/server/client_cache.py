@@ -181,7 +181,10 @@ class CacheWriter:
     def feed(self, at: int, piece: memoryview) -> None:
         """The :data:`PIECE` bytes from ``at`` on (or the rest), which are copied: the caller may change them. In any
         order, from any thread, where the client has no name for them."""
-        data, stored = self._service.room.copy(piece), Future[bytes]()
+        try:
+            data, stored = self._service.room.copy(piece), Future[bytes]()
+        except MemoryError:  # it is never complete then: the cache's loss, and not the client's
+            return
         self._digests[at] = stored
         with self._lock:
             self._waiting.append(Came(at, data, stored))

@@ -93,6 +93,10 @@ def converse(stream: Stream, session: Session, protocol: Protocol, door: Door, f
     except SdrpcError as error:
         log.warning("%s: %sdisconnected: %s", stream.peer, _spoken(session), printable(str(error)))
         _tell(stream, session, agreed, refusal(error))
+    except MemoryError:
+        why = OverQuota(f"the server's machine has no memory left for it, while {stream.doing}")
+        log.warning("%s: disconnected: %s", stream.peer, why)
+        _tell(stream, session, agreed, refusal(why))
     except Exception:  # the boundary: a fault of ours ends this client, not the server
         log.exception("%s: disconnected: a fault in this server while %s", stream.peer, stream.doing)
         _tell(stream, session, agreed, Refusal("", f"a fault in the server while {stream.doing}; its log says more"))
