@@ -78,14 +78,15 @@ _REASONS = {
     401: "A key is needed",
     403: "A page of somebody else asks",
     404: "There is no such thing",
+    408: "The rest of the request did not come in time",
     409: "Not in the state that it is in",
     413: "The body is too large",
     421: "This server is not called that",
     429: "The queue is full, or too many keys were wrong; Retry-After says when to come again",
     500: "It was tried, and failed",
-    503: "The server is too busy, or not ready yet",
+    503: "The server is too busy, or not ready yet, or its disk keeps nothing for now",
 }
-_ANYWHERE = (400, 401, 403, 413, 421, 429)
+_ANYWHERE = (400, 401, 403, 408, 413, 421, 429, 503)
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
