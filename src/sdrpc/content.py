@@ -25,7 +25,7 @@ DIGEST_BYTES = 32
 THREADS = min(8, os.cpu_count() or 1)
 """That hash at one time, at either end: a few are faster than a network or a disk."""
 SMALLEST = 1024
-"""Bytes below which keeping them costs more than it spares."""
+"""Bytes below which asking for them, and keeping them, costs more than it spares."""
 FNV_START = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
 

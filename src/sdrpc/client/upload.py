@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from ..content import FNV_START, THREADS, digest, fnv1a
+from ..content import FNV_START, SMALLEST, THREADS, digest, fnv1a
 from ..device import Content
 from ..ggml.weight import Origin
 from ..wire.carrying import MOST_RANGES
@@ -35,9 +35,6 @@ FIRST_BYTES = 16 << 20
 """What is sent together at first, and later if that takes its time: what is sent is told between two."""
 QUICK, SLOW = 0.1, 1.0
 """Seconds for what was sent together: in less, the next is twice as much; in more, half."""
-LEAST_ASKED = 32 << 10
-"""Bytes from which on our own servers are asked: fewer are sent sooner than that. All vectors of a model together are a
-few megabytes, and most of its tensors."""
 NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
@@ -58,7 +55,7 @@ class Scheme(NamedTuple):
 
 
 BY_DIGEST = Scheme(
-    "blake3", LEAST_ASKED, lambda views: digest(*views), lambda record, name: SetTensorDigest(record, 0, name), True
+    "blake3", SMALLEST, lambda views: digest(*views), lambda record, name: SetTensorDigest(record, 0, name), True
 )
 """Between our own peers: the question costs less than the answer on any network."""
 
