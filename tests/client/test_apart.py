@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from sdrpc.device import Buffer, Bytes, Device
 from sdrpc.engine import LocalDevice
 from sdrpc.engine.precision import EXACT
 from sdrpc.server import Limits, Server
-from sdrpc.web.places import Places
+from sdrpc.web.devices import Devices
 
 
 class Slow(LocalDevice):
@@ -82,10 +81,10 @@ def test_one_device_is_used_while_another_is_waited_for() -> None:
         assert read(two, here) == bytes(range(64)), "it has a connection of its own"
 
 
-def test_what_goes_over_all_connections_to_a_server_is_told_together(tmp_path: Path) -> None:
+def test_what_goes_over_all_connections_to_a_server_is_told_together() -> None:
     with served(Slow("one"), Slow("two")) as endpoint, connected(endpoint) as devices:
         written(devices[1])
-        (traffic,) = Places(devices, tmp_path / "places.json").traffic()
+        (traffic,) = Devices(devices).traffic()
         assert traffic.sent == sum(device.traffic.sent for device in devices)
         assert traffic.received == sum(device.traffic.received for device in devices)
 
