@@ -145,7 +145,14 @@ def _serve(stream: Stream, session: Session, protocol: Protocol, greeting: Greet
         return
     answers, asked = Answers(stream, session), AskedAgain()
     with Loads(stream, session) as loads:
-        while answers.catch_up() and loads.catch_up() and stream.wait() and not stream.aborted:
+
+        def asks() -> bool:
+            """Whether the client says something more; it gets what is ready until then."""
+            answers.catch_up()
+            loads.catch_up()
+            return stream.wait() and not stream.aborted
+
+        while asks():
             question = asked.question(stream.ahead)
             if question and (known := asked.answer(question, session.versions)):
                 stream.skip(len(question))
@@ -262,8 +269,8 @@ class Answers:
         elif answer:
             self._stream.write(answer)
 
-    def catch_up(self) -> bool:
-        """Give the answers that are ready, and all while the client sends nothing; True."""
+    def catch_up(self) -> None:
+        """Give the answers that are ready, and all while the client sends nothing."""
         while self._waiting:
             if not self._is_ready(self._waiting[0]):
                 if len(self._waiting) <= ANSWERS and self._stream.has_more:
@@ -271,7 +278,6 @@ class Answers:
                 self._pass(self._waiting[0])
                 continue
             self._next()
-        return True
 
     def finish(self) -> None:
         """Give all answers that wait."""

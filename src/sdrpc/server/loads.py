@@ -67,13 +67,12 @@ class Loads:
             self._loads.append(Load(places, session.carriers, under_way, stack.pop_all()))
         self.finish(AHEAD)
 
-    def catch_up(self) -> bool:
-        """Let the carriers work until the client says something more, or else until they are done; True."""
+    def catch_up(self) -> None:
+        """Let the carriers work until the client says something more, or else until they are done."""
         while self._loads and not self._stream.has_more:
             state = wait(self._loads[0].under_way, LOOK, FIRST_EXCEPTION)
             if not state.not_done or any(each.exception() for each in state.done):
                 self.finish(len(self._loads) - 1)
-        return True
 
     def finish(self, left: int = 0) -> None:
         """Wait until at most ``left`` loads are under way. Raises what goes wrong with one."""
