@@ -198,8 +198,9 @@ def test_c6_ctrl_c_while_sampling(checkpoint: Path, tmp_path: Path) -> None:
 
 
 TIDYING = """
-import sys, time
+import signal, sys, time
 from sdrpc.cli import interrupts, report
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup starts ignores it, and leaves it so
 interrupts.SECONDS = float(sys.argv[1])
 interrupts.soon()
 def command():
