@@ -154,8 +154,8 @@ class LocalMemory(ServedDevice):
         return True
 
     def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use ``write``. Until
-        all of it was written, what is there is nobody's to read or to compute with."""
+        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use
+        :meth:`receiving`. Until all of it was written, what is there is nobody's to read or to compute with."""
         if self._range(buffer, offset, size).storage.host is None:
             return None
         with self._writing(buffer, offset, size) as storage:

@@ -81,7 +81,7 @@ class Part(NamedTuple):
 
 def take(wanted: Sequence[Part], read: Callable[[memoryview], None]) -> None:
     """Let ``read`` put what comes for ``wanted``, one behind the other, into memory: at most
-    :data:`sdrpc.content.PIECE` bytes, all of one reception."""
+    :data:`sdrpc.content.PIECE` bytes, for targets of one :func:`receiving`."""
     first = wanted[0].target
 
     def fill(memory: memoryview) -> None:

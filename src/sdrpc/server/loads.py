@@ -27,8 +27,8 @@ LOOK = 0.001
 
 
 class Load(NamedTuple):
-    """What comes to ``places``, and what ``carriers`` do for that. Entered into ``targets``, which say when it is
-    there."""
+    """What comes to ``places``, and what ``carriers`` do for that. To leave ``targets`` says that it is there, or that
+    it will not be."""
 
     places: list[Place]
     carriers: Carriers
@@ -108,7 +108,7 @@ def _receive(targets: Sequence[Incoming], size: int, hand: Sequence[Piece], carr
 
 
 def _touch(some: Sequence[Place], others: Sequence[Place]) -> bool:
-    """Whether there may be bytes in both, each of which is of one buffer."""
+    """Whether there may be bytes in both, whose places are of one buffer each: the first and the last byte decide."""
     if some[0].region is not others[0].region:
         return False
     return min(_ends(some)) < max(_ends(others)) and min(_ends(others)) < max(_ends(some))
