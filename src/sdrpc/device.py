@@ -372,8 +372,9 @@ class Frozen(Protocol):
 
 
 Receive = Callable[[Sequence[tuple[int, int]], Callable[[memoryview], None]], None]
-"""Writes to places (offset, size), one after the other, what a function puts into memory that it is given: of the kind
-from which it gets to the device fastest. At most :data:`sdrpc.content.PIECE` bytes in all."""
+"""Writes to places (offset, size), one after the other, what a function puts into memory that it is given: the device's
+own, for each place in its turn, or one for all of them from which it gets to the device fastest. At most
+:data:`sdrpc.content.PIECE` bytes in all."""
 
 
 class ServedDevice(Device):
@@ -386,14 +387,16 @@ class ServedDevice(Device):
         """The calling thread serves a client from now on: what it does with the device itself must take no further
         threads, for there are many like it."""
 
-    @abstractmethod
-    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where that can't be had: then use :meth:`receiving`."""
-
     @contextmanager
-    def receiving(self, buffer: Buffer, places: Sequence[tuple[int, int]]) -> Iterator[Receive]:  # noqa: ARG002
+    def receiving(
+        self,
+        buffer: Buffer,
+        places: Sequence[tuple[int, int]],  # noqa: ARG002
+        ahead: bool = False,  # noqa: ARG002
+    ) -> Iterator[Receive]:
         """Within the context ``places`` (offset, size) get data by what it gives, which any thread may call for a part
-        of them. Until it ends, what is there is nobody's to read or to compute with."""
+        of them. Until it ends, what is there is nobody's to read or to compute with. ``ahead``: whoever receives has so
+        much to do with it that memory should be made ready by another thread."""
 
         def receive(some: Sequence[tuple[int, int]], fill: Callable[[memoryview], None]) -> None:
             sizes = [size for _, size in some]

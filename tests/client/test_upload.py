@@ -115,7 +115,7 @@ def test_a_second_run_sends_nothing_and_reads_nothing(cpu: LocalDevice, tmp_path
         assert total < first.bytes["SET_TENSOR"] < 1.01 * total
         again = Model(sizes=LARGE)
         second = scene.run(again)
-        assert second.bytes["SET_TENSOR"] + second.bytes["SET_TENSOR_DIGEST"] < 0.01 * total
+        assert second.bytes["SET_TENSOR"] + second.bytes["SET_RANGES_DIGEST"] < 0.01 * total
         assert second.commands["SET_TENSOR"] == again.read == 2  # what is too small
     with Scene(cpu, tmp_path / "weights") as scene:  # started again
         assert scene.run(Model(sizes=LARGE)).commands["SET_TENSOR"] == 2
@@ -185,7 +185,7 @@ def test_a_server_without_a_cache_is_asked_nothing(cpu: LocalDevice) -> None:
         for _ in range(2):
             model = Model()
             tap = scene.run(model)
-            assert tap.commands["SET_TENSOR_DIGEST"] == tap.commands["SET_TENSOR_HASH"] == 0
+            assert tap.commands["SET_RANGES_DIGEST"] == tap.commands["SET_TENSOR_HASH"] == 0
             assert model.read == len(SIZES)
     assert not Names().folder.exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ def ranges(draw: st.DrawFn) -> tuple[int, int]:
 actions = st.one_of(
     st.tuples(st.just("run"), st.sampled_from(PROGRAMS)),
     st.tuples(st.just("run"), st.sampled_from(PROGRAMS[:4])),
-    st.tuples(st.sampled_from(["read", "write", "fill", "copy", "rows", "read rows", "window"]), ranges()),
+    st.tuples(st.sampled_from(["read", "write", "fill", "copy", "rows", "read rows", "receive"]), ranges()),
 )
 
 
@@ -158,12 +159,8 @@ def did(one: Scene, what: str, about: object, number: int) -> bytes:
             return bytes(one.device.read(one.weights, start, size))
         case "write":
             one.device.write(one.weights, start, new)
-        case "window":
-            window = one.device.window(one.weights, start, size)
-            if window is None:
-                one.device.write(one.weights, start, new)
-            else:
-                window[:] = new
+        case "receive":
+            receive(one.device, one.weights, start, size, BytesIO(new).readinto)
         case "fill":
             one.device.fill(one.weights, start, size, 1)
         case "copy":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import gguf
 import numpy as np
@@ -102,11 +103,11 @@ def test_bytes(exact: LocalDevice) -> None:
     assert bytes(exact.read(buffer, 10, 6)) == b"azzdef"
     exact.copy(buffer, 10, buffer, 12, 6)  # overlapping
     assert bytes(exact.read(buffer, 10, 8)) == b"azazzdef"
-    window = exact.window(buffer, 0, 4)
-    assert (window is not None) == (exact.torch_device.type == "cpu")
-    if window is not None:
-        window[:] = b"wxyz"
-        assert bytes(exact.read(buffer, 0, 4)) == b"wxyz"
+    came = BytesIO(b"uvwxyz")
+    with exact.receiving(buffer, [(0, 8), (20, 4)]) as receive:
+        receive([(2, 4), (20, 2)], came.readinto)
+    assert bytes(exact.read(buffer, 0, 8)) == b"\0\0uvwx\0\0"
+    assert bytes(exact.read(buffer, 20, 4)) == b"yz\0\0"
     exact.clear(buffer, 1)
     assert bytes(exact.read(buffer, 0, 100)) == bytes([1]) * 100
     exact.free(buffer)

@@ -224,7 +224,7 @@ class Reading(nn.Module):
         self.table = torch.ones(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.relu(self.linear(x) * self.factor * self.table) * FACTOR + 1
+        return nn.functional.silu(self.linear(x) * self.factor * self.table) * FACTOR + 1
 
 
 @torch.no_grad()
@@ -243,7 +243,7 @@ def test_whatever_is_read_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: monkeypatch.setitem(globals(), "FACTOR", 5.0),
         lambda: monkeypatch.setattr(Reading, "factor", 0.5),
         lambda: module.table.data.mul_(3),
-        lambda: monkeypatch.setattr(nn.functional, "relu", lambda x, inplace=False: x * 2),
+        lambda: monkeypatch.setattr(nn.functional, "silu", lambda x, inplace=False: x * 2),
         lambda: monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) - 1),
         lambda: monkeypatch.setattr(Reading, "forward", lambda self, x: self.linear(x) * 3),
         lambda: hooks.append(nn.modules.module.register_module_forward_hook(lambda _, __, y: y * 2)),

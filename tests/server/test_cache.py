@@ -15,20 +15,23 @@ from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sdrpc import content
 from sdrpc.client import Keychain, connect
 from sdrpc.client.names import Names
-from sdrpc.content import FNV_START, PIECE, digest, fnv1a, pieces
-from sdrpc.device import Buffer, Content
+from sdrpc.content import DIGEST_BYTES, FNV_START, PIECE, SMALLEST, digest, fnv1a, pieces
+from sdrpc.device import Content, ServedDevice
 from sdrpc.errors import UsageError
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
 from sdrpc.server import Cache, CacheService, Door, Keys, Server, client_cache, live
 from sdrpc.server.cache import LEAST, STALE_SECONDS
+from sdrpc.server.client_cache import SMALL
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
+from sdrpc.wire.carrying import MOST_RANGES, Named, pack_named
 from sdrpc.wire.hello import Capability
 from sdrpc.wire.records import Record
 from tests.server.conftest import CountingDevice, eventually
@@ -52,8 +55,11 @@ class Place:
         return self.asks(digest(data) if self.ours else fnv(data))
 
     def asks(self, name: bytes | int, tensor: Record | None = None, offset: int = 0) -> bool:
-        ask = messages.SetTensorDigest if isinstance(name, bytes) else messages.SetTensorHash
-        return bool(self.client.ask(ask(tensor or self.tensor, offset, name)).result)  # type: ignore[arg-type]
+        tensor = tensor or self.tensor
+        if isinstance(name, bytes):
+            at = tensor.data - self.tensor.data + offset
+            return self.client.find(tensor.buffer, Named(at, tensor.ne[0] - offset, name)) == [True]
+        return bool(self.client.ask(messages.SetTensorHash(tensor, offset, name)).result)
 
     def send(self, data: bytes, offset: int = 0) -> None:
         self.client.set(self.tensor, data, offset)
@@ -73,8 +79,7 @@ class Place:
 class Windowless(CountingDevice):
     """As an accelerator: its memory can't be touched."""
 
-    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        return None
+    receiving = ServedDevice.receiving
 
 
 class Scene:
@@ -181,7 +186,7 @@ def test_fnv1a_is_the_protocol_s() -> None:
 
 
 @both
-@pytest.mark.parametrize("device", [0, 1], ids=["window", "no-window"])
+@pytest.mark.parametrize("device", [0, 1], ids=["host", "accelerator"])
 @pytest.mark.parametrize("size", [1024, PIECE, SIZE])
 def test_a_tensor_is_sent_once(scene: Scene, ours: bool, device: int, size: int) -> None:
     data = noise(1, size)
@@ -362,7 +367,7 @@ DAMAGE: dict[str, Callable[[bytearray], object]] = {
 
 
 @both
-@pytest.mark.parametrize("device", [0, 1], ids=["window", "no-window"])
+@pytest.mark.parametrize("device", [0, 1], ids=["host", "accelerator"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_t42_a_damaged_file_is_a_miss(
     scene: Scene, ours: bool, device: int, damage: str, caplog: pytest.LogCaptureFixture
@@ -611,32 +616,94 @@ WRONG: dict[str, Callable[[Place], Record]] = {
 }
 
 
-@both
 @pytest.mark.parametrize("wrong", WRONG)
-def test_questions_about_what_is_not_there(scene: Scene, ours: bool, wrong: str) -> None:
+def test_questions_about_what_is_not_there(scene: Scene, wrong: str) -> None:
     """They end the client that asks them; another one goes on."""
     data = noise(1, 5000)
-    works = scene.place(ours, 5000)
+    works = scene.place(False, 5000)
     works.puts(data)
     scene.flushed()
-    client = scene.place(ours)
-    ask = messages.SetTensorDigest if ours else messages.SetTensorHash
-    client.client.post(ask(WRONG[wrong](client), 0, digest(data) if ours else fnv(data)))  # type: ignore[arg-type]
-    assert bool(client.client.ended()) == ours  # ours are told why
+    client = scene.place(False)
+    client.client.post(messages.SetTensorHash(WRONG[wrong](client), 0, fnv(data)))
+    assert client.client.ended() == ""
     assert not works.puts(data)
 
 
-@both
 @pytest.mark.parametrize("offset", [SIZE, SIZE + 1, 2**64 - 1])
-def test_questions_about_what_is_behind_the_end(scene: Scene, ours: bool, offset: int) -> None:
-    client = scene.place(ours)
-    ask = messages.SetTensorDigest if ours else messages.SetTensorHash
-    name = bytes(32) if ours else 0
-    client.client.post(ask(client.tensor, offset, name))  # type: ignore[arg-type]
+def test_questions_about_what_is_behind_the_end(scene: Scene, offset: int) -> None:
+    client = scene.place(False)
+    client.client.post(messages.SetTensorHash(client.tensor, offset, 0))
     if offset == SIZE:  # nothing is left of the tensor: nobody has that
         assert client.client.receive(9) == b"\1" + bytes(7) + b"\0"
     else:
-        assert bool(client.client.ended()) == ours
+        assert client.client.ended() == ""
+
+
+NOTHING = bytes(DIGEST_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("handle", "ranges", "reason"),
+    [
+        (1, pack_named([Named(0, SIZE + 1, NOTHING)]), f"{SIZE + 1} bytes at 0 are not inside buffer 1 of {SIZE}"),
+        (1, pack_named([Named(SIZE, 1, NOTHING)]), f"1 bytes at {SIZE} are not inside buffer 1"),
+        (1, pack_named([Named(2**64 - 1, 1, NOTHING)]), "are not inside buffer 1"),
+        (1, pack_named([Named(0, 2**64 - 1, NOTHING)]), "are not inside buffer 1"),
+        (1, pack_named([Named(9, 9, NOTHING), Named(0, 10, NOTHING)]), "ranges of buffer 1 overlap"),
+        (1, pack_named([Named(0, 64, NOTHING)] * MOST_RANGES), "ranges of buffer 1 overlap"),
+        (0, pack_named([Named(0, 64, NOTHING)]), "buffer 0x0 does not exist"),
+        (2, pack_named([Named(0, 64, NOTHING)]), "buffer 0x2 does not exist"),
+        (1, b"", "ranges of 0 bytes"),
+        (1, bytes(47), "ranges of 47 bytes"),
+        (1, bytes(48 * MOST_RANGES + 48), "SET_RANGES_DIGEST: 12344 bytes instead of 8 to 12296"),
+    ],
+)
+def test_questions_about_ranges_that_are_not_there(scene: Scene, handle: int, ranges: bytes, reason: str) -> None:
+    """They end the client that asks them, which is told why; another one goes on."""
+    data = noise(1, 5000)
+    works = scene.place(True, 5000)
+    works.puts(data)
+    scene.flushed()
+    client = scene.place(True).client
+    client.post(messages.SetRangesDigest(handle, ranges))
+    assert reason in client.ended()
+    assert not works.puts(data)
+
+
+@pytest.mark.parametrize("device", [0, 1], ids=["host", "accelerator"])
+def test_many_ranges_of_any_size_are_asked_for_at_once(scene: Scene, device: int) -> None:
+    """What is there comes to its place, and what is not is kept when it comes; answers are in the order of the
+    questions, which is not that of the places."""
+    rng = np.random.default_rng(3)
+    sizes = [0, 1, 1023, 1024, 1025, SMALL, SMALL + 1, PIECE, PIECE + 1, 9_000_001, *rng.integers(1024, 70_000, 40)]
+    places = [Named(0, 0, b"")]
+    for size in rng.permutation(sizes).tolist():
+        places.append(Named(places[-1].offset + places[-1].size + 64, size, digest(noise(len(places), size))))
+    asked = [places[at] for at in rng.permutation(range(1, len(places)))]
+    data = {each: noise(places.index(each), each.size) for each in asked}
+    half = {each for each in asked[::2] if each.size}
+    total = places[-1].offset + places[-1].size
+    first = scene.place(True, total).client
+    handle, base = scene.places[-1].tensor.buffer, scene.places[-1].tensor.data
+    assert first.find(handle, *half) == [False] * len(half)
+    for each in half:
+        first.set(first.record((handle, base), (each.size,), at=each.offset, type="I8"), data[each])
+    scene.flushed()
+    scene.stop()
+    scene.start()
+    for known in (half, set(asked)):
+        client = scene.place(True, total, device).client
+        handle, base = scene.places[-1].tensor.buffer, scene.places[-1].tensor.data
+        kept = {each for each in known if each.size >= SMALLEST}
+        assert client.find(handle, *asked) == [each in kept for each in asked]
+        for each in asked:
+            place = client.record((handle, base), (max(each.size, 1),), at=each.offset, type="I8")
+            if each not in kept and each.size:
+                client.set(place, data[each])
+            assert client.get(place, each.size) == data[each]
+        scene.flushed()
+        scene.stop()
+        scene.start()
 
 
 def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,6 +718,6 @@ def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.Mon
 
 def test_our_command_is_for_clients_of_ours(scene: Scene) -> None:
     client = scene.place(False).client
-    client.command(messages.Command.SET_TENSOR_DIGEST, size=0)
+    client.command(messages.Command.SET_RANGES_DIGEST, size=0)
     assert client.ended() == ""
     assert len(list(pieces(SIZE))) == 2

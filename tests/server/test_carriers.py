@@ -23,7 +23,7 @@ from sdrpc.server.client_cache import CacheService
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.server.stream import Stream
 from sdrpc.wire import messages as m
-from sdrpc.wire.carrying import MOST_BYTES, Range, pack
+from sdrpc.wire.carrying import MOST_BYTES, Named, Range, pack, pack_named
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, Scene, eventually
@@ -92,9 +92,8 @@ def test_the_server_looks_for_other_bytes_while_data_comes(tmp_path: Path) -> No
             place = client.buffer(4096)
             carrier.ask(m.Carry(client.ask(m.GetCarriers(1)).token))
             client.post(m.SetRanges(place[0], 1, pack([Range(0, 2048)])))
-            elsewhere, there = (client.record(place, (2048,), at=at, type="I8") for at in (2048, 0))
-            assert client.ask(m.SetTensorDigest(elsewhere, 0, bytes(32))).result == 0
-            client.post(m.SetTensorDigest(there, 0, digest(DATA[:2048])))
+            assert client.find(place[0], Named(2048, 2048, bytes(32))) == [False]
+            client.post(m.SetRangesDigest(place[0], pack_named([Named(0, 2048, digest(DATA[:2048]))])))
             client.socket.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 client.socket.recv(1)

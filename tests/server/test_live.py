@@ -28,9 +28,10 @@ from sdrpc.engine.precision import Precision
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
 from sdrpc.server import Door, Keys, Limits, Server, live
+from sdrpc.server.finder import Finder
 from sdrpc.server.key_ring import KeyRing
-from sdrpc.server.session import Session
 from sdrpc.wire import messages
+from sdrpc.wire.carrying import Named, pack_named
 from sdrpc.wire.hello import Capability
 from tests.server.conftest import CountingDevice, eventually
 from tests.support.accelerator import Untouchable
@@ -71,12 +72,10 @@ class Place:
 
     def has(self, data: bytes) -> bool:
         """Ask for ``data`` by its name: whether the tensor is that now."""
-        question = (
-            messages.SetTensorDigest(self.tensor, 0, digest(data))
-            if self.ours
-            else messages.SetTensorHash(self.tensor, 0, fnv(data))
-        )
-        return bool(self.client.ask(question).result)
+        if self.ours:
+            at = self.tensor.data - self.buffer[1]
+            return self.client.find(self.buffer[0], Named(at, SIZE, digest(data))) == [True]
+        return bool(self.client.ask(messages.SetTensorHash(self.tensor, 0, fnv(data))).result)
 
     def send(self, data: bytes, offset: int = 0) -> Place:
         self.client.set(self.tensor, data, offset)
@@ -133,9 +132,7 @@ def asked(place: Place, *questions: tuple[int, bytes]) -> list[bool]:
     """What the client hears to questions for several places at once: offset in its buffer, and what shall be there."""
     client = place.client
     for at, data in questions:
-        client.post(
-            messages.SetTensorDigest(client.record(place.buffer, (len(data),), at=at, type="I8"), 0, digest(data))
-        )
+        client.post(messages.SetRangesDigest(place.buffer[0], pack_named([Named(at, len(data), digest(data))])))
     return [client.receive(9)[8] == 1 for _ in questions]
 
 
@@ -165,7 +162,7 @@ def test_what_is_looked_for_at_one_place_is_looked_for_in_turn(
     second = scene()
     waits = threading.Event()
     order: list[str] = []
-    find, looked = live.Live.find, Session._looked
+    find, finish = live.Live.find, Finder.finish
 
     def slowly(*arguments: Any) -> bool:
         order.append("began")
@@ -174,12 +171,12 @@ def test_what_is_looked_for_at_one_place_is_looked_for_in_turn(
         order.append("ended")
         return found
 
-    def waiting(session: Session) -> None:
+    def waiting(finder: Finder) -> None:
         waits.set()
-        looked(session)
+        finish(finder)
 
     monkeypatch.setattr(live.Live, "find", slowly)
-    monkeypatch.setattr(Session, "_looked", waiting)
+    monkeypatch.setattr(Finder, "finish", waiting)
     assert asked(second, (AT, noise(1)), (AT + SIZE - 1, noise(2, 5000))) == [True, False]
     assert order == ["began", "ended"] * 2
     assert second.read()[: SIZE - 1] == noise(1)[: SIZE - 1]
@@ -201,6 +198,28 @@ def test_a_second_client_sends_nothing(scene: Callable[..., Place], ours: bool, 
     third = scene(ours=ours, device=device, at=AT + 192)  # elsewhere in its page
     assert third.has(data)
     assert third.read() == data
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_written_to_while_it_is_copied_is_not_given(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Also where its digest is known, so that nobody looks at the copy."""
+    data = noise(1)
+    scene(device=1).send(data)
+    if known:
+        assert scene(device=1).has(data)
+    copy = CountingDevice.copy
+
+    def late(device: CountingDevice, source: Buffer, at: int, target: Buffer, there: int, size: int) -> None:
+        device.write(source, at + size - 1, bytes([data[-1] ^ 1]))
+        copy(device, source, at, target, there, size)
+
+    monkeypatch.setattr(CountingDevice, "copy", late)
+    third = scene(device=1)
+    assert not third.has(data)
+    monkeypatch.setattr(CountingDevice, "copy", copy)
+    assert not third.has(data), "nobody has it any more"
 
 
 @shares_memory
@@ -475,7 +494,8 @@ def test_kernels_are_made_once_for_both(type: str) -> None:
         copy, most = 2 * n * n, n * n // 2
         assert device._weights.used < (copy + most if type == "F32" else 2 * most)
         second = Multiplies(server)
-        assert second.client.ask(messages.SetTensorDigest(second.bytes, 0, digest(weights[0].tobytes()))).result
+        same = Named(second.bytes.data - second.buffer[1], weights[0].nbytes, digest(weights[0].tobytes()))
+        assert second.client.find(second.buffer[0], same) == [True]
         for each in (second, first):
             each(weights[0])
         one = device._weights.used

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from struct import pack, unpack
 
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 
 from sdrpc.client.connection import CAPABILITIES
 from sdrpc.content import PIECE
-from sdrpc.device import Buffer, Bytes
+from sdrpc.device import Buffer, Bytes, ServedDevice
 from sdrpc.engine.device import LocalDevice
 from sdrpc.errors import DeviceError
 from sdrpc.ggml import params, validate
@@ -296,7 +297,7 @@ def test_t9_a_thousand_connections_at_once(device: CountingDevice, caplog: pytes
 
 def test_a_device_without_memory_that_we_can_touch(device: CountingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator: what arrives is written piece by piece, and what is read is never here as a whole."""
-    monkeypatch.setattr(device, "window", lambda *_: None)
+    monkeypatch.setattr(device, "receiving", partial(ServedDevice.receiving, device))
     order: list[tuple[str, int]] = []
 
     class Queued:

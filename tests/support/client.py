@@ -15,6 +15,7 @@ from sdrpc.ggml.dialect import Dialect, newest
 from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import TYPES
 from sdrpc.wire import messages
+from sdrpc.wire.carrying import Named, pack_named
 from sdrpc.wire.framing import ERROR_MARK, REPLY_HEADER, ErrorReply, drive, encode_request, read_reply
 from sdrpc.wire.graphs import COMPUTE
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello, read_hello_reply
@@ -142,6 +143,11 @@ class RawClient:
     def get(self, tensor: Record, size: int, offset: int = 0) -> bytes:
         self.ask(messages.GetTensor(tensor, offset, size), bulk=size)
         return self.receive(size)
+
+    def find(self, handle: int, *asked: Named) -> list[bool]:
+        """Ask for bytes of a buffer by their digests: which of them are there now."""
+        self.ask(messages.SetRangesDigest(handle, pack_named(asked)), bulk=len(asked))
+        return list(map(bool, self.receive(len(asked))))
 
     def graph(self, nodes: Sequence[int], records: Sequence[Record], device: int = 0, uid: int = 0) -> bytes:
         """A GRAPH_COMPUTE payload: node ids and tensors as they are, whatever they mean."""

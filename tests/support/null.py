@@ -61,9 +61,6 @@ class NullDevice(ServedDevice):
     def read(self, buffer: Buffer, offset: int, size: int) -> Bytes:
         return bytes(size)
 
-    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        return None
-
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:
         assert 0 <= offset <= offset + size <= buffer.size
 

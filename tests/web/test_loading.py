@@ -23,7 +23,7 @@ class Holding(Trouble):
 
     def comes(self, command: int) -> bool:
         super().comes(command)
-        return self.requests[-1] == "SET_TENSOR_DIGEST" and not self.held.is_set()
+        return self.requests[-1] == "SET_RANGES_DIGEST" and not self.held.is_set()
 
     def _hold(self, _: Passage) -> None:
         self.held.set()
@@ -61,7 +61,7 @@ def test_a_model_comes_and_leaves_when_nobody_asks_for_it(tmp_path: Path, models
             assert server.ask("/ready").json() == {"status": "ready"}
             before = len(proxy.requests)
             assert server.until(server.submit(), "completed")["result"] == first
-            assert "SET_TENSOR_DIGEST" in proxy.requests[before:]
+            assert "SET_RANGES_DIGEST" in proxy.requests[before:]
         finally:
             proxy.let_go.set()
             looking.close()

@@ -126,11 +126,11 @@ EXAMPLES: dict[Command, Example] = {
     ),
     Command.COMM_ALLREDUCE: Example(m.CommAllreduce(3, TENSOR), lambda d, t: pack("<I", 3) + t, None, b""),
     Command.COMM_FREE: Example(m.CommFree(3), lambda d, t: pack("<I", 3), None, b""),
-    Command.SET_TENSOR_DIGEST: Example(
-        m.SetTensorDigest(TENSOR, 8, bytes(range(32))),
-        lambda d, t: t + pack("<Q", 8) + bytes(range(32)),
-        m.SetTensorHashReply(1),
-        b"\1",
+    Command.SET_RANGES_DIGEST: Example(
+        m.SetRangesDigest(9, pack("<QQ32sQQ32s", 0, 100, bytes(range(32)), 2**40, 7, bytes(32))),
+        lambda d, t: pack("<QQQ32sQQ32s", 9, 0, 100, bytes(range(32)), 2**40, 7, bytes(32)),
+        m.SetRangesDigestReply(b"\1\0"),
+        b"\1\0",
     ),
     Command.GET_CARRIERS: Example(
         m.GetCarriers(4), lambda d, t: b"\4", m.GetCarriersReply(3, bytes(range(32))), b"\3" + bytes(range(32))

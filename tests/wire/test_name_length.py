@@ -20,7 +20,7 @@ from tests.wire.examples import DIALECTS, TENSOR, commands, frame, record
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.version)
 BY_SIZE = (
     Command.INIT_TENSOR, Command.GET_TENSOR, Command.COPY_TENSOR, Command.GET_ALLOC_SIZE, Command.MEMSET_TENSOR,
-    Command.SET_TENSOR_HASH, Command.SET_TENSOR_DIGEST, Command.GET_TENSOR_2D, Command.COMM_ALLREDUCE,
+    Command.SET_TENSOR_HASH, Command.GET_TENSOR_2D, Command.COMM_ALLREDUCE,
 )  # fmt: skip
 
 

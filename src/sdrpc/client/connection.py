@@ -119,7 +119,8 @@ class Connection:
         request = framing.encode_request(message, self.dialect, self.name_length)
         with self._guard(doing):
             self._send(request)
-            return self._tensor(into)
+            reply: messages.GetTensorReply = self._into(Command.GET_TENSOR, into)
+        return reply
 
     def ask_later(self, messages: Sequence[Any], doing: str) -> None:
         """Send ``messages``; :meth:`answer_of` receives the answer to each, before those of any other. They must be few
@@ -129,12 +130,10 @@ class Connection:
             self._send([part for request in requests for part in request])
 
     def answer_of(self, message: Any, into: memoryview, doing: str) -> Any:
-        """The answer to the first :meth:`ask_later` that was not received yet, which sent ``message``; that of a
-        GET_TENSOR is received in ``into``."""
+        """The answer to the first :meth:`ask_later` that was not received yet, which sent ``message``; its
+        bulk data is received in ``into``."""
         with self._guard(doing):
-            if isinstance(message, messages.GetTensor):
-                return self._tensor(into)
-            return self._reply(COMMANDS[type(message)])
+            return self._into(COMMANDS[type(message)], into)
 
     def shows_at(self) -> int | None:
         """The file descriptor that can be read from when an answer comes; None where some of it may be here already."""
@@ -238,11 +237,12 @@ class Connection:
     def _refusal(self, reply: framing.ErrorReply) -> Refused:
         return Refused(str(self.endpoint), from_text(reply.reason))
 
-    def _tensor(self, into: memoryview) -> messages.GetTensorReply:
-        self._reply(Command.GET_TENSOR, bulk=len(into))
+    def _into(self, command: Command, into: memoryview) -> Any:
+        """The answer to ``command``, whose bulk data is received in ``into``."""
+        reply = self._reply(command, bulk=len(into))
         _receive_into(self._socket, into, self._wait)
         self.traffic.received += len(into)
-        return messages.GetTensorReply(into)
+        return reply
 
     def _receive(self, size: int) -> Bytes:
         data = _receive(self._socket, size, self._wait)

@@ -23,7 +23,7 @@ from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph
 from ..targets import PORTABLE, SDRPC
 from ..wire import messages
-from ..wire.carrying import Range, pack
+from ..wire.carrying import Named, Range, pack, pack_named
 from ..wire.framing import byte_length
 from ..wire.graphs import encode_graph
 from ..wire.hello import Capability
@@ -31,7 +31,7 @@ from ..wire.records import Record
 from .carriers import Carriers
 from .endpoint import Endpoint
 from .server import Answer, RemoteBuffer, Server
-from .upload import PART, Run, Scheme, send_all, upload
+from .upload import BY_DIGEST, PART, Offered, Run, Scheme, send_all, upload
 
 MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""
@@ -200,15 +200,29 @@ class RemoteDevice(Device):
         """Wait until all is sent that is on its way over ``carriers``."""
         self._server.finish_over(self.name, carriers)
 
-    def offer(
-        self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]
-    ) -> Callable[[], list[bool]]:
-        """Ask for bytes by name: (offset, size, name) each. What this gives waits for the answers: whether the server
-        has them, which are in the buffer then."""
-        questions = [scheme.question(self._bytes_at(buffer, at, size), name) for at, size, name in offered]
-        if not questions:
+    def offer(self, buffer: RemoteBuffer, scheme: Scheme, offered: Sequence[Offered]) -> Callable[[], list[bool]]:
+        """Ask for bytes by their names. What this gives waits for the answers: whether the server has them, which are
+        in the buffer then."""
+        if not offered:
             return list
-        doing = f"offering {len(questions)} tensors on device {self.index}"
+        ask = self._offer_ranges if scheme is BY_DIGEST else self._offer_tensors
+        return ask(buffer, offered, f"offering {len(offered)} tensors on device {self.index}")
+
+    def _offer_ranges(self, buffer: RemoteBuffer, offered: Sequence[Offered], doing: str) -> Callable[[], list[bool]]:
+        message = messages.SetRangesDigest(buffer.handle, pack_named([Named(*each) for each in offered]))
+        asked = self._server.ask_later(self.name, message, doing, len(offered))
+
+        def answers() -> list[bool]:
+            self._server.answers_up_to(asked)
+            return list(map(bool, asked.into))
+
+        return answers
+
+    def _offer_tensors(self, buffer: RemoteBuffer, offered: Sequence[Offered], doing: str) -> Callable[[], list[bool]]:
+        questions = [
+            messages.SetTensorHash(self._bytes_at(buffer, at, size), 0, int.from_bytes(name, "little"))
+            for at, size, name in offered
+        ]
         asked = self._server.ask_all_later(self.name, questions, doing)
 
         def answers() -> list[bool]:
@@ -337,7 +351,7 @@ class _Sender:
     def together(self) -> bool:
         return self.carriers is not None
 
-    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> Callable[[], list[bool]]:
+    def offer(self, scheme: Scheme, offered: Sequence[Offered]) -> Callable[[], list[bool]]:
         return self.device.offer(self.buffer, scheme, offered)
 
     def send(self, runs: Sequence[Run], sent: Callable[[], None]) -> None:

@@ -52,7 +52,7 @@ class Tenant(Protocol):
 
 @dataclass(eq=False)
 class Question:
-    """What was sent for a device and will be answered; the answer to a GET_TENSOR belongs ``into`` somewhere."""
+    """What was sent for a device and will be answered; the bulk data of an answer belongs ``into`` somewhere."""
 
     message: Any
     into: memoryview
@@ -114,7 +114,7 @@ class Server:
 
     def ask_later(self, device: str, message: Any, doing: str, size: int = 0) -> Question:
         """Send ``message`` for ``device``; its answer is received when somebody waits for it or a later one. ``size``:
-        bytes of that to a GET_TENSOR."""
+        bytes of bulk data in that."""
         return self.ask_all_later(device, [message], doing, size)[0]
 
     def ask_all_later(self, device: str, messages: Sequence[Any], doing: str, size: int = 0) -> list[Question]:

@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..content import FNV_START, SMALLEST, THREADS, digest, fnv1a
 from ..device import Content
 from ..ggml.weight import Origin
+from ..grouping import grouped
 from ..wire.carrying import MOST_RANGES
-from ..wire.messages import SetTensorDigest, SetTensorHash
-from ..wire.records import Record
 from .names import Names
 
 PART = 32 << 20
 """Bytes that have a name of their own: native servers hold what they receive at once in memory twice."""
-GROUP_PARTS, GROUP_BYTES = 64, 64 << 20
+GROUP_BYTES = 64 << 20
 """What is asked for together, and sent together, at most. While one group is sent, the answers for the next one are on
 their way and the names of the one behind that are computed: the bytes of all of them may be in memory."""
 LOAD_BYTES = 128 << 20
@@ -43,6 +42,14 @@ BEHIND = 4
 T = TypeVar("T")
 
 
+class Offered(NamedTuple):
+    """``size`` bytes of a buffer from ``offset`` on, by their name."""
+
+    offset: int
+    size: int
+    name: bytes
+
+
 class Scheme(NamedTuple):
     """How bytes are called. ``smallest``: bytes for which it is worthwhile. ``first``: whether to compute a name that
     is not remembered for the question, or after sending, for the next time."""
@@ -50,13 +57,10 @@ class Scheme(NamedTuple):
     kind: str
     smallest: int
     name: Callable[[Sequence[memoryview]], bytes]
-    question: Callable[[Record, bytes], Any]
     first: bool
 
 
-BY_DIGEST = Scheme(
-    "blake3", SMALLEST, lambda views: digest(*views), lambda record, name: SetTensorDigest(record, 0, name), True
-)
+BY_DIGEST = Scheme("blake3", SMALLEST, lambda views: digest(*views), True)
 """Between our own peers: the question costs less than the answer on any network."""
 
 
@@ -70,7 +74,6 @@ def by_hash() -> Scheme | None:
         "fnv1a",
         NATIVE_THRESHOLD + 1,
         lambda views: reduce(lambda state, view: fnv(view, state), views, FNV_START).to_bytes(8, "little"),
-        lambda record, name: SetTensorHash(record, 0, int.from_bytes(name, "little")),
         False,
     )
 
@@ -86,9 +89,9 @@ class Run(NamedTuple):
 class Sender(Protocol):
     """What an upload needs of a device."""
 
-    def offer(self, scheme: Scheme, offered: Sequence[tuple[int, int, bytes]]) -> Callable[[], list[bool]]:
-        """Ask by (offset, size, name) of bytes. What this gives waits for the answers: whether the server had them, and
-        has them there now."""
+    def offer(self, scheme: Scheme, offered: Sequence[Offered]) -> Callable[[], list[bool]]:
+        """Ask for bytes by their names. What this gives waits for the answers: whether the server had them, and has
+        them there now."""
 
     def send(self, runs: Sequence[Run], sent: Callable[[], None]) -> None:
         """Send bytes; ``sent`` is called when they are, which may be in a later call."""
@@ -137,6 +140,10 @@ class _Pace:
         self._most, self.room = most, min(FIRST_BYTES, most)
         self._since = time.monotonic()
 
+    def fits(self, count: int, size: int) -> bool:
+        """Whether ``count`` parts of ``size`` bytes in all may be sent together."""
+        return count <= MOST_RANGES and size <= self.room
+
     def sent(self) -> None:
         """What was sent together is."""
         before, self._since = self._since, time.monotonic()
@@ -175,8 +182,8 @@ def upload(
                 if part.origin:
                     names.put(part.origin, part.name)
         asked = [part for part in group if isinstance(part.name, bytes)]
-        offered = [(part.offset, part.size, part.name) for part in asked]
-        return group, asked, sender.offer(scheme, offered)  # type: ignore[arg-type]
+        offered = [Offered(part.offset, part.size, part.name) for part in asked if isinstance(part.name, bytes)]
+        return group, asked, sender.offer(scheme, offered)
 
     def sent(parts: list[_Part]) -> None:
         nonlocal done
@@ -193,7 +200,8 @@ def upload(
                 names.put(part.origin, name.result())
 
     try:
-        begun = _one_ahead(map(begin, _groups(_parts(scheme, contents), pace)))
+        groups = grouped(_parts(scheme, contents), lambda part: part.size, pace.fits)
+        begun = _one_ahead(map(begin, groups))
         for group, asked, answers in _one_ahead(map(ask, begun)):
             had = {part for part, answer in zip(asked, answers(), strict=True) if answer}
             for some in [group] if sender.together else [[part] for part in group]:
@@ -234,7 +242,7 @@ def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[in
             whole = memoryview(piece).cast("B")
             for start in range(0, len(whole), PART):
                 part = whole[start : start + PART]
-                if runs and (size + len(part) > pace.room or len(runs) == MOST_RANGES):
+                if runs and not pace.fits(len(runs) + 1, size + len(part)):
                     flush()
                 runs.append(Run(at, [part]))
                 size += len(part)
@@ -249,19 +257,6 @@ def _parts(scheme: Scheme, contents: Iterable[Content]) -> Iterator[_Part]:
             size = min(PART, content.size - start)
             origin = content.origin and content.origin.made(f"{start}+{size} {scheme.kind}")
             yield _Part(content, start, size, origin)
-
-
-def _groups(parts: Iterable[_Part], pace: _Pace) -> Iterator[list[_Part]]:
-    group: list[_Part] = []
-    size = 0
-    for part in parts:
-        if group and (len(group) == GROUP_PARTS or size + part.size > pace.room):
-            yield group
-            group, size = [], 0
-        group.append(part)
-        size += part.size
-    if group:
-        yield group
 
 
 def _one_ahead(groups: Iterable[T]) -> Iterator[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from threading import RLock
 
@@ -16,6 +16,7 @@ from sdrpc.errors import DeviceError, OutOfMemory
 
 from .errors import translated
 from .forms import ALIGNMENT, MAPPED
+from .fresh_memory import made_ready
 from .memory import LocalBuffer, Storage, new_storage
 from .pages import Frozen as FrozenPages
 from .sharing import Storages, held, may_share
@@ -153,25 +154,25 @@ class LocalMemory(ServedDevice):
             storage.data[at : at + size].copy_(part, non_blocking=True)
         return True
 
-    def window(self, buffer: Buffer, offset: int, size: int) -> memoryview | None:
-        """Writable memory of ``buffer``, to receive into; None where the CPU can't touch it: then use
-        :meth:`receiving`. Until all of it was written, what is there is nobody's to read or to compute with."""
-        if self._range(buffer, offset, size).storage.host is None:
-            return None
-        with self._writing(buffer, offset, size) as storage:
-            assert storage.host is not None  # noqa: S101
-            return storage.host[offset : offset + size]
-
     @contextmanager
-    def receiving(self, buffer: Buffer, places: Sequence[tuple[int, int]]) -> Iterator[Receive]:
-        with super().receiving(buffer, places) as usual:
+    def receiving(self, buffer: Buffer, places: Sequence[tuple[int, int]], ahead: bool = False) -> Iterator[Receive]:
+        with ExitStack() as stack:
+            receive = stack.enter_context(super().receiving(buffer, places))
             with self._writing_to(buffer, places) as storage:
                 storage.claims += 1
-            try:
-                yield usual if self._staging is None else partial(self._receive, self._staging, storage, usual)
-            finally:
-                with storage.forms.lock:
-                    storage.claims -= 1
+            stack.callback(self._received, storage)
+            if storage.host is not None:
+                receive = partial(_receive_in_place, storage.host)
+                for offset, size in places if ahead else ():
+                    stack.enter_context(made_ready(storage.host[offset : offset + size]))
+            elif self._staging is not None:
+                receive = partial(self._receive, self._staging, storage, receive)
+            yield receive
+
+    @staticmethod
+    def _received(storage: Storage) -> None:
+        with storage.forms.lock:
+            storage.claims -= 1
 
     def _receive(
         self,
@@ -291,6 +292,12 @@ class LocalMemory(ServedDevice):
         mine = self._range(buffer, offset, size)
         with translated(self.name, doing), held(mine):
             yield mine.storage.forms.read(mine.storage.data, offset, offset + size)
+
+
+def _receive_in_place(host: memoryview, places: Sequence[tuple[int, int]], fill: Callable[[memoryview], None]) -> None:
+    """Into memory that the CPU and the device have together."""
+    for offset, size in places:
+        fill(host[offset : offset + size])
 
 
 def _as_tensor(data: memoryview) -> torch.Tensor:

@@ -19,10 +19,10 @@
     incoming        where the data of a tensor goes while it comes
     loads           what carriers receive, while the next message is read
     carriers        further connections of a client that carry data
-    fresh_memory    memory that nobody touched before, made ready beside a receiver
     cache           tensors on disk: a folder, its files and its budget
     client_cache    the cache at work for a client: bytes hashed, kept, and found again
     live            what clients have in memory, found by what it is
+    finder          finds there, and in the cache, what one client asks for
     questions       threads that look for what clients ask for, in turn
     threads         that work for all clients
     limits, quotas  what a client may take, and all of them together

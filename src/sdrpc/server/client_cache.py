@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,6 +25,8 @@ from .threads import Threads
 WAITING = 64
 """Pieces that are held in memory until they are hashed and written: so far a disk may lag behind an upload. One that is
 slower slows it down."""
+SMALL = 1 << 18
+"""Bytes of a tensor that is read in one go."""
 _SEEKING = threading.Lock()
 
 Receive = Callable[[int, int, Callable[[memoryview], None]], None]
@@ -109,6 +111,19 @@ class ClientCache:
         """The digest of the ``size`` bytes that these clients sent before and call ``name`` (FNV-1a 64)."""
         return self.service.cache.lookup(name, size, self.owner)
 
+    def read(self, digest: bytes, size: int) -> bytes | None:
+        """The ``size`` bytes of ``digest``, at most :data:`SMALL`; None when they are not there, or others have sent
+        them."""
+        file = self.open(digest, size)
+        if file is None:
+            return None
+        with file:
+            try:
+                data = file.read(size)
+            except OSError:  # the disk
+                data = b""
+        return data if self._is_whole(digest, [hashed(data)]) else None
+
     def open(self, digest: bytes, size: int) -> BinaryIO | None:
         """What may be the ``size`` bytes of ``digest``, for :meth:`restore`; None when they are not there, or others
         have sent them."""
@@ -118,7 +133,6 @@ class ClientCache:
     def restore(self, file: BinaryIO, digest: bytes, size: int, receive: Receive) -> bool:
         """Read the ``size`` bytes of ``digest`` from ``file`` to where ``receive`` has them;
         False when it holds something else, and the target is overwritten nevertheless."""
-        cache = self.service.cache
 
         def read(piece: tuple[int, int]) -> bytes:
             at, length = piece
@@ -134,17 +148,17 @@ class ClientCache:
 
         try:
             if size <= PIECE:  # handing it to another thread would take longer
-                whole = joined([read((0, size))]) == digest
-            else:
-                done = [self.service.pool.submit(read, piece) for piece in pieces(size)]
-                wait(done)  # nobody writes to the target any more when this returns
-                whole = joined(piece.result() for piece in done) == digest
+                return self._is_whole(digest, [read((0, size))])
+            done = [self.service.pool.submit(read, piece) for piece in pieces(size)]
+            wait(done)  # nobody writes to the target any more when this returns
+            return self._is_whole(digest, [piece.result() for piece in done])
         except OSError:  # the disk, or a file that became shorter
-            whole = False
-        if whole:
-            cache.used(digest)
-        else:
-            cache.drop(digest)
+            return self._is_whole(digest, [])
+
+    def _is_whole(self, digest: bytes, pieces: Sequence[bytes]) -> bool:
+        """Whether a file whose ``pieces`` have these digests is that of ``digest``. Any other is thrown out."""
+        whole = joined(pieces) == digest
+        (self.service.cache.used if whole else self.service.cache.drop)(digest)
         return whole
 
     def writer(self, size: int, name: int | None) -> CacheWriter | None:

@@ -6,8 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
-from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -18,11 +16,18 @@ from ..errors import ConnectionLost, OutOfMemory, OverQuota, RemoteProtocolError
 from ..text import printable
 from ..wire.framing import REPLY_HEADER, Received, RequestReader, drive, encode_error, encode_reply
 from ..wire.hello import NATIVE, Capability, Hello, encode_hello_reply, own_commands, read_hello
-from ..wire.messages import AllocBufferReply, CarryReply, Command, GetTensorReply, SetTensorDigest, response_class
+from ..wire.messages import (
+    AllocBufferReply,
+    CarryReply,
+    Command,
+    GetTensorReply,
+    SetRangesDigest,
+    SetRangesDigestReply,
+    response_class,
+)
 from ..wire.refusals import Refusal, refusal, to_text
 from .asked_again import AskedAgain
 from .door import Door
-from .fresh_memory import made_ready
 from .incoming import Part, receiving, take
 from .loads import Loads
 from .negotiation import Protocol
@@ -123,7 +128,7 @@ def _greet(stream: Stream, session: Session, protocol: Protocol) -> Greeting:
     stream.deadline = None
     offer = protocol.offer(stream.address, hello)
     session.versions = offer.versions
-    ours = CAPABILITIES | (Capability.CACHE if session.keeps else NATIVE)
+    ours = CAPABILITIES | (Capability.CACHE if session.finder.has_any else NATIVE)
     if any(device.queues for device in session.devices):
         ours |= Capability.AHEAD
     agreed = hello.capabilities & ours
@@ -225,7 +230,7 @@ class Answers:
 
     def later(self, request: Received) -> bool:
         """Whether ``request`` will be answered later."""
-        if request.command == Command.SET_TENSOR_DIGEST:
+        if request.command == Command.SET_RANGES_DIGEST:
             self._waiting.append(self._looked_for(request.message))
             self._looking = True
             return True
@@ -247,14 +252,15 @@ class Answers:
 
         return Coming(soon.ready, answer, partial(time.sleep, PAUSE))
 
-    def _looked_for(self, asked: SetTensorDigest) -> Coming:
-        """Whether the server has bytes, several at the same time."""
-        future = self._session.restoring(asked)
+    def _looked_for(self, asked: SetRangesDigest) -> Coming:
+        """Whether the server has bytes."""
+        looking = self._session.look_for(asked)
 
         def answer() -> list[Bytes]:
-            return encode_reply(Command.SET_TENSOR_DIGEST, future.result(), self._session.dialect)
+            reply = SetRangesDigestReply(bytes(looking.answers()))
+            return encode_reply(Command.SET_RANGES_DIGEST, reply, self._session.dialect)
 
-        return Coming(future.done, answer, partial(wait, [future], LOOK))
+        return Coming(looking.done, answer, partial(looking.wait, LOOK))
 
     def before(self, request: Received) -> None:
         """Give the answers that ``request``'s own must not overtake."""
@@ -349,7 +355,7 @@ def _spoken(session: Session) -> str:
 
 
 def _receive_tensor(stream: Stream, session: Session, request: Received) -> None:
-    """The data of a SET_TENSOR: into the device's own memory where that can be had, else piece by piece."""
+    """The data of a SET_TENSOR, piece by piece."""
     head = memoryview(request.message.data)  # what was read ahead of the rest
     place = session.destination(request.message, len(head) + request.bulk)
     stream.expect(place.size)
@@ -360,11 +366,9 @@ def _receive_tensor(stream: Stream, session: Session, request: Received) -> None
         stream.read_into(piece[len(head) :])
         head = head[:0]
 
-    with receiving(session, [place]) as (incoming,):
-        ready = made_ready(incoming.window) if incoming.window is not None and stream.encrypted else nullcontext()
-        with ready:
-            for offset, size in pieces(place.size):
-                take([Part(incoming, offset, size)], read)
+    with receiving(session, [place], ahead=stream.encrypted) as (incoming,):
+        for offset, size in pieces(place.size):
+            take([Part(incoming, offset, size)], read)
 
 
 def _receive_rows(stream: Stream, session: Session, request: Received) -> None:

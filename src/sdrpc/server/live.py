@@ -1,10 +1,12 @@
 """What clients have in memory, found by what it is: another client of the same owner gets it without sending it.
 
-Nothing is hashed while it comes. When a client asks for bytes, ranges of as many bytes that its owner has sent are
-hashed, each once and the likeliest first: those at the same offset of a buffer, since the same program puts the same
-model there. What is hashed is frozen before, where the device can do that (:meth:`sdrpc.device.ServedDevice.freeze`),
-so that it stays what its digest says, whatever its client does with its own memory; and then the asker gets the same
-memory, not a copy. Elsewhere it gets a copy, and that is what is hashed, in its own memory.
+Only what is small is hashed while it comes. When a client asks for bytes, ranges of as many bytes that its owner has
+sent are hashed, each once and the likeliest first: those at the same offset of a buffer, since the same program puts
+the same model there. What is hashed is frozen before, where the device can do that
+(:meth:`sdrpc.device.ServedDevice.freeze`), so that it stays what its digest says, whatever its client does with its own
+memory; and then the asker gets the same memory, not a copy. Elsewhere it gets a copy, and that is what is hashed, in
+its own memory. What was copied before anybody wrote to it again (:meth:`sdrpc.device.ServedDevice.mark`) need not be
+hashed once more.
 
 Only what its own owner has sent is looked at for a client, and it takes no longer when others have the same: nobody
 learns from it what others draw with.
@@ -120,6 +122,8 @@ class Live:
         spot = held.spot
         if held.mark.written:
             return
+        if held.digest is not None:
+            spot.device.identify(spot.buffer, held.mark, _name(owner, held.digest))
         group, position = (owner, id(spot.device), spot.size), _position(spot)
         with self._lock:
             self._remove(position)
@@ -149,15 +153,15 @@ class Live:
                 continue
             try:
                 with held.lock:
-                    if wanted.met_by(held) is None:
-                        if looked_at >= MOST:
-                            continue
-                        looked_at += spot.size
+                    known = wanted.met_by(held)
+                    if known is False or (known is None and looked_at >= MOST):
+                        continue
+                    looked_at += 0 if known else spot.size
                     found = self._becomes(owner, held, wanted, target, hold)
             except DeviceError:  # its client has just freed it
                 found = False
             if found:
-                self.add(owner, self._here(owner, held, target))
+                self.add(owner, self._here(held, target))
                 return True
         return False
 
@@ -172,12 +176,13 @@ class Live:
 
     def _likely(self, owner: str, wanted: Wanted, target: Spot) -> Iterator[Held]:
         """What may be ``wanted``: what is known to be, then what nobody has looked at, that at the same place first."""
-        group = owner, id(target.device), target.size
+        group, mine = (owner, id(target.device), target.size), target.buffer.key
         with self._lock:
-            same_size = self._groups.get(group, {}).values()
-            candidates = [each for each in same_size if wanted.met_by(each) is not False]
-        candidates.sort(key=lambda each: (not wanted.met_by(each), each.spot.offset != target.offset))
-        return (held for held in candidates if held.spot.buffer.key != target.buffer.key)
+            same_size = list(self._groups.get(group, {}).values())
+        yield from [held for held in same_size if wanted.met_by(held) and held.spot.buffer.key != mine]
+        unknown = [held for held in same_size if wanted.met_by(held) is None and held.spot.buffer.key != mine]
+        yield from [held for held in unknown if held.spot.offset == target.offset]
+        yield from [held for held in unknown if held.spot.offset != target.offset]
 
     def _becomes(self, owner: str, held: Held, wanted: Wanted, target: Spot, hold: Hold) -> bool:
         """Find out whether ``held`` is ``wanted``; if so, ``target`` is the same now."""
@@ -192,11 +197,11 @@ class Live:
             _give(held.frozen, target)
             return True
         source.device.copy(source.buffer, source.offset, target.buffer, target.offset, target.size)
-        if known:
-            same = self._digest(target.read, target.size) == held.digest
-        else:
+        if held.mark.written:  # perhaps before it was copied, and what it was is known no longer
+            return False
+        if known is None:
             self._look_at(owner, held, wanted, target.read)
-            same = bool(wanted.met_by(held))
+        same = bool(wanted.met_by(held))
         if same and source.offset == target.offset:
             target.device.may_be_same(target.buffer, source.buffer)
         return same
@@ -221,11 +226,9 @@ class Live:
             held.fnv = _fnv(read, spot.size)
         spot.device.identify(spot.buffer, held.mark, _name(owner, held.digest))
 
-    def _here(self, owner: str, held: Held, target: Spot) -> Held:
+    def _here(self, held: Held, target: Spot) -> Held:
         """``target``, which has become the same as ``held``."""
         mark = target.device.mark(target.buffer, target.offset, target.size)
-        if held.digest is not None:
-            target.device.identify(target.buffer, mark, _name(owner, held.digest))
         return Held(target, mark, held.digest, held.fnv, held.frozen)
 
     def _digest(self, read: Read, size: int) -> bytes:

@@ -16,7 +16,7 @@ from ..wire.framing import Received
 from ..wire.messages import Command, SetRanges
 from .carriers import Carriers
 from .incoming import Incoming, Part, receiving, take
-from .places import Place
+from .places import Place, touch
 from .session import Session
 from .stream import Stream
 
@@ -49,7 +49,7 @@ class Loads:
         look for what is called by its name, elsewhere in the client's memory."""
         if not self._loads or request.command == Command.SET_RANGES:
             return
-        if request.command != Command.SET_TENSOR_DIGEST or self._touches([self._session.called(request.message)]):
+        if request.command != Command.SET_RANGES_DIGEST or self._touches(self._session.asked_for(request.message)):
             self.finish()
 
     def begin(self, asked: SetRanges) -> None:
@@ -84,7 +84,7 @@ class Loads:
 
     def _touches(self, places: Sequence[Place]) -> bool:
         """Whether any of ``places``, all of one buffer, may be in what is under way."""
-        return any(_touch(places, load.places) for load in self._loads)
+        return any(touch(places, load.places) for load in self._loads)
 
     def __enter__(self) -> Loads:
         return self
@@ -105,14 +105,3 @@ def _receive(targets: Sequence[Incoming], size: int, hand: Sequence[Piece], carr
     for pieces in together(hand):
         take([Part(targets[number], at, length) for number, at, length in pieces], carrier.read_into)
     carrier.done()
-
-
-def _touch(some: Sequence[Place], others: Sequence[Place]) -> bool:
-    """Whether there may be bytes in both, whose places are of one buffer each: the first and the last byte decide."""
-    if some[0].region is not others[0].region:
-        return False
-    return min(_ends(some)) < max(_ends(others)) and min(_ends(others)) < max(_ends(some))
-
-
-def _ends(places: Sequence[Place]) -> list[int]:
-    return [end for place in places for end in (place.offset, place.offset + place.size)]

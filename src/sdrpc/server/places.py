@@ -28,10 +28,6 @@ class Place(NamedTuple):
     offset: int
     size: int
 
-    def overlaps(self, other: Place) -> bool:
-        apart = self.offset + self.size <= other.offset or other.offset + other.size <= self.offset
-        return self.region is other.region and not apart
-
 
 def device_at(devices: Sequence[ServedDevice], number: int) -> ServedDevice:
     """The device that a client knows by this number."""
@@ -68,19 +64,40 @@ def rows_place(
 
 
 def range_places(space: AddressSpace, asked: messages.SetRanges) -> list[Place]:
-    """Where the data of a SET_RANGES belongs. Ranges must not overlap: a few bytes would be as many pieces as a client
-    likes, and two carriers would write to one place."""
-    region = space[asked.remote_ptr]
-    ranges = carrying.unpack(asked.ranges)
+    """Where the data of a SET_RANGES belongs."""
+    return _apart("SET_RANGES", space[asked.remote_ptr], carrying.unpack(asked.ranges))
+
+
+def named_places(space: AddressSpace, asked: messages.SetRangesDigest) -> list[tuple[Place, bytes]]:
+    """Where the bytes of a SET_RANGES_DIGEST belong, and their digests."""
+    ranges = carrying.unpack_named(asked.ranges)
+    places = _apart("SET_RANGES_DIGEST", space[asked.remote_ptr], [(each.offset, each.size) for each in ranges])
+    return [(place, each.digest) for place, each in zip(places, ranges, strict=True)]
+
+
+def _apart(command: str, region: Region, ranges: Sequence[tuple[int, int]]) -> list[Place]:
+    """``ranges`` (offset, size) of a buffer, which must not overlap: a few bytes would be as many pieces as a client
+    likes, and two threads would write to one place."""
     for offset, size in ranges:
         if offset + size > region.size:
             raise RemoteProtocolError(
-                f"SET_RANGES: {size} bytes at {offset} are not inside buffer {region.handle} of {region.size}"
+                f"{command}: {size} bytes at {offset} are not inside buffer {region.handle} of {region.size}"
             )
-    for one, other in pairwise(sorted(ranges)):
-        if one.offset + one.size > other.offset:
-            raise RemoteProtocolError(f"SET_RANGES: ranges of buffer {region.handle} overlap")
+    for (offset, size), (behind, _) in pairwise(sorted(ranges)):
+        if offset + size > behind:
+            raise RemoteProtocolError(f"{command}: ranges of buffer {region.handle} overlap")
     return [Place(region, *each) for each in ranges]
+
+
+def touch(some: Sequence[Place], others: Sequence[Place]) -> bool:
+    """Whether there may be bytes in both, whose places are of one buffer each: the first and the last byte decide."""
+    if some[0].region is not others[0].region:
+        return False
+    return min(_ends(some)) < max(_ends(others)) and min(_ends(others)) < max(_ends(some))
+
+
+def _ends(places: Sequence[Place]) -> list[int]:
+    return [end for place in places for end in (place.offset, place.offset + place.size)]
 
 
 def nbytes_of(framing: Dialect, tensor: Record) -> int:

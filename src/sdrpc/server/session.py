@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-from ..content import SMALLEST, fnv1a, pieces
+from ..content import pieces
 from ..device import NOBODY, Buffer, Client, Later, Memory, Rows, ServedDevice, Span, Watch
 from ..errors import OutOfMemory, OverQuota, RemoteProtocolError, Stopped
 from ..ggml.dialect import Dialect
@@ -22,27 +21,21 @@ from ..wire import messages
 from ..wire.records import Record
 from .addresses import AddressSpace, Region
 from .carriers import TOKEN_BYTES, Carriers, Expected
-from .client_cache import CacheService, CacheWriter, ClientCache
+from .client_cache import CacheService
 from .client_graphs import ClientGraphs, Ready
+from .finder import Finder, Looking, Question
 from .limits import Limits
-from .live import Held, Live, Spot, Wanted
-from .places import Place, device_at, named, nbytes_of, range_places, rows_place, tensor_place
+from .live import Live, Spot
+from .places import Place, device_at, named, named_places, nbytes_of, range_places, rows_place, tensor_place
 from .quotas import Account, Accounts, Buffers
 from .version_memory import Versions
 from .visitor import Visitor
 
 
-class Looking(NamedTuple):
-    """A question that is worked on: whether the server has what belongs to ``place``."""
-
-    place: Place
-    answer: Future[messages.SetTensorHashReply]
-
-
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
-    computed for it. ``cache_service``: where the server keeps tensors, if it does; ``cache`` is then this client's part
-    of it. ``live``: what all clients have in memory, to be found by what it is. ``expected``: connections that may come
+    computed for it. ``cache_service``: where the server keeps tensors, if it does. ``live``: what all clients have in
+    memory. ``finder`` finds there what this one asks for. ``expected``: connections that may come
     to carry data for others; ``carriers`` are this client's. ``buffers`` and ``accounts`` count what all clients have.
     ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running graph took.
     ``visitor`` is who it is, None until it is let in."""
@@ -61,7 +54,6 @@ class Session:
         self.devices, self.limits = devices, limits
         self.requests = self.most_held = 0
         self.visitor: Visitor | None = None
-        self.cache: ClientCache | None = None
         self.carriers: Carriers | None = None
         self._cache_service, self._live, self._expected = cache_service, live or Live(), expected
         self._buffers, self._accounts = buffers or Buffers(limits), accounts or Accounts(limits)
@@ -71,8 +63,7 @@ class Session:
         self._space = AddressSpace()
         self._graphs = ClientGraphs(devices, self._space, limits, watch, self._hold, self._give_up)
         self._shares: dict[int, int] = {}
-        self._missed: dict[tuple[int, int, int], int | None] = {}
-        self._looking: list[Looking] = []
+        self.finder = self._finder(NOBODY, "")
 
     @property
     def versions(self) -> Versions:
@@ -101,8 +92,12 @@ class Session:
             raise OverQuota(f"{most} clients like this one ({visitor}) are connected already")
         self.visitor, self._account = visitor, account
         self._client = self._graphs.client = Client((account.name, id(self)), partial(self._accounts.charge, account))
-        if self._cache_service is not None:
-            self.cache = self._cache_service.client_cache(visitor.owner)
+        self.finder = self._finder(self._client, visitor.owner)
+
+    def _finder(self, client: Client, owner: str) -> Finder:
+        cache = None if self._cache_service is None else self._cache_service.client_cache(owner)
+        hold, most = self._hold_for_good, self.limits.tensors
+        return Finder(self.devices, self._live, cache, owner, client.path, hold, most)
 
     def answer(self, message: Any) -> Any:
         """Do what ``message`` asks; the reply's value, None where it has no fields. Data of SET_TENSOR, GET_TENSOR
@@ -117,28 +112,6 @@ class Session:
         """Where the bytes are that a GET_TENSOR asks for."""
         return self._place(message.tensor, message.offset, message.size)
 
-    def received(self, place: Place) -> None:
-        """The data for ``place`` is there: other clients of the same owner need not send it. (To note every byte that
-        comes alone would take more memory than the bytes.)"""
-        if self.visitor is not None and place.size >= SMALLEST:
-            spot = self._spot(place)
-            mark = spot.device.mark(spot.buffer, spot.offset, spot.size)
-            self._live.add(self.visitor.owner, Held(spot, mark))
-
-    @property
-    def keeps(self) -> bool:
-        """Whether it pays for the client to ask for tensors by what they are."""
-        live = self.visitor is not None and self._live.has_any(self.visitor.owner)
-        return live or self.cache is not None
-
-    def writer(self, place: Place) -> CacheWriter | None:
-        """For the data that comes to ``place``: kept for the next time if the client asked for it by its name before,
-        as clients do with what they may send again."""
-        key = (place.region.handle, place.offset, place.size)
-        if self.cache is None or key not in self._missed:
-            return None
-        return self.cache.writer(place.size, self._missed.pop(key, None))
-
     def close(self) -> None:
         """Free everything, once nobody writes to it any more."""
         with ExitStack() as end:  # in the opposite order; what goes wrong with one keeps none of the others
@@ -148,7 +121,7 @@ class Session:
             for region in self._space:
                 end.callback(self._free, region.handle)
             end.callback(self._graphs.close)
-            end.callback(self._looked)
+            end.callback(self.finder.finish)
             end.callback(self._end_carriers)
 
     def _trim(self) -> None:
@@ -285,7 +258,7 @@ class Session:
     def _free(self, handle: int) -> None:
         region = self._space.remove(handle)
         try:
-            self._missed = {place: name for place, name in self._missed.items() if place[0] != handle}
+            self.finder.forget(handle)
             self._graphs.freed(handle)
             self._live.forget(region.buffer)
         finally:
@@ -330,74 +303,19 @@ class Session:
         return messages.GetAllocSizeReply(self._nbytes(asked.tensor))
 
     def _set_tensor_hash(self, asked: messages.SetTensorHash) -> messages.SetTensorHashReply:
-        place = self._rest(asked.tensor, asked.offset)
-        digest = None if self.cache is None else self.cache.lookup(asked.hash, place.size)
-        return self._restored(place, digest, asked.hash)
+        """Who asks for bytes by their name does not say how many: the rest of the tensor, or it is told that there are
+        none."""
+        start = self._place(asked.tensor, asked.offset, 0)
+        place = start._replace(size=self._nbytes(asked.tensor) - asked.offset)
+        return messages.SetTensorHashReply(*self.finder.find([self.finder.name(place, asked.hash)]))
 
-    def restoring(self, asked: messages.SetTensorDigest) -> Future[messages.SetTensorHashReply]:
-        """The answer to a SET_TENSOR_DIGEST, while it is looked for. Nothing but further such questions may be dealt
-        with before all of them are answered."""
-        place = self.called(asked)
-        self._looking = [each for each in self._looking if not each.answer.done()]
-        if any(place.overlaps(each.place) for each in self._looking):  # what was found is there until it is noted
-            self._looked()
-        answer = self._live.questions.ask(self._client.path, partial(self._restored, place, asked.digest, None))
-        self._looking.append(Looking(place, answer))
-        return answer
+    def asked_for(self, asked: messages.SetRangesDigest) -> list[Place]:
+        """Where the bytes of a SET_RANGES_DIGEST belong."""
+        return [place for place, _ in named_places(self._space, asked)]
 
-    def called(self, asked: messages.SetTensorDigest) -> Place:
-        """Where the bytes of a SET_TENSOR_DIGEST belong."""
-        return self._rest(asked.tensor, asked.offset)
-
-    def _looked(self) -> None:
-        """Wait until nothing is looked for any more."""
-        wait([each.answer for each in self._looking])
-        self._looking.clear()
-
-    def _rest(self, tensor: Record, offset: int) -> Place:
-        """``tensor`` from ``offset`` on. Who asks for bytes by their name does not say how many: these, or it is told
-        that there are none."""
-        start = self._place(tensor, offset, 0)
-        return start._replace(size=self._nbytes(tensor) - offset)
-
-    def _restored(self, place: Place, digest: bytes | None, name: int | None) -> messages.SetTensorHashReply:
-        """Whether ``place`` now has the bytes of ``digest``. If not, they are expected there next, and are kept then;
-        ``name`` is what the client calls them, where it does not know the digest."""
-        self.devices[place.region.device].serve_here()
-        if self._in_memory(place, digest, name):
-            return messages.SetTensorHashReply(1)
-        if self.cache is None:
-            return messages.SetTensorHashReply(0)
-        region, offset, size = place
-        file = self.cache.open(digest, size) if digest else None
-        if digest and file is not None and self._restore(self.cache, file, digest, place):
-            self.received(place)
-            return messages.SetTensorHashReply(1)
-        if len(self._missed) < self.limits.tensors:
-            self._missed[region.handle, offset, size] = name
-        return messages.SetTensorHashReply(0)
-
-    def _restore(self, cache: ClientCache, file: BinaryIO, digest: bytes, place: Place) -> bool:
-        """Whether the ``file`` of the cache holds the bytes of ``digest``, which ``place`` has then."""
-        region, offset, size = place
-        device = self.devices[region.device]
-        window = device.window(region.buffer, offset, size)
-        with file, device.receiving(region.buffer, [(offset, size)]) as receive:
-
-            def put(at: int, length: int, fill: Callable[[memoryview], None]) -> None:
-                if window is None:
-                    receive([(offset + at, length)], fill)
-                else:
-                    fill(window[at : at + length])
-
-            return cache.restore(file, digest, size, put)
-
-    def _in_memory(self, place: Place, digest: bytes | None, name: int | None) -> bool:
-        """Whether a client of the same owner has these bytes, so that ``place`` has them now, too."""
-        if self.visitor is None or (digest is None and fnv1a() is None):
-            return False
-        wanted = Wanted(digest, None if digest else name)
-        return self._live.find(self.visitor.owner, wanted, self._spot(place), self._hold_for_good)
+    def look_for(self, asked: messages.SetRangesDigest) -> Looking:
+        """Begin with the answer to a SET_RANGES_DIGEST (:meth:`sdrpc.server.finder.Finder.begin`)."""
+        return self.finder.begin([Question(*each) for each in named_places(self._space, asked)])
 
     def _spot(self, place: Place) -> Spot:
         return Spot(self.devices[place.region.device], place.region.buffer, place.offset, place.size)

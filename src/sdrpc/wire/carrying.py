@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..device import Bytes
 from ..errors import RemoteProtocolError
+from ..grouping import grouped
 
 PIECE = 4 << 20
 """Bytes that go over one carrier together: what servers receive, hash and keep at a time."""
 MOST_RANGES = 256
-"""Of one SET_RANGES."""
-_RANGE = Struct("<QQ")
-MOST_BYTES = MOST_RANGES * _RANGE.size
+"""Of one SET_RANGES, or SET_RANGES_DIGEST."""
+_RANGE, _NAMED = Struct("<QQ"), Struct("<QQ32s")
+MOST_BYTES, MOST_NAMED_BYTES = MOST_RANGES * _RANGE.size, MOST_RANGES * _NAMED.size
 
 
 class Range(NamedTuple):
@@ -27,6 +28,14 @@ class Range(NamedTuple):
 
     offset: int
     size: int
+
+
+class Named(NamedTuple):
+    """The same, and the digest (:func:`sdrpc.content.digest`) of the bytes that shall be there."""
+
+    offset: int
+    size: int
+    digest: bytes
 
 
 class Piece(NamedTuple):
@@ -43,9 +52,22 @@ def pack(ranges: Sequence[Range]) -> bytes:
 
 def unpack(data: Bytes) -> list[Range]:
     """Raises :class:`RemoteProtocolError` for what :func:`pack` would not make."""
-    if not data or len(data) % _RANGE.size:
-        raise RemoteProtocolError(f"SET_RANGES: ranges of {len(data)} bytes")
-    return [Range(*each) for each in _RANGE.iter_unpack(data)]
+    return [Range(*each) for each in _unpacked(_RANGE, data, "SET_RANGES")]
+
+
+def pack_named(ranges: Sequence[Named]) -> bytes:
+    return b"".join(_NAMED.pack(*each) for each in ranges)
+
+
+def unpack_named(data: Bytes) -> list[Named]:
+    """Raises :class:`RemoteProtocolError` for what :func:`pack_named` would not make."""
+    return [Named(*each) for each in _unpacked(_NAMED, data, "SET_RANGES_DIGEST")]
+
+
+def _unpacked(shape: Struct, data: Bytes, command: str) -> Iterator[tuple[Any, ...]]:
+    if not data or len(data) % shape.size:
+        raise RemoteProtocolError(f"{command}: ranges of {len(data)} bytes")
+    return shape.iter_unpack(data)
 
 
 def dealt(sizes: Sequence[int], carriers: int) -> list[list[Piece]]:
@@ -65,13 +87,4 @@ def dealt(sizes: Sequence[int], carriers: int) -> list[list[Piece]]:
 def together(hand: Iterable[Piece]) -> Iterator[list[Piece]]:
     """The pieces of ``hand``, as many together as are one behind the other and not more than :data:`PIECE`: small
     tensors cost no more than their bytes."""
-    some: list[Piece] = []
-    size = 0
-    for piece in hand:
-        if some and size + piece.size > PIECE:
-            yield some
-            some, size = [], 0
-        some.append(piece)
-        size += piece.size
-    if some:
-        yield some
+    return grouped(hand, lambda piece: piece.size, lambda _, size: size <= PIECE)

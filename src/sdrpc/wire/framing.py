@@ -79,6 +79,10 @@ FEEDS = (Command.SET_TENSOR, Command.SET_TENSOR_2D)
 """Commands that end with tensor data."""
 
 
+_MOST_BULK = {Command.SET_RANGES: carrying.MOST_BYTES, Command.SET_RANGES_DIGEST: carrying.MOST_NAMED_BYTES}
+"""Bytes that may follow the fields of a request, where that is not for :class:`~sdrpc.wire.limits.Limits` to say."""
+
+
 class ErrorReply(NamedTuple):
     """An sdrpc server refused; what it answers to may be an earlier command that has no answer of its own. If it
     ``goes_on``, that is all; else the connection is over."""
@@ -141,7 +145,7 @@ class RequestReader:
         """Bytes of bulk data that a request may have."""
         if command in FEEDS:
             return self.limits.tensor_bytes
-        return carrying.MOST_BYTES if command == Command.SET_RANGES else self.limits.graph_bytes
+        return _MOST_BULK.get(command, self.limits.graph_bytes)
 
     def _read_feed(self, command: Command, size: int) -> Generator[int, Bytes, Received]:
         request: type[SetTensor] | type[SetTensor2d] = EXCHANGES[command].request
@@ -179,7 +183,7 @@ def read_reply(command: Command, dialect: Dialect, bulk: int = 0, errors: bool =
     """A client's end of :func:`encode_reply`: the response, or an :class:`ErrorReply` where ``errors`` were agreed on.
     Beats are passed over then.
 
-    The answer to GET_TENSOR or GET_TENSOR_2D must announce ``bulk`` bytes; they stay on the wire, and its ``data`` is
+    An answer that ends with bulk data must announce ``bulk`` bytes of it; they stay on the wire, and that field is
     empty. Must not be called for a command that has no answer.
     """
     response = response_class(command, dialect)

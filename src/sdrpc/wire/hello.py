@@ -45,8 +45,8 @@ class Capability(IntFlag):
     """Tensors may be of types that ggml does not have (:data:`sdrpc.ggml.types.OWN_TYPES`)."""
     CARRIERS = 256
     """Data of tensors may come over further connections of the same client (:mod:`sdrpc.wire.carrying`)."""
-    CACHE = 512
-    """The server has tensors, and finds them by SET_TENSOR_DIGEST. (4 was the same with digests of another kind.)"""
+    CACHE = 1024
+    """The server has tensors, and finds them by SET_RANGES_DIGEST. (4 and 512 were the same with other questions.)"""
 
 
 NATIVE = Capability(0)

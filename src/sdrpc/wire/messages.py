@@ -23,8 +23,6 @@ from .records import Record, decode_records, encode_records, is_name_length, rec
 U8 = Annotated[int, "B"]
 U32 = Annotated[int, "I"]
 U64 = Annotated[int, "Q"]
-Digest = Annotated[bytes, "32s"]
-"""What :func:`sdrpc.content.digest` gives."""
 Token = Annotated[bytes, "32s"]
 """Random bytes that nobody else knows."""
 Host = Annotated[bytes, "64s"]
@@ -61,14 +59,14 @@ class Command(IntEnum):
     COMM_INIT = 20
     COMM_ALLREDUCE = 21
     COMM_FREE = 22
-    SET_TENSOR_DIGEST = 240
+    SET_RANGES_DIGEST = 240
     GET_CARRIERS = 241
     CARRY = 242
     SET_RANGES = 243
 
 
 OURS = {
-    Command.SET_TENSOR_DIGEST: "CACHE",
+    Command.SET_RANGES_DIGEST: "CACHE",
     Command.GET_CARRIERS: "CARRIERS",
     Command.CARRY: "CARRIERS",
     Command.SET_RANGES: "CARRIERS",
@@ -159,12 +157,18 @@ class SetTensorHashReply(NamedTuple):
     result: U8
 
 
-class SetTensorDigest(NamedTuple):
-    """As :class:`SetTensorHash`, under a name that nobody can forge. Answered by :class:`SetTensorHashReply`."""
+class SetRangesDigest(NamedTuple):
+    """As :class:`SetTensorHash` for parts of a buffer that do not overlap, under names that nobody can forge.
+    ``ranges``: offset, size and digest of each part (:func:`~sdrpc.wire.carrying.pack_named`)."""
 
-    tensor: Record
-    offset: U64
-    digest: Digest
+    remote_ptr: U64
+    ranges: Bulk
+
+
+class SetRangesDigestReply(NamedTuple):
+    """A byte for each part, as :class:`SetTensorHashReply` has it."""
+
+    results: Bulk
 
 
 class GetTensor(NamedTuple):
@@ -356,7 +360,7 @@ EXCHANGES: dict[Command, Exchange] = {
     Command.COMM_INIT: Exchange(CommInit, CommInitReply),
     Command.COMM_ALLREDUCE: Exchange(CommAllreduce, None),
     Command.COMM_FREE: Exchange(CommFree, None),
-    Command.SET_TENSOR_DIGEST: Exchange(SetTensorDigest, SetTensorHashReply),
+    Command.SET_RANGES_DIGEST: Exchange(SetRangesDigest, SetRangesDigestReply),
     Command.GET_CARRIERS: Exchange(GetCarriers, GetCarriersReply),
     Command.CARRY: Exchange(Carry, CarryReply),
     Command.SET_RANGES: Exchange(SetRanges, None),

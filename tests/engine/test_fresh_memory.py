@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from sdrpc.client import Keychain, connect
+from sdrpc.engine import fresh_memory
 from sdrpc.engine.device import LocalDevice
+from sdrpc.engine.fresh_memory import LEAST, MOST, made_ready
 from sdrpc.engine.precision import EXACT
-from sdrpc.server import Door, Keys, Policy, Server, fresh_memory
-from sdrpc.server.fresh_memory import LEAST, MOST, made_ready
+from sdrpc.server import Door, Keys, Policy, Server
 from sdrpc.server.key_ring import KeyRing
 
 
