@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -55,6 +56,27 @@ def test_a_client_is_told_what_it_had() -> None:
         worker.submit(client, lambda: 1 // 0).result()
     assert len(spent) == 2
     worker.close()
+
+
+LEFT = """
+import torch
+from sdrpc.device import NOBODY
+from sdrpc.engine import leaving, worker
+
+def compute():
+    for _ in range(500):
+        torch.ones(300, 300) @ torch.ones(300, 300)
+
+leaving.SECONDS = 240.0
+at_work = worker.Worker("test", lambda: None)
+at_work.submit(NOBODY, compute)
+"""
+
+
+def test_python_ends_when_a_worker_is_back() -> None:
+    """Torch calls abort() when it comes back to a Python that is gone."""
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_worker_that_does_not_end_in_time_says_so() -> None:

@@ -84,6 +84,34 @@ def test_ctrl_c_in_the_middle_of_a_computation(server: ServerProcess) -> None:
     assert "Traceback" not in server.output
 
 
+LATE = """
+import threading, torch
+from sdrpc.cli.entry import rpc_server
+from sdrpc.engine.device import LocalDevice
+from sdrpc.server import listener
+
+def free(device, buffer):
+    while threading.current_thread() is not threading.main_thread():
+        torch.ones(300, 300) @ torch.ones(300, 300)
+
+LocalDevice.free = free
+listener._JOIN_SECONDS = 0.1
+rpc_server()
+"""
+
+
+def test_a_thread_that_is_not_done_ends_with_the_server() -> None:
+    """On a busy machine a client's own may give its memory back long after it was told to: torch calls abort() when it
+    comes back to a Python that is gone."""
+    with (
+        ServerProcess("--device", "CPU", python=(sys.executable, "-c", LATE)) as server,
+        RawClient(server.port) as client,
+    ):
+        client.buffer(100)
+        server.process.send_signal(signal.SIGINT)
+        assert (server.wait(), server.output.count("Traceback")) == (0, 0)
+
+
 def test_versions_are_learnt_and_kept_for_the_next_server(tmp_path: Path) -> None:
     """A client of 7.0 is told 8.0 first, and hangs up; then 7.0, by this server and by the next one."""
     with ServerProcess("--device", "CPU", state=tmp_path) as server:

@@ -253,8 +253,11 @@ def serve(server: Server, grace: float) -> None:
 
 
 def end(server: Server) -> None:
-    """End what is still computed. Where a kernel can't be stopped, the process ends with it: Python would wait."""
-    if all(device.stop(STOP_SECONDS) for device in server.devices):
+    """End what is still computed. Where a kernel can't be stopped, or a client's thread is still at something, the
+    process ends with it: at its own end Python would wait, and torch abort() when it comes back to a Python that is
+    gone."""
+    stopped = [device.stop(STOP_SECONDS) for device in server.devices]
+    if all(stopped) and not server.clients:
         return
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -342,7 +342,7 @@ class LocalDevice(LocalMemory):
             self._stopped = "the server is stopping"
             for deadline in self._runs:
                 deadline.stop(self._stopped)
-        if not self._worker.close(seconds):
+        if not self._worker.close(seconds) or (self._compiler is not None and not self._compiler.close(seconds)):
             return False
         self.close()
         return True

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from sdrpc.fair_queue import FairQueue
 
 from ..device import Client
+from .leaving import ends_before_python
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         weakref.finalize(self, self._queue.close)
+        ends_before_python(self)
 
     def submit(self, client: Client, task: Callable[[], T]) -> Future[T]:
         """Queue ``task`` among those of ``client``. Raises :class:`RuntimeError` when the worker is closed, or the

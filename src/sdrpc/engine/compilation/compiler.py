@@ -31,6 +31,7 @@ from sdrpc.storage import cache_folder, entries, mark_used, read_own, shrink, wr
 
 from ..convolutions import Convolution, decode, noted
 from ..convolutions import encode as encode_all
+from ..leaving import ends_before_python
 from .job import MADE_FOR_BYTES, Job, encode, made_for
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class Compiler:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        ends_before_python(self)
 
     def find(self, job: Job) -> Future[Function | None]:
         """The compiled program, later, if it is kept; None where it has to be compiled."""
@@ -186,8 +188,8 @@ class Compiler:
         except OSError as error:
             log.warning("%s: convolutions are not kept: %s", path, error.strerror)
 
-    def close(self) -> None:
-        """End what is being compiled."""
+    def close(self, seconds: float | None = None) -> bool:
+        """End what is being compiled; whether that was possible within ``seconds``."""
         with self._changed:
             self._closed = True
             for queue in (self._finding, self._waiting, self._warming):
@@ -197,6 +199,10 @@ class Compiler:
             self._changed.notify()
             if self._process is not None:
                 self._process.kill()
+        if self._thread is not None:
+            self._thread.join(seconds)
+            return not self._thread.is_alive()
+        return True
 
     def _begin(self) -> None:
         """There is something to do."""
