@@ -17,9 +17,9 @@ from .client_cache import SMALL, CacheWriter, ClientCache
 from .live import Held, Hold, Live, Spot, Wanted
 from .places import Place, touch
 
-TOGETHER, BYTES_TOGETHER = PIECE // SMALL, 8 << 20
-"""What one thread looks for, one behind the other: to hand each small tensor to a thread takes longer than to find
-it."""
+TOGETHER = 16 << 20
+"""Bytes that one thread looks for, one behind the other: to hand each small tensor to a thread takes longer than to
+find it, and threads that wait for Python's lock gain nothing."""
 
 
 class Question(NamedTuple):
@@ -101,7 +101,7 @@ class Finder:
         if any(touch(places, each.places) for each in self._looking):  # what was found is there until it is noted
             self.finish()
         ask = self._live.questions.ask
-        groups = grouped(asked, lambda each: each.place.size, _fit)
+        groups = grouped(asked, lambda each: each.place.size, lambda _, size: size <= TOGETHER)
         looking = Looking(places, [ask(self._client, partial(self.find, group)) for group in groups])
         self._looking.append(looking)
         return looking
@@ -173,14 +173,11 @@ class Finder:
         region = next(iter(found)).region
         wanted = [(place.offset, place.size) for place in found]
         with self._devices[region.device].receiving(region.buffer, wanted) as receive:
-            receive(wanted, _putting(found.values()))
+            for some in grouped(found.items(), lambda each: each[0].size, lambda _, size: size <= PIECE):
+                receive([(place.offset, place.size) for place, _ in some], _putting(data for _, data in some))
 
     def _spot(self, place: Place) -> Spot:
         return Spot(self._devices[place.region.device], place.region.buffer, place.offset, place.size)
-
-
-def _fit(count: int, size: int) -> bool:
-    return count <= TOGETHER and size <= BYTES_TOGETHER
 
 
 def _key(place: Place) -> tuple[int, int, int]:
