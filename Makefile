@@ -8,7 +8,7 @@ export SDRPC_DEV_CACHE := $(CACHE)
 # bytecode is to be written.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup test steady lint docs ray fuzz faults interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
+.PHONY: setup test steady lint docs ray fuzz faults native interop interop-all operations accepted families parity comfyui demo serve newcomer soak bench clean
 
 setup: .venv/.ready
 
@@ -44,20 +44,20 @@ docs: setup
 	@echo "build/site/index.html"
 
 # The two newest versions of the protocol, whatever else is in the cache.
-interop: setup
+native: setup
 	$(BIN)/python tools/native_ggml.py
+
+interop: native
 	$(BIN)/pytest -m 'interop and not older' -n 2 --dist worksteal $(AGAIN) tests/interop
 
 interop-all: setup
 	$(BIN)/python tools/native_ggml.py --all
 	$(BIN)/pytest -m interop -n 2 --dist worksteal $(AGAIN) tests/interop
 
-operations: setup
-	$(BIN)/python tools/native_ggml.py
+operations: native
 	$(BIN)/python -m tests.interop.table
 
-accepted: setup
-	$(BIN)/python tools/native_ggml.py
+accepted: native
 	$(BIN)/python -m tests.interop.accepted
 
 families: setup
