@@ -60,8 +60,7 @@ operations: native
 accepted: native
 	$(BIN)/python -m tests.interop.accepted
 
-families: setup
-	$(BIN)/python tools/native_ggml.py
+families: native
 	$(BIN)/python -m tests.interop.families_table
 
 fuzz: setup
