@@ -20,14 +20,14 @@ import torch
 from sdrpc.client import Keychain, connect
 from sdrpc.client.names import Names
 from sdrpc.content import digest
-from sdrpc.device import Buffer, Content, Mark
+from sdrpc.device import Buffer, Content, Frozen, Mark
 from sdrpc.engine import pages
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.memory import HUGE, host_storage
 from sdrpc.engine.precision import Precision
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
-from sdrpc.server import Door, Keys, Limits, Server, live
+from sdrpc.server import Cache, CacheService, Door, Keys, Limits, Server, live
 from sdrpc.server.finder import Finder
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
@@ -243,6 +243,45 @@ def test_both_have_one_copy_until_both_are_gone(scene: Callable[..., Place], dev
     second.close()
     third.close()
     assert eventually(lambda: shared_memory() - before < 100_000)
+
+
+@shares_memory
+@pytest.mark.parametrize("late", [False, True])
+def test_what_came_from_the_cache_is_had_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """Its digest is known before anybody asks for it. That may be true no longer when it is frozen."""
+    data, device = noise(1), CountingDevice()
+    cache = CacheService(Cache(tmp_path / "weights", 1 << 30))
+    with Server([device], cache_service=cache) as server:
+        first = Place(server)
+        assert not first.has(data)
+        first.send(data).close()
+        assert eventually(lambda: device.held == 0)
+        cache.flush()
+        before = shared_memory()
+        second, third = Place(server), Place(server)
+        assert second.has(data)
+        one = shared_memory() - before
+        cache.cache.drop(digest(data))
+        freeze = CountingDevice.freeze
+
+        def freeze_late(device: CountingDevice, buffer: Buffer, at: int, size: int) -> Frozen | None:
+            device.write(buffer, at + size // 2, b"late")
+            return freeze(device, buffer, at, size)
+
+        if late:
+            monkeypatch.setattr(CountingDevice, "freeze", freeze_late)
+        assert third.has(data) != late
+        if not late:
+            assert third.read() == second.read() == data
+            assert shared_memory() - before < one + 100_000
+            marks = [mark for buffer in device._buffers.values() for mark in buffer.marks._marks]
+            assert [mark.name for mark in marks] == [marks[0].name] * 2, "what is made of it does for both"
+            assert marks[0].name
+        for place in (second, third):
+            place.close()
+        assert eventually(lambda: device.held == 0)
+    cache.close()
+    device.close()
 
 
 @shares_memory

@@ -187,8 +187,8 @@ class Live:
     def _becomes(self, owner: str, held: Held, wanted: Wanted, target: Spot, hold: Hold) -> bool:
         """Find out whether ``held`` is ``wanted``; if so, ``target`` is the same now."""
         source, known = held.spot, wanted.met_by(held)
-        if known is None and held.frozen is None:
-            self._freeze(held, hold)
+        if held.frozen is None:
+            self._freeze(owner, held, hold)
         if held.frozen is not None:
             if known is None:
                 self._look_at(owner, held, wanted, held.frozen.read)
@@ -206,17 +206,22 @@ class Live:
             target.device.may_be_same(target.buffer, source.buffer)
         return same
 
-    def _freeze(self, held: Held, hold: Hold) -> None:
-        """Have ``held`` stay what it is, where that can be."""
+    def _freeze(self, owner: str, held: Held, hold: Hold) -> None:
+        """Have ``held`` stay what it is, where that can be; if its digest is known, what that says."""
         spot, give_up = held.spot, hold(held.spot.size)
         if give_up is None:
             return
-        held.frozen = spot.device.freeze(spot.buffer, spot.offset, spot.size)
-        if held.frozen is None:
+        frozen = spot.device.freeze(spot.buffer, spot.offset, spot.size)
+        if frozen is None:
             give_up()
-        else:
-            # not at once: it may be collected in the middle of anything
-            weakref.finalize(held.frozen, self._over.append, give_up).atexit = False
+            return
+        # not at once: it may be collected in the middle of anything
+        weakref.finalize(frozen, self._over.append, give_up).atexit = False
+        if held.digest is not None:
+            if held.mark.written:  # perhaps before it was frozen
+                return
+            spot.device.identify(spot.buffer, held.mark, _name(owner, held.digest))
+        held.frozen = frozen
 
     def _look_at(self, owner: str, held: Held, wanted: Wanted, read: Read) -> None:
         """Find out what ``held`` is; ``read`` gives its bytes."""
