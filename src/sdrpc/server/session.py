@@ -35,10 +35,10 @@ from .visitor import Visitor
 class Session:
     """What one client has on ``devices``, which it knows by their position. ``watch`` returns a reason to stop what is
     computed for it. ``cache_service``: where the server keeps tensors, if it does. ``live``: what all clients have in
-    memory. ``finder`` finds there what this one asks for. ``expected``: connections that may come
-    to carry data for others; ``carriers`` are this client's. ``buffers`` and ``accounts`` count what all clients have.
-    ``requests`` were answered so far; ``most_held`` is the most bytes that its buffers and a running graph took.
-    ``visitor`` is who it is, None until it is let in."""
+    memory. ``finder`` finds there what this one asks for. ``expected``: connections that may come to carry data for
+    others; ``carriers`` are this client's. ``buffers`` and ``accounts`` count what all clients have. ``requests`` were
+    answered so far; ``most_held`` is the most bytes that its buffers and a running graph took. ``visitor`` is who it
+    is, None until it is let in."""
 
     def __init__(
         self,
