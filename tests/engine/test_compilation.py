@@ -539,3 +539,18 @@ def test_a_queue_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ComputeError):
         full.ask(job()).result(SECONDS)
     assert full.find(job()).result(SECONDS) is None
+
+
+def test_a_thread_that_could_not_begin_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who closed the compiler was told that it had never been started, and nobody tried again."""
+
+    def no_room(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    compiler = Compiler(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_room)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            compiler.find(job())
+    assert compiler.find(job()).result(240.0) is None
+    assert compiler.close(240.0)

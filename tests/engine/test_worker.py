@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from sdrpc.device import Client
-from sdrpc.engine import LocalDevice
+from sdrpc.engine import LocalDevice, leaving
 from sdrpc.engine.precision import EXACT
 from sdrpc.engine.worker import Worker
 from sdrpc.errors import ComputeError
@@ -77,6 +78,26 @@ def test_python_ends_when_a_worker_is_back() -> None:
     """Torch calls abort() when it comes back to a Python that is gone."""
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no processes without a program of their own")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_does_not_end_what_its_parent_has_at_work() -> None:
+    """It would stop what is being compiled, and wait for locks that threads have which it has not."""
+
+    class AtWork:
+        closed = False
+
+        def close(self, _: float) -> bool:
+            self.closed = True
+            return True
+
+    at_work = AtWork()
+    leaving.ends_before_python(at_work)
+    if not (child := os.fork()):
+        leaving._leave()
+        os._exit(at_work.closed)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_worker_that_does_not_end_in_time_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import weakref
 from typing import Protocol
 
@@ -23,6 +24,10 @@ _at_work: weakref.WeakSet[AtWork] = weakref.WeakSet()
 def ends_before_python(work: AtWork) -> None:
     """Wait for ``work`` a moment before Python ends, if it still exists then."""
     _at_work.add(work)
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of the threads, and its parent goes on
+    os.register_at_fork(after_in_child=_at_work.clear)
 
 
 @atexit.register

@@ -208,8 +208,9 @@ class Compiler:
         """There is something to do."""
         self._changed.notify()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="sdrpc-compiler", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="sdrpc-compiler", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def _work(self) -> None:
         while True:
