@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
 
@@ -304,6 +305,19 @@ def test_what_goes_wrong_with_a_carrier_s_data_is_told(monkeypatch: pytest.Monke
             client.upload(buffer, [Content(0, size, Whole(lambda: bytes(size)))], lambda _: None)
         client.close()
         assert eventually(lambda: server.clients == 0)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_went_wrong_first_is_told(behind: bool, first: bool) -> None:
+    """A client that loses a carrier ends the others: that one was lost was told as the reason."""
+    lost, full, done = Future[None](), Future[None](), Future[None]()
+    lost.set_exception(ConnectionLost("peer", "carrying data"))
+    full.set_exception(DeviceError("NULL: the tape is full"))
+    done.set_result(None)
+    one, other = ([lost, done], [full]) if behind else ([done, *((full, lost) if first else (lost, full))], [])
+    with pytest.raises(DeviceError, match="the tape is full"):
+        Carriers("", 2).finish(one, other)
 
 
 def test_carriers_are_as_patient_as_their_client(monkeypatch: pytest.MonkeyPatch) -> None:

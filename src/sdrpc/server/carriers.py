@@ -99,17 +99,19 @@ class Carriers:
             raise RemoteProtocolError(f"SET_RANGES: {len(jobs)} carriers where there are {len(carriers)}")
         return [carrier.ask(job) for carrier, job in zip(carriers, jobs, strict=True)]
 
-    def finish(self, under_way: Sequence[Future[None]]) -> None:
-        """Wait for what :meth:`begin` gave. Raises what goes wrong with one; then the others end, too."""
-        failed: list[Future[None]] = []
+    def finish(self, under_way: Sequence[Future[None]], behind: Sequence[Future[None]] = ()) -> None:
+        """Wait for what :meth:`begin` gave. Raises what goes wrong with one; then the others end, too, and what was
+        begun ``behind`` them."""
+        begun: list[Future[None]] = []
         try:
-            failed = [each for each in wait(under_way, return_when=FIRST_EXCEPTION).done if each.exception()]
-            if failed:
+            if any(each.exception() for each in wait(under_way, return_when=FIRST_EXCEPTION).done):
                 self.close()
-                wait(under_way)  # nobody writes to the client's memory any more when this returns
-                failed[0].result()
+                begun = [*under_way, *behind]
+                wait(begun)  # nobody writes to the client's memory any more when this returns
+                begun.sort(key=_tells_most)
+                begun[0].result()
         finally:
-            del under_way, failed  # as in Carrier.work
+            del under_way, behind, begun  # as in Carrier.work
 
     def close(self) -> None:
         with self._lock:
@@ -117,6 +119,13 @@ class Carriers:
             carriers, self._carriers = self._carriers, []
         for carrier in carriers:
             carrier.end()
+
+
+def _tells_most(done: Future[None]) -> int:
+    """For sorting: what went wrong, then a lost connection (a client that loses one ends all of them), then what did
+    not go wrong."""
+    error = done.exception()
+    return 2 if error is None else int(isinstance(error, ConnectionLost))
 
 
 class Expected:

@@ -77,9 +77,9 @@ class Loads:
     def finish(self, left: int = 0) -> None:
         """Wait until at most ``left`` loads are under way. Raises what goes wrong with one."""
         while len(self._loads) > left:
-            load = self._loads[0]
+            load, *others = self._loads
             with load.targets:
-                load.carriers.finish(load.under_way)
+                load.carriers.finish(load.under_way, [job for each in others for job in each.under_way])
             self._loads.popleft()
 
     def _touches(self, places: Sequence[Place]) -> bool:
