@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ from sdrpc.device import Content, ServedDevice
 from sdrpc.errors import UsageError
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
-from sdrpc.server import Cache, CacheService, Door, Keys, Server, client_cache, live
+from sdrpc.server import Cache, CacheService, Door, Keys, Limits, Server, client_cache, live
 from sdrpc.server.cache import LEAST, STALE_SECONDS
 from sdrpc.server.client_cache import SMALL
 from sdrpc.server.key_ring import KeyRing
@@ -704,6 +705,45 @@ def test_many_ranges_of_any_size_are_asked_for_at_once(scene: Scene, device: int
         scene.flushed()
         scene.stop()
         scene.start()
+
+
+def test_so_many_answers_of_no_are_remembered_for_as_long_as_there_is_their_buffer(scene: Scene) -> None:
+    """A client may ask for as much as it likes."""
+    with Server(scene.devices, limits=Limits(tensors=2), cache_service=scene.cache_service) as server:
+        client = RawClient(server.port, server.dialect, capabilities=OURS)
+        for files in (2, 4):
+            handle, base = client.buffer(10 * SMALLEST)
+            data = [noise(10 * files + at, SMALLEST) for at in range(10)]
+            asked = [Named(at * SMALLEST, SMALLEST, digest(each)) for at, each in enumerate(data)]
+            assert not any(client.find(handle, *asked))
+            whole = client.record((handle, base), (10 * SMALLEST,), type="I8")
+            for at, each in enumerate(data):
+                client.set(client.record((handle, base), (SMALLEST,), at=at * SMALLEST, type="I8"), each)
+            assert client.get(whole, 10 * SMALLEST) == b"".join(data)
+            scene.cache_service.flush()
+            assert len(scene.files()) == files
+            assert not any(client.find(handle, *(each._replace(digest=bytes(DIGEST_BYTES)) for each in asked)))
+            client.ask(messages.FreeBuffer(handle))
+        client.close()
+
+
+@pytest.mark.parametrize("size", [SMALL, SMALL + 1])
+def test_a_file_that_the_disk_does_not_give_is_a_miss(scene: Scene, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    data = noise(1, size)
+    assert scene.place(True, size).puts(data)
+    scene.flushed()
+
+    class Broken(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        readinto = fileno = read  # type: ignore[assignment]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "open", lambda *_: Broken())
+        assert scene.place(True, size).puts(data)
+    scene.flushed()
+    assert not scene.place(True, size).puts(data)
 
 
 def test_without_numba_native_clients_send(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

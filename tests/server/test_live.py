@@ -9,7 +9,9 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 from sdrpc.client import Keychain, connect
 from sdrpc.client.names import Names
-from sdrpc.content import digest
+from sdrpc.content import PIECE, SMALLEST, digest
 from sdrpc.device import Buffer, Content, Frozen, Mark
 from sdrpc.engine import pages
 from sdrpc.engine.device import LocalDevice
@@ -27,8 +29,10 @@ from sdrpc.engine.memory import HUGE, host_storage
 from sdrpc.engine.precision import Precision
 from sdrpc.ggml.weight import Whole
 from sdrpc.key import Key
-from sdrpc.server import Cache, CacheService, Door, Keys, Limits, Server, live
+from sdrpc.server import Cache, CacheService, Door, Keys, Limits, Server, finder, live
+from sdrpc.server.addresses import Region
 from sdrpc.server.finder import Finder
+from sdrpc.server.incoming import HASHED
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
 from sdrpc.wire.carrying import Named, pack_named
@@ -154,6 +158,78 @@ def test_several_are_looked_for_at_the_same_time(
     assert second.read() == first.read()
 
 
+def test_one_question_for_much_is_worked_on_by_several(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene().send(noise(1))
+    together = threading.Barrier(2)
+    find = live.Live.find
+
+    def meeting(*arguments: Any) -> bool:
+        together.wait(60)
+        return find(*arguments)
+
+    monkeypatch.setattr(live.Live, "find", meeting)
+    monkeypatch.setattr(finder, "TOGETHER", SIZE)
+    second = scene()
+    wanted = Named(AT + SIZE, 5000, digest(b"")), Named(AT, SIZE, digest(noise(1)))
+    assert second.client.find(second.buffer[0], *wanted) == [False, True]
+
+
+def test_nothing_else_is_done_before_it_is_answered(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is found could come to its place behind what was sent for it later."""
+    scene().send(noise(1))
+    second = scene()
+    order: list[str] = []
+    find, receiving = live.Live.find, CountingDevice.receiving
+
+    def slowly(*arguments: Any) -> bool:
+        time.sleep(0.2)
+        found = find(*arguments)
+        order.append("found")
+        return found
+
+    def noted(*arguments: Any) -> Any:
+        order.append("received")
+        return receiving(*arguments)
+
+    monkeypatch.setattr(live.Live, "find", slowly)
+    monkeypatch.setattr(CountingDevice, "receiving", noted)
+    second.client.post(messages.SetRangesDigest(second.buffer[0], pack_named([Named(AT, SIZE, digest(noise(1)))])))
+    second.client.set(second.tensor, noise(2))
+    assert second.client.receive(9)[8] == 1
+    assert second.read() == noise(2)
+    assert order == ["found", "received"]
+
+
+def test_what_has_begun_is_waited_for_where_not_all_of_a_question_can(
+    devices: list[CountingDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its memory would be freed while somebody writes to it."""
+    under_way: list[Future[Any]] = []
+
+    def ask(*_: object) -> Future[Any]:
+        if under_way:
+            raise MemoryError
+        under_way.append(Future())
+        return under_way[0]
+
+    everything = live.Live()
+    monkeypatch.setattr(everything.questions, "ask", ask)
+    monkeypatch.setattr(finder, "TOGETHER", 32)
+    one = Finder(devices, everything, None, "", ("", ""), lambda _: None, 1)
+    buffer = devices[0].allocate(64)
+    places = [finder.Place(Region(1, 0, 64, 0, buffer), at, 32) for at in (0, 32)]
+    with pytest.raises(MemoryError):
+        one.begin([finder.Question(place, bytes(32)) for place in places])
+    devices[0].free(buffer)
+    threading.Timer(0.1, under_way[0].set_result, [[False]]).start()
+    one.finish()
+    assert under_way[0].done()
+
+
 def test_what_is_looked_for_at_one_place_is_looked_for_in_turn(
     scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +274,42 @@ def test_a_second_client_sends_nothing(scene: Callable[..., Place], ours: bool, 
     third = scene(ours=ours, device=device, at=AT + 192)  # elsewhere in its page
     assert third.has(data)
     assert third.read() == data
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("size", "looks"), [(SMALLEST, False), (HASHED, False), (HASHED + 1, True), (PIECE + SMALLEST, True)]
+)
+def test_what_is_small_is_known_when_it_comes(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, device: int, size: int, looks: bool
+) -> None:
+    """As a whole: not a small rest of what is large."""
+    monkeypatch.setattr(live, "WORTH_ASKING", 1)
+    looked_at: list[int] = []
+    look_at = live.Live._look_at
+
+    def looking(all_: live.Live, owner: str, held: live.Held, *how: Any) -> None:
+        looked_at.append(held.spot.size)
+        look_at(all_, owner, held, *how)
+
+    monkeypatch.setattr(live.Live, "_look_at", looking)
+    data, first = noise(1, size), scene(device=device)
+    first.client.set(first.client.record(first.buffer, (size,), at=64, type="I8"), data)
+    first.client.ask(messages.GetAlignment(0))
+    second = scene(device=device)
+    assert second.client.find(second.buffer[0], Named(128, size, digest(data))) == [True]
+    assert looked_at == [size] * looks
+    assert second.client.get(second.client.record(second.buffer, (size,), at=128, type="I8"), size) == data
+
+
+def test_one_question_looks_at_so_much_and_no_more(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MOST", 1)
+    for seed in range(3):
+        scene().send(noise(seed))
+    last = scene()
+    assert [last.has(noise(2)) for _ in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("known", [False, True])

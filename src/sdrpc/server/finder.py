@@ -102,8 +102,9 @@ class Finder:
             self.finish()
         ask = self._live.questions.ask
         groups = grouped(asked, lambda each: each.place.size, lambda _, size: size <= TOGETHER)
-        looking = Looking(places, [ask(self._client, partial(self.find, group)) for group in groups])
-        self._looking.append(looking)
+        looking = Looking(places, [])
+        self._looking.append(looking)  # before: if there is no memory for all of it, what has begun is waited for
+        looking.under_way.extend(ask(self._client, partial(self.find, group)) for group in groups)
         return looking
 
     def finish(self) -> None:
