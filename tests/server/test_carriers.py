@@ -90,10 +90,11 @@ def test_the_server_looks_for_other_bytes_while_data_comes(tmp_path: Path) -> No
             return RawClient(server.port, capabilities=OURS | Capability.CACHE)
 
         with connected() as client, connected() as carrier:
-            place = client.buffer(4096)
+            place, other = client.buffer(4096), client.buffer(4096)
             carrier.ask(m.Carry(client.ask(m.GetCarriers(1)).token))
             client.post(m.SetRanges(place[0], 1, pack([Range(0, 2048)])))
             assert client.find(place[0], Named(2048, 2048, bytes(32))) == [False]
+            assert client.find(other[0], Named(0, 4096, bytes(32))) == [False]
             client.post(m.SetRangesDigest(place[0], pack_named([Named(0, 2048, digest(DATA[:2048]))])))
             client.socket.settimeout(0.2)
             with pytest.raises(TimeoutError):

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -202,6 +203,28 @@ def test_nothing_else_is_done_before_it_is_answered(
     assert second.client.receive(9)[8] == 1
     assert second.read() == noise(2)
     assert order == ["found", "received"]
+
+
+def test_a_question_that_fails_keeps_no_memory(
+    scene: Callable[..., Place], devices: list[CountingDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Least of all where there was none left."""
+    scene().send(noise(1))
+    second = scene()
+    memory = weakref.ref(list(devices[0]._buffers.values())[-1])
+
+    def fails(*_: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(live.Live, "find", fails)
+    gc.collect()
+    gc.disable()
+    try:
+        second.client.post(messages.SetRangesDigest(second.buffer[0], pack_named([Named(AT, SIZE, bytes(32))])))
+        assert "no memory left" in second.client.ended()
+        assert eventually(lambda: memory() is None)
+    finally:
+        gc.enable()
 
 
 def test_what_has_begun_is_waited_for_where_not_all_of_a_question_can(

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 from ..content import PIECE, SMALLEST, fnv1a
@@ -45,8 +44,15 @@ class Looking(NamedTuple):
         wait(self.under_way, seconds)
 
     def answers(self) -> list[bool]:
-        """Whether each of ``places`` has now what it shall have. Raises what went wrong."""
-        return list(chain.from_iterable(each.result() for each in self.under_way))
+        """Whether each of ``places`` has now what it shall have; to be asked once. Raises what went wrong."""
+        self.wait()
+        found: list[bool] = []
+        try:
+            while self.under_way:
+                found += self.under_way.pop(0).result()
+            return found
+        finally:  # an error refers to frames that have this, which must not refer to the error
+            self.under_way.clear()
 
 
 class Finder:

@@ -46,5 +46,6 @@ class Questions:
         except BaseException as error:  # for who waits for the answer
             answer.set_exception(error)
         finally:
+            del look, answer  # the error refers to this frame, which must not refer to the error
             with self._lock:
                 self._waiting.spent(client, time.perf_counter() - began)
