@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -178,6 +178,42 @@ def test_names_do_not_depend_on_pieces(sizes: list[int]) -> None:
     scheme = upload.by_hash()
     assert scheme is not None
     assert scheme.name(views) == scheme.name([memoryview(data)])
+
+
+class Noted:
+    """A device that has nothing, and notes how many contents come together."""
+
+    together = True
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.sent: list[int] = []
+
+    def offer(self, _: upload.Scheme, offered: Sequence[upload.Offered]) -> Callable[[], list[bool]]:
+        self.asked.append(len(offered))
+        return lambda: [False] * len(offered)
+
+    def send(self, runs: Sequence[upload.Run], sent: Callable[[], None]) -> None:
+        self.sent.append(len(runs))
+        sent()
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("room", "groups"), [(1 << 20, [256, 256, 88]), (2 << 10, [2] * 300)])
+def test_no_more_comes_together_than_one_message_names(
+    monkeypatch: pytest.MonkeyPatch, room: int, groups: list[int]
+) -> None:
+    for most in ("GROUP_BYTES", "LOAD_BYTES"):
+        monkeypatch.setattr(upload, most, room)
+    contents = [Content(at << 10, 1 << 10, Whole(lambda: bytes(1 << 10))) for at in range(600)]
+    device = Noted()
+    upload.upload(upload.BY_DIGEST, contents, device, Names(), lambda _: None)
+    assert device.asked == device.sent == groups
+    device = Noted()
+    upload.send_all(contents, device, lambda _: None)
+    assert device.sent == groups
 
 
 def test_a_server_without_a_cache_is_asked_nothing(cpu: LocalDevice) -> None:

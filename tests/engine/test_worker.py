@@ -67,6 +67,7 @@ from sdrpc.engine import leaving, worker
 def compute():
     for _ in range(500):
         torch.ones(300, 300) @ torch.ones(300, 300)
+    print("back")
 
 leaving.SECONDS = 240.0
 at_work = worker.Worker("test", lambda: None)
@@ -77,7 +78,7 @@ at_work.submit(NOBODY, compute)
 def test_python_ends_when_a_worker_is_back() -> None:
     """Torch calls abort() when it comes back to a Python that is gone."""
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "back\n", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no processes without a program of their own")
