@@ -27,12 +27,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (apt install chromium)")
 
 MILLISECONDS = DRAW_SECONDS * 1000
+playwright.expect.set_options(timeout=MILLISECONDS)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=MILLISECONDS)
         yield opened
         opened.close()
 
@@ -66,9 +67,9 @@ def test_a_picture_and_what_goes_on_with_it(page: Any, server: WebServer) -> Non
     page.fill("#prompt", "a cat that goes on")  # others draw on this server, too
     drawn = page.locator('#gallery button[aria-label*="a cat that goes on"]')
     page.click("#draw")
-    playwright.expect(drawn).to_have_count(1, timeout=MILLISECONDS)
+    playwright.expect(drawn).to_have_count(1)
     newest = drawn.first
-    playwright.expect(newest.locator("img")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    playwright.expect(newest.locator("img")).to_have_attribute("src", re.compile("^blob:"))
     page.fill("[name=seed]", "99")
     newest.click()
     playwright.expect(page.locator("#facts")).to_contain_text("11")
@@ -85,21 +86,21 @@ def test_a_picture_and_what_goes_on_with_it(page: Any, server: WebServer) -> Non
     page.mouse.move(box["x"] + 60, box["y"] + 60)
     page.mouse.up()
     page.click("#draw")
-    playwright.expect(drawn).to_have_count(2, timeout=MILLISECONDS)
+    playwright.expect(drawn).to_have_count(2)
     job = server.ask("/sdcpp/v1/jobs").json()[0]
     assert job["inputs"] == {"init_image": 1, "mask": 1}
     drawn.first.click()
     page.click("#forget")
-    playwright.expect(drawn).to_have_count(1, timeout=MILLISECONDS)
+    playwright.expect(drawn).to_have_count(1)
 
 
 def test_the_queue_shows_and_cancels(page: Any) -> None:
     page.fill("[name=steps]", "500")
     page.keyboard.press("Control+Enter")
     row = page.locator("#queue li").first
-    playwright.expect(row.locator(".state")).to_contain_text("step", timeout=MILLISECONDS)
+    playwright.expect(row.locator(".state")).to_contain_text("step")
     row.locator(".cancel").click()
-    playwright.expect(page.locator("#queue li")).to_have_count(0, timeout=MILLISECONDS)
+    playwright.expect(page.locator("#queue li")).to_have_count(0)
 
 
 def test_what_is_wrong_is_said(page: Any) -> None:
@@ -132,7 +133,7 @@ def test_a_browser_that_is_killed_loses_nothing(browser: Any, server: WebServer,
     the second."""
     expect = playwright.expect
     with a_browser_of_its_own(tmp_path) as (process, address):
-        killed = browser.browser_type.connect_over_cdp(address)
+        killed = browser.browser_type.connect_over_cdp(address, timeout=MILLISECONDS)
         page = killed.contexts[0].new_page()
         page.set_default_timeout(MILLISECONDS)
         page.goto(server.url)
@@ -142,8 +143,8 @@ def test_a_browser_that_is_killed_loses_nothing(browser: Any, server: WebServer,
                 page.fill(f"[name={name}]", value)
             page.fill("#prompt", prompt)
             page.click("#draw")
-            expect(page.locator("#queue").get_by_text(prompt)).to_be_visible(timeout=MILLISECONDS)
-        expect(page.locator("#queue li").first).to_contain_text("step", timeout=MILLISECONDS)
+            expect(page.locator("#queue").get_by_text(prompt)).to_be_visible()
+        expect(page.locator("#queue li").first).to_contain_text("step")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         with suppress(playwright.Error):
@@ -152,11 +153,11 @@ def test_a_browser_that_is_killed_loses_nothing(browser: Any, server: WebServer,
     page = context.new_page()
     page.set_default_timeout(MILLISECONDS)
     page.goto(server.url)
-    expect(page.locator("#queue li")).to_have_count(2, timeout=MILLISECONDS)
-    expect(page.locator("#queue li").first).to_contain_text("step", timeout=MILLISECONDS)
+    expect(page.locator("#queue li")).to_have_count(2)
+    expect(page.locator("#queue li").first).to_contain_text("step")
     page.locator("#queue li", has_text="a long day").get_by_role("button", name="Cancel").click()
     picture = page.get_by_role("button", name="a dog that waits").locator("img")
-    expect(picture).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    expect(picture).to_have_attribute("src", re.compile("^blob:"))
     context.close()
 
 
@@ -169,9 +170,9 @@ def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:
         page.goto(locked.url)
         page.fill("#key", "s3cret")
         page.keyboard.press("Enter")
-        playwright.expect(page.locator("#devices")).to_contain_text("CPU", timeout=MILLISECONDS)
+        playwright.expect(page.locator("#devices")).to_contain_text("CPU")
         page.reload()
-        playwright.expect(page.locator("#devices")).to_contain_text("CPU", timeout=MILLISECONDS)
+        playwright.expect(page.locator("#devices")).to_contain_text("CPU")
         playwright.expect(page.locator("#door")).to_be_hidden()
         context.close()
 
@@ -201,7 +202,7 @@ def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> N
         page.fill(f"[name={name}]", value)
     page.click("#draw")
     picture = page.get_by_role("button", name="a cat on a phone").first
-    expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"))
     assert _too_wide(page) == 0
     picture.click()
     expect(page.get_by_role("dialog", name="Picture")).to_be_visible()
@@ -216,7 +217,7 @@ def test_a_phone_without_any_other_network(browser: Any, server: WebServer) -> N
     assert page.evaluate("scrollY") == before  # it painted, and did not move the page
     page.fill("#prompt", "a dog on a phone")
     page.click("#draw")
-    expect(page.get_by_role("button", name="a dog on a phone")).to_be_visible(timeout=MILLISECONDS)
+    expect(page.get_by_role("button", name="a dog on a phone")).to_be_visible()
     job = server.ask("/sdcpp/v1/jobs").json()[0]
     assert job["inputs"] == {"init_image": 1, "mask": 1}
     mask = np.asarray(Image.open(BytesIO(server.ask(f"/sdcpp/v1/jobs/{job['id']}/inputs/mask/0").body)).convert("L"))
@@ -271,7 +272,7 @@ def test_a_picture_by_keyboard_alone(page: Any) -> None:
     tab_to("#draw")
     keyboard.press("Enter")
     picture = page.get_by_role("button", name="by keyboard alone")
-    expect(picture).to_be_visible(timeout=MILLISECONDS)
+    expect(picture).to_be_visible()
     tab_to("#gallery button")
     keyboard.press("Enter")
     viewer = page.get_by_role("dialog", name="Picture")
@@ -313,22 +314,22 @@ def test_parts_are_put_on_devices_by_select_and_by_drag(studio: Any, two: WebSer
     studio.click("#devices")
     here = studio.locator("#cards section[aria-label=CPU]")
     there = studio.locator("#cards section[aria-label=RPC0]")
-    expect(there.locator(".chip")).to_have_count(3, timeout=MILLISECONDS)
+    expect(there.locator(".chip")).to_have_count(3)
     expect(there.locator("meter")).to_have_count(2)
     expect(here).to_contain_text("GB used")
     studio.get_by_role("combobox", name="vae").select_option("CPU")
-    expect(here.locator(".chip")).to_have_text(["vae"], timeout=MILLISECONDS)
+    expect(here.locator(".chip")).to_have_text(["vae"])
     assert placed() == {"clip_l": ["RPC0"], "diffusion": ["RPC0"], "vae": ["CPU"]}
     there.get_by_text("clip_l").drag_to(here)
-    expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
+    expect(here.locator(".chip")).to_have_text(["clip_l", "vae"])
     assert placed() == {"clip_l": ["CPU"], "diffusion": ["RPC0"], "vae": ["CPU"]}
     words = studio.get_by_role("textbox", name="diffusion, in words")
     words.fill("RPC0&nowhere")
     words.press("Enter")
-    expect(studio.locator("#misplaced")).to_contain_text("there is no such device", timeout=MILLISECONDS)
+    expect(studio.locator("#misplaced")).to_contain_text("there is no such device")
     words.fill("RPC0&CPU, RPC0")
     words.press("Enter")
-    expect(here.locator(".chip")).to_have_text(["clip_l", "diffusion", "vae"], timeout=MILLISECONDS)
+    expect(here.locator(".chip")).to_have_text(["clip_l", "diffusion", "vae"])
     expect(there.locator(".chip")).to_have_text(["diffusion"])
     expect(studio.locator("#misplaced")).to_be_empty()
     assert placed()["diffusion"] == ["RPC0&CPU", "RPC0"]
@@ -336,20 +337,20 @@ def test_parts_are_put_on_devices_by_select_and_by_drag(studio: Any, two: WebSer
     words.fill("RPC0")
     words.press("Enter")
     for key, becomes in (("Shift", ["RPC0&CPU"]), ("Control", ["RPC0|CPU"]), ("Alt", ["RPC0", "CPU"])):
-        expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
+        expect(here.locator(".chip")).to_have_text(["clip_l", "vae"])
         studio.keyboard.down(key)
         there.get_by_text("diffusion").drag_to(here)
         studio.keyboard.up(key)
-        expect(here.locator(".chip")).to_have_text(["clip_l", "diffusion", "vae"], timeout=MILLISECONDS)
+        expect(here.locator(".chip")).to_have_text(["clip_l", "diffusion", "vae"])
         assert placed()["diffusion"] == becomes
         here.get_by_text("diffusion").drag_to(there)
-    expect(here.locator(".chip")).to_have_text(["clip_l", "vae"], timeout=MILLISECONDS)
+    expect(here.locator(".chip")).to_have_text(["clip_l", "vae"])
     studio.click("#leave")
     studio.click("#draw")
-    expect(studio.locator("#gallery img")).to_have_count(1, timeout=MILLISECONDS)
+    expect(studio.locator("#gallery img")).to_have_count(1)
     studio.click("#devices")
     studio.click("#usual")
-    expect(there.locator(".chip")).to_have_count(3, timeout=MILLISECONDS)
+    expect(there.locator(".chip")).to_have_count(3)
     assert set(map(tuple, placed().values())) == {("RPC0",)}
 
 
@@ -358,11 +359,11 @@ def test_a_film_and_a_larger_picture(studio: Any, two: WebServer) -> None:
     pictures = studio.locator("#gallery button")
     before = len(two.ask("/sdcpp/v1/jobs").json())
     studio.click("#draw")
-    expect(pictures).to_have_count(before + 1, timeout=MILLISECONDS)
+    expect(pictures).to_have_count(before + 1)
     pictures.first.click()
     studio.select_option("#upscaler", "Lanczos")
     studio.click("#enlarge")
-    expect(pictures).to_have_count(before + 2, timeout=MILLISECONDS)
+    expect(pictures).to_have_count(before + 2)
     pictures.first.click()
     expect(studio.locator("#facts")).to_contain_text("128×128")
     studio.click("#close")
@@ -370,7 +371,7 @@ def test_a_film_and_a_larger_picture(studio: Any, two: WebServer) -> None:
     studio.select_option("#model", "film")
     studio.fill("[name=video_frames]", "5")
     studio.click("#draw")
-    expect(pictures.first.locator("video")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+    expect(pictures.first.locator("video")).to_have_attribute("src", re.compile("^blob:"))
     job = two.ask("/sdcpp/v1/jobs?most=1").json()[0]
     assert (job["kind"], job["request"]["video_frames"]) == ("vid_gen", 5)
 
@@ -380,7 +381,7 @@ def test_a_lora_is_named_by_its_strength(studio: Any) -> None:
     studio.click("#adapters summary")
     studio.get_by_label("watercolour").fill("0.8")
     studio.click("#draw")
-    playwright.expect(studio.locator("#gallery .failed").first).to_contain_text("watercolour", timeout=MILLISECONDS)
+    playwright.expect(studio.locator("#gallery .failed").first).to_contain_text("watercolour")
 
 
 def test_what_this_model_can_is_on_the_page(browser: Any, tmp_path: Path) -> None:
@@ -397,7 +398,7 @@ def test_what_this_model_can_is_on_the_page(browser: Any, tmp_path: Path) -> Non
         page = context.new_page()
         page.set_default_timeout(MILLISECONDS)
         page.goto(controlled.url)
-        expect(page.locator("#model")).not_to_have_value("", timeout=MILLISECONDS)
+        expect(page.locator("#model")).not_to_have_value("")
         for summary in ("Sampler", "hires fix", "ControlNet"):
             page.locator("summary", has_text=summary).click()
         expect(page.locator("#references")).to_be_hidden()
@@ -411,7 +412,7 @@ def test_what_this_model_can_is_on_the_page(browser: Any, tmp_path: Path) -> Non
             page.fill(f"[name={name}]", value)
         page.click("#draw")
         picture = page.get_by_role("button", name="a cat along lines")
-        expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"), timeout=MILLISECONDS)
+        expect(picture.locator("img")).to_have_attribute("src", re.compile("^blob:"))
         [job] = controlled.ask("/sdcpp/v1/jobs").json()
         assert job["inputs"] == {"control_image": 1}
         asked = job["request"]
@@ -428,7 +429,7 @@ def test_what_this_model_can_is_on_the_page(browser: Any, tmp_path: Path) -> Non
         page.fill("#prompt", "a long one")
         page.click("#draw")
         row = page.locator("#queue li", has_text="a long one")
-        expect(row).to_be_in_viewport(timeout=MILLISECONDS)
+        expect(row).to_be_in_viewport()
         row.get_by_role("button", name="Cancel").click()
-        expect(row).to_have_count(0, timeout=MILLISECONDS)
+        expect(row).to_have_count(0)
         context.close()
