@@ -335,6 +335,20 @@ def test_one_question_looks_at_so_much_and_no_more(
     assert [last.has(noise(2)) for _ in range(3)] == [False, False, True]
 
 
+def test_so_does_one_that_asks_for_many_tensors(scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each of 256 small ones could take a thread as long as a gigabyte does."""
+    monkeypatch.setattr(live, "MOST", 1)
+    monkeypatch.setattr(live, "WORTH_ASKING", 1)
+    first, size = scene(), HASHED + 1
+    wanted = [Named(at, size, digest(noise(at, size))) for at in (64, 64_000)]
+    for at, _, _ in wanted:
+        first.client.set(first.client.record(first.buffer, (size,), at=at, type="I8"), noise(at, size))
+    first.client.ask(messages.GetAlignment(0))
+    second = scene()
+    assert second.client.find(second.buffer[0], *wanted) == [True, False]
+    assert second.client.find(second.buffer[0], *wanted) == [True, True]
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_what_is_written_to_while_it_is_copied_is_not_given(
     scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, known: bool

@@ -13,7 +13,7 @@ from ..device import ServedDevice
 from ..fair_queue import Path
 from ..grouping import grouped
 from .client_cache import SMALL, CacheWriter, ClientCache
-from .live import Held, Hold, Live, Spot, Wanted
+from .live import Allowance, Held, Hold, Live, Spot, Wanted
 from .places import Place, touch
 
 TOGETHER = 16 << 20
@@ -127,7 +127,8 @@ class Finder:
         """Whether each place of one buffer now has what is ``asked`` for. Where not it may have anything; data is
         expected there next, and is kept then."""
         self._devices[asked[0].place.region.device].serve_here()
-        found = [self._in_memory(each) for each in asked]
+        allowance = Allowance()
+        found = [self._in_memory(each, allowance) for each in asked]
         if self._cache is None:
             return found
         left = [each for each, there in zip(asked, found, strict=True) if not there]
@@ -139,13 +140,13 @@ class Finder:
                 self._missed[_key(place)] = name
         return [there or each.place in restored for each, there in zip(asked, found, strict=True)]
 
-    def _in_memory(self, asked: Question) -> bool:
+    def _in_memory(self, asked: Question, allowance: Allowance) -> bool:
         """Whether a client of the same owner has these bytes, so that their place has them now, too."""
         place, digest, name = asked
         if digest is None and fnv1a() is None:
             return False
         wanted = Wanted(digest, None if digest else name)
-        return self._live.find(self._owner, wanted, self._spot(place), self._hold)
+        return self._live.find(self._owner, wanted, self._spot(place), self._hold, allowance)
 
     def _restored(self, cache: ClientCache, asked: Sequence[Question]) -> Iterator[Place]:
         """Give places what the cache has of what is ``asked`` for: those that have it now. What is small is written

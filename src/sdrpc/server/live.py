@@ -33,7 +33,7 @@ RANGES, RANGES_OF_OWNER = 1 << 16, 1 << 14
 WORTH_ASKING = 1 << 20
 """Bytes that an owner's clients must have, before it pays for another one to hash what it could send."""
 MOST = 1 << 30
-"""Bytes that are hashed for one question, at most: what else there is must be sent, or asked for again."""
+"""Bytes that are hashed for what a thread looks for at a time: what else there is must be sent, or asked for again."""
 _QUESTIONS = max(2, THREADS)
 KEPT_THREADS = _QUESTIONS + THREADS
 """Threads that a server has for all of its clients, at most; they begin when they are first needed, and stay."""
@@ -77,6 +77,13 @@ class Held:
     fnv: int | None = None
     frozen: Frozen | None = None
     lock: Lock = field(default_factory=Lock)
+
+
+@dataclass
+class Allowance:
+    """``left``: bytes that may still be hashed; then only what is known is found. (The last range may be more.)"""
+
+    left: int = field(default_factory=lambda: MOST)
 
 
 Group = tuple[str, int, int]
@@ -141,10 +148,9 @@ class Live:
             for position in list(self._of_buffer.get(buffer.key, ())):
                 self._remove(position)
 
-    def find(self, owner: str, wanted: Wanted, target: Spot, hold: Hold) -> bool:
+    def find(self, owner: str, wanted: Wanted, target: Spot, hold: Hold, allowance: Allowance) -> bool:
         """Whether ``target`` has the bytes ``wanted`` now. If not, it may have others than before."""
         self._give_up()
-        looked_at = 0
         for held in self._likely(owner, wanted, target):
             spot = held.spot
             if held.mark.written and held.frozen is None:  # nobody asks for what a graph has made
@@ -154,9 +160,9 @@ class Live:
             try:
                 with held.lock:
                     known = wanted.met_by(held)
-                    if known is False or (known is None and looked_at >= MOST):
+                    if known is False or (known is None and allowance.left <= 0):
                         continue
-                    looked_at += 0 if known else spot.size
+                    allowance.left -= 0 if known else spot.size
                     found = self._becomes(owner, held, wanted, target, hold)
             except DeviceError:  # its client has just freed it
                 found = False
