@@ -32,8 +32,8 @@ from sdrpc.server.cache import LEAST, STALE_SECONDS
 from sdrpc.server.client_cache import SMALL
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
-from sdrpc.wire.carrying import MOST_RANGES, Named, pack_named
 from sdrpc.wire.hello import Capability
+from sdrpc.wire.ranges import MOST_RANGES, Named, pack_named
 from sdrpc.wire.records import Record
 from tests.server.conftest import CountingDevice, eventually
 from tests.support.client import RawClient

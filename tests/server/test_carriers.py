@@ -24,9 +24,9 @@ from sdrpc.server.client_cache import CacheService
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.server.stream import Stream
 from sdrpc.wire import messages as m
-from sdrpc.wire.carrying import MOST_BYTES, Named, Range, pack, pack_named
 from sdrpc.wire.framing import REPLY_HEADER
 from sdrpc.wire.hello import Capability
+from sdrpc.wire.ranges import MOST_BYTES, Named, Range, pack, pack_named
 from tests.server.conftest import CountingDevice, Scene, eventually
 from tests.support.client import RawClient
 from tests.support.null import NullDevice

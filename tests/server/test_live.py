@@ -36,8 +36,8 @@ from sdrpc.server.finder import Finder
 from sdrpc.server.incoming import HASHED
 from sdrpc.server.key_ring import KeyRing
 from sdrpc.wire import messages
-from sdrpc.wire.carrying import Named, pack_named
 from sdrpc.wire.hello import Capability
+from sdrpc.wire.ranges import Named, pack_named
 from tests.server.conftest import CountingDevice, eventually
 from tests.support.accelerator import Untouchable
 from tests.support.client import RawClient
@@ -141,20 +141,24 @@ def asked(place: Place, *questions: tuple[int, bytes]) -> list[bool]:
     return [client.receive(9)[8] == 1 for _ in questions]
 
 
-@each_device
-def test_several_are_looked_for_at_the_same_time(
-    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, device: int
-) -> None:
-    first = scene(device=device).send(noise(1))
-    second = scene(device=device)
-    together = threading.Barrier(2)
-    find = live.Live.find
+def two_look_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a thread that looks for something waits for another one that does."""
+    together, find = threading.Barrier(2), live.Live.find
 
     def meeting(*arguments: Any) -> bool:
         together.wait(60)
         return find(*arguments)
 
     monkeypatch.setattr(live.Live, "find", meeting)
+
+
+@each_device
+def test_several_are_looked_for_at_the_same_time(
+    scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, device: int
+) -> None:
+    first = scene(device=device).send(noise(1))
+    second = scene(device=device)
+    two_look_or_none(monkeypatch)
     assert asked(second, (AT, noise(1)), (AT + SIZE, noise(2, 5000))) == [True, False]
     assert second.read() == first.read()
 
@@ -163,14 +167,7 @@ def test_one_question_for_much_is_worked_on_by_several(
     scene: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene().send(noise(1))
-    together = threading.Barrier(2)
-    find = live.Live.find
-
-    def meeting(*arguments: Any) -> bool:
-        together.wait(60)
-        return find(*arguments)
-
-    monkeypatch.setattr(live.Live, "find", meeting)
+    two_look_or_none(monkeypatch)
     monkeypatch.setattr(finder, "TOGETHER", SIZE)
     second = scene()
     wanted = Named(AT + SIZE, 5000, digest(b"")), Named(AT, SIZE, digest(noise(1)))

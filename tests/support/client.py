@@ -15,11 +15,11 @@ from sdrpc.ggml.dialect import Dialect, newest
 from sdrpc.ggml.tensor import Dims, contiguous_strides
 from sdrpc.ggml.types import TYPES
 from sdrpc.wire import messages
-from sdrpc.wire.carrying import Named, pack_named
 from sdrpc.wire.framing import ERROR_MARK, REPLY_HEADER, ErrorReply, drive, encode_request, read_reply
 from sdrpc.wire.graphs import COMPUTE
 from sdrpc.wire.hello import NATIVE, Capability, encode_hello, read_hello_reply
 from sdrpc.wire.messages import COMMANDS, Command, encode
+from sdrpc.wire.ranges import Named, pack_named
 from sdrpc.wire.records import Record, encode_records
 
 FORK = {"QUANTIZE_I8_CONVROT": 101}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from sdrpc import content
 from sdrpc.errors import RemoteProtocolError
-from sdrpc.wire.carrying import MOST_RANGES, PIECE, Range, dealt, pack, unpack
+from sdrpc.wire.carrying import PIECE, dealt
+from sdrpc.wire.ranges import MOST_RANGES, Range, pack, unpack
 
 SIZES = st.lists(st.integers(0, 4 * PIECE) | st.integers(0, 2000), max_size=20)
 

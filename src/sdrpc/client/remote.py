@@ -23,10 +23,10 @@ from ..ggml.dialect import Dialect
 from ..ggml.tensor import Graph
 from ..targets import PORTABLE, SDRPC
 from ..wire import messages
-from ..wire.carrying import Named, Range, pack, pack_named
 from ..wire.framing import byte_length
 from ..wire.graphs import encode_graph
 from ..wire.hello import Capability
+from ..wire.ranges import Named, Range, pack, pack_named
 from ..wire.records import Record
 from .carriers import Carriers
 from .endpoint import Endpoint

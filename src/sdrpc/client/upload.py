@@ -19,7 +19,7 @@ from ..content import FNV_START, SMALLEST, THREADS, digest, fnv1a
 from ..device import Content
 from ..ggml.weight import Origin
 from ..grouping import grouped
-from ..wire.carrying import MOST_RANGES
+from ..wire.ranges import MOST_RANGES
 from .names import Names
 
 PART = 32 << 20

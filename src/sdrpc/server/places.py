@@ -13,7 +13,8 @@ from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect
 from ..ggml.tensor import contiguous_strides, extent
 from ..ggml.types import Type
-from ..wire import carrying, messages
+from ..wire import messages
+from ..wire.ranges import unpack, unpack_named
 from ..wire.records import Record
 from .addresses import AddressSpace, Region
 
@@ -65,12 +66,12 @@ def rows_place(
 
 def range_places(space: AddressSpace, asked: messages.SetRanges) -> list[Place]:
     """Where the data of a SET_RANGES belongs."""
-    return _apart("SET_RANGES", space[asked.remote_ptr], carrying.unpack(asked.ranges))
+    return _apart("SET_RANGES", space[asked.remote_ptr], unpack(asked.ranges))
 
 
 def named_places(space: AddressSpace, asked: messages.SetRangesDigest) -> list[tuple[Place, bytes]]:
     """Where the bytes of a SET_RANGES_DIGEST belong, and their digests."""
-    ranges = carrying.unpack_named(asked.ranges)
+    ranges = unpack_named(asked.ranges)
     places = _apart("SET_RANGES_DIGEST", space[asked.remote_ptr], [(each.offset, each.size) for each in ranges])
     return [(place, each.digest) for place, each in zip(places, ranges, strict=True)]
 

@@ -9,6 +9,7 @@ framing       headers and sizes; readers are generators, so that a socket loop a
 graphs        GRAPH_COMPUTE's payload ↔ Graph
 kept_graphs   which graphs a server keeps, as both sides count them
 carrying      a tensor's data over several connections
+ranges        parts of a buffer, many of them in one message
 refusals      why a server refuses, in words and as values
 service       what a server announces in the local network
 limits        what a peer may announce before anything is read or reserved for it

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..device import Bytes
 from ..errors import RemoteProtocolError
 from ..ggml.dialect import Dialect
-from . import carrying, graphs, name_length
+from . import graphs, name_length, ranges
 from .limits import DEFAULT_LIMITS, MAX_NAME_LENGTH, Limits
 from .messages import (
     COMMANDS,
@@ -79,7 +79,7 @@ FEEDS = (Command.SET_TENSOR, Command.SET_TENSOR_2D)
 """Commands that end with tensor data."""
 
 
-_MOST_BULK = {Command.SET_RANGES: carrying.MOST_BYTES, Command.SET_RANGES_DIGEST: carrying.MOST_NAMED_BYTES}
+_MOST_BULK = {Command.SET_RANGES: ranges.MOST_BYTES, Command.SET_RANGES_DIGEST: ranges.MOST_NAMED_BYTES}
 """Bytes that may follow the fields of a request, where that is not for :class:`~sdrpc.wire.limits.Limits` to say."""
 
 

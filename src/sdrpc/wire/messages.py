@@ -159,7 +159,7 @@ class SetTensorHashReply(NamedTuple):
 
 class SetRangesDigest(NamedTuple):
     """As :class:`SetTensorHash` for parts of a buffer that do not overlap, under names that nobody can forge.
-    ``ranges``: offset, size and digest of each part (:func:`~sdrpc.wire.carrying.pack_named`)."""
+    ``ranges``: offset, size and digest of each part (:func:`~sdrpc.wire.ranges.pack_named`)."""
 
     remote_ptr: U64
     ranges: Bulk
@@ -318,7 +318,7 @@ class CarryReply(NamedTuple):
 
 class SetRanges(NamedTuple):
     """Data for parts of a buffer that do not overlap, which comes over the first ``carriers`` carriers
-    (:func:`sdrpc.wire.carrying.dealt`). ``ranges``: offset and size of each part (:func:`~sdrpc.wire.carrying.pack`).
+    (:func:`sdrpc.wire.carrying.dealt`). ``ranges``: offset and size of each part (:func:`~sdrpc.wire.ranges.pack`).
     """
 
     remote_ptr: U64
