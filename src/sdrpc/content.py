@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -35,7 +35,11 @@ Fnv = Callable[[Bytes, int], int]
 
 def digest(*data: Bytes) -> bytes:
     """The digest of ``data``, one after the other, computed in this thread (other threads run meanwhile)."""
-    digests: list[bytes] = []
+    return joined(hashed(*piece) for piece in split(data))
+
+
+def split(data: Iterable[Bytes]) -> Iterator[Sequence[memoryview]]:
+    """The pieces of ``data``, one after the other, each as views of it."""
     piece: list[memoryview] = []
     room = PIECE
     for view in (memoryview(part).cast("B") for part in data):
@@ -44,9 +48,10 @@ def digest(*data: Bytes) -> bytes:
             taken = len(piece[-1])
             view, room = view[taken:], room - taken
             if not room:
-                digests.append(hashed(*piece))
+                yield piece
                 piece, room = [], PIECE
-    return joined([*digests, hashed(*piece)] if piece else digests)
+    if piece:
+        yield piece
 
 
 def joined(digests: Iterable[bytes]) -> bytes:

@@ -16,11 +16,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from .errors import UsageError
 from .ggml.tensor import Graph
 from .ggml.weight import Origin, Pieces
+
+T = TypeVar("T")
 
 Bytes = bytes | bytearray | memoryview
 """Anything with a C-contiguous buffer of bytes; never copied on the way when it can be helped."""
@@ -410,6 +412,10 @@ class ServedDevice(Device):
     def read_soon(self, buffer: Buffer, offset: int, size: int) -> Later | None:  # noqa: ARG002
         """As :meth:`read`, without waiting; None where :meth:`read` does not wait either, or for many bytes."""
         return None
+
+    def look(self, buffer: Buffer, offset: int, size: int, see: Callable[[Bytes], T]) -> T:
+        """What ``see`` makes of those bytes, which it must not keep: they may be in memory that is used again."""
+        return see(self.read(buffer, offset, size))
 
     @abstractmethod
     def fill(self, buffer: Buffer, offset: int, size: int, value: int) -> None:

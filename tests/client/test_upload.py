@@ -14,10 +14,10 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrpc.client import RemoteDevice, connect, names, upload
+from sdrpc.client import RemoteDevice, connect, names, naming, upload
 from sdrpc.client import server as servers
 from sdrpc.client.names import Names
-from sdrpc.content import FNV_START, PIECE, digest, fnv1a
+from sdrpc.content import FNV_START, PIECE, SMALLEST, digest, fnv1a
 from sdrpc.device import Content
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
@@ -175,7 +175,7 @@ def test_names_do_not_depend_on_pieces(sizes: list[int]) -> None:
     views = [memoryview(data)[a:b] for a, b in pairwise(ends)]
     expected = blake3(b"".join(blake3(data[at : at + PIECE]).digest() for at in range(0, len(data), PIECE))).digest()
     assert digest(*views) == digest(data) == expected
-    scheme = upload.by_hash()
+    scheme = naming.by_hash()
     assert scheme is not None
     assert scheme.name(views) == scheme.name([memoryview(data)])
 
@@ -189,7 +189,7 @@ class Noted:
         self.asked: list[int] = []
         self.sent: list[int] = []
 
-    def offer(self, _: upload.Scheme, offered: Sequence[upload.Offered]) -> Callable[[], list[bool]]:
+    def offer(self, _: naming.Scheme, offered: Sequence[upload.Offered]) -> Callable[[], list[bool]]:
         self.asked.append(len(offered))
         return lambda: [False] * len(offered)
 
@@ -209,11 +209,19 @@ def test_no_more_comes_together_than_one_message_names(
         monkeypatch.setattr(upload, most, room)
     contents = [Content(at << 10, 1 << 10, Whole(lambda: bytes(1 << 10))) for at in range(600)]
     device = Noted()
-    upload.upload(upload.BY_DIGEST, contents, device, Names(), lambda _: None)
+    upload.upload(naming.BY_DIGEST, contents, device, Names(), lambda _: None)
     assert device.asked == device.sent == groups
     device = Noted()
     upload.send_all(contents, device, lambda _: None)
     assert device.sent == groups
+
+
+def test_names_of_all_sizes_are_remembered() -> None:
+    """Also of what is hashed at once."""
+    model, known = Model(sizes=(SMALLEST - 1, SMALLEST, naming.SMALL, naming.SMALL + 1, PIECE + 1)), Names()
+    upload.upload(naming.BY_DIGEST, model.contents, Noted(), known, lambda _: None)
+    origins = [content.origin.made(f"0+{content.size} blake3") for content in model.contents if content.origin]
+    assert [known.get(origin) for origin in origins] == [None, *map(digest, model.data[1:])]
 
 
 def test_a_server_without_a_cache_is_asked_nothing(cpu: LocalDevice) -> None:
@@ -385,7 +393,7 @@ def test_what_a_native_server_has_is_not_sent() -> None:
 
 
 def test_without_numba_native_servers_get_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "fnv1a", lambda: None)
+    monkeypatch.setattr(naming, "fnv1a", lambda: None)
     with Scripted().listening() as server:
         for _ in range(2):
             (device,) = connect([server.endpoint])

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from sdrpc.content import PIECE
+from sdrpc.device import Bytes
 from sdrpc.engine import LocalDevice, devices
 from sdrpc.engine.digest import content
 from sdrpc.engine.precision import EXACT, GGML, choose
+from sdrpc.engine.staging import LARGE_PIECES
 from sdrpc.errors import ComputeError, ConnectionLost, DeviceError, GraphError, OutOfMemory, UsageError
 from sdrpc.ggml import build as b
 from sdrpc.ggml.tensor import Graph, Tensor
@@ -81,6 +83,33 @@ def test_what_is_received_is_there(exact: LocalDevice, size: int) -> None:
         receive(exact, buffer, 0, size, broken)
     receive(exact, buffer, 0, size, lambda memory: memory.__setitem__(slice(None), data[1]))
     assert bytes(exact.read(buffer, 0, size)) == data[1]
+    exact.free(buffer)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1])
+def test_what_is_looked_at_is_what_is_there(exact: LocalDevice, size: int) -> None:
+    """By more threads than there is memory to look through, and after somebody could not go on."""
+    data = np.random.default_rng(size).bytes(size + 24)
+    buffer = exact.allocate(size + 24)
+    exact.write(buffer, 0, data)
+
+    def broken(_: Bytes) -> None:
+        raise ConnectionLost("somebody", "looking")
+
+    for _ in range(LARGE_PIECES + 1):
+        with pytest.raises(ConnectionLost):
+            exact.look(buffer, 0, size, broken)
+    together = threading.Barrier(LARGE_PIECES + 1)
+
+    def see(seen: Bytes) -> bytes:
+        together.wait(60)
+        return bytes(seen)
+
+    with ThreadPoolExecutor(LARGE_PIECES + 1) as pool:
+        seen = pool.map(lambda at: exact.look(buffer, at, size, see), range(LARGE_PIECES + 1))
+        assert list(seen) == [data[at : at + size] for at in range(LARGE_PIECES + 1)]
+    with pytest.raises(DeviceError, match=r"bytes 25 … \d+ of a buffer"):
+        exact.look(buffer, 25, size, see)
     exact.free(buffer)
 
 

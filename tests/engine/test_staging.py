@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 from sdrpc.engine import staging
+
+
+class Past:
+    """A moment that has passed."""
+
+    def query(self) -> bool:
+        return True
+
+
+def test_memory_is_lent_as_long_as_there_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_slot", lambda size: staging.Slot(torch.empty(size, dtype=torch.uint8), Past()))
+    memory = staging.Staging(torch.device("cuda", 0))
+    with memory.lent(staging.LARGE_PIECE + 1) as slot:
+        assert slot is None
+    with ExitStack() as stack:
+        lent = [stack.enter_context(memory.lent(staging.LARGE_PIECE)) for _ in range(staging.LARGE_PIECES + 1)]
+        assert len({slot.memory.data_ptr() for slot in lent if slot is not None}) == staging.LARGE_PIECES
+        assert lent[-1] is None
+        with memory.filled(1, pytest.fail) as filled:
+            assert filled is None
+    with pytest.raises(KeyError), memory.lent(1) as slot:
+        raise KeyError
+    with memory.lent(1) as slot:
+        assert slot is not None
 
 
 @pytest.mark.parametrize("take", [staging.Staging._take, staging.Staging._take_large])

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from hashlib import sha256
@@ -132,6 +133,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     yield made
     made.stop()
     assert made.files(".part") == []
+    assert (made.cache_service.room._inside, made.cache_service.room._free) == (0, [])
     for device in made.devices:
         assert eventually(lambda device=device: device.held == 0)
         device.close()
@@ -303,6 +305,29 @@ def test_a_machine_without_memory_leaves_the_room_that_there_was(monkeypatch: py
         with pytest.raises(MemoryError):
             room.copy(memoryview(b"abc"))
     assert room._left.acquire(blocking=False)
+
+
+def test_memory_is_used_again_until_the_last_has_left() -> None:
+    room = client_cache.Room(2)
+    room.enter()
+    first = room.copy(memoryview(b"abc"))
+    memory = weakref.ref(first.base)
+    room.enter()
+    room.give_back(first)
+    room.leave()
+    del first
+    again = room.copy(memoryview(b"defg"))
+    assert again.base is memory()
+    assert again.tobytes() == b"defg"
+    late = room.copy(memoryview(b"h"))
+    room.give_back(again)
+    room.leave()
+    del again
+    assert memory() is None
+    memory = weakref.ref(late.base)
+    room.give_back(late)  # whose writer was told first that it is written
+    del late
+    assert memory() is None
 
 
 def test_names_that_can_be_aimed_at_are_the_sender_s_own(scene: Scene) -> None:

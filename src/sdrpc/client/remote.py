@@ -30,8 +30,9 @@ from ..wire.ranges import Named, Range, pack, pack_named
 from ..wire.records import Record
 from .carriers import Carriers
 from .endpoint import Endpoint
+from .naming import BY_DIGEST, Scheme
 from .server import Answer, RemoteBuffer, Server
-from .upload import BY_DIGEST, PART, Offered, Run, Scheme, send_all, upload
+from .upload import PART, Offered, Run, send_all, upload
 
 MAX_ALIGNMENT = 1 << 20
 """Larger than any page: a larger alignment is a broken or malicious server."""

@@ -19,8 +19,8 @@ from ..wire.messages import COMMANDS
 from .carriers import LEAST_BYTES, MOST, Carriers, opened
 from .connection import Connection
 from .names import Names
+from .naming import BY_DIGEST, NATIVE_THRESHOLD, Scheme, by_hash
 from .refused import Refused
-from .upload import BY_DIGEST, NATIVE_THRESHOLD, Scheme, by_hash
 
 ROOM = 1 << 16
 """Bytes that a socket takes in any case."""

@@ -1,7 +1,7 @@
 """Uploads that send what the server does not have.
 
-A server is asked for bytes by their name, and gets them if it answers no. Names are computed in threads of their own,
-which leave the GIL to the one that sends, and are remembered where bytes come from a file (:mod:`sdrpc.client.names`).
+A server is asked for bytes by their name (:mod:`sdrpc.client.naming`), and gets them if it answers no. Names are
+remembered where bytes come from a file (:mod:`sdrpc.client.names`).
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
-from ..content import FNV_START, SMALLEST, THREADS, digest, fnv1a
 from ..device import Content
 from ..ggml.weight import Origin
 from ..grouping import grouped
 from ..wire.ranges import MOST_RANGES
 from .names import Names
+from .naming import SMALL, Namer, Naming, Scheme
 
 PART = 32 << 20
 """Bytes that have a name of their own: native servers hold what they receive at once in memory twice."""
@@ -34,8 +33,6 @@ FIRST_BYTES = 16 << 20
 """What is sent together at first, and later if that takes its time: what is sent is told between two."""
 QUICK, SLOW = 0.1, 1.0
 """Seconds for what was sent together: in less, the next is twice as much; in more, half."""
-NATIVE_THRESHOLD = 10 << 20
-"""Native clients ask for data that is larger than this, and native servers keep such only."""
 BEHIND = 4
 """Parts that are sent and whose names are not known yet. Their bytes may be in memory too."""
 
@@ -48,34 +45,6 @@ class Offered(NamedTuple):
     offset: int
     size: int
     name: bytes
-
-
-class Scheme(NamedTuple):
-    """How bytes are called. ``smallest``: bytes for which it is worthwhile. ``first``: whether to compute a name that
-    is not remembered for the question, or after sending, for the next time."""
-
-    kind: str
-    smallest: int
-    name: Callable[[Sequence[memoryview]], bytes]
-    first: bool
-
-
-BY_DIGEST = Scheme("blake3", SMALLEST, lambda views: digest(*views), True)
-"""Between our own peers: the question costs less than the answer on any network."""
-
-
-def by_hash() -> Scheme | None:
-    """With native servers, which do not say whether they keep anything: what is not remembered is not asked for. None
-    where there is no fast FNV-1a."""
-    fnv = fnv1a()
-    if fnv is None:
-        return None
-    return Scheme(
-        "fnv1a",
-        NATIVE_THRESHOLD + 1,
-        lambda views: reduce(lambda state, view: fnv(view, state), views, FNV_START).to_bytes(8, "little"),
-        False,
-    )
 
 
 class Run(NamedTuple):
@@ -112,7 +81,7 @@ class _Part:
     start: int
     size: int
     origin: Origin | None
-    name: Future[bytes] | bytes | None = None
+    name: Naming | bytes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     views: tuple[memoryview, ...] | None = None
 
@@ -158,11 +127,13 @@ def upload(
 ) -> None:
     """Bring ``contents`` to the server, sending as little as can be."""
     done, pace = 0, _Pace(GROUP_BYTES)
-    behind: deque[tuple[_Part, Future[bytes]]] = deque()
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-names")
+    behind: deque[tuple[_Part, Naming]] = deque()
+    namer = Namer(scheme)
 
-    def named(part: _Part) -> bytes:
-        return scheme.name(part.data())
+    def learn(part: _Part, name: bytes) -> None:
+        part.name = name
+        if part.origin:
+            names.put(part.origin, name)
 
     def begin(group: list[_Part]) -> list[_Part]:
         """Have names computed."""
@@ -171,16 +142,17 @@ def upload(
                 continue
             part.name = names.get(part.origin) if part.origin else None
             if part.name is None and scheme.first:
-                part.name = pool.submit(named, part)
+                if part.size > SMALL:
+                    part.name = namer.name(part.data)
+                else:
+                    learn(part, scheme.name(part.data()))
         return group
 
     def ask(group: list[_Part]) -> tuple[list[_Part], list[_Part], Callable[[], list[bool]]]:
         """Ask for the parts that have names. The group, which of it was asked for, and what gives the answers."""
         for part in group:
-            if isinstance(part.name, Future):
-                part.name = part.name.result()
-                if part.origin:
-                    names.put(part.origin, part.name)
+            if isinstance(part.name, Naming):
+                learn(part, part.name.result())
         asked = [part for part in group if isinstance(part.name, bytes)]
         offered = [Offered(part.offset, part.size, part.name) for part in asked if isinstance(part.name, bytes)]
         return group, asked, sender.offer(scheme, offered)
@@ -195,9 +167,8 @@ def upload(
 
     def finish(left: int) -> None:
         while len(behind) > left:
-            part, name = behind.popleft()
-            if part.origin:
-                names.put(part.origin, name.result())
+            part, naming = behind.popleft()
+            learn(part, naming.result())
 
     try:
         groups = grouped(_parts(scheme, contents), lambda part: part.size, pace.fits)
@@ -208,7 +179,8 @@ def upload(
                 missing = [part for part in some if part not in had]
                 for part in missing:
                     if part.name is None and part.origin and part.size >= scheme.smallest:
-                        behind.append((part, pool.submit(scheme.name, part.data())))
+                        views = part.data()  # now: the part forgets them once they are sent
+                        behind.append((part, namer.name(partial(tuple, views))))
                 runs = [Run(part.offset, part.data(), part.size >= scheme.smallest) for part in missing]
                 sender.send(runs, partial(sent, some))
                 finish(BEHIND)
@@ -216,7 +188,7 @@ def upload(
         finish(0)
         names.save()
     finally:
-        pool.shutdown(cancel_futures=True)
+        namer.close()
 
 
 def send_all(contents: Sequence[Content], sender: Sender, progress: Callable[[int], None]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from threading import RLock
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ from .weights import Weights
 
 SOON = 64 << 20
 """Bytes that are read without waiting, at most: they take memory of the host's that is pinned."""
+
+T = TypeVar("T")
 
 _keys = itertools.count(1)
 """Buffers' keys are unique in the process, so that a graph can't name another device's memory by mistake."""
@@ -133,6 +136,17 @@ class LocalMemory(ServedDevice):
             return None
         with self._reading(buffer, offset, size) as part:
             return self._staging.read_soon(part)
+
+    def look(self, buffer: Buffer, offset: int, size: int, see: Callable[[Bytes], T]) -> T:
+        if self._staging is None or not size:
+            return super().look(buffer, offset, size, see)
+        with self._staging.lent(size) as slot:
+            if slot is None:
+                return super().look(buffer, offset, size, see)
+            with self._reading(buffer, offset, size) as part:
+                self._staging.read_to(slot, part)
+            slot.free.synchronize()
+            return see(slot.memory.numpy().data[:size])
 
     def read_later(self, buffer: Buffer, offset: int, size: int) -> Later:
         soon = self.read_soon(buffer, offset, size)

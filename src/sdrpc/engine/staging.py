@@ -84,10 +84,9 @@ class Staging:
                     self._give(slot)
 
     @contextmanager
-    def filled(self, size: int, fill: Callable[[memoryview], None]) -> Iterator[Tensor | None]:
-        """``size`` bytes of pinned memory in which ``fill`` has put something, to be copied from within the context on
-        the device's usual stream. None for more than there is in a piece, or where all such memory is in use: then
-        nothing was done."""
+    def lent(self, size: int) -> Iterator[Slot | None]:
+        """A slot of ``size`` bytes or more, which nobody else uses within the context. None for more than there is in a
+        piece, or where all such memory is in use."""
         slot = self._take_large() if size <= LARGE_PIECE else None
         if slot is None:
             yield None
@@ -95,12 +94,28 @@ class Staging:
         try:
             if not slot.free.query():  # type: ignore[no-untyped-call]
                 slot.free.synchronize()
-            fill(slot.memory.numpy().data[:size])
-            yield slot.memory[:size]
-            slot.free.record(self._stream)
+            yield slot
         finally:
             with self._changed:
                 self._large.append(slot)
+
+    @contextmanager
+    def filled(self, size: int, fill: Callable[[memoryview], None]) -> Iterator[Tensor | None]:
+        """``size`` bytes of pinned memory in which ``fill`` has put something, to be copied from within the context on
+        the device's usual stream. None where :meth:`lent` has nothing: then nothing was done."""
+        with self.lent(size) as slot:
+            if slot is None:
+                yield None
+                return
+            fill(slot.memory.numpy().data[:size])
+            yield slot.memory[:size]
+            slot.free.record(self._stream)
+
+    def read_to(self, slot: Slot, source: Tensor) -> None:
+        """Copy ``source`` (uint8) to the start of ``slot`` when all that is queued before is done: it is there once the
+        slot is free."""
+        slot.memory[: len(source)].copy_(source, non_blocking=True)
+        slot.free.record(self._stream)
 
     def read(self, source: Tensor) -> memoryview:
         """The bytes of ``source`` (uint8) when all that is queued before is done."""

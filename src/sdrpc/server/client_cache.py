@@ -22,7 +22,7 @@ from ..storage import remove
 from .cache import Cache
 from .threads import Threads
 
-WAITING = 64
+WAITING = 16
 """Pieces that are held in memory until they are hashed and written: so far a disk may lag behind an upload. One that is
 slower slows it down."""
 SMALL = 1 << 18
@@ -34,14 +34,25 @@ Receive = Callable[[int, int, Callable[[memoryview], None]], None]
 
 
 class Room:
-    """Memory for up to ``most`` pieces. While any of it is in use it is used again: new memory takes longer to be had
-    than to be filled. For any thread."""
+    """Memory for up to ``most`` pieces, for those who :meth:`enter` it. While anybody is inside, it is used again, what
+    was used last first: new memory takes longer to be had than to be filled. For any thread."""
 
     def __init__(self, most: int) -> None:
         self._left = threading.Semaphore(most)
         self._lock = threading.Lock()
         self._free: list[np.ndarray] = []
-        self._used = 0
+        self._inside = 0
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+
+    def leave(self) -> None:
+        """To be called once for each :meth:`enter`."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._free.clear()
 
     def copy(self, piece: memoryview) -> np.ndarray:
         """A copy of ``piece``, once there is room for it; other threads run meanwhile."""
@@ -49,7 +60,6 @@ class Room:
         try:
             with self._lock:
                 memory = self._free.pop() if self._free else np.empty(PIECE, np.uint8)
-                self._used += 1
         except BaseException:  # there is no memory: one client's trouble, and no room less for all others
             self._left.release()
             raise
@@ -59,12 +69,10 @@ class Room:
 
     def give_back(self, data: np.ndarray) -> None:
         """What :meth:`copy` gave is not needed any more."""
+        assert data.base is not None  # noqa: S101
         with self._lock:
-            self._used -= 1
-            assert data.base is not None  # noqa: S101
-            self._free.append(data.base)
-            if not self._used:
-                self._free.clear()
+            if self._inside:
+                self._free.append(data.base)
         self._left.release()
 
 
@@ -191,6 +199,7 @@ class CacheWriter:
         self._left = size
         self._digests: dict[int, Future[bytes]] = {}
         self._state = FNV_START
+        service.room.enter()
 
     def feed(self, at: int, piece: memoryview) -> None:
         """The :data:`PIECE` bytes from ``at`` on (or the rest), which are copied: the caller may change them. In any
@@ -258,6 +267,7 @@ class CacheWriter:
         except OSError as error:
             cache.complain(error)
         finally:
+            self._service.room.leave()
             if self._file is not None:
                 self._file.close()
             if self._path is not None:

@@ -16,7 +16,7 @@ from .client_cache import SMALL, CacheWriter, ClientCache
 from .live import Allowance, Held, Hold, Live, Spot, Wanted
 from .places import Place, touch
 
-TOGETHER = 16 << 20
+TOGETHER = 64 << 20
 """Bytes that one thread looks for, one behind the other: to hand each small tensor to a thread takes longer than to
 find it, and threads that wait for Python's lock gain nothing."""
 

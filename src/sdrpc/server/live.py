@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..content import FNV_START, PIECE, THREADS, fnv1a, hashed, joined, pieces
 from ..device import Buffer, Bytes, Frozen, Mark, ServedDevice
@@ -38,8 +38,14 @@ _QUESTIONS = max(2, THREADS)
 KEPT_THREADS = _QUESTIONS + THREADS
 """Threads that a server has for all of its clients, at most; they begin when they are first needed, and stay."""
 
-Read = Callable[[int, int], Sequence[Bytes]]
-"""(at, size) → bytes, in parts."""
+T = TypeVar("T")
+
+
+class Look(Protocol):
+    """A way to look at bytes."""
+
+    def __call__(self, at: int, size: int, see: Callable[[Sequence[Bytes]], T]) -> T:
+        """What ``see`` makes of ``size`` bytes from ``at`` on, in parts, which it must not keep."""
 
 
 class Wanted(NamedTuple):
@@ -62,8 +68,8 @@ class Spot(NamedTuple):
     offset: int
     size: int
 
-    def read(self, at: int, size: int) -> Sequence[Bytes]:
-        return (self.device.read(self.buffer, self.offset + at, size),)
+    def look(self, at: int, size: int, see: Callable[[Sequence[Bytes]], T]) -> T:
+        return self.device.look(self.buffer, self.offset + at, size, lambda data: see((data,)))
 
 
 @dataclass(eq=False)
@@ -197,7 +203,7 @@ class Live:
             self._freeze(owner, held, hold)
         if held.frozen is not None:
             if known is None:
-                self._look_at(owner, held, wanted, held.frozen.read)
+                self._look_at(owner, held, wanted, _inside(held.frozen))
             if not wanted.met_by(held):
                 return False
             _give(held.frozen, target)
@@ -206,7 +212,7 @@ class Live:
         if held.mark.written:  # perhaps before it was copied, and what it was is known no longer
             return False
         if known is None:
-            self._look_at(owner, held, wanted, target.read)
+            self._look_at(owner, held, wanted, target.look)
         same = bool(wanted.met_by(held))
         if same and source.offset == target.offset:
             target.device.may_be_same(target.buffer, source.buffer)
@@ -229,12 +235,12 @@ class Live:
             spot.device.identify(spot.buffer, held.mark, _name(owner, held.digest))
         held.frozen = frozen
 
-    def _look_at(self, owner: str, held: Held, wanted: Wanted, read: Read) -> None:
-        """Find out what ``held`` is; ``read`` gives its bytes."""
+    def _look_at(self, owner: str, held: Held, wanted: Wanted, look: Look) -> None:
+        """Find out what ``held`` is; ``look`` shows its bytes."""
         spot = held.spot
-        held.digest = self._digest(read, spot.size)
+        held.digest = self._digest(look, spot.size)
         if wanted.digest is None:
-            held.fnv = _fnv(read, spot.size)
+            held.fnv = _fnv(look, spot.size)
         spot.device.identify(spot.buffer, held.mark, _name(owner, held.digest))
 
     def _here(self, held: Held, target: Spot) -> Held:
@@ -242,10 +248,10 @@ class Live:
         mark = target.device.mark(target.buffer, target.offset, target.size)
         return Held(target, mark, held.digest, held.fnv, held.frozen)
 
-    def _digest(self, read: Read, size: int) -> bytes:
+    def _digest(self, look: Look, size: int) -> bytes:
         if size <= PIECE:
-            return joined([_hashed(read, (0, size))])
-        return joined(self._pool.map(partial(_hashed, read), pieces(size)))
+            return joined([_hashed(look, (0, size))])
+        return joined(self._pool.map(partial(_hashed, look), pieces(size)))
 
     def _remove(self, position: Position, only: Held | None = None) -> None:
         """Forget what is there, if anything is (and that is ``only``)."""
@@ -280,18 +286,30 @@ def _give(frozen: Frozen, target: Spot) -> None:
             target.device.write(target.buffer, target.offset + at, b"".join(frozen.read(at, size)))
 
 
-def _hashed(read: Read, piece: tuple[int, int]) -> bytes:
-    return hashed(*read(*piece))
+def _inside(frozen: Frozen) -> Look:
+    def look(at: int, size: int, see: Callable[[Sequence[Bytes]], T]) -> T:
+        return see(frozen.read(at, size))
+
+    return look
 
 
-def _fnv(read: Read, size: int) -> int | None:
+def _hashed(look: Look, piece: tuple[int, int]) -> bytes:
+    return look(*piece, lambda parts: hashed(*parts))
+
+
+def _fnv(look: Look, size: int) -> int | None:
     """None where there is no fast FNV-1a."""
     fnv, state = fnv1a(), FNV_START
     if fnv is None:
         return None
-    for piece in pieces(size):
-        for part in read(*piece):
+
+    def see(parts: Sequence[Bytes]) -> None:
+        nonlocal state
+        for part in parts:
             state = fnv(part, state)
+
+    for piece in pieces(size):
+        look(*piece, see)
     return state
 
 
