@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ from sdrpc.content import FNV_START, PIECE, SMALLEST, digest, fnv1a
 from sdrpc.device import Content
 from sdrpc.engine.device import LocalDevice
 from sdrpc.engine.precision import EXACT
-from sdrpc.errors import CheckpointError
+from sdrpc.errors import CheckpointError, RemoteProtocolError
 from sdrpc.ggml.dialect import dialects
 from sdrpc.ggml.weight import Origin, Pieces, View, Whole
 from sdrpc.server import Cache, CacheService, Limits, Server
 from sdrpc.wire import messages as m
+from sdrpc.wire.hello import Capability
 from sdrpc.wire.messages import Command
 from tests.interop.tap import Tap
 from tests.support.scripted import Scripted
@@ -390,6 +392,18 @@ def test_what_a_native_server_has_is_not_sent() -> None:
             device.memory()
             device.close()
             assert len(asked(server, Command.SET_TENSOR)) == expected
+
+
+@pytest.mark.parametrize("answer", [b"\2\0", b"\0\xff"])
+def test_an_answer_that_is_neither_yes_nor_no_is_not_believed(answer: bytes) -> None:
+    """A tensor that is not sent because of it would be zeros in every picture."""
+    answers: Any = {Command.SET_RANGES_DIGEST: m.SetRangesDigestReply(answer)}
+    with Scripted(name_length=None, capabilities=Capability.CACHE, answers=answers).listening() as server:
+        (device,) = connect([server.endpoint])
+        with pytest.raises(RemoteProtocolError, match=rf"{server.endpoint}: {max(answer)} is neither yes nor no"):
+            Model(sizes=(SMALLEST, SMALLEST)).uploaded(device)
+        device.close()
+        assert asked(server, Command.SET_TENSOR) == []
 
 
 def test_without_numba_native_servers_get_everything(monkeypatch: pytest.MonkeyPatch) -> None:

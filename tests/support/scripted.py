@@ -18,7 +18,7 @@ from sdrpc.ggml.dialect import Dialect, newest
 from sdrpc.wire import graphs
 from sdrpc.wire import messages as m
 from sdrpc.wire.framing import REPLY_HEADER, RequestReader, drive, encode_reply
-from sdrpc.wire.hello import NATIVE, Capability, encode_hello_reply, read_hello
+from sdrpc.wire.hello import NATIVE, Capability, encode_hello_reply, own_commands, read_hello
 from sdrpc.wire.messages import Command
 from sdrpc.wire.name_length import NameLength
 
@@ -103,7 +103,7 @@ class Scripted:
         reply = encode_hello_reply(self.dialect, self.capabilities & hello.capabilities)
         client.sendall(reply if self.hello is None else self.hello)
         names = NameLength(self.name_length, certain=True) if self.name_length else NameLength()
-        reader = RequestReader(self.dialect, known=names)
+        reader = RequestReader(self.dialect, known=names, ours=own_commands(self.capabilities & hello.capabilities))
         while True:
             received = self._read(reader, receive)
             if received is None:

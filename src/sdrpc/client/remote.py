@@ -215,6 +215,8 @@ class RemoteDevice(Device):
 
         def answers() -> list[bool]:
             self._server.answers_up_to(asked)
+            if (most := max(asked.into)) > 1:  # to take it for a yes would be to send nothing
+                raise self._server.accuse(f"{most} is neither yes nor no (while {doing})")
             return list(map(bool, asked.into))
 
         return answers
