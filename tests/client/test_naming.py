@@ -43,6 +43,24 @@ def test_one_thread_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
             namer.close()
 
 
+def test_what_is_made_is_hashed_while_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(naming, "THREADS", 1)
+    may = threading.Event()
+
+    def slow() -> naming.Views:
+        assert may.wait(60)
+        return VIEWS
+
+    namer = Namer(BY_DIGEST)
+    try:
+        first, second = namer.name(lambda: VIEWS), namer.name(slow)
+        assert first.result() == digest(DATA)
+        may.set()
+        assert second.result() == digest(DATA)
+    finally:
+        namer.close()
+
+
 def test_what_is_wrong_with_bytes_is_told_to_who_asks() -> None:
     def unreadable() -> naming.Views:
         raise OSError("the disk")

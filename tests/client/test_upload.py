@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -218,6 +219,18 @@ def test_no_more_comes_together_than_one_message_names(
     assert device.sent == groups
 
 
+def test_the_thread_that_sends_does_not_make_a_large_tensor_for_its_short_rest() -> None:
+    makers: list[str] = []
+
+    def made() -> bytes:
+        makers.append(threading.current_thread().name)
+        return bytes(upload.PART + SMALLEST)
+
+    contents = [Content(0, upload.PART + SMALLEST, Whole(made))]
+    upload.upload(naming.BY_DIGEST, contents, Noted(), Names(), lambda _: None)
+    assert [name.startswith("sdrpc-names") for name in makers] == [True, True]
+
+
 def test_names_of_all_sizes_are_remembered() -> None:
     """Also of what is hashed at once."""
     model, known = Model(sizes=(SMALLEST - 1, SMALLEST, naming.SMALL, naming.SMALL + 1, PIECE + 1)), Names()
@@ -392,6 +405,22 @@ def test_what_a_native_server_has_is_not_sent() -> None:
             device.memory()
             device.close()
             assert len(asked(server, Command.SET_TENSOR)) == expected
+
+
+@pytest.mark.parametrize("answer", [2, 255])
+def test_an_answer_of_a_native_server_that_is_neither_is_not_believed(answer: int) -> None:
+    model = Model(sizes=(33 << 20,))
+    with Scripted().listening() as server:
+        (device,) = connect([server.endpoint])
+        model.uploaded(device)
+        device.close()
+        server.log.clear()
+        server.answers[Command.SET_TENSOR_HASH] = m.SetTensorHashReply(answer)
+        (device,) = connect([server.endpoint])
+        with pytest.raises(RemoteProtocolError, match=rf"{server.endpoint}: {answer} is neither yes nor no"):
+            model.uploaded(device)
+        device.close()
+        assert asked(server, Command.SET_TENSOR) == []
 
 
 @pytest.mark.parametrize("answer", [b"\2\0", b"\0\xff"])

@@ -8,7 +8,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from sdrpc.engine import staging
+from sdrpc.engine import LocalDevice, staging
+from sdrpc.engine.precision import EXACT
+from sdrpc.errors import OutOfMemory
 
 
 class Past:
@@ -29,10 +31,24 @@ def test_memory_is_lent_as_long_as_there_is_any(monkeypatch: pytest.MonkeyPatch)
         assert lent[-1] is None
         with memory.filled(1, pytest.fail) as filled:
             assert filled is None
-    with pytest.raises(KeyError), memory.lent(1) as slot:
-        raise KeyError
+    for _ in range(staging.LARGE_PIECES):
+        with pytest.raises(KeyError), memory.lent(1) as slot:
+            raise KeyError
     with memory.lent(1) as slot:
         assert slot is not None
+
+
+def test_where_there_is_no_such_memory_the_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA error: out of memory")
+
+    device = LocalDevice("CPU", torch.device("cpu"), EXACT, threads=1)
+    monkeypatch.setattr(device, "_staging", staging.Staging(torch.device("cuda", 0)))
+    monkeypatch.setattr(staging, "_slot", refuse)
+    buffer = device.allocate(64)
+    with pytest.raises(OutOfMemory, match="CPU: no room"):
+        device.look(buffer, 0, 64, bytes)
+    device.close()
 
 
 @pytest.mark.parametrize("take", [staging.Staging._take, staging.Staging._take_large])

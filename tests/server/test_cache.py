@@ -307,6 +307,21 @@ def test_a_machine_without_memory_leaves_the_room_that_there_was(monkeypatch: py
     assert room._left.acquire(blocking=False)
 
 
+@both
+def test_who_leaves_in_the_middle_leaves_nothing_behind(scene: Scene, ours: bool) -> None:
+    data = np.random.default_rng(0).bytes(2 * PIECE)
+    place, room = scene.place(ours, len(data)), scene.cache_service.room
+    assert not place.has(data)
+    place.client.begin_set(place.tensor, len(data))
+    place.client.send(data[: PIECE + 1])
+    assert eventually(lambda: room._inside == 1)
+    place.client.close()
+    assert eventually(lambda: room._inside == 0)
+    assert room._free == []
+    scene.places.remove(place)
+    assert scene.place(ours, len(data)).puts(data)
+
+
 def test_memory_is_used_again_until_the_last_has_left() -> None:
     room = client_cache.Room(2)
     room.enter()

@@ -13,7 +13,7 @@ from ..content import FNV_START, SMALLEST, THREADS, fnv1a, hashed, joined, split
 NATIVE_THRESHOLD = 10 << 20
 """Native clients ask for data that is larger than this, and native servers keep such only."""
 SMALL = 1 << 15
-"""Bytes that are hashed sooner than handed to another thread."""
+"""Bytes that are made and hashed sooner than handed to another thread."""
 
 Views = Sequence[memoryview]
 """Bytes, one view after the other."""
@@ -70,16 +70,17 @@ class Namer:
 
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-names")
+        self._making, self._hashing = (ThreadPoolExecutor(THREADS, thread_name_prefix="sdrpc-names") for _ in range(2))
 
     def name(self, data: Callable[[], Views]) -> Naming:
         """The name of the bytes that ``data`` gives, which another thread asks for them."""
-        return Naming(self._scheme, self._pool.submit(self._begin, data))
+        return Naming(self._scheme, self._making.submit(self._begin, data))
 
     def close(self) -> None:
         """Nothing is found out any more."""
-        self._pool.shutdown(cancel_futures=True)
+        self._making.shutdown(cancel_futures=True)
+        self._hashing.shutdown(cancel_futures=True)
 
     def _begin(self, data: Callable[[], Views]) -> list[Future[bytes]]:
-        """In a thread of the pool, which waits for no other."""
-        return [self._pool.submit(self._scheme.hashed, part) for part in self._scheme.split(data())]
+        """Have bytes hashed by threads that do nothing else: they wait for none that others are still making."""
+        return [self._hashing.submit(self._scheme.hashed, part) for part in self._scheme.split(data())]

@@ -215,9 +215,7 @@ class RemoteDevice(Device):
 
         def answers() -> list[bool]:
             self._server.answers_up_to(asked)
-            if (most := max(asked.into)) > 1:  # to take it for a yes would be to send nothing
-                raise self._server.accuse(f"{most} is neither yes nor no (while {doing})")
-            return list(map(bool, asked.into))
+            return self._yes_or_no(asked.into, doing)
 
         return answers
 
@@ -230,9 +228,15 @@ class RemoteDevice(Device):
 
         def answers() -> list[bool]:
             self._server.answers_up_to(asked[-1])
-            return [bool(each.answer.result) for each in asked]
+            return self._yes_or_no([each.answer.result for each in asked], doing)
 
         return answers
+
+    def _yes_or_no(self, answers: Sequence[int], doing: str) -> list[bool]:
+        """What a server means by ``answers``. Of what is taken for a yes nothing is sent, so it must be one."""
+        if (most := max(answers)) > 1:
+            raise self._server.accuse(f"{most} is neither yes nor no (while {doing})")
+        return list(map(bool, answers))
 
     def read(self, buffer: Buffer, offset: int, size: int) -> memoryview:
         remote = self._range(buffer, offset, size)

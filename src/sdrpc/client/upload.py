@@ -131,6 +131,7 @@ def upload(
     namer = Namer(scheme)
 
     def learn(part: _Part, name: bytes) -> None:
+        """Note what a part is called, for later runs as well."""
         part.name = name
         if part.origin:
             names.put(part.origin, name)
@@ -142,7 +143,7 @@ def upload(
                 continue
             part.name = names.get(part.origin) if part.origin else None
             if part.name is None and scheme.first:
-                if part.size > SMALL:
+                if part.content.size > SMALL:  # a short rest of more may be made only with all of it
                     part.name = namer.name(part.data)
                 else:
                     learn(part, scheme.name(part.data()))

@@ -140,7 +140,7 @@ class LocalMemory(ServedDevice):
     def look(self, buffer: Buffer, offset: int, size: int, see: Callable[[Bytes], T]) -> T:
         if self._staging is None or not size:
             return super().look(buffer, offset, size, see)
-        with self._staging.lent(size) as slot:
+        with translated(self.name, "reading"), self._staging.lent(size) as slot:
             if slot is None:
                 return super().look(buffer, offset, size, see)
             with self._reading(buffer, offset, size) as part:

@@ -34,8 +34,8 @@ Receive = Callable[[int, int, Callable[[memoryview], None]], None]
 
 
 class Room:
-    """Memory for up to ``most`` pieces, for those who :meth:`enter` it. While anybody is inside, it is used again, what
-    was used last first: new memory takes longer to be had than to be filled. For any thread."""
+    """Memory for up to ``most`` pieces, for those who :meth:`enter` it. While anybody is inside, it is kept and used
+    again, what was used last first: new memory takes longer to be had than to be filled. For any thread."""
 
     def __init__(self, most: int) -> None:
         self._left = threading.Semaphore(most)
@@ -256,8 +256,8 @@ class CacheWriter:
 
     def _finish(self, complete: bool) -> None:
         cache = self._service.cache
-        wait(self._digests.values())
         try:
+            wait(self._digests.values())
             digest = joined(self._digests[at].result() for at in sorted(self._digests))
             if complete and not self._left and self._path is not None and self._name in (None, self._state):
                 cache.commit(self._path, digest, self._size)

@@ -17,8 +17,8 @@ from .live import Allowance, Held, Hold, Live, Spot, Wanted
 from .places import Place, touch
 
 TOGETHER = 64 << 20
-"""Bytes that one thread looks for, one behind the other: to hand each small tensor to a thread takes longer than to
-find it, and threads that wait for Python's lock gain nothing."""
+"""Bytes that one thread looks for, one behind the other; one question of our own clients is for no more. To hand each
+small tensor to a thread takes longer than to find it, and threads that wait for Python's lock gain nothing."""
 
 
 class Question(NamedTuple):
@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
 
 class Looking(NamedTuple):
-    """Questions about ``places`` of one buffer that several threads work on."""
+    """Questions about ``places`` of one buffer that threads work on."""
 
     places: list[Place]
     under_way: list[Future[list[bool]]]
