@@ -275,6 +275,20 @@ def test_size_changed_silently(draw: Sd, tmp_path: Path) -> None:
     assert "rounded" not in draw("-W", "128", "-o", tmp_path / "o.png").err
 
 
+def test_options_without_effect(draw: Sd, tmp_path: Path) -> None:
+    """The picture is drawn all the same, as by stable-diffusion.cpp, and is the same."""
+    usual, idle = tmp_path / "usual.png", tmp_path / "idle.png"
+    words = ("--steps", "2", "--sampling-method", "euler", "--cfg-scale", "1")
+    assert "no effect" not in draw(*words, "--clip-skip", "2", "-o", usual).err
+    outcome = draw(*words, "--clip-skip", "2", "-n", "ugly", "--guidance", "5", "--eta", "0.5", "-o", idle)
+    assert [line for line in outcome.err.splitlines() if "no effect" in line] == [
+        "warning: --negative-prompt has no effect with a CFG scale of 1",
+        "warning: --guidance has no effect with Stable Diffusion 1.x",
+        "warning: --eta has no effect with euler",
+    ]
+    np.testing.assert_array_equal(pixels(usual), pixels(idle))
+
+
 def test_sampler_rng(draw: Sd, tmp_path: Path) -> None:
     """Another source for the noise that samplers add; the file says so."""
     words = ("--steps", "3", "--sampling-method", "euler_a")

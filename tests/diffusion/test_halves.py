@@ -53,7 +53,7 @@ def test_the_model_for_high_noise_has_its_own() -> None:
     assert asked.all_steps == 12
     assert (high.cfg_scale, high.img_cfg_scale, high.sampling_method) == (1.5, 1.5, "euler_a")
     assert high.eta == find_sampler("euler_a").eta
-    assert (low.cfg_scale, low.sampling_method, low.eta) == (3.0, "euler", find_sampler("euler").eta)
+    assert (low.cfg_scale, low.sampling_method, low.eta) == (3.0, "euler", find_sampler("euler").told(None))
     assert settings(high_noise_eta=0.3).of(HIGH_NOISE).eta == 0.3
 
 

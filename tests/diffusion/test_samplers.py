@@ -51,6 +51,12 @@ def test_samplers_are_those_of_sd_cpp(sdcpp: dict[str, Any]) -> None:
         np.testing.assert_allclose(result, expected, rtol=0, atol=ABSOLUTE, err_msg=key)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_how_much_new_noise_there_is_can_be_told_where_it_says_so(name: str) -> None:
+    less, more = drawn(name, 0.0), drawn(name, 0.7)
+    assert np.array_equal(less, more) == (SAMPLERS[name].eta is None)
+
+
 @pytest.mark.parametrize("predicted", ["eps", "sd3_flow"])
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"tcd"}))  # tcd never quite reaches level 0
 def test_a_certain_model_is_believed(name: str, predicted: str) -> None:

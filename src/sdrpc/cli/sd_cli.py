@@ -127,6 +127,7 @@ def _draw(chosen: Chosen) -> int:
     named, waits = placement.parse(chosen["backend"]), waiting(chosen)
 
     from ..diffusion.drawable import settings_of
+    from ..diffusion.idle import idle_fields
     from ..diffusion.metadata import parameters_of
     from ..diffusion.session import Session
     from ..diffusion.stage_timer import STAGES, StageTimer
@@ -149,6 +150,8 @@ def _draw(chosen: Chosen) -> int:
     if singly:
         paths = output_paths(output, settings.batch_count * settings.video_frames, first)
     _note_size(request, settings, film)
+    for field, beside in idle_fields(opened, request, settings):
+        report.warn(f"{COMMAND.fields[field]} has no effect with {beside}")
     check_sides(paths[0], *settings.final_size)
     preview_path = None if settings.previews is None else _preview_path(chosen["preview_path"])
     check_writable(paths)

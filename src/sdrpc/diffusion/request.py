@@ -236,7 +236,7 @@ class Request:
         make_rng(self.rng, seed + self.batch_count - 1)
         method = self.sampling_method or defaults.sampler
         sampler = find_sampler(method)
-        eta = _or(self.eta, sampler.eta)
+        eta = sampler.told(self.eta)
         width, height = _up(width, multiple), _up(height, multiple)
 
         def fit(picture: Pixels | None) -> Pixels | None:
@@ -314,7 +314,7 @@ class Request:
         if more is not None and not 0 <= more <= most:
             raise InvalidValue("high_noise_steps", more, f"it can be 0 … {most}")
         if sampler is not None:
-            eta = find_sampler(sampler).eta if self.eta is None else eta
+            eta = find_sampler(sampler).told(self.eta)
         return HighNoise(
             more, cfg_scale if self.high_noise_cfg_scale is None else self.high_noise_cfg_scale, sampler or method,
             eta if self.high_noise_eta is None else self.high_noise_eta,

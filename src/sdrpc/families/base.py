@@ -444,10 +444,10 @@ class Family:
     configuration, where nothing else tells. ``optional``: names of components that may be missing. ``learns``: text
     encoders that know learnt words (textual inversion). ``references``: of families whose models can be shown
     pictures. ``inpainting``: of families with models that are made for it. ``controls``: of families with ControlNets.
-    ``skips_layers``: whether the diffusion model has the option ``skip_layers``, numbers of blocks that it leaves
-    out. ``tempered``: what becomes of a guided prediction, from it and the one with the prompt alone. ``begun``:
-    of families with models that make films of pictures. ``betas``: the first and the last one of models that were
-    trained with evenly spaced ones; None: Stable Diffusion's.
+    ``skips_clip``: whether CLIP's last layers can be left out. ``skips_layers``: whether the diffusion model has the
+    option ``skip_layers``, numbers of blocks that it leaves out. ``tempered``: what becomes of a guided prediction,
+    from it and the one with the prompt alone. ``begun``: of families with models that make films of pictures.
+    ``betas``: the first and the last one of models that were trained with evenly spaced ones; None: Stable Diffusion's.
     """
 
     name: str
@@ -465,6 +465,7 @@ class Family:
     references: References | None = None
     inpainting: Inpainting | None = None
     controls: Controls | None = None
+    skips_clip: bool = False
     skips_layers: bool = False
     tempered: Callable[[F32, F32], F32] | None = None
     begun: Begun | None = None

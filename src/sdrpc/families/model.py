@@ -156,6 +156,12 @@ class Model:
         return width * self.pixels, height * self.pixels
 
     @property
+    def is_told_guidance(self) -> bool:
+        """Whether its diffusion model was distilled with guidance, and so is told how much."""
+        config = self["diffusion"].config
+        return bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim"))
+
+    @property
     def latent_channels(self) -> int:
         return self.family.autoencoder.channels(self["vae"].config)
 

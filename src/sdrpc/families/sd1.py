@@ -64,5 +64,6 @@ SD1 = Family(
     learns=("clip_l",),
     inpainting=unet.INPAINTING,
     controls=controlnet.CONTROLS,
+    skips_clip=True,
     optional=frozenset({"control"}),
 )

@@ -293,5 +293,6 @@ SD3 = Family(
         Joint("diffusion", lambda c: c["diffusion"]["out_channels"], "vae", lambda c: c["vae"]["latent_channels"]),
     ),
     optional=frozenset({"t5xxl"}),
+    skips_clip=True,
     skips_layers=True,
 )  # fmt: skip

@@ -72,5 +72,6 @@ SDXL = Family(
     learns=("clip_l", "clip_g"),
     inpainting=unet.INPAINTING,
     controls=controlnet.CONTROLS,
+    skips_clip=True,
     optional=frozenset({"control"}),
 )  # fmt: skip

@@ -36,17 +36,22 @@ from .two_stage import dpm2, dpmpp_2s_a, heun, res_2s
 class Sampler:
     """A sampler and what belongs to it.
 
-    ``eta``: how much new noise it adds unless told otherwise; ``schedule``: the one it is used with unless told
-    otherwise; ``evaluations``: how often it calls the model in a step (the last step to 0 always takes one);
-    ``unconditional``: whether it needs the guess for the negative prompt; ``options``: what else it can be given.
+    ``eta``: how much new noise it adds unless told otherwise; None: that can't be told. ``schedule``: the one it is
+    used with unless told otherwise; ``evaluations``: how often it calls the model in a step (the last step to 0 always
+    takes one); ``unconditional``: whether it needs the guess for the negative prompt; ``options``: what else it can be
+    given.
     """
 
     run: Callable[..., F32]
-    eta: float = 0.0
+    eta: float | None = None
     schedule: str = "discrete"
     evaluations: int = 1
     unconditional: bool = False
     options: tuple[str, ...] = ()
+
+    def told(self, eta: float | None) -> float:
+        """The ``eta`` that it has when it is told one, or None."""
+        return (self.eta or 0.0) if eta is None else eta
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -60,14 +65,14 @@ SAMPLERS: dict[str, Sampler] = {
     "ipndm": Sampler(ipndm),
     "ipndm_v": Sampler(ipndm_v),
     "lcm": Sampler(lcm, schedule="lcm", options=("noise_clip_std", "noise_scale_start", "noise_scale_end")),
-    "ddim_trailing": Sampler(euler_a, schedule="simple"),
-    "tcd": Sampler(tcd, schedule="lcm"),
-    "res_multistep": Sampler(res_multistep),
-    "res_2s": Sampler(res_2s, evaluations=2),
+    "ddim_trailing": Sampler(euler_a, eta=0.0, schedule="simple"),
+    "tcd": Sampler(tcd, eta=0.0, schedule="lcm"),
+    "res_multistep": Sampler(res_multistep, eta=0.0),
+    "res_2s": Sampler(res_2s, eta=0.0, evaluations=2),
     "er_sde": Sampler(er_sde, eta=1.0),
     "euler_cfg_pp": Sampler(euler_cfg_pp, unconditional=True),
     "euler_a_cfg_pp": Sampler(euler_a_cfg_pp, eta=1.0, unconditional=True),
-    "euler_ge": Sampler(euler_ge, options=("gamma",)),
+    "euler_ge": Sampler(euler_ge, eta=0.0, options=("gamma",)),
     "dpm++2m_sde": Sampler(dpmpp_2m_sde, eta=1.0),
     "dpm++2m_sde_bt": Sampler(dpmpp_2m_sde_bt, eta=1.0),
     "lms": Sampler(lms),
@@ -106,5 +111,5 @@ def sample(
         if option not in sampler.options:
             known = f"it takes {', '.join(sampler.options)}" if sampler.options else "it takes none"
             raise InvalidValue(option, value, f"no option of the sampler {name}; {known}")
-    run = Run(denoise, sigmas, rng, sampler.eta if eta is None else eta, flow, on_step)
+    run = Run(denoise, sigmas, rng, sampler.told(eta), flow, on_step)
     return sampler.run(run, x, **options)
