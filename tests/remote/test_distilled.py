@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdrpc
+from sdrpc.diffusion.idle import idle_fields
 from sdrpc.diffusion.session import Session
 from sdrpc.families.model import ModelFiles
 from sdrpc.runtime.cache import Cache
@@ -53,10 +54,12 @@ def test_a_unet_that_is_told_guidance(case: Case, checkpoints: Checkpoints, grap
     device = sdrpc.devices(precision="exact")["CPU"]
     with Session.open(files, device, Cache(graphs)) as session:
         usual = session.model.defaults
+        idle = [field for field, _ in idle_fields(session.model, asked, session.settings(asked))]
         drawn, other = (
             next(iter(session.generate(each))).image / 255 for each in (asked, replace(asked, guidance=1.0))
         )
     device.close()
     assert (usual.sampler, usual.steps, usual.cfg_scale, usual.guidance) == ("lcm", 4, 1.0, 8.5)
+    assert idle == ["negative_prompt"]
     assert psnr(drawn, wanted) >= BOUNDS["exact"]
     assert psnr(other, wanted) < 40, "guidance makes a difference"

@@ -31,14 +31,10 @@ _NOTHING = Request("")
 """Which says nothing."""
 
 
-def _family(model: Model, _: Settings) -> str:
-    return model.family.title
-
-
 _RULES = (
     _Rule("negative_prompt", lambda _, how: how.predictions > 1, lambda *_: "a CFG scale of 1"),
-    _Rule("guidance", lambda model, _: model.is_told_guidance, _family),
-    _Rule("clip_skip", lambda model, _: model.family.skips_clip, _family),
+    _Rule("guidance", lambda model, _: model.is_told_guidance, lambda *_: "a model that was not distilled with it"),
+    _Rule("clip_skip", lambda model, _: model.family.skips_clip, lambda model, _: model.family.title),
     _Rule("eta", lambda _, how: find_sampler(how.sampling_method).eta is not None, lambda _, how: how.sampling_method),
 )
 
