@@ -1,4 +1,4 @@
-"""What is said to have no effect has none, and all else has."""
+"""Fields of a request that are said to have no effect have none; those that models are told have one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ class _Rule(NamedTuple):
 _NOTHING = Request("")
 """Which says nothing."""
 
-
 _RULES = (
     _Rule("negative_prompt", lambda _, how: how.predictions > 1, lambda *_: "a CFG scale of 1"),
     _Rule("guidance", lambda model, _: model.is_told_guidance, lambda *_: "a model that was not distilled with it"),
